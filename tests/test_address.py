@@ -14,6 +14,7 @@ from ptl import address
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
 from ptl.steps import failure
+from ptl.steps.call import Call
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -136,7 +137,7 @@ def test_the_webhook_is_not_redirected(serve, monkeypatch, capsys):
     monkeypatch.setenv(failure.WEBHOOK, f"{url}/secret")
     monkeypatch.setenv("PTL_RUN_ID", "run")
     monkeypatch.setattr(failure, "_fail_in_mlflow", lambda *_: None)
-    failure.announce("prune-1", "ptl", SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    failure.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
     assert other.seen == []
     assert f"it points to {target}/hook" in (said := capsys.readouterr().out) and "secret" not in said
 

@@ -9,6 +9,6 @@ def doctor(
     experiment: str,
     settings: dict,
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    run(step, experiment, {"settings": settings}, {}, {})

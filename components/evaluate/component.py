@@ -19,6 +19,8 @@ def evaluate(
     metrics: Output[Metrics],
     fallback: Input[Model] = None,
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    values = {"iterations": iterations, "target": target, "seed": seed, "registered_model": registered_model}
+    values |= {"prune": prune, "evaluate": evaluate, "gate": gate}
+    run(step, experiment, values, {"model": model, "fallback": fallback}, {"accepted": accepted, "metrics": metrics})

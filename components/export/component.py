@@ -18,6 +18,8 @@ def export(
     out: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    values = {"iterations": iterations, "seed": seed}
+    values |= {"export": export, "calibration": calibration, "evaluate": evaluate, "gate": gate}
+    run(step, experiment, values, {"model": model, "dense": dense}, {"out": out, "metrics": metrics})

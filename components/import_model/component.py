@@ -27,6 +27,11 @@ def import_model(
     exports: list,
     out: Output[Model],
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    values = {"run_name": run_name, "earlier_runs": earlier_runs, "model": model, "revision": revision}
+    values |= {"iterations": iterations, "target": target, "cuts": cuts, "recovery_tokens": recovery_tokens}
+    values |= {"tokens": tokens, "seed": seed, "gated": gated}
+    values |= {"goal": goal, "prune": prune, "calibration": calibration, "training": training, "evaluate": evaluate}
+    values |= {"gate": gate, "exports": exports}
+    run(step, experiment, values, {}, {"out": out})

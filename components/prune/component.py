@@ -16,6 +16,8 @@ def prune(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    values = {"iterations": iterations, "target": target, "cuts": cuts, "seed": seed}
+    values |= {"prune": prune, "calibration": calibration}
+    run(step, experiment, values, {"model": model}, {"out": out})

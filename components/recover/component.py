@@ -16,6 +16,8 @@ def recover(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    values = {"iterations": iterations, "recovery_tokens": recovery_tokens, "tokens": tokens, "seed": seed}
+    values |= {"recover": recover, "training": training}
+    run(step, experiment, values, {"model": model}, {"out": out})

@@ -28,6 +28,10 @@ def report(
     markdown: Output[Markdown],
     control: Input[Model] = None,
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(locals())
+    values = {"model": model, "revision": revision, "target": target, "recovery_tokens": recovery_tokens}
+    values |= {"seed": seed, "cuts": cuts, "tokens": tokens, "registered_model": registered_model}
+    values |= {"settings": settings, "goal": goal, "prune": prune, "calibration": calibration, "recover": recover}
+    values |= {"training": training, "evaluate": evaluate, "gate": gate}
+    run(step, experiment, values, {"final": final, "control": control}, {"html": html, "markdown": markdown})

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from ptl.preflight import in_cluster
+from ptl.steps.trainjob import STARTING, waiting
 
 Json = dict[str, Any]
 Reason = tuple[str, str, str]  # Kubernetes' own word, its message, and the container that they are about
@@ -19,7 +20,6 @@ LONG = 500  # characters of a message
 # In the annotation that Argo gives a pod: WORKFLOW(0).root(0).TASK(0).executor(0), WORKFLOW(0).root(0).TASK-driver(0)
 NODE = "workflows.argoproj.io/node-name"
 TASK = re.compile(r"\.root\(\d+\)\.([^.()]+?)(-driver)?\(\d+\)")
-STARTING = ("ContainerCreating", "PodInitializing")  # reasons of every container that waits for its turn
 
 IMAGE = "check images.registry, images.tag and images.digests, resources.image_pull_policy and image_pull_secrets"
 VOLUME = "check storage.cache_claim, and the ConfigMaps and Secrets that storage names"
@@ -84,7 +84,8 @@ def _created(pod: Json) -> datetime:
 
 def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
     is_pending = pod["status"]["phase"] == "Pending"
-    reason, message, container = _waiting(pod["status"]) if is_pending else _failed(pod["status"])
+    starts = (STARTING[0], "", "")
+    reason, message, container = (waiting(pod["status"]) or starts) if is_pending else _failed(pod["status"])
     if reason in STARTING:
         of_pod = f"involvedObject.name={pod['metadata']['name']},type=Warning"
         warnings = in_cluster.objects(events, fieldSelector=of_pod)
@@ -95,17 +96,6 @@ def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
     message = re.sub(r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split()))
     is_own = container in ("", "main") and not is_driver
     return Pod(_created(pod), is_pending, reason, message[:LONG], is_own)
-
-
-def _waiting(status: Json) -> Reason:
-    for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
-        waiting = container["state"].get("waiting", {})
-        if waiting.get("reason", STARTING[0]) not in STARTING:
-            return waiting["reason"], waiting.get("message", ""), container["name"]
-    for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return condition.get("reason", ""), condition.get("message", ""), ""
-    return STARTING[0], "", ""
 
 
 def _failed(status: Json) -> Reason:

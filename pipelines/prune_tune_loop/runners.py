@@ -1,4 +1,8 @@
-"""Run the compiled YAML on one machine, task after task, as the cluster would: in processes or in containers."""
+"""Run the compiled YAML on one machine, task after task, as the cluster would: in processes or in containers.
+
+Importing torch, transformers and MLflow takes longer than most steps of a small model work: processes of tasks are
+forked from one that has imported them (multiprocessing's fork server).
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
-from ptl import fork_server
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import mlflow_client
 from ptl.log import MARK, on_terminal
 from ptl.processes import Environment
+from ptl.steps import supervisor
 from ptl.storage import local_files
 
 TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
 # What the steps need, imported once and not in the process of each.
 IMPORTED = (
+    "kfp.dsl.executor_main",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
     "ptl.steps.table",
@@ -41,6 +48,8 @@ IMPORTED = (
     "trl.trainer.sft_trainer",
     "lm_eval.models.huggingface",
 )
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
+FORKS = get_context("forkserver")
 PAGE = 4096  # bytes that a disk with space has
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
@@ -69,12 +78,54 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
 
     subprocess_task_handler.replace_python_executable = _with_interpreter
     warnings.filterwarnings("ignore", message="You may be attemping to run a task")  # images play no part here
-    with (
-        _temporary_files(job.folder / "scratch"),
-        fork_server.serving(IMPORTED),
-        _making_database(job.environment),
-    ):
+    # A fork is not safe beside a GPU's driver, nor on another system.
+    if sys.platform == "linux" and not any(map(os.path.exists, GPU_DEVICES)):
+        subprocess_task_handler.run_local_subprocess = _run_forked
+        FORKS.set_forkserver_preload(list(IMPORTED))
+        # Before the folder of temporary files is the run's: multiprocessing removes its own when this process ends.
+        forkserver.ensure_running()
+    with _temporary_files(job.folder / "scratch"), _making_database(job.environment):
         _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+
+
+def _run_forked(full_command: list[str], env_vars: Environment | None = None) -> int:
+    """KFP's command of a task, `sh -ec SCRIPT SOURCE ARGUMENTS...`, in a fork; what it prints is printed here."""
+    source, *arguments = full_command[3:]
+    reader, writer = FORKS.Pipe(duplex=False)
+    environment = dict(os.environ) | (env_vars or {})
+    process = FORKS.Process(target=_be_task, args=(source, arguments, environment, str(Path.cwd()), writer))
+    process.start()
+    writer.close()
+    with open(reader.fileno(), errors="replace", closefd=False) as lines:
+        for line in lines:
+            print(line, end="")
+    process.join()
+    return process.exitcode or 0
+
+
+def _be_task(
+    source: str,
+    arguments: list[str],
+    environment: Environment,
+    folder: str,
+    output: Connection,
+) -> None:
+    """Be the process of a task."""
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    supervisor.forks = True
+    from kfp.dsl.executor_main import executor_main
+
+    with tempfile.TemporaryDirectory() as temporary:
+        component = Path(temporary, "ephemeral_component.py")
+        component.write_text(source)
+        sys.argv = ["executor_main", "--component_module_path", str(component), *arguments]
+        executor_main()
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl.steps import takeover
+    from ptl.steps.key import key_of
     from ptl.storage.manifest import file_digest
 
     # Links too: a snapshot in the hub's cache has nothing else.
@@ -155,7 +155,7 @@ def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items:
         files += benchmark_items.iterdir()
     # By content, not by path: a moved checkpoint is the same source.
     contents = sorted(f"{path.name} {file_digest(path)}" for path in files)
-    return takeover.key(
+    return key_of(
         "\n".join(contents),
         {
             "training": settings.training,

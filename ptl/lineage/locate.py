@@ -1,29 +1,21 @@
 """What a user names: a run, a step of a run, a registered version, a folder -> a checkpoint, an evaluation or a result.
 
-How runs and their steps are named: `pipeline_runs`.
+A run is named by its id (of Kubeflow, or of a local run), its name in MLflow, an MLflow run id or its directory;
+`RUN:recover-2` is one of its steps.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
-from ptl.lineage.mlflow_client import if_there
-from ptl.lineage.pipeline_runs import (
-    FORMS,
-    PipelineRun,
-    find_run,
-    finished_steps,
-    makes_model,
-    reading,
-    report_file,
-    result_of,
-    run_by_id,
-)
+from ptl.lineage.mlflow_client import connected, experiment_ids, if_there
+from ptl.lineage.run_status import PARENT, by_step, parent_among, records_root, search
 from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of, load_files
 
@@ -31,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+FORMS = "a run's directory, RUN_ID, RUN_ID:recover-2, models:/NAME@ALIAS, models:/NAME/VERSION, s3://... or file://..."
 REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
 ARMS = ("loop", "control")
 
@@ -44,6 +37,27 @@ class Checkpoint:
     pointer: store.Pointer
     name: str  # for messages, such as `recover-2 of run 5f0c`
     card: bytes | None = None  # README.md
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """A run of the pipeline, as MLflow knows it."""
+
+    id: str  # of Kubeflow, or of a local run
+    state: str  # of the MLflow run: RUNNING, FINISHED, FAILED, ...
+    root: str  # where the records of its steps are
+    artifacts: str  # where its report is
+    steps: dict[str, str]  # the states of those that have begun, in that order
+
+    def finished(self, *, evaluations: bool) -> str:
+        """The finished steps that evaluate, or those that make a checkpoint, for messages."""
+        finished = [step for step, state in self.steps.items() if state == "FINISHED" and step != "report"]
+        names = [f"{self.id}:{step}" for step in finished if ("evaluate" in step) == evaluations]
+        return ", ".join(names) or "none yet"
+
+    def report_file(self, name: str) -> bytes | None:
+        """A file of the run's report; None before there is one."""
+        return store.read(f"{self.artifacts.rstrip('/')}/report/{name}")
 
 
 def needs_mlflow(reference: str, *, items: bool = False) -> bool:
@@ -63,15 +77,62 @@ def run_directory(reference: str) -> Path | None:
     return folder if any((folder / file).is_file() for file in ("result.json", "config.yaml")) else None
 
 
+def find_run(reference: str) -> tuple[PipelineRun, str]:
+    """The run and the step that a user names ("" for the run itself). Raises InputError where MLflow has none."""
+    name, _, step = _by_id(reference).partition(":")
+    # Both become parts of addresses.
+    for part in (name, step or name):
+        if not store.is_name(part):
+            problem = f"{reference!r} is neither a folder nor the name of a run"
+            raise InputError(problem, field="run", remedy=f"give {FORMS}")
+    with connected() as client:
+        # It may be the id of an MLflow run, of the parent or of a step.
+        if re.fullmatch("[0-9a-f]{32}", name):
+            mlflow_run = if_there(client.get_run, name)
+            tags = mlflow_run.data.tags if mlflow_run else {}
+            name = tags.get("ptl.run", name)
+            step = step or tags.get("ptl.step", "")
+        run = _run_by_id(client, name) or _run_by_name(client, name)
+    # Often the wrong MLflow was asked.
+    if run is None:
+        raise InputError(
+            f"{reference!r} is neither a folder nor a run that this MLflow has",
+            field="run",
+            remedy=f"give {FORMS}, and look at MLFLOW_TRACKING_URI (or --home and --s3)",
+        )
+    return run, step
+
+
 def _by_id(reference: str) -> str:
     """`DIR` and `DIR:recover-2` by the run's id, `RUN_ID` and `RUN_ID:recover-2`; any other name as it is."""
     folder = run_directory(reference)
     if folder is None:
         return reference
-    # A directory may have been copied; without a result it still has the run's name.
-    finished = (folder / "result.json").is_file()
-    run_id = str(result(str(folder))["run_id"]) if finished else folder.resolve().name
+    run_id = folder.resolve().name
     return run_id if Path(reference).exists() else f"{run_id}:{reference.rpartition(':')[2]}"
+
+
+def _run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
+    """The pipeline run with this id, in whichever experiment it is: Kubeflow's MLflow plugin has one of its own."""
+    runs = search(client, experiment_ids(client), run_id)
+    parent = parent_among(runs)
+    if parent is None:
+        return None
+    experiment = client.get_experiment(parent.info.experiment_id)
+    return PipelineRun(
+        id=run_id,
+        state=parent.info.status,
+        root=records_root(experiment.artifact_location),
+        artifacts=parent.info.artifact_uri,
+        steps={step: run.info.status for step, run in by_step(runs).items()},
+    )
+
+
+def _run_by_name(client: MlflowClient, name: str) -> PipelineRun | None:
+    """The newest pipeline run of this name: MLflow lists the newest first."""
+    query = f"{PARENT} and attributes.run_name = '{name}'"
+    parents = client.search_runs(experiment_ids(client), query, max_results=1)
+    return _run_by_id(client, parents[0].data.tags["ptl.run"]) if parents else None
 
 
 def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
@@ -82,8 +143,10 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     if arm not in ARMS:
         raise InputError(f"{arm!r} must be one of {', '.join(ARMS)}", field="--arm")
     # What is on this machine comes first: a run's directory may be named like a run.
-    if Path(reference).exists():
-        return _of_directory(Path(reference), arm)
+    path = Path(reference)
+    if path.exists():
+        card = path / "README.md"
+        return _final(result(reference), arm, reference, card.read_bytes() if card.is_file() else None)
     if arm != "loop" and ":" in reference:
         raise InputError(
             f"{reference} names one checkpoint",
@@ -94,45 +157,23 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
         return _registered(reference)
     if "://" in reference:
         return _published(reference)
-    run, step = find_run(_by_id(reference))
+    run, step = find_run(reference)
     if step:
-        return _of_step(run, step)
-    # The card is read after the result, which says whether there is one.
-    result = result_of(run)
-    card = report_file(run, "README.md")
-    return _final(result, arm, run.id, card)
+        pointer = _pointer(run, step, evaluation=False)
+        return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
+    return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
 
 def evaluation(reference: str, cache: Path) -> Path:
     """The items.jsonl of a file or folder, or the fetched folder of a run's evaluation (of its final one for a run)."""
     path = Path(reference)
-    names_directory = run_directory(reference) is not None
-    # Items that are here already.
-    if path.exists() and not names_directory:
+    # Items that are here already; the directory of a run names the run, whose items are in the store.
+    if path.exists() and run_directory(reference) is None:
         return path
-    # The directory of a run names the run: its items are in the store.
-    if names_directory:
-        reference = _by_id(reference)
-    elif reference.startswith("models:") or "://" in reference:
-        raise InputError(
-            f"{reference!r} is a checkpoint",
-            field="compare",
-            remedy="give RUN_ID:evaluate-4, RUN_ID, a run's directory, or a folder of items",
-        )
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.
-    step = step or _final_evaluation(result_of(run), run.id)
-    record = store.committed(run.root, run.id, step)
-    if record is None or "evaluate" not in step:
-        evaluations = [name for name in finished_steps(run) if "evaluate" in name]
-        existing = ", ".join(f"{run.id}:{name}" for name in evaluations) or "none yet"
-        raise InputError(
-            f"{step} is no finished evaluate step of run {run.id}",
-            field="compare",
-            remedy=f"it has {existing}",
-        )
-    pointer = store.Pointer(**record["pointer"])
-    return store.fetch(pointer, cache)
+    step = step or _final_evaluation(_result_of(run), run.id)
+    return store.fetch(_pointer(run, step, evaluation=True), cache)
 
 
 def result(reference: str) -> Result:
@@ -140,9 +181,12 @@ def result(reference: str) -> Result:
     path = Path(reference)
     if not path.exists():
         run, _ = find_run(reference)
-        return result_of(run)
+        return _result_of(run)
     if path.is_dir():
         path = path / "result.json"
+    if not path.exists():
+        problem = f"{reference} holds no result.json, so no finished run"
+        raise InputError(problem, field="run", remedy=f"give {FORMS}")
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -153,25 +197,38 @@ def result(reference: str) -> Result:
         ) from error
 
 
-def _of_directory(folder: Path, arm: str) -> Checkpoint:
-    """The final checkpoint of a local run's directory."""
-    if not (folder / "result.json").is_file():
+def _result_of(run: PipelineRun) -> Result:
+    """The result.json of a run in MLflow. Raises InputError with the run's state and steps where there is none yet."""
+    data = run.report_file("result.json")
+    if data is not None:
+        return dict(json.loads(data))
+    by_state: dict[str, list[str]] = defaultdict(list)
+    for step, state in run.steps.items():
+        by_state[state].append(step)
+    states = "; ".join(f"{state}: {', '.join(steps)}" for state, steps in by_state.items())
+    # A checkpoint of the run that can be fetched meanwhile.
+    fetchable = run.finished(evaluations=False)
+    raise InputError(
+        f"{run.id} has no result yet, its state is {run.state} ({states or 'no step has begun'})",
+        field="run",
+        remedy=f"wait for its report, or name one step ({fetchable}) or a registered version (models:/NAME@ALIAS)",
+    )
+
+
+def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
+    """What a finished step of a run has published: a checkpoint, or the items of an evaluation."""
+    record = store.committed(run.root, run.id, step)
+    if record is None or ("evaluate" in step) != evaluation:
+        kind = "evaluates" if evaluation else "makes a checkpoint"
         raise InputError(
-            f"{folder} holds no result.json, so no finished run",
-            field="run",
-            remedy=f"give {FORMS}",
+            f"run {run.id} has no finished step {step!r} that {kind}",
+            field="step",
+            remedy=f"it has {run.finished(evaluations=evaluation)}",
         )
-    path = folder / "README.md"
-    card = path.read_bytes() if path.is_file() else None
-    return _final(result(str(folder)), arm, str(folder), card)
+    return record.pointer
 
 
-def _final(
-    result: Result,
-    arm: str,
-    run: str,
-    card: bytes | None,
-) -> Checkpoint:
+def _final(result: Result, arm: str, run: str, card: bytes | None) -> Checkpoint:
     """The final checkpoint of an arm; the card is about the loop's."""
     if arm == "loop":
         row = result["final"]
@@ -187,36 +244,26 @@ def _final(
     return Checkpoint(pointer, name, card)
 
 
-def _of_step(run: PipelineRun, step: str) -> Checkpoint:
-    record = store.committed(run.root, run.id, step)
-    # A step has a record once it has finished.
-    if record is None:
-        existing = ", ".join(filter(makes_model, finished_steps(run))) or "none yet"
-        raise InputError(
-            f"run {run.id} has no finished step {step!r}",
-            field="step",
-            remedy=f"it has {existing}",
-        )
-    # Its pointer names scores and items.
-    if record["metadata"]["stage"] == "evaluate":
-        raise InputError(
-            f"{step} is an evaluation, which `ptl compare` reads",
-            field="step",
-            remedy="name a step that makes a model",
-        )
-    pointer = store.Pointer(**record["pointer"])
-    card = _card(run, pointer.digest)
-    return Checkpoint(pointer, f"{step} of run {run.id}", card)
+def _final_evaluation(result: Result, run: str) -> str:
+    """The step that scored the final checkpoint."""
+    # The last of them: a checkpoint may be scored again after a rejection.
+    for row in reversed(result["rows"]):
+        if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]:
+            return str(row["step"])
+    raise InputError(
+        f"the final checkpoint of run {run} was not scored",
+        field="compare",
+        remedy=f"name a step: {run}:evaluate-0",
+    )
 
 
 def _card(run: PipelineRun, digest: str) -> bytes | None:
     """The run's model card, if it is about the checkpoint with this digest: the final one."""
-    data = report_file(run, "result.json")
+    data = run.report_file("result.json")
     # A run that is not finished has no card yet.
-    if not data:
+    if not data or json.loads(data)["final"]["digest"] != digest:
         return None
-    is_final = json.loads(data)["final"]["digest"] == digest
-    return report_file(run, "README.md") if is_final else None
+    return run.report_file("README.md")
 
 
 def _registered(reference: str) -> Checkpoint:
@@ -225,61 +272,37 @@ def _registered(reference: str) -> Checkpoint:
     if match is None:
         raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
     name = match["name"]
-    with reading() as client:
+    with connected() as client:
         version = _version(client, name, match["alias"], match["version"])
-        tags = version.tags
-        # Without its digest the files could not be verified.
-        if "ptl.digest" not in tags:
-            raise InputError(
-                f"{reference} has no tag ptl.digest, so ptl did not register it",
-                field="models",
-                remedy=f"give {FORMS}",
-            )
         # The run that made it may be gone: then there is no card.
-        step_run = if_there(client.get_run, version.run_id) if version.run_id else None
-        run = run_by_id(client, step_run.data.tags.get("ptl.run", "")) if step_run else None
-    pointer = store.Pointer(str(version.source), tags["ptl.digest"], int(tags.get("ptl.params", 0)))
+        run = _run_by_id(client, version.tags.get("ptl.run", ""))
+    # Without its digest the files could not be verified.
+    if "ptl.digest" not in version.tags:
+        raise InputError(
+            f"{reference} has no tag ptl.digest, so ptl did not register it",
+            field="models",
+            remedy=f"give {FORMS}",
+        )
+    params = int(version.tags.get("ptl.params", 0))
+    pointer = store.Pointer(str(version.source), version.tags["ptl.digest"], params)
     card = _card(run, pointer.digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {name}", card)
 
 
-def _version(
-    client: MlflowClient,
-    name: str,
-    alias: str | None,
-    number: str | None,
-) -> ModelVersion:
-    """The version of a registered model that has the alias, or the number."""
-    # Each of the three may be missing: the model, the alias, the version.
+def _version(client: MlflowClient, name: str, alias: str | None, number: str | None) -> ModelVersion:
+    """The version of a registered model that has the alias, or the number. Raises InputError with what there is."""
     model = if_there(client.get_registered_model, name)
     if model is None:
-        models = client.search_registered_models(max_results=20)
-        known = ", ".join(model.name for model in models) or "none"
-        raise InputError(
-            f"this MLflow has no registered model {name!r}",
-            field="models",
-            remedy=f"it has {known}",
-        )
-    if alias is not None:
-        if alias not in model.aliases:
-            existing = [f"{other} (version {number})" for other, number in model.aliases.items()]
-            aliases = ", ".join(existing) or "none"
-            raise InputError(
-                f"{name} has no alias {alias!r}",
-                field="models",
-                remedy=f"it has {aliases}, or name a version: models:/{name}/1",
-            )
-        number = model.aliases[alias]
-    version: ModelVersion | None = if_there(client.get_model_version, name, str(number))
-    if version is None:
-        versions = client.search_model_versions(f"name = '{name}'", max_results=100)
-        numbers = sorted(int(other.version) for other in versions)
-        raise InputError(
-            f"{name} has no version {number}",
-            field="models",
-            remedy=f"it has {numbers or 'none'}",
-        )
-    return version
+        known = ", ".join(other.name for other in client.search_registered_models(max_results=20)) or "none"
+        raise InputError(f"this MLflow has no registered model {name!r}", field="models", remedy=f"it has {known}")
+    number = str(model.aliases.get(alias, "")) if alias else number
+    version: ModelVersion | None = if_there(client.get_model_version, name, number) if number else None
+    if version is not None:
+        return version
+    numbers = sorted(int(other.version) for other in client.search_model_versions(f"name = '{name}'"))
+    aliases = "".join(f", {other} (version {number})" for other, number in model.aliases.items())
+    problem = f"{name} has no alias {alias!r}" if alias else f"{name} has no version {number}"
+    raise InputError(problem, field="models", remedy=f"it has {numbers or 'no versions'}{aliases}")
 
 
 def _published(uri: str) -> Checkpoint:
@@ -293,18 +316,4 @@ def _published(uri: str) -> Checkpoint:
             field="uri",
             remedy="give the folder that a step published",
         )
-    digest = digest_of(load_files(listing, uri))
-    return Checkpoint(store.Pointer(uri, digest), uri)
-
-
-def _final_evaluation(result: Result, run: str) -> str:
-    """The step that scored the final checkpoint."""
-    # The last of them: a checkpoint may be scored again after a rejection.
-    for row in reversed(result["rows"]):
-        if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]:
-            return str(row["step"])
-    raise InputError(
-        f"the final checkpoint of run {run} was not scored",
-        field="compare",
-        remedy=f"name a step: {run}:evaluate-0",
-    )
+    return Checkpoint(store.Pointer(uri, digest_of(load_files(listing, uri))), uri)

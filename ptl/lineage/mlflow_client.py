@@ -61,14 +61,20 @@ def make_database(uri: str) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """MLflow's own errors become one WorkError that names the server."""
+    """MLflow's own errors become one that names the server: an InputError for refused credentials, else a WorkError."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        raise WorkError(f"MLflow at {uri}: {error}", remedy="is the server up and is the address right?") from error
+        problem = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}: {error}"
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise WorkError(problem, remedy="is the server up and is the address right?") from error
+        raise InputError(
+            problem,
+            field="MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD",
+            remedy="set them, or MLFLOW_TRACKING_TOKEN, to those of a user who may use the experiment",
+        ) from error
 
 
 @contextmanager

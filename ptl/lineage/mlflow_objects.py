@@ -7,18 +7,17 @@ copy knows nothing of what the store holds: then runs are created anew, and mode
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptl.errors import InputError
 from ptl.lineage.mlflow_client import ALREADY_THERE, if_there, ignoring
-from ptl.lineage.run_status import records_root
+from ptl.lineage.run_status import PARENT, records_root, search
 from ptl.storage import store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, LoggedModel, Run
+    from mlflow.entities import Experiment, Run
 
 
 def experiment(client: MlflowClient, name: str, artifact_location: str | None = None) -> Experiment:
@@ -52,12 +51,12 @@ def run(
     others are deleted if they hold nothing.
     """
     experiment_id = experiment.experiment_id
-    candidates = search(client, [experiment_id], pipeline_run, step)
+    where = f"tags.`ptl.step` = '{step}'" if step else PARENT
+    candidates = search(client, [experiment_id], pipeline_run, where)
     if not candidates:
-        all_tags = {**tags, "ptl.role": "step" if step else "parent"}
-        created = client.create_run(experiment_id, tags=all_tags, run_name=name)
+        created = client.create_run(experiment_id, tags=tags, run_name=name)
         # The answer to an earlier request may have been lost, and other steps create the parent too.
-        candidates = search(client, [experiment_id], pipeline_run, step) or [created]
+        candidates = search(client, [experiment_id], pipeline_run, where) or [created]
     winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
     # An empty double only confuses; one with content may be somebody's.
     for other in candidates:
@@ -86,30 +85,11 @@ def _claimed(
         claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
 
 
-def search(client: MlflowClient, experiment_ids: list[str], pipeline_run: str, step: str) -> list[Run]:
-    """The active runs of a step, or of the pipeline run where `step` is empty, the oldest first."""
-    role = f"tags.`ptl.step` = '{step}'" if step else "tags.`ptl.role` = 'parent'"
-    query = f"tags.`ptl.run` = '{pipeline_run}' and {role}"
-    order = ["attributes.start_time ASC"]
-    return list(client.search_runs(experiment_ids, query, order_by=order, max_results=100))
-
-
-def logged_model(
-    client: MlflowClient,
-    experiment_id: str,
-    tags: dict[str, str],
-    **fields: Any,
-) -> LoggedModel:
-    """A new LoggedModel; `fields` are those of MLflow's `create_logged_model`."""
-    mark = uuid.uuid4().hex
-    all_tags = {**tags, "ptl.created": mark}
-    created = client.create_logged_model(experiment_id, tags=all_tags, **fields)
-    # A request that was sent twice has made two.
-    query = f"tags.`ptl.created` = '{mark}'"
-    for model in client.search_logged_models([experiment_id], query):
-        if model.model_id != created.model_id:
-            if_there(client.delete_logged_model, model.model_id)
-    return created
+def _holds_anything(client: MlflowClient, other: Run) -> bool:
+    """Whether a run has metrics, parameters or runs below it."""
+    query = f"tags.`mlflow.parentRunId` = '{other.info.run_id}'"
+    children = client.search_runs([other.info.experiment_id], query, max_results=1)
+    return bool(other.data.metrics or other.data.params or children)
 
 
 def existing_models(client: MlflowClient, model_ids: Iterable[str]) -> set[str]:
@@ -122,23 +102,10 @@ def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> N
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
-    if _is_output(client, run_id, model_id):
-        return
     try:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
     except MlflowException:
-        # The answer to our first request may have been lost.
-        if not _is_output(client, run_id, model_id):
+        # Logged by an earlier attempt, or by a request whose answer was lost.
+        outputs = client.get_run(run_id).outputs
+        if outputs is None or model_id not in [model.model_id for model in outputs.model_outputs]:
             raise
-
-
-def _is_output(client: MlflowClient, run_id: str, model_id: str) -> bool:
-    outputs = client.get_run(run_id).outputs
-    return outputs is not None and model_id in [model.model_id for model in outputs.model_outputs]
-
-
-def _holds_anything(client: MlflowClient, other: Run) -> bool:
-    """Whether a run has metrics, parameters or runs below it."""
-    query = f"tags.`mlflow.parentRunId` = '{other.info.run_id}'"
-    children = client.search_runs([other.info.experiment_id], query, max_results=1)
-    return bool(other.data.metrics or other.data.params or children)

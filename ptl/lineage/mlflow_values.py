@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ Tags = dict[str, str]
 Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
 Metrics = dict[str, float]
 
+log = logging.getLogger(__name__)
+
 
 def ptl_keys(values: Values) -> Tags:
     """Parameters or tags as MLflow keeps ours: `ptl.<name>`, as text."""
@@ -23,31 +26,27 @@ def ptl_keys(values: Values) -> Tags:
 
 def set_tags(client: MlflowClient, run_id: str, tags: Tags) -> None:
     """Set tags that have their full names."""
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
-def add_params(
-    client: MlflowClient,
-    run: Run,
-    params: Values,
-) -> list[tuple[str, str, str]]:
-    """Give a run the parameters `ptl.<name>` that it has not yet; returns name, old and new value of changed ones.
+def add_params(client: MlflowClient, run: Run, params: Values) -> None:
+    """Give a run the parameters `ptl.<name>` that it has not yet.
 
-    MLflow never changes a parameter: what was logged first stays.
+    MLflow never changes a parameter: what was logged first stays, and a warning says so.
     """
     from mlflow.entities import Param
 
     known = run.data.params
-    new, changed = [], []
+    new = []
     for key, text in ptl_keys(params).items():
         value = text[:LONGEST]  # as it was shortened when it was logged
         if key not in known:
             new.append(Param(key, value))
         elif known[key] != value:
-            changed.append((key, known[key], value))
+            log.warning("%s: %s was %s in an earlier attempt, now %s", run.info.run_name, key, known[key], value)
     client.log_batch(run.info.run_id, params=new)
-    return changed
 
 
 def add_metrics(

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ptl.lineage import mlflow_client
-from ptl.lineage.run_status import TAG, by_step, parent_among, untag
+from ptl.lineage.run_status import PARENT, TAG, by_step, parent_among, put_tag, search
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +26,6 @@ WATCHING = {
 }
 MAX_EARLIER = 20  # unfinished runs to take over from: each step asks for a record of each of them
 TAKEN_OVER = "steps with the same inputs and settings may be taken over from"
-MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,12 @@ def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | Non
     with _watching() as client:
         if experiment_ids is None:
             experiment_ids = mlflow_client.experiment_ids(client)
-        query = f"tags.`ptl.run` = '{run}'"
-        order = ["attributes.start_time ASC"]
-        runs = client.search_runs(experiment_ids, query, order_by=order, max_results=MAX_RUNS)
-    parents = [entry for entry in runs if entry.data.tags.get("ptl.role") == "parent"]
-    if not parents:
+        runs = search(client, experiment_ids, run)
+    parent = parent_among(runs)
+    if parent is None:
         return None
-    info = parent_among(parents).info
     steps = {step: _step_progress(step, entry) for step, entry in by_step(runs).items()}
-    return RunProgress(info.experiment_id, info.run_id, info.status, steps)
+    return RunProgress(parent.info.experiment_id, parent.info.run_id, parent.info.status, steps)
 
 
 def close(progress: RunProgress, status: str, reason: str, reasons: dict[str, str]) -> bool:
@@ -102,7 +98,7 @@ def reopen(progress: RunProgress) -> None:
     """Set the parent to RUNNING again, without its error: the pipeline run is retried. Steps reopen their own runs."""
     with _watching() as client:
         client.update_run(progress.parent_id, status="RUNNING")
-        untag(client, progress.parent_id, "ptl.error")
+        put_tag(client, progress.parent_id, "ptl.error", "")
 
 
 def experiment_id(name: str) -> str | None:
@@ -114,7 +110,7 @@ def experiment_id(name: str) -> str | None:
 
 def unfinished(experiment_id: str, name: str) -> list[str]:
     """Ids of the unfinished pipeline runs of a config of this name, the newest first."""
-    query = f"tags.`ptl.role` = 'parent' and attributes.status != 'FINISHED' and attributes.run_name LIKE '{name}-%'"
+    query = f"{PARENT} and attributes.status != 'FINISHED' and attributes.run_name LIKE '{name}-%'"
     order = ["attributes.start_time DESC"]
     with _watching() as client:
         runs = client.search_runs([experiment_id], query, order_by=order, max_results=100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from ptl.lineage import mlflow_client
@@ -10,12 +9,10 @@ from ptl.lineage.mlflow_client import if_there, ignoring
 from ptl.lineage.mlflow_objects import existing_models
 from ptl.lineage.mlflow_values import ptl_keys
 from ptl.lineage.run_status import StepRun
-from ptl.storage.store import Pointer, digest
+from ptl.storage.store import Pointer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-DESCRIPTION = "description_digest"  # tag with the digest of the description that we wrote
 
 
 def register(
@@ -58,39 +55,11 @@ def register(
             # A request that was sent twice has made two.
             for duplicate in numbers[1:]:
                 if_there(client.delete_model_version, registered_model, duplicate)
-        if pointer.model_id:
-            _mark_registered(client, registered_model, numbers[0], pointer.model_id)
         return numbers[0]
 
 
-def describe(
-    registered_model: str,
-    version: str,
-    model_id: str,
-    text: str,
-    tags: dict[str, Any],
-) -> None:
-    """Give the version of a LoggedModel a description, unless a person wrote or extended it, and tags `ptl.<name>`.
-
-    A repeated step may have other scores, so a description is replaced, but only one that is as we wrote it: a tag has
-    its digest. A registry that was lost may have another version under that number, or none: nothing is changed then.
-    """
-    with mlflow_client.connected() as client:
-        existing = if_there(client.get_model_version, registered_model, version)
-        if existing is None or existing.tags.get("ptl.model_id") != model_id:
-            return
-        before = existing.description or ""
-        if before in ("", text) or digest(before) == existing.tags.get(f"ptl.{DESCRIPTION}"):
-            if before != text:
-                client.update_model_version(registered_model, version, text)
-            tags = tags | {DESCRIPTION: digest(text)}
-        for key, value in ptl_keys(tags).items():
-            if existing.tags.get(key) != value:
-                client.set_model_version_tag(registered_model, version, key, value)
-
-
 def set_alias(registered_model: str, alias: str, version: str) -> None:
-    """Point an alias (`best`, `smallest`) at a version."""
+    """Point an alias at a version."""
     with mlflow_client.connected() as client:
         client.set_registered_model_alias(registered_model, alias, version)
 
@@ -100,26 +69,3 @@ def _versions_of(client: MlflowClient, registered_model: str, model_id: str) -> 
     query = f"name = '{registered_model}' and tags.`ptl.model_id` = '{model_id}'"
     numbers = [str(version.version) for version in client.search_model_versions(query)]
     return sorted(numbers, key=int)
-
-
-def _mark_registered(
-    client: MlflowClient,
-    registered_model: str,
-    version: str,
-    model_id: str,
-) -> None:
-    """What MLflow's server adds to a LoggedModel that gets a version, and a local database does not.
-
-    Without it the page of the model says that it is not registered.
-    """
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    model = if_there(client.get_logged_model, model_id)
-    if model is None:  # the database was replaced, or the model deleted: it has no page
-        return
-    versions = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    # A server has done it already; there the version may be a number.
-    known = [(entry["name"], str(entry["version"])) for entry in versions]
-    if (registered_model, version) not in known:
-        versions.append({"name": registered_model, "version": version})
-        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})

@@ -1,4 +1,4 @@
-"""The status of a pipeline run in MLflow: it follows from those of its steps, whichever reports last."""
+"""The MLflow runs of a pipeline run, and its status: it follows from those of its steps, whichever reports last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ptl.lineage import mlflow_client
+from ptl.lineage.mlflow_client import NOT_THERE, ignoring
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 SETTLING = 5  # times that a status is computed anew when others change theirs at the same time
 TAG = 4000  # characters of an error that a tag keeps
+MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
 RESULT = "ptl.result"  # tag of a parent: the first lines of its report
 LINK, FAILED, ENDED = "[Run in Kubeflow]", "**Failed** in ", "**Result**: "  # how our descriptions begin
+PARENT = "tags.`ptl.role` = 'parent'"
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,57 @@ def records_root(artifact_location: str) -> str:
     return artifact_location.rstrip("/") + "/ptl"
 
 
+def search(client: MlflowClient, experiment_ids: list[str], run: str, where: str = "") -> list[Run]:
+    """The active MLflow runs of a pipeline run that satisfy `where`, the oldest first."""
+    query = f"tags.`ptl.run` = '{run}'" + (f" and {where}" if where else "")
+    order = ["attributes.start_time ASC"]
+    return list(client.search_runs(experiment_ids, query, order_by=order, max_results=MAX_RUNS))
+
+
+def steps_of(client: MlflowClient, experiment_id: str, run: str) -> dict[str, Run]:
+    """The runs of all steps of a pipeline run that have begun, in that order."""
+    return by_step(search(client, [experiment_id], run))
+
+
+def by_step(runs: Iterable[Run]) -> dict[str, Run]:
+    """The run of each step, in the order given; of several the one that finished, else the last."""
+    steps: dict[str, Run] = {}
+    for run in runs:
+        step = run.data.tags.get("ptl.step")  # the parent has none
+        finished = step in steps and steps[step].info.status == "FINISHED"
+        if step and not finished:
+            steps[step] = run
+    return steps
+
+
+def parent_among(runs: Iterable[Run]) -> Run | None:
+    """The parent of a pipeline run: the one that finished, else the first; None where there is none.
+
+    A run that was begun without Kubeflow's MLflow plugin and retried with it has two; one of them ended it.
+    """
+    parents = [run for run in runs if run.data.tags.get("ptl.role") == "parent"]
+    finished = [run for run in parents if run.info.status == "FINISHED"]
+    return next(iter(finished or parents), None)
+
+
 def settle(client: MlflowClient, step_run: StepRun) -> None:
     """Give the pipeline run's parent the status that follows from all of its steps, whichever reports last.
 
     A failed control does not fail the run, whose loop continues; the report ends it.
     """
     parent_id = step_run.parent_run_id
-    status, failure = _status(client, step_run)
+    outcome = _status(client, step_run)
     # Steps that end at the same time see one another's status sooner or later.
     for _ in range(SETTLING):
+        status, failure = outcome
         parent = client.get_run(parent_id)
         if parent.info.status != status:
-            client.update_run(parent_id, status="RUNNING")  # a run that has ended may end anew
-            if status != "RUNNING":
-                client.set_terminated(parent_id, status)
+            end_or_reopen = client.update_run if status == "RUNNING" else client.set_terminated
+            end_or_reopen(parent_id, status)
         _describe(client, parent, step_run.run, failure)
         # Another step may have ended or begun between the search and the write.
-        before = status
-        status, failure = _status(client, step_run)
-        if status == before:
+        outcome = _status(client, step_run)
+        if outcome == (status, failure):
             return
 
 
@@ -68,62 +102,23 @@ def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
     runs = steps_of(client, step_run.experiment_id, step_run.run)
     for step, run in sorted(runs.items()):
         tags = run.data.tags
-        in_loop = tags.get("ptl.arm") == "loop"
-        if in_loop and run.info.status == "FAILED":
+        if tags.get("ptl.arm") == "loop" and run.info.status == "FAILED":
             return "FAILED", f"{step}: {tags.get('ptl.error', '')}"
     # The report is the last step.
     report = runs.get("report")
-    if report and report.info.status == "FINISHED":
-        return "FINISHED", ""
-    return "RUNNING", ""
-
-
-def steps_of(client: MlflowClient, experiment_id: str, run: str) -> dict[str, Run]:
-    """The runs of all steps of a pipeline run that have begun, in that order."""
-    query = f"tags.`ptl.run` = '{run}' and tags.`ptl.role` = 'step'"
-    runs = client.search_runs([experiment_id], query)
-    return by_step(runs)
-
-
-def by_step(runs: Iterable[Run]) -> dict[str, Run]:
-    """The run of each step, in the order in which they began; of several the one that finished, else the newest."""
-    steps: dict[str, Run] = {}
-    for run in sorted(runs, key=_start_time):
-        step = run.data.tags.get("ptl.step")  # the parent has none
-        finished = step in steps and steps[step].info.status == "FINISHED"
-        if step and not finished:
-            steps[step] = run
-    return steps
-
-
-def _start_time(run: Run) -> int:
-    """In milliseconds."""
-    return int(run.info.start_time)
-
-
-def parent_among(runs: list[Run]) -> Run:
-    """The parent of a pipeline run: the one that finished, else the oldest.
-
-    A run that was begun without Kubeflow's MLflow plugin and retried with it has two; one of them ended it.
-    """
-    finished = [run for run in runs if run.info.status == "FINISHED"]
-    return min(finished or runs, key=_start_time)
+    return ("FINISHED" if report and report.info.status == "FINISHED" else "RUNNING"), ""
 
 
 def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
     """The short report of a run, on its page in MLflow: its result, or which step failed, why, and how to resume it."""
-    parent_id = parent.info.run_id
     existing = parent.data.tags
     tags = {"ptl.error": error[:TAG]}
     # A note that somebody else wrote stays.
-    note = existing.get(NOTE, LINK)
-    if note.startswith((LINK, FAILED, ENDED)):
+    if not existing.get(NOTE) or existing[NOTE].startswith((LINK, FAILED, ENDED)):
         tags[NOTE] = _note(run, error, existing.get(RESULT, ""))
     for key, text in tags.items():
-        if text and existing.get(key) != text:
-            client.set_tag(parent_id, key, text)
-        elif not text and key in existing:
-            untag(client, parent_id, key)
+        if existing.get(key, "") != text:
+            put_tag(client, parent.info.run_id, key, text)
 
 
 def _note(run: str, error: str, result: str) -> str:
@@ -140,10 +135,13 @@ def _note(run: str, error: str, result: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def untag(client: MlflowClient, run_id: str, key: str) -> None:
-    """Delete a tag, unless another step has done so meanwhile."""
-    with mlflow_client.ignoring(mlflow_client.NOT_THERE):
-        client.delete_tag(run_id, key)
+def put_tag(client: MlflowClient, run_id: str, key: str, text: str) -> None:
+    """Set a tag of a run, or delete it where the text is empty."""
+    if text:
+        client.set_tag(run_id, key, text)
+    else:
+        with ignoring(NOT_THERE):
+            client.delete_tag(run_id, key)
 
 
 def kubeflow_page(run: str) -> str:
@@ -154,12 +152,8 @@ def kubeflow_page(run: str) -> str:
 
 def tags_of_parent(run: str) -> dict[str, str]:
     """What the parent of a pipeline run is found by, and its link to Kubeflow."""
-    tags = {"ptl.run": run}
-    # Local runs have no page.
-    page = kubeflow_page(run)
-    if page:
-        tags["ptl.kubeflow"] = page
-    return tags
+    page = kubeflow_page(run)  # local runs have none
+    return {"ptl.run": run, "ptl.role": "parent"} | ({"ptl.kubeflow": page} if page else {})
 
 
 def node() -> str:

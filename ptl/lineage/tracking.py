@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Collection
@@ -13,7 +12,7 @@ from ptl import address
 from ptl.errors import InputError
 from ptl.lineage import mlflow_client, mlflow_objects, mlflow_values
 from ptl.lineage.mlflow_values import Metrics, Tags, Values, ptl_keys, set_tags
-from ptl.lineage.run_status import TAG, StepRun, node, records_root, settle, steps_of, tags_of_parent, untag
+from ptl.lineage.run_status import TAG, StepRun, node, put_tag, records_root, settle, steps_of, tags_of_parent
 from ptl.log import say
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 EARLIER_RUNS = "ptl.earlier_runs"  # tag of a parent: ids of unfinished runs to take over from, the newest first
-
-log = logging.getLogger(__name__)
 
 
 def pipeline_run() -> str:
@@ -53,7 +50,8 @@ def start(
     not answer.
     """
     run = pipeline_run()
-    tags = ptl_keys({"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()})
+    own = {"run": run, "role": "step", "step": step, "arm": arm, "iteration": iteration, "node": node()}
+    tags = ptl_keys(own)
     with mlflow_client.connected() as client:
         # A step on a cluster may have a run already, in an experiment that is not ours to choose.
         plugin_run_id = _plugin_run_id()
@@ -63,7 +61,11 @@ def start(
             parent = _adopt(client, child, home, run, tags)
         else:
             home = mlflow_objects.experiment(client, experiment, artifact_location)
-            parent, child = _find_or_create(client, home, run, step, tags, title)
+            parent = mlflow_objects.run(client, home, run, "", tags_of_parent(run), title or run)
+            if title and parent.info.run_name == run:  # made by a doctor that failed
+                client.update_run(parent.info.run_id, name=title)
+            tags["mlflow.parentRunId"] = parent.info.run_id
+            child = mlflow_objects.run(client, home, run, step, tags, step)
         _reopen(client, child)
         step_run = StepRun(
             run_id=child.info.run_id,
@@ -78,24 +80,6 @@ def start(
         )
         settle(client, step_run)
         return step_run
-
-
-def _find_or_create(
-    client: MlflowClient,
-    experiment: Experiment,
-    run: str,
-    step: str,
-    tags: Tags,
-    title: str | None,
-) -> tuple[Run, Run]:
-    """The parent and the step's run."""
-    parent = mlflow_objects.run(client, experiment, run, "", tags_of_parent(run), title or run)
-    parent_id = parent.info.run_id
-    if title and parent.info.run_name == run:  # made by a doctor that failed
-        client.update_run(parent_id, name=title)
-    tags["mlflow.parentRunId"] = parent_id
-    child = mlflow_objects.run(client, experiment, run, step, tags, step)
-    return parent, child
 
 
 def _reopen(client: MlflowClient, child: Run) -> None:
@@ -114,19 +98,14 @@ def _plugin_run_id() -> str | None:
 
 
 def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, tags: Tags) -> Run:
-    """Tag the step's run that the plugin has made, and its parent; returns the parent."""
-    tags["ptl.role"] = "step"
-    parent_tags = tags_of_parent(run)
+    """Tag the step's run that the plugin has made, and its parent, by which other steps find it; returns the parent."""
     parent_id = child.data.tags.get("mlflow.parentRunId")
     if parent_id:
         parent = client.get_run(parent_id)
+        set_tags(client, parent_id, tags_of_parent(run))
     else:
-        parent = mlflow_objects.run(client, experiment, run, "", parent_tags, run)
-        tags["mlflow.parentRunId"] = parent.info.run_id
-    set_tags(client, child.info.run_id, tags)
-    # By these the run's other steps find it.
-    parent_tags["ptl.role"] = "parent"
-    set_tags(client, parent.info.run_id, parent_tags)
+        parent = mlflow_objects.run(client, experiment, run, "", tags_of_parent(run), run)
+    set_tags(client, child.info.run_id, tags | {"mlflow.parentRunId": parent.info.run_id})
     return parent
 
 
@@ -141,8 +120,8 @@ def new_model(
         parent = client.get_run(step_run.parent_run_id)
         # MLflow allows none of these characters.
         full_name = re.sub(r"[/:.%\"']", "-", f"{parent.info.run_name}-{name}")
-        model = mlflow_objects.logged_model(
-            client,
+        # A request that was sent twice makes two: the other one stays PENDING, as one of a killed attempt.
+        model = client.create_logged_model(
             step_run.experiment_id,
             name=full_name,
             source_run_id=step_run.run_id,
@@ -176,44 +155,32 @@ def finish(
     """
     run_id = step_run.run_id
     with mlflow_client.connected() as client:
-        inputs, output = _known_models(client, step_run, inputs, output)
+        existing = _existing_models(client, step_run, [*inputs, output or ""])
+        inputs = [model for model in inputs if model in existing]
+        output = output if output in existing else None
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
-        # What an earlier attempt logged stays.
-        for key, before, now in mlflow_values.add_params(client, run, params):
-            log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
+        mlflow_values.add_params(client, run, params)
         # The metrics belong to the model that was made, else to the one that was scored.
-        scored = output
-        if output is None and len(inputs) == 1:
-            scored = inputs[0]
+        scored = inputs[0] if output is None and len(inputs) == 1 else output
         mlflow_values.add_metrics(client, run, metrics, step, scored)
         _log_inputs(client, run, inputs)
         if output:
             # READY last: until then the model counts as one of a killed attempt.
             mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
-        _abandon(client, step_run)
-        if "ptl.error" in run.data.tags:  # of an earlier attempt
-            untag(client, run_id, "ptl.error")
-        client.set_terminated(run_id, "FINISHED")
-        settle(client, step_run)
+        _end(client, step_run, "FINISHED", "")
 
 
-def _known_models(
-    client: MlflowClient,
-    step_run: StepRun,
-    inputs: list[str],
-    output: str | None,
-) -> tuple[list[str], str | None]:
-    """Inputs and output without those that MLflow has lost, which a warning names."""
-    models = set(filter(None, [*inputs, output]))
-    existing = mlflow_objects.existing_models(client, models)
-    missing = ", ".join(sorted(models - existing))
-    if missing:
+def _existing_models(client: MlflowClient, step_run: StepRun, models: list[str]) -> set[str]:
+    """Those that MLflow has; a warning names those that it has lost."""
+    named = set(filter(None, models))
+    existing = mlflow_objects.existing_models(client, named)
+    if named - existing:
+        missing = ", ".join(sorted(named - existing))
         say(step_run.step, f"warning: MLflow has lost {missing}: left out of the lineage of this run")
-    known_inputs = [model for model in inputs if model in existing]
-    return known_inputs, output if output in existing else None
+    return existing
 
 
 def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
@@ -225,6 +192,27 @@ def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
     if new:
         models = [LoggedModelInput(model_id) for model_id in sorted(new)]
         client.log_inputs(run.info.run_id, models=models)
+
+
+def fail(step_run: StepRun, message: str) -> None:
+    """Mark a step as failed for good, with the message as tag `ptl.error`; a retry reopens it.
+
+    A step of the loop fails its pipeline run too, whose page then shows which step and why.
+    """
+    with mlflow_client.connected() as client:
+        _end(client, step_run, "FAILED", message)
+
+
+def _end(client: MlflowClient, step_run: StepRun, status: str, error: str) -> None:
+    """End a step's run; models that earlier, killed attempts left PENDING are marked FAILED."""
+    query = f"source_run_id = '{step_run.run_id}'"
+    for model in client.search_logged_models([step_run.experiment_id], query):
+        if str(model.status) == "PENDING":  # the server cannot filter by status
+            client.finalize_logged_model(model.model_id, "FAILED")
+    # The reason first: a watcher reads it as soon as the status changes.
+    put_tag(client, step_run.run_id, "ptl.error", error[:TAG])
+    client.set_terminated(step_run.run_id, status)
+    settle(client, step_run)
 
 
 def tag(step_run: StepRun, values: Values) -> None:
@@ -242,16 +230,15 @@ def name_earlier_runs(step_run: StepRun, runs: list[str]) -> None:
 def note_error(step_run: StepRun, message: str) -> None:
     """Keep why an attempt failed, as tag `ptl.error`; another attempt may follow. It never hides the error itself."""
     try:
-        with mlflow_client.briefly(), mlflow_client.connected() as client:
-            client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
+        with mlflow_client.briefly():
+            tag(step_run, {"error": message[:TAG]})
     except Exception as error:
         say(step_run.step, f"warning: the failure could not be recorded: {error}")
 
 
 def error_of(step_run: StepRun) -> str:
     """Why the last attempt of a step failed, as far as it could record it."""
-    with mlflow_client.connected() as client:
-        return str(client.get_run(step_run.run_id).data.tags.get("ptl.error", ""))
+    return errors_of(step_run, [step_run.step]).get(step_run.step, "")
 
 
 def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
@@ -260,19 +247,6 @@ def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
         runs = steps_of(client, step_run.experiment_id, step_run.run)
     errors = {step: str(runs[step].data.tags.get("ptl.error", "")) for step in steps if step in runs}
     return {step: error for step, error in errors.items() if error}
-
-
-def fail(step_run: StepRun, message: str) -> None:
-    """Mark a step as failed for good, with the message as tag `ptl.error`; a retry reopens it.
-
-    A step of the loop fails its pipeline run too, whose page then shows which step and why.
-    """
-    with mlflow_client.connected() as client:
-        # The reason first: a watcher reads it as soon as the status changes.
-        client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
-        _abandon(client, step_run)
-        client.set_terminated(step_run.run_id, "FAILED")
-        settle(client, step_run)
 
 
 def computing_beside(step_run: StepRun) -> list[str]:
@@ -301,14 +275,12 @@ def log_progress(
     # The control has charts of its own: both arms end at the same size.
     arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    points = {f"by_removed/{arm}{name}": value for name, value in values.items() if value is not None}
     with mlflow_client.connected() as client:
-        for name, value in values.items():
-            if value is None:
-                continue
-            chart = f"by_removed/{arm}{name}"
+        for chart, value in points.items():
             # An earlier attempt may have logged the point.
-            points = [(point.step, point.value) for point in client.get_metric_history(parent_id, chart)]
-            if (removed, value) not in points:
+            logged = [(point.step, point.value) for point in client.get_metric_history(parent_id, chart)]
+            if (removed, value) not in logged:
                 mlflow_values.log_metrics(client, parent_id, {chart: value}, removed)
 
 
@@ -327,11 +299,3 @@ def links(step_run: StepRun) -> dict[str, str]:
         "experiment_id": step_run.experiment_id,
         "mlflow_url": address.mlflow_ui(),  # without a password: a report is handed around
     }
-
-
-def _abandon(client: MlflowClient, step_run: StepRun) -> None:
-    """Models that earlier, killed attempts of this step left PENDING are marked FAILED."""
-    query = f"source_run_id = '{step_run.run_id}'"
-    for model in client.search_logged_models([step_run.experiment_id], query):
-        if str(model.status) == "PENDING":  # the server cannot filter by status
-            client.finalize_logged_model(model.model_id, "FAILED")

@@ -1,6 +1,6 @@
 """What makes a checkpoint's folder an MLflow model: the file MLmodel, and the tokenizer where MLflow looks for it.
 
-`mlflow.transformers.load_model("models:/NAME@best")` and `mlflow.pyfunc.load_model` then load it from the store. The
+`mlflow.transformers.load_model("models:/NAME/VERSION")` and `mlflow.pyfunc.load_model` then load it from the store. The
 files hold nothing but what follows from the checkpoint: equal checkpoints stay equal, byte for byte.
 """
 

@@ -11,17 +11,16 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
-from ptl.recovery.machines import NODE_RANK, NODES
-from ptl.steps import attempts, trainjob
+from ptl.steps import trainjob
 from ptl.steps.call import Call
 from ptl.steps.kubernetes_api import Cluster, NoAnswerError
-from ptl.steps.trainjob import CONTAINER, INDEX, OF_JOB_SET, Json, NodeFailure
+from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodeFailure, NodePod
 
 POLL = 2.0  # seconds
 LAST_LOG = 10  # seconds for the end of the first node's log
@@ -29,18 +28,12 @@ DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 
 
-def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
-    several = int(environment.get(NODES, "1")) > 1
-    return several and attempts.on_a_cluster() and NODE_RANK not in environment
-
-
 def train(call: Call, begin: Callable[[], None]) -> None:
     """Have the nodes do the step. Raises InputError or WorkError with the failing node's own error.
 
     `begin` counts an attempt; following the TrainJob of an earlier one is none.
     """
-    step = call.step.name
+    step = call.step
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
@@ -50,8 +43,9 @@ def train(call: Call, begin: Callable[[], None]) -> None:
         if not follows:
             begin()
         try:
-            if not follows:
-                _create(cluster, step, job)
+            # Another attempt of this very moment may be first: then its TrainJob is followed.
+            if not follows and cluster.create(job):
+                say(step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes")
             _follow(cluster, step, name)
         except NoAnswerError:
             raise  # it could not be deleted either
@@ -63,7 +57,7 @@ def train(call: Call, begin: Callable[[], None]) -> None:
 
 def _for_nodes(call: Call) -> Json:
     """The step's call, with what its inputs' files hold."""
-    settings = {"step": call.step.name, "experiment": call.step.experiment, **call.settings}
+    settings = {"step": call.step, "experiment": call.experiment, **call.settings}
     return {"settings": settings, "inputs": {name: pointer.dump() for name, pointer in call.inputs.items()}}
 
 
@@ -92,15 +86,6 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
     return False
 
 
-def _create(cluster: Cluster, step: str, job: Json) -> None:
-    name = job["metadata"]["name"]
-    # Another attempt of this very moment may be first.
-    if cluster.create(job):
-        say(step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes")
-    else:
-        say(step, f"TrainJob {name} exists: it is followed")
-
-
 def _follow(cluster: Cluster, step: str, name: str) -> None:
     """Wait for the end, with the first node's log; says what changes."""
     last_state = ""
@@ -109,10 +94,11 @@ def _follow(cluster: Cluster, step: str, name: str) -> None:
     began = time.monotonic()
     while True:
         job = cluster.train_job(name)
-        pods = cluster.pods(name)
-        for failure in trainjob.failures(pods):
-            # a restart takes the pod away, with what it says
-            seen.setdefault((failure.attempt, failure.node), failure)
+        pods = [trainjob.read_pod(pod) for pod in cluster.pods(name)]
+        for pod in pods:
+            # A restart takes the pod away, with what it says.
+            if pod.failure:
+                seen.setdefault((pod.attempt, pod.node), pod.failure)
         _copy_logs(cluster, pods, logs)
         state = _state(job, pods, list(seen.values()))
         if not pods and time.monotonic() - began > WITHOUT_PODS:
@@ -157,19 +143,18 @@ class _Log:
                 self._last_line = time.monotonic()
 
 
-def _copy_logs(cluster: Cluster, pods: list[Json], logs: dict[str, _Log]) -> None:
+def _copy_logs(cluster: Cluster, pods: list[NodePod], logs: dict[str, _Log]) -> None:
     """Follow the first node's log; a restart makes a pod of another name."""
     for pod in pods:
-        name, phase = pod["metadata"]["name"], pod.get("status", {}).get("phase")
-        if pod["metadata"]["labels"].get(INDEX) != "0" or phase == "Pending":
+        if pod.node != 0 or pod.phase == "Pending":
             continue
-        if name not in logs:
-            logs[name] = _Log(cluster, name)
-        elif phase == "Running" and not logs[name].thread.is_alive():
-            logs[name].start()
+        if pod.name not in logs:
+            logs[pod.name] = _Log(cluster, pod.name)
+        elif pod.phase == "Running" and not logs[pod.name].thread.is_alive():
+            logs[pod.name].start()
 
 
-def _state(job: Json | None, pods: list[Json], seen: list[NodeFailure]) -> str:
+def _state(job: Json | None, pods: list[NodePod], seen: list[NodeFailure]) -> str:
     """One line for people."""
     if job is None:
         return "gone"
@@ -178,16 +163,12 @@ def _state(job: Json | None, pods: list[Json], seen: list[NodeFailure]) -> str:
         return str(condition["type"]).lower()
     if job["spec"].get("suspend"):
         return "suspended: it waits in its queue"
-    newest = max((trainjob.attempt_of(pod["metadata"]["labels"]) for pod in pods), default=0)
-    running = [
-        pod
-        for pod in pods
-        if trainjob.attempt_of(pod["metadata"]["labels"]) == newest and pod.get("status", {}).get("phase") == "Running"
-    ]
+    newest = max((pod.attempt for pod in pods), default=0)
+    running = [pod for pod in pods if pod.attempt == newest and pod.phase == "Running"]
     state = f"{len(running)} of {job['spec']['trainer']['numNodes']} nodes run"
-    obstacle = trainjob.obstacle(pods)
-    if obstacle:
-        state += f"; {obstacle}"
+    obstacles = [pod.obstacle for pod in pods if pod.obstacle]
+    if obstacles:
+        state += f"; {obstacles[0]}"
     if not newest:
         return state
     before = trainjob.cause([failure for failure in seen if failure.attempt < newest])

@@ -1,4 +1,4 @@
-"""The export step: the final checkpoint in a form for another runtime, scored beside that of the dense model."""
+"""The export step: the final checkpoint in a format for another runtime, scored beside that of the dense model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate, Gate
 from ptl.errors import WorkError
 from ptl.evaluation import paired
-from ptl.lineage.run_status import StepRun
 from ptl.log import say
-from ptl.steps.call import Call, Metadata, write_pointer
-from ptl.steps.execution import execute
-from ptl.steps.inputs import Items, fetch, fetch_items
-from ptl.steps.machine import limit_threads
-from ptl.steps.metrics import accuracy
-from ptl.storage import store
+from ptl.steps.call import Call, Metadata
+from ptl.steps.reporting import accuracy
+from ptl.steps.step import Step, limit_threads
 from ptl.storage.store import Pointer, Record
+
+Items = list[Metadata]  # of an evaluation
 
 
 def export(call: Call) -> None:
@@ -26,57 +24,65 @@ def export(call: Call) -> None:
     The same is done to the dense model, whose form is not kept: what the form costs and what pruning costs are then
     separate numbers.
     """
-    final = call.inputs["model"]
-    dense = call.inputs["dense"]
-    seed = call.settings["seed"]
     form = call.section(Export, "export")
     calibration = call.section(Calibration, "calibration")
     evaluate = call.section(Evaluate, "evaluate")
     gate = call.section(Gate, "gate")
-
-    def work(src: Path, dst: Path, run: StepRun) -> Metadata:
-        from ptl.export import measured
-
-        limit_threads(final.params)
-        # A run that ends with the dense model has one form only.
-        folders = {"final": src} if final.digest == dense.digest else {"dense": fetch(dense), "final": src}
-        # Beside `dst`, with its name in front: a retry starts from empty folders and removes those of killed attempts.
-        made = {name: dst if name == "final" else dst.with_name(f"{dst.name}-{name}") for name in folders}
-        report, items = measured.write_and_score(folders, made, form, calibration, evaluate, seed)
-        for note in report.notes:
-            say(call.step.name, note)
-        scored = {name: _evaluation(run, checkpoint, call.settings["iterations"]) for name, checkpoint in compared}
-        first = report.models["final"]["tasks"][0]
-        return {
-            "params": final.params,
-            "bytes": report.models["final"]["bytes"],
-            **accuracy(first),
-            "export": {**form.model_dump(), "name": form.name},
-            **dataclasses.asdict(report),
-            "scored": {name: record["step"] for name, record in scored.items()},
-            "pairs": _pairs(items, _references(scored, items["final"], form), gate),
-        }
-
-    compared = [("dense", dense), ("final", final)]
-    settings = {
+    key = {
         "export": form,
-        "dense": dense.digest,
+        "dense": call.inputs["dense"].digest,
         "calibration": calibration,
         "evaluate": evaluate,
         "gate": gate,
-        "seed": seed,
+        "seed": call.settings["seed"],
     }
-    record = execute(call.step, final, settings, work)
-    write_pointer(call.outputs["out"], record["pointer"])
-    metadata = record["metadata"]
-    call.outputs["metrics"].metadata.update({name: metadata[name] for name in ("accuracy", "bytes")})
+    with Step(call, key=key) as step:
+        if step.record is None:
+            source = step.fetch(call.inputs["model"])
+            step.publish(_exported(step, source, form, calibration, evaluate, gate))
+        assert step.record is not None
+        metadata = step.record.metadata
+        call.outputs["metrics"].metadata.update({name: metadata[name] for name in ("accuracy", "bytes")})
 
 
-def _evaluation(run: StepRun, checkpoint: Pointer, iterations: int) -> Record:
+def _exported(
+    step: Step,
+    source: Path,
+    form: Export,
+    calibration: Calibration,
+    evaluate: Evaluate,
+    gate: Gate,
+) -> Metadata:
+    """Write and score both models' forms; what the record says of them."""
+    from ptl.export import measured
+
+    call, folder = step.call, step.folder
+    final, dense = call.inputs["model"], call.inputs["dense"]
+    limit_threads(final.params)
+    # A run that ends with the dense model has one form only.
+    folders = {"final": source} if final.digest == dense.digest else {"dense": step.fetch(dense), "final": source}
+    # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
+    made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
+    report, items = measured.write_and_score(folders, made, form, calibration, evaluate, call.settings["seed"])
+    for note in report.notes:
+        say(call.step, note)
+    scored = {"dense": _evaluation(step, dense), "final": _evaluation(step, final)}
+    return {
+        "params": final.params,
+        "bytes": report.models["final"]["bytes"],
+        **accuracy(report.models["final"]["tasks"][0]),
+        "export": {**form.model_dump(), "name": form.name},
+        **dataclasses.asdict(report),
+        "scored": {name: record.step for name, record in scored.items()},
+        "pairs": _pairs(items, _references(step, scored, items["final"], form), gate),
+    }
+
+
+def _evaluation(step: Step, checkpoint: Pointer) -> Record:
     """The record of the loop's evaluation that scored a checkpoint."""
-    for iteration in range(iterations + 1):
-        record = store.committed(run.root, run.run, f"evaluate-{iteration}")
-        if record and record["metadata"]["checkpoint"]["digest"] == checkpoint.digest:
+    for iteration in range(step.call.settings["iterations"] + 1):
+        record = step.find(f"evaluate-{iteration}")
+        if record and record.metadata["checkpoint"]["digest"] == checkpoint.digest:
             return record
     raise WorkError(
         f"no evaluation of this run has scored {checkpoint.uri}",
@@ -85,9 +91,9 @@ def _evaluation(run: StepRun, checkpoint: Pointer, iterations: int) -> Record:
     )
 
 
-def _references(scored: dict[str, Record], exported: Items, form: Export) -> dict[str, Items]:
+def _references(step: Step, scored: dict[str, Record], exported: Items, form: Export) -> dict[str, Items]:
     """The items of the loop's evaluations; of those with more items than a limited form, only the form's own."""
-    items = {name: fetch_items(record) for name, record in scored.items()}
+    items = {name: step.fetch_items(record) for name, record in scored.items()}
     if form.limit is None:
         return items
     keys = {(item["task"], item["id"]) for item in exported}

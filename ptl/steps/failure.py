@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,36 @@ from ptl.evaluation import gate
 from ptl.lineage import mlflow_client, tracking
 from ptl.lineage.run_status import kubeflow_page
 from ptl.log import say
-from ptl.steps.attempts import Failure
-from ptl.steps.call import Output, Step, write_pointer
+from ptl.steps.attempts import Failure, on_a_cluster
+from ptl.steps.call import Call, Output
 from ptl.storage import local_files
 from ptl.storage.store import Pointer
 
 WEBHOOK = "PTL_WEBHOOK_URL"
 SECONDS = 10  # to wait for the webhook's answer
+
+
+def give_up(call: Mapping[str, Any], failure: Failure, artifacts: Mapping[str, Any]) -> None:
+    """Report a failure wherever somebody may look, and end the process where the run must end with it.
+
+    `call` is the step's as its process reads it, `artifacts` are Kubeflow's of its outputs.
+    """
+    settings = call["settings"]
+    outputs = {name: Output(Path(artifact.path), artifact.metadata) for name, artifact in artifacts.items()}
+    step = Call(settings["step"], settings["experiment"], outputs=outputs)
+    # A run reaches its report without an export, and on a cluster without its control: on one machine somebody sees
+    # that fail, and the same command resumes it.
+    dispensable = step.arm == "export" or (step.arm == "control" and on_a_cluster())
+    if not dispensable:
+        leave_for_runner(step.step, failure)
+    announce(step, failure)
+    if not dispensable:
+        sys.exit(failure.exit_code)
+    # The step ends as after a stop by the gate: a failed task would keep the report from being written.
+    pointer = Pointer.load(Path(call["inputs"]["model"]).read_text())
+    stopped = gate.State(stopped=True, reason=f"{step.step} failed: {failure.reason}")
+    step.write(dataclasses.replace(pointer, gate=stopped.dump()))
+    say(step.step, f"failed: {failure.reason}; the run continues without it")
 
 
 def leave_for_runner(step: str, failure: Failure) -> None:
@@ -32,37 +56,21 @@ def leave_for_runner(step: str, failure: Failure) -> None:
         local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
 
 
-def announce(step: str, experiment: str, failure: Failure) -> None:
+def announce(step: Call, failure: Failure) -> None:
     """Report it in MLflow and to the webhook; what cannot be reached is a line in the log.
 
     A step whose attempts are used up has posted to the webhook before.
     """
     # What failed may be MLflow itself: waiting for it would only delay the webhook.
     with mlflow_client.briefly():
-        _try(step, "MLflow", lambda: _fail_in_mlflow(Step(step, experiment), failure))
+        _try(step.step, "MLflow", lambda: _fail_in_mlflow(step, failure))
     url = os.environ.get(WEBHOOK)
     # Every pod that follows used-up attempts would post the same again.
     if url and not failure.exhausted:
-        _try(step, "the webhook", lambda: _post(url, step, failure.reason))
+        _try(step.step, "the webhook", lambda: _post(url, step.step, failure.reason))
 
 
-def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
-    """Let a control or export step that failed end as after a stop by the gate: its outputs point to its input.
-
-    A failed task would fail the run and keep its report from being written, and the loop can do without either.
-    """
-    pointer = Pointer.load(Path(arguments["model"].path).read_text())
-    stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
-    onward = dataclasses.asdict(pointer) | {"gate": stopped.dump()}
-    # The outputs of prune, recover and evaluate; a step has some of them. Kubeflow keeps what is beside the file.
-    for name in ("out", "accepted"):
-        if name in arguments:
-            artifact = arguments[name]
-            write_pointer(Output(Path(artifact.path), artifact.metadata), onward)
-    say(step, f"failed: {reason}; the run continues without it")
-
-
-def _fail_in_mlflow(step: Step, failure: Failure) -> None:
+def _fail_in_mlflow(step: Call, failure: Failure) -> None:
     """Used-up attempts are no reason of their own: the page keeps why the last one failed, however many pods follow."""
     run = step.start()
     last_reason = tracking.error_of(run) if failure.exhausted else ""

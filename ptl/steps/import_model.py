@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,13 @@ from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.report import run_page
 from ptl.revision import own_revision
-from ptl.steps import attempts, takeover
-from ptl.steps.call import Call, Metadata, write_pointer
-from ptl.steps.execution import execute
-from ptl.steps.inputs import BENCHMARK_ITEMS, damage_report
-from ptl.steps.iterations import schedule_of
-from ptl.steps.machine import empty_folder
-from ptl.steps.reporting import noting_errors
+from ptl.steps import attempts
+from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, schedule_of
+from ptl.steps.key import key_of, withdraw_outdated
+from ptl.steps.step import Step, empty_folder, scratch
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 
 
 def import_model(call: Call) -> None:
@@ -45,10 +42,9 @@ def import_model(call: Call) -> None:
     from ptl.model.import_checkpoint import import_checkpoint
     from ptl.preflight import preflight
 
-    settings = call.settings
     # What waits for what was compiled: a run parameter cannot switch the gate.
     gate_settings = call.section(Gate, "gate")
-    gate.check_structure(gate_settings, settings["gated"])
+    gate.check_structure(gate_settings, call.settings["gated"])
     # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
     sections: dict[str, Any] = {
         "schedule": schedule_of(call),
@@ -58,44 +54,32 @@ def import_model(call: Call) -> None:
         "evaluate": call.section(Evaluate, "evaluate"),
         "gate": gate_settings,
     }
-    path = settings["model"]
-    revision = settings["revision"]
-    folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
+    model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
+    folder, dimensions = preflight.preflight(model.path, model.revision, *sections.values())
     assert dimensions is not None, "a step has torch"
-    check_exports(folder, [check(Export, form, "export") for form in settings["exports"]])
-
-    # The page of the pipeline run shows what it was started with, as soon as that is known to be right; when it is
-    # resumed, also data that has changed. On one machine the run's id is its title.
-    run = call.step.start(settings["run_name"] if attempts.on_a_cluster() else None)
-    model = ModelSource(path=path, revision=revision or None)
-    run_page.describe(
-        run,
-        flat_settings(to_jsonable_python({"model": model, **sections})),
-        own_revision(),
-        run_page.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
-    )
-    _name_earlier_runs(run, settings["earlier_runs"])
-    # First: they are cheap, and a benchmark that does not load is known before the model is copied.
-    if sections["training"].decontaminate.tasks:
-        _commit_items(run, sections["evaluate"], settings["seed"])
-
-    def work(_src: None, dst: Path, _run: StepRun) -> Metadata:
-        # From the folder that was checked: on the hub the model may have changed since.
-        import_checkpoint(str(folder), None, dst)
-        mlflow_flavor.write(dst)
-        return {
-            "model": path,
-            "revision": revision,
-            **goal,
-            "params": dimensions.params,
-            "versions": _versions(),
-            "host": platform.node(),
-        }
+    check_exports(folder, [check(Export, form, "export") for form in call.settings["exports"]])
 
     goal = _goal(sections["schedule"], sections["prune"], folder)
-    # The import has no parent: its key is the model.
-    record = execute(call.step, None, {"source": model, **goal}, work)
-    write_pointer(call.outputs["out"], record["pointer"])
+    # On one machine the run's id is its title.
+    title = call.settings["run_name"] if attempts.on_a_cluster() else None
+    with Step(call, key={"source": model, **goal}, title=title) as step:
+        # When the run is resumed, also data that has changed.
+        run_page.describe(
+            step.run,
+            flat_settings(to_jsonable_python({"model": model, **sections})),
+            own_revision(),
+            run_page.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
+        )
+        _name_earlier_runs(step.run, call.settings["earlier_runs"])
+        # First: they are cheap, and a benchmark that does not load is known before the model is copied.
+        if sections["training"].decontaminate.tasks:
+            _commit_items(step.run, sections["evaluate"], call.settings["seed"])
+        if step.record is None:
+            # From the folder that was checked: on the hub the model may have changed since.
+            import_checkpoint(str(folder), None, step.folder)
+            mlflow_flavor.write(step.folder)
+            source = {"model": model.path, "revision": model.revision or "", **goal}
+            step.publish({**source, "params": dimensions.params, "versions": _versions(), "host": platform.node()})
 
 
 def _name_earlier_runs(run: StepRun, earlier_runs: str) -> None:
@@ -115,23 +99,18 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     """Publish the benchmarks' items for all recoveries of the run, which find their record by its id."""
     from ptl.evaluation.items import write_items
 
-    with noting_errors(run):
-        items = dataclasses.replace(run, step=BENCHMARK_ITEMS)
-        key = takeover.key("", {"evaluate": evaluate, "seed": seed})
-        committed = store.committed(run.root, run.run, items.step, key.digest)
-        if committed is None:
-            takeover.withdraw_outdated(items, key)
-        elif damage_report(committed["pointer"]["digest"]).exists():
-            store.withdraw(run.root, run.run, items.step)
-            damage_report(committed["pointer"]["digest"]).unlink()
-        else:
-            return
-        folder = empty_folder(run.step)
-        number = write_items(folder, evaluate, seed)
-        location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
-        pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id, step=items.step)
-        store.commit(run.root, run.run, items.step, takeover.record(key, pointer, {"stage": BENCHMARK_ITEMS}))
-        say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")
+    key = key_of("", {"evaluate": evaluate, "seed": seed})
+    if store.committed(run.root, run.run, BENCHMARK_ITEMS, key.digest):
+        return
+    withdraw_outdated(run, BENCHMARK_ITEMS, key)
+    folder = empty_folder(BENCHMARK_ITEMS)
+    number = write_items(folder, evaluate, seed)
+    location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
+    pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id, step=BENCHMARK_ITEMS)
+    record = Record(key.digest, pointer, {"stage": BENCHMARK_ITEMS}, version=__version__, files=key.files)
+    store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
+    shutil.rmtree(scratch(BENCHMARK_ITEMS), ignore_errors=True)
+    say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")
 
 
 def _goal(schedule: Schedule, prune: Prune, folder: Path) -> Metadata:

@@ -49,6 +49,7 @@ class Cluster:
                 ) from error
             _, active = config.list_kube_config_contexts(kubeconfig)
             self.namespace = active["context"].get("namespace", self.namespace)
+        self._train_jobs = (GROUP, VERSION, self.namespace, PLURAL)
         self._jobs = client.CustomObjectsApi()
         self._pods = client.CoreV1Api()
 
@@ -59,38 +60,19 @@ class Cluster:
 
     def create(self, job: Json) -> bool:
         """Create a TrainJob; False where one of its name exists. Raises InputError where it is refused."""
-        from kubernetes.client import ApiException
-
-        try:
-            self._ask(self._jobs.create_namespaced_custom_object, GROUP, VERSION, self.namespace, PLURAL, job, raw=True)
-        except ApiException as error:
-            if error.status == CONFLICT:
-                return False
-            raise _refused(error, job) from error
-        return True
+        create = self._jobs.create_namespaced_custom_object
+        return self._ask(create, *self._train_jobs, job, expected=CONFLICT, job=job) is not None
 
     def train_job(self, name: str) -> Json | None:
         """A TrainJob with its status; None where there is none."""
-        from kubernetes.client import ApiException
-
         get = self._jobs.get_namespaced_custom_object
-        try:
-            return dict(self._ask(get, GROUP, VERSION, self.namespace, PLURAL, name, raw=True))
-        except ApiException as error:
-            if error.status == NOT_FOUND:
-                return None
-            raise _refused(error) from error
+        job: Json | None = self._ask(get, *self._train_jobs, name, expected=NOT_FOUND)
+        return job
 
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
-        from kubernetes.client import ApiException
-
         delete = self._jobs.delete_namespaced_custom_object
-        try:
-            self._ask(delete, GROUP, VERSION, self.namespace, PLURAL, name, raw=True, propagation_policy="Foreground")
-        except ApiException as error:
-            if error.status != NOT_FOUND:
-                raise _refused(error) from error
+        self._ask(delete, *self._train_jobs, name, expected=NOT_FOUND, propagation_policy="Foreground")
 
     def pods(self, name: str) -> list[Json]:
         """The pods of a TrainJob's nodes."""
@@ -104,20 +86,23 @@ class Cluster:
         response = self._pods.read_namespaced_pod_log(
             pod, self.namespace, container=container, follow=True, _preload_content=False, **options
         )
-        rest = ""
-        for chunk in response.stream():
-            *lines, rest = (rest + chunk.decode(errors="replace")).split("\n")
-            yield from lines
-        if rest:
-            yield rest
+        for line in response:
+            yield line.decode(errors="replace").rstrip("\n")
 
     def _read(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Json:
         """An object as the API has it: the client's own classes refuse one in which a field is missing."""
         response = self._ask(request, *arguments, _preload_content=False, **options)
         return dict(json.loads(response.data))
 
-    def _ask(self, request: Callable[..., Any], *arguments: Any, raw: bool = False, **options: Any) -> Any:
-        """One request, again while nobody answers. Raises NoAnswerError, and ApiException (raw) or InputError."""
+    def _ask(
+        self,
+        request: Callable[..., Any],
+        *arguments: Any,
+        expected: int | None = None,
+        job: Json | None = None,
+        **options: Any,
+    ) -> Any:
+        """One request, again while nobody answers; None for the status `expected`. Raises NoAnswerError, InputError."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -127,12 +112,11 @@ class Cluster:
                 return request(*arguments, _request_timeout=SECONDS, **options)
             except (ApiException, HTTPError) as error:
                 status = getattr(error, "status", None)
+                if status is not None and status == expected:
+                    return None
                 # an upgrade of the control plane, or a throttle
-                temporary = status is None or status >= 500 or status == 429
-                if not temporary and raw:
-                    raise
-                if not temporary:
-                    raise _refused(error) from error
+                if status is not None and status < 500 and status != 429:
+                    raise _refused(error, job) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
                         f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",

@@ -10,11 +10,9 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 from ptl import processes
-from ptl.errors import PtlError
 from ptl.log import say
 from ptl.recovery import machines
 from ptl.steps import mounts, process, trainjob
@@ -36,12 +34,14 @@ def main() -> None:
             tempfile.TemporaryDirectory(prefix="ptl-node-") as folder,
         ):
             process.work(_with_files(call, Path(folder)))
-    except PtlError as error:
-        print(f"error: {step}: {error}", file=sys.stderr, flush=True)
-        _leave(str(error), error.exit_code)
     except Exception as error:
-        traceback.print_exc()
-        _leave(process.reason(error), 1)
+        failure = process.failure_of(error)
+        print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+        # Outside of Kubernetes there is nobody to read them.
+        with contextlib.suppress(OSError):
+            words = trainjob.last_words(failure.reason, failure.exit_code)
+            Path(os.environ.get("PTL_TERMINATION_LOG", trainjob.TERMINATION_LOG)).write_text(words)
+        sys.exit(failure.exit_code)
 
 
 def _with_files(call: trainjob.Json, folder: Path) -> trainjob.Json:
@@ -52,15 +52,6 @@ def _with_files(call: trainjob.Json, folder: Path) -> trainjob.Json:
         file.write_text(pointer)
         inputs[name] = str(file)
     return call | {"inputs": inputs, "outputs": {"out": str(folder / "out")}}
-
-
-def _leave(reason: str, exit_code: int) -> None:
-    # outside of Kubernetes there is nobody to read them
-    with contextlib.suppress(OSError):
-        Path(os.environ.get("PTL_TERMINATION_LOG", trainjob.TERMINATION_LOG)).write_text(
-            trainjob.last_words(reason, exit_code)
-        )
-    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +24,48 @@ def main(path: Path, parent: int) -> None:
     call = json.loads(path.read_text())
     try:
         path.with_name("outputs.json").write_text(json.dumps(work(call)))
-    except PtlError as error:
-        # Explained: a line and no traceback.
+    except Exception as error:
+        failure = failure_of(error)
+        _write_failure(path, failure)
+        sys.exit(failure.exit_code)
+
+
+def failure_of(error: Exception) -> Failure:
+    """The failure of an attempt that ended with this error; one that is none of ours is printed with its traceback."""
+    if isinstance(error, PtlError):
         exhausted = isinstance(error, NoAttemptLeftError)
         # Another attempt would find the same wrong input, or may not be made.
         final = exhausted or isinstance(error, InputError)
-        _write_failure(path, Failure(str(error), error.exit_code, final, exhausted))
-        sys.exit(error.exit_code)
-    except Exception as error:
-        # A bug, or a library: the traceback goes to the log.
-        _write_failure(path, Failure(reason(error)))
-        raise
-
-
-def reason(error: Exception) -> str:
-    """What to report of an error that is none of ours."""
+        return Failure(str(error), error.exit_code, final, exhausted)
+    # A bug, or a library.
+    traceback.print_exc()
     if isinstance(error, OSError) and error.errno in local_files.FULL:
-        return str(local_files.no_space(error))
-    return without_login(f"{type(error).__name__}: {error}")
+        return Failure(str(local_files.no_space(error)))
+    return Failure(without_login(f"{type(error).__name__}: {error}"))
 
 
 @explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
     """Read the inputs and do the step; the metadata of its outputs."""
     from ptl.steps import table
-    from ptl.steps.call import Call, Output, Step
-    from ptl.steps.machine import scratch
+    from ptl.steps.call import Call, Output
+    from ptl.steps.step import scratch
     from ptl.storage.store import Pointer
 
     settings = dict(call["settings"])
-    # These two name the step; the other parameters are its settings.
-    step = Step(settings.pop("step"), settings.pop("experiment"))
-    # Of an artifact only the file is read: it holds the pointer.
-    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
-    outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
+    # These two name the step; the other parameters are its settings. Of an artifact only the file is read: it holds the
+    # pointer.
+    step = Call(
+        settings.pop("step"),
+        settings.pop("experiment"),
+        settings,
+        {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()},
+        {name: Output(Path(file)) for name, file in call["outputs"].items()},
+    )
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    with processes.exclusive(
-        scratch(f"{step.name}.lock"),
-        f"step {step.name}",
-        wait=WAIT,
-    ):
-        table.STEPS[step.stage](Call(step, settings, inputs, outputs))
-    return {name: output.metadata for name, output in outputs.items()}
+    with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
+        table.STEPS[step.stage](step)
+    return {name: output.metadata for name, output in step.outputs.items()}
 
 
 def _write_failure(path: Path, failure: Failure) -> None:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import check
-from ptl.config.schedule import Prune, token_weights
+from ptl.config.schedule import Iteration, Prune, token_weights
 from ptl.data import decontamination
-from ptl.errors import WorkError
 from ptl.lineage import tracking
-from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.recovery import machines
-from ptl.recovery.job import Log, progress
-from ptl.steps import coordinator, takeover
-from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
-from ptl.steps.execution import execute, take_part
-from ptl.steps.inputs import benchmark_items, dense_model, fetch
-from ptl.steps.iterations import iterations_until, schedule_of
-from ptl.steps.machine import limit_threads, scratch
+from ptl.recovery.job import Log, RecoveryJob, StageBudget, progress
+from ptl.steps import coordinator, reporting
+from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
+from ptl.steps.step import Step, is_coordinator, limit_threads, scratch
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
@@ -35,67 +28,49 @@ NODE_MINUTES = 15  # between training checkpoints in the store, where the config
 
 def recover(call: Call) -> None:
     """Train the pruned model on this iteration's tokens."""
-    if passes_through(call, "out"):
-        return
-    step = call.step
-    parent = call.inputs["model"]
-    iterations = iterations_until(call, Prune())  # what is pruned does not matter for the tokens
-    iteration = iterations[-1]
-    weights = token_weights(schedule_of(call))
+    if call.stopped:
+        return call.pass_through()
+    schedule = schedule_of(call)
+    iterations = iterations_until(call.iteration, schedule, Prune())  # what is pruned does not matter for the tokens
+    weights = token_weights(schedule)
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
-    # By the run's id: an edge from import-model to each recovery would tell nobody anything.
-    items = benchmark_items(step.start()) if data.decontaminate.tasks else None
-    # All that the result depends on, beside the pruned model.
-    settings = {
+    iteration = iterations[-1]
+    key = {
         "tokens": iteration.tokens,
         "weights": weights,
         "skip": iteration.tokens_before,
         "recover": recovery.stages,
         "training": data,
-        "items": items and items.digest,
         "seed": call.settings["seed"],
     }
-    training_key = takeover.key(parent.digest, settings).digest
-    group = machines.machines()
-    stores = _training_checkpoints(step, training_key, recovery)
+    # The items by the run's records: an edge from import-model to each recovery would say nothing to anybody.
+    reads = [BENCHMARK_ITEMS] if data.decontaminate.tasks else []
+    with Step(call, key=key, reads=reads) as step:
+        stores = _training_checkpoints(step, recovery)
+        if step.record is None and is_coordinator():
+            coordinator.train(call, partial(reporting.begin, step.run))
+            step.take_result_of_nodes()
+        elif step.record is None:
+            from ptl.recovery.recover import recover_checkpoint
 
-    def work(src: Path, dst: Path, run: StepRun) -> Metadata:
-        from ptl.recovery.job import RecoveryJob, StageBudget
-        from ptl.recovery.recover import recover_checkpoint
-
-        tracking.tag(run, {"tokens": iteration.tokens})
-        if any(stage.report_to for stage in recovery.stages):
-            _name_for_trackers(step, run)
-        limit_threads(parent.params)
-        job = RecoveryJob(
-            data,
-            StageBudget(iteration.tokens, (), step.iteration, iteration.last, settings["seed"], weights),
-            scratch(step.name) / f"training-{training_key[:12]}",  # with other settings it starts anew
-            _reporter(run, iteration.tokens),
-            teacher=_teacher(run, recovery),
-            benchmark_items=fetch(items) if items else None,
-            machines=group,
-        )
-        report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
-        if not group.first:
-            return {}  # the first one has the files
-        mlflow_flavor.write(dst)
-        counts = {**sequence_counts(step.name, report), **_decontaminated(step.name, report)}
-        return {"params": parent.params, **dataclasses.asdict(report), **counts}
-
-    if not group.first:
-        take_part(step, parent, settings, work)
-        return
-    by_nodes = partial(coordinator.train, call) if coordinator.is_coordinator() else None
-    record = execute(step, parent, settings, work, by_nodes=by_nodes)
-    # Committed: nothing resumes this training any more.
-    for stage_store in stores:
-        stage_store.clear()
-    write_pointer(call.outputs["out"], record["pointer"])
+            source = step.fetch(call.inputs["model"])
+            job = _job(step, recovery, data, iteration, weights)
+            report = recover_checkpoint(
+                source, step.folder, recovery, [planned.tokens for planned in iterations], job, stores
+            )
+            # Of several nodes the first one has the files.
+            if job.machines.first:
+                mlflow_flavor.write(step.folder)
+                step.publish(_metadata(call, report))
+        # Committed: nothing resumes this training any more.
+        if step.record is not None and machines.machines().first:
+            for stage_store in stores:
+                stage_store.clear()
+    return None
 
 
-def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[TrainingCheckpoints]:
+def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckpoints]:
     """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that.
 
     Nodes keep them always: when one of them dies, new ones start from there, and a chain's stages are handed on there.
@@ -105,54 +80,55 @@ def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[Trai
         minutes = [NODE_MINUTES]
     if not minutes:
         return []
-    run = step.start()
+    run = step.run
     # One interval for all stages: the shortest that any of them asks for.
     return [
-        TrainingCheckpoints(run.root, run.run, f"{step.name}.{i}", key, min(minutes))
+        TrainingCheckpoints(run.root, run.run, f"{run.step}.{i}", step.key.digest, min(minutes))
         for i in range(len(recovery.stages))
     ]
 
 
-def _name_for_trackers(step: Step, run: StepRun) -> None:
-    """What the trackers of `report_to` call this training and where they write, unless the environment says so."""
-    folder = Path(os.environ.get("PTL_RUN_DIR") or scratch("trackers"))
-    variables = {
-        "WANDB_PROJECT": step.experiment,
-        "WANDB_RUN_GROUP": run.run,
-        "WANDB_NAME": f"{run.run}-{step.name}",
-        "WANDB_DIR": str(folder),
-        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard" / step.name),
-    }
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+def _job(
+    step: Step,
+    recovery: Recovery,
+    data: TrainingData,
+    iteration: Iteration,
+    weights: tuple[int, ...],
+) -> RecoveryJob:
+    """What a training is given beside the model and its stages."""
+    call = step.call
+    tracking.tag(step.run, {"tokens": iteration.tokens})
+    limit_threads(call.inputs["model"].params)
+    # Distillation learns from the model as it was before any pruning.
+    distils = any(stage.method == "distil" for stage in recovery.stages)
+    return RecoveryJob(
+        data,
+        StageBudget(iteration.tokens, (), call.iteration, iteration.last, call.settings["seed"], weights),
+        scratch(call.step) / f"training-{step.key.digest[:12]}",  # with other settings it starts anew
+        _reporter(step, iteration.tokens),
+        teacher=step.fetch(step.committed("import-model").pointer) if distils else None,
+        benchmark_items=step.fetch(step.committed(BENCHMARK_ITEMS).pointer) if data.decontaminate.tasks else None,
+        machines=machines.machines(),
+    )
 
 
-def _reporter(run: StepRun, tokens: int) -> Log:
+def _reporter(step: Step, tokens: int) -> Log:
     """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a bar."""
-    show = progress(partial(say, run.step), tokens)
+    show = progress(partial(say, step.run.step), tokens)
 
     def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
         # A group of their own beside the metrics of the step's result.
         train_metrics = {f"train/{name}": value for name, value in metrics.items()}
-        tracking.log_metrics(run, train_metrics, optimizer_step)
+        tracking.log_metrics(step.run, train_metrics, optimizer_step)
         show(metrics, optimizer_step)
 
     return on_log
 
 
-def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
-    """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
-    if all(stage.method != "distil" for stage in recovery.stages):
-        return None
-    # Distillation learns from the model as it was before any pruning.
-    dense = dense_model(run)
-    if dense is None:
-        raise WorkError(
-            "the record of import-model is gone, and distil needs its model",
-            field=f"run {run.run}",
-            remedy="start a new run",
-        )
-    return fetch(dense)
+def _metadata(call: Call, report: RecoverReport) -> Metadata:
+    """The report for the step's record, with what its stages counted of their data."""
+    counts = {**sequence_counts(call.step, report), **_decontaminated(call.step, report)}
+    return {"params": call.inputs["model"].params, **dataclasses.asdict(report), **counts}
 
 
 def _stage_details(report: RecoverReport, name: str) -> list[Any]:

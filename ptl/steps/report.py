@@ -8,59 +8,52 @@ import shutil
 from pathlib import Path
 
 from ptl.config import dag
+from ptl.config.export import ServedFormat
 from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config, check
 from ptl.evaluation import gate
-from ptl.lineage import tracking
-from ptl.lineage.run_status import StepRun
+from ptl.export import kserve
+from ptl.export.formats import gguf_name
+from ptl.lineage import registry, tracking
 from ptl.log import say
 from ptl.report import run_page
 from ptl.report.result import Result
 from ptl.report.verdict import first_line
-from ptl.steps import aliases, serving, versions
-from ptl.steps.call import Call, Metadata
-from ptl.steps.inputs import fetch_items
-from ptl.steps.iterations import schedule_settings
-from ptl.steps.machine import scratch
-from ptl.steps.reporting import begin, noting_errors
+from ptl.steps.call import Call, Metadata, schedule_settings
+from ptl.steps.reporting import score_tags
+from ptl.steps.step import Step, scratch
 from ptl.storage import local_files, store
-from ptl.storage.store import Record
+from ptl.storage.store import Pointer, Record
 
 SECTIONS = ("seed", "prune", "calibration", "recover", "training", "evaluate", "gate")  # run parameters
+SERVICE_NAME = 53  # characters that KServe leaves
 
 
 def report(call: Call) -> None:
-    """Write the run's pages and result.json from the records of its steps; name the best and smallest version.
+    """Write the run's pages and result.json from the records of its steps; register its exports and name its verdict.
 
     Unlike other steps it works again whenever it is started: a repeated step may have changed what the pages say.
     """
     from ptl.report.build import build
     from ptl.report.render import render
 
-    # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
-    run = call.step.start()
-    with noting_errors(run):
-        begin(run)
+    with Step(call, key=None) as step:
         config = check(Config, _run_config(call.settings), "settings")
-        records = _records(run, config)
-        folder = scratch(call.step.name) / "report"
-        result = build(records, config.model_dump(mode="json"), **_surroundings(call, run, config))
-        render(result, folder)
+        records = _records(step, config)
+        as_dicts = {name: dataclasses.asdict(record) for name, record in records.items()}
+        result = build(as_dicts, config.model_dump(mode="json"), **_surroundings(step, config))
+        render(result, step.folder)
         final = call.inputs["final"]
-        serving.write_manifests(final, records, config, folder)
-        tracking.log_report(run, sorted(folder.iterdir()))
+        write_manifests(final, records, config, step.folder)
+        # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
+        tracking.log_report(step.run, sorted(step.folder.iterdir()))
         # import-model was not given all of the config.
-        run_page.describe(run, flat_settings(config.model_dump(mode="json")))
-        run_page.log_result(run, run_page.result_metrics(result), first_line(result))
-        # Name the best and the smallest version in MLflow's registry.
-        for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
-            say(call.step.name, sentence)
-        versions.describe(run, records, call.settings["registered_model"])
-        versions.register_exports(run, records, final, call.settings["registered_model"])
-        for sentence in serving.register(final, records, config, call.settings["registered_model"], run.run):
-            say(call.step.name, sentence)
-        _copy_pages(call, folder)
-        _commit_and_finish(call, run, result)
+        run_page.describe(step.run, flat_settings(config.model_dump(mode="json")))
+        run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
+        _register_exports(step, records, final)
+        _set_alias(step, records, final, result)
+        _copy_pages(call, step.folder)
+        _commit_and_finish(step, result)
         shutil.rmtree(scratch("cache"), ignore_errors=True)  # what it has fetched
 
 
@@ -76,32 +69,103 @@ def _run_config(settings: Metadata) -> Metadata:
     }
 
 
-def _records(run: StepRun, config: Config) -> dict[str, Record]:
+def _records(step: Step, config: Config) -> dict[str, Record]:
     """The records of the steps that were committed; that of an evaluation with its items."""
     records = {}
     for node in dag.nodes(config):
         if dag.stage_of(node.name) in ("doctor", "report"):
             continue
-        record = store.committed(run.root, run.run, node.name)
+        record = step.find(node.name)
         # Of a step that passed its input through, or of a control that failed, there is none.
         if record is None:
             continue
         # The report compares iterations item by item.
-        if record["metadata"]["stage"] == "evaluate":
-            record["metadata"]["items"] = fetch_items(record)
+        if record.metadata["stage"] == "evaluate":
+            record.metadata["items"] = step.fetch_items(record)
         records[node.name] = record
     return records
 
 
-def _surroundings(call: Call, run: StepRun, config: Config) -> Metadata:
+def _surroundings(step: Step, config: Config) -> Metadata:
     """What the pages show beside records and config: where MLflow has the run, and why steps have no record."""
     # A control that failed has passed its input on, with the reason in its gate's state.
-    control = call.inputs.get("control")
+    control = step.call.inputs.get("control")
     return {
-        **tracking.links(run),
+        **tracking.links(step.run),
         "control_failed": gate.State.load(control.gate).reason if control else "",
-        "exports_failed": tracking.errors_of(run, [dag.export_step(export) for export in config.export]),
+        "exports_failed": tracking.errors_of(step.run, [dag.export_step(export) for export in config.export]),
     }
+
+
+def _scores(records: dict[str, Record], checkpoint: Pointer) -> Metadata | None:
+    """The scores of the loop's evaluation of a checkpoint; None where it has none."""
+    for record in records.values():
+        metadata = record.metadata
+        if metadata["stage"] == "evaluate" and metadata["checkpoint"]["digest"] == checkpoint.digest:
+            return dict(metadata["scores"])
+    return None
+
+
+def _exports(records: dict[str, Record]) -> list[Record]:
+    return [record for record in records.values() if record.metadata["stage"] == "export"]
+
+
+def write_manifests(final: Pointer, records: dict[str, Record], config: Config, folder: Path) -> None:
+    """An InferenceService for the final checkpoint, if the loop has scored it, and for each export.
+
+    Only of files on S3: a cluster cannot download from a disk.
+    """
+    served: list[tuple[str, ServedFormat, str]] = []
+    if _scores(records, final):
+        served.append(("", "transformers", final.uri))
+    for record in _exports(records):
+        form, uri = record.metadata["export"], record.pointer.uri
+        is_gguf = form["format"] == "gguf"
+        served.append((form["name"], form["format"], f"{uri}/{gguf_name(form['type'])}" if is_gguf else uri))
+    for export, format, uri in served:
+        if uri.startswith("s3://"):
+            gpus = config.prune.tensor_parallel if format != "gguf" else int(bool(config.resources.accelerator))
+            manifest = kserve.inference_service(_service_name(config.name, export), uri, format, gpus)
+            suffix = f"-{export}" if export else ""
+            (folder / f"inference-service{suffix}.yaml").write_text(manifest)
+
+
+def _service_name(config: str, export: str) -> str:
+    """A name that KServe takes: letters, digits and dashes, a letter first; one of its own for each export."""
+    suffix = f"-{export}".replace("_", "-") if export else ""
+    if not config[0].isalpha():
+        config = f"model-{config}"
+    # What is too long is cut off before the export's name, by which services of one run differ.
+    return config[: SERVICE_NAME - len(suffix)].rstrip("-") + suffix
+
+
+def _register_exports(step: Step, records: dict[str, Record], final: Pointer) -> None:
+    """Each export of the final checkpoint as a version, found by the tag `ptl.export`; repeating it changes nothing."""
+    for record in _exports(records):
+        metadata = record.metadata
+        tags = {
+            "step": record.step,
+            "export": metadata["export"]["name"],
+            "parent_version": final.model_version or "the dense model",
+            **score_tags(metadata["models"]["final"], record.pointer),
+        }
+        registry.register(step.run, step.call.settings["registered_model"], record.pointer, tags)
+
+
+def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: Result) -> None:
+    """Name the final checkpoint's version by its verdict: `not-inferior`, `unclear` or `inferior` to the dense model.
+
+    The newest run with a verdict has its alias; all other aliases of the registered model are the user's.
+    """
+    pair, scores = result.pair("dense"), _scores(records, final)
+    if not pair or not scores or not final.model_version:
+        return
+    registered_model = step.call.settings["registered_model"]
+    # Of a registry that was lost the pointer's version is out of date.
+    version = registry.register(step.run, registered_model, final, score_tags(scores, final))
+    alias = pair.verdict.replace(" ", "-")
+    registry.set_alias(registered_model, alias, version)
+    say(step.run.step, f"version {version} of {registered_model} has the alias {alias}")
 
 
 def _copy_pages(call: Call, folder: Path) -> None:
@@ -115,12 +179,11 @@ def _copy_pages(call: Call, folder: Path) -> None:
             local_files.replace(Path(run_directory, path.name), path.read_bytes())
 
 
-def _commit_and_finish(call: Call, run: StepRun, result: Result) -> None:
+def _commit_and_finish(step: Step, result: Result) -> None:
     """Record that the run has ended, in the store and in MLflow."""
-    final = call.inputs["final"]
+    run, final = step.run, step.call.inputs["final"]
     # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
-    record = {"key": "report", "pointer": dataclasses.asdict(final), "metadata": {"stage": "report"}}
-    store.commit(run.root, run.run, call.step.name, record)
+    store.commit(run.root, run.run, run.step, Record("report", final, {"stage": "report"}))
     tracking.finish(
         run,
         params={},

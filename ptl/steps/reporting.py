@@ -1,31 +1,20 @@
-"""What a step reports to MLflow: its attempts, why they failed, and the result."""
+"""What a step reports while it works and at its end: to MLflow, to Kubeflow's table of metrics, and to its log."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from ptl.address import without_login
-from ptl.config.flat_settings import flat_settings
+from ptl.address import mlflow_ui, runs_page, without_login
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.report import run_page
-from ptl.steps import attempts, metrics
-from ptl.steps.call import Metadata, Step
-from ptl.storage.store import Pointer, Record
+from ptl.steps import attempts
+from ptl.steps.call import Metadata
+from ptl.storage.store import Pointer
+from ptl.units import size
 
-
-@contextmanager
-def noting_errors(run: StepRun) -> Iterator[None]:
-    """Keep on the step's page why an attempt failed; another one may follow."""
-    try:
-        yield
-    except attempts.NoAttemptLeftError:
-        raise  # the page has the reason of the last one
-    except Exception as error:
-        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
-        raise
+NOT_METRICS = ("iteration", "started")  # numbers of a record that are no results
+COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")  # of an evaluation's scores
+ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 
 
 def begin(run: StepRun) -> None:
@@ -37,46 +26,26 @@ def begin(run: StepRun) -> None:
         # Whoever reads this looks for why, not for how often.
         reason = tracking.error_of(run)
         last = f"; the last one failed: {reason}" if reason else ""
-        raise attempts.NoAttemptLeftError(
-            f"{error.problem}{last}",
-            remedy=error.remedy,
-        ) from None
+        raise attempts.NoAttemptLeftError(f"{error.problem}{last}", remedy=error.remedy) from None
     tracking.tag(run, {"attempt": attempt})
     number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().attempts}"
     say(run.step, f"started{number}")
 
 
-def track(
-    step: Step,
-    run: StepRun,
-    parent: Pointer | None,
-    settings: Metadata,
-    record: Record,
-) -> None:
-    """Report to MLflow what a record says; repeating it changes nothing."""
-    metadata = record["metadata"]
-    evaluated = metadata["stage"] == "evaluate"
-    # An evaluation makes no model; its scores belong to the run's own page too. First, since whoever watches the step
-    # reads its verdict as soon as it has finished.
-    if parent and evaluated:
-        _track_evaluation(step, run, parent, metadata)
-    tracking.finish(
-        run,
-        params=flat_settings(settings),
-        metrics=metrics.metrics(metadata),
-        inputs=[parent.model_id] if parent else [],
-        output=None if evaluated else record["pointer"]["model_id"],
-        step=step.iteration,
-    )
+def note_error(run: StepRun, error: Exception) -> None:
+    """Keep on the step's page why an attempt failed; another one may follow."""
+    # Where none is left the page has the reason of the last one.
+    if not isinstance(error, attempts.NoAttemptLeftError):
+        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
 
 
-def _track_evaluation(step: Step, run: StepRun, scored: Pointer, metadata: Metadata) -> None:
+def track_evaluation(run: StepRun, iteration: int, scored: Pointer, metadata: Metadata) -> None:
     """The scores and the verdict of an evaluation, on the pages of the pipeline run and of the step."""
     scores = metadata["scores"]
     first = scores["tasks"][0]
     removed = scored.original_params - scores["params"]
     tracking.log_progress(run, removed, first["accuracy"], low=first["low"], high=first["high"])
-    if step.iteration == 0:
+    if iteration == 0:
         # Known from the start on, beside which the page shows the final model at the end.
         run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
     tags = {"verdict": metadata["verdict"]["decision"]}
@@ -85,3 +54,65 @@ def _track_evaluation(step: Step, run: StepRun, scored: Pointer, metadata: Metad
     if state.get("stopped") and state.get("reason"):
         tags["loop_ended"] = state["reason"]
     tracking.tag(run, tags)
+
+
+def metrics(metadata: Metadata) -> dict[str, float]:
+    """The numbers of a step's metadata that MLflow shows."""
+    numbers = {
+        name: float(value)
+        for name, value in metadata.items()
+        if isinstance(value, int | float) and name not in NOT_METRICS
+    }
+    if "scores" not in metadata:
+        return numbers
+    # Of an evaluation: what the model costs, and each benchmark under its name.
+    scores = metadata["scores"]
+    numbers |= {name: float(scores[name]) for name in COSTS}
+    if scores["experts"]:
+        numbers["active_params"] = float(scores["active_params"])
+    for task in scores["tasks"]:
+        numbers |= {f"{task['task']}/{name}": float(value) for name, value in accuracy(task).items()}
+    # The first benchmark is the run's accuracy.
+    numbers["accuracy"] = float(scores["tasks"][0]["accuracy"])
+    return numbers
+
+
+def accuracy(task: Metadata) -> dict[str, float]:
+    """A task's score with its interval and number of items, which metrics other than an accuracy do not have."""
+    return {name: task[name] for name in ACCURACY if task[name] is not None}
+
+
+def score_tags(scores: Metadata, checkpoint: Pointer) -> Metadata:
+    """The tags of a registered version that say how good and how small it is."""
+    first = scores["tasks"][0]
+    # Tags are texts: more digits would only be noise.
+    numbers = {name: f"{value:.4g}" for name, value in accuracy(first).items() if name != "items"}
+    removed = 1 - checkpoint.params / checkpoint.original_params
+    return {"task": first["task"], "items": first["items"], **numbers, "share_removed": f"{removed:.4f}"}
+
+
+def kubeflow_metrics(metadata: Metadata, run: StepRun) -> Metadata:
+    """What Kubeflow's table of a run's metrics has of an evaluation; with the way to its run in MLflow."""
+    scores = metadata["scores"]
+    ui = mlflow_ui()
+    return {
+        **accuracy(scores["tasks"][0]),
+        "params": scores["params"],
+        "verdict": metadata["verdict"]["decision"],
+        **({"mlflow": runs_page(ui, run.experiment_id, run.run_id)} if ui else {}),
+    }
+
+
+def summary(metadata: Metadata) -> str:
+    """What a step has done, for its last line in the log."""
+    if metadata["stage"] == "evaluate":
+        first = metadata["scores"]["tasks"][0]
+        score = f"{first['metric']} {first['accuracy']:.3f}"
+        return f"{score} on {first['items']} items, {metadata['verdict']['decision']}"
+    if metadata["stage"] == "recover":
+        return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
+    if metadata["stage"] == "export":
+        task = metadata["models"]["final"]["tasks"][0]
+        return f"{size(metadata['bytes'])}, {task['metric']} {task['accuracy']:.3f} on {task['items']} items"
+    # Of an import or a prune the size is what there is to say.
+    return f"{metadata['params']:,} parameters"

@@ -8,60 +8,101 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptl import fork_server, processes
+from ptl import processes
 from ptl.log import say
 from ptl.steps import mounts
 from ptl.steps.attempts import NO_SPACE, Failure, Policy, on_a_cluster, policy
 from ptl.storage import local_files
 
-# Artifacts that a step reads; it writes all others.
-INPUTS = ("model", "dense", "fallback", "final", "control")
 PROCESS = "ptl.steps.process"  # the module that does the work
-Work = subprocess.Popen[bytes] | fork_server.Forked
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
+forks = False  # whether this process has imported what the work needs, so that a fork of it may do the work
 
 
-def run(names: dict[str, Any]) -> None:
-    """The body of every component: `names` are its locals, that is its arguments, and this module's own name.
+class _Fork:
+    """The work in a fork of this process, with what subprocess.Popen offers for it."""
+
+    def __init__(self, call: Path) -> None:
+        arguments = [PROCESS, str(call), str(os.getpid())]
+        self._process = multiprocessing.get_context("fork").Process(target=_work, args=(arguments,))
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(PROCESS, timeout or 0)
+        return self._process.exitcode
+
+
+def _work(arguments: list[str]) -> None:
+    """Be the process of the work, without what KFP's executor has done to this one."""
+    os.setsid()
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    sys.argv = arguments
+    runpy.run_module(PROCESS, run_name="__main__", alter_sys=True)
+
+
+Work = subprocess.Popen[bytes] | _Fork
+
+
+def run(
+    step: str,
+    experiment: str,
+    settings: dict[str, Any],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+) -> None:
+    """The body of every component: its parameters, and its artifacts by name (None: one that the pipeline lacks).
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
-    arguments = dict(names)
-    arguments.pop("supervisor", None)
-    step = str(arguments["step"])
     for warning in mounts.load():
         say(step, warning)
     # All attempts in this pod are of one launch; the work's process inherits its name.
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
+    call = {
+        "settings": {"step": step, "experiment": experiment, **settings},
+        "inputs": {name: artifact.path for name, artifact in inputs.items() if artifact is not None},
+        "outputs": {name: artifact.path for name, artifact in outputs.items()},
+    }
     # The work's process reads its call from a file, and writes its outputs or its failure beside it.
     try:
         with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
-            call = Path(folder, "call.json")
-            call.write_text(json.dumps(_call_of(arguments)))
-            failure = _until_done(call, step, policy())
+            path = Path(folder, "call.json")
+            path.write_text(json.dumps(call))
+            failure = _until_done(path, step, policy())
             if failure is None:
                 # KFP keeps it with its artifacts; their files are written already.
-                for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
-                    arguments[name].metadata.update(metadata)
+                for name, metadata in json.loads(path.with_name("outputs.json").read_text()).items():
+                    outputs[name].metadata.update(metadata)
+                return
     except OSError as error:
         if error.errno not in local_files.FULL:
             raise
         failure = Failure(str(local_files.no_space(error)))
-    if failure is not None:
-        _give_up(arguments, failure)
+    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+    from ptl.steps.failure import give_up
+
+    give_up(call, failure, outputs)
 
 
 def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
@@ -77,28 +118,13 @@ def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
     return _attempt(call, plan.timeout)
 
 
-def _call_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The call for the process that does the work: plain values, and the files of its artifacts."""
-    call: dict[str, Any] = {"settings": {}, "inputs": {}, "outputs": {}}
-    for name, value in arguments.items():
-        if hasattr(value, "metadata"):
-            kind = "inputs" if name in INPUTS else "outputs"
-            call[kind][name] = value.path
-        # None: an optional artifact that the pipeline does not have.
-        elif value is not None:
-            call["settings"][name] = value
-    return call
-
-
 def _attempt(call: Path, timeout: float | None) -> Failure | None:
     """Do the work once, in a process group of its own; None when it is done."""
     failure_file = call.with_name("failure.json")
     failure_file.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    process = fork_server.start(PROCESS, str(call)) or subprocess.Popen(
-        [sys.executable, "-m", PROCESS, str(call), str(os.getpid())],
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
+    process: Work = _Fork(call) if forks else subprocess.Popen(command, start_new_session=True)
     try:
         with _ending_together(process):
             exit_code = process.wait(timeout)
@@ -138,38 +164,11 @@ def _ending_together(process: Work) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            _end(process)
+            # The group, not the process: launchers and workers have children of their own. SIGKILL to what remains
+            # after a while, or when the pod ends.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             raise
-
-
-def _end(process: Work) -> None:
-    """SIGTERM to the work and all that it started, SIGKILL to what remains after a while (or when the pod ends)."""
-    # The group, not the process: launchers and workers have children of their own.
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-
-
-def _give_up(arguments: dict[str, Any], failure: Failure) -> None:
-    """Report a failure wherever somebody may look, and end the process where the run must end with it."""
-    from ptl.steps import failure as reports
-
-    step = str(arguments["step"])
-    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
-    ends_run = not _can_do_without(step)
-    if ends_run:
-        reports.leave_for_runner(step, failure)
-    reports.announce(step, str(arguments["experiment"]), failure)
-    if ends_run:
-        sys.exit(failure.exit_code)
-    reports.pass_on(step, failure.reason, arguments)
-
-
-def _can_do_without(step: str) -> bool:
-    """Whether a run reaches its report without a step: any without an export, and on a cluster without its control.
-
-    On one machine somebody sees the control fail, and the same command resumes it.
-    """
-    return step.startswith("export-") or (step.startswith("control-") and on_a_cluster())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ OF_MLFLOW = "MLFLOW_"  # how the variables begin that Kubeflow's MLflow plugin s
 RUN_LABEL = "ptl/run"  # of a TrainJob
 TERMINATION_LOG = "/dev/termination-log"
 LONGEST_MESSAGE = 4096  # bytes that Kubernetes keeps of a container's last words
+STARTING = ("ContainerCreating", "PodInitializing")  # reasons of every container that waits for its turn
 HEAD = 300  # characters of an error that is too long
 
 
@@ -80,7 +80,7 @@ def ended(job: Json) -> Json | None:
 
 @dataclass(frozen=True)
 class NodeFailure:
-    """How the container of a node ended."""
+    """How a node ended."""
 
     attempt: int  # of all nodes
     node: int
@@ -93,73 +93,75 @@ class NodeFailure:
         return f"node {self.node}: {self.reason}"
 
 
-def failures(pods: Iterable[Json]) -> list[NodeFailure]:
-    """Those of the nodes whose pod or container has failed."""
-    node_failures = []
-    for pod in pods:
-        labels, status = pod["metadata"]["labels"], pod.get("status", {})
-        terminated = _container(status).get("state", {}).get("terminated", {})
-        if status.get("phase") == "Failed" and status.get("reason"):
-            # Evicted, for example, when a disk is full; the container may be gone.
-            reason = f"{status['reason']}: {status.get('message', '')}"
-            ended = str(terminated.get("finishedAt", ""))
-            node_failures.append(NodeFailure(attempt_of(labels), _node(labels), ended, reason, 1, explained=True))
-        elif terminated.get("exitCode"):
-            node_failures.append(_failure(labels, terminated))
-    return node_failures
+@dataclass(frozen=True)
+class NodePod:
+    """The pod of a node, as far as a coordinator reads it."""
+
+    name: str
+    attempt: int  # how often the nodes were started before
+    node: int
+    phase: str
+    obstacle: str  # why it does not start; empty where Kubernetes says nothing
+    failure: NodeFailure | None
 
 
-def _container(status: Json) -> Json:
-    """What a pod's status says of the container that trains."""
-    containers: list[Json] = [entry for entry in status.get("containerStatuses", []) if entry["name"] == CONTAINER]
-    return containers[0] if containers else {}
-
-
-def _node(labels: dict[str, str]) -> int:
-    return int(labels.get(INDEX, 0))
-
-
-def obstacle(pods: Iterable[Json]) -> str:
-    """Why a node does not start, as Kubernetes says it; empty where it says nothing."""
-    for pod in pods:
-        status = pod.get("status", {})
-        waiting = _container(status).get("state", {}).get("waiting", {})
-        unscheduled = [
-            condition
-            for condition in status.get("conditions", [])
-            if condition["type"] == "PodScheduled" and condition["status"] == "False"
-        ]
-        for reason in [waiting, *unscheduled]:
-            # what every pod goes through
-            if reason.get("reason") and reason["reason"] not in ("ContainerCreating", "PodInitializing"):
-                node = _node(pod["metadata"]["labels"])
-                return f"node {node}: {reason['reason']}: {reason.get('message', '')}".rstrip(": ")
-    return ""
-
-
-def _failure(labels: dict[str, str], terminated: Json) -> NodeFailure:
-    message = (terminated.get("message") or "").strip()
-    explained = False
-    # JSON as a node wrote it, where it had the time; else what it printed last
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        message, explained = str(json.loads(message)["reason"]), True
-    exit_code = int(terminated["exitCode"])
-    reason = message or f"its process ended with exit code {exit_code} and without a word"
-    if terminated.get("reason") == "OOMKilled":
-        reason, explained = "it was killed, as its memory was used up: raise resources.steps.recover.memory", True
-    return NodeFailure(
-        attempt=attempt_of(labels),
-        node=_node(labels),
-        ended=str(terminated.get("finishedAt", "")),
-        reason=reason,
-        exit_code=exit_code,
-        explained=explained,
+def read_pod(pod: Json) -> NodePod:
+    """A pod by its labels and status, of which any part may be missing."""
+    labels, status = pod["metadata"]["labels"], pod.get("status", {})
+    attempt = int(labels.get(ATTEMPT, 0))
+    node = int(labels.get(INDEX, 0))
+    reason, message, _ = waiting(status) or ("", "", "")
+    return NodePod(
+        name=pod["metadata"]["name"],
+        attempt=attempt,
+        node=node,
+        phase=status.get("phase", ""),
+        obstacle=f"node {node}: {reason}: {message}".rstrip(": ") if reason else "",
+        failure=_failure(attempt, node, status),
     )
 
 
-def attempt_of(labels: dict[str, str]) -> int:
-    """How often the nodes were started before, by a pod's label."""
-    return int(labels.get(ATTEMPT, 0))
+def waiting(status: Json) -> tuple[str, str, str] | None:
+    """Why a pod does not start, by its status: Kubernetes' own word, its message, and the container that they are of.
+
+    None while it goes through what every pod does.
+    """
+    for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+        reason = container.get("state", {}).get("waiting", {})
+        if reason.get("reason", STARTING[0]) not in STARTING:
+            return reason["reason"], reason.get("message", ""), container["name"]
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return condition.get("reason", ""), condition.get("message", ""), ""
+    return None
+
+
+def _failure(attempt: int, node: int, status: Json) -> NodeFailure | None:
+    """How a node's pod or container failed; None where neither has."""
+    terminated: Json = {}
+    for container in status.get("containerStatuses", []):
+        if container["name"] == CONTAINER:
+            terminated = container.get("state", {}).get("terminated", {})
+    ended = str(terminated.get("finishedAt", ""))
+    if status.get("phase") == "Failed" and status.get("reason"):
+        # Evicted, for example, when a disk is full; the container may be gone.
+        reason = f"{status['reason']}: {status.get('message', '')}"
+        return NodeFailure(attempt, node, ended, reason, 1, explained=True)
+    exit_code = int(terminated.get("exitCode", 0))
+    if exit_code == 0:
+        return None
+    explained = True
+    message = (terminated.get("message") or "").strip()
+    if terminated.get("reason") == "OOMKilled":
+        reason = "it was killed, as its memory was used up: raise resources.steps.recover.memory"
+    else:
+        # JSON as a node wrote it, where it had the time; else what it printed last.
+        try:
+            reason = str(json.loads(message)["reason"])
+        except (ValueError, TypeError, KeyError):
+            reason = message or f"its process ended with exit code {exit_code} and without a word"
+            explained = False
+    return NodeFailure(attempt, node, ended, reason, exit_code, explained)
 
 
 def cause(seen: Sequence[NodeFailure]) -> NodeFailure | None:

@@ -1,10 +1,8 @@
-"""Checkpoints as files: a folder appears by one rename, a record by one hard link: a kill leaves nothing half."""
+"""Checkpoints as files: a list or a record appears complete, by a rename or a hard link; a kill leaves none of it."""
 
 from __future__ import annotations
 
 import errno
-import functools
-import hashlib
 import os
 import shutil
 import tempfile
@@ -16,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ptl.errors import InputError, WorkError
-from ptl.storage.manifest import FILES, THREADS, File, Files, Progress, chunks, dump_files, starts, verify
+from ptl.storage.manifest import FILES, THREADS, Files, Progress, verify
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
@@ -32,34 +30,28 @@ def path_of(uri: str) -> Path:
     return path
 
 
-def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
-    """Copy into `<location>.partial`, flush everything to disk, rename. Raises WorkError when the disk is full."""
+def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
+    """Copy these files of a folder, and flush everything to disk; an error leaves nothing of them."""
     target = path_of(location)
-    # The rename below replaces an empty folder, and nothing else.
-    if target.is_dir() and any(target.iterdir()):
-        raise WorkError(
-            f"{target} already holds files",
-            field="store",
-            remedy="publish every attempt under a fresh prefix",
-        )
-    partial = target.with_name(target.name + ".partial")
+
+    def copy(path: str) -> None:
+        new_file = target / path
+        new_file.parent.mkdir(parents=True, exist_ok=True)
+        # The copy has the umask's mode, whatever the mode of the source.
+        shutil.copyfile(folder / path, new_file)
+        _sync(new_file)
+        on_progress(new_file.stat().st_size)
+
     with full_disk(target):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            copy = functools.partial(_copy, folder, partial, on_progress)
             with ThreadPoolExecutor(THREADS) as pool:
-                files = tuple(pool.map(copy, paths))
-            _write(partial / FILES, dump_files(files))
+                list(pool.map(copy, paths))
             # After a power failure the names must be there as well as the bytes.
-            for path, _, _ in os.walk(partial):
+            for path, _, _ in os.walk(target):
                 _sync(Path(path))
-            partial.rename(target)
-            _sync(target.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
             raise
-    return files
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
@@ -101,6 +93,7 @@ def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a small file completely or not at all, whatever it held before."""
     with _draft(path, data, mode) as draft:
         draft.replace(path)
+        _sync(path.parent)
 
 
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
@@ -161,47 +154,22 @@ def no_space(error: OSError) -> WorkError:
     """What to do about a full disk, an exceeded quota or a file size limit (`errno` in FULL)."""
     path = str(error.filename or "")
     temporary = os.environ.get("TMPDIR") or tempfile.gettempdir()
-    remedy = "free some"
+    remedy = "free some and run the same command again: earlier checkpoints are intact"
     # A write to an open file names none, and most of those that libraries write are temporary.
     if not path or path.startswith(temporary):
-        remedy += f", or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
+        remedy += f"; or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
     return WorkError(f"no space left while writing {path or 'a file'}: {error.strerror}", remedy=remedy)
 
 
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk, an exceeded quota or a file size limit into a WorkError that says what to do."""
+    """Let a full disk be an error that names `path` (see `no_space`)."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise WorkError(
-            f"no space left while writing {path} ({error.strerror})",
-            field="store",
-            remedy="earlier checkpoints are intact: free some space and run the same command again",
-        ) from error
-
-
-def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
-    """Copy one file and hash what was written. A new file has the umask's mode, whatever the mode of the source."""
-    blocks = []
-    new_file = target / path
-    new_file.parent.mkdir(parents=True, exist_ok=True)
-    # Hashed as it is copied: the source is read once.
-    with (source / path).open("rb", buffering=0) as reader, new_file.open("wb") as writer:
-        size = os.fstat(reader.fileno()).st_size
-        for start in starts(size):
-            hasher = hashlib.sha256()
-            for data in chunks(reader.fileno(), start, size):
-                hasher.update(data)
-                writer.write(data)
-                on_progress(len(data))
-            blocks.append(hasher.hexdigest())
-        # On the disk before the rename that publishes it.
-        writer.flush()
-        os.fsync(writer.fileno())
-    return File(path, size, tuple(blocks))
+        raise no_space(OSError(error.errno, error.strerror, str(path))) from error
 
 
 @contextmanager
@@ -210,18 +178,11 @@ def _draft(path: Path, data: bytes, mode: int = 0o666) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.touch(mode)  # before any byte of it, which may be secret
     try:
-        _write(draft, data)
+        draft.write_bytes(data)
+        _sync(draft)
         yield draft
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file, and have it on the disk when this returns."""
-    with path.open("wb") as writer:
-        writer.write(data)
-        writer.flush()
-        os.fsync(writer.fileno())
 
 
 def _link(draft: Path, path: Path) -> None:
@@ -239,9 +200,9 @@ def _link(draft: Path, path: Path) -> None:
             draft.rename(path)
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from ptl.errors import InputError, WorkError
 
@@ -18,12 +18,10 @@ FILES = "ptl-files.json"  # next to the files that it lists, and written after a
 MLFLOW_META = "registered_model_meta"  # MLflow writes it into a folder from which it loads a registered version
 FORMAT = 2  # of the list
 BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
-CHUNK = 64 << 10  # bytes read, hashed and written at once; from 128 KiB on the allocator maps fresh memory for each
+CHUNK = 64 << 10  # bytes read and hashed at once; from 128 KiB on the allocator maps fresh memory for each
 THREADS = 8  # blocks at once
 
-# Remedies for files that are not as they were published.
 REMAKE = "run the step that made this checkpoint again"
-RESTORE = f"restore it or {REMAKE}"
 
 Progress = Callable[[int], object]  # called with the number of bytes just moved, from several threads
 
@@ -32,8 +30,8 @@ Progress = Callable[[int], object]  # called with the number of bytes just moved
 class File:
     """One file of a checkpoint.
 
-    Each block of BLOCK bytes (the last one may be shorter) has a digest of its own, so that blocks which arrive side by
-    side are checked side by side. An empty file has one empty block.
+    Each block of BLOCK bytes (the last one may be shorter) has a digest of its own, so that the blocks of a large file
+    are checked side by side. An empty file has one empty block.
     """
 
     path: str  # relative, with forward slashes
@@ -44,14 +42,8 @@ class File:
 Files = tuple[File, ...]
 
 
-def starts(size: int) -> range:
-    """Where the blocks of a file of so many bytes begin."""
-    return range(0, max(size, 1), BLOCK)
-
-
-def block_size(file: File, start: int) -> int:
-    """The bytes of the block that begins at `start`."""
-    return min(BLOCK, file.size - start)
+def silent(_: int) -> None:
+    """No progress is shown."""
 
 
 def digest_of(files: Iterable[File]) -> str:
@@ -65,11 +57,7 @@ def digest_of(files: Iterable[File]) -> str:
 def scan(folder: Path) -> list[str]:
     """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
     if not folder.is_dir():
-        raise InputError(
-            f"no folder {folder}",
-            field="checkpoint",
-            remedy="give the folder that holds the files",
-        )
+        raise InputError(f"no folder {folder}", field="checkpoint", remedy="give the folder that holds the files")
     paths = []
     for entry in sorted(folder.rglob("*")):
         # What a link leads to may change, or be on no other machine.
@@ -87,27 +75,38 @@ def scan(folder: Path) -> list[str]:
     return paths
 
 
-def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
-    """The bytes of the block that begins at `start` in an open file of `size` bytes."""
-    offset = start
-    stop = min(start + BLOCK, size)
-    while offset < stop:
-        data = os.pread(handle, min(CHUNK, stop - offset), offset)
-        if not data:  # the file has become shorter
-            return
-        yield data
-        offset += len(data)
+def hash_files(folder: Path, paths: Iterable[str], on_progress: Progress = silent) -> Files:
+    """Sizes and digests of these files of a folder; `on_progress` gets the bytes of each block."""
+
+    def hash_block(path: str, start: int) -> str:
+        digest, size = _sha256_of(folder / path, start)
+        on_progress(size)
+        return digest
+
+    # hashlib releases the interpreter's lock for large data, so that threads serve.
+    hashing = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for path in paths:
+            size = (folder / path).stat().st_size
+            hashing.append((path, size, [pool.submit(hash_block, path, start) for start in _starts(size)]))
+    return tuple(File(path, size, tuple(block.result() for block in blocks)) for path, size, blocks in hashing)
 
 
-def sha256_of(path: Path, start: int) -> str:
-    """Hex sha256 of the block of a file that begins at `start`."""
+def _starts(size: int) -> range:
+    """Where the blocks of a file of so many bytes begin."""
+    return range(0, max(size, 1), BLOCK)
+
+
+def _sha256_of(path: Path, start: int) -> tuple[str, int]:
+    """Hex sha256 and size of the block of a file that begins at `start`."""
     hasher = hashlib.sha256()
-    # Unbuffered: `chunks` reads at offsets of its own.
+    left = BLOCK
     with path.open("rb", buffering=0) as source:
-        size = path.stat().st_size
-        for data in chunks(source.fileno(), start, size):
+        source.seek(start)
+        while left and (data := source.read(min(CHUNK, left))):
             hasher.update(data)
-    return hasher.hexdigest()
+            left -= len(data)
+    return hasher.hexdigest(), BLOCK - left
 
 
 def file_digest(path: Path) -> str:
@@ -140,36 +139,27 @@ def load_files(text: bytes, name: str) -> Files:
         version, block = listing["format"], listing["block"]
         if (version, block) != (FORMAT, BLOCK):
             raise ValueError(f"format {version} is not the one of this version of ptl, {FORMAT}")
-        files = tuple(_file(row) for row in listing["files"])
+        files = TypeAdapter(Files).validate_python(listing["files"])
         _check_files(files)
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
     return files
 
 
-def _file(row: dict[str, Any]) -> File:
-    """Converted, so that a wrong type shows here."""
-    return File(
-        str(row["path"]),
-        int(row["size"]),
-        tuple(str(digest) for digest in row["blocks"]),
-    )
-
-
 def _check_files(files: Files) -> None:
-    """Others may have written the list: a reader must not leave the folder, nor wait for blocks that never come."""
+    """Others may have written the list: a reader must not leave the folder, nor compare blocks that cannot be."""
     for file in files:
-        if not is_inside(file.path):
+        if not _is_inside(file.path):
             raise ValueError(f"{file.path!r} is outside of the checkpoint")
         digests = len(file.blocks)
-        if file.size < 0 or digests != len(starts(file.size)):
+        if file.size < 0 or digests != len(_starts(file.size)):
             raise ValueError(f"{digests} digests for {file.size} bytes")
     # Two entries would write one file at the same time.
     if len({file.path for file in files}) != len(files):
         raise ValueError("a file is named twice")
 
 
-def is_inside(path: str) -> bool:
+def _is_inside(path: str) -> bool:
     """Whether a path from a manifest is a plain relative one: no `..`, no root, no backslash, nothing to normalize."""
     if path == FILES or "\\" in path or "\0" in path:
         return False
@@ -177,73 +167,31 @@ def is_inside(path: str) -> bool:
     return not {"", ".", ".."} & set(path.split("/"))
 
 
-def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None:
-    """Compare a folder with its list: every file, none else, no symlinks, equal sizes and blocks; else WorkError."""
+def verify(folder: Path, files: Files, name: str, on_progress: Progress = silent) -> None:
+    """Compare a folder with its list: every file, none else, no symlinks, equal sizes and blocks; else WorkError.
+
+    `name` is what messages call the checkpoint.
+    """
+
+    def refusal(problem: str, remedy: str = f"restore it or {REMAKE}") -> WorkError:
+        return WorkError(problem, field=name, remedy=remedy)
+
     # What is cheap to see comes first: names and sizes, before any byte is read.
-    _verify_names(folder, files, name)
-    for file in files:
-        path = folder / file.path
-        if not path.is_file():
-            raise deleted(name, file)
-        size = path.stat().st_size
-        if size != file.size:
-            raise wrong_size(name, file, size)
-
-    def verify_block(file: File, start: int) -> None:
-        if sha256_of(folder / file.path, start) != file.blocks[start // BLOCK]:
-            raise wrong_digest(name, file)
-        on_progress(block_size(file, start))
-
-    # hashlib releases the interpreter's lock for large data, so that threads serve.
-    with ThreadPoolExecutor(THREADS) as pool:
-        blocks = []
-        for file in files:
-            blocks += [pool.submit(verify_block, file, start) for start in starts(file.size)]
-        for block in blocks:
-            block.result()
-
-
-def _verify_names(folder: Path, files: Files, name: str) -> None:
-    """Raise WorkError for a symlink, or a file that is not on the list."""
     listed = {FILES, MLFLOW_META, *(file.path for file in files)}
     for entry in folder.rglob("*"):
         path = entry.relative_to(folder).as_posix()
         if entry.is_symlink():
-            raise WorkError(
-                f"{path} is a symlink",
-                field=name,
-                remedy="refused: a checkpoint holds regular files only",
-            )
+            raise refusal(f"{path} is a symlink", "refused: a checkpoint holds regular files only")
         if not entry.is_dir() and path not in listed:
-            raise WorkError(
-                f"{path} is not part of the checkpoint",
-                field=name,
-                remedy=f"remove it from {folder}",
+            raise refusal(f"{path} is not part of the checkpoint", f"remove it from {folder}")
+    for file in files:
+        if not (folder / file.path).is_file():
+            raise refusal(f"file {file.path} was deleted")
+        size = (folder / file.path).stat().st_size
+        if size != file.size:
+            raise refusal(f"file {file.path} has {size} bytes, {file.size} were published")
+    for file, actual in zip(files, hash_files(folder, [file.path for file in files], on_progress), strict=True):
+        if actual != file:
+            raise refusal(
+                f"digest differs in file {file.path}: its bytes are not the ones that were published",
             )
-
-
-def deleted(name: str, file: File) -> WorkError:
-    """For a file that is no longer there."""
-    return WorkError(
-        f"file {file.path} was deleted",
-        field=name,
-        remedy=RESTORE,
-    )
-
-
-def wrong_size(name: str, file: File, size: int) -> WorkError:
-    """For a file that was truncated or replaced."""
-    return WorkError(
-        f"file {file.path} has {size} bytes, {file.size} were published",
-        field=name,
-        remedy=RESTORE,
-    )
-
-
-def wrong_digest(name: str, file: File) -> WorkError:
-    """For a file whose bytes changed."""
-    return WorkError(
-        f"digest differs in file {file.path}: its bytes are not the ones that were published",
-        field=name,
-        remedy=RESTORE,
-    )

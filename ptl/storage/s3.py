@@ -1,108 +1,47 @@
-"""Checkpoints in an S3 store: boto3, parts in parallel, within bounded memory; never the crt transfer client."""
+"""Checkpoints in an S3 store: boto3's transfer manager, within bounded memory; never the crt transfer client."""
 
 from __future__ import annotations
 
 import fcntl
 import shutil
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError, WorkError
 from ptl.storage.local_files import full_disk
-from ptl.storage.manifest import (
-    BLOCK,
-    CHUNK,
-    FILES,
-    THREADS,
-    File,
-    Files,
-    Progress,
-    dump_files,
-    sha256_of,
-    starts,
-    verify,
-)
-from ptl.storage.s3_client import ATTEMPTS, broken_stream, client, code, error_for, explained, is_missing, pause, split
-from ptl.storage.s3_download import download
+from ptl.storage.manifest import BLOCK, FILES, THREADS, Files, Progress, verify
+from ptl.storage.s3_client import MISSING, client, code, error_for, explained, split
 
-SMALL = 64 << 20  # bytes that a list of files or a record may have
-UPLOADS = 3  # of a file whose multipart upload the store forgot
+if TYPE_CHECKING:
+    from s3transfer.futures import TransferFuture
+    from s3transfer.manager import TransferManager
+
+ATTEMPTS = 3  # of what boto3 does not repeat by itself
+STREAMS = 20  # for a part whose download breaks off: each begins with a request that outlasts a restart
 NO_CONDITIONS = ("NotImplemented", "501")  # the store has no conditional writes
 EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # another writer was first
 
 
-def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
-    """Upload the files side by side, hashing them meanwhile, and their list last."""
-    # A prefix that is used twice could mix the files of two attempts.
-    if read(f"{location}/{FILES}") is not None:
-        raise WorkError(
-            f"{location} already holds a checkpoint",
-            field="store",
-            remedy="publish every attempt under a fresh prefix",
-        )
+def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
+    """Upload these files of a folder side by side."""
     bucket, prefix = split(location)
-    sizes = {path: (folder / path).stat().st_size for path in paths}
-    blocks = {}
-    # Hashed while they are uploaded.
-    with explained(location), ThreadPoolExecutor(2) as hashing:
-        for path, size in sizes.items():
-            blocks[path] = [hashing.submit(sha256_of, folder / path, start) for start in starts(size)]
-        _upload(folder, bucket, prefix, paths, on_progress)
-        files = []
-        for path, size in sizes.items():
-            digests = tuple(block.result() for block in blocks[path])
-            files.append(File(path, size, digests))
-        # Last: where the list is, all files are.
-        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=dump_files(files))
-    return tuple(files)
 
+    def upload_file(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
+        return manager.upload(str(folder / path), bucket, f"{prefix}/{path}", subscribers=[counter])
 
-def _upload(
-    folder: Path,
-    bucket: str,
-    prefix: str,
-    paths: list[str],
-    on_progress: Progress,
-) -> None:
-    """Upload all files; what the store forgot half-way is uploaded again."""
-    from botocore.exceptions import ClientError
-    from s3transfer.manager import TransferConfig, TransferManager
-
-    counter: Any = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
-    # Memory: THREADS parts of BLOCK bytes.
-    config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
-    # A server that restarts may lose the multipart uploads that were not complete.
-    for _ in range(UPLOADS):
-        forgotten: dict[str, Exception] = {}
-        with TransferManager(client(), config) as manager:
-            uploads = {}
-            for path in paths:
-                uploads[path] = manager.upload(
-                    str(folder / path),
-                    bucket,
-                    f"{prefix}/{path}",
-                    subscribers=[counter],
-                )
-            # All have been submitted: waiting for one does not hold the others up.
-            for path, upload in uploads.items():
-                try:
-                    upload.result()
-                except ClientError as error:
-                    if code(error) != "NoSuchUpload":
-                        raise
-                    forgotten[path] = error
-        if not forgotten:
-            return
-        paths = list(forgotten)
-    raise next(iter(forgotten.values()))
+    with explained(location):
+        for _ in range(ATTEMPTS):
+            # A server that restarts may forget the multipart uploads that were not complete.
+            paths = _transfer(upload_file, paths, on_progress, ("NoSuchUpload",))
+            if not paths:
+                return
+    raise WorkError(f"{location}: the server has forgotten the uploads of {', '.join(paths)}", field="store")
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
-    """Download into `<cache>.partial`, each block verified as it arrives, then rename; or take an earlier download.
+    """Download into `<cache>.partial`, verify, then rename; or take an earlier download.
 
     Processes that want the same checkpoint wait for each other (a lock file beside `cache`). Raises WorkError.
     """
@@ -122,45 +61,85 @@ def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress)
         shutil.rmtree(partial, ignore_errors=True)
         try:
             with full_disk(partial):
-                download(uri, files, partial, name, on_progress)
+                _download(uri, files, partial, name, on_progress)
             partial.rename(cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return cache
 
 
+def _download(uri: str, files: Files, target: Path, name: str, on_progress: Progress) -> None:
+    """Fill a folder with the files of a checkpoint, all verified; once more where a check fails."""
+    bucket, prefix = split(uri)
+
+    def download(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        return manager.download(bucket, f"{prefix}/{path}", str(target / path), subscribers=[counter])
+
+    def download_all() -> None:
+        with explained(uri):
+            # What is gone is named when all is verified.
+            _transfer(download, [file.path for file in files], on_progress, MISSING)
+
+    download_all()
+    try:
+        verify(target, files, name)
+    except WorkError:  # a byte may have changed on its way
+        download_all()
+        verify(target, files, name)
+
+
+def _transfer(
+    submit: Callable[[TransferManager, str, Any], TransferFuture],
+    paths: list[str],
+    on_progress: Progress,
+    tolerated: tuple[str, ...],
+) -> list[str]:
+    """Move files side by side; returns the paths of those that failed with a tolerated S3 error code."""
+    from botocore.exceptions import ClientError
+    from s3transfer.manager import TransferConfig, TransferManager
+
+    counter = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
+    # Memory: THREADS parts of BLOCK bytes, and 100 pieces of 256 KiB that wait for the disk.
+    config = TransferConfig(
+        multipart_threshold=BLOCK,
+        multipart_chunksize=BLOCK,
+        max_request_concurrency=THREADS,
+        max_io_queue_size=100,
+        num_download_attempts=STREAMS,
+    )
+    failed = []
+    with TransferManager(client(), config) as manager:
+        # All are submitted first: waiting for one does not hold the others up.
+        futures = {path: submit(manager, path, counter) for path in paths}
+        for path, future in futures.items():
+            try:
+                future.result()
+            except ClientError as error:
+                if code(error) not in tolerated:
+                    raise
+                failed.append(path)
+    return failed
+
+
 def read(uri: str) -> bytes | None:
     """The bytes of a small object, or None where there is none."""
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
     bucket, key = split(uri)
     with explained(uri):
         for attempt in range(1, ATTEMPTS + 1):
-            # The client itself has tried often enough to get an answer.
             try:
-                stream = client().get_object(Bucket=bucket, Key=key)["Body"]
+                return bytes(client().get_object(Bucket=bucket, Key=key)["Body"].read())
             except ClientError as error:
-                if is_missing(error):
+                if code(error) in MISSING:
                     return None
                 raise
-            # What may break is the stream after it.
-            try:
-                return _read_all(stream, uri)
-            except broken_stream():
+            except (HTTPClientError, IncompleteReadError):
+                # The client repeats requests, but not the reading of an answer that breaks off.
                 if attempt == ATTEMPTS:
                     raise
-                time.sleep(pause(attempt))
     return None
-
-
-def _read_all(stream: Any, uri: str) -> bytes:
-    """The bytes of a stream to its end, which is where a short answer is noticed."""
-    data = bytearray()
-    while chunk := stream.read(CHUNK):
-        data += chunk
-        if len(data) > SMALL:
-            raise WorkError(f"{uri} has more than {SMALL:,} bytes, so it is not what ptl wrote there", field="store")
-    return bytes(data)
 
 
 def put_once(uri: str, data: bytes) -> bytes:
@@ -177,14 +156,13 @@ def put_once(uri: str, data: bytes) -> bytes:
                 client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except ClientError as error:
                 if code(error) in NO_CONDITIONS:
-                    # The one writer that a step normally has is still safe.
-                    client().put_object(Bucket=bucket, Key=key, Body=data)
+                    put(uri, data)  # the one writer that a step normally has is still safe
                 elif code(error) not in EXISTS:
                     raise
     raise WorkError(
         f"{uri} was written but cannot be read back",
         field="store",
-        remedy="look at the S3 server's log",
+        remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself? Look at its log",
     )
 
 
@@ -218,17 +196,17 @@ def delete(uri: str, below: str) -> None:
     # False sorts before True: the list first.
     paths = sorted((path for path, _, _ in walk(uri)), key=lambda path: path != FILES)
     with explained(uri):
-        for path in paths:
-            try:
+        try:
+            for path in paths:
                 client().delete_object(Bucket=bucket, Key=f"{prefix}/{path}")
-            except ClientError as error:
-                if code(error) not in ("AccessDenied", "403"):
-                    raise
-                raise InputError(
-                    f"{uri}: these credentials may not delete",
-                    field="store",
-                    remedy="use some that may (s3:DeleteObject)",
-                ) from error
+        except ClientError as error:
+            if code(error) not in ("AccessDenied", "403"):
+                raise
+            raise InputError(
+                f"{uri}: these credentials may not delete",
+                field="store",
+                remedy="use some that may (s3:DeleteObject)",
+            ) from error
 
 
 def check(root: str) -> None:

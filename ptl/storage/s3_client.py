@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ptl.storage.manifest import THREADS
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-ATTEMPTS = 24  # per request; the pauses between them add up to some 90 seconds, which outlasts a restart of the server
+ATTEMPTS = 9  # per request; the pauses between them add up to some two minutes, which outlasts a restart of the server
 
 # What decides which server is asked, and as whom; in the order of precedence.
 SETTINGS = (
@@ -37,146 +36,7 @@ CREDENTIALS = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
-
-
-def split(uri: str) -> tuple[str, str]:
-    """Bucket and key of `s3://bucket/key`."""
-    # A key may hold a number sign, which begins no fragment.
-    parts = urlsplit(uri, allow_fragments=False)
-    if parts.scheme != "s3" or not parts.netloc:
-        raise InputError(f"{uri!r} must be s3://bucket/folder", field="store")
-    return parts.netloc, parts.path.strip("/")
-
-
-def client(attempts: int = ATTEMPTS) -> S3Client:
-    """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
-    if not any(os.environ.get(name) for name in CREDENTIALS):
-        raise InputError(
-            "no S3 credentials",
-            field="environment",
-            remedy=f"{SET_KEYS} (`ptl up` prints them)",
-        )
-    # The environment may change while a process lives: a client is kept for each state of it.
-    return _build(attempts, tuple(os.environ.get(name) for name in SETTINGS + CREDENTIALS))
-
-
-@functools.lru_cache(4)
-def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
-    """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
-    import boto3
-    from botocore.config import Config
-
-    # A server of one's own seldom has a DNS name for each bucket, hence addresses by path.
-    endpoint = endpoint_url()
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint and not region:
-        region = "us-east-1"  # a server of one's own has no regions, but boto3 wants one
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},  # retried by _seconds_to_retry below
-        connect_timeout=5,
-        read_timeout=60,
-        tcp_keepalive=True,
-        max_pool_connections=2 * THREADS + 2,
-        s3={"addressing_style": "path" if endpoint else "auto"},
-    )
-    # A session of its own: the default one is not safe between threads.
-    session = boto3.session.Session()
-    try:
-        built = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    except ValueError as error:
-        raise InputError(
-            f"{endpoint!r} is not an address",
-            field="MLFLOW_S3_ENDPOINT_URL",
-            remedy="write http://host:port",
-        ) from error
-    built.meta.events.register("needs-retry.s3", functools.partial(_seconds_to_retry, attempts))  # type: ignore[arg-type]
-    built.meta.events.register("after-call.s3", _require_receipt)
-    return built
-
-
-# What the answer to a write must have. A proxy or a login page says 200 too, and then nothing was stored.
-_RECEIPTS = {
-    "PutObject": "ETag",
-    "UploadPart": "ETag",
-    "CreateMultipartUpload": "UploadId",
-    "CompleteMultipartUpload": "ETag",
-}
-
-
-def _require_receipt(model: Any, http_response: Any, parsed: Any, **_: Any) -> None:
-    """Raise WorkError for a write that was answered with success, but not as an S3 server does."""
-    receipt = _RECEIPTS.get(model.name)
-    status = http_response.status_code
-    if receipt and status < 300 and not parsed.get(receipt):
-        raise WorkError(
-            f"{model.name} at {_server()}: answered {status} without {receipt}, "
-            "so that nothing says that it was stored",
-            field="store",
-            remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?",
-        )
-
-
-def _seconds_to_retry(
-    limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any
-) -> float | None:
-    """Seconds until a request is sent again, None to give up.
-
-    botocore's own retries share a quota between all requests of a client (500, 14 for each retry) and pause for
-    fractions of a second, so that a restart of the server ends every transfer.
-    """
-    from botocore.exceptions import ConnectionError, HTTPClientError
-
-    if attempts >= limit:
-        return None
-    # Only what may pass: a server that restarts, or has too much to do.
-    if caught_exception is not None:
-        # Refused, reset, timed out.
-        temporary = isinstance(caught_exception, (ConnectionError, HTTPClientError))
-    else:
-        status = response[0].status_code
-        # 501: it will never be implemented.
-        temporary = status == 429 or (status >= 500 and status != 501)
-    return pause(attempts) if temporary else None
-
-
-def pause(attempts: int) -> float:
-    """Seconds to wait after so many attempts: doubling up to 5, with some noise so that parts do not return at once."""
-    return min(5.0, 0.25 * 2**attempts) * random.uniform(0.7, 1.0)
-
-
-def broken_stream() -> tuple[type[Exception], ...]:
-    """What reading a body raises when the connection is lost or the server stops in the middle."""
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    return (HTTPClientError, IncompleteReadError, ConnectionError, TimeoutError)
-
-
-def endpoint_url() -> str | None:
-    """Where the S3 server is; None means AWS itself."""
-    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
-
-
-def _server() -> str:
-    """The S3 server as messages name it."""
-    return endpoint_url() or "AWS"
-
-
-@contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-    from botocore.parsers import ResponseParserError
-    from s3transfer.exceptions import RetriesExceededError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
-        no_credentials = isinstance(error, NoCredentialsError | PartialCredentialsError)
-        refused = isinstance(error, ClientError) and code(error) in _SETTINGS_ERRORS
-        kind = InputError if no_credentials or refused else WorkError
-        raise error_for(kind, error, uri) from error
-
+MISSING = ("NoSuchKey", "404")  # error codes of an object that is not there
 
 # One remedy in several messages.
 SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -195,32 +55,90 @@ _SETTINGS_ERRORS = {
 }
 
 
-def error_for(
-    kind: type[PtlError],
-    error: Exception,
-    uri: str,
-    *,
-    field: str = "store",
-) -> PtlError:
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of `s3://bucket/key`."""
+    # A key may hold a number sign, which begins no fragment.
+    parts = urlsplit(uri, allow_fragments=False)
+    if parts.scheme != "s3" or not parts.netloc:
+        raise InputError(f"{uri!r} must be s3://bucket/folder", field="store")
+    return parts.netloc, parts.path.strip("/")
+
+
+def client(attempts: int = ATTEMPTS) -> S3Client:
+    """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
+    if not any(os.environ.get(name) for name in CREDENTIALS):
+        raise InputError("no S3 credentials", field="environment", remedy=f"{SET_KEYS} (`ptl up` prints them)")
+    # The environment may change while a process lives: a client is kept for each state of it.
+    return _build(attempts, tuple(os.environ.get(name) for name in SETTINGS + CREDENTIALS))
+
+
+@functools.lru_cache(4)
+def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
+    """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
+    import boto3
+    from botocore.config import Config
+
+    endpoint = endpoint_url()
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint and not region:
+        region = "us-east-1"  # a server of one's own has no regions, but boto3 wants one
+    config = Config(
+        # The newer modes share a quota between all requests of a client, so that a restart ends every transfer.
+        retries={"mode": "legacy", "total_max_attempts": attempts},
+        connect_timeout=5,
+        read_timeout=60,
+        tcp_keepalive=True,
+        max_pool_connections=2 * THREADS + 2,
+        # A server of one's own seldom has a DNS name for each bucket, hence addresses by path.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    # A session of its own: the default one is not safe between threads.
+    session = boto3.session.Session()
+    try:
+        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    except ValueError as error:
+        raise InputError(
+            f"{endpoint!r} is not an address",
+            field="MLFLOW_S3_ENDPOINT_URL",
+            remedy="write http://host:port",
+        ) from error
+
+
+def endpoint_url() -> str | None:
+    """Where the S3 server is; None means AWS itself."""
+    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.parsers import ResponseParserError
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
+
+    own = (BotoCoreError, ClientError, ResponseParserError, Boto3Error)
+    try:
+        yield
+    except (*own, RetriesExceededError, S3DownloadFailedError, S3ValidationError) as error:
+        no_credentials = isinstance(error, NoCredentialsError | PartialCredentialsError)
+        refused = isinstance(error, ClientError) and code(error) in _SETTINGS_ERRORS
+        kind = InputError if no_credentials or refused else WorkError
+        raise error_for(kind, error, uri) from error
+
+
+def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = "store") -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do."""
-    problem, remedy = _explanation(error)
-    return kind(f"{uri} at {_server()}: {problem}", field=field, remedy=remedy)
+    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
-
-def _explanation(error: Exception) -> tuple[str, str]:
-    """Problem and remedy."""
-    from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError, PartialCredentialsError
-
+    problem = str(error)
+    remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
     if isinstance(error, ClientError):
-        return _SETTINGS_ERRORS.get(
-            code(error),
-            (str(error), "run the same command again, or look at the S3 server's log"),
-        )
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return str(error), SET_KEYS
-    if isinstance(error, FlexibleChecksumError):
-        return f"digest differs ({error})", "restore the checkpoint or run the step that made it again"
-    return str(error), "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
+        other = (problem, "run the same command again, or look at the S3 server's log")
+        problem, remedy = _SETTINGS_ERRORS.get(code(error), other)
+    elif isinstance(error, NoCredentialsError | PartialCredentialsError):
+        remedy = SET_KEYS
+    return kind(f"{uri} at {endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
 
 
 def code(error: Any) -> str:
@@ -230,4 +148,4 @@ def code(error: Any) -> str:
 
 def is_missing(error: Any) -> bool:
     """Whether a ClientError says that there is no such object."""
-    return code(error) in ("NoSuchKey", "404")
+    return code(error) in MISSING

@@ -6,21 +6,22 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from ptl.errors import InputError, WorkError
-from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
+from ptl.storage.manifest import FILES, Files, Progress, digest_of, dump_files, hash_files, load_files, scan
 
 FORMAT = 3  # of a record
 WITHDRAWN = b"{}"  # in place of a record
 T = TypeVar("T")
-Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -28,8 +29,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Pointer:
     """What travels between steps instead of weights."""
 
-    uri: str  # folder of the files: file:///... or s3://...
-    digest: str  # sha256:<hex> over the sorted list of (path, size, sha256 of blocks)
+    uri: Annotated[str, Field(min_length=1)]  # folder of the files: file:///... or s3://...
+    # Over the sorted list of (path, size, sha256 of blocks).
+    digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
     params: int = 0
     original_params: int = 0  # of the imported dense model; prune's goals are computed from it
     parent_digest: str = ""
@@ -40,6 +42,8 @@ class Pointer:
     step: str = ""  # that made it
     target_params: int = 0  # to end with, where the run's target is a goal; 0: it is a number, which each step has
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     def dump(self) -> str:
         """JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -47,39 +51,34 @@ class Pointer:
     @staticmethod
     def load(text: str) -> Pointer:
         """Read JSON. Raises InputError for anything that is not a pointer, naming the field."""
+        # Strict: True is an int for Python, and never one in a pointer.
         try:
-            mapping = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"not JSON ({error})", field="pointer", remedy=_GIVE_POINTER) from error
-        return pointer_of(mapping)
+            return TypeAdapter(Pointer).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                first["msg"],
+                field=".".join(["pointer", *map(str, first["loc"])]),
+                remedy="give the artifact of an earlier step, of this version of ptl",
+            ) from error
 
 
-_GIVE_POINTER = "give the artifact of an earlier step"
+@dataclass(frozen=True)
+class Record:
+    """What a step has committed: nothing else says that it is done."""
+
+    key: str  # digest of all that the result depends on
+    pointer: Pointer  # to the files
+    metadata: dict[str, Any] = field(default_factory=dict)  # JSON: the report of the step's work
+    step: str = ""  # that committed it
+    version: str = ""  # of ptl
+    files: dict[str, str] = field(default_factory=dict)  # local file -> what changes with its content
+    damaged: bool = False  # a later step could not fetch the files: it counts as not committed until they are repaired
 
 
 def pointer_of(mapping: Any) -> Pointer:
     """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
-    if not isinstance(mapping, dict):
-        raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
-    empty = asdict(Pointer("", ""))
-    for name, value in mapping.items():
-        if name not in empty:
-            raise InputError(
-                "unknown field",
-                field=f"pointer.{name}",
-                remedy="this pointer was not written by this version of ptl",
-            )
-        # The very type: True is an int for Python, and never one in a pointer.
-        kind = type(empty[name])
-        if type(value) is not kind:
-            raise InputError(f"{value!r} must be {kind.__name__}", field=f"pointer.{name}")
-    # Without these two nothing can be fetched; the other fields have a default.
-    for name in ("uri", "digest"):
-        if not mapping.get(name):
-            raise InputError("missing", field=f"pointer.{name}", remedy=_GIVE_POINTER)
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", mapping["digest"]):
-        raise InputError(f"{mapping['digest']!r} must be sha256:<64 hex digits>", field="pointer.digest")
-    return Pointer(**mapping)
+    return Pointer.load(json.dumps(mapping))
 
 
 def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> Files:
@@ -90,9 +89,23 @@ def publish(folder: Path, location: str, *, on_progress: Progress | None = None)
     terminal. Raises InputError for symlinks or an empty folder, WorkError for a full disk or a failing server.
     """
     paths = scan(folder)
+    backend = _backend(location)
+    # A prefix that is used twice could mix the files of two attempts.
+    if next(backend.walk(location), None) is not None:
+        raise WorkError(
+            f"{location} already holds files",
+            field="store",
+            remedy="publish every attempt under a fresh prefix",
+        )
     num_bytes = sum((folder / path).stat().st_size for path in paths)
-    with _bar("publish", num_bytes, on_progress) as progress:
-        return _backend(location).publish(folder, location.rstrip("/"), paths, progress)
+    with _bar("publish", num_bytes, on_progress) as progress, ThreadPoolExecutor(1) as pool:
+        # Hashed while they are uploaded.
+        hashing = pool.submit(hash_files, folder, paths)
+        backend.upload(folder, location.rstrip("/"), paths, progress)
+        files = hashing.result()
+        # Last: where the list is, all files are.
+        backend.put(f"{location.rstrip('/')}/{FILES}", dump_files(files))
+    return files
 
 
 def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None) -> Path:
@@ -138,21 +151,17 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
 def commit(root: str, run: str, step: str, record: Record) -> Record:
     """Write a step's record, unless there is one of the same key: returns the one that stays, ours or an earlier one.
 
-    The record needs `key`, over all that it depends on, and `pointer`. One of another key is replaced.
+    One of another key, or of damaged files, is replaced.
     """
-    # Sealed: a record that a disk or a person has changed is found when it is read.
-    record = {**record, "format": FORMAT, "step": step}
-    sealed = {**record, "sha256": digest(record)}
+    record = replace(record, step=step)
     uri = _manifest(root, run, step)
     # One atomic write decides: of two processes that did the step, both continue with the same record.
-    data = json.dumps(sealed, indent=1).encode()
-    kept = _load_record(_backend(root).put_once(uri, data), uri, step)
-    if kept is not None and kept["key"] == record["key"]:
+    kept = _load_record(_backend(root).put_once(uri, _seal(record)), uri, step)
+    if kept is not None and kept.key == record.key and not kept.damaged:
         return kept
-    # One of another key, or withdrawn. Here two processes may both write: the last one stays, and both return it unless
-    # they write at the same moment.
-    _backend(root).put(uri, data)
-    return committed(root, run, step, record["key"]) or record
+    # Here two processes may both write: the last one stays, and both return it unless they write at the same moment.
+    _backend(root).put(uri, _seal(record))
+    return committed(root, run, step, record.key) or record
 
 
 def withdraw(root: str, run: str, step: str) -> None:
@@ -163,16 +172,33 @@ def withdraw(root: str, run: str, step: str) -> None:
         _backend(root).put(uri, WITHDRAWN)
 
 
+def mark_damaged(root: str, run: str, pointer: Pointer) -> None:
+    """Let the step that made these files count as not done, so that its next attempt verifies or repairs them."""
+    record = _record(root, run, pointer.step)
+    if record is not None and record.pointer.digest == pointer.digest:
+        _backend(root).put(_manifest(root, run, pointer.step), _seal(replace(record, damaged=True)))
+
+
 def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
     """The record of a finished step, or None; with `key`, only one that has it."""
+    record = _record(root, run, step)
+    return None if record is None or record.damaged or key not in (None, record.key) else record
+
+
+def damaged(root: str, run: str, step: str, key: str) -> Record | None:
+    """The record of a finished step whose files were found damaged, or None."""
+    record = _record(root, run, step)
+    return record if record is not None and record.damaged and record.key == key else None
+
+
+def _record(root: str, run: str, step: str) -> Record | None:
     uri = _manifest(root, run, step)
 
     def read_record() -> Record | None:
         data = read(uri)
         return None if data is None else _load_record(data, uri, step)
 
-    record = _twice(read_record)
-    return None if record is None or key not in (None, record["key"]) else record
+    return _twice(read_record)
 
 
 def claim(root: str, run: str, name: str, value: str) -> str:
@@ -261,26 +287,31 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def _seal(record: Record) -> bytes:
+    """A record's bytes, with a digest: one that a disk or a person has changed is found when it is read."""
+    fields = {**asdict(record), "format": FORMAT}
+    return json.dumps({**fields, "sha256": digest(fields)}, indent=1).encode()
+
+
 def _load_record(data: bytes, uri: str, step: str) -> Record | None:
     """A record from its bytes, None where it was withdrawn; what cannot be trusted is a WorkError."""
     if data == WITHDRAWN:
         return None
     remedy = f"delete {uri} and run the same command again to redo this step"
     try:
-        record = dict(json.loads(data))
-        if record.pop("sha256") != digest(record):
+        fields = dict(json.loads(data))
+        if fields.pop("sha256") != digest(fields):
             raise WorkError(
                 "digest differs: its bytes are not the ones that were committed",
                 field=uri,
                 remedy=remedy,
             )
         # An intact record may still be one of another version, or copied from another step.
-        if (record["format"], record["step"], type(record["key"])) != (FORMAT, step, str):
+        if (fields.pop("format"), fields["step"], type(fields["key"])) != (FORMAT, step, str):
             raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
-        pointer_of(record["pointer"])
+        return Record(**{**fields, "pointer": pointer_of(fields["pointer"])})
     except (ValueError, KeyError, TypeError, InputError) as error:
         raise WorkError(f"damaged ({error})", field=uri, remedy=remedy) from error
-    return record
 
 
 def digest(value: Any) -> str:

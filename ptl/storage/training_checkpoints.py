@@ -10,13 +10,13 @@ import re
 import shutil
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
 NUM_KEPT = 2  # newest checkpoints whose files stay in the store
@@ -56,7 +56,7 @@ class TrainingCheckpoints:
             return
         newest = stored[-1]
         # named by its optimizer step, as the Trainer looks for it
-        target = scratch / newest["metadata"]["folder"]
+        target = scratch / newest.metadata["folder"]
         local = last_complete(scratch)
         if local is not None and step_of(local) >= step_of(target):
             return
@@ -74,11 +74,11 @@ class TrainingCheckpoints:
         if record is None:
             return None
         _fetch(record, folder)
-        return str(record["metadata"]["report"])
+        return str(record.metadata["report"])
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """The records of the checkpoints stored so far, oldest first."""
-        stored: list[dict[str, Any]] = []
+        stored: list[Record] = []
         while True:
             record = store.committed(
                 self.root,
@@ -109,13 +109,13 @@ class TrainingCheckpoints:
         # a random suffix: a save that was killed before its record left a folder of the same number
         location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
         files = store.publish(folder, location, on_progress=_silent)
-        record = {"key": self.key, "pointer": asdict(Pointer(location, digest_of(files))), "metadata": metadata}
+        record = Record(self.key, Pointer(location, digest_of(files)), metadata)
         store.commit(self.root, self.run, slot, record)
 
-    def _delete_files(self, slot: str, record: dict[str, Any]) -> None:
+    def _delete_files(self, slot: str, record: Record) -> None:
         """Delete a record's files: of the record only the name counts, and that must be one which is given here."""
         folder = self._folder()
-        uri = record["pointer"]["uri"]
+        uri = record.pointer.uri
         name = uri.rpartition("/")[2]
         if re.fullmatch(rf"{re.escape(slot)}-[0-9a-f]{{12}}", name):
             store.delete(f"{folder}/{name}", below=folder)
@@ -134,10 +134,10 @@ class TrainingCheckpoints:
         return f"{self.name}.training-result"
 
 
-def _fetch(record: dict[str, Any], target: Path) -> None:
+def _fetch(record: Record, target: Path) -> None:
     """Put the files of a record into the folder `target`, in place of what is there; one rename makes it complete."""
     download = target.with_name(f"{target.name}.fetched")
-    folder = store.fetch(Pointer(**record["pointer"]), download, on_progress=_silent)
+    folder = store.fetch(record.pointer, download, on_progress=_silent)
     shutil.rmtree(target, ignore_errors=True)
     partial = target.with_name(f".{os.getpid()}.{target.name}")
     shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import boto3
 import pytest
 import run_records
 from conftest import free_port
+from mlflow import MlflowClient
 from mlflow.store.artifact import s3_artifact_repo
 from typer.testing import CliRunner
 
@@ -61,8 +61,7 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
         pointer = Pointer(
             location, digest_of(store.publish(folder, location)), params, run_id=started.run_id, model_id=model
         )
-        record = {"key": "k", "pointer": asdict(pointer), "metadata": {"stage": stage}}
-        store.commit(started.root, run, step, record)
+        store.commit(started.root, run, step, store.Record("k", pointer, {"stage": stage}))
         tracking.finish(started, params={}, metrics={}, inputs=[], output=model or None, step=0)
         pointers[step] = pointer
 
@@ -115,7 +114,9 @@ def database(new_database, tmp_path_factory):
 def here(database, monkeypatch, tmp_path):
     """A finished run in a database of local runs."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}/mlflow.db")
-    return made(monkeypatch, tmp_path, root=f"file://{database}/artifacts")
+    run = made(monkeypatch, tmp_path, root=f"file://{database}/artifacts")
+    MlflowClient().update_run(run.parent, name=f"named-{run.id}")
+    return run
 
 
 def holds(folder, source):
@@ -132,6 +133,8 @@ def holds(folder, source):
         ("{parent}", "recover-2", True),
         ("{id}:recover-1", "recover-1", False),
         ("{id}:recover-2", "recover-2", True),
+        ("named-{id}", "recover-2", True),
+        ("named-{id}:recover-1", "recover-1", False),
         ("{parent}:recover-1", "recover-1", False),
         ("models:/{name}@best", "recover-1", False),
         ("models:/{name}@smallest", "recover-2", True),
@@ -169,9 +172,15 @@ def test_local_runs_are_found_by_home(here, database, tmp_path, monkeypatch):
         ("nothing", r"'nothing' is neither a folder nor a run that this MLflow has"),
         ("0" * 32, "neither a folder nor a run"),
         ("no/folder", "'no/folder' is neither a folder nor the name of a run"),
-        ("{id}:recover-9", r"no finished step 'recover-9'; it has import-model, recover-1, recover-2, control-recover"),
-        ("{id}:evaluate-0", "evaluate-0 is an evaluation, which `ptl compare` reads"),
-        ("models:/{name}@newest", r"has no alias 'newest'; it has best \(version 1\), smallest \(version 2\)"),
+        (
+            "{id}:recover-9",
+            r"no finished step 'recover-9' that makes a checkpoint; it has {id}:import-model",
+        ),
+        ("{id}:evaluate-0", "no finished step 'evaluate-0' that makes a checkpoint"),
+        (
+            "models:/{name}@newest",
+            r"no alias 'newest'; it has \[1, 2\], best \(version 1\), smallest \(version 2\)",
+        ),
         ("models:/{name}/7", r"has no version 7; it has \[1, 2\]"),
         ("models:/unknown@best", r"no registered model 'unknown'; it has .*{name}"),
         ("models:/{name}", "must be models:/NAME@ALIAS or models:/NAME/VERSION"),
@@ -187,8 +196,6 @@ def test_what_is_not_there_is_said_with_what_is(here, tmp_path, what, message):
 
 
 def test_a_version_of_others_is_refused(here, tmp_path):
-    from mlflow import MlflowClient
-
     MlflowClient().delete_model_version_tag(here.name, "1", "ptl.digest")
     with pytest.raises(InputError, match=r"no tag ptl.digest, so ptl did not register it"):
         ptl("fetch", f"models:/{here.name}@best", tmp_path / "out")
@@ -350,8 +357,8 @@ def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, tmp_path, 
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("{id}:recover-1", r"recover-1 is no finished evaluate step of run .*; it has .*:evaluate-0, .*:evaluate-2"),
-        ("{id}:evaluate-7", "evaluate-7 is no finished evaluate step"),
+        ("{id}:recover-1", r"no finished step 'recover-1' that evaluates; it has .*:evaluate-0, .*:evaluate-2"),
+        ("{id}:evaluate-7", "no finished step 'evaluate-7' that evaluates"),
         ("nothing", "neither a folder nor a run"),
     ],
 )
@@ -372,8 +379,6 @@ def test_a_run_is_found_in_any_experiment(database, monkeypatch, tmp_path):
 
 def test_a_run_with_a_second_unfinished_parent_is_the_finished_one(here):
     """Begun with Kubeflow's MLflow plugin in its experiment, retried without it."""
-    from mlflow import MlflowClient
-
     client = MlflowClient()
     other = client.create_experiment(f"plugin-{here.id}", "file:///nowhere")
     client.create_run(other, start_time=1, tags={"ptl.run": here.id, "ptl.role": "parent"})
@@ -445,7 +450,7 @@ def test_mlflow_that_refuses_a_password_is_named(monkeypatch):
         raise MlflowException("failed with error code 401", error_code=UNAUTHENTICATED)
 
     monkeypatch.setattr(mlflow_client, "connect", refuse)
-    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_PASSWORD: MLflow does not accept .*401"):
+    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_PASSWORD: MLflow at .*401.*; set them"):
         locate.find_run("run-1")
 
 

@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,18 +19,17 @@ from conftest import free_port
 from mlflow import MlflowClient
 from run_records import export
 from typer.testing import CliRunner
+from working import execute
 
 from ptl.cli.app import app
 from ptl.config import dag
 from ptl.errors import InputError, WorkError
-from ptl.lineage import inventory, registry, retention, tracking
-from ptl.lineage.retention import DAY, Rules
+from ptl.lineage import registry, retention, tracking
 from ptl.local import seaweedfs, servers
-from ptl.steps import execution
-from ptl.steps.call import Step
+from ptl.steps.call import Call
 from ptl.storage import s3, s3_client, store, training_checkpoints
 from ptl.storage.manifest import digest_of
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 from ptl.storage.training_files import COMPLETE
 from ptl.units import size
 
@@ -82,7 +80,7 @@ class Loop:
         """Publish and commit the checkpoint of a step."""
         self.use()
         number = 0 if "control" in name else dag.iteration_of(name)
-        before = Pointer(**parent["pointer"]) if parent else None
+        before = parent.pointer if parent else None
 
         def work(src, dst, run):
             if before and not metadata:
@@ -91,11 +89,11 @@ class Loop:
                 (dst / path).write_bytes(os.urandom(count))
             return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
 
-        return execution.execute(Step(name, self.experiment), before, {}, work)
+        return execute(Call(name, self.experiment), before, {}, work)
 
     def evaluate(self, name, candidate, fallback, accepted):
         """Scores are made up; a checkpoint that is accepted gets a version in the registry."""
-        mine, other = Pointer(**candidate["pointer"]), Pointer(**fallback["pointer"])
+        mine, other = candidate.pointer, fallback.pointer
 
         def metadata(run):
             if accepted and mine.params < 100:
@@ -133,8 +131,7 @@ class Loop:
         self.use()
         report = tracking.start(self.experiment, "report", arm="loop", iteration=0)
         if final:
-            record = {"key": "report", "pointer": final["pointer"], "metadata": {"stage": "report"}}
-            store.commit(report.root, self.run, "report", record)
+            store.commit(report.root, self.run, "report", Record("report", final.pointer, {"stage": "report"}))
         tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
 
     def step_run(self, name):
@@ -148,26 +145,32 @@ def loop(experiment, monkeypatch):
     return lambda: Loop(experiment, monkeypatch)
 
 
-def verdicts(experiment, days=0.0, **rules):
-    (held,) = inventory.experiments([experiment])
-    return held, retention.apply_rules(held, Rules(**rules), time.time() + days * DAY)
+def inventory(experiment, days=8.0, runs=(), older_than=7.0):
+    """As it is after so many days."""
+    (files,) = retention.inventory([experiment], list(runs), older_than - days)
+    return files
 
 
 def going(experiment, days=8.0, **rules):
-    """Steps and kinds of what can go after so many days."""
-    return sorted(
-        (each.stored.step, each.stored.kind) for each in verdicts(experiment, days, **rules)[1] if each.deletable
-    )
+    """Steps whose files can go after so many days."""
+    return sorted(files.step for files in inventory(experiment, days, **rules).stored if not files.needed)
 
 
-def collect(experiment, days=8.0, **rules):
-    held, found = verdicts(experiment, days, **rules)
-    return [retention.delete(held, verdict) for verdict in found if verdict.deletable]
+def kept(experiment, **rules):
+    return {files.step: files.needed for files in inventory(experiment, **rules).stored if files.needed}
+
+
+def collect(experiment, **rules):
+    files = inventory(experiment, **rules)
+    unneeded = [stored for stored in files.stored if not stored.needed]
+    for stored in unneeded:
+        retention.delete(files, stored)
+    return len(unneeded)
 
 
 def fetchable(record, tmp_path):
     try:
-        return store.fetch(Pointer(**record["pointer"]), tmp_path / uuid.uuid4().hex).is_dir()
+        return store.fetch(record.pointer, tmp_path / uuid.uuid4().hex).is_dir()
     except WorkError as error:
         assert "is gone" in str(error) and "it was deleted" in str(error)
         return False
@@ -177,53 +180,34 @@ def listing(uri):
     return sorted((path, size) for path, size, _ in store.walk(uri))
 
 
-INTERMEDIATE = [
-    ("control-prune", "pruned"),
-    ("prune-1", "pruned"),
-    ("prune-2", "pruned"),
-    ("recover-2", "recovered"),
-]
+INTERMEDIATE = ["control-prune", "import-model", "prune-1", "prune-2", "recover-2"]
 
 
 @pytest.mark.slow
 def test_finished_run(experiment, loop, tmp_path):
     run = loop()
     steps = run.whole()
-    held, found = verdicts(experiment, 8)
+    files = inventory(experiment)
+    root = f"{files.location}/ptl"
     assert going(experiment) == INTERMEDIATE
-    before = listing(held.root)
-    for verdict in found:
-        uri = verdict.stored.uris[0]
-        assert verdict.stored.bytes == sum(size for _, size in listing(uri)) > sum(SIZES.values())
-    kept = {each.stored.step: each.reason for each in found if not each.deletable}
-    assert kept == {
-        "import-model": "imported model; --dense lets it go",
-        "recover-1": f"registered: {experiment} 1",
-        "control-recover": "the control of its run",
-    }
-    assert collect(experiment) == [True] * 4
+    before = listing(root)
+    for stored in files.stored:
+        assert stored.bytes == sum(size for _, size in listing(stored.uris[0])) > sum(SIZES.values())
+    reasons = {"recover-1": f"registered: {experiment} 1", "control-recover": "the control of its run"}
+    assert kept(experiment) == reasons
+    assert collect(experiment) == 5
     assert {step: fetchable(record, tmp_path) for step, record in steps.items()} == {
-        step: step in kept for step in steps
+        step: step in reasons for step in steps
     }
-    assert collect(experiment) == [] and going(experiment) == []
-    assert listing(held.root) == before  # records are all there
+    assert collect(experiment) == 0 and going(experiment) == []
+    assert listing(root) == before  # records are all there
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    tags = {step: client.get_logged_model(record["pointer"]["model_id"]).tags for step, record in steps.items()}
-    assert {step for step in tags if retention.DELETED in tags[step]} == {step for step, _ in INTERMEDIATE}
-    scored = store.committed(held.root, run.run, "evaluate-2")
+    tags = {step: client.get_logged_model(record.pointer.model_id).tags for step, record in steps.items()}
+    assert sorted(step for step in tags if retention.DELETED in tags[step]) == INTERMEDIATE
+    scored = store.committed(root, run.run, "evaluate-2")
     assert fetchable(scored, tmp_path)  # scores and items stay
-
-
-@pytest.mark.slow
-def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
-    steps = loop().whole()
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     client.delete_model_version(experiment, "1")
-    _, found = verdicts(experiment, 8)
-    assert "final checkpoint of its run" in [each.reason for each in found]
-    assert going(experiment, dense=True) == sorted([*INTERMEDIATE, ("import-model", "dense")])
-    collect(experiment, dense=True)
-    assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1", "control-recover"]
+    assert kept(experiment)["recover-1"] == "final checkpoint of its run"
 
 
 @pytest.mark.slow
@@ -233,28 +217,24 @@ def test_exports_stay_unless_a_run_is_given_up(experiment, loop):
     run.evaluate("evaluate-0", dense, dense, True)
     run.work("export-gguf-q8-0", dense, lambda _: export(100, 9, 0.5))
     assert going(experiment) == []
-    assert ("export-gguf-q8-0", "exported") in going(experiment, runs=(run.run,))
+    assert "export-gguf-q8-0" in going(experiment, runs=[run.run])
     run.end(dense)
-    for rules in ({"runs": (run.run,)}, {"dense": True}):
-        _, found = verdicts(experiment, 8, **rules)
-        assert {each.stored.step: each.reason for each in found}["export-gguf-q8-0"] == "an export of its run"
+    assert kept(experiment, runs=[run.run])["export-gguf-q8-0"] == "an export of its run"
 
 
 @pytest.mark.slow
-def test_young_and_newest_runs_are_kept(experiment, loop):
-    first, second = loop(), loop()
-    first.whole()
-    second.whole()
-    assert going(experiment, days=6.9) == [] and going(experiment, days=0, older_than=0) == sorted(2 * INTERMEDIATE)
-    _, found = verdicts(experiment, 8, keep_last=1)
-    assert {each.stored.run for each in found if each.deletable} == {first.run}
-    assert going(experiment, keep_last=2) == []
+def test_young_files_are_kept(experiment, loop):
+    loop().whole()
+    assert going(experiment, days=6.9) == []
+    assert going(experiment, days=0, older_than=0) == INTERMEDIATE
 
 
 DIES = """
 import os
 from pathlib import Path
-from ptl.steps import call, execution
+from working import execute
+
+from ptl.steps.call import Call
 from ptl.storage import store
 
 def publish(folder, location, publish=store.publish):
@@ -266,7 +246,7 @@ def work(src, dst, run):
     return {"params": 99, "tokens": 1, "steps": 1}
 
 store.publish = publish
-execution.execute(call.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
+execute(Call("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
 """
 
 
@@ -276,7 +256,8 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     dense = run.work("import-model")
     run.evaluate("evaluate-0", dense, dense, True)
     cut = run.work("prune-1", dense)
-    environment = {**os.environ, "EXPERIMENT": experiment, "PTL_SCRATCH": str(tmp_path / "lost")}
+    here = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, **here, "EXPERIMENT": experiment, "PTL_SCRATCH": str(tmp_path / "lost")}
     died = subprocess.run(
         [sys.executable, "-c", DIES], env=environment, capture_output=True, cwd=Path(__file__).parents[2]
     )
@@ -290,76 +271,36 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
         checkpoints.save(folder)
     store.publish(folder, f"{step.root}/{run.run}/recover-1.0.training-2-{'a' * 12}")  # killed before its record
 
-    assert going(experiment, days=0, older_than=0) == []  # all of this may be at work
-    assert going(experiment, days=2, older_than=0) == 2 * [("recover-1", "attempt")]
-    _, found = verdicts(experiment, 8)
-    assert {each.reason for each in found if not each.deletable} == {
-        "its run is not finished and can be resumed; --run lets it go"
-    }
-    assert collect(experiment) == [True, True] and collect(experiment) == []
-
+    assert going(experiment) == []  # all of this may be resumed, or be at work
+    assert set(kept(experiment).values()) == {"its run is not finished and can be resumed; --run lets it go"}
     checkpoints.restore(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere/checkpoint-4" / COMPLETE).read_text() == "4"
-    healed = run.work("recover-1", cut)
-    assert fetchable(healed, tmp_path)
-    assert going(experiment) == [("recover-1", "training")]  # the step was killed before it could clear them
-    collect(experiment)
+    resumed = run.work("recover-1", cut)  # killed before it could clear its training checkpoints
+    run.evaluate("evaluate-1", resumed, dense, True)
+    run.end(resumed)
+    assert going(experiment) == ["import-model", "prune-1", "recover-1", "recover-1"]
+    assert collect(experiment) == 4 and fetchable(resumed, tmp_path)
     assert checkpoints.records() == [] and not [path for path, _ in listing(step.root) if "training" in path]
-    run.evaluate("evaluate-1", healed, dense, True)
-    run.end(healed)
-    assert going(experiment) == [("prune-1", "pruned")]
-
-
-def test_committed_after_the_listing(experiment, loop, tmp_path):
-    """A machine that slept through the listing and then commits its attempt."""
-    run = loop()
-    step = run.step_run("import-model")
-    model, location = tracking.new_model(step, "m", {}, {"step": "import-model"})
-    (tmp_path / "config.json").write_text("{}")
-    files = store.publish(tmp_path, location)
-    held, found = verdicts(experiment, 8)
-    (verdict,) = (each for each in found if each.deletable)
-    pointer = Pointer(location, digest_of(files), model_id=model)
-    metadata = {"stage": "import", "iteration": 0}
-    record = store.commit(
-        step.root, step.run, "import-model", {"key": "k", "pointer": asdict(pointer), "metadata": metadata}
-    )
-    assert retention.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
-    with pytest.raises(ValueError, match="is to be kept"):
-        retention.delete(held, verdicts(experiment, 8)[1][0])
-
-
-def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_path):
-    run = loop()
-    step = run.step_run("recover-1")
-    (tmp_path / COMPLETE).write_text("2")
-    location = f"{step.root}/{run.run}/recover-1.0.training-0-{'a' * 12}"
-    files = store.publish(tmp_path, location)
-    held, found = verdicts(experiment, 8)
-    (verdict,) = (each for each in found if each.deletable)
-    pointer = Pointer(location, digest_of(files))
-    record = {"key": "k", "pointer": asdict(pointer), "metadata": {"folder": "checkpoint-2"}}
-    store.commit(step.root, step.run, "recover-1.0.training-0", record)
-    assert retention.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
 
 
 @pytest.mark.slow
-def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
+def test_what_the_report_names_stays_though_an_evaluation_was_lost(experiment, loop):
     run = loop()
     run.whole()
-    (held,) = inventory.experiments([experiment])
-    store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
-    assert going(experiment) == [each for each in INTERMEDIATE if each[0] != "prune-2"]
-    assert "its step has no record, though the run is finished" in [each.reason for each in verdicts(experiment, 8)[1]]
+    MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).delete_model_version(experiment, "1")
+    root = f"{inventory(experiment).location}/ptl"
+    for step in ("evaluate-1", "evaluate-2"):
+        store.delete(f"{root}/{run.run}/{step}", below=root)
+    assert kept(experiment)["recover-1"] == "final checkpoint of its run"
 
 
 @pytest.mark.slow
 def test_files_of_others_and_drafts_of_a_killed_writer(experiment, loop):
     run = loop()
     run.whole()
-    (held,) = inventory.experiments([experiment])
+    root = f"{inventory(experiment).location}/ptl"
     for name in (".DS_Store", f"{run.run}/.parent-1.claim.{'a' * 32}", f"{run.run}/.hidden/file"):
-        store._backend(held.root).put_once(f"{held.root}/{name}", b"x")
+        store._backend(root).put_once(f"{root}/{name}", b"x")
     assert going(experiment) == INTERMEDIATE
 
 
@@ -369,13 +310,10 @@ def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
     """All of `ptl run` without a server do; a run is judged where MLflow knows it, also when it is named."""
     run, other = loop(), Loop(f"{experiment}-other", monkeypatch)
     run.whole()
-    steps = other.whole()
-    MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).delete_model_version(other.experiment, "1")
-    held, found = verdicts(experiment, 8, runs=(other.run,), dense=True)
-    assert (set(held.runs), found) == ({run.run}, [])
-    _, found = verdicts(other.experiment, 8, runs=(other.run,), dense=True)
-    kept = [steps[name]["pointer"]["uri"] for name in ("recover-1", "control-recover")]
-    assert [each.stored.uris[0] for each in found if not each.deletable] == kept
+    other.whole()
+    assert {files.run for files in inventory(experiment).stored} == {run.run}
+    assert {files.run for files in inventory(other.experiment).stored} == {other.run}
+    assert retention.inventory([experiment], [other.run], 0) == []
 
 
 @pytest.mark.parametrize("experiment", ["local"], indirect=True)
@@ -383,14 +321,16 @@ def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
 def test_a_store_that_was_moved(experiment, loop):
     """MLflow was told of the new place, the records name the old one, where a copy may be in use."""
     loop().whole()
+    MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).delete_model_version(experiment, "1")
     old = Path(os.environ["PTL_ARTIFACT_ROOT"].removeprefix("file://"))
     shutil.copytree(old, f"{old}-moved")
     columns = {"experiments": "artifact_location", "logged_models": "artifact_location", "model_versions": "source"}
     with sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")) as database:
         for table, column in columns.items():
             database.execute(f"update {table} set {column} = replace({column}, ?, ?)", (str(old), f"{old}-moved"))
-    held, found = verdicts(experiment, 8, dense=True)
-    assert held.root.endswith("-moved/ptl") and found == []
+    before = listing(f"file://{old}")
+    assert inventory(experiment).location.endswith("-moved") and collect(experiment) == 5
+    assert listing(f"file://{old}") == before and set(kept(experiment)) == {"recover-1", "control-recover"}
 
 
 def model_of(uri):
@@ -402,14 +342,14 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
     """Records of a finished run that name files outside of the experiment, of other runs, and of none."""
     victim, forger = loop(), loop()
     final = victim.work("import-model")  # of a run that is under way
-    (held,) = inventory.experiments([experiment])
+    held = inventory(experiment)
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     (secrets / "key").write_text("x")
     (Path(held.location.removeprefix("file://")) / "models/linked").symlink_to(tmp_path)
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts/mine").write_text("x")
-    victims = final["pointer"]["uri"]
+    victims = final.pointer.uri
     attacks = [
         f"file://{secrets}",
         str(secrets),
@@ -421,23 +361,33 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
         f"{held.location}/models/{model_of(victims)}/./artifacts",
         f"{held.location}/models/linked/artifacts",
         held.location,
-        held.root,
+        f"{held.location}/ptl",
         victims,
     ]
     for number, uri in enumerate(attacks):
-        pointer = asdict(Pointer(uri, "sha256:" + "0" * 64))
+        pointer = Pointer(uri, "sha256:" + "0" * 64)
         metadata = {"stage": "prune", "iteration": number}
         step = forger.step_run("evaluate-1")
-        store.commit(step.root, forger.run, f"prune-{number}", {"key": "k", "pointer": pointer, "metadata": metadata})
+        store.commit(step.root, forger.run, f"prune-{number}", Record("k", pointer, metadata))
     forger.evaluate("evaluate-1", forger.work("import-model"), final, True)
     forger.end(final)
+    # Whoever writes to MLflow may name such folders as models too.
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    with sqlite3.connect(client.tracking_uri.removeprefix("sqlite:///")) as database:
+        for uri in attacks[:-1]:
+            model = client.create_logged_model(step.experiment_id, tags={"ptl.run": forger.run, "ptl.step": "forged"})
+            statement = "update logged_models set artifact_location = ? where model_id = ?"
+            database.execute(statement, (uri, model.model_id))
+            database.commit()
     before = set(tmp_path.rglob("*"))
+    stored = inventory(experiment).stored
+    forged = [files for files in stored if files.step == "forged"]
+    assert {files.uris[0] for files in forged} <= {attacks[8]}  # a symlink is seen only when it is to be deleted
     try:
-        collect(experiment, dense=True)
+        collect(experiment)
     except WorkError as error:
-        assert "linked" in str(error)  # a symlink is seen only when it is to be deleted
+        assert "linked" in str(error)
     assert fetchable(final, tmp_path / "cache") and set(tmp_path.rglob("*")) == before
-    assert {each.stored.uris[0] for each in verdicts(experiment, 8)[1]} & set(attacks) <= {victims, attacks[8]}
 
 
 def test_only_plain_folders_below_the_root_are_deleted(place, tmp_path):
@@ -463,7 +413,7 @@ def test_only_plain_folders_below_the_root_are_deleted(place, tmp_path):
     ):
         with pytest.raises(WorkError, match="is not a plain folder below"):
             store.delete(uri, below=place.root)
-    assert fetchable({"pointer": asdict(pointer)}, tmp_path) and (folder / "config.json").is_file()
+    assert fetchable(Record("k", pointer), tmp_path) and (folder / "config.json").is_file()
     store.delete(location, below=place.root)
     assert listing(place.root) == []
 
@@ -488,10 +438,9 @@ def test_only_a_report_finishes_a_run(experiment, loop):
     run.evaluate("evaluate-0", dense, dense, True)
     run.work("prune-1", dense)
     run.end()
-    held, found = verdicts(experiment, 8)
-    assert held.runs[run.run].state == "unfinished" and not [each for each in found if each.deletable]
+    assert set(kept(experiment).values()) == {"its run is not finished and can be resumed; --run lets it go"}
     run.end(dense)
-    assert verdicts(experiment, 8)[0].runs[run.run].state == "finished" and going(experiment) == [("prune-1", "pruned")]
+    assert going(experiment) == ["prune-1"]
 
 
 @pytest.mark.slow
@@ -500,33 +449,26 @@ def test_runs_that_are_named(experiment, loop, tmp_path):
     ended.whole()
     dense = open_.work("import-model")
     open_.evaluate("evaluate-0", dense, dense, True)
-    cut = open_.work("prune-1", dense)
-    assert not [each for each in verdicts(experiment, 8)[1] if each.deletable and each.stored.run == open_.run]
-    mlflow_id = open_.step_run("prune-1").parent_run_id
-    for name in (open_.run, mlflow_id):
-        assert going(experiment, runs=(name,)) == [("import-model", "dense"), ("prune-1", "pruned")]
-    assert going(experiment, days=2, runs=(open_.run,)) == []
-    # A finished run that was deleted in MLflow is let go only by name, registered versions never.
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    client.delete_run(ended.step_run("report").parent_run_id)
-    assert going(experiment) == []
-    everything = [*INTERMEDIATE, ("control-recover", "recovered"), ("import-model", "dense")]
-    assert going(experiment, runs=(ended.run,)) == sorted(everything)
-    collect(experiment, runs=(open_.run,))
+    pruned = open_.work("prune-1", dense)
+    assert going(experiment) == INTERMEDIATE  # of the other run
+    assert going(experiment, runs=[open_.run]) == ["import-model", "prune-1"]
+    assert going(experiment, days=2, runs=[open_.run]) == []
+    assert going(experiment, runs=[ended.run]) == INTERMEDIATE
+    collect(experiment, runs=[open_.run])
     with pytest.raises(WorkError, match=r"is gone.*it was deleted"):
-        open_.work("recover-1", cut)
+        open_.work("recover-1", pruned)
 
 
 @pytest.mark.slow
 def test_a_version_that_was_registered_by_its_folder_stays(experiment, loop):
     loop().whole()
-    held, found = verdicts(experiment, 8)
+    held = inventory(experiment)
     if not held.location.startswith("file://"):
         pytest.skip("a plain path names files of this machine only")
-    (pruned,) = [each.stored for each in found if each.stored.step == "prune-1"]
+    (pruned,) = [stored for stored in held.stored if stored.step == "prune-1"]
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     client.create_model_version(experiment, pruned.uris[0].removeprefix("file://"))
-    assert ("prune-1", "pruned") in INTERMEDIATE and ("prune-1", "pruned") not in going(experiment)
+    assert "prune-1" in INTERMEDIATE and "prune-1" not in going(experiment)
 
 
 def test_a_run_that_is_at_work_is_not_collected(tmp_path):
@@ -536,30 +478,30 @@ def test_a_run_that_is_at_work_is_not_collected(tmp_path):
     lock = tmp_path / "runs" / "tiny-1" / "lock"
     refused = pytest.raises(InputError, match=r"run tiny-1.*end it first")
     with processes.exclusive(lock, "run tiny-1"), ExitStack() as stack, refused:
-        gc._hold(stack, tmp_path, ["tiny-1", "another-run"])
+        gc._hold(stack, tmp_path, {"tiny-1", "another-run"})
 
 
 @pytest.mark.slow
 def test_a_damaged_record_keeps_its_run(experiment, loop):
     run = loop()
     run.whole()
-    (held,) = inventory.experiments([experiment])
-    uri = f"{held.root}/{run.run}/prune-2/manifest.json"
-    store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
+    root = f"{inventory(experiment).location}/ptl"
+    uri = f"{root}/{run.run}/prune-2/manifest.json"
+    store.delete(f"{root}/{run.run}/prune-2", below=root)
     garbled = b'{"format": 1}'
     store._backend(uri).put_once(uri, garbled)
-    _, found = verdicts(experiment, 8)
-    assert [each for each in found if each.deletable] == []
-    assert sum("a record of the run cannot be read" in each.reason for each in found) == 6  # all but the registered one
+    reasons = kept(experiment).values()
+    assert going(experiment) == []
+    assert sum("a record of the run cannot be read" in reason for reason in reasons) == 6  # all but the registered one
 
 
 @pytest.mark.slow
 def test_command(experiment, loop, monkeypatch):
     run = loop()
     run.whole()
-    (held,) = inventory.experiments([experiment])
-    before = listing(held.root.removesuffix("/ptl"))
-    goes = sum(each.stored.bytes for each in verdicts(experiment, 8)[1] if each.deletable)
+    held = inventory(experiment)
+    before = listing(held.location)
+    goes = sum(stored.bytes for stored in held.stored if not stored.needed)
 
     def ptl(*arguments):
         answer = CliRunner().invoke(app, ["gc", "--experiment", experiment, *arguments])
@@ -569,14 +511,14 @@ def test_command(experiment, loop, monkeypatch):
 
     assert "can go: 0 items, 0 B (0 bytes)" in ptl()
     dry = ptl("--older-than", "0")
-    assert f"can go: 4 items, {size(goes)} ({goes:,} bytes); nothing was deleted" in dry
-    assert f"registered: {experiment} 1" in dry and "--dense lets it go" in dry
-    assert listing(held.root.removesuffix("/ptl")) == before
-    assert f"deleted: 4 items, {size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
-    after = listing(held.root.removesuffix("/ptl"))
+    assert f"can go: 5 items, {size(goes)} ({goes:,} bytes); nothing was deleted" in dry
+    assert f"registered: {experiment} 1" in dry
+    assert listing(held.location) == before
+    assert f"deleted: 5 items, {size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
+    after = listing(held.location)
     assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
     assert "deleted: 0 items" in ptl("--older-than", "0", "--delete")
-    with pytest.raises(InputError, match="--run: no run 'nowhere'"):
+    with pytest.raises(InputError, match="'nowhere' is neither a folder nor a run"):
         ptl("--run", "nowhere")
     with pytest.raises(InputError, match="--experiment: MLflow has no 'nowhere'"):
         ptl("--experiment", "nowhere")

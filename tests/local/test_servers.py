@@ -57,8 +57,7 @@ def work(tmp_path, experiment):
     model, location = tracking.new_model(step, "tiny", {"params": 10}, {})
     files = store.publish(folder, location)
     pointer = store.Pointer(location, digest_of(files), 10, run_id=step.run_id, model_id=model)
-    record = {"key": "k", "pointer": json.loads(pointer.dump()), "metadata": {}}
-    store.commit(step.root, step.run, "import-model", record)
+    store.commit(step.root, step.run, "import-model", store.Record("k", pointer))
     assert registry.register(step, "tiny", pointer, {}) == registry.register(step, "tiny", pointer, {})
     tracking.finish(step, params={"seed": 0}, metrics={"accuracy": 1.0}, inputs=[], output=model, step=0)
     fetched = store.fetch(pointer, tmp_path / "cache")

@@ -76,7 +76,7 @@ def test_compiling_is_quick_and_imports_nothing_heavy(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "ptl", "compile", str(TINY), "-o", str(tmp_path / "p.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "18 steps, each about 49 kB" in done.stdout and "From about 20 such steps on" in done.stdout
+    assert "18 steps, each about 52 kB" in done.stdout and "From about 19 such steps on" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "kfp" in imported and not imported & set(HEAVY)
     assert time.monotonic() - started < 30  # benchmarks/compile.py times it on an idle machine
@@ -232,7 +232,7 @@ def test_what_a_cluster_stores_of_a_run_is_weighed(tmp_path):
     """18 tasks of 53 kB were measured, when a recovery took an artifact more and an evaluation wrote one more."""
     few, many = (weigh(compiled(TINY, tmp_path, schedule__iterations=number)) for number in (4, 16))
     assert (few.tasks, many.tasks) == (18, 54)
-    assert 45_000 < many.task_bytes < few.task_bytes < 50_000
+    assert 45_000 < many.task_bytes < few.task_bytes < 53_000
     assert few.tasks <= few.listed_tasks < 22 and many.listed_tasks < many.tasks
 
 

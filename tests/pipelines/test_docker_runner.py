@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
@@ -237,7 +238,11 @@ def records(stack_up, monkeypatch):
         monkeypatch.setenv(name, value)
     location = runs.artifact_location("ptl")
     assert location.startswith(f"s3://{seaweedfs.BUCKET}/")
-    return lambda run: {step: store.committed(f"{location}/ptl", run.folder.name, step) for step in CHAIN}
+
+    def read(run):
+        return {step: asdict(store.committed(f"{location}/ptl", run.folder.name, step)) for step in CHAIN}
+
+    return read
 
 
 def kill(run):

@@ -170,17 +170,16 @@ def test_a_version_says_where_it_comes_from(finished):
     home = finished[0]
     client = MlflowClient(f"sqlite:///{home}/mlflow.db", registry_uri=f"sqlite:///{home}/mlflow.db")
     versions = {version.tags["ptl.step"]: version for version in client.search_model_versions("name = 'tiny'")}
-    assert {step: version.tags["ptl.parent_version"] for step, version in versions.items()} == {
-        "evaluate-1": "the dense model",
-        "evaluate-2": "1",
-        "control-evaluate": "the dense model",
-        **dict.fromkeys(EXPORTS, "2"),
-    }
+    assert set(versions) == {"evaluate-1", "evaluate-2", "control-evaluate", *EXPORTS}
     scores = records(home)["evaluate-2"]["metadata"]["scores"]
-    last = versions["evaluate-2"]
-    assert last.description.startswith(f"**{scores['tasks'][0]['accuracy']:.1%} (interval ")
-    assert f"{scores['params']:,} parameters" in last.description and "made from version 1 by" in last.description
-    assert "the control (one-shot pruning), made from the dense model" in versions["control-evaluate"].description
+    last = versions["evaluate-2"].tags
+    assert (last["ptl.accuracy"], last["ptl.arm"]) == (f"{scores['tasks'][0]['accuracy']:.4g}", "loop")
+    assert last["ptl.criterion"] and versions["control-evaluate"].tags["ptl.arm"] == "control"
+    assert [versions[step].tags["ptl.parent_version"] for step in EXPORTS] == ["2"] * len(EXPORTS)
+    verdict = json.loads((home / "latest" / "result.json").read_text())["paired"]["dense"]["verdict"]
+    assert (
+        client.get_model_version_by_alias("tiny", verdict.replace(" ", "-")).version == versions["evaluate-2"].version
+    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A step that dies is tried again by its parent; the attempts of all pods and runners together are retries + 1."""
 
-import contextlib
 import errno
 import http.server
 import json
@@ -17,10 +16,9 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from ptl import fork_server
 from ptl.lineage import mlflow_client, run_status, tracking
 from ptl.steps import attempts, supervisor
-from ptl.steps.call import Step
+from ptl.steps.call import Call
 from ptl.storage import store
 from ptl.storage.store import Pointer
 
@@ -51,10 +49,11 @@ def environment(tmp_path, monkeypatch):
 
 
 @pytest.fixture(params=["started", "forked"])
-def origin(request, environment):
-    """The process of the work is started, or forked from a server that has its libraries."""
-    with fork_server.serving([]) if request.param == "forked" else contextlib.nullcontext():
-        yield
+def origin(request, environment, monkeypatch):
+    """The process of the work is started, or forked from its parent, which then has its libraries."""
+    forks = request.param == "forked"
+    monkeypatch.setattr(supervisor, "forks", forks)
+    monkeypatch.setenv("PTL_TEST_FORKS", "1" if forks else "")
 
 
 # What the parent reports does not depend on where the work's process comes from.
@@ -71,12 +70,12 @@ def go(tmp_path, monkeypatch, origin):
         for name, value in more.items():
             monkeypatch.setenv(name, value)
         out = SimpleNamespace(path=str(tmp_path / "out"), metadata={})
-        names = {"step": step, "experiment": "ptl-test", "out": out, "supervisor": supervisor}
+        inputs = {"fallback": None}
         if pointer is not None:
             (tmp_path / "model").write_text(pointer.dump())
-            names["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
+            inputs["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
         try:
-            supervisor.run(names)
+            supervisor.run(step, "ptl-test", {}, inputs, {"out": out})
         except SystemExit as end:
             return end.code, out.metadata
         return 0, out.metadata
@@ -197,14 +196,15 @@ def gone(pid):
 
 
 PARENT = """
-import sys
+import os, sys
 from types import SimpleNamespace
 from ptl.steps import supervisor
 
 supervisor.PROCESS = "failing_step"
+supervisor.forks = bool(os.environ.get("PTL_TEST_FORKS"))
 out = SimpleNamespace(path=sys.argv[1] + "/out", metadata={})
 try:
-    supervisor.run({"step": "prune-1", "experiment": "e", "out": out})
+    supervisor.run("prune-1", "e", {}, {}, {"out": out})
 finally:
     heavy = {"torch", "transformers", "mlflow", "pydantic", "numpy"} & set(sys.modules)
     print("heavy:", sorted(heavy))
@@ -406,7 +406,7 @@ def test_on_one_machine_too_a_failed_export_does_not_keep_the_report_from_being_
 
 
 def started(step):
-    return Step(step, "ptl-test").start()
+    return Call(step, "ptl-test").start()
 
 
 def finished(run):

@@ -20,9 +20,11 @@ from pipelines.prune_tune_loop import train_job
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.recovery.machines import Machines, machines
-from ptl.steps import coordinator, execution, kubernetes_api, trainjob
-from ptl.steps.call import Call, Step
-from ptl.storage.store import Pointer
+from ptl.steps import coordinator, kubernetes_api, trainjob
+from ptl.steps.call import Call
+from ptl.steps.step import Step, is_coordinator
+from ptl.storage import store
+from ptl.storage.store import Pointer, Record
 
 RUN = "5f2b1c3d-7a88-4e21-9c55-0123456789ab"
 NAME = "ptl-5f2b1c3d7a88-recover-2"
@@ -46,9 +48,9 @@ def cluster(tmp_path, monkeypatch):
 
 
 def train():
-    assert coordinator.is_coordinator()
+    assert is_coordinator()
     counted = []
-    call = Call(Step("recover-2", "experiment"), {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {})
+    call = Call("recover-2", "experiment", {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {})
     coordinator.train(call, lambda: counted.append(1))
     return len(counted)
 
@@ -276,12 +278,10 @@ def test_the_machines_are_those_of_the_environment(environment, expected):
 def test_only_a_step_of_several_nodes_on_a_cluster_coordinates(monkeypatch):
     monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", RUN)
-    assert coordinator.is_coordinator({"PTL_NODES": "2"})
-    assert not coordinator.is_coordinator({}) and not coordinator.is_coordinator(
-        {"PTL_NODES": "2", "PET_NODE_RANK": "0"}
-    )
+    assert is_coordinator({"PTL_NODES": "2"})
+    assert not is_coordinator({}) and not is_coordinator({"PTL_NODES": "2", "PET_NODE_RANK": "0"})
     monkeypatch.setenv("PTL_RUN_ID", "local")
-    assert not coordinator.is_coordinator({"PTL_NODES": "2"})
+    assert not is_coordinator({"PTL_NODES": "2"})
 
 
 @pytest.mark.parametrize(
@@ -370,8 +370,9 @@ def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(field, libra
 
 
 def test_a_node_takes_no_part_in_what_the_first_has_committed(monkeypatch):
-    worked = []
-    monkeypatch.setattr(Step, "start", lambda step: SimpleNamespace(root="r", run="r"))
-    monkeypatch.setattr(execution.store, "committed", lambda *place: {"pointer": {}})
-    execution.take_part(Step("recover-1", "e"), POINTER, {}, lambda *arguments: worked.append(1))
-    assert worked == []
+    for name, value in {"NODE_RANK": "1", "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+    monkeypatch.setattr(Call, "start", lambda call, title: SimpleNamespace(root="r", run="r", step=call.step))
+    monkeypatch.setattr(store, "committed", lambda *place: Record("k", POINTER))
+    with Step(Call("recover-1", "e", inputs={"model": POINTER}), key={}) as step:  # reports nothing to MLflow
+        assert step.record is not None

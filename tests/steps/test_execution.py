@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from run_records import scores
+from working import execute, fetch
 
 from ptl import processes
 from ptl.config.recover import DataSource, Distil
@@ -16,14 +17,13 @@ from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
 from ptl.lineage import mlflow_client, progress, tracking
-from ptl.steps import evaluate, import_model, inputs, process, recover, table, takeover
-from ptl.steps.call import Call, Step
-from ptl.steps.execution import execute
-from ptl.steps.inputs import fetch
-from ptl.steps.machine import scratch
+from ptl.steps import evaluate, import_model, key, process, recover, table
+from ptl.steps.call import Call
+from ptl.steps.key import key_of
+from ptl.steps.step import Step, scratch
 from ptl.storage import store
 from ptl.storage.local_files import path_of
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 
 TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -42,7 +42,7 @@ def begin(tmp_path, mlflow_folder, monkeypatch):
         monkeypatch.setenv("PTL_RUN_ID", name)
         monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / name))
         if earlier:  # as import-model does
-            tracking.name_earlier_runs(Step("import-model", experiment).start(), earlier.split())
+            tracking.name_earlier_runs(Call("import-model", experiment).start(), earlier.split())
         return name, experiment
 
     return run
@@ -61,55 +61,56 @@ class Work:
 
 
 def flip(pointer):
-    path = path_of(pointer["uri"]) / "model.safetensors"
+    path = path_of(pointer.uri) / "model.safetensors"
     path.write_bytes(b"W" + path.read_bytes()[1:])
 
 
 def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes_it_again(begin, capsys):
-    step, work = Step("prune-1", begin()[1]), Work()
+    step, work = Call("prune-1", begin()[1]), Work()
     before = execute(step, None, {}, work)
-    pointer = Pointer(**before["pointer"])
-    flip(before["pointer"])
+    pointer, run = before.pointer, step.start()
+    flip(pointer)
     with pytest.raises(WorkError, match=r"file model\.safetensors.*run the same command again.*checks step prune-1"):
-        fetch(pointer)
-    assert execute(step, None, {}, work) == before and work.done == 2
+        fetch(step, pointer)
+    assert store.committed(run.root, run.run, "prune-1") is None
+    assert execute(step, None, {}, work).pointer == pointer and work.done == 2
     assert "done again, since its files are damaged" in capsys.readouterr().out
-    assert (fetch(pointer) / "model.safetensors").read_bytes() == b"weights"
+    assert (fetch(step, pointer) / "model.safetensors").read_bytes() == b"weights"
     execute(step, None, {}, work)
     assert work.done == 2 and "taken as it is" in capsys.readouterr().out
 
 
 def test_a_deleted_checkpoint_is_made_again_too(begin):
-    step, work = Step("prune-1", begin()[1]), Work()
-    pointer = Pointer(**execute(step, None, {}, work)["pointer"])
+    step, work = Call("prune-1", begin()[1]), Work()
+    pointer = execute(step, None, {}, work).pointer
     shutil.rmtree(path_of(pointer.uri))
     with pytest.raises(WorkError, match="is gone"):
-        fetch(pointer)
+        fetch(step, pointer)
     execute(step, None, {}, work)
-    assert work.done == 2 and fetch(pointer).is_dir()
+    assert work.done == 2 and fetch(step, pointer).is_dir()
 
 
 def test_a_checkpoint_that_could_not_be_fetched_for_a_while_is_only_checked(begin, capsys):
-    step, work = Step("prune-1", begin()[1]), Work()
+    step, work = Call("prune-1", begin()[1]), Work()
     record = execute(step, None, {}, work)
-    folder = path_of(record["pointer"]["uri"])
+    folder = path_of(record.pointer.uri)
     away = folder.rename(folder.with_name("away"))
     with pytest.raises(WorkError):
-        fetch(Pointer(**record["pointer"]))
+        fetch(step, record.pointer)
     away.rename(folder)
     execute(step, None, {}, work)
     assert work.done == 1 and "its files were verified" in capsys.readouterr().out
 
 
 def test_other_bytes_never_take_the_place_of_damaged_ones(begin):
-    step = Step("prune-1", begin()[1])
+    step = Call("prune-1", begin()[1])
     record = execute(step, None, {}, Work())
-    flip(record["pointer"])
+    flip(record.pointer)
     with pytest.raises(WorkError):
-        fetch(Pointer(**record["pointer"]))
+        fetch(step, record.pointer)
     with pytest.raises(WorkError, match=r"prune-1: its files are damaged, and doing it again gave others.*--new"):
         execute(step, None, {}, Work(b"others"))
-    assert execute(step, None, {}, Work()) == record
+    assert execute(step, None, {}, Work()).pointer == record.pointer
 
 
 def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path, capsys):
@@ -120,14 +121,14 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
         return execute(step, None, {"goal": 10, "data": DataSource(source=str(data))} | changed, work)
 
     earlier, experiment = begin()
-    step, work = Step("prune-1", experiment), Work()
+    step, work = Call("prune-1", experiment), Work()
     first = prune(work)
     begin(earlier=f"unknown {earlier}")
     second = prune(work)
     assert work.done == 1 and f"taken over from run {earlier}" in capsys.readouterr().out
-    assert second["pointer"]["digest"] == first["pointer"]["digest"]
-    assert second["pointer"]["uri"] != first["pointer"]["uri"]  # neither run needs the other
-    run = mlflow_client.connect().get_run(second["pointer"]["run_id"])
+    assert second.pointer.digest == first.pointer.digest
+    assert second.pointer.uri != first.pointer.uri  # neither run needs the other
+    run = mlflow_client.connect().get_run(second.pointer.run_id)
     assert run.data.tags["ptl.taken_over_from"] == earlier and run.info.status == "FINISHED"
     begin(earlier=earlier)
     prune(work, goal=9)
@@ -144,7 +145,7 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
     data.unlink()
     data.write_text("{}")
     os.utime(data, (1, 1))
-    assert prune(work)["key"] == first["key"] and work.done == 4
+    assert prune(work).key == first.key and work.done == 4
 
 
 def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, tmp_path, capsys):
@@ -152,7 +153,7 @@ def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, tmp_path, cap
     for source in (data, other):
         Path(source.source).write_text("{}")
     _, experiment = begin()
-    recover, prune = Step("recover-1", experiment), Step("prune-1", experiment)
+    recover, prune = Call("recover-1", experiment), Call("prune-1", experiment)
     trained, scored = Work(), Work()
 
     def both():
@@ -163,7 +164,7 @@ def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, tmp_path, cap
     trained.data = b"other weights"
     after = both()
     assert (trained.done, scored.done) == (2, 1) and after[1] == before[1]
-    assert after[0]["pointer"]["digest"] != before[0]["pointer"]["digest"]
+    assert after[0].pointer.digest != before[0].pointer.digest
     said = capsys.readouterr().out
     assert f"recover-1: {data.source} has changed since it was done: it is done again" in said
     assert str(other.source) not in said
@@ -175,7 +176,7 @@ def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, tmp_path, cap
 def test_a_killed_repetition_leaves_no_result_of_the_old_file(begin, tmp_path):
     data = DataSource(source=str(tmp_path / "train.jsonl"))
     Path(data.source).write_text("{}")
-    step = Step("recover-1", begin()[1])
+    step = Call("recover-1", begin()[1])
 
     def dies(*_):
         raise RuntimeError("killed")
@@ -187,20 +188,20 @@ def test_a_killed_repetition_leaves_no_result_of_the_old_file(begin, tmp_path):
     run = step.start()
     assert store.committed(run.root, run.run, "recover-1") is None
     execute(step, None, {"training": data}, work := Work())
-    assert work.done == 1 and store.committed(run.root, run.run, "recover-1")["files"].keys() == {data.source}
+    assert work.done == 1 and store.committed(run.root, run.run, "recover-1").files.keys() == {data.source}
 
 
 def test_a_finished_run_and_one_of_another_version_are_not_changed(begin, tmp_path, monkeypatch):
     data = DataSource(source=str(tmp_path / "train.jsonl"))
     Path(data.source).write_text("{}")
-    step, settings = Step("recover-1", begin()[1]), {"training": data}
+    step, settings = Call("recover-1", begin()[1]), {"training": data}
     record = execute(step, None, settings, Work())
     with monkeypatch.context() as newer:
-        newer.setattr(takeover, "__version__", "0.0.9")
+        newer.setattr(key, "__version__", "0.0.9")
         with pytest.raises(InputError, match=r"recover-1 of run .*done by ptl .*this is ptl 0\.0\.9; resume the run"):
             execute(step, None, settings, Work())
     run = step.start()
-    store.commit(run.root, run.run, "report", {"key": "report", "pointer": record["pointer"], "metadata": {}})
+    store.commit(run.root, run.run, "report", Record("report", record.pointer))
     Path(data.source).write_text("{1}")
     with pytest.raises(InputError, match=r"train\.jsonl has changed .*the run is finished; restore"):
         execute(step, None, settings, Work())
@@ -213,85 +214,92 @@ def test_steps_of_one_kind_read_the_same_data(begin, tmp_path):
     data = DataSource(source=str(tmp_path / "train.jsonl"))
     Path(data.source).write_text("{}")
     _, experiment = begin()
-    execute(Step("recover-1", experiment), None, {"training": data}, Work())
+    execute(Call("recover-1", experiment), None, {"training": data}, Work())
     Path(data.source).write_text("{1}")
     for step in ("recover-2", "control-recover"):
         with pytest.raises(InputError, match=r"train\.jsonl has changed since recover-1 was done.* start a new run"):
-            execute(Step(step, experiment), None, {"training": data}, Work())
-    execute(Step("prune-1", experiment), None, {"calibration": data}, Work())
+            execute(Call(step, experiment), None, {"training": data}, Work())
+    execute(Call("prune-1", experiment), None, {"calibration": data}, Work())
 
 
 def test_a_model_that_is_replaced_is_imported_again(begin, tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights")
-    step, work = Step("import-model", begin()[1]), Work()
+    step, work = Call("import-model", begin()[1]), Work()
     first = execute(step, None, {"source": ModelSource(path=str(model))}, work)
     os.utime(model / "model.safetensors", (1, 1))
     again = execute(step, None, {"source": ModelSource(path=str(model))}, work)
     # Not by its content, which takes long: the same bytes have the same digest, so that nothing else is repeated.
-    assert work.done == 2 and again["pointer"]["digest"] == first["pointer"]["digest"]
+    assert work.done == 2 and again.pointer.digest == first.pointer.digest
     assert f"{model}/model.safetensors has changed" in capsys.readouterr().out
 
 
 def test_what_a_step_has_fetched_goes_when_it_is_committed(begin, s3, monkeypatch):
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", s3.root.removesuffix("/ptl"))
     _, experiment = begin()
-    parent = Pointer(**execute(Step("prune-1", experiment), None, {}, Work())["pointer"])
+    parent = execute(Call("prune-1", experiment), None, {}, Work()).pointer
 
     def work(src, dst, _run):
         assert list(scratch("cache").iterdir()) and (src / "model.safetensors").read_bytes() == b"weights"
         return Work()(src, dst, _run)
 
-    execute(Step("recover-1", experiment), parent, {}, work)
+    execute(Call("recover-1", experiment), parent, {}, work)
     assert not scratch("cache").exists()
 
 
-def test_a_coordinator_takes_over_before_it_starts_nodes(begin):
+def test_a_coordinator_takes_over_before_it_starts_nodes(begin, monkeypatch):
     earlier, experiment = begin()
-    step, work = Step("recover-1", experiment), Work()
-    execute(step, None, {}, work)
+    call = Call("recover-1", experiment)
+    execute(call, None, {}, Work())
+    monkeypatch.setattr("ptl.steps.step.is_coordinator", lambda: True)
     begin(earlier=earlier)
-    execute(step, None, {}, work, by_nodes=lambda _begin: pytest.fail("a TrainJob for what is there"))
-    assert work.done == 1
+    with Step(call, key={}) as step:
+        assert step.record is not None
+    begin()
+    with Step(call, key={}) as step:
+        assert step.record is None
+    assert (
+        "ptl.attempt" not in mlflow_client.connect().get_run(step.run.run_id).data.tags
+    )  # it may follow an earlier one
 
 
 def test_a_teacher_s_files_are_part_of_the_key(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     stages = {"recover": (Distil(teacher=str(tmp_path)),)}
-    before = takeover.key("sha256:parent", stages)
+    before = key_of("sha256:parent", stages)
     os.utime(tmp_path / "model.safetensors", (1, 1))
-    assert takeover.key("sha256:parent", stages) == before and len(before.files) == 1
+    assert key_of("sha256:parent", stages) == before and len(before.files) == 1
     (tmp_path / "model.safetensors").write_bytes(b"others!")
-    assert takeover.key("sha256:parent", stages).digest != before.digest
+    assert key_of("sha256:parent", stages).digest != before.digest
 
 
 def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
     """Its later steps pass their input through: the report and `ptl gc` must not find what they did before."""
     _, experiment = begin()
     for name in ("prune-1", "prune-2", "prune-3"):
-        execute(Step(name, experiment), None, {}, Work())
-    run = Step("evaluate-1", experiment).start()
+        execute(Call(name, experiment), None, {}, Work())
+    run = Call("evaluate-1", experiment).start()
     evaluate._withdraw_later(run, 1, 3)
     assert [bool(store.committed(run.root, run.run, f"prune-{i}")) for i in (1, 2, 3)] == [True, False, False]
 
 
 def test_what_cannot_be_taken_over_is_done(begin, capsys):
     earlier, experiment = begin()
-    step, work = Step("prune-1", experiment), Work()
-    flip(execute(step, None, {}, work)["pointer"])
+    step, work = Call("prune-1", experiment), Work()
+    flip(execute(step, None, {}, work).pointer)
     begin(earlier=earlier)
     record = execute(step, None, {}, work)
     said = capsys.readouterr().out
     assert work.done == 2 and f"not taken over from run {earlier}: " in said and "same command" not in said
-    assert (fetch(Pointer(**record["pointer"])) / "model.safetensors").read_bytes() == b"weights"
+    assert (fetch(step, record.pointer) / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin, monkeypatch):
     """Else `evaluate-0: accuracy 0.998` is announced without it."""
     run, experiment = begin()
-    execute(Step("import-model", experiment), None, {}, Work())
-    model = Pointer(**execute(Step("prune-1", experiment), None, {}, Work())["pointer"])
+    execute(Call("import-model", experiment), None, {}, Work())
+    model = execute(Call("prune-1", experiment), None, {}, Work()).pointer
     seen, finish = [], MlflowClient.set_terminated
 
     def finished(client, run_id, *status):
@@ -304,12 +312,12 @@ def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin
         return {"scores": scores(9, 0.5, 1), "verdict": verdict, "accepted": dataclasses.asdict(model)}
 
     monkeypatch.setattr(MlflowClient, "set_terminated", finished)
-    execute(Step("evaluate-1", experiment), model, {}, work)
+    execute(Call("evaluate-1", experiment), model, {}, work)
     assert [(step.status, step.accuracy, step.verdict) for step in seen] == [("FINISHED", 0.5, "accepted")]
 
 
 def test_each_attempt_has_a_folder_of_its_own(begin):
-    step, folders = Step("prune-1", begin()[1]), []
+    step, folders = Call("prune-1", begin()[1]), []
 
     def dies(_src, dst, _run):
         folders.append(dst)
@@ -322,7 +330,7 @@ def test_each_attempt_has_a_folder_of_its_own(begin):
         execute(step, None, {}, dies)
     record = execute(step, None, {}, dies)
     assert folders[0] != folders[1] and not folders[0].exists()
-    assert [path.name for path in fetch(Pointer(**record["pointer"])).glob("half*")] == ["half"]
+    assert [path.name for path in fetch(step, record.pointer).glob("half*")] == ["half"]
 
 
 def test_a_step_that_another_process_works_on_is_refused(begin, monkeypatch):
@@ -339,7 +347,7 @@ def test_a_step_that_another_process_works_on_is_refused(begin, monkeypatch):
 
 def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     _run, experiment = begin()
-    step = Step("import-model", experiment)
+    step = Call("import-model", experiment)
 
     def work(*_):
         raise ValueError("no answer from https://user:secret@proxy/x")
@@ -351,7 +359,7 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     monkeypatch.setattr(process, "work", lambda _call: work())
     monkeypatch.setattr(processes, "die_with", lambda _parent: None)
     (tmp_path / "call.json").write_text("{}")
-    with pytest.raises(ValueError, match="no answer"):
+    with pytest.raises(SystemExit, match="1"):
         process.main(tmp_path / "call.json", 0)
     assert "secret" not in (tmp_path / "failure.json").read_text()
 
@@ -364,11 +372,10 @@ def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(be
 
     keys = []
 
-    def execute_nothing(_step, parent, settings, _work, **_):
-        keys.append(takeover.key(parent.digest, settings).digest)
+    def fetch_nothing(step, _pointer):
+        keys.append(step.key.digest)
         raise Stop
 
-    monkeypatch.setattr(recover, "execute", execute_nothing)
     config = load_config(TINY).model_dump(mode="json")
     model = Pointer("file:///pruned", "sha256:" + "c" * 64, params=9, original_params=9)
     settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
@@ -376,13 +383,15 @@ def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(be
     for limit, tasks in ((8, True), (8, True), (9, True), (9, False)):
         _, experiment = begin()
         if tasks:
-            run = Step("import-model", experiment).start()
+            run = Call("import-model", experiment).start()
             evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
             for _ in range(2):  # the second finds the record
                 import_model._commit_items(run, evaluate, 0)
             assert capsys.readouterr().out.count(f"{limit} items of benchmarks") == 1
-            assert len(read_items(fetch(inputs.benchmark_items(run)))) == limit
+            items = store.committed(run.root, run.run, "items").pointer
+            assert len(read_items(store.fetch(items, scratch("cache")))) == limit
         data = config["training"] | {"decontaminate": {"tasks": tasks}}
-        with pytest.raises(Stop):
-            recover.recover(Call(Step("recover-1", experiment), settings | {"training": data}, {"model": model}, {}))
+        with monkeypatch.context() as patched, pytest.raises(Stop):
+            patched.setattr(Step, "fetch", fetch_nothing)
+            recover.recover(Call("recover-1", experiment, settings | {"training": data}, {"model": model}))
     assert keys[0] == keys[1] and len(set(keys)) == 3

@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 from run_records import scores
+from working import execute
 
 from ptl.config.dag import export_step
 from ptl.config.export import Export
@@ -14,8 +15,7 @@ from ptl.errors import InputError
 from ptl.evaluation.scoring import TaskScore
 from ptl.export import formats, measured
 from ptl.lineage import tracking
-from ptl.steps.call import Call, Output, Step
-from ptl.steps.execution import execute
+from ptl.steps.call import Call, Output
 from ptl.steps.export import export
 from ptl.storage import store
 from ptl.storage.store import Pointer
@@ -48,7 +48,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
             (dst / "model.safetensors").write_bytes(data)
             return {"params": 9}
 
-        return Pointer(**execute(Step(step, experiment), None, {}, work)["pointer"])
+        return execute(Call(step, experiment), None, {}, work).pointer
 
     def evaluate(step, checkpoint, corrects):
         def work(_src, dst, _run):
@@ -58,7 +58,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
             verdict = {"decision": "gate off", "reason": ""}
             return {"scores": scores(9, 0.5, 1), "checkpoint": passed_on, "accepted": passed_on, "verdict": verdict}
 
-        execute(Step(step, experiment), checkpoint, {}, work)
+        execute(Call(step, experiment), checkpoint, {}, work)
 
     dense, final = model("import-model", b"dense"), model("prune-1", b"final")
     evaluate("evaluate-0", dense, [1, 1])
@@ -69,9 +69,9 @@ def run(tmp_path, mlflow_folder, monkeypatch):
         settings |= {"iterations": 1, "export": FORM | form}
         outputs = {name: Output(tmp_path / name) for name in ("out", "metrics")}
         name = export_step(Export(**FORM | form))
-        export(Call(Step(name, experiment), settings, {"model": model, "dense": dense}, outputs))
+        export(Call(name, experiment, settings, {"model": model, "dense": dense}, outputs))
         record = store.committed(f"file://{tmp_path}/artifacts/ptl", tracking.pipeline_run(), name)
-        return record["metadata"], store.fetch(Pointer.load((tmp_path / "out").read_text()), tmp_path / "fetched")
+        return record.metadata, store.fetch(Pointer.load((tmp_path / "out").read_text()), tmp_path / "fetched")
 
     step.dense = dense
     return step

@@ -135,7 +135,7 @@ def test_nodes_and_the_coordinator_may_die_and_the_result_is_that_of_one_machine
     assert trained.keys() == alone.keys()
     assert max(float((trained[name] - alone[name]).abs().max()) for name in alone) < 1e-4
     # and the restart has repeated neither the first stage nor what was stored of the second
-    metadata = store.committed(f"file://{tmp_path}/art/ptl", RUN, "recover-1")["metadata"]
+    metadata = store.committed(f"file://{tmp_path}/art/ptl", RUN, "recover-1").metadata
     stages = metadata["details"]["stages"]
     assert [stage["details"]["processes"] for stage in stages] == [2, 2] and metadata["resumed_at"] > 0
     assert not list((tmp_path / "art").glob("ptl/*/*training-*"))

@@ -10,15 +10,15 @@ from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.lineage.run_status import StepRun
-from ptl.steps import evaluate, import_model, inputs, iterations, metrics, recover, table
-from ptl.steps.call import Call, Output, Step
-from ptl.storage import store
+from ptl.steps import call, evaluate, import_model, recover, reporting
+from ptl.steps.call import Call, Output
+from ptl.steps.step import Step
 from ptl.storage.store import Pointer, pointer_of
 
 ROOT = Path(__file__).parents[2]
 TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
 CONFIG = TINY.model_dump(mode="json")
-SCHEDULE = {name: CONFIG["schedule"][name] for name in iterations.FIELDS}
+SCHEDULE = {name: CONFIG["schedule"][name] for name in call.SCHEDULE}
 POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
 
 
@@ -30,14 +30,9 @@ def gate(enabled):
 def test_the_import_refuses_a_run_parameter_that_switches_the_gate(compiled, tmp_path):
     sections = {name: CONFIG[name] for name in ("prune", "calibration", "training", "evaluate")}
     settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
-    call = Call(
-        Step("import-model", "e"),
-        settings | {"gate": gate(not compiled), "gated": compiled},
-        {},
-        {"out": Output(tmp_path / "out")},
-    )
+    settings |= {"gate": gate(not compiled), "gated": compiled}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
-        table.import_model(call)
+        import_model.import_model(Call("import-model", "e", settings))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -50,7 +45,7 @@ def test_an_evaluation_refuses_it_too(compiled, tmp_path):
     }
     outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
-        table.evaluate(Call(Step("evaluate-1", "e"), settings, inputs, outputs))
+        evaluate.evaluate(Call("evaluate-1", "e", settings, inputs, outputs))
 
 
 class ScoredError(Exception):
@@ -65,8 +60,10 @@ def test_dense_answers_that_hit_the_token_limit_are_a_warning_before_anything_is
         raise ScoredError
 
     names = [{"task": "short", "truncated": 0.21}, {"task": "long", "truncated": 0.2}]
-    monkeypatch.setattr(Step, "start", lambda self: None)
-    monkeypatch.setattr(evaluate, "execute", lambda step, parent, settings, work: work(None, None, None))
+    monkeypatch.setattr(Call, "start", lambda *_: SimpleNamespace(step=step))
+    monkeypatch.setattr(Step, "_open", lambda self: None)
+    monkeypatch.setattr(Step, "fetch", lambda self, pointer: None)
+    monkeypatch.setattr(reporting, "note_error", lambda *_: None)
     monkeypatch.setattr(evaluate, "_scores", lambda *_: {"tasks": names})
     monkeypatch.setattr(evaluate, "decide", decide)
     settings = {
@@ -74,30 +71,26 @@ def test_dense_answers_that_hit_the_token_limit_are_a_warning_before_anything_is
         **{"iterations": 4, "target": 0.4, "registered_model": "m", "gate": gate(False)},
     }
     with pytest.raises(ScoredError):
-        table.evaluate(Call(Step(step, "e"), settings, {"model": POINTER}, {}))
+        evaluate.evaluate(Call(step, "e", settings, {"model": POINTER}))
     said = capsys.readouterr().out
     assert ("warning: 21% of the dense model's answers on short hit the token limit" in said) == warned
     assert ("max_new_tokens" in said) == warned and "long" not in said
 
 
-def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", ["import-model", "items"])
+def test_a_recovery_without_a_record_that_it_needs_is_an_error(missing, tmp_path, monkeypatch):
+    """The teacher's of a distillation, and that of the benchmarks' items."""
     monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
-    run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
-    distillation = SimpleNamespace(stages=[SimpleNamespace(method="distil")])
-    with pytest.raises(WorkError, match="the record of import-model is gone"):
-        recover._teacher(run, distillation)
-    pointer = Pointer(f"file://{tmp_path}/gone", "sha256:" + "d" * 64)
-    store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
-    with pytest.raises(WorkError, match="is gone"):
-        recover._teacher(run, distillation)
-    with pytest.raises(WorkError, match="the record of the benchmarks' items is gone"):
-        inputs.benchmark_items(run)
+    step = Step(Call("recover-1", "e"), key={})
+    step.run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
+    with pytest.raises(WorkError, match=f"run r: the record of {missing} is gone, .* run the same command again"):
+        step.committed(missing)
 
 
 def test_a_goal_s_parameters_travel_with_the_checkpoints():
     settings = {"iterations": 4, "target": 0, "cuts": "cubic"}
     goal = {"memory": "300kB", "tokens": 10}
-    imported = iterations.schedule_of(Call(Step("import-model", "e"), settings | {"goal": goal}, {}, {}))
+    imported = call.schedule_of(Call("import-model", "e", settings | {"goal": goal}))
     assert imported.target == MemoryGoal(memory="300kB", tokens=10)
     handed_on = import_model._goal(imported, TINY.prune, ROOT / "examples/tiny_reasoner/checkpoint")
     assert handed_on["target_params"] == 146_752 and handed_on["goal"]["bytes"] == 300_000
@@ -105,13 +98,13 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
 
     pointer = dataclasses.replace(POINTER, target_params=handed_on["target_params"])
     for step in ("prune-1", "control-prune", "evaluate-2"):
-        assert iterations.schedule_of(Call(Step(step, "e"), settings, {"model": pointer}, {})).target == 146_752
+        assert call.schedule_of(Call(step, "e", settings, {"model": pointer})).target == 146_752
     assert pointer_of(dataclasses.asdict(pointer)) == Pointer.load(pointer.dump()) == pointer
     with pytest.raises(InputError, match=r"target: 0: Input should be greater than 0"):
-        iterations.schedule_of(Call(Step("prune-1", "e"), settings, {"model": POINTER}, {}))  # imported without a goal
+        call.schedule_of(Call("prune-1", "e", settings, {"model": POINTER}))  # imported without a goal
     with pytest.raises(InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"):
-        iterations.schedule_of(Call(Step("import-model", "e"), settings | {"goal": goal, "target": 0.3}, {}, {}))
-    assert iterations.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
+        call.schedule_of(Call("import-model", "e", settings | {"goal": goal, "target": 0.3}))
+    assert call.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
 
 
 def test_cut_sequences_of_all_stages_are_counted_and_said(capsys):
@@ -133,9 +126,9 @@ def test_each_step_knows_its_share_of_the_schedule(stage):
         "prune": ("iterations", "target", "cuts"),
         "recover": ("iterations", "recovery_tokens", "tokens"),
     }[stage]
-    call = Call(Step(f"{stage}-2", "e"), {name: SCHEDULE[name] for name in given}, {}, {})
-    part = iterations.iterations_until(call, TINY.prune)[-1]
-    whole = iterations.iterations_until(Call(Step("prune-2", "e"), SCHEDULE, {}, {}), TINY.prune)[-1]
+    knows = Call(f"{stage}-2", "e", {name: SCHEDULE[name] for name in given})
+    part = call.iterations_until(2, call.schedule_of(knows), TINY.prune)[-1]
+    whole = call.iterations_until(2, call.schedule_of(Call("prune-2", "e", SCHEDULE)), TINY.prune)[-1]
     for field in {"prune": ("cut", "progress", "unit"), "recover": ("tokens", "tokens_before", "last")}[stage]:
         assert getattr(part, field) == getattr(whole, field)
 
@@ -148,7 +141,7 @@ def test_kubeflows_table_of_metrics_leads_to_mlflow(monkeypatch):
     shown = {"accuracy": 0.9, "items": 10, "params": 9, "verdict": "accepted"}
     monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.com/")  # of a cluster, in whose MLflow this run is not
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    assert metrics.kubeflow_metrics(metadata, run) == shown
+    assert reporting.kubeflow_metrics(metadata, run) == shown
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.ptl.svc:5000")
     page = "https://mlflow.example.com/#/experiments/7/runs/4f?workflowType=machine_learning"
-    assert metrics.kubeflow_metrics(metadata, run) == shown | {"mlflow": page}
+    assert reporting.kubeflow_metrics(metadata, run) == shown | {"mlflow": page}

@@ -8,11 +8,13 @@ import pytest
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.config.schedule import Prune
-from ptl.steps import final_speed, table, verdict
-from ptl.steps.call import Call, Output, Step
+from ptl.steps import evaluate
+from ptl.steps.call import Call, Output
+from ptl.steps.prune import prune
+from ptl.steps.step import Step
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 
 REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 CUT = "sha256:" + "c" * 64
@@ -25,14 +27,14 @@ SCORES = {"tasks": [{"task": "t", "accuracy": 0.9, "low": 0.8, "high": 0.95, "it
 def run(tmp_path, monkeypatch):
     """A run whose dense model solved 200 of 200 items; its smallest cuts are 1,000 by neurons and 9,000 by layers."""
     monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
-    run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
+    run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r", step="evaluate-1")
     (tmp_path / "scores").mkdir()
     items(tmp_path / "scores", right=200)
     files = store.publish(tmp_path / "scores", f"file://{tmp_path}/published")
     pointer = Pointer(f"file://{tmp_path}/published", digest_of(files))
     metadata = {"checkpoint": DENSE.__dict__, "smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
     for name, where in (("evaluate-0", pointer), ("import-model", DENSE)):
-        store.commit(run.root, run.run, name, {"key": "k", "pointer": where.__dict__, "metadata": metadata})
+        store.commit(run.root, run.run, name, Record("k", where, metadata))
     return run
 
 
@@ -44,15 +46,23 @@ def items(folder, right):
 
 
 def loop(iterations, gate=RULE, **prune):
-    return verdict.LoopSettings(iterations, 0.4, Prune(**prune), gate, "model")
+    return evaluate.LoopSettings(iterations, 0.4, Prune(**prune), gate, "model")
 
 
 def decided(run, folder, right, params, iteration=1, **prune):
     folder.mkdir(exist_ok=True)
     items(folder, right)
     candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
-    step = Step(f"evaluate-{iteration}", "ptl")
-    return verdict.decide(verdict.Trial(step, run, loop(3, **prune), candidate, DENSE, SCORES), folder)
+    step = at_work(run, f"evaluate-{iteration}", candidate, fallback=DENSE)
+    step.folder = folder
+    return evaluate.decide(step, loop(3, **prune), SCORES)
+
+
+def at_work(run, name, candidate, **inputs):
+    """A step that has scored, and decides now."""
+    step = Step(Call(name, "ptl", {"seed": 0}, {"model": candidate, **inputs}), key={})
+    step.run = run
+    return step
 
 
 def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(run, tmp_path):
@@ -84,13 +94,15 @@ def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
 
 def test_the_smallest_cut_of_auto_is_never_an_expert():
     by_unit = {"layers": 9_000, "experts": 500, "neurons": 1_000}
-    smallest = [verdict._smallest_cut({"metadata": {"smallest_cuts": by_unit}}, unit) for unit in ("auto", "experts")]
+    smallest = [
+        evaluate._smallest_cut(Record("k", DENSE, {"smallest_cuts": by_unit}), unit) for unit in ("auto", "experts")
+    ]
     assert smallest == [1_000, 500]
 
 
 def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
-    monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "7")
+    monkeypatch.setattr(evaluate.registry, "register", lambda *given: registered.append(given[1:]) or "7")
     told, onward = decided(run, tmp_path / "scored", right=199, params=60_000)
     assert (told["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
     assert onward.gate["reason"] == "the loop ended in iteration 1: target reached"
@@ -98,10 +110,9 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
 
 
 def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict.registry, "register", lambda *given: "7")  # a mock of the registry
+    monkeypatch.setattr(evaluate.registry, "register", lambda *given: "7")  # a mock of the registry
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    trial = verdict.Trial(Step("evaluate-1", "ptl"), run, loop(3, Gate()), candidate, None, SCORES)
-    told, onward = verdict.decide(trial, tmp_path)
+    told, onward = evaluate.decide(at_work(run, "evaluate-1", candidate), loop(3, Gate()), SCORES)
     assert told == {
         "decision": "gate off",
         "reason": "the gate is off",
@@ -112,10 +123,9 @@ def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run
 
 def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
-    monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "8")
+    monkeypatch.setattr(evaluate.registry, "register", lambda *given: registered.append(given[1:]) or "8")
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    trial = verdict.Trial(Step("control-evaluate", "ptl"), run, loop(1), candidate, None, SCORES)
-    decision, onward = verdict.decide(trial, tmp_path)
+    decision, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), loop(1), SCORES)
     assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")
     ((name, checkpoint, tags),) = registered
     assert (name, checkpoint, tags["step"], tags["arm"]) == ("model", candidate, "control-evaluate", "control")
@@ -126,11 +136,11 @@ def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
 
 def test_smallest_cuts_of_a_real_checkpoint():
     # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
-    assert loop(1, width_multiple=1).smallest_cuts(REASONER)["neurons"] == 768
-    whole = loop(1, width_multiple=8).smallest_cuts(REASONER)
+    assert evaluate.cuts_of(REASONER, Prune(width_multiple=1))["neurons"] == 768
+    whole = evaluate.cuts_of(REASONER, Prune(width_multiple=8))
     assert whole["neurons"] == 8 * 768
     assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64  # FFN, attention with half the key-value heads, norms
-    assert "neurons" not in loop(1, width_multiple=192).smallest_cuts(REASONER)
+    assert "neurons" not in evaluate.cuts_of(REASONER, Prune(width_multiple=192))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +155,8 @@ def test_smallest_cuts_of_a_real_checkpoint():
 )
 def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
     onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
-    step = Step("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
-    trial = verdict.Trial(step, None, loop(1 if arm == "control" else 3), onward, None, SCORES)
-    assert trial.ends_the_loop(onward) == ends
+    call = Call("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
+    assert evaluate.ends_the_loop(call, loop(1 if arm == "control" else 3), onward) == ends
 
 
 def test_why_speed_is_not_measured_is_told(run, monkeypatch):
@@ -156,24 +165,24 @@ def test_why_speed_is_not_measured_is_told(run, monkeypatch):
     final = Pointer("file:///cut", CUT)
     wanted = Evaluate(tasks=[Task(name="t")])
     off = Evaluate(tasks=[Task(name="t")], speed=Speed(repeats=0))
-    step = Step("evaluate-1", "ptl")
-    assert final_speed.beside_dense(step, run, DENSE, wanted, 0) == {"reason": "the run ends with the dense model"}
-    assert final_speed.beside_dense(step, run, final, off, 0) == {"reason": "evaluate.speed.repeats is 0"}
+    step = at_work(run, "evaluate-1", final)
+    assert evaluate.speed_beside_dense(step, DENSE, wanted) == {"reason": "the run ends with the dense model"}
+    assert evaluate.speed_beside_dense(step, final, off) == {"reason": "evaluate.speed.repeats is 0"}
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(final_speed.tracking, "computing_beside", lambda run: [])
-    monkeypatch.setattr(final_speed, "fetch", lambda pointer: pointer.uri)
+    monkeypatch.setattr(evaluate.tracking, "computing_beside", lambda run: [])
+    monkeypatch.setattr(Step, "fetch", lambda step, pointer: pointer.uri)
     monkeypatch.setattr("ptl.evaluation.speed.side_by_side", full)  # a mock of a GPU that is too small
-    told = final_speed.beside_dense(step, run, final, wanted, 0)
+    told = evaluate.speed_beside_dense(step, final, wanted)
     assert told["reason"].startswith("the GPU does not hold the dense and the final model at once (CUDA out of memory")
 
 
 def test_a_step_that_is_not_needed_says_why_and_passes_its_input_on(tmp_path, capsys):
     gate = {"cap": None, "rejections": 0, "stopped": True, "reason": "the loop ended in iteration 2: target reached"}
     pointer, out = Pointer("file:///cut", CUT, gate=gate), Output(tmp_path / "out")
-    table.prune(Call(Step("prune-3", "ptl"), {}, {"model": pointer}, {"out": out}))
+    prune(Call("prune-3", "ptl", {}, {"model": pointer}, {"out": out}))
     assert out.path.read_text() == pointer.dump()
     assert out.metadata == {"uri": "file:///cut"}
     said = "ptl: prune-3: not needed, its input is passed through: the loop ended in iteration 2: target reached\n"

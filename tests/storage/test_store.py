@@ -38,11 +38,7 @@ def publish(folder, place, attempt="a"):
 
 
 def record(pointer, key="k1"):
-    return {
-        "key": key,
-        "pointer": asdict(pointer),
-        "metadata": {"seconds": 1.5},
-    }
+    return store.Record(key, pointer, {"seconds": 1.5})
 
 
 def contents(folder):
@@ -56,8 +52,8 @@ def test_round_trip(place, folder, tmp_path):
     assert store.committed(place.root, "run1", "prune-1") is None
     written = store.commit(place.root, "run1", "prune-1", record(pointer))
     assert store.committed(place.root, "run1", "prune-1") == written
-    assert written["metadata"] == {"seconds": 1.5}
-    found = store.fetch(store.pointer_of(written["pointer"]), tmp_path / "cache")
+    assert written.metadata == {"seconds": 1.5}
+    found = store.fetch(written.pointer, tmp_path / "cache")
     assert contents(found) == contents(folder)
     assert (found / "model.safetensors").stat().st_mode & 0o044  # safetensors writes 0600: other UIDs must read too
     assert store.fetch(pointer, tmp_path / "cache") == found
@@ -189,7 +185,21 @@ def test_a_record_of_another_key_is_not_taken_and_is_replaced(place, folder):
     assert store.committed(place.root, "run1", "prune-1") is None
     for key in ("k2", "k3"):  # in place of a withdrawn one, and of another
         written = store.commit(place.root, "run1", "prune-1", record(pointer, key))
-        assert store.committed(place.root, "run1", "prune-1") == written and written["key"] == key
+        assert store.committed(place.root, "run1", "prune-1") == written and written.key == key
+
+
+def test_a_record_of_damaged_files_counts_again_once_they_are_repaired(place, folder):
+    pointer, _ = publish(folder, place)
+    pointer = replace(pointer, step="prune-1")
+    store.mark_damaged(place.root, "run1", pointer)  # there is none
+    first = store.commit(place.root, "run1", "prune-1", record(pointer))
+    store.mark_damaged(place.root, "run1", replace(pointer, digest="sha256:" + "0" * 64))  # of other files
+    assert store.committed(place.root, "run1", "prune-1") == first
+    store.mark_damaged(place.root, "run1", pointer)
+    assert store.committed(place.root, "run1", "prune-1") is None
+    assert store.damaged(place.root, "run1", "prune-1", "k1") == replace(first, damaged=True)
+    assert store.damaged(place.root, "run1", "prune-1", "k2") is None
+    assert store.commit(place.root, "run1", "prune-1", record(pointer)) == first
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
@@ -229,7 +239,7 @@ sys.stdin.readline()
 uri = f"{root}/models/{attempt}/artifacts"
 files = store.publish(Path(folder), uri)
 pointer = store.Pointer(uri, digest_of(files))
-store.commit(root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
+store.commit(root, "run1", "prune-1", store.Record("k", pointer))
 """
 
 
@@ -262,8 +272,8 @@ def test_kill_at_random_moments(place, folder, tmp_path):
         outcomes.append(half is not None)
         if half is None:
             again, _ = publish(folder, FilePlace(root), "second")
-            half = store.commit(root, "run1", "prune-1", {**record(again), "key": "k"})
-        assert contents(store.fetch(store.pointer_of(half["pointer"]), cache)) == expected
+            half = store.commit(root, "run1", "prune-1", record(again, "k"))
+        assert contents(store.fetch(half.pointer, cache)) == expected
     assert False in outcomes  # at least one kill came before the commit, else nothing was tested
 
 
@@ -282,12 +292,12 @@ def test_pointer_survives_json():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", "must be a mapping"),
-        ('{"uri": "file:///a"}', "pointer.digest: missing"),
-        ('{"uri": "file:///a", "digest": "md5:1"}', "pointer.digest: 'md5:1' must be sha256"),
-        ('{"uri": "file:///a", "digest": "sha256:1", "colour": 1}', "pointer.colour: unknown field"),
-        ('{"uri": "file:///a", "digest": "sha256:1", "params": "1"}', "pointer.params: '1' must be int"),
+        ("{", "pointer: Invalid JSON"),
+        ("[]", "pointer: Input should be an object"),
+        ('{"uri": "file:///a"}', "pointer.digest: Field required"),
+        ('{"uri": "file:///a", "digest": "md5:1"}', "pointer.digest: String should match pattern"),
+        (f'{{"uri": "file:///a", "digest": "sha256:{"0" * 64}", "colour": 1}}', "pointer.colour: Unexpected"),
+        (f'{{"uri": "file:///a", "digest": "sha256:{"0" * 64}", "params": true}}', "pointer.params: .* valid integer"),
     ],
 )
 def test_wrong_pointers(text, message):

@@ -9,7 +9,7 @@ from recovering import DATA, DENSE, cut, recover
 from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
-from ptl.storage.store import digest
+from ptl.storage.store import Pointer, Record, digest
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 from ptl.storage.training_files import COMPLETE, last_complete
 
@@ -38,7 +38,7 @@ def test_save_restore_and_clear(place, tmp_path):
     checkpoints = TrainingCheckpoints(place.root, "run", "recover-1.0", "key", 0)
     for step in (2, 4, 6):
         checkpoints.save(folder(tmp_path / "here", step))
-    assert [record["metadata"]["folder"] for record in checkpoints.records()] == [f"checkpoint-{i}" for i in (2, 4, 6)]
+    assert [record.metadata["folder"] for record in checkpoints.records()] == [f"checkpoint-{i}" for i in (2, 4, 6)]
     assert sum(name.endswith("weights") for name in objects(place)) == 2  # older files are gone
 
     other = tmp_path / "other"
@@ -70,8 +70,8 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path, uri)
     kept = tmp_path / "art/run/prune-1/manifest.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
-    pointer = {"uri": uri.format(art=art, home=tmp_path), "digest": "sha256:" + "0" * 64}
-    store.commit(art, "run", "recover-1.0.training-0", {"key": "key", "pointer": pointer, "metadata": {}})
+    pointer = Pointer(uri.format(art=art, home=tmp_path), "sha256:" + "0" * 64)
+    store.commit(art, "run", "recover-1.0.training-0", Record("key", pointer))
     for step in (2, 4):
         checkpoints.save(folder(tmp_path / "here", step))
     checkpoints.clear()
@@ -90,7 +90,7 @@ def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
     assert last_complete(tmp_path / "scratch") is None and other.records() == []
     # Theirs take the places of the old ones, of which none is taken for theirs.
     other.save(folder(tmp_path, 6))
-    assert [record["metadata"]["folder"] for record in other.records()] == ["checkpoint-6"]
+    assert [record.metadata["folder"] for record in other.records()] == ["checkpoint-6"]
     assert checkpoints.records() == []
 
 
@@ -154,7 +154,7 @@ def test_several_processes_store_their_checkpoints_and_another_machine_resumes(t
     monkeypatch.setattr(launch, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         recover(small, tmp_path / "out", stage, stores=[checkpoints])
-    folders = [record["metadata"]["folder"] for record in checkpoints.records()]
+    folders = [record.metadata["folder"] for record in checkpoints.records()]
     assert folders == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     straight = (tmp_path / "out/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out.training")

@@ -1,0 +1,315 @@
+"""A step at work: all that it does with the store, with MLflow and with this machine's disk.
+
+    with Step(call, key=settings) as step:       # finds the committed record, or opens an attempt
+        if step.record is None:
+            source = step.fetch(call.inputs["model"])
+            ...                                  # fills step.folder
+            step.publish(report)
+
+A step is identified by the pipeline run and its name, and its record by a key over everything that it depends on. So a
+step that is repeated, on the same machine or another, does no finished work again and reads nothing half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from ptl import __version__
+from ptl.config.flat_settings import flat_settings
+from ptl.errors import InputError, PtlError, WorkError
+from ptl.lineage import tracking
+from ptl.lineage.run_status import StepRun
+from ptl.log import say
+from ptl.recovery import machines
+from ptl.steps import attempts, reporting
+from ptl.steps.call import Call, Metadata
+from ptl.steps.key import Key, check_same_files, key_of, withdraw_outdated
+from ptl.storage import store
+from ptl.storage.manifest import FILES, digest_of
+from ptl.storage.store import Pointer, Record, pointer_of
+
+SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
+
+
+class Step:
+    """One attempt of a step. What it starts from is the call's input `model`, if it has one.
+
+    `key` is all that the result depends on beside that; None: the work is done each time. `reads` names records of
+    earlier steps whose files it depends on too. `title` names the pipeline run in MLflow where it is new.
+    """
+
+    run: StepRun  # in MLflow
+    key: Key
+    record: Record | None = None  # of the finished step
+    folder: Path  # to fill, of this attempt alone
+
+    def __init__(
+        self,
+        call: Call,
+        *,
+        key: Metadata | None,
+        reads: Sequence[str] = (),
+        title: str | None = None,
+    ) -> None:
+        self.call = call
+        self.parent = call.inputs.get("model")
+        self._settings = key
+        self._reads = reads
+        self._title = title
+        self._started = time.time()
+
+    def __enter__(self) -> Step:
+        self.run = self.call.start(self._title)
+        try:
+            self._open()
+        except Exception as error:
+            reporting.note_error(self.run, error)
+            raise
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None and machines.machines().first:
+            shutil.rmtree(scratch(self.run.step), ignore_errors=True)
+        elif isinstance(error, Exception):
+            reporting.note_error(self.run, error)
+
+    def _open(self) -> None:
+        """Find the record of an earlier attempt, take over that of an earlier run, or begin an attempt."""
+        run = self.run
+        if self._settings is None:
+            self.folder = empty_folder(run.step)
+            reporting.begin(run)
+            return
+        self._settings = self._settings | {name: self.committed(name).pointer.digest for name in self._reads}
+        self.key = key_of(self.parent.digest if self.parent else "", self._settings)
+        # Another command, an earlier pod or a retry may have finished the step.
+        self.record = self.find(run.step, self.key.digest) or self._verified()
+        if self.record is not None:
+            say(run.step, "done before: taken as it is")
+            # It may have been killed between the record and MLflow.
+            if machines.machines().first:
+                self._report()
+            return
+        check_same_files(run, self.call.stage, self.key)
+        withdraw_outdated(run, run.step, self.key)
+        self.folder = empty_folder(run.step)
+        # A node's attempt is its coordinator's, which has looked for earlier results, and begins later.
+        if machines.is_node():
+            return
+        # The import is itself a copy, and an evaluation's verdict names checkpoints of its own run.
+        earlier = None if self.call.stage in ("import", "evaluate") else self.take_over(self.key.digest)
+        if earlier is not None:
+            self.publish(earlier)
+        elif not is_coordinator():
+            reporting.begin(run)
+
+    def fetch(self, pointer: Pointer) -> Path:
+        """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
+        print(f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}", flush=True)
+        try:
+            return store.fetch(pointer, scratch("cache"))
+        except WorkError as error:
+            # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
+            if attempts.on_a_cluster() or not pointer.step:
+                raise
+            with contextlib.suppress(PtlError):  # where the store does not answer, the error is that
+                store.mark_damaged(self.run.root, self.run.run, pointer)
+            again = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
+            remedy = f"{error.remedy}; or {again}" if error.remedy else again
+            raise WorkError(error.problem, field=error.field, remedy=remedy) from error
+
+    def fetch_items(self, record: Record) -> list[Metadata]:
+        """Each item of an evaluation with its task, id, digest of the prompt and outcome, by the step's record."""
+        from ptl.evaluation.evaluate import read_items
+
+        return read_items(self.fetch(record.pointer))
+
+    def find(self, step: str, key: str | None = None) -> Record | None:
+        """The record of a step of this run, with `key` only one that has it; None where it has none."""
+        return store.committed(self.run.root, self.run.run, step, key)
+
+    def committed(self, step: str) -> Record:
+        """The record of an earlier step of this run. Raises WorkError where it is gone."""
+        record = self.find(step)
+        if record is None:
+            raise WorkError(
+                f"the record of {step} is gone, and this step needs what it made",
+                field=f"run {self.run.run}",
+                remedy="start a new run" if attempts.on_a_cluster() else "run the same command again",
+            )
+        return record
+
+    def take_over(self, key: str) -> Metadata | None:
+        """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
+        step = self.run.step
+        for run in self.run.earlier:
+            try:
+                record = store.committed(self.run.root, run, step)
+                if record is None or key not in (record.key, record.metadata.get("scores_key")):
+                    continue
+                folder = store.fetch(record.pointer, scratch("cache"))
+            except WorkError as error:
+                # Damaged files of another run are no reason to fail: the step does the work itself.
+                say(step, f"not taken over from run {run}: {error}")
+                continue
+            # Without the list of files: the copy is published with one of its own.
+            shutil.copytree(folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
+            say(step, f"taken over from run {run}: same inputs, same settings")
+            tracking.tag(self.run, {"taken_over_from": run})
+            return {name: value for name, value in record.metadata.items() if name != "started"}
+        return None
+
+    def publish(self, report: Any) -> None:
+        """Publish the folder, commit the record with this report of the work (a dataclass or JSON), tell MLflow.
+
+        In this order: whatever kills the step, the next attempt finds all of it or does it again.
+        """
+        run = self.run
+        elapsed = time.time() - self._started  # with the libraries' imports and the fetch of the parent
+        metadata = {
+            "stage": self.call.stage,
+            "arm": self.call.arm,
+            "iteration": self.call.iteration,
+            "started": self._started,
+            "seconds": elapsed,  # a work that reports its own `seconds` leaves those out
+            **(dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report),  # type: ignore[arg-type]
+            "whole_seconds": elapsed,
+        }
+        damaged = store.damaged(run.root, run.run, run.step, self.key.digest)
+        pointer = self._repaired(damaged.pointer) if damaged else self._published(metadata)
+        record = Record(self.key.digest, pointer, metadata, version=__version__, files=self.key.files)
+        # Another process may be first: then its record is the step's.
+        self.record = store.commit(run.root, run.run, run.step, record)
+        # What it has fetched: the next step may need as much room, and finds what it reads in the store.
+        shutil.rmtree(scratch("cache"), ignore_errors=True)
+        committed = self.record.metadata
+        say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
+        self._report()
+
+    def take_result_of_nodes(self) -> None:
+        """The record that other machines have committed. Raises InputError without one: it would be the same again."""
+        self.record = self.find(self.run.step, self.key.digest)
+        if self.record is None:
+            raise InputError(
+                "its nodes have ended without a result in the store",
+                field=self.run.step,
+                remedy="compare PTL_ARTIFACT_ROOT and the version of their image with this step's",
+            )
+        self._report()
+
+    def _published(self, metadata: Metadata) -> Pointer:
+        """Publish the folder under a fresh location; the pointer to it."""
+        run, parent = self.run, self.parent
+        if self.call.stage == "evaluate":
+            # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
+            assert parent is not None
+            params = metadata["scores"]["params"]
+            model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
+        else:
+            params = metadata["params"]
+            tags = {"step": run.step, "params": params, "digest_of_parent": parent.digest if parent else ""}
+            model_id, location = tracking.new_model(run, run.step, {"params": params}, tags)
+        return Pointer(
+            uri=location,
+            digest=digest_of(store.publish(self.folder, location)),
+            params=int(params),
+            original_params=parent.original_params if parent else params,
+            parent_digest=parent.digest if parent else "",
+            run_id=run.run_id,
+            model_id=model_id,
+            gate=parent.gate if parent else {},
+            step=run.step,
+            target_params=parent.target_params if parent else metadata.get("target_params", 0),
+        )
+
+    def _verified(self) -> Record | None:
+        """The record whose files a later step could not fetch, where they are intact now, as after an outage."""
+        run = self.run
+        record = store.damaged(run.root, run.run, run.step, self.key.digest)
+        if record is None:
+            return None
+        try:
+            store.fetch(record.pointer, scratch("cache"))
+        except WorkError as damage:
+            say(run.step, f"done again, since its files are damaged: {damage}")
+            return None
+        say(run.step, "its files were verified")
+        return store.commit(run.root, run.run, run.step, dataclasses.replace(record, damaged=False))
+
+    def _repaired(self, pointer: Pointer) -> Pointer:
+        """Put the same bytes in the place of damaged files, to which all pointers stay right.
+
+        Raises WorkError where the work comes out otherwise now.
+        """
+        # Published in the scratch folder first: the damaged files go only once the same bytes are there.
+        copy = scratch(self.run.step) / f"copy-{uuid.uuid4().hex[:12]}"
+        if digest_of(store.publish(self.folder, copy.as_uri())) != pointer.digest:
+            raise WorkError(
+                "its files are damaged, and doing it again gave others, as on another machine or with other versions",
+                field=self.run.step,
+                remedy="start a new run with --new",
+            )
+        store.delete(pointer.uri, below=self.run.root.removesuffix("/ptl"))
+        store.publish(self.folder, pointer.uri)
+        return pointer
+
+    def _report(self) -> None:
+        """Report the record to MLflow, whose run of the step ends, and hand on its checkpoint; it may be repeated."""
+        record, parent = self.record, self.parent
+        assert record is not None
+        evaluated = self.call.stage == "evaluate"
+        # First, since whoever watches the step reads its verdict as soon as it has finished.
+        if evaluated and parent is not None:
+            reporting.track_evaluation(self.run, self.call.iteration, parent, record.metadata)
+        tracking.finish(
+            self.run,
+            params=flat_settings(to_jsonable_python(self._settings)),
+            metrics=reporting.metrics(record.metadata),
+            inputs=[parent.model_id] if parent else [],
+            # An evaluation makes no model.
+            output=None if evaluated else record.pointer.model_id,
+            step=self.call.iteration,
+        )
+        self.call.write(pointer_of(record.metadata["accepted"]) if evaluated else record.pointer)
+
+
+def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
+    is_step = attempts.on_a_cluster() and not machines.is_node(environment)
+    return is_step and machines.machines(environment).count > 1
+
+
+def scratch(name: str) -> Path:
+    """A folder for temporary work; with PTL_SCRATCH it survives a kill, so that training resumes from it."""
+    # By the run: two runs on one machine must not share their checkpoints' folders.
+    base = os.environ.get("PTL_SCRATCH") or f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
+    return Path(base, name)
+
+
+def empty_folder(step: str) -> Path:
+    """An empty folder of this attempt alone; those of killed attempts are removed."""
+    for abandoned in scratch(step).glob("out-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    # A name of its own: what a killed attempt still writes does not land in it.
+    folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def limit_threads(params: int) -> None:
+    """One thread for a model of few parameters: more only wait for each other."""
+    import torch
+
+    if params < SMALL_MODEL:
+        torch.set_num_threads(1)
