@@ -21,6 +21,6 @@ def evaluate(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values = {"iterations": iterations, "target": target, "seed": seed, "registered_model": registered_model}
+    values: dict = {"iterations": iterations, "target": target, "seed": seed, "registered_model": registered_model}
     values |= {"prune": prune, "evaluate": evaluate, "gate": gate}
     run(step, experiment, values, {"model": model, "fallback": fallback}, {"accepted": accepted, "metrics": metrics})

@@ -20,6 +20,6 @@ def export(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values = {"iterations": iterations, "seed": seed}
+    values: dict = {"iterations": iterations, "seed": seed}
     values |= {"export": export, "calibration": calibration, "evaluate": evaluate, "gate": gate}
     run(step, experiment, values, {"model": model, "dense": dense}, {"out": out, "metrics": metrics})

@@ -29,7 +29,7 @@ def import_model(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values = {"run_name": run_name, "earlier_runs": earlier_runs, "model": model, "revision": revision}
+    values: dict = {"run_name": run_name, "earlier_runs": earlier_runs, "model": model, "revision": revision}
     values |= {"iterations": iterations, "target": target, "cuts": cuts, "recovery_tokens": recovery_tokens}
     values |= {"tokens": tokens, "seed": seed, "gated": gated}
     values |= {"goal": goal, "prune": prune, "calibration": calibration, "training": training, "evaluate": evaluate}

@@ -18,6 +18,6 @@ def prune(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values = {"iterations": iterations, "target": target, "cuts": cuts, "seed": seed}
+    values: dict = {"iterations": iterations, "target": target, "cuts": cuts, "seed": seed}
     values |= {"prune": prune, "calibration": calibration}
     run(step, experiment, values, {"model": model}, {"out": out})

@@ -18,6 +18,6 @@ def recover(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values = {"iterations": iterations, "recovery_tokens": recovery_tokens, "tokens": tokens, "seed": seed}
+    values: dict = {"iterations": iterations, "recovery_tokens": recovery_tokens, "tokens": tokens, "seed": seed}
     values |= {"recover": recover, "training": training}
     run(step, experiment, values, {"model": model}, {"out": out})

@@ -30,7 +30,7 @@ def report(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values = {"model": model, "revision": revision, "target": target, "recovery_tokens": recovery_tokens}
+    values: dict = {"model": model, "revision": revision, "target": target, "recovery_tokens": recovery_tokens}
     values |= {"seed": seed, "cuts": cuts, "tokens": tokens, "registered_model": registered_model}
     values |= {"settings": settings, "goal": goal, "prune": prune, "calibration": calibration, "recover": recover}
     values |= {"training": training, "evaluate": evaluate, "gate": gate}

@@ -93,12 +93,12 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
     imported = call.schedule_of(Call("import-model", "e", settings | {"goal": goal}))
     assert imported.target == MemoryGoal(memory="300kB", tokens=10)
     handed_on = import_model._goal(imported, TINY.prune, ROOT / "examples/tiny_reasoner/checkpoint")
-    assert handed_on["target_params"] == 146_752 and handed_on["goal"]["bytes"] == 300_000
+    assert handed_on["target_params"] == 147_440 and handed_on["goal"]["bytes"] == 300_000
     assert import_model._goal(TINY.schedule, TINY.prune, Path("nowhere")) == {}
 
     pointer = dataclasses.replace(POINTER, target_params=handed_on["target_params"])
     for step in ("prune-1", "control-prune", "evaluate-2"):
-        assert call.schedule_of(Call(step, "e", settings, {"model": pointer})).target == 146_752
+        assert call.schedule_of(Call(step, "e", settings, {"model": pointer})).target == 147_440
     assert pointer_of(dataclasses.asdict(pointer)) == Pointer.load(pointer.dump()) == pointer
     with pytest.raises(InputError, match=r"target: 0: Input should be greater than 0"):
         call.schedule_of(Call("prune-1", "e", settings, {"model": POINTER}))  # imported without a goal
