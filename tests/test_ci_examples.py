@@ -112,7 +112,7 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
 @pytest.mark.slow
 def test_a_failed_run_says_so(environment, tmp_path):
     world = MockKubeflow()
-    world.script = [("FAILED", {"prune-1": "FAILED"})]
+    world.script = ["FAILED"]
     try:
         done = run(CI / "run.sh", TINY, tmp_path / "table.md", "--host", world.url, env=environment)
     finally:

@@ -91,17 +91,13 @@ def options(
 COMMANDS = (
     init.init,
     configs.validate,
-    configs.schema,
     configs.plan,
     configs.compile,
     run.run,
-    servers.ui,
     servers.up,
-    servers.down,
     images.images,
     results.fetch,
     results.export,
-    results.report,
     results.compare,
     gc.gc,
 )

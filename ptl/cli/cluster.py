@@ -97,9 +97,9 @@ def submit(
     poll: Poll = 15,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
+    extras.need("kfp", "submit")
     from pipelines.prune_tune_loop import submit as work
 
-    extras.need("kfp", "submit")
     # Warnings come before anything is sent.
     run_config = load(config, sets, images)
     warn(advice.warnings(run_config))

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ptl.cli.options import HOME
-from ptl.config.rehearsal import Change, changes, left_out, rehearsal
+from ptl.config.rehearsal import changes, left_out, rehearsal
 from ptl.config.run import Config
 from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.preflight import gpus
+from ptl.tables import table_text
 
 
 def here(config: Config) -> tuple[Config, list[str]]:
@@ -30,30 +31,14 @@ def on_cluster(config: Config) -> Config:
 
 
 def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]:
-    from rich.console import Console
-
     rehearsed = rehearsal(config, num_gpus)
-    differences = changes(config, rehearsed)
-    Console().print(_table(config.name, differences))
+    rows = [
+        [change.field, ", ".join(map(_text, change.run)), ", ".join(map(_text, change.rehearsal))]
+        for change in changes(config, rehearsed)
+    ]
+    title = f"Rehearsal of {config.name}: every step, with less work"
+    print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
     return rehearsed, left_out(config, rehearsed, num_gpus)
-
-
-def _table(name: str, differences: Sequence[Change]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"Rehearsal of {name}: every step, with less work", title_justify="left")
-    table.add_column("Field")
-    table.add_column("Run", justify="right")
-    table.add_column("Rehearsal", justify="right")
-    for change in differences:
-        table.add_row(change.field, _cell(change.run), _cell(change.rehearsal))
-    return table
-
-
-def _cell(values: Sequence[Any]) -> str:
-    from rich.markup import escape
-
-    return escape(", ".join(_text(value) for value in values))
 
 
 def _text(value: Any) -> str:

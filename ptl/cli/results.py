@@ -1,4 +1,4 @@
-"""What a run made: `ptl fetch` its checkpoint, `export` it, `report` its pages, `compare` its evaluations."""
+"""What a run made: `ptl fetch` its checkpoint or its report, `export` a checkpoint, `compare` evaluations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
     arm: Annotated[str, typer.Option(help="which arm of a run: loop (its final model) or control")] = "loop",
+    report: Annotated[
+        bool, typer.Option("--report", help="only the run's report, made again from its result.json")
+    ] = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
@@ -35,6 +38,9 @@ def fetch(
     # Before anything is started or fetched.
     destination.check_free(dst.resolve())
     _reach_stores(home, s3, source)
+    if report:
+        _write_report(source, dst)
+        return
     checkpoint = locate.checkpoint(source, arm)
     pointer = checkpoint.pointer
     _start_servers_of(source, pointer.uri)
@@ -72,18 +78,16 @@ def export(
         raise InputError(f"{to!r} must be one of {', '.join(TYPES)}", field="--to")
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
-    notes = _export_gguf(src, dst, type) if to == "gguf" else _export_compressed(src, dst, type, config)
+    if to == "gguf":
+        from ptl.export.gguf import check_type, write_gguf
+
+        check_type(type, "--type")
+        notes = write_gguf(src, dst, type)
+        print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
+    else:
+        notes = _export_compressed(src, dst, type, config)
     for note in notes:
         print(f"note: {note}")
-
-
-def _export_gguf(src: Path, dst: Path, type: str) -> list[str]:
-    from ptl.export.gguf import check_type, write_gguf
-
-    check_type(type, "--type")
-    notes = write_gguf(src, dst, type)
-    print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
-    return notes
 
 
 def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> list[str]:
@@ -106,53 +110,24 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
     return notes
 
 
-def report(
-    source: Annotated[
-        str,
-        typer.Argument(help="RUN_ID, a run's directory, or its result.json", show_default=False),
-    ],
-    dst: Annotated[Path | None, typer.Argument(help="folder for the report; default: report-<run>")] = None,
-    s3: Servers = False,
-    home: Home = HOME,
-) -> None:
-    """Make a run's report again from its result.json."""
+def _write_report(source: str, folder: Path) -> None:
     from jinja2 import UndefinedError
 
     from ptl.report.render import render
 
-    _reach_stores(home, s3, source)
     result = locate.result(source)
     # It may be any JSON file: whatever the pages miss in it is wrong input.
     try:
-        folder = dst or _report_folder(result)
         render(result, folder)
     except (OSError, ValueError, LookupError, TypeError, UndefinedError) as error:
-        raise _unreadable(source, result, error) from error
-    print(f"wrote {folder / 'report.html'}")
-
-
-def _unreadable(source: str, result: dict[str, Any], error: Exception) -> InputError:
-    """Why pages cannot be made of a file: another version has written it, or it is something else."""
-    versions = result.get("versions")
-    version = versions.get("ptl") if isinstance(versions, dict) else None
-    if version and version != __version__:
-        return InputError(
-            f"ptl {version} has written {source}, and ptl {__version__} cannot read it ({error!r})",
+        versions = result.get("versions")
+        version = versions.get("ptl") if isinstance(versions, dict) else "no version"
+        raise InputError(
+            f"{source} is no result that ptl {__version__} can read, {version} has written it ({error!r})",
             field="result",
-            remedy=f"make its report with ptl {version}",
-        )
-    return InputError(
-        f"{source} is no result of a run ({error!r})",
-        field="result",
-        remedy="give a result.json that this version of ptl has written",
-    )
-
-
-def _report_folder(result: dict[str, Any]) -> Path:
-    run_id = result["run_id"]
-    if not store.is_name(run_id):  # it may come from anywhere, and becomes a path
-        raise ValueError(f"run_id {run_id!r} is not the name of a run")
-    return Path(f"report-{run_id}")
+            remedy="give a result.json of this version, or make its report with that version",
+        ) from error
+    print(f"wrote {folder / 'report.html'}")
 
 
 def compare(
@@ -215,11 +190,9 @@ def _home_of(name: str) -> Path | None:
 def _start_servers_of(source: str, uri: str) -> None:
     """Start `ptl up`'s servers for the directory of a run that was made with --s3."""
     # The caller's own credentials may be for another store than that of `ptl up`.
-    directory = Path(source)
-    if not directory.exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
+    if not Path(source).exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
         return
-    # A run's directory is HOME/runs/ID.
-    home = directory.resolve().parent.parent
+    home = Path(source).resolve().parent.parent
     if (home / "stack").is_dir():
         runs.use(runs.start_servers(home))
 

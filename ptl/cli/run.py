@@ -127,7 +127,7 @@ def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifac
     if directory.earlier:
         print(f"{progress.TAKEN_OVER} {', '.join(directory.earlier)}")
     if servers:
-        print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
+        print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl up --stop` stops both")
 
 
 def _print_finished_run(home: Path, config: Config) -> None:

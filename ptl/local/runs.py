@@ -39,12 +39,12 @@ PASSED = (
 
 def start_servers(home: Path) -> Environment:
     """`ptl up` with the ports it had last (its defaults the first time): the environment that reaches both servers."""
-    from ptl.local import server_process, servers
+    from ptl.local import servers
 
     return servers.up(
         home,
-        s3_port=server_process.last_port(home, "s3") or servers.S3_PORT,
-        mlflow_port=server_process.last_port(home, "mlflow") or servers.MLFLOW_PORT,
+        s3_port=servers.last_port(home, "s3") or servers.S3_PORT,
+        mlflow_port=servers.last_port(home, "mlflow") or servers.MLFLOW_PORT,
     )
 
 

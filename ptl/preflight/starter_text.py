@@ -153,7 +153,7 @@ def _header(plan: Plan, forecast: Forecast | None) -> str:
             f"#   GiB of the {card:.0f} of each GPU: {', '.join(needs)}",
             f"#   time: {wall_clock} from start to end, {gpu_hours} GPU-hours",
         ]
-    lines.append("# Check it with `ptl validate`. All fields: `ptl schema`; what is left out has its default.")
+    lines.append("# Check it with `ptl validate`. All fields: `ptl validate --schema`, with their defaults.")
     return "\n".join(lines)
 
 

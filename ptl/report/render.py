@@ -71,7 +71,7 @@ def terminal_text(result: Result, report: str) -> str:
 def _mlflow_page(result: Result) -> str:
     server = result["mlflow"]["url"]
     if not server:
-        return "run `ptl ui` and open the address it prints"
+        return "run `ptl up --ui` and open the address it prints"
     return runs_page(server.rstrip("/"), result["mlflow"]["experiment_id"], result["mlflow_run_id"])
 
 

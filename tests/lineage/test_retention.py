@@ -26,7 +26,7 @@ from ptl.config import dag
 from ptl.errors import InputError, WorkError
 from ptl.lineage import inventory, registry, retention, tracking
 from ptl.lineage.retention import DAY, Rules
-from ptl.local import seaweedfs, servers
+from ptl.local import servers
 from ptl.steps import execution
 from ptl.steps.call import Step
 from ptl.storage import s3, s3_client, store, training_checkpoints
@@ -51,7 +51,7 @@ def local(new_database, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(server, new_database, tmp_path_factory):
     root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{seaweedfs.BUCKET}/gc", server)
+    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{servers.BUCKET}/gc", server)
     yield {**server, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     servers.down(root)
 
