@@ -150,8 +150,12 @@ class MockKubeflow(MockServer):
         return 200, recorded("post-terminate")
 
     def retry(self, ids, **_):
-        failed = self.played or self._run(ids[0])["state"] == "FAILED"
-        return (200, {}) if failed else (409, recorded("post-retry-succeeded"))
+        if self.played:
+            return 200, {}
+        if self._run(ids[0])["state"] != "FAILED":
+            return 409, recorded("post-retry-succeeded")
+        self.script = ["RUNNING"]
+        return 200, {}
 
     def _run(self, run_id):
         return next((run for run in self.runs if run["run_id"] == run_id), None)

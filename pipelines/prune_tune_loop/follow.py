@@ -3,8 +3,9 @@
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ TRAINING = 60.0  # seconds between two lines of a training's progress
 PODS = 30.0  # seconds between two looks at the pods
 PATIENCE = 20.0  # seconds for all requests of one of them
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
+UNDER_WAY = ("PENDING", "RUNNING", "SUCCEEDED")  # of a run that was retried; a short one may be done again
 MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
 Say = Callable[[str], None]
 
@@ -122,7 +124,7 @@ def status(reference: str, server: Server, *, say: Say = print) -> int:
     view = observer.look(get_run(api, run_id))
     if observer.records is None and not observer.outage:
         say("MLflow has no records of this run, or none yet")
-    say(run_view.step_table(view))
+    say(view.table)
     # Reasons are longer than a cell of the table.
     for step in view.steps:
         if step.reason:
@@ -140,49 +142,40 @@ def cancel(reference: str, server: Server, *, say: Say = print, poll: float = 2.
     """Ask Kubeflow to end a run, and close it in MLflow when it has; a run that has ended stays as it is."""
     api = connect(server)
     run_id = run_id_of(api, reference)
+    run = get_run(api, run_id)
+    has_ended_before = run.state in ENDED
+    if not has_ended_before:
+        try:
+            with explained(api.host):
+                api.client.terminate_run(run_id)
+        except RefusedError:
+            # 400: it has ended meanwhile.
+            has_ended_before = get_run(api, run_id).state in ENDED
+            if not has_ended_before:
+                raise
+        # The answer is empty, as a proxy's may be: only the run's state shows that the request has come to the server.
+        run = _await_state(api, run_id, (*ENDED, "CANCELING"), poll, "does not end")
+        with suppress(WorkError):  # it ends later: what is RUNNING in MLflow can be closed after that only
+            run = _await_state(api, run_id, ENDED, poll, "has not ended")
     observer = Observer(api, say)
-    view = observer.look(_terminate(api, run_id))
-    if view.ended:
-        observer.settle(view)
-        say(f"{view.name}: has ended before ({view.state_text})")
-        return DONE
-    # The server's answer is empty, as a proxy's may be: only the run's state shows that the request has come to it.
-    run = _await_effect(api, run_id, lambda run: run.state in (*ENDED, "CANCELING"), poll, "does not end")
     view = observer.look(run)
-    say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
-    # With records in MLflow it is worth waiting: what is RUNNING there can be closed after the end only.
-    deadline = time.monotonic() + SETTLING
-    while observer.records is not None and not view.ended and time.monotonic() < deadline:
-        time.sleep(poll)
-        view = observer.look(get_run(api, run_id))
-    if view.ended:
-        observer.settle(view)
+    observer.settle(view)
+    if has_ended_before:
+        say(f"{view.name}: has ended before ({view.state_text})")
+    elif view.ended:
         say(f"{view.name}: {view.state_text}")
+    else:
+        say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
     return DONE
 
 
-def _terminate(api: Api, run_id: str) -> Any:
-    """The run, after a request to end it; one that has ended is not asked."""
-    run = get_run(api, run_id)
-    if run.state in ENDED:
-        return run
-    try:
-        with explained(api.host):
-            api.client.terminate_run(run_id)
-    except RefusedError:
-        run = get_run(api, run_id)  # 400: it has ended meanwhile
-        if run.state not in ENDED:
-            raise
-    return run
-
-
-def _await_effect(api: Api, run_id: str, has_effect: Callable[[Any], bool], poll: float, no_effect: str) -> Any:
+def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, problem: str) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    while not has_effect(run := get_run(api, run_id)):
+    while (run := get_run(api, run_id)).state not in states:
         if time.monotonic() > deadline:
             raise WorkError(
-                f"{run_id} {no_effect}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
+                f"{run_id} {problem}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
                 "before",
                 field="run",
                 remedy=LOGIN_AGAIN,
@@ -221,13 +214,7 @@ def retry(
         raise InputError(
             f"{run_id} cannot be retried: {error}", field="run", remedy=f"`ptl status {run_id}` shows its state"
         ) from error
-    _await_effect(
-        api,
-        run_id,
-        lambda retried: retried.state not in ENDED or retried.finished_at != run.finished_at,
-        min(poll, 2.0),
-        "does not run again",
-    )
+    _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), "does not run again")
     # The run itself is under way, whatever MLflow answers.
     if observer.records is not None:
         try:
@@ -288,14 +275,12 @@ class _Announcer:
 
     def steps(self, steps: list[StepView]) -> None:
         for step in steps:
-            attempt = step.record.attempt if step.record else None
             if step.state in ANNOUNCED:
-                self.line(step.name, (step.state, attempt), run_view.change_line(step))
-            self.line(f"pending of {step.name}", step.kind, f"{step.name}: {step.reason}" if step.kind else "")
+                self.line(step.name, (step.state, step.attempt, step.reason), step.change)
             now = time.monotonic()
-            if step.progress and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
+            if step.training and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
                 self.trainings[step.name] = now
-                self.line(f"progress of {step.name}", step.progress, f"{step.name}: {step.progress}")
+                self.line(f"training of {step.name}", step.training, f"{step.name}: {step.training}")
 
     def line(self, topic: str, value: Any, text: str) -> None:
         """Print a text if the value of its topic has changed."""

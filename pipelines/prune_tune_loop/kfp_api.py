@@ -117,6 +117,7 @@ def _bound(client: Any) -> None:
         repeats = 0 if method == "POST" and urlsplit(url).path.endswith("/runs") else REPEATS
         options["retries"] = Retry(
             total=repeats,
+            read=min(repeats, 1),  # each may take READ_TIMEOUT
             connect=0,  # nobody listens: a server that restarts behind a gateway answers 502 or 503 instead
             allowed_methods=None,
             status_forcelist=TEMPORARY,

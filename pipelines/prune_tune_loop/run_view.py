@@ -33,30 +33,26 @@ class StepView:
 
     name: str
     state: str  # RUNNING and so on, or one of the four above
-    record: (
-        StepProgress | None
-    )  # may be of an attempt before a retry: its seconds are shown until the step begins again
-    reason: str = ""  # of a failure, or why it has been pending for long; with its remedy
-    kind: str = ""  # of the reason to be pending, in one word
+    reason: str = ""  # of a failure, or of being pending for long; with its remedy
+    attempt: str = ""
+    seconds: str = ""  # once it has ended
+    accuracy: str = ""
+    verdict: str = ""
+    training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains
 
     @property
-    def progress(self) -> str:
-        """`51,200 of 500,000 tokens, loss 0.457`, while it trains."""
-        record = self.record
-        if self.state != "RUNNING" or record is None or record.tokens_seen is None:
-            return ""
-        planned = f" of {record.tokens_planned:,}" if record.tokens_planned else ""
-        loss = "" if record.loss is None else f", loss {record.loss:.3f}"
-        return f"{record.tokens_seen:,}{planned} tokens{loss}"
-
-    @property
-    def seconds(self) -> float | None:
-        return self.record.seconds if self.record and self.state != "RUNNING" else None
-
-    @property
-    def scores(self) -> StepProgress | None:
-        """The record with accuracy and verdict, once they are final."""
-        return self.record if self.state == "SUCCEEDED" else None
+    def change(self) -> str:
+        """A change of the step in one line: its state, and with its end what came out."""
+        parts = [
+            f"{self.name}: {self.state}",
+            # The first attempt is the usual case, and says nothing.
+            f" (attempt {self.attempt})" if self.attempt not in ("", "1") else "",
+            f" in {self.seconds} s" if self.seconds else "",
+            f", accuracy {self.accuracy}" if self.accuracy else "",
+            f", {self.verdict}" if self.verdict else "",
+            f": {self.reason}" if self.reason else "",
+        ]
+        return "".join(parts)
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,33 @@ class RunView:
             f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; `ptl cancel {self.run_id}` "
             "ends it now, and `ptl retry` then resumes both"
         )
+
+    @property
+    def table(self) -> str:
+        """The steps as a table for the terminal."""
+        numbers = ("Attempt", "Seconds", "Accuracy")
+        headings = ["Step", "State", *numbers, "Verdict", "Training"]
+        rows = [
+            [step.name, step.state, step.attempt, step.seconds, step.accuracy, step.verdict, step.training]
+            for step in self.steps
+        ]
+        return table_text(self.name, headings, rows, numbers=numbers)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known of a run as a whole."""
+
+    state: str  # as in RunView
+    canceled: datetime | None  # when it was asked to end
+    has_records: bool  # MLflow was read, and knows the run
+    culprits: set[str]  # steps that have failed it, by their own words
+    end: str  # the step with which the gate ended the loop before its last iteration
+    look: Callable[[str], str]  # where there is more to see, with one of kubectl's commands
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
 
 
 def step_names(api: Api, run: Any) -> list[str]:
@@ -132,30 +155,31 @@ def view(
         state = "CANCELED" if state in ENDED else "CANCELING"
     all_records = records.steps if records else {}
     names = names or sorted({*all_records, *pods}, key=_position)
-    current = {step: record for step, record in all_records.items() if not _is_before(record, retried)}
+    # Failures before the retry: those steps have not begun again.
+    current = {step: record for step, record in all_records.items() if not _has_failed_before(record, retried)}
     culprits = {step for step, record in current.items() if record.status == "FAILED" and record.error}
-    # A step of the control that says why it could not finish does not fail the run.
-    culprits = {step for step in culprits if "control" not in step}
-    # The step with which the gate ended the loop before its last iteration
-    end = next((name for name in names if name in all_records and all_records[name].loop_ended), "")
+    ends = [name for name in names if name in all_records and all_records[name].loop_ended]
+    situation = Situation(
+        state,
+        canceled,
+        has_records=records is not None,
+        # A step of the control that says why it could not finish does not fail the run.
+        culprits={step for step in culprits if "control" not in step},
+        end=ends[0] if ends else "",
+        look=look,
+    )
     steps = []
     for name in names:
         record, pod = current.get(name), pods.get(name)
-        step_state = _state(name, record, pod, state, canceled)
-        if record is None and step_state != "FAILED":
-            if end and _is_of_later_iteration(name, end):
-                step_state = NOT_NEEDED
-            elif step_state in (WAITING, NOT_STARTED) and records is None:
-                step_state = UNKNOWN
-            elif name == "doctor" and all_records:
-                step_state = "SUCCEEDED"  # it leaves no record, and the others begin after it
-        reason, kind = "", ""
+        step_state = _state(name, record, pod, situation)
+        reason = ""
         if step_state == "FAILED":
-            reason = _failure(name, record, pod, bool(culprits) and name not in culprits, look)
+            reason = _failure(name, record, pod, situation)
         elif step_state == "PENDING" and pod:
-            reason, kind = _pending(name, pod, look)
-        steps.append(StepView(name, step_state, all_records.get(name), reason, kind))
-    return RunView(run.run_id, run.display_name, state, steps, _reason(state, steps, look))
+            reason = _pending(name, pod, look)
+        # Of an attempt before the retry its seconds are shown until the step begins again.
+        steps.append(StepView(name, step_state, reason, **_results(step_state, all_records.get(name))))
+    return RunView(run.run_id, run.display_name, state, steps, _reason(steps, situation))
 
 
 def _moments(run: Any) -> tuple[datetime | None, datetime | None]:
@@ -165,77 +189,108 @@ def _moments(run: Any) -> tuple[datetime | None, datetime | None]:
     if run.state in ENDED:
         ends = ends[:-1]  # the last one is its own
     current = history[ends[-1] + 1 :] if ends else history
+    retried = canceled = None
     # What was just asked for is not in the history yet.
-    retried = (current[0].update_time if current else _now()) if ends else None
-    canceled = [entry.update_time for entry in current if entry.state == "CANCELING"]
-    if not canceled and run.state in ("CANCELING", "CANCELED"):
-        canceled = [_now()]
-    return retried, canceled[0] if canceled else None
+    if ends:
+        retried = current[0].update_time if current else _now()
+    if run.state in ("CANCELING", "CANCELED"):
+        canceled = _now()
+    for entry in current:
+        if entry.state == "CANCELING":
+            canceled = entry.update_time
+    return retried, canceled
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _is_before(record: StepProgress, retried: datetime | None) -> bool:
-    """Whether a failure belongs to the time before the run was retried: the step has not begun again."""
-    is_old = retried is not None and record.ended is not None and record.ended < retried
-    return is_old and record.status in ("FAILED", "KILLED")
+def _has_failed_before(record: StepProgress, retried: datetime | None) -> bool:
+    if retried is None or record.ended is None or record.status not in ("FAILED", "KILLED"):
+        return False
+    return record.ended < retried
 
 
-def _is_of_later_iteration(name: str, last: str) -> bool:
-    """Whether a step belongs to an iteration of the loop after that of the step `last`."""
-    number, last_number = (step.rpartition("-")[2] for step in (name, last))
-    return number.isdigit() and last_number.isdigit() and int(number) > int(last_number)
+def _results(state: str, record: StepProgress | None) -> dict[str, str]:
+    """What a step's record adds to its state, as texts."""
+    if record is None:
+        return {}
+    results = {"attempt": str(record.attempt or "")}
+    if state != "RUNNING" and record.seconds is not None:
+        results["seconds"] = f"{record.seconds:.0f}"
+    if state == "SUCCEEDED":
+        results["verdict"] = record.verdict
+        if record.accuracy is not None:
+            results["accuracy"] = f"{record.accuracy:.3f}"
+    if state == "RUNNING" and record.tokens_seen is not None:
+        planned = f" of {record.tokens_planned:,}" if record.tokens_planned else ""
+        loss = "" if record.loss is None else f", loss {record.loss:.3f}"
+        results["training"] = f"{record.tokens_seen:,}{planned} tokens{loss}"
+    return results
 
 
-def _state(name: str, record: StepProgress | None, pod: Pod | None, run_state: str, canceled: datetime | None) -> str:
+def _state(name: str, record: StepProgress | None, pod: Pod | None, run: Situation) -> str:
     """The state of a step. A pod that is killed leaves its record RUNNING."""
-    has_ended = run_state in ENDED
-    status = record.status if record else ""
-    if status == "FINISHED" or (run_state == "SUCCEEDED" and status != "FAILED"):
+    phase = pod.phase if pod else ""
+    if record is None and phase in ("", "Succeeded"):
+        return _state_unseen(name, run)
+    if record is not None and record.status == "FINISHED":
         return "SUCCEEDED"
-    if pod and pod.phase == "Pending" and not has_ended:
+    if phase == "Pending" and not run.ended:
         return "PENDING"
-    has_failed = pod is not None and pod.phase == "Failed"
-    if status in ("", "RUNNING") and not has_failed and not has_ended:
+    is_running = record is None or record.status == "RUNNING"
+    if is_running and phase != "Failed" and not run.ended:
         # Its driver prepares the pod.
-        is_working = status == "RUNNING" or (pod and pod.phase == "Running" and not pod.is_driver)
-        return "RUNNING" if is_working else "PENDING" if pod else WAITING
-    if record is None and not has_failed:
-        return NOT_STARTED
-    is_canceled = canceled and (record is None or record.ended is None or record.ended >= canceled)
+        return "PENDING" if record is None and pod and pod.is_driver else "RUNNING"
+    if is_running and run.state == "SUCCEEDED":
+        return "SUCCEEDED"
+    ended = record.ended if record else None
+    is_canceled = run.canceled and (ended is None or ended >= run.canceled)
     return "CANCELED" if is_canceled else "FAILED"
 
 
-def _reason(state: str, steps: list[StepView], look: Callable[[str], str]) -> str:
-    if state == "CANCELED":
+def _state_unseen(name: str, run: Situation) -> str:
+    """The state of a step that has neither a record nor a pod."""
+    number, last_number = (step.rpartition("-")[2] for step in (name, run.end))
+    if number.isdigit() and last_number.isdigit() and int(number) > int(last_number):
+        return NOT_NEEDED
+    # The doctor leaves no record, and the others begin after it.
+    if run.state == "SUCCEEDED" or (name == "doctor" and run.has_records):
+        return "SUCCEEDED"
+    if not run.has_records:
+        return UNKNOWN
+    return NOT_STARTED if run.ended else WAITING
+
+
+def _reason(steps: list[StepView], run: Situation) -> str:
+    """Why a run did not succeed."""
+    if run.state == "CANCELED":
         return "canceled"
-    if state != "FAILED":
+    if run.state != "FAILED":
         return ""
     failed = [step for step in steps if step.state == "FAILED"]
     if not failed:
-        return look("describe workflows,pods")
+        return run.look("describe workflows,pods")
     # The control's failures do not fail the run: the first one of the loop comes before them.
     culprit = min(failed, key=lambda step: "control" in step.name)
     return f"{culprit.name}: {culprit.reason}"
 
 
-def _failure(
-    name: str, record: StepProgress | None, pod: Pod | None, is_bystander: bool, look: Callable[[str], str]
-) -> str:
-    """Why a step failed; a bystander is one that was running when another made the run fail."""
-    if record is not None and (record.error or is_bystander):
-        return record.error or "it was stopped when the run failed"
+def _failure(name: str, record: StepProgress | None, pod: Pod | None, run: Situation) -> str:
+    """Why a step failed, in its own words, or Kubernetes'."""
+    if record is not None and record.error:
+        return record.error
+    if record is not None and run.culprits:
+        return "it was stopped when the run failed"
     cause = pod.sentence if pod and pod.phase == "Failed" else ""
-    # Where a container has run, its log says more than its pod.
-    has_log = record is None and (pod is None or not pod.reason)
     if record is not None and not cause:
         cause = "killed from outside, most likely out of memory (or past resources.timeout)"
     if "OOMKilled" in cause or "out of memory" in cause:
         stage = _stage(name)
         cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
-    where = look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
+    # Where a container has run, its log says more than its pod.
+    has_log = record is None and not (pod and pod.reason)
+    where = run.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
     return f"{cause}; {where}" if cause else where
 
 
@@ -243,50 +298,12 @@ def _stage(name: str) -> str:
     return next((stage for stage in STAGES if stage in name), name.partition("-")[0])
 
 
-def _pending(name: str, pod: Pod, look: Callable[[str], str]) -> tuple[str, str]:
-    """Why a step has been pending for long, with a remedy, and in one word; empty within the first minute."""
-    seconds = (_now() - pod.created).total_seconds()
-    if seconds < SOON:
-        return "", ""
-    text = f"pending for {seconds // 60:.0f} min"
+def _pending(name: str, pod: Pod, look: Callable[[str], str]) -> str:
+    """Why a step has been pending for long, with a remedy; empty within the first minute."""
+    if (_now() - pod.created).total_seconds() < SOON:
+        return ""
+    text = f"pending since {pod.created:%H:%M} UTC"
     if not pod.sentence:
-        return f"{text}; {look('describe workflows,pods')}", "unknown"
+        return f"{text}; {look('describe workflows,pods')}"
     remedy = pod.remedy(_stage(name))
-    return f"{text}: {pod.sentence}" + (f"; {remedy}" if remedy else ""), pod.reason or "refused"
-
-
-def step_table(view: RunView) -> str:
-    """The steps as a table for the terminal."""
-    numbers = ("Attempt", "Seconds", "Accuracy")
-    return table_text(
-        view.name, ["Step", "State", *numbers, "Verdict", "Training"], map(_cells, view.steps), numbers=numbers
-    )
-
-
-def _cells(step: StepView) -> list[str]:
-    attempt = step.record.attempt if step.record else None
-    accuracy = step.scores.accuracy if step.scores else None
-    return [
-        step.name,
-        step.state,
-        str(attempt or ""),
-        "" if step.seconds is None else f"{step.seconds:.0f}",
-        "" if accuracy is None else f"{accuracy:.3f}",
-        step.scores.verdict if step.scores else "",
-        step.progress,
-    ]
-
-
-def change_line(step: StepView) -> str:
-    """A change of a step: its state, and with its end what came out."""
-    text = f"{step.name}: {step.state}"
-    # The first attempt is the usual case, and says nothing.
-    if step.record and (step.record.attempt or 1) > 1:
-        text += f" (attempt {step.record.attempt})"
-    if step.seconds is not None:
-        text += f" in {step.seconds:.0f} s"
-    if step.scores and step.scores.accuracy is not None:
-        text += f", accuracy {step.scores.accuracy:.3f}"
-    if step.scores and step.scores.verdict:
-        text += f", {step.scores.verdict}"
-    return f"{text}: {step.reason}" if step.state == "FAILED" else text
+    return f"{text}: {pod.sentence}" + (f"; {remedy}" if remedy else "")

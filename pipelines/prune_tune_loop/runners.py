@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,15 +132,7 @@ def run_docker(job: RunnerJob, verbose: bool = False) -> None:
         containers.remove_leftovers(job.folder)
 
 
-RUNNERS = {
-    "subprocess": run_subprocess,
-    "docker": run_docker,
-}
-# Ends what an earlier command may have left running in a run's folder: a killed one's containers outlive it.
-CLEAR: dict[str, Callable[[Path], None]] = {
-    "subprocess": lambda folder: None,
-    "docker": containers.remove_leftovers,
-}
+RUNNERS = {"subprocess": run_subprocess, "docker": run_docker}
 
 
 def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:

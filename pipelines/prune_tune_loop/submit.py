@@ -121,31 +121,23 @@ def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")
         pipeline.compile_pipeline(config, path)
-        # Listed first: creating it again would be refused.
-        pipeline_id = _listed_pipeline_id(api, config.name) or _create_pipeline(api, config.name)
+        pipeline_id = _pipeline_id(api, config.name)
         return V2beta1PipelineVersionReference(pipeline_id, _upload(api, pipeline_id, path, version))
 
 
-def _listed_pipeline_id(api: Api, name: str) -> str | None:
-    """`kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines."""
-    with explained(api.host):
-        answer = api.client.list_pipelines(filter=by_name(name), namespace=api.namespace)
-        return required(answer.pipelines[0], "pipeline_id") if answer.pipelines else None
+def _pipeline_id(api: Api, name: str) -> str:
+    """The id of the pipeline with this name, which is created when there is none.
 
-
-def _create_pipeline(api: Api, name: str) -> str:
+    `kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines.
+    """
     from kfp_server_api import V2beta1Pipeline
 
-    new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
-    try:
-        with explained(api.host):
-            return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
-    except RefusedError as error:
-        # Another submit was first.
-        pipeline_id = _listed_pipeline_id(api, name) if error.status == CONFLICT else None
-        if pipeline_id is None:
-            raise
-        return pipeline_id
+    with explained(api.host):
+        pipelines = api.client.list_pipelines(filter=by_name(name), namespace=api.namespace).pipelines
+        if pipelines:
+            return required(pipelines[0], "pipeline_id")
+        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
+        return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
 
 def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:

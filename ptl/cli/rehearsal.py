@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ptl.cli.options import HOME
 from ptl.config.rehearsal import changes, left_out, rehearsal
 from ptl.config.run import Config
 from ptl.errors import WorkError
@@ -54,20 +52,8 @@ def options(sets: Sequence[str]) -> list[str]:
     return [word for entry in sets for word in ("--set", entry)]
 
 
-def where(s3: bool, runner: str, home: Path) -> list[str]:
-    """The options of `ptl run` that say where a run is executed and kept."""
-    words = ["--s3"] if s3 else []
-    if runner != "subprocess":
-        words += ["--runner", runner]
-    if home != HOME:
-        words += ["--home", str(home)]
-    return words
-
-
-def conclude(
-    directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str], run_options: Sequence[str]
-) -> None:
-    """Print what the rehearsal has shown, and what comes next; `arguments` and `run_options` are the command's own.
+def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str]) -> None:
+    """Print what the rehearsal has shown, and what comes next; `arguments` are those of a submit.
 
     Raises WorkError where the control arm failed: on a cluster a run ends without it, after all its hours.
     """
@@ -84,8 +70,8 @@ def conclude(
     if skipped:
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
     _print_left_out(not_rehearsed)
-    print("Next, the run itself, on Kubeflow or on this machine:")
-    print(f"  ptl submit {shlex.join(arguments)}\n  ptl run {shlex.join([*arguments, *run_options])}")
+    print("Next, the run itself: here by the same command without --rehearse, on Kubeflow by")
+    print(f"  ptl submit {shlex.join(arguments)}")
 
 
 def _print_left_out(parts: Sequence[str]) -> None:

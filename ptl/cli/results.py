@@ -17,7 +17,7 @@ from ptl.config.export import TYPES
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.lineage import locate
-from ptl.local import runs
+from ptl.local import runs, servers
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, MLFLOW_META
 
@@ -194,7 +194,7 @@ def _start_servers_of(source: str, uri: str) -> None:
         return
     home = Path(source).resolve().parent.parent
     if (home / "stack").is_dir():
-        runs.use(runs.start_servers(home))
+        runs.use(servers.up(home))
 
 
 def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:

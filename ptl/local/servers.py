@@ -50,14 +50,23 @@ class Service:
         return processes.start_time(self.pid) == self.started != ""
 
 
-def up(root: Path, *, s3_port: int, mlflow_port: int, backend_store_uri: str | None = None) -> Environment:
+def up(
+    root: Path,
+    *,
+    s3_port: int | None = None,
+    mlflow_port: int | None = None,
+    backend_store_uri: str | None = None,
+) -> Environment:
     """Start what is not running yet, wait until it answers, and return the environment for steps and `ptl run`.
 
-    Data is in `root/s3` and `root/stack`. `backend_store_uri` is MLflow's database, by default sqlite there, for
-    example `postgresql+psycopg://user:password@host/name`. Raises InputError for a port in use, WorkError with the end
-    of the log when a server does not start.
+    Ports are by default those that the servers had last, the first time S3_PORT and MLFLOW_PORT. Data is in `root/s3`
+    and `root/stack`. `backend_store_uri` is MLflow's database, by default sqlite there, for example
+    `postgresql+psycopg://user:password@host/name`. Raises InputError for a port in use, WorkError with the end of the
+    log when a server does not start.
     """
     stack = folder(root)
+    s3_port = s3_port or _last_port(root, "s3") or S3_PORT
+    mlflow_port = mlflow_port or _last_port(root, "mlflow") or MLFLOW_PORT
     with processes.exclusive(stack / "lock", f"`ptl up` in {root}", wait=START_SECONDS):
         # MLflow's port is checked before S3 is started, which would be left running.
         _needs_start(root, "mlflow", mlflow_port)
@@ -241,8 +250,7 @@ def _end(service: Service) -> None:
         time.sleep(0.05)
 
 
-def last_port(root: Path, name: str) -> int | None:
-    """The port that a server (`s3` or `mlflow`) had when it was last started; None for the first time."""
+def _last_port(root: Path, name: str) -> int | None:
     service = _noted_service(root, name)
     return service.port if service else None
 

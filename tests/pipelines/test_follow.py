@@ -146,12 +146,13 @@ def test_a_run_that_mlflow_does_not_know_is_shown_without_its_steps(world, said,
     assert set(states(said).values()) == {"unknown"} and "see `kubectl describe workflows,pods" in said[-2]
 
 
-def test_steps_after_the_end_of_the_loop_are_not_needed(world, said, status, tracked):
-    run = world.play("run-canceling", version="version-of-run-succeeded-18-tasks")
+@pytest.mark.parametrize(("name", "rest"), [("run-canceling", "waiting"), ("run-succeeded-18-tasks", "SUCCEEDED")])
+def test_steps_after_the_end_of_the_loop_are_not_needed(world, said, status, tracked, name, rest):
+    run = world.play(name, version="version-of-run-succeeded-18-tasks")
     tracked(run, {"evaluate-2": {"tags": {"verdict": "rejected", "loop_ended": "no smaller cut"}}})
     assert status() == 0
     assert [step for step, state in states(said).items() if state == "not needed"] == EIGHTEEN[8:14]
-    assert states(said)["evaluate-2"] == "SUCCEEDED" and states(said)["control-prune"] == "waiting"
+    assert states(said)["evaluate-2"] == "SUCCEEDED" and states(said)["control-prune"] == rest
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_cancel_waits_for_the_end_and_closes_mlflow(world, said, tracked):
     world.answers = [("POST", ":terminate", "post-terminate")]
     parent = tracked(run, {"import-model": {"status": "RUNNING"}})
     assert follow.cancel(run, Server(host=world.url), say=said.append, poll=0.01) == 0
-    assert "asked to end" in said[0] and said[-1].endswith(": canceled")
+    assert said[-1].endswith(": canceled")
     assert MlflowClient().get_run(parent).info.status == "KILLED"
 
 
@@ -459,7 +460,7 @@ def waiting(reason, message):
             f"ImagePullBackOff: {NOT_FOUND}; check images.registry",
         ),
         ("CreateContainerConfigError", 'secret "s" not found', 'ConfigError: secret "s" not found; check resources.'),
-        ("ContainerCreating", "", "4 min: FailedMount: no such claim; check storage.cache_claim"),
+        ("ContainerCreating", "", "UTC: FailedMount: no such claim; check storage.cache_claim"),
     ],
 )
 def test_a_container_that_cannot_start_says_why(world, said, status, cluster, reason, message, line):
@@ -471,7 +472,7 @@ def test_a_container_that_cannot_start_says_why(world, said, status, cluster, re
         cluster.of_run[EVENTS].append(cluster.of_run[EVENTS][0] | mount)
     assert status() == 0 and states(said)["import-model"] == "PENDING"
     (text,) = [text for text in said if text.startswith("import-model: ")]
-    assert text.startswith("import-model: pending for 4 min: ") and line in text
+    assert text.startswith("import-model: pending since 07:48 UTC: ") and line in text
 
 
 def test_a_pod_that_no_node_takes_says_what_nodes_it_asks_for(world, said, status, cluster, tracked):
@@ -533,8 +534,8 @@ def test_a_wait_gives_the_reason_once(world, said, watch, cluster, monkeypatch):
     monkeypatch.setattr(follow, "PODS", -1.0)
     assert watch() == 0
     lines = [text for text in said if text.startswith("import-model: ") and "SUCCEEDED" not in text]
-    assert [line.partition(" for ")[0] for line in lines] == ["import-model: PENDING", *["import-model: pending"] * 2]
-    assert "ContainerCreating" in lines[1] and NOT_FOUND in lines[2]
+    assert len(lines) == 2 and all(line.startswith("import-model: PENDING: pending since 07:48") for line in lines)
+    assert "ContainerCreating" in lines[0] and NOT_FOUND in lines[1]
 
 
 def test_an_oom_killed_pod_is_named(world, said, status, cluster, tracked):
