@@ -161,7 +161,7 @@ def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
         f"up --home {tmp_path} --s3-port 8433 --mlflow-port 15000",
         f"run {TINY} --runner docker --s3 --new --home {tmp_path} --set seed=1",
         *compared,
-        f"down --home {tmp_path}",
+        f"up --stop --home {tmp_path}",
     ]
     assert (f"report: {tmp_path}/latest/report.html" in done.stdout) == bool(compared)
     assert bool(compared) or "no iteration was accepted" in done.stderr

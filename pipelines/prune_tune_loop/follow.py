@@ -24,7 +24,6 @@ from pipelines.prune_tune_loop.kfp_api import (
 from pipelines.prune_tune_loop.pods import Pod
 from pipelines.prune_tune_loop.run_view import ENDED, RunView, StepView
 from ptl import address, processes
-from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import locate, progress
 from ptl.lineage.progress import RunProgress
@@ -188,7 +187,6 @@ def retry(
     reference: str,
     server: Server,
     *,
-    config: Config | None = None,
     wait: bool = False,
     timeout: float | None = None,
     poll: float = 15.0,
@@ -222,13 +220,14 @@ def retry(
         except PtlError as error:
             say(f"MLflow: the run could not be reopened: {error}")
     say(f"{run.display_name}: runs again  {api.link(run_id)}")
-    return watch(api, run_id, config, timeout, poll, say) if wait else DONE
+    return watch(api, run_id, False, timeout, poll, say) if wait else DONE
 
 
-def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, poll: float, say: Say) -> int:
+def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: float, say: Say) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
-    kfp's own wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time continues. A server that is
+    Of a run that `is_gated` the result must be readable; of others it says itself whether there was a gate. kfp's own
+    wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time continues. A server that is
     away for up to OUTAGE seconds, as in an upgrade, does not end the wait, nor does one that answers nonsense. Ctrl-C
     ends the wait alone.
     """
@@ -258,7 +257,7 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
             announcer.line("hint", view.hint_to_cancel, view.hint_to_cancel)
             if view.ended:
                 observer.settle(view)
-                return _exit_code(view, config, say)
+                return _exit_code(view, is_gated, say)
             if is_last_look:
                 say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
                 return TIMEOUT
@@ -289,17 +288,16 @@ class _Announcer:
         self.last[topic] = value
 
 
-def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
+def _exit_code(view: RunView, is_gated: bool, say: Say) -> int:
     """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
     if view.state != "SUCCEEDED":
         reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
         say(f"{view.name}: {view.state_text}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
-    # Without the config nobody knows whether the run had a gate.
-    is_gated = config is not None and config.gate.enabled
     try:
         result = locate.result(view.run_id)
         passed, reason = gate_passed(result)
+        is_gated = is_gated or result.get("settings", {}).get("gate", {}).get("enabled", False)
     except (PtlError, LookupError, TypeError, ValueError, AttributeError) as error:
         if is_gated:
             raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error

@@ -66,7 +66,7 @@ def submit(
     run_id = _start(api, run)
     say(f"started run {name} ({run_id})")
     say(api.link(run_id))
-    return watch(api, run_id, config, timeout, poll, say) if wait else DONE
+    return watch(api, run_id, config.gate.enabled, timeout, poll, say) if wait else DONE
 
 
 def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
