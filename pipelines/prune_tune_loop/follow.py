@@ -37,6 +37,7 @@ PATIENCE = 20.0  # seconds for all requests of one of them
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
 UNDER_WAY = ("PENDING", "RUNNING", "SUCCEEDED")  # of a run that was retried; a short one may be done again
 MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
+NONE_YET = RunProgress("", "", "", {})
 Say = Callable[[str], None]
 
 
@@ -64,7 +65,10 @@ class Observer:
             selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
             return f"see `kubectl {command} {selection}` and {self.api.link(run.run_id)}"
 
-        return run_view.view(run, self.step_names, self.records, self.pods, where)
+        records = self.records
+        if records is None and not self.outage and run.state not in ENDED:
+            records = NONE_YET
+        return run_view.view(run, self.step_names, records, self.pods, where)
 
     def _read_records(self, run_id: str) -> None:
         # The first time all of MLflow's experiments are looked through.

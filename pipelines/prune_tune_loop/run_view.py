@@ -104,7 +104,8 @@ class Situation:
 
     state: str  # as in RunView
     canceled: datetime | None  # when it was asked to end
-    has_records: bool  # MLflow was read, and knows the run
+    is_known: bool  # to MLflow, which was read
+    has_begun: bool  # a step that leaves a record
     culprits: set[str]  # steps that have failed it, by their own words
     end: str  # the step with which the gate ended the loop before its last iteration
     look: Callable[[str], str]  # where there is more to see, with one of kubectl's commands
@@ -162,7 +163,8 @@ def view(
     situation = Situation(
         state,
         canceled,
-        has_records=records is not None,
+        is_known=records is not None,
+        has_begun=bool(all_records),
         # A step of the control that says why it could not finish does not fail the run.
         culprits={step for step in culprits if "control" not in step},
         end=ends[0] if ends else "",
@@ -255,9 +257,9 @@ def _state_unseen(name: str, run: Situation) -> str:
     if number.isdigit() and last_number.isdigit() and int(number) > int(last_number):
         return NOT_NEEDED
     # The doctor leaves no record, and the others begin after it.
-    if run.state == "SUCCEEDED" or (name == "doctor" and run.has_records):
+    if run.state == "SUCCEEDED" or (name == "doctor" and run.has_begun):
         return "SUCCEEDED"
-    if not run.has_records:
+    if not run.is_known:
         return UNKNOWN
     return NOT_STARTED if run.ended else WAITING
 
