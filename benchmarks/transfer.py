@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ptl.local import seaweedfs, servers
+from ptl.local import servers
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
 
@@ -28,18 +28,18 @@ MIB = 1 << 20
 def boto3_up(folder, place, scratch):
     client = plain_client()
     for path in sorted(folder.iterdir()):
-        client.upload_file(str(path), seaweedfs.BUCKET, f"{place}/{path.name}", Config=classic())
+        client.upload_file(str(path), servers.BUCKET, f"{place}/{path.name}", Config=classic())
 
 
 def boto3_down(folder, place, scratch):
     client, target = plain_client(), scratch / "boto3"
     target.mkdir()
     for path in sorted(folder.iterdir()):
-        client.download_file(seaweedfs.BUCKET, f"{place}/{path.name}", str(target / path.name), Config=classic())
+        client.download_file(servers.BUCKET, f"{place}/{path.name}", str(target / path.name), Config=classic())
 
 
 def ptl_s3_up(folder, place, scratch):
-    remember(folder, scratch, f"s3://{seaweedfs.BUCKET}/{place}")
+    remember(folder, scratch, f"s3://{servers.BUCKET}/{place}")
 
 
 def ptl_s3_down(folder, place, scratch):
@@ -188,7 +188,7 @@ def main():
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
-        os.environ.update(seaweedfs.up(work / "server", free_port()))
+        os.environ.update(servers.s3_up(work / "server", free_port()))
         try:
             results = run(options.mib, options.repeats, work)
         finally:

@@ -26,7 +26,7 @@ A config is one YAML file. Paths in it are relative to its own folder, and those
 error that names the one you may have meant. What is common to most runs is in
 [your own model in five steps](own-model.md).
 
-**In your editor**: `ptl schema > config.schema.json`, and as the first line of a config
+**In your editor**: `ptl validate --schema > config.schema.json`, and as the first line of a config
 `# yaml-language-server: $schema=config.schema.json`. Set the editor's YAML version to 1.1
 (`"yaml.yamlVersion": "1.1"` in VS Code): in YAML 1.2, `500_000` is a text.
 """

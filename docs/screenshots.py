@@ -68,11 +68,11 @@ def picture(call, page: str, name: str, width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def mlflow_ui(home: Path):
-    """The address of an `ptl ui` of its own."""
+    """The address of a `ptl up --ui` of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with running([sys.executable, "-m", "ptl", "ui", "--home", str(home), "--port", str(port)]):
+    with running([sys.executable, "-m", "ptl", "up", "--ui", "--home", str(home), "--mlflow-port", str(port)]):
         answer(f"http://127.0.0.1:{port}/health")
         yield f"http://127.0.0.1:{port}"
 

@@ -21,7 +21,7 @@ from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_database
-from ptl.local import images, seaweedfs, servers
+from ptl.local import images, servers
 from ptl.storage import s3_client
 from ptl.storage.local_files import path_of
 from ptl.storage.s3_client import split
@@ -137,7 +137,7 @@ def servers_end_with_the_tests(tmp_path_factory):
 def weed():
     """SeaweedFS runs on this system."""
     try:
-        seaweedfs.binary()
+        servers.weed_binary()
     except InputError as error:
         pytest.skip(f"skipped: {error}")
 
@@ -146,7 +146,7 @@ def weed():
 def server(weed, tmp_path_factory):
     """A real SeaweedFS; the environment that reaches it."""
     root = tmp_path_factory.mktemp("s3")
-    yield seaweedfs.up(root, free_port())
+    yield servers.s3_up(root, free_port())
     servers.down(root)
 
 
@@ -156,7 +156,7 @@ def free_port():
         # Not the global generator: training seeds it, and then two workers of xdist take the same port.
         # All below 32768, from where the system takes the ports of outgoing connections.
         port = random.SystemRandom().randrange(11000, 22500)
-        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, seaweedfs.GRPC)):
+        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, servers.GRPC)):
             return port
 
 
@@ -172,7 +172,7 @@ def s3(server, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
-    return S3Place(f"s3://{seaweedfs.BUCKET}/{uuid.uuid4().hex}/ptl")
+    return S3Place(f"s3://{servers.BUCKET}/{uuid.uuid4().hex}/ptl")
 
 
 @pytest.fixture(params=["file", "s3"])

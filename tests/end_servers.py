@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.stdin.read()  # it is closed when that process ends, however it ends
 
-from ptl.local import server_process  # noqa: E402 - until then nothing is needed
+from ptl.local import servers  # noqa: E402 - until then nothing is needed
 
 for note in Path(sys.argv[1]).rglob("*.service.json"):
-    server_process.stop(note.parents[1], note.name.removesuffix(".service.json"))
+    servers.stop(note.parents[1], note.name.removesuffix(".service.json"))

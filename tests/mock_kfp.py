@@ -5,17 +5,13 @@ recorded or an added answer. ADDED are faults that were not recorded. Beside the
 experiments and runs in memory by the published v2beta1 OpenAPI, and `script` makes up the states of such a run.
 """
 
-import contextlib
-import gzip
 import json
 import re
-import threading
-import urllib.parse
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import yaml
+from mock_server import MockServer
 
 API = "/apis/v2beta1"
 DATA = Path(__file__).parent / "data" / "kfp-2.17"
@@ -31,7 +27,7 @@ STATUS = {  # of the recorded answers that are not 200
     "upload-duplicate-version": 409,
     "upload-invalid": 400,
 }
-CUT, HANG, DRIP, DRIP_HEAD = object(), object(), object(), object()
+CUT, HANG = object(), object()
 ADDED = {  # not recorded: what proxies and broken connections make of an answer of 200
     "login page": b"<!DOCTYPE html><html><body>Log in</body></html>",
     "empty object": b"{}",
@@ -40,48 +36,30 @@ ADDED = {  # not recorded: what proxies and broken connections make of an answer
     "cut answer": CUT,
     "hang": HANG,
 }
-# Answers without an end, which are not asked for again. A small one may be long when it is decompressed.
-ENDLESS = {
-    "drip": DRIP,
-    "drip of headers": DRIP_HEAD,
-    "long answer": b'{"run_id": "' + b"0" * (1 << 17) + b'"}',
-    "bomb": gzip.compress(b"\n" * (1 << 20)),
-}
 
 
 def recorded(name):
     return json.loads((DATA / f"{name}.json").read_text())
 
 
-class MockKubeflow:
+class MockKubeflow(MockServer):
     def __init__(self, token=None):
         self.token = token
         self.pipelines, self.versions, self.experiments, self.runs = [], [], [], []
-        self.script = [("SUCCEEDED", {})]  # what each look at a run finds: its state, and the states of its steps
+        self.script = ["SUCCEEDED"]  # the state that each look at a run finds
         self.played = []  # recorded answers for each look at a run, instead of the script
         self.version = None  # the recorded version of a played run
         self.faults = []  # (method, part of the path, status, whether the request takes effect), each used once
         self.answers = []  # (method, part of the path, name of a recorded or an added answer), each used once
         self.redirect = ""  # the server that every request is redirected to
         self.requests, self.bodies = [], []
-        self.closing = threading.Event()
-        handler = type("Handler", (_Handler,), {"world": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
-        self.thread.start()
+        super().__init__()
 
     def play(self, *names, version="version-of-run-succeeded-6-tasks"):
         """Recorded answers to one look at a run after another, the last one for ever; returns the run's id."""
         self.played = [recorded(name) for name in names]
         self.version = version and recorded(version)
         return self.played[-1]["run_id"]
-
-    def close(self):
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
 
     def calls(self, method, part):
         return [entry for entry in self.requests if entry[0] == method and part in entry[1]]
@@ -146,10 +124,10 @@ class MockKubeflow:
         run = self._run(ids[0])
         if run is None:
             return 404, recorded("run-unknown")
-        state, steps = self.script[min(run["looks"], len(self.script) - 1)]
+        state = self.script[min(run["looks"], len(self.script) - 1)]
         run["looks"] += 1
         self.enter(run, state)
-        return 200, {**_shown(run), "run_details": {"task_details": self.tasks(run, steps)}}
+        return 200, _shown(run)
 
     def enter(self, run, state):
         """A state that a run is in from now on."""
@@ -160,20 +138,6 @@ class MockKubeflow:
         if state in ("SUCCEEDED", "FAILED"):
             run["finished_at"] = f"2026-01-01T00:00:{run['looks']:02d}Z"
 
-    def tasks(self, run, steps):
-        """Entries with the names that a real server gives them."""
-        wanted = run["pipeline_version_reference"]["pipeline_version_id"]
-        made = next(entry for entry in self.versions if entry["pipeline_version_id"] == wanted)
-        tasks = _spec(made)["pipeline_spec"]["root"]["dag"]["tasks"]
-        keys = {task["taskInfo"]["name"]: key for key, task in tasks.items()}
-        times = {"start_time": "2026-01-01T00:00:00Z", "end_time": "2026-01-01T00:00:30Z"}
-        entries = [{"display_name": "root", "state": run["state"], **times}]
-        for name, state in steps.items():
-            entries.append({"display_name": f"{keys[name]}-driver", "state": "SUCCEEDED", **times})
-            parts = (keys[name], f"{keys[name]}(0)", "executor", "executor(0)")
-            entries += [{"display_name": part, "state": state, **times} for part in parts]
-        return entries
-
     def terminate(self, ids, **_):
         run = self._run(ids[0])
         if run is None:
@@ -181,16 +145,54 @@ class MockKubeflow:
         if run["state"] in ("SUCCEEDED", "FAILED"):
             return 400, recorded("post-terminate-finished")
         self.enter(run, "CANCELING")
-        self.script = [("CANCELING", {}), ("FAILED", {})]
+        self.script = ["CANCELING", "FAILED"]
         run["looks"] = 0
         return 200, recorded("post-terminate")
 
     def retry(self, ids, **_):
-        failed = self.played or self._run(ids[0])["state"] == "FAILED"
-        return (200, {}) if failed else (409, recorded("post-retry-succeeded"))
+        if self.played:
+            return 200, {}
+        if self._run(ids[0])["state"] != "FAILED":
+            return 409, recorded("post-retry-succeeded")
+        self.script = ["RUNNING"]
+        return 200, {}
 
     def _run(self, run_id):
         return next((run for run in self.runs if run["run_id"] == run_id), None)
+
+    def respond(self, handler, path, query, body):
+        self.requests.append((handler.command, path, dict(handler.headers), query))
+        self.bodies.append(body)
+        status, answer = self.answer(handler, path, query, body)
+        if answer is HANG:
+            self.closing.wait(30)
+        elif answer is CUT:
+            handler.send(status, b'{"run_id": "run-0"', missing=100)
+        else:
+            redirection = [("Location", f"{self.redirect}{handler.path}")] if status == 302 else ()
+            handler.send(status, answer, redirection)
+
+    def answer(self, handler, path, query, body):
+        if self.redirect:
+            return 302, b""
+        if self.token and handler.headers.get("authorization") != f"Bearer {self.token}":
+            return 401, {"error": "token is not valid"}
+        answer = next((a for a in self.answers if a[0] == handler.command and a[1] in path), None)
+        if answer:
+            self.answers.remove(answer)
+            name = answer[2]
+            return (200, ADDED[name]) if name in ADDED else (STATUS.get(name, 200), recorded(name))
+        fault = next((f for f in self.faults if f[0] == handler.command and f[1] in path), None)
+        if fault:
+            self.faults.remove(fault)
+            if not fault[3]:
+                return fault[2], {"error": "scripted"}
+        for method, pattern, function in ROUTES:
+            found = re.fullmatch(API + pattern, path)
+            if method == handler.command and found:
+                status, made = function(self, query=query, ids=found.groups(), body=_parsed(handler, body))
+                return (fault[2], {"error": "scripted"}) if fault else (status, made)
+        return 404, {"error": f"no route {path}"}
 
 
 ROUTES = [
@@ -233,85 +235,9 @@ def _matching(entries, query, **fields):
     return [entry for entry in entries if all(entry.get(name) == value for name, value in wanted.items())]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    world = None
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.answer()
-
-    def do_POST(self):
-        self.answer()
-
-    def answer(self):
-        address = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(address.query))
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.world.requests.append((self.command, address.path, dict(self.headers), query))
-        self.world.bodies.append(raw)
-        status, body = self.respond(address.path, query, raw)
-        if body is HANG:
-            self.world.closing.wait(30)
-            return
-        if body in (DRIP, DRIP_HEAD):
-            self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999 if body is DRIP_HEAD else b"")
-            return
-        data = b'{"run_id": "run-0"' if body is CUT else body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data) + 100 * (body is CUT)))
-        if data[:2] == b"\x1f\x8b":
-            self.send_header("Content-Encoding", "gzip")
-        if status == 302:
-            self.send_header("Location", f"{self.world.redirect}{self.path}")
-        self.end_headers()
-        self.wfile.write(data)
-        if body is CUT:
-            self.close_connection = True
-
-    def drip(self, head):
-        """A byte now and then, until the other side or the test ends."""
-        self.close_connection = True
-        if not head:
-            self.send_response(200)
-            self.send_header("Content-Length", "9999")
-            self.end_headers()
-        with contextlib.suppress(OSError):
-            for number in range(9999):
-                if self.world.closing.wait(0.01):
-                    return
-                self.wfile.write(head[number : number + 1] or b" ")
-
-    def respond(self, path, query, raw):
-        world = self.world
-        if world.redirect:
-            return 302, b""
-        if world.token and self.headers.get("authorization") != f"Bearer {world.token}":
-            return 401, {"error": "token is not valid"}
-        answer = next((a for a in world.answers if a[0] == self.command and a[1] in path), None)
-        if answer:
-            world.answers.remove(answer)
-            name = answer[2]
-            added = ADDED | ENDLESS
-            return (200, added[name]) if name in added else (STATUS.get(name, 200), recorded(name))
-        fault = next((f for f in world.faults if f[0] == self.command and f[1] in path), None)
-        if fault:
-            world.faults.remove(fault)
-            if not fault[3]:
-                return fault[2], {"error": "scripted"}
-        for method, pattern, function in ROUTES:
-            found = re.fullmatch(API + pattern, path)
-            if method == self.command and found:
-                status, body = function(world, query=query, ids=found.groups(), body=self.parsed(raw))
-                return (fault[2], {"error": "scripted"}) if fault else (status, body)
-        return 404, {"error": f"no route {path}"}
-
-    def parsed(self, raw):
-        kind = self.headers.get("Content-Type") or ""
-        if kind.startswith("multipart/"):
-            message = BytesParser().parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + raw)
-            return message.get_payload()[0].get_payload(decode=True).decode()
-        return json.loads(raw) if raw else None
-
-    def log_message(self, *_):
-        pass
+def _parsed(handler, body):
+    kind = handler.headers.get("Content-Type") or ""
+    if kind.startswith("multipart/"):
+        message = BytesParser().parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + body)
+        return message.get_payload()[0].get_payload(decode=True).decode()
+    return json.loads(body) if body else None

@@ -15,11 +15,10 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlparse
 
 import yaml
+from mock_server import MockServer
 
 from ptl.steps import trainjob
 
@@ -69,7 +68,7 @@ def pod(
     return made
 
 
-class MockKubernetes:
+class MockKubernetes(MockServer):
     """The objects of one namespace. `refusal` (status, message) answers every creation."""
 
     def __init__(self):
@@ -84,6 +83,46 @@ class MockKubernetes:
         self.own_env = []  # of the coordinator's pod
         self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
         self.asked = []  # paths of the requests for these
+        super().__init__()
+
+    def respond(self, handler, path, query, body):
+        if handler.command == "POST":
+            assert re.fullmatch(JOBS, path)
+            _send(handler, *self.create(json.loads(body)))
+        elif handler.command == "DELETE":
+            name = path.rpartition("/")[2]
+            gone = self.delete(name)
+            _send(handler, 200, gone) if gone else _send(
+                handler, 404, f'trainjobs.trainer.kubeflow.org "{name}" not found'
+            )
+        elif self.outage:
+            self.outage -= 1
+            _send(handler, 503, "the server is currently unable to handle the request")
+        elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", path):
+            handler.close_connection = True  # its length is not known
+            handler.send_response(200)
+            handler.end_headers()
+            self.log_requests.append(query)
+            for line in self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
+                handler.wfile.write(line.encode())
+        else:
+            _send(handler, *self.read(path, query))
+
+    def read(self, path, query):
+        label = query.get("labelSelector", "")
+        if match := re.fullmatch(rf"{JOBS}/([^/]+)", path):
+            job = self.job(match[1])
+            return (200, job) if job else (404, f'"{match[1]}" not found')
+        if path == f"{PODS}/{OWN_POD}":
+            return 200, own_pod(self.own_env)
+        if path in self.of_run and not label.startswith(trainjob.OF_JOB_SET):
+            self.asked.append(path)
+            return 200, {"items": list(filter(partial(selected, query), self.of_run[path]))}
+        if path == PODS:
+            name = label.removeprefix(f"{trainjob.OF_JOB_SET}=")
+            items = [pod for pod in self.pods if pod["metadata"]["labels"][trainjob.OF_JOB_SET] == name]
+            return 200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items}
+        return 404, f"no such path: {path}"
 
     def play(self, *looks):
         """What the cluster has at each look at a TrainJob: the name of a recorded one, and its pods."""
@@ -143,73 +182,21 @@ def selected(selectors, item):
     return True
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, body):
-        if isinstance(body, str):
-            body = {"kind": "Status", "status": "Failure", "message": body, "code": status}
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_POST(self):
-        cluster = self.server.cluster
-        assert re.fullmatch(JOBS, urlparse(self.path).path)
-        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.answer(*cluster.create(job))
-
-    def do_DELETE(self):
-        name = urlparse(self.path).path.rpartition("/")[2]
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        gone = self.server.cluster.delete(name)
-        self.answer(200, gone) if gone else self.answer(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
-
-    def do_GET(self):
-        cluster = self.server.cluster
-        url = urlparse(self.path)
-        if cluster.outage:
-            cluster.outage -= 1
-            self.answer(503, "the server is currently unable to handle the request")
-        elif match := re.fullmatch(rf"{JOBS}/([^/]+)", url.path):
-            job = cluster.job(match[1])
-            self.answer(200, job) if job else self.answer(404, f'"{match[1]}" not found')
-        elif url.path == f"{PODS}/{OWN_POD}":
-            self.answer(200, own_pod(cluster.own_env))
-        elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", url.path):
-            self.send_response(200)
-            self.end_headers()
-            cluster.log_requests.append(parse_qs(url.query))
-            for line in cluster.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
-                self.wfile.write(line.encode())
-        elif url.path in cluster.of_run and "trainer" not in url.query and "jobset" not in url.query:
-            cluster.asked.append(url.path)
-            selectors = {name: value for name, (value,) in parse_qs(url.query).items()}
-            self.answer(200, {"items": list(filter(partial(selected, selectors), cluster.of_run[url.path]))})
-        elif url.path == PODS:
-            (label,) = parse_qs(url.query)["labelSelector"]
-            name = label.removeprefix(f"{trainjob.OF_JOB_SET}=")
-            items = [pod for pod in cluster.pods if pod["metadata"]["labels"][trainjob.OF_JOB_SET] == name]
-            self.answer(200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
-        else:
-            self.answer(404, f"no such path: {url.path}")
+def _send(handler, status, body):
+    if isinstance(body, str):
+        body = {"kind": "Status", "status": "Failure", "message": body, "code": status}
+    handler.send(status, body)
 
 
 @contextmanager
 def serving(folder):
     """The mock, with a kubeconfig that names it: the file's path is `cluster.kubeconfig`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    cluster = server.cluster = MockKubernetes()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cluster = MockKubernetes()
     context = {"cluster": "mock", "user": "mock", "namespace": NAMESPACE}
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "mock", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+        "clusters": [{"name": "mock", "cluster": {"server": cluster.url}}],
         "users": [{"name": "mock", "user": {"token": "t"}}],
         "contexts": [{"name": "mock", "context": context}],
         "current-context": "mock",
@@ -219,7 +206,7 @@ def serving(folder):
     try:
         yield cluster
     finally:
-        server.shutdown()
+        cluster.close()
 
 
 class Processes:

@@ -112,7 +112,7 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
 @pytest.mark.slow
 def test_a_failed_run_says_so(environment, tmp_path):
     world = MockKubeflow()
-    world.script = [("FAILED", {"prune-1": "FAILED"})]
+    world.script = ["FAILED"]
     try:
         done = run(CI / "run.sh", TINY, tmp_path / "table.md", "--host", world.url, env=environment)
     finally:
@@ -161,7 +161,7 @@ def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
         f"up --home {tmp_path} --s3-port 8433 --mlflow-port 15000",
         f"run {TINY} --runner docker --s3 --new --home {tmp_path} --set seed=1",
         *compared,
-        f"down --home {tmp_path}",
+        f"up --stop --home {tmp_path}",
     ]
     assert (f"report: {tmp_path}/latest/report.html" in done.stdout) == bool(compared)
     assert bool(compared) or "no iteration was accepted" in done.stderr

@@ -7,7 +7,7 @@ import pytest
 from ptl import extras
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
-from ptl.local import seaweedfs
+from ptl.local import servers
 
 GLIBC = "libc.so.6: version `GLIBC_2.38' not found (required by x)"
 
@@ -70,5 +70,5 @@ def test_a_server_that_does_not_run_here_is_wrong_input(tmp_path, monkeypatch):
     program(tmp_path / "weed", f'#!/bin/sh\necho "{GLIBC}" >&2; exit 1')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(UnusableError, match=r"^S3 server: SeaweedFS cannot be loaded here \(.*put a `weed` for this"):
-        seaweedfs.up(tmp_path, 14000)
+        servers.s3_up(tmp_path, 14000)
     assert not (tmp_path / "s3").exists()

@@ -23,7 +23,7 @@ from ptl import address
 from ptl.config.cluster import RESERVED
 from ptl.config.run import load_config
 from ptl.errors import InputError
-from ptl.local import seaweedfs, server_process, servers
+from ptl.local import servers
 from ptl.steps import trainjob
 from ptl.storage import training_checkpoints
 
@@ -300,7 +300,7 @@ def test_no_port_of_seaweedfs_answers_without_a_key(filled, tmp_path):
     guide = (ROOT / "docs/install.md").read_text()
     run("sh", "-c", re.search(r"^for key in .*?-out tls\.crt$", guide, re.M | re.S)[0], cwd=overlay)
     arguments, environment, security = seaweedfs_of(overlay)
-    stack = server_process.folder(tmp_path)  # its working directory, where it looks for this file too
+    stack = servers.folder(tmp_path)  # its working directory, where it looks for this file too
     (stack / "security.toml").write_text(security.replace("/etc/seaweedfs-tls", str(overlay)))
     data = tmp_path / "data"
     data.mkdir()
@@ -309,12 +309,12 @@ def test_no_port_of_seaweedfs_answers_without_a_key(filled, tmp_path):
     assert set(changed) <= set(arguments)
     command = [tool("weed"), *filter(None, (changed.get(argument, argument) for argument in arguments))]
     command += [f"-{part}.port={port + i}" for i, part in enumerate(("s3", "filer", "master", "volume", "admin"))]
-    server_process.start(tmp_path, "s3", command, environment, port + 4, "/health")  # of the part that starts last
+    servers.start(tmp_path, "s3", command, environment, port + 4, "/health")  # of the part that starts last
     try:
         asked = {"/ptl/?list-type=2": 403, "/buckets/ptl/": 404, "/dir/status": 404, "/1,00": 401, "/api/users": 404}
         for part, (path, status) in enumerate(asked.items()):
             assert requests.get(f"http://127.0.0.1:{port + part}{path}", timeout=5).status_code == status, path
-            with socket.create_connection(("127.0.0.1", port + part + seaweedfs.GRPC), timeout=5) as plain:
+            with socket.create_connection(("127.0.0.1", port + part + servers.GRPC), timeout=5) as plain:
                 plain.sendall(PREFACE)
                 assert plain.recv(100) == b"", path
     finally:

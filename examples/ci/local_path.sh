@@ -45,7 +45,7 @@ fi
 step "run"
 # The servers' addresses and keys, here and for the comparison.
 servers=$(ptl up --home "$home" --s3-port "${S3_PORT:-8433}" --mlflow-port "${MLFLOW_PORT:-15000}")
-trap 'ptl down --home "$home"' EXIT
+trap 'ptl up --stop --home "$home"' EXIT
 eval "$servers"
 ptl run "$config" --runner docker --s3 --new --home "$home" "${options[@]}"
 

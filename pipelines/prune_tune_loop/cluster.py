@@ -1,11 +1,16 @@
-"""The Kubernetes settings of a task, all from the config's `resources` and `storage`; local runners ignore them."""
+"""The Kubernetes settings of a task, all from the config's `resources` and `storage`; local runners ignore them.
 
+A recover step of several nodes starts a TrainJob of Kubeflow Trainer: its pod is then a coordinator
+(ptl.steps.coordinator), which adds its name, its call and its run. What no TrainJob can set of a pod is in the
+TrainingRuntime, manifests/components/trainer.
+"""
+
+import json
 from typing import Any
 
 import kfp.kubernetes as kubernetes
 
-from pipelines.prune_tune_loop import train_job, volumes
-from ptl.config.cluster import Resources, Storage
+from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.retry_defaults import RETRY_WAIT
 from ptl.config.run import Config
 from ptl.recovery import machines
@@ -19,19 +24,28 @@ FIELD_VARIABLES = {
     "PTL_ARGO_NODE": "metadata.annotations['workflows.argoproj.io/node-name']",  # counts Argo's attempts, at each level
     "PTL_NODE": "spec.nodeName",
 }
+PART_OF = {"app.kubernetes.io/part-of": "ptl"}  # the network policies select it
+QUEUE = "kueue.x-k8s.io/queue-name"
+# What a coordinator takes: it imports MLflow and S3's client, takes over what an earlier run has made, or waits.
+COORDINATOR_CPU = "1"
+COORDINATOR_MEMORY = "4Gi"
 
 
 def configure(task: Any, stage: str, config: Config) -> Any:
     """Give a task of this stage everything it needs on a cluster."""
+    resources = config.resources
     # A result taken from another run's cache has no record in this run: repeated steps take the store's records.
     task.set_caching_options(False)
-    coordinates = config.resources.nodes_of(stage) > 1
+    # The pod then only starts a TrainJob and follows it; on one machine the step does the work of all nodes itself.
+    coordinates = resources.nodes_of(stage) > 1
     if coordinates:
-        _set_nodes(task, stage, config)
+        task.set_env_variable(machines.NODES, str(resources.of_step(stage).nodes))
+        task.set_env_variable(trainjob.TEMPLATE, train_job(config, task.container_spec.image))
+        _request(task, COORDINATOR_CPU, COORDINATOR_MEMORY)
     else:
-        _set_compute(task, stage, config.resources)
-    _set_placement(task, stage, config.resources, waits_for_nodes=coordinates)
-    _set_attempts(task, stage, config.resources)
+        _set_compute(task, stage, resources)
+    _set_placement(task, stage, resources, waits_for_nodes=coordinates)
+    _set_attempts(task, stage, resources)
     _set_environment(task, config.storage)
     _mount_volumes(task, config.storage)
     return task
@@ -41,23 +55,15 @@ def _set_compute(task: Any, stage: str, resources: Resources) -> None:
     own = resources.of_step(stage)
     # Shared memory is common to the accelerated stages only; any stage may ask for its own.
     accelerators = resources.accelerators_of(stage)
-    shm = _own_or_common(own.shm, resources.shm if stage in ACCELERATED else None)
-    cpu = _own_or_common(own.cpu, resources.cpu)
-    memory = _own_or_common(own.memory, resources.memory)
+    shm = own.shm
+    if shm is None and stage in ACCELERATED:
+        shm = resources.shm
     if accelerators:
         task.set_accelerator_type(resources.accelerator)
         task.set_accelerator_limit(accelerators)
-    _request(task, cpu, memory)
+    _request(task, own.cpu or resources.cpu, own.memory or resources.memory)
     if shm:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=shm)
-
-
-def _set_nodes(task: Any, stage: str, config: Config) -> None:
-    """The pod only starts a TrainJob and follows it; on one machine the step does the work of all nodes itself."""
-    own = config.resources.of_step(stage)
-    task.set_env_variable(machines.NODES, str(own.nodes))
-    task.set_env_variable(trainjob.TEMPLATE, train_job.template(config, task.container_spec.image))
-    _request(task, train_job.COORDINATOR_CPU, train_job.COORDINATOR_MEMORY)
 
 
 def _request(task: Any, cpu: str | None, memory: str | None) -> None:
@@ -100,9 +106,8 @@ def _set_placement(task: Any, stage: str, resources: Resources, *, waits_for_nod
             kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect)
         for label, value in sorted(resources.node_selector.items()):
             kubernetes.add_node_selector(task, label, value)
-    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "ptl")  # the network policies select it
-    if resources.queue and not waits_for_nodes:
-        kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", resources.queue)
+    for label, value in _labels("" if waits_for_nodes else resources.queue).items():
+        kubernetes.add_pod_label(task, label, value)
     if resources.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(resources.image_pull_secrets))
     if resources.image_pull_policy:
@@ -112,24 +117,115 @@ def _set_placement(task: Any, stage: str, resources: Resources, *, waits_for_nod
         kubernetes.set_security_context(task, resources.run_as_user, resources.run_as_group, run_as_non_root=True)
 
 
+def _labels(queue: str | None) -> dict[str, str]:
+    return PART_OF | ({QUEUE: queue} if queue else {})
+
+
 def _set_environment(task: Any, storage: Storage) -> None:
     for variable, path in FIELD_VARIABLES.items():
         kubernetes.use_field_path_as_env(task, variable, path)
-    for variable, key in volumes.renamed_keys(storage).items():
-        task.set_env_variable(variable, key)
-    if storage.cache_claim:
-        task.set_env_variable("HF_HOME", mounts.HF_HOME)
+    for variable, value in _variables(storage).items():
+        task.set_env_variable(variable, value)
+
+
+def _variables(storage: Storage) -> dict[str, str]:
+    """Names of the S3 Secret's keys, where they are not the usual ones, as in KFP's own Secret; the hub's folder."""
+    keys = zip(mounts.S3_KEYS.items(), (storage.s3_access_key, storage.s3_secret_key), strict=True)
+    variables = {variable: key for (variable, usual), key in keys if storage.s3_secret and key != usual}
+    return variables | ({"HF_HOME": mounts.HF_HOME} if storage.cache_claim else {})
+
+
+def _secrets(storage: Storage) -> dict[str, str]:
+    """Where each Secret is mounted, by its name: one that serves for several is mounted once."""
+    folders = {storage.hf_secret: mounts.HF, storage.mlflow_secret: mounts.MLFLOW, storage.s3_secret: mounts.S3}
+    return {name: folder for name, folder in folders.items() if name}
+
+
+def _config_maps(storage: Storage) -> dict[str, str]:
+    folders = {storage.config_map: mounts.CONFIG, storage.ca_config_map: mounts.CA}
+    return {name: folder for name, folder in folders.items() if name}
 
 
 def _mount_volumes(task: Any, storage: Storage) -> None:
     """All optional: a pod that misses one starts and says so, instead of hanging before its container exists."""
-    for name, folder in volumes.secrets(storage).items():
+    for name, folder in _secrets(storage).items():
         kubernetes.use_secret_as_volume(task, name, folder, optional=True)
-    for name, folder in volumes.config_maps(storage).items():
+    for name, folder in _config_maps(storage).items():
         kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
     if storage.cache_claim:
         kubernetes.mount_pvc(task, storage.cache_claim, mounts.CACHE)
 
 
-def _own_or_common(own: Any, common: Any) -> Any:
-    return common if own is None else own
+def train_job(config: Config, image: str) -> str:
+    """The TrainJob of a recover step, as JSON, as far as the config says it."""
+    resources = config.resources
+    own = resources.of_step(TRAINED)
+    node: dict[str, Any] = {"name": "PTL_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
+    trainer = {
+        "image": image,
+        "command": ["python", "-m", "ptl.steps.node"],
+        "env": [node, *({"name": name, "value": value} for name, value in _variables(config.storage).items())],
+        "numNodes": own.nodes,
+        # one, which starts a process for each accelerator
+        "numProcPerNode": 1,
+        "resourcesPerNode": _resources(resources),
+    }
+    # A runtime of one's own may lack them: the network policies select the one, and a sidecar would intercept NCCL.
+    pod_labels = {**PART_OF, "sidecar.istio.io/inject": "false"}
+    pod = {"metadata": {"labels": pod_labels}, "spec": _pod(config)}
+    job_patch = {"name": trainjob.JOB, "template": {"spec": {"template": pod}}}
+    job_set = {"spec": {"replicatedJobs": [job_patch]}}
+    job: dict[str, Any] = {
+        "apiVersion": trainjob.API_VERSION,
+        "kind": "TrainJob",
+        "metadata": {"labels": _labels(resources.queue)},
+        "spec": {
+            "runtimeRef": {"apiGroup": trainjob.GROUP, "kind": "TrainingRuntime", "name": own.runtime},
+            "trainer": trainer,
+            "runtimePatches": [{"manager": trainjob.MANAGER, "trainingRuntimeSpec": {"template": job_set}}],
+        },
+    }
+    if resources.timeout_of(TRAINED) is not None:
+        # A coordinator that is killed cannot delete it.
+        job["spec"]["activeDeadlineSeconds"] = resources.window(TRAINED)
+    return json.dumps(job, separators=(",", ":"))
+
+
+def _resources(resources: Resources) -> dict[str, Any]:
+    """What each node requests, which is also its limit."""
+    own = resources.of_step(TRAINED)
+    amounts = {"cpu": own.cpu or resources.cpu, "memory": own.memory or resources.memory}
+    accelerators = resources.accelerators_of(TRAINED)
+    if accelerators and resources.accelerator:
+        amounts[resources.accelerator] = str(accelerators)
+    requested = {name: amount for name, amount in amounts.items() if amount}
+    return {"requests": requested, "limits": requested}
+
+
+def _pod(config: Config) -> dict[str, Any]:
+    """Placement, user and volumes of a node, as in the pods of the other steps."""
+    resources, storage = config.resources, config.storage
+    volumes: list[tuple[str, str, dict[str, Any]]] = []  # name, folder, and what it holds
+    for name, folder in _secrets(storage).items():
+        volumes.append((name, folder, {"secret": {"secretName": name, "optional": True}}))
+    for name, folder in _config_maps(storage).items():
+        volumes.append((name, folder, {"configMap": {"name": name, "optional": True}}))
+    if claim := storage.cache_claim:
+        volumes.append((claim, mounts.CACHE, {"persistentVolumeClaim": {"claimName": claim}}))
+    volume_mounts = [{"name": name, "mountPath": folder} for name, folder, _ in volumes]
+    pod: dict[str, Any] = {
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": resources.run_as_user,
+            "runAsGroup": resources.run_as_group,
+        },
+        "volumes": [{"name": name} | source for name, _, source in volumes],
+        "containers": [{"name": trainjob.CONTAINER, "volumeMounts": volume_mounts}],
+    }
+    if resources.tolerations:
+        pod["tolerations"] = [taint.model_dump(exclude_none=True) for taint in resources.tolerations]
+    if resources.node_selector:
+        pod["nodeSelector"] = dict(sorted(resources.node_selector.items()))
+    if resources.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in resources.image_pull_secrets]
+    return pod

@@ -25,15 +25,6 @@ KFP_IMPORTS = "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom ty
 USED_IMPORTS = "\nfrom kfp.dsl import *\n"
 # Of a ConfigMap, Secret or claim the name is written twice: plain, and as a parameter that may come from another task.
 NAMED_TWICE = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMount"}
-# Seen in Workflows of Kubeflow 2.17 and Argo 4.0.5, in bytes as they are stored:
-POD_COPIES = 6  # nodes of a task, each with the patch of its pod
-DRIVER_COPIES = 2  # of them, those that also have what the driver made the patch from
-INPUT = 950  # of an input artifact in a patch: its address, Kubeflow's own metadata and ours (ptl.steps.call.SHOWN)
-OUTPUT = 300  # of an output artifact
-LAUNCHER = 1_650  # of the launcher's own arguments, and of its artifact executor-logs
-NODES = 5_650  # of the names, times and states of all nodes of a task
-MAX_WORKFLOW = 2**20  # of a Workflow: in a larger one Argo packs the nodes, and Kubeflow's list of tasks stops
-
 
 Json = dict[str, Any]  # an object of the compiled YAML
 
@@ -43,7 +34,6 @@ class Parts:
     """The parts of a compiled YAML that are rewritten, each in place."""
 
     documents: list[Any]  # the pipeline spec, and where a task has Kubernetes settings a second one with them
-    parameters: Json  # of the run, by name
     tasks: Json  # by key
     components: Json  # by name
     executors: Json  # by label
@@ -53,14 +43,12 @@ class Parts:
 def _parse(text: str) -> Parts:
     documents = list(yaml.load_all(text, Loader))
     spec = documents[0]
-    root = spec["root"]
     settings = {}
     for platforms in documents[1:]:
         settings = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return Parts(
         documents=documents,
-        parameters=root.get("inputDefinitions", {}).get("parameters", {}),
-        tasks=root["dag"]["tasks"],
+        tasks=spec["root"]["dag"]["tasks"],
         components=spec["components"],
         executors=spec["deploymentSpec"]["executors"],
         settings=settings,
@@ -115,69 +103,6 @@ def local_copy(text: str, order: Sequence[str]) -> str:
         variables = container.get("env", [])
         container["env"] = [variable for variable in variables if variable["name"].startswith("PTL_")]
     return str(yaml.safe_dump_all(parts.documents, sort_keys=True))
-
-
-@dataclass(frozen=True)
-class Weight:
-    """What a compiled pipeline costs a cluster beyond its file."""
-
-    tasks: int
-    task_bytes: float  # mean over the tasks
-    listed_tasks: int  # of this size, that Kubeflow's own list of a run's tasks shows to their end
-
-
-def weigh(path: Path) -> Weight:
-    """Bytes of a cluster's Workflow, in etcd, by the tasks of a compiled YAML that run with its defaults."""
-    parts = _parse(path.read_text())
-    total = 0
-    for task in parts.tasks.values():
-        component = parts.components[task["componentRef"]["name"]]
-        label = component["executorLabel"]
-        sources = task["inputs"].get("parameters", {})
-        values = {name: _default_value(source, parts.parameters) for name, source in sources.items()}
-        container = parts.executors[label]["container"]
-        total += task_bytes(task, component, container, parts.settings.get(label, {}), values)
-    task_mean = total / len(parts.tasks)
-    # The rest of the Workflow has the pipeline twice.
-    listed_tasks = int((MAX_WORKFLOW - 2 * path.stat().st_size) / task_mean)
-    return Weight(len(parts.tasks), task_mean, listed_tasks)
-
-
-def task_bytes(
-    task: Json,
-    component: Json,
-    container: Json,
-    settings: Json,  # of Kubernetes
-    values: Json,  # of the task's parameters
-) -> int:
-    """Bytes of the nodes that Argo makes of one task, within 5 % of those of a Workflow that ran (see the tests)."""
-    # A text in an argument of the pod, which is itself a text in each node.
-    in_argument = _bytes(_dump(values), 2) + _bytes(_dump(component), 2)
-    in_pod = _bytes(_dump(container), 1) + _bytes(_dump(settings), 1)
-    num_inputs = len(task["inputs"].get("artifacts", {}))
-    num_outputs = len(component.get("outputDefinitions", {}).get("artifacts", {}))
-    pod = in_argument + in_pod + num_inputs * INPUT + num_outputs * OUTPUT + LAUNCHER
-    of_driver = sum(_bytes(_dump(part), 1) for part in (task, component, container, settings))
-    return POD_COPIES * pod + DRIVER_COPIES * of_driver + NODES
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _bytes(text: str, depth: int) -> int:
-    """Of a text that is written as a string of JSON, `depth` times one in the other."""
-    for _ in range(depth):
-        text = _dump(text)
-    return len(text)
-
-
-def _default_value(source: Json, run_parameters: Json) -> Any:
-    """The value of a task's parameter when the run takes all defaults."""
-    run_parameter = source.get("componentInputParameter")
-    if run_parameter is None:
-        return source["runtimeValue"]["constant"]
-    return run_parameters[run_parameter].get("defaultValue")
 
 
 def _name_by_step(tasks: Json) -> None:

@@ -39,15 +39,10 @@ def check(config: Config, tracking_uri: str) -> None:
             field="--runner docker",
             remedy=f"make them with `ptl images build{options}`, pull them, or correct images.registry and images.tag",
         )
-    use_same_engine()
-
-
-def use_same_engine() -> None:
-    """Set DOCKER_HOST, the only setting that the SDK follows, to the engine of the docker command's context."""
-    if not os.environ.get("DOCKER_HOST"):
-        host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
-        if host:
-            os.environ["DOCKER_HOST"] = host
+    # The SDK follows no context of the docker command, only this variable.
+    host = os.environ.get("DOCKER_HOST") or _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+    if host:
+        os.environ["DOCKER_HOST"] = host
 
 
 def arguments(
@@ -65,7 +60,7 @@ def arguments(
 
     variables = {name: os.environ.get(name, "") for name in mounts.BUNDLES}
     certificates = {name: path for name, path in variables.items() if Path(path).is_file()}
-    caches = hub_caches() if uses_hub(config) else {}
+    caches = hub_caches()
     run_arguments: dict[str, Any] = {
         "environment": {
             **environment,
@@ -128,8 +123,9 @@ def files(config: Config) -> set[Path]:
 
     working_directory = Path.cwd()
     paths = set()
-    for text in _texts(config):
-        if "\n" in text or len(text) >= LONGEST_PATH:
+    settings = flat_settings(config.model_dump(mode="json", include=SECTIONS))
+    for text in settings.values():
+        if not isinstance(text, str) or "\n" in text or len(text) >= LONGEST_PATH:
             continue
         path = Path(text).expanduser()
         # A text that is no path may still be "." or "/".
@@ -144,19 +140,6 @@ def files(config: Config) -> set[Path]:
             splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             paths |= {Path(split.file) for split in splits.values()}
     return set(map(_absolute, paths))
-
-
-def uses_hub(config: Config) -> bool:
-    """Whether a step reads from the hub: a model, data or task that is not a local file."""
-    from ptl.evaluation import tasks
-
-    # What is on the disk or in a bucket is not asked for on the hub.
-    for source in (config.model.path, *_texts(config, ".source")):
-        if not source.startswith("s3://") and not Path(source).expanduser().exists():
-            return True
-    # The harness's own tasks name datasets of the hub, unless their files are in `data_dir`.
-    has_named_task = any(not tasks.is_path(task.name) for task in config.evaluate.tasks)
-    return has_named_task and config.evaluate.data_dir is None
 
 
 def hub_caches() -> dict[str, str]:
@@ -179,12 +162,6 @@ def _with_blobs(path: Path) -> Path:
     """Of a snapshot in the hub's cache, whose files are links to blobs, the folder two levels up that has both."""
     parents = path.absolute().parents
     return parents[1] if parents[0].name == "snapshots" else path
-
-
-def _texts(config: Config, field: str = "") -> list[str]:
-    """All texts in the sections that may name files, or those of the fields whose dotted names end so."""
-    settings = flat_settings(config.model_dump(mode="json", include=SECTIONS))
-    return [text for name, text in settings.items() if isinstance(text, str) and name.endswith(field)]
 
 
 def _docker(*command: str) -> str:

@@ -1,28 +1,29 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.prune_tune_loop import pods, run_text, run_view, task_list
+from pipelines.prune_tune_loop import pods, run_view
 from pipelines.prune_tune_loop.kfp_api import (
     CONFLICT,
     LOGIN_AGAIN,
     Api,
     RefusedError,
     Server,
-    call,
     connect,
+    explained,
     get_run,
     run_id_of,
-    within,
 )
 from pipelines.prune_tune_loop.pods import Pod
-from pipelines.prune_tune_loop.run_view import RunView, StepView
+from pipelines.prune_tune_loop.run_view import ENDED, RunView, StepView
 from ptl import address, processes
-from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import locate, progress
 from ptl.lineage.progress import RunProgress
@@ -32,58 +33,64 @@ OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
 PODS = 30.0  # seconds between two looks at the pods
+PATIENCE = 20.0  # seconds for all requests of one of them
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
+UNDER_WAY = ("PENDING", "RUNNING", "SUCCEEDED")  # of a run that was retried; a short one may be done again
 MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
+NONE_YET = RunProgress("", "", "", {})
 Say = Callable[[str], None]
 
 
 @dataclass
 class Observer:
-    """What is asked once in a command: the names of the steps, and where the run is in MLflow."""
+    """What a command keeps between two looks at a run."""
 
     api: Api
     say: Say
-    step_names: dict[str, str] = field(default_factory=dict)  # by task key
+    step_names: list[str] = field(default_factory=list)
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
-    outage_reported: bool = False  # that MLflow does not answer
-    pods: dict[str, Pod] = field(default_factory=dict)  # that cannot start or have failed, by task key
-    pods_read: float = -math.inf  # when they were last asked for
+    outage: str = ""  # why MLflow did not answer, which is reported once
+    pods: dict[str, Pod] = field(default_factory=dict)  # that have not succeeded, by step
+    pods_read: float = -math.inf  # when they were last asked for; infinite where they cannot be read
 
     def look(self, run: Any) -> RunView:
-        """A run as Kubeflow has just described it, joined with its records in MLflow and what Kubernetes says."""
+        """A run as Kubeflow has just described it, with its records in MLflow and what Kubernetes says of its pods."""
         # The names are those of the run's pipeline version, which does not change.
-        if not self.step_names:
-            self.step_names = task_list.step_names(self.api, run)
+        self.step_names = self.step_names or run_view.step_names(self.api, run)
         self._read_records(run.run_id)
-        listed = task_list.fold(run, self.step_names)
         namespace = self.api.namespace or "kubeflow"
-        self._read_pods(run, namespace, [key for key, step in listed.items() if step.state == "PENDING"])
-        link = self.api.link(run.run_id)
-        return run_view.view(run, self.step_names, listed, self.pods, self.records, namespace, link)
+        self._read_pods(run, namespace)
 
-    def _read_pods(self, run: Any, namespace: str, pending: list[str]) -> None:
-        """Those that cannot start or have failed, where they may be read."""
-        is_due = time.monotonic() - self.pods_read > PODS or (run.state == "FAILED" and self.pods_read != math.inf)
-        if run.state not in (*task_list.UNFINISHED, "FAILED") or not is_due:
-            return
-        # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only the reasons are missing.
-        self.pods_read = time.monotonic()
-        try:
-            self.pods = within(pods.PATIENCE, lambda: pods.read(namespace, run.run_id, pending))
-        except Exception:  # it would be the same again, and may have asked for a login
-            self.pods = {}
-            self.pods_read = math.inf
+        def where(command: str) -> str:
+            selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
+            return f"see `kubectl {command} {selection}` and {self.api.link(run.run_id)}"
+
+        records = self.records
+        if records is None and not self.outage and run.state not in ENDED:
+            records = NONE_YET
+        return run_view.view(run, self.step_names, records, self.pods, where)
 
     def _read_records(self, run_id: str) -> None:
-        """The steps' own records; when they cannot be read, that is reported once."""
         # The first time all of MLflow's experiments are looked through.
         experiment_ids = [self.records.experiment_id] if self.records else None
         try:
             self.records = progress.read(run_id, experiment_ids) or self.records
         except PtlError as error:
-            if not self.outage_reported:
-                self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
-            self.outage_reported = True
+            if not self.outage:
+                self.say(f"the steps' own records are not read: {error}")
+            self.outage = str(error)
+
+    def _read_pods(self, run: Any, namespace: str) -> None:
+        """Of a run that can still have some, where they may be read."""
+        is_due = time.monotonic() - self.pods_read > PODS or (run.state == "FAILED" and self.pods_read != math.inf)
+        if run.state not in ("PENDING", "RUNNING", "FAILED") or not is_due:
+            return
+        # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only the reasons are missing.
+        self.pods_read = time.monotonic()
+        try:
+            self.pods = _within(PATIENCE, lambda: pods.read(namespace, run.run_id))
+        except Exception:  # it would be the same again, and may have asked for a login
+            self.pods, self.pods_read = {}, math.inf
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -98,31 +105,39 @@ class Observer:
             self.say(f"MLflow: the run could not be closed: {error}")
 
 
+def _within(seconds: float, work: Callable[[], dict[str, Pod]]) -> dict[str, Pod]:
+    """What `work` returns, in a thread that is left behind when it takes longer, as a plugin that asks for a login."""
+    result: Future[dict[str, Pod]] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(seconds)
+
+
 def status(reference: str, server: Server, *, say: Say = print) -> int:
     """Print a run and its steps as a table. 1 when it failed or was canceled."""
     api = connect(server)
     run_id = run_id_of(api, reference)
     observer = Observer(api, say)
     view = observer.look(get_run(api, run_id))
-    link = api.link(run_id)
-    if observer.records is None and not observer.outage_reported:
-        say("MLflow has no records of this run, or none yet: this is only Kubeflow's list of tasks")
-    say(run_text.step_table(view))
+    if observer.records is None and not observer.outage:
+        say("MLflow has no records of this run, or none yet")
+    say(view.table)
     # Reasons are longer than a cell of the table.
     for step in view.steps:
-        if step.reason or step.pending:
-            say(f"{step.name}: {step.reason or step.pending}")
+        if step.reason:
+            say(f"{step.name}: {step.reason}")
     if view.state == "FAILED" and not any(step.reason for step in view.steps):
         say(f"{view.name}: {view.reason}")
-    if any(step.state == run_view.NOT_LISTED for step in view.steps):
-        say(
-            f"{run_view.NOT_LISTED}: its list names a step when it starts, and stops being updated when the run's "
-            f"workflow is larger than 1 MiB, as with many steps; {link} shows all"
-        )
     observer.settle(view)
-    if hint := run_text.hint_to_cancel(view):
-        say(hint)
-    say(f"{view.name}: {run_text.state_text(view)}  {link}")
+    if view.hint_to_cancel:
+        say(view.hint_to_cancel)
+    say(f"{view.name}: {view.state_text}  {api.link(run_id)}")
     return FAILED if view.state in ("FAILED", "CANCELED") else DONE
 
 
@@ -130,61 +145,40 @@ def cancel(reference: str, server: Server, *, say: Say = print, poll: float = 2.
     """Ask Kubeflow to end a run, and close it in MLflow when it has; a run that has ended stays as it is."""
     api = connect(server)
     run_id = run_id_of(api, reference)
+    run = get_run(api, run_id)
+    has_ended_before = run.state in ENDED
+    if not has_ended_before:
+        try:
+            with explained(api.host):
+                api.client.terminate_run(run_id)
+        except RefusedError:
+            # 400: it has ended meanwhile.
+            has_ended_before = get_run(api, run_id).state in ENDED
+            if not has_ended_before:
+                raise
+        # The answer is empty, as a proxy's may be: only the run's state shows that the request has come to the server.
+        run = _await_state(api, run_id, (*ENDED, "CANCELING"), poll, "does not end")
+        with suppress(WorkError):  # it ends later: what is RUNNING in MLflow can be closed after that only
+            run = _await_state(api, run_id, ENDED, poll, "has not ended")
     observer = Observer(api, say)
-    view = observer.look(_terminate(api, run_id))
-    if view.ended:
-        observer.settle(view)
-        say(f"{view.name}: has ended before ({run_text.state_text(view)})")
-        return DONE
-    # The server's answer is empty, as a proxy's may be: only the run's state shows that the request has come to it.
-    run = _await_effect(
-        api,
-        run_id,
-        lambda run: run.state in (*task_list.ENDED, "CANCELING"),
-        poll,
-        no_effect="does not end",
-    )
     view = observer.look(run)
-    say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
-    # With records in MLflow it is worth waiting: what is RUNNING there can be closed after the end only.
-    deadline = time.monotonic() + SETTLING
-    while observer.records is not None and not view.ended and time.monotonic() < deadline:
-        time.sleep(poll)
-        view = observer.look(get_run(api, run_id))
-    if view.ended:
-        observer.settle(view)
-        say(f"{view.name}: {run_text.state_text(view)}")
+    observer.settle(view)
+    if has_ended_before:
+        say(f"{view.name}: has ended before ({view.state_text})")
+    elif view.ended:
+        say(f"{view.name}: {view.state_text}")
+    else:
+        say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
     return DONE
 
 
-def _terminate(api: Api, run_id: str) -> Any:
-    """The run, after a request to end it; one that has ended is not asked."""
-    run = get_run(api, run_id)
-    if run.state in task_list.ENDED:
-        return run
-    try:
-        call(api, api.client.terminate_run, run_id)
-    except RefusedError:
-        run = get_run(api, run_id)  # 400: it has ended meanwhile
-        if run.state not in task_list.ENDED:
-            raise
-    return run
-
-
-def _await_effect(
-    api: Api,
-    run_id: str,
-    has_effect: Callable[[Any], bool],
-    poll: float,
-    *,
-    no_effect: str,
-) -> Any:
+def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, problem: str) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    while not has_effect(run := get_run(api, run_id)):
+    while (run := get_run(api, run_id)).state not in states:
         if time.monotonic() > deadline:
             raise WorkError(
-                f"{run_id} {no_effect}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
+                f"{run_id} {problem}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
                 "before",
                 field="run",
                 remedy=LOGIN_AGAIN,
@@ -197,7 +191,6 @@ def retry(
     reference: str,
     server: Server,
     *,
-    config: Config | None = None,
     wait: bool = False,
     timeout: float | None = None,
     poll: float = 15.0,
@@ -214,14 +207,16 @@ def retry(
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
     observer.settle(observer.look(run))
-    _ask_for_retry(api, run_id)
-    _await_effect(
-        api,
-        run_id,
-        lambda retried: retried.state not in task_list.ENDED or retried.finished_at != run.finished_at,
-        min(poll, 2.0),
-        no_effect="does not run again",
-    )
+    try:
+        with explained(api.host):
+            api.client._run_api.run_service_retry_run(run_id)
+    except RefusedError as error:
+        if error.status != CONFLICT:
+            raise
+        raise InputError(
+            f"{run_id} cannot be retried: {error}", field="run", remedy=f"`ptl status {run_id}` shows its state"
+        ) from error
+    _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), "does not run again")
     # The run itself is under way, whatever MLflow answers.
     if observer.records is not None:
         try:
@@ -229,26 +224,14 @@ def retry(
         except PtlError as error:
             say(f"MLflow: the run could not be reopened: {error}")
     say(f"{run.display_name}: runs again  {api.link(run_id)}")
-    if not wait:
-        return DONE
-    return watch(api, run_id, config, timeout, poll, say)
+    return watch(api, run_id, False, timeout, poll, say) if wait else DONE
 
 
-def _ask_for_retry(api: Api, run_id: str) -> None:
-    try:
-        call(api, api.client._run_api.run_service_retry_run, run_id)
-    except RefusedError as error:
-        if error.status != CONFLICT:
-            raise
-        raise InputError(
-            f"{run_id} cannot be retried: {error}", field="run", remedy=f"`ptl status {run_id}` shows its state"
-        ) from error
-
-
-def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, poll: float, say: Say) -> int:
+def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: float, say: Say) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
-    kfp's own wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time continues. A server that is
+    Of a run that `is_gated` the result must be readable; of others it says itself whether there was a gate. kfp's own
+    wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time continues. A server that is
     away for up to OUTAGE seconds, as in an upgrade, does not end the wait, nor does one that answers nonsense. Ctrl-C
     ends the wait alone.
     """
@@ -258,28 +241,27 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
         last_answer = time.monotonic()
         deadline = last_answer + (math.inf if timeout is None else timeout)
         while True:
+            # Another pause would end after the deadline.
             is_last_look = time.monotonic() + poll > deadline
-            # Not tried again at once: the next look is the next attempt.
             try:
-                run = get_run(api, run_id, again=False)
+                run = get_run(api, run_id)
             except WorkError as error:
                 if time.monotonic() - last_answer > OUTAGE:
                     raise
                 if is_last_look:
                     say(f"not seen to finish in {timeout:.0f} s: {error}")
                     return TIMEOUT
-                announcer.outage(str(error))
+                announcer.line("outage", str(error), f"still waiting: {error}")
                 time.sleep(poll)
                 continue
             last_answer = time.monotonic()
-            announcer.outage("")
+            announcer.line("outage", "", "")  # the next one is a new one
             view = observer.look(run)
             announcer.steps(view.steps)
-            announcer.hint(run_text.hint_to_cancel(view))
+            announcer.line("hint", view.hint_to_cancel, view.hint_to_cancel)
             if view.ended:
                 observer.settle(view)
-                return _exit_code(view, config, say)
-            # Another pause would end after the deadline.
+                return _exit_code(view, is_gated, say)
             if is_last_look:
                 say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
                 return TIMEOUT
@@ -291,49 +273,35 @@ class _Announcer:
     """Prints each change of a run that is waited for as one line, and nothing twice."""
 
     say: Say
-    last: dict[str, Any] = field(default_factory=dict)  # what was last seen, by step (state and attempt) and topic
+    last: dict[str, Any] = field(default_factory=dict)  # what was last seen, by topic
     trainings: dict[str, float] = field(default_factory=dict)  # time of the last line, by step
 
     def steps(self, steps: list[StepView]) -> None:
         for step in steps:
-            if step.state in ANNOUNCED and self._is_new(step.name, (step.state, step.attempt)):
-                self.say(run_text.change_line(step))
-            if self._is_new(f"pending of {step.name}", step.pending_kind) and step.pending:
-                self.say(f"{step.name}: {step.pending}")
+            if step.state in ANNOUNCED:
+                self.line(step.name, (step.state, step.attempt, step.reason), step.change)
             now = time.monotonic()
-            is_due = now - self.trainings.get(step.name, -math.inf) >= TRAINING
-            if step.progress and is_due and self._is_new(f"progress of {step.name}", step.progress):
+            if step.training and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
                 self.trainings[step.name] = now
-                self.say(f"{step.name}: {step.progress}")
+                self.line(f"training of {step.name}", step.training, f"{step.name}: {step.training}")
 
-    def hint(self, hint: str) -> None:
-        if self._is_new("hint", hint) and hint:
-            self.say(hint)
-
-    def outage(self, error: str) -> None:
-        """`error` is empty where the server has answered: the next outage is a new one."""
-        if self._is_new("outage", error) and error:
-            self.say(f"still waiting: {error}")
-
-    def _is_new(self, topic: str, value: Any) -> bool:
-        is_new = self.last.get(topic) != value
+    def line(self, topic: str, value: Any, text: str) -> None:
+        """Print a text if the value of its topic has changed."""
+        if self.last.get(topic) != value and text:
+            self.say(text)
         self.last[topic] = value
-        return is_new
 
 
-def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
+def _exit_code(view: RunView, is_gated: bool, say: Say) -> int:
     """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
     if view.state != "SUCCEEDED":
-        state = run_text.state_text(view)
-        if view.state == "FAILED" and view.reason:
-            state += f": {view.reason}"
-        say(f"{view.name}: {state}; `ptl retry {view.run_id}` resumes from what is finished")
+        reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
+        say(f"{view.name}: {view.state_text}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
-    # Without the config nobody knows whether the run had a gate.
-    is_gated = config is not None and config.gate.enabled
     try:
         result = locate.result(view.run_id)
         passed, reason = gate_passed(result)
+        is_gated = is_gated or result.get("settings", {}).get("gate", {}).get("enabled", False)
     except (PtlError, LookupError, TypeError, ValueError, AttributeError) as error:
         if is_gated:
             raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
@@ -352,7 +320,7 @@ def _result_text(result: dict[str, Any], run_id: str) -> str:
     from ptl.report.render import terminal_text
     from ptl.report.result import Result
 
-    report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
+    report = f"`ptl fetch {run_id} DIR --report` writes it; in MLflow it is an artifact of the run, report/report.html"
     # The images' version of ptl may be another one.
     try:
         at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}

@@ -1,5 +1,6 @@
 """The loop, unrolled: a Python loop at compile time makes one flat DAG of prune, recover and evaluate tasks."""
 
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +53,17 @@ def build(config: Config) -> Any:
     """The pipeline of a config: import, baseline, the loop, its control, the report."""
     defaults = parameters(config)
 
-    @dsl.pipeline(name=config.name, description="Prune-Tune Loop: prune, recover and evaluate, a little at a time")
-    def prune_tune_loop(
-        model: str = defaults["model"],
-        revision: str = defaults["revision"],
-        target: float = defaults["target"],
-        goal: dict = defaults["goal"],
-        recovery_tokens: int = defaults["recovery_tokens"],
-        seed: int = defaults["seed"],
-        cuts: str = defaults["cuts"],
-        tokens: str = defaults["tokens"],
-        prune_settings: dict = defaults["prune_settings"],
-        calibration: dict = defaults["calibration"],
-        recover_settings: list = defaults["recover_settings"],
-        training: dict = defaults["training"],
-        evaluate_settings: dict = defaults["evaluate_settings"],
-        gate: dict = defaults["gate"],
-        experiment: str = defaults["experiment"],
-        registered_model: str = defaults["registered_model"],
-        earlier_runs: str = defaults["earlier_runs"],
-    ) -> None:
-        arguments = locals()  # KFP's placeholders; it reads the parameters from this function's signature
-        _unroll(config, {name: arguments[name] for name in defaults})
+    def prune_tune_loop(*placeholders: Any) -> None:
+        _unroll(config, dict(zip(defaults, placeholders, strict=True)))
 
-    return prune_tune_loop
+    # KFP reads the run parameters from a function's signature.
+    fields = []
+    for name, value in defaults.items():
+        kind = float if name == "target" else type(value)
+        fields.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=kind))
+    prune_tune_loop.__signature__ = Signature(fields)  # type: ignore[attr-defined]
+    description = "Prune-Tune Loop: prune, recover and evaluate, a little at a time"
+    return dsl.pipeline(name=config.name, description=description)(prune_tune_loop)
 
 
 def compile_pipeline(config: Config, path: Path) -> None:

@@ -1,10 +1,9 @@
-"""Steps whose pods cannot start or have failed: why, as Kubernetes says it. Read as JSON: any field may be missing."""
+"""Steps whose pods cannot start, run or have failed: what Kubernetes says of them. Read as JSON: any field may miss."""
 
 import base64
 import gzip
 import json
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,7 +14,6 @@ from ptl.steps.trainjob import STARTING, waiting
 Json = dict[str, Any]
 Reason = tuple[str, str, str]  # Kubernetes' own word, its message, and the container that they are about
 
-PATIENCE = 20.0  # seconds for all requests of one look
 LONG = 500  # characters of a message
 # In the annotation that Argo gives a pod: WORKFLOW(0).root(0).TASK(0).executor(0), WORKFLOW(0).root(0).TASK-driver(0)
 NODE = "workflows.argoproj.io/node-name"
@@ -39,42 +37,47 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Pod:
-    """A step's newest pod that is pending or has failed."""
+    """A step's newest pod that has not succeeded: its driver, or the one of its container."""
 
     created: datetime
-    is_pending: bool = True  # else it has failed
+    phase: str = "Pending"  # or Running, Failed
+    is_driver: bool = False
     reason: str = ""  # such as ErrImageNeverPull or OOMKilled; empty where Kubernetes has none
     message: str = ""
-    is_own: bool = True  # it is about the step's container, not one of Kubeflow's or Argo's
+    container: str = ""  # that the reason is about: `main` is the step's
 
     @property
     def sentence(self) -> str:
+        if self.is_driver and self.phase == "Failed" and not self.reason:
+            return "its driver failed: no container of the step was started"
         return ": ".join(filter(None, [self.reason, self.message]))
 
     def remedy(self, stage: str) -> str:
         """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
+        if self.is_driver or self.container not in ("", "main"):
+            return ""
         kind = "exceeded quota" if "exceeded quota" in self.message else self.reason
-        return REMEDIES.get(kind, "").format(stage=stage) if self.is_own else ""
+        return REMEDIES.get(kind, "").format(stage=stage)
 
 
-def read(namespace: str, run_id: str, waiting: Collection[str]) -> dict[str, Pod]:
-    """By task key: the pods of a run that are pending or have failed.
+def read(namespace: str, run_id: str) -> dict[str, Pod]:
+    """The pods of a run by step; where there is none the workflow says why, as with a quota.
 
-    For a task of `waiting` that has no pod the workflow says why, as with a quota. Raises errors of any kind: a
-    kubeconfig and its login plugins are the user's own.
+    Raises errors of any kind: a kubeconfig and its login plugins are the user's own.
     """
     api = f"/api/v1/namespaces/{namespace}"
     run = f"pipeline/runid={run_id}"
-    phases = "status.phase!=Running,status.phase!=Succeeded"
     pods = {}
-    for pod in sorted(in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector=phases), key=_created):
+    for pod in sorted(
+        in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"), key=_created
+    ):
         task = TASK.search(pod["metadata"].get("annotations", {}).get(NODE, ""))
         if task:
             pods[task[1]] = _pod(pod, f"{api}/events", is_driver=bool(task[2]))
-    if set(waiting) - pods.keys():
+    if not pods:
         path = f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
         for workflow in in_cluster.objects(path, labelSelector=run):
-            pods = _without_pod(workflow["status"]) | pods
+            pods |= _without_pod(workflow["status"])
     return pods
 
 
@@ -83,9 +86,10 @@ def _created(pod: Json) -> datetime:
 
 
 def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
-    is_pending = pod["status"]["phase"] == "Pending"
+    status = pod["status"]
+    phase = status["phase"]
     starts = (STARTING[0], "", "")
-    reason, message, container = (waiting(pod["status"]) or starts) if is_pending else _failed(pod["status"])
+    reason, message, container = (waiting(status) or starts) if phase == "Pending" else _ended(status)
     if reason in STARTING:
         of_pod = f"involvedObject.name={pod['metadata']['name']},type=Warning"
         warnings = in_cluster.objects(events, fieldSelector=of_pod)
@@ -94,11 +98,10 @@ def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
     # A pull that failed is ErrImagePull and ImagePullBackOff by turns: one reason, with the message of the first.
     reason = reason.replace("ErrImagePull", "ImagePullBackOff")
     message = re.sub(r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split()))
-    is_own = container in ("", "main") and not is_driver
-    return Pod(_created(pod), is_pending, reason, message[:LONG], is_own)
+    return Pod(_created(pod), phase, is_driver, reason, message[:LONG], container)
 
 
-def _failed(status: Json) -> Reason:
+def _ended(status: Json) -> Reason:
     """OOMKilled, Evicted, DeadlineExceeded: where Kubernetes and not the program has ended it."""
     if "reason" in status:
         return status["reason"], status.get("message", ""), ""

@@ -7,15 +7,16 @@ forked from one that has imported them (multiprocessing's fork server).
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import io
 import os
 import re
 import shutil
 import sys
 import tempfile
-import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, get_context
@@ -50,7 +51,7 @@ IMPORTED = (
 )
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
 FORKS = get_context("forkserver")
-PAGE = 4096  # bytes that a disk with space has
+PAGE = 4096  # bytes: a disk with less is full
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
 )
@@ -84,7 +85,7 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
         FORKS.set_forkserver_preload(list(IMPORTED))
         # Before the folder of temporary files is the run's: multiprocessing removes its own when this process ends.
         forkserver.ensure_running()
-    with _temporary_files(job.folder / "scratch"), _making_database(job.environment):
+    with _temporary_files(job.folder), _making_database(job.environment):
         _execute(local.SubprocessRunner(use_venv=False), job, verbose)
 
 
@@ -129,46 +130,31 @@ def _be_task(
 
 
 @contextlib.contextmanager
-def _temporary_files(scratch: Path) -> Iterator[None]:
-    """Have this process and the steps keep temporary files in a folder of the run, which is removed at the end.
+def _temporary_files(run_folder: Path) -> Iterator[None]:
+    """Have this process and the steps keep temporary files in a folder that is the run's, and is removed at the end.
 
-    KFP and a step that is killed leave theirs. What a killed command has left, the run's next one removes by a link;
-    the folder itself is not in the run's own, whose path is often too long for a socket's.
+    KFP and a step that is killed leave theirs; what a killed command has left, the run's next one removes. The folder
+    is not in the run's own, whose path is often too long for a socket's.
     """
-    link = scratch / "temporary"
-    if link.is_symlink():
-        shutil.rmtree(link.readlink(), ignore_errors=True)
-        link.unlink()
-    usual = os.environ.get("TMPDIR")
-    parent = tempfile.gettempdir()
-    folder = Path(parent, f"ptl-command-{uuid.uuid4().hex[:8]}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(folder)
+    earlier = {"TMPDIR": os.environ.get("TMPDIR"), "tempdir": tempfile.gettempdir()}
+    name = hashlib.sha256(str(run_folder).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir(), f"ptl-command-{os.getuid()}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     try:
         yield
-    except PtlError as error:
+    except PtlError as failure:
         # KFP's own files do not fit, say: then a step fails before it can report why.
-        _check_space(folder, error)
+        if shutil.disk_usage(folder).free < PAGE:
+            raise local_files.no_space(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))) from failure
         raise
     finally:
-        tempfile.tempdir = parent
+        tempfile.tempdir = earlier["tempdir"]
         os.environ.pop("TMPDIR")
-        if usual is not None:
-            os.environ["TMPDIR"] = usual
+        if earlier["TMPDIR"] is not None:
+            os.environ["TMPDIR"] = earlier["TMPDIR"]
         shutil.rmtree(folder, ignore_errors=True)
-        link.unlink()
-
-
-def _check_space(folder: Path, failure: PtlError) -> None:
-    """Raise WorkError where a step's failure has left a full disk with its temporary files."""
-    probe = folder / "probe"
-    try:
-        probe.write_bytes(bytes(PAGE))
-    except OSError as error:
-        if error.errno in local_files.FULL:
-            raise local_files.no_space(OSError(error.errno, error.strerror, str(folder))) from failure
 
 
 def _with_interpreter(command: list[str], interpreter: str) -> list[str]:
@@ -197,15 +183,7 @@ def run_docker(job: RunnerJob, verbose: bool = False) -> None:
         containers.remove_leftovers(job.folder)
 
 
-RUNNERS = {
-    "subprocess": run_subprocess,
-    "docker": run_docker,
-}
-# Ends what an earlier command may have left running in a run's folder: a killed one's containers outlive it.
-CLEAR: dict[str, Callable[[Path], None]] = {
-    "subprocess": lambda folder: None,
-    "docker": containers.remove_leftovers,
-}
+RUNNERS = {"subprocess": run_subprocess, "docker": run_docker}
 
 
 def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
@@ -218,7 +196,7 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     log = job.folder / "log.txt"
     log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
     result = job.folder / "result.json"
-    earlier_result = _time_of_change(result)  # of a run that is resumed for a form that is missing
+    earlier_result = result.is_file() and result.stat().st_mtime_ns  # of a run that is resumed for an export
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
     local.init(
         runner,
@@ -233,13 +211,8 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
         except Exception as error:
             raise _step_error(error, log, log_start) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
-    if _time_of_change(result) == earlier_result:
+    if (result.is_file() and result.stat().st_mtime_ns) == earlier_result:
         raise _step_error(RuntimeError("the steps ended without a result"), log, log_start)
-
-
-def _time_of_change(path: Path) -> int | None:
-    """In nanoseconds; None where there is no such file."""
-    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _step_error(error: Exception, log: Path, log_start: int) -> InputError | WorkError:
@@ -247,17 +220,12 @@ def _step_error(error: Exception, log: Path, log_start: int) -> InputError | Wor
     with log.open("rb") as file:
         file.seek(log_start)
         printed = file.read().decode(errors="replace")
-    log_note = f"{log} has everything that was printed"
     errors = TRACEBACK_END.findall(printed)
-    if not errors:
-        problem = TERMINAL_COLOUR.sub("", str(error))
-        return WorkError(f"{problem} {NO_REASON}\n{log_note}")
-    class_name, message = errors[-1]
-    if class_name == "InputError":
-        return InputError(f"{message}\n{log_note}")
-    if class_name != "WorkError":
+    class_name, message = errors[-1] if errors else ("WorkError", f"{TERMINAL_COLOUR.sub('', str(error))} {NO_REASON}")
+    if class_name not in ("InputError", "WorkError"):
         message = f"{class_name}: {message}"
-    return WorkError(f"{message}\n{log_note}")
+    kind = InputError if class_name == "InputError" else WorkError
+    return kind(f"{message}\n{log} has everything that was printed")
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.prune_tune_loop import pipeline
 from pipelines.prune_tune_loop.follow import DONE, Say, watch
-from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, call, connect
+from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, connect, explained, required
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
@@ -43,40 +44,32 @@ def submit(
     reference = _upload_pipeline(api, config, version)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
-    experiment_id = _mlflow_experiment_id(mlflow_experiment)
-    earlier = [] if fresh or "earlier_runs" in parameters else _earlier_runs(experiment_id, config.name)
-    if earlier:
+    experiment_id, earlier = _in_mlflow(mlflow_experiment, config.name)
+    if earlier and not fresh and "earlier_runs" not in parameters:
         parameters = {**parameters, "earlier_runs": " ".join(earlier)}
         say(f"{progress.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
     name = f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
 
-    run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
-        experiment_id=_experiment_id(api, experiment or config.storage.experiment),
-        display_name=name,
-        description=_description(name, mlflow_experiment, experiment_id),
-        pipeline_version_reference=reference,
-        runtime_config=V2beta1RuntimeConfig(parameters=parameters),
-        service_account=service_account,
-    )
+    with explained(api.host):
+        # The client returns the one that there is already.
+        created = api.client.create_experiment(experiment or config.storage.experiment, namespace=api.namespace)
+        run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
+            experiment_id=required(created, "experiment_id"),
+            display_name=name,
+            description=_description(name, mlflow_experiment, experiment_id),
+            pipeline_version_reference=reference,
+            runtime_config=V2beta1RuntimeConfig(parameters=parameters),
+            service_account=service_account,
+        )
     run_id = _start(api, run)
     say(f"started run {name} ({run_id})")
     say(api.link(run_id))
-    if not wait:
-        return DONE
-    return watch(api, run_id, config, timeout, poll, say)
-
-
-def _experiment_id(api: Api, name: str) -> str:
-    """The id of the experiment with this name; the client returns one that there is already."""
-    create = api.client.create_experiment
-    return str(call(api, create, name, namespace=api.namespace, needs=("experiment_id",)).experiment_id)
+    return watch(api, run_id, config.gate.enabled, timeout, poll, say) if wait else DONE
 
 
 def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
-    from pipelines.prune_tune_loop import pipeline
-
     known = pipeline.parameters(config)
     unknown = sorted(parameters.keys() - known)
     if unknown:
@@ -85,13 +78,10 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
             field="--param",
             remedy=f"there are {', '.join(known)}",
         )
-    if "gate" in parameters:
-        _check_gate(config, parameters["gate"])
-
-
-def _check_gate(config: Config, parameter: Any) -> None:
-    """Whether the gate is on decides which tasks are compiled, and how they depend on each other."""
-    enabled = check(Gate, parameter, "--param gate").enabled
+    if "gate" not in parameters:
+        return
+    # Whether the gate is on decides which tasks are compiled, and how they depend on each other.
+    enabled = check(Gate, parameters["gate"], "--param gate").enabled
     compiled = config.gate.enabled
     if enabled != compiled:
         raise InputError(
@@ -103,20 +93,14 @@ def _check_gate(config: Config, parameter: Any) -> None:
         )
 
 
-def _mlflow_experiment_id(name: str) -> str | None:
-    """None where there is no such experiment yet, or no MLflow answers here: that must not prevent the start."""
-    with suppress(PtlError):
+def _in_mlflow(experiment: str, name: str) -> tuple[str | None, list[str]]:
+    """The experiment's id and the unfinished runs of this config's name, as far as MLflow can be asked here."""
+    experiment_id, earlier = None, []
+    with suppress(PtlError):  # no MLflow must not prevent the start
         if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
-            return progress.experiment_id(name)
-    return None
-
-
-def _earlier_runs(experiment_id: str | None, name: str) -> list[str]:
-    """Ids of the unfinished runs of this config's name, as far as MLflow can be asked here."""
-    with suppress(PtlError):
-        if experiment_id is not None:
-            return progress.unfinished(experiment_id, name)
-    return []
+            experiment_id = progress.experiment_id(experiment)
+            earlier = progress.unfinished(experiment_id, name) if experiment_id else []
+    return experiment_id, earlier
 
 
 def _description(run_name: str, experiment: str, experiment_id: str | None) -> str | None:
@@ -134,8 +118,6 @@ def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
     """Compile a config and upload it; returns the API's reference to the version."""
     from kfp_server_api import V2beta1PipelineVersionReference
 
-    from pipelines.prune_tune_loop import pipeline
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")
         pipeline.compile_pipeline(config, path)
@@ -144,40 +126,28 @@ def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
 
 
 def _pipeline_id(api: Api, name: str) -> str:
-    """The id of the pipeline with this name, which is created when there is none."""
+    """The id of the pipeline with this name, which is created when there is none.
+
+    `kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines.
+    """
     from kfp_server_api import V2beta1Pipeline
 
-    # Listed first: creating it again would be refused.
-    pipeline_id = _listed_pipeline_id(api, name)
-    if pipeline_id is not None:
-        return pipeline_id
-    pipeline = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
-    create = api.client._pipelines_api.pipeline_service_create_pipeline
-    try:
-        return str(call(api, create, pipeline, needs=("pipeline_id",)).pipeline_id)
-    except RefusedError as error:
-        # Another submit was first.
-        pipeline_id = _listed_pipeline_id(api, name) if error.status == CONFLICT else None
-        if pipeline_id is None:
-            raise
-        return pipeline_id
-
-
-def _listed_pipeline_id(api: Api, name: str) -> str | None:
-    """`kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines."""
-    answer = call(api, api.client.list_pipelines, filter=by_name(name), namespace=api.namespace)
-    return str(answer.pipelines[0].pipeline_id) if answer.pipelines else None
+    with explained(api.host):
+        pipelines = api.client.list_pipelines(filter=by_name(name), namespace=api.namespace).pipelines
+        if pipelines:
+            return required(pipelines[0], "pipeline_id")
+        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
+        return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
 
 def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
     """The id of the uploaded version, or of the one with the same content that was uploaded before."""
     # By default the name follows the content: the same content is one version.
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    name = version or f"{__version__}-{digest[:12]}"
-    upload = api.client.upload_pipeline_version
+    name = version or f"{__version__}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     try:
-        uploaded = call(api, upload, str(path), name, pipeline_id=pipeline_id, needs=("pipeline_version_id",))
-        return str(uploaded.pipeline_version_id)
+        with explained(api.host):
+            uploaded = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
+            return required(uploaded, "pipeline_version_id")
     except RefusedError as error:
         if error.status != CONFLICT:
             raise
@@ -186,30 +156,27 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
                 f"{version!r} exists already", field="--version-name", remedy="choose another one"
             ) from error
     # The content was uploaded before.
-    answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=by_name(name))
-    listed = _with_name(answer.pipeline_versions, name)
-    if listed is None:
-        raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
-    return str(listed.pipeline_version_id)
+    with explained(api.host):
+        answer = api.client.list_pipeline_versions(pipeline_id, filter=by_name(name))
+    for listed in answer.pipeline_versions or []:
+        if listed.display_name == name:
+            return str(listed.pipeline_version_id)
+    raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
 
 
 def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
     """Start a run once: after a server error, look whether it was started before asking again."""
-    create = api.client._run_api.run_service_create_run
     try:
-        return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
+        with explained(api.host):
+            return required(api.client._run_api.run_service_create_run(run=run), "run_id")
     except WorkError:
         # The request may have taken effect although its answer was lost.
-        name_filter = by_name(run.display_name)
-        answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
-        listed = _with_name(answer.runs, run.display_name)
-        if listed is not None:
-            return str(listed.run_id)
+        with explained(api.host):
+            answer = api.client.list_runs(experiment_id=run.experiment_id, filter=by_name(run.display_name))
+        # An answer that ignored the filter lists others too.
+        for listed in answer.runs or []:
+            if listed.display_name == run.display_name:
+                return str(listed.run_id)
         if is_last_attempt:
             raise
     return _start(api, run, is_last_attempt=True)
-
-
-def _with_name(entries: list[Any] | None, display_name: str) -> Any:
-    """The first listed entry of this name, or None: an answer that ignored the filter lists others too."""
-    return next((entry for entry in entries or [] if entry.display_name == display_name), None)

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ptl import __version__, address, extras
-from ptl.cli import cluster, configs, gc, images, init, results, run, servers, steps
+from ptl.cli import cluster, configs, gc, init, machine, results, run, steps
 from ptl.errors import InputError, PtlError
 from ptl.storage import local_files
 
@@ -91,17 +91,13 @@ def options(
 COMMANDS = (
     init.init,
     configs.validate,
-    configs.schema,
     configs.plan,
     configs.compile,
     run.run,
-    servers.ui,
-    servers.up,
-    servers.down,
-    images.images,
+    machine.up,
+    machine.images,
     results.fetch,
     results.export,
-    results.report,
     results.compare,
     gc.gc,
 )

@@ -13,9 +13,9 @@ from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import load, warn
-from ptl.cli.options import CONFIG_HELP, ConfigFile, ImagesFile, Overrides, Rehearse
+from ptl.cli.options import ConfigFile, ImagesFile, Overrides, Rehearse
 from ptl.config import batches
-from ptl.config.run import Config, load_config, pairs
+from ptl.config.run import Config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
 
@@ -95,9 +95,9 @@ def submit(
     poll: Poll = 15,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
+    extras.need("kfp", "submit")
     from pipelines.prune_tune_loop import submit as work
 
-    extras.need("kfp", "submit")
     # Warnings come before anything is sent.
     run_config = load(config, sets, images)
     warn(advice.warnings(run_config))
@@ -149,10 +149,6 @@ def cancel(server: Server, run_id: RunId) -> None:
 def retry(
     server: Server,
     run_id: RunId,
-    config: Annotated[
-        Path | None,
-        typer.Option(help=f"{CONFIG_HELP}; if its gate is on, --wait can return 3", parser=shipped.config_file),
-    ] = None,
     wait: Wait = False,
     timeout: Timeout = None,
     poll: Poll = 15,
@@ -160,16 +156,7 @@ def retry(
     """Run the unfinished steps of a failed or canceled run again."""
     from pipelines.prune_tune_loop import follow
 
-    code = follow.retry(
-        run_id,
-        server,
-        config=load_config(config) if config else None,
-        wait=wait,
-        timeout=timeout,
-        poll=poll,
-        say=_say,
-    )
-    raise typer.Exit(code)
+    raise typer.Exit(follow.retry(run_id, server, wait=wait, timeout=timeout, poll=poll, say=_say))
 
 
 def doctor(

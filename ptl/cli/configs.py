@@ -1,4 +1,4 @@
-"""What can be known of a config before it runs: `ptl validate`, `schema`, `plan` and `compile`."""
+"""What can be known of a config before it runs: `ptl validate`, `plan` and `compile`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,33 @@ import typer
 from ptl import extras
 from ptl.cli import shipped
 from ptl.cli.options import ConfigFile, ImagesFile, Overrides
-from ptl.config import yaml_text
+from ptl.config import dag, yaml_text
 from ptl.config.run import Config, Images, check, load_config, pairs
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
+from ptl.tables import table_text
 from ptl.units import listed
 
 if TYPE_CHECKING:
     from ptl.model.dimensions import ModelDimensions
 
 
-def validate(config: ConfigFile, sets: Overrides) -> None:
+def _print_schema(requested: bool) -> None:
+    if requested:
+        print(json.dumps(Config.model_json_schema(), indent=2))
+        raise typer.Exit
+
+
+def validate(
+    config: ConfigFile,
+    sets: Overrides,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", is_eager=True, callback=_print_schema, help="print the JSON schema of a config, for editors"
+        ),
+    ] = False,
+) -> None:
     """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
     dimensions = checked(settings)
@@ -36,11 +52,6 @@ def validate(config: ConfigFile, sets: Overrides) -> None:
     if goal:
         print(goal)
     _print_plan(target.with_number(settings), dimensions)
-
-
-def schema() -> None:
-    """Print the JSON schema of a config, for editors."""
-    print(json.dumps(Config.model_json_schema(), indent=2))
 
 
 def plan(
@@ -98,20 +109,11 @@ def compile(
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
     settings = shipped.as_in_images(load(config, sets, images), config)
 
-    from pipelines.prune_tune_loop.compact import weigh
     from pipelines.prune_tune_loop.pipeline import compile_pipeline
 
     compile_pipeline(settings, output)
-    weight = weigh(output)
-    # What is too large for Kubeflow's list is complete elsewhere: the user should know before the run.
-    print(
-        f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
-        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's Workflow"
-    )
-    print(
-        f"From about {weight.listed_tasks + 1} such steps on Kubeflow's own list of a run's tasks stops; its graph and "
-        "`ptl status` show all"
-    )
+    num_steps = len(dag.nodes(settings))
+    print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {num_steps} steps")
 
 
 def load(file: Path, sets: Sequence[str], images: Path | None = None) -> Config:
@@ -198,27 +200,24 @@ def warn(warnings: list[str]) -> None:
 
 
 def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from ptl.preflight import target as sizes
 
     before = dimensions.params
     active = f" ({dimensions.active_params:,} active)" if dimensions.experts else ""
-    table = Table(title=f"{config.name}: {before:,} parameters{active}", title_justify="left")
     headings = ["Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"]
     # What is left of a mixture of experts; where layers go, prune decides it.
     target = config.prune.target
-    if dimensions.experts and target in ("experts", "neurons"):
+    shows_experts = dimensions.experts and target in ("experts", "neurons")
+    if shows_experts:
         headings[4:4] = ["Active", target.capitalize()]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    rows = []
     for iteration, after in sizes.after_iterations(dimensions, config.schedule, config.prune):
-        cells = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
-        if dimensions.experts and target == "experts":
-            cells += [f"{after.active_params:,}", f"{after.experts} of {dimensions.experts}"]
-        elif dimensions.experts and target == "neurons":
-            cells += [f"{after.active_params:,}", f"{after.width} of {dimensions.width}"]
-        table.add_row(*cells, f"{iteration.tokens:,}")
+        row = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
+        if shows_experts:
+            left, all_units = (
+                (after.experts, dimensions.experts) if target == "experts" else (after.width, dimensions.width)
+            )
+            row += [f"{after.active_params:,}", f"{left} of {all_units}"]
+        rows.append([*row, f"{iteration.tokens:,}"])
         before = after.params
-    Console().print(table)
+    print(table_text(f"{config.name}: {dimensions.params:,} parameters{active}", headings, rows, numbers=headings))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ptl.cli.options import HOME
-from ptl.config.rehearsal import Change, changes, left_out, rehearsal
+from ptl.config.rehearsal import changes, left_out, rehearsal
 from ptl.config.run import Config
 from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.preflight import gpus
+from ptl.tables import table_text
 
 
 def here(config: Config) -> tuple[Config, list[str]]:
@@ -30,30 +29,14 @@ def on_cluster(config: Config) -> Config:
 
 
 def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]:
-    from rich.console import Console
-
     rehearsed = rehearsal(config, num_gpus)
-    differences = changes(config, rehearsed)
-    Console().print(_table(config.name, differences))
+    rows = [
+        [change.field, ", ".join(map(_text, change.run)), ", ".join(map(_text, change.rehearsal))]
+        for change in changes(config, rehearsed)
+    ]
+    title = f"Rehearsal of {config.name}: every step, with less work"
+    print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
     return rehearsed, left_out(config, rehearsed, num_gpus)
-
-
-def _table(name: str, differences: Sequence[Change]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"Rehearsal of {name}: every step, with less work", title_justify="left")
-    table.add_column("Field")
-    table.add_column("Run", justify="right")
-    table.add_column("Rehearsal", justify="right")
-    for change in differences:
-        table.add_row(change.field, _cell(change.run), _cell(change.rehearsal))
-    return table
-
-
-def _cell(values: Sequence[Any]) -> str:
-    from rich.markup import escape
-
-    return escape(", ".join(_text(value) for value in values))
 
 
 def _text(value: Any) -> str:
@@ -69,20 +52,8 @@ def options(sets: Sequence[str]) -> list[str]:
     return [word for entry in sets for word in ("--set", entry)]
 
 
-def where(s3: bool, runner: str, home: Path) -> list[str]:
-    """The options of `ptl run` that say where a run is executed and kept."""
-    words = ["--s3"] if s3 else []
-    if runner != "subprocess":
-        words += ["--runner", runner]
-    if home != HOME:
-        words += ["--home", str(home)]
-    return words
-
-
-def conclude(
-    directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str], run_options: Sequence[str]
-) -> None:
-    """Print what the rehearsal has shown, and what comes next; `arguments` and `run_options` are the command's own.
+def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str]) -> None:
+    """Print what the rehearsal has shown, and what comes next; `arguments` are those of a submit.
 
     Raises WorkError where the control arm failed: on a cluster a run ends without it, after all its hours.
     """
@@ -99,8 +70,8 @@ def conclude(
     if skipped:
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
     _print_left_out(not_rehearsed)
-    print("Next, the run itself, on Kubeflow or on this machine:")
-    print(f"  ptl submit {shlex.join(arguments)}\n  ptl run {shlex.join([*arguments, *run_options])}")
+    print("Next, the run itself: here by the same command without --rehearse, on Kubeflow by")
+    print(f"  ptl submit {shlex.join(arguments)}")
 
 
 def _print_left_out(parts: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run made: `ptl fetch` its checkpoint, `export` it, `report` its pages, `compare` its evaluations."""
+"""What a run made: `ptl fetch` its checkpoint or its report, `export` a checkpoint, `compare` evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptl.config.export import TYPES
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.lineage import locate
-from ptl.local import runs
+from ptl.local import runs, servers
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, MLFLOW_META
 
@@ -28,6 +28,9 @@ def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
     arm: Annotated[str, typer.Option(help="which arm of a run: loop (its final model) or control")] = "loop",
+    report: Annotated[
+        bool, typer.Option("--report", help="only the run's report, made again from its result.json")
+    ] = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
@@ -35,6 +38,9 @@ def fetch(
     # Before anything is started or fetched.
     destination.check_free(dst.resolve())
     _reach_stores(home, s3, source)
+    if report:
+        _write_report(source, dst)
+        return
     checkpoint = locate.checkpoint(source, arm)
     pointer = checkpoint.pointer
     _start_servers_of(source, pointer.uri)
@@ -72,18 +78,16 @@ def export(
         raise InputError(f"{to!r} must be one of {', '.join(TYPES)}", field="--to")
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
-    notes = _export_gguf(src, dst, type) if to == "gguf" else _export_compressed(src, dst, type, config)
+    if to == "gguf":
+        from ptl.export.gguf import check_type, write_gguf
+
+        check_type(type, "--type")
+        notes = write_gguf(src, dst, type)
+        print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
+    else:
+        notes = _export_compressed(src, dst, type, config)
     for note in notes:
         print(f"note: {note}")
-
-
-def _export_gguf(src: Path, dst: Path, type: str) -> list[str]:
-    from ptl.export.gguf import check_type, write_gguf
-
-    check_type(type, "--type")
-    notes = write_gguf(src, dst, type)
-    print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
-    return notes
 
 
 def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> list[str]:
@@ -106,26 +110,15 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
     return notes
 
 
-def report(
-    source: Annotated[
-        str,
-        typer.Argument(help="RUN_ID, a run's directory, or its result.json", show_default=False),
-    ],
-    dst: Annotated[Path | None, typer.Argument(help="folder for the report; default: report-<run>")] = None,
-    s3: Servers = False,
-    home: Home = HOME,
-) -> None:
-    """Make a run's report again from its result.json."""
+def _write_report(source: str, folder: Path) -> None:
     from pydantic import ValidationError
 
     from ptl.report.render import render
     from ptl.report.result import Result
 
-    _reach_stores(home, s3, source)
     # It may be any JSON file.
     try:
         result = Result.model_validate(locate.result(source))
-        name = store.check_name("run", result.run_id)  # which becomes a path
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -134,7 +127,6 @@ def report(
             field="result",
             remedy=f"give a result.json that ptl {__version__} has written",
         ) from error
-    folder = dst or Path(f"report-{name}")
     render(result, folder)
     print(f"wrote {folder / 'report.html'}")
 
@@ -199,13 +191,11 @@ def _home_of(name: str) -> Path | None:
 def _start_servers_of(source: str, uri: str) -> None:
     """Start `ptl up`'s servers for the directory of a run that was made with --s3."""
     # The caller's own credentials may be for another store than that of `ptl up`.
-    directory = Path(source)
-    if not directory.exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
+    if not Path(source).exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
         return
-    # A run's directory is HOME/runs/ID.
-    home = directory.resolve().parent.parent
+    home = Path(source).resolve().parent.parent
     if (home / "stack").is_dir():
-        runs.use(runs.start_servers(home))
+        runs.use(servers.up(home))
 
 
 def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:

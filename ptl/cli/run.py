@@ -19,7 +19,7 @@ from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import progress
-from ptl.local import run_directory, runs
+from ptl.local import run_directory, runs, servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import Environment
 
@@ -32,7 +32,7 @@ RESUMING = (
     "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
     "those with the same inputs and settings are taken over"
 )
-WITHOUT_FORM = "the report is written without what failed"
+WITHOUT_EXPORT = "the report is written without what failed"
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     home: Home = HOME,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="work in this directory, or continue its run: a finished one gets the exports that it lacks"),
+        typer.Option(help="work in this directory, or continue its run"),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--new", help="start a new run even if an unfinished one could be resumed")
@@ -56,8 +56,9 @@ def run(
         # In images the steps have their own modules.
         if runner == "subprocess":
             extras.need_all(EXTRAS, "run")
+        from pipelines.prune_tune_loop import containers
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
-        from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
+        from pipelines.prune_tune_loop.runners import RunnerJob
         from ptl.config import dag
 
         # Everything that can be refused is refused before a server or a directory exists.
@@ -69,15 +70,13 @@ def run(
         _check_runner(runner, settings, s3)
 
         # This process and its steps track in the same MLflow.
-        servers = runs.start_servers(home.absolute()) if s3 else {}
+        addresses = servers.up(home.absolute()) if s3 else {}
         directory, resumed = run_directory.open_run(home, settings, run_dir, fresh)
-        environment = runs.environment(directory, servers)
+        environment = runs.environment(directory, addresses)
         runs.use(environment)
         artifacts = runs.artifact_location(settings.storage.experiment)
-        with run_directory.working(directory, settings, CLEAR[runner]):
-            _print_start(directory, resumed, servers, artifacts)
-            if not resumed and not fresh:
-                _print_finished_run(directory.home, settings)
+        with run_directory.working(directory, settings, containers.remove_leftovers if runner == "docker" else None):
+            _print_start(directory, resumed, addresses, artifacts)
             started = time.monotonic()
             pipeline = directory.path / "pipeline.yaml"
             compile_pipeline(settings, pipeline)
@@ -86,26 +85,23 @@ def run(
             job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps, parameters)
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
-            _check_forms(directory)
+            _check_exports(directory, settings)
             if rehearse:
-                arguments = [shipped.shown(config), *rehearsal.options(sets)]
-                rehearsal.conclude(directory, left_out, arguments, rehearsal.where(s3, runner, home))
+                rehearsal.conclude(directory, left_out, [shipped.shown(config), *rehearsal.options(sets)])
 
 
 def _check_runner(runner: str, config: Config, s3: bool) -> None:
     """Raise InputError for a runner that does not exist or lacks what it needs."""
     from pipelines.prune_tune_loop import containers
-    from pipelines.prune_tune_loop.runners import RUNNERS
 
-    if runner not in RUNNERS:
-        raise InputError(f"{runner!r} must be one of {', '.join(RUNNERS)}", field="--runner")
     if runner == "subprocess":
         for stage in config.recover:
             trackers.check(stage.report_to)
-    if runner == "docker":
+    elif runner == "docker":
         # With --s3 the address is not known yet, only that it will be a server's.
-        tracking_uri = "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", "")
-        containers.check(config, tracking_uri)
+        containers.check(config, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
+    else:
+        raise InputError(f"{runner!r} must be one of subprocess, docker", field="--runner")
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
@@ -120,23 +116,14 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
         raise type(failure)(f"{failure}\n{RESUMING}") from error
 
 
-def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifacts: str) -> None:
+def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artifacts: str) -> None:
     # Flushed: it is seen while the first step starts.
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:
         print(f"{progress.TAKEN_OVER} {', '.join(directory.earlier)}")
-    if servers:
-        print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
-
-
-def _print_finished_run(home: Path, config: Config) -> None:
-    """Where a finished run only lacks the exports of this config, how to add them instead of starting a new run."""
-    finished = run_directory.finished_without_exports(home, config)
-    if finished:
-        option = f"--run-dir {shlex.quote(str(finished))}"
-        sentence = f"run {finished.name} is finished and lacks only exports: with `{option}` they are added to it"
-        print(sentence, flush=True)
+    if addresses:
+        print(f"MLflow on {addresses['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl up --stop` stops both")
 
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
@@ -151,9 +138,9 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
 
 
-def _check_forms(directory: RunDir) -> None:
-    """Raise WorkError where the final model lacks a form for another runtime; the report was written all the same."""
-    missing = directory.missing_forms
+def _check_exports(directory: RunDir, config: Config) -> None:
+    """Raise WorkError where the final model lacks an export; the report was written all the same."""
+    missing = run_directory.missing_exports(directory.path, config)
     if missing:
         reasons = "\n".join(f"{step}: {reason}" for step, reason in missing.items())
-        raise WorkError(f"{reasons}\n{WITHOUT_FORM}; {RESUMING}")
+        raise WorkError(f"{reasons}\n{WITHOUT_EXPORT}; {RESUMING}")

@@ -433,7 +433,7 @@ def _explanation(section: type[Section], details: Any) -> str:
         method = next((f" of {part}" for part in details["loc"][-2:-1] if part in suggestions.METHODS), "")
         if similar:
             return f"unknown field{method}; did you mean {similar}?"
-        return f"unknown field{method}; remove it, or see `ptl schema` for the fields there are"
+        return f"unknown field{method}; remove it, or see `ptl validate --schema` for the fields there are"
     if details["type"] == "missing":
         return "missing; add it"
     message = details["msg"]

@@ -42,14 +42,8 @@ class RunDir:
 
     @property
     def result(self) -> Path:
-        """Written by the last step: with it the run is finished, unless forms are missing."""
+        """Written by the last step: with it the run is finished, unless exports are missing."""
         return self.path / "result.json"
-
-    @property
-    def missing_forms(self) -> dict[str, str]:
-        """Why forms for other runtimes were not made, by the step that makes each; of a run with a result."""
-        config = _read_config(self.path)
-        return _missing_forms(self.path, config) if config else {}
 
     @property
     def scratch(self) -> Path:
@@ -70,15 +64,18 @@ def open_run(
 ) -> tuple[RunDir, bool]:
     """The directory to run in, and whether it continues a run of the same config (`resources` and exports may differ).
 
-    Without `chosen` only an unfinished run is continued; a finished one that is chosen gets the exports that it lacks.
-
-    Unless it is to begin anew, it names unfinished runs of other configs, whose steps may be taken over. Raises
-    InputError when `chosen` belongs to another run.
+    Without `chosen` an unfinished run is continued, or the newest one if it only lacks exports. Unless it is to begin
+    anew, it names unfinished runs of other configs, whose steps may be taken over. Raises InputError when `chosen`
+    belongs to another run.
     """
     home = home.absolute()
-    unfinished = [] if fresh else _runs(home, config, finished=False)
-    resumable = [path for path, old_config in unfinished if _is_same_run(path, old_config, config)]
-    earlier = tuple(path.name for path, _ in unfinished if path not in resumable)
+    runs = [] if fresh else _runs(home, config.name)
+    same = [path for path, old_config in runs if not _differences(path, old_config, config)]
+    unfinished = [path for path, _ in runs if _tried_exports(path) is None]
+    failed = [path for path, old_config in runs if _missing(path, old_config["export"])]
+    resumable = [path for path in same if path in unfinished]
+    resumable += [path for path in same[:1] if missing_exports(path, config)]
+    earlier = tuple(path.name for path, _ in runs if path not in same and path in (*unfinished, *failed))
 
     if chosen is not None:
         # `.ptl/latest` is a link: the run is the directory that it points to.
@@ -100,13 +97,14 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     old_config = _read_config(folder)
     if old_config is None and _is_free(folder):
         return False
-    if old_config and _is_same_run(folder, old_config, config):
-        return True
     reason = "is not empty and holds no run"
-    if (folder / "config.yaml").is_file():
-        reason = "belongs to another run: its config.yaml differs from this config"
-        if old_config:
-            reason += f" in {', '.join(_differences(folder, old_config, config))}"
+    if old_config:
+        differences = _differences(folder, old_config, config)
+        if not differences:
+            return True
+        reason = f"belongs to another run: its config.yaml differs from this config in {', '.join(differences)}"
+    elif (folder / "config.yaml").is_file():
+        reason = "belongs to another run: its config.yaml cannot be read"
     raise InputError(
         f"{folder} {reason}",
         field="--run-dir",
@@ -114,59 +112,39 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     )
 
 
-def finished_without_exports(home: Path, config: Config) -> Path | None:
-    """The newest finished run of this config, if it only lacks some of its exports: `--run-dir` adds them."""
-    finished = _runs(home.absolute(), config, finished=True)
-    forms = config.model_dump(mode="json")["export"]
-    same = [(path, old_config["export"]) for path, old_config in finished if _is_same_run(path, old_config, config)]
-    if not same:
-        return None
-    newest, old_forms = same[0]
-    return newest if any(form not in old_forms for form in forms) else None
+def missing_exports(folder: Path, config: Config) -> dict[str, str]:
+    """Step -> reason, of the exports of a config that a run's result lacks; none of a run without a result."""
+    return _missing(folder, config.model_dump(mode="json")["export"])
 
 
-def _runs(home: Path, config: Config, *, finished: bool) -> list[tuple[Path, dict[str, Any]]]:
-    """Directories and configs of the finished runs of this name, or of the others, the newest first.
-
-    A run that lacks its result, or a form that it was to make, is not finished.
-    """
-    # Names end with the time: their order is that of the runs.
-    found = []
-    for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
-        old_config = _read_config(path)
-        # The pattern also fits a longer name.
-        if old_config and old_config["name"] == config.name and _is_finished(path, old_config) == finished:
-            found.append((path, old_config))
-    return found
-
-
-def _is_finished(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a run has its result, with all forms of its config."""
-    return _tried_forms(folder) is not None and not _missing_forms(folder, config)
-
-
-def _missing_forms(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Step -> reason, of the forms in a run's config that its result lacks; none of a run without a result."""
-    tried = _tried_forms(folder)
+def _missing(folder: Path, exports: list[dict[str, Any]]) -> dict[str, str]:
+    tried = _tried_exports(folder)
     if tried is None:
         return {}
-    reasons = {step: tried.get(step, NOT_TRIED) for step in map(_export_step, config["export"])}
+    reasons = {step: tried.get(step, NOT_TRIED) for step in map(_export_step, exports)}
     return {step: reason for step, reason in reasons.items() if reason}
 
 
-def _tried_forms(folder: Path) -> dict[str, str] | None:
-    """Of each form in a run's result why it was not made, empty where it was; None without a readable result."""
+def _tried_exports(folder: Path) -> dict[str, str] | None:
+    """Of each export in a run's result why it was not made, empty where it was; None without a readable result."""
     try:
         result = json.loads((folder / "result.json").read_text())
-        # The files of earlier versions have no exports.
-        return {export["step"]: export["failed"] for export in result.get("exports", [])}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {export["step"]: export["failed"] for export in result["exports"]}
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _export_step(form: dict[str, Any]) -> str:
-    """The step of a form in a config that was read as YAML."""
-    return dag.export_step(Export.model_construct(**form))
+def _export_step(export: dict[str, Any]) -> str:
+    """The step of an export in a config that was read as YAML."""
+    return dag.export_step(Export.model_construct(**export))
+
+
+def _runs(home: Path, name: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Directories and configs of the runs of this name, the newest first."""
+    # Names end with the time: their order is that of the runs. The pattern also fits a longer name.
+    folders = sorted((home / "runs").glob(f"{name}-*"), reverse=True)
+    configs = [(path, _read_config(path)) for path in folders]
+    return [(path, config) for path, config in configs if config and config["name"] == name]
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
@@ -181,28 +159,22 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _is_same_run(folder: Path, old_config: dict[str, Any], config: Config) -> bool:
-    """Whether a config continues a run: see `_differences`."""
-    return not _differences(folder, old_config, config)
-
-
 def _differences(folder: Path, old_config: dict[str, Any], config: Config) -> list[str]:
     """The fields that make a config another run than a directory's; not `resources`, on which no result depends.
 
-    An export can be added or removed, since no other step depends on it, and one that failed be corrected. Any other
-    that both configs have must be the same.
+    An export can be added or removed, since no other step depends on it; one that was made stays as it is.
     """
     new_config = config.model_dump(mode="json")
-    fields = [name for name, value in new_config.items() if value != old_config[name]]
-    forms = {_export_step(form): form for form in new_config["export"]}
-    failed = _missing_forms(folder, old_config)
-    changed = [
-        f"{form['format']}-{form['type']}"
-        for form in old_config["export"]
-        if (step := _export_step(form)) not in failed and forms.get(step, form) != form
+    differences = [
+        name for name, value in new_config.items() if name not in ("resources", "export") and value != old_config[name]
     ]
-    differences = [name for name in fields if name not in ("resources", "export")]
-    return [*differences, *(f"export ({name})" for name in changed)]
+    tried = _tried_exports(folder) or {}
+    exports = {_export_step(export): export for export in new_config["export"]}
+    for old_export in old_config["export"]:
+        step = _export_step(old_export)
+        if tried.get(step) == "" and exports.get(step, old_export) != old_export:
+            differences.append(f"export ({old_export['format']}-{old_export['type']})")
+    return differences
 
 
 def _is_free(folder: Path) -> bool:
@@ -215,7 +187,7 @@ def _is_free(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Iterator[None]:
+def working(run: RunDir, config: Config, clear: Callable[[Path], None] | None = None) -> Iterator[None]:
     """Make the directory, write the effective config, point `.ptl/latest` at it; the block is this run's only command.
 
     Steps that a killed command left behind have ended before it begins, and its own steps when it ends; `clear` ends
@@ -227,7 +199,8 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Itera
         # Steps of a killed command: one that comes too late to follow a lifeline ends as well.
         for lifeline in run.path.glob("lifeline-*"):
             lifeline.unlink()
-        clear(run.path)
+        if clear:
+            clear(run.path)
         _await_steps(run)
 
         # From here on nobody else writes to the directory.

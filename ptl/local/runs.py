@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ptl import address
 from ptl.errors import InputError
+from ptl.local import servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import LIFELINE, Environment
 from ptl.storage import s3_client
@@ -37,21 +38,10 @@ PASSED = (
 )
 
 
-def start_servers(home: Path) -> Environment:
-    """`ptl up` with the ports it had last (its defaults the first time): the environment that reaches both servers."""
-    from ptl.local import server_process, servers
-
-    return servers.up(
-        home,
-        s3_port=server_process.last_port(home, "s3") or servers.S3_PORT,
-        mlflow_port=server_process.last_port(home, "mlflow") or servers.MLFLOW_PORT,
-    )
-
-
 def environment(run: RunDir, addresses: Environment) -> Environment:
     """The environment of local steps: where to track, where checkpoints are, which run this is.
 
-    `addresses` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
+    `addresses` is what `servers.up` returned, or empty: then this process's environment says where to track, with a
     database file as default, and an MLflow server (http) decides where checkpoints go.
     """
     address.split_login()
@@ -103,7 +93,7 @@ def reach(home: Path, s3: bool) -> None:
                 field="--s3",
                 remedy="give --home, or leave --s3 out",
             )
-        use(start_servers(home))
+        use(servers.up(home))
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return

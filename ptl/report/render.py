@@ -143,7 +143,7 @@ def terminal_text(result: Result, report: str) -> str:
             _print_table(console, table)
         for sentence in (verdict.first_line(result), *checks):
             console.print(escape(sentence), highlight=False)
-        for line in (f"\nReport: {report}", f"MLflow: {page if server else 'run `ptl ui` and open its address'}"):
+        for line in (f"\nReport: {report}", f"MLflow: {page if server else 'run `ptl up --ui` and open its address'}"):
             console.print(escape(line), highlight=False, soft_wrap=True)
     return captured.get().rstrip()
 

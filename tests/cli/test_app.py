@@ -257,7 +257,7 @@ def test_validate_prints_the_plan_and_schema_the_fields():
     done = ptl("validate", TINY)
     assert done.returncode == 0, done.stderr
     assert "213,568 parameters" in done.stdout and "266,667" in done.stdout
-    printed = json.loads(ptl("schema").stdout)
+    printed = json.loads(ptl("validate", "--schema").stdout)
     assert printed == Config.model_json_schema() and printed["additionalProperties"] is False
 
 

@@ -1,4 +1,4 @@
-"""`ptl fetch`, `ptl report` and `ptl compare` by what a user names, on the runs of a real MLflow and a real store."""
+"""`ptl fetch` and `ptl compare` by what a user names, on the runs of a real MLflow and a real store."""
 
 import json
 import os
@@ -219,7 +219,11 @@ def test_a_run_without_a_result_names_its_steps(database, monkeypatch, tmp_path)
     monkeypatch.setenv("PTL_RUN_ID", run.id)
     failed = tracking.start("e", "recover-3", arm="loop", iteration=3)
     tracking.fail(failed, "out of memory")
-    for command in (("fetch", run.id, tmp_path / "out"), ("report", run.id), ("compare", run.id, run.id)):
+    for command in (
+        ("fetch", run.id, tmp_path / "out"),
+        ("fetch", run.id, tmp_path / "out", "--report"),
+        ("compare", run.id, run.id),
+    ):
         with pytest.raises(InputError) as caught:
             ptl(*command)
         assert f"{run.id} has no result yet, its state is FAILED (FINISHED: import-model, recover-1" in str(
@@ -298,24 +302,19 @@ def test_report_from_a_run_a_directory_and_a_file(here, tmp_path, monkeypatch):
     pages = []
     monkeypatch.setattr("ptl.report.render.render", lambda result, out: pages.append((result.run_id, out)))
     monkeypatch.chdir(tmp_path)
-    assert f"wrote report-{here.id}/report.html" in ptl("report", here.id)
-    ptl("report", here.parent, "pages")
-    ptl("report", here.directory, "pages")
-    ptl("report", here.directory / "result.json", "pages")
-    assert pages == [(here.id, Path(f"report-{here.id}")), *[(here.id, Path("pages"))] * 3]
+    for source in (here.id, here.parent, here.directory, here.directory / "result.json"):
+        assert "wrote pages/report.html" in ptl("fetch", source, "pages", "--report")
+    assert pages == [(here.id, Path("pages"))] * 4
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(InputError, match=r"other.json is no result.json of a run"):
-        ptl("report", "other.json", "pages")
+        ptl("fetch", "other.json", "pages", "--report")
     result = json.loads((here.directory / "result.json").read_text())
-    (tmp_path / "other.json").write_text(json.dumps(result | {"run_id": "../../elsewhere"}))
-    with pytest.raises(InputError, match=r"elsewhere' must be 1-128 letters"):
-        ptl("report", "other.json")
     del result["rows"][0]["scores"]
     (tmp_path / "other.json").write_text(json.dumps(result))
     with pytest.raises(InputError, match=r"other.json is no result of a run, or another version's \(rows.0.scores"):
-        ptl("report", "other.json")
+        ptl("fetch", "other.json", "pages", "--report")
     with pytest.raises(InputError, match="neither a folder nor a run"):
-        ptl("report", "nothing")
+        ptl("fetch", "nothing", "pages", "--report")
 
 
 def test_compare_by_name(here, tmp_path):

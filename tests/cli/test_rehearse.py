@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from ptl.cli import app, rehearsal, run
-from ptl.cli.options import HOME
 from ptl.config import trackers
-from ptl.config.rehearsal import Change
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.local.run_directory import RunDir
+from ptl.tables import table_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -52,21 +50,18 @@ def test_a_rehearsal_is_submitted_with_what_only_the_cluster_has(monkeypatch):
     assert (stage.sharding, stage.dtype, stage.batch_size) == ("fsdp", "bfloat16", 16)  # on eight GPUs
 
 
-def test_values_are_shown_as_they_are(capsys):
-    fields = [Change("storage.experiment", ("[b]mine[/b] [/]",), ("[b]mine[/b] [/]-rehearsal",))]
-    Console().print(rehearsal._table("mine", fields))
-    assert " [b]mine[/b] [/] │ [b]mine[/b] [/]-rehearsal " in capsys.readouterr().out
+def test_cells_are_shown_as_they_are():
+    shown = table_text("mine", ["Field", "Run"], [["storage.experiment", "[b]mine[/b] [/]"]], numbers=("Run",))
+    assert " [b]mine[/b] [/] " in shown
 
 
 def test_steps_without_work_are_named(tmp_path, capsys):
     skipped = [{"step": "prune-4", "iteration": 4, "reason": "target reached"}]
     (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped, "control_failed": ""}))
-    options = rehearsal.where(s3=True, runner="docker", home=Path("my runs"))
-    rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml"], options)
+    rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml", "--set", "seed=2"])
     printed = capsys.readouterr().out
     assert "Not rehearsed, because the loop had ended: prune-4." in printed
-    assert "  ptl submit config.yaml\n  ptl run config.yaml --s3 --runner docker --home 'my runs'\n" in printed
-    assert rehearsal.where(s3=False, runner="subprocess", home=HOME) == []
+    assert "  ptl submit config.yaml --set seed=2\n" in printed
 
 
 def test_a_control_that_failed_is_an_error(tmp_path, capsys):
@@ -74,7 +69,7 @@ def test_a_control_that_failed_is_an_error(tmp_path, capsys):
     result = {"not_needed": [], "control_failed": "no memory", "not_finished": missing}
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(WorkError, match="the rehearsal: control-recover did not finish: no memory; fix it"):
-        rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml"], [])
+        rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml"])
     assert "works" not in capsys.readouterr().out
 
 

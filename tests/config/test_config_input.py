@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             [{"method": "grpo", "max_length": 64}],
             r"unknown field of grpo; did you mean recover\.max_completion_length\?$",
         ),
-        ("colour", "red", "remove it, or see `ptl schema`"),
+        ("colour", "red", "remove it, or see `ptl validate --schema`"),
         ("recover", [{"method": "cpt", "teacher": "x"}], r"teacher: unknown field of cpt; remove it, or see"),
         ("schedule.target", 1.5, "1.5: must be a share of the parameters to remove, below 1"),
         ("schedule.target", 40, "40: must be a share .* 1000 or more"),

@@ -1,4 +1,4 @@
-"""`ptl schema`: an editor that checks by it accepts what `ptl validate` accepts, and refuses what that refuses."""
+"""`ptl validate --schema`: an editor that checks by it accepts and refuses what `ptl validate` does."""
 
 import re
 from pathlib import Path

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from working import execute
 
 from ptl.lineage import locate, mlflow_client, mlflow_objects, registry, tracking
-from ptl.local import runs, seaweedfs, servers
+from ptl.local import runs, servers
 from ptl.steps import step as steps
 from ptl.steps.call import Call
 
@@ -29,7 +29,7 @@ def mlflow(server, new_database, tmp_path_factory):
     """A real MLflow server, and an empty database like its own was."""
     root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
     shutil.copyfile(root / "mlflow.db", root / "empty.db")
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{seaweedfs.BUCKET}/objects", server)
+    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{servers.BUCKET}/objects", server)
     yield SimpleNamespace(root=root, port=port, empty=root / "empty.db")
     servers.down(root)
 
@@ -191,7 +191,7 @@ def database(request, environment, mlflow, server, tmp_path):
     else:
 
         def up():
-            servers.mlflow_up(tmp_path, port, f"sqlite:///{path}", f"s3://{seaweedfs.BUCKET}/{tmp_path.name}", server)
+            servers.mlflow_up(tmp_path, port, f"sqlite:///{path}", f"s3://{servers.BUCKET}/{tmp_path.name}", server)
 
         def replace(source):
             servers.down(tmp_path)

@@ -25,7 +25,7 @@ from ptl.cli.app import app
 from ptl.config import dag
 from ptl.errors import InputError, WorkError
 from ptl.lineage import registry, retention, tracking
-from ptl.local import seaweedfs, servers
+from ptl.local import servers
 from ptl.steps.call import Call
 from ptl.storage import s3, s3_client, store, training_checkpoints
 from ptl.storage.manifest import digest_of
@@ -49,7 +49,7 @@ def local(new_database, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(server, new_database, tmp_path_factory):
     root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{seaweedfs.BUCKET}/gc", server)
+    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{servers.BUCKET}/gc", server)
     yield {**server, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     servers.down(root)
 

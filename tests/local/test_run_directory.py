@@ -16,10 +16,6 @@ from ptl.local.run_directory import RunDir, open_run, working
 TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
-def leave(folder):
-    """A runner that starts no containers has nothing to clear."""
-
-
 @pytest.fixture(scope="module")
 def config():
     return load_config(TINY)
@@ -27,22 +23,22 @@ def config():
 
 def test_a_run_is_executed_once_at_a_time(tmp_path, config):
     run, _ = open_run(tmp_path, config, None, False)
-    with working(run, config, leave):
+    with working(run, config):
         again, resumed = open_run(tmp_path, config, None, False)
         assert resumed and again.path == run.path
-        with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config, leave):
+        with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config):
             raise AssertionError("two at once")
-    with working(again, config, leave):
+    with working(again, config):
         assert (tmp_path / "latest").resolve() == run.path
 
 
 def test_the_link_to_the_latest_run_names_the_run_that_it_points_to(tmp_path, config):
     run, _ = open_run(tmp_path, config, None, False)
-    with working(run, config, leave):
+    with working(run, config):
         pass
     again, resumed = open_run(tmp_path, config, tmp_path / "latest", False)
     assert resumed and again.run_id == run.run_id
-    with working(again, config, leave):
+    with working(again, config):
         assert (tmp_path / "latest").resolve() == run.path
 
 
@@ -51,9 +47,9 @@ def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_n
     monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
     refusal = pytest.raises(InputError, match=r"step recover-1 of run .*process id \d+.*kill \d+")
     left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
-    with left, refusal, working(run, config, leave):
+    with left, refusal, working(run, config):
         raise AssertionError("two writers")
-    with working(run, config, leave):
+    with working(run, config):
         pass
 
 
@@ -72,7 +68,7 @@ def test_a_lifeline_of_an_earlier_command_is_cut(tmp_path, config):
     run.path.mkdir(parents=True)
     earlier = replace(run, launch="killed").lifeline
     earlier.touch()
-    with working(run, config, leave):
+    with working(run, config):
         assert not earlier.exists() and run.lifeline.exists()
     assert not run.lifeline.exists()
 
@@ -85,7 +81,7 @@ def test_a_half_written_config_is_written_anew(left, tmp_path, config):
     (chosen / "config.yaml").write_text(left)
     run, resumed = open_run(tmp_path, config, chosen, False)
     assert not resumed
-    with working(run, config, leave):
+    with working(run, config):
         assert yaml.safe_load((chosen / "config.yaml").read_text())["name"] == config.name
 
 
@@ -113,9 +109,9 @@ def test_a_damaged_run_of_this_name_does_not_stop_new_ones(tmp_path, config):
 def test_a_run_without_one_of_its_forms_is_resumed_though_it_has_a_result(failed, tmp_path, config):
     config = with_exports(config, {"type": "q8_0"}, {"type": "q4_0"})
     run, _ = open_run(tmp_path, config, None, False)
-    with working(run, config, leave):
+    with working(run, config):
         run.result.write_text(result(q8_0="", q4_0=failed))
-    assert run.missing_forms == ({"export-gguf-q4-0": failed} if failed else {})
+    assert run_directory.missing_exports(run.path, config) == ({"export-gguf-q4-0": failed} if failed else {})
     again, resumed = open_run(tmp_path, config, None, False)
     assert resumed == bool(failed) and (again.path == run.path) == bool(failed)
     # With a corrected config its steps may be taken over; the form itself may be corrected in its run.
@@ -127,10 +123,10 @@ def test_a_run_without_one_of_its_forms_is_resumed_though_it_has_a_result(failed
 
 def test_a_damaged_result_does_not_stop_new_runs_and_is_written_again(tmp_path, config):
     run, _ = open_run(tmp_path, config, None, False)
-    with working(run, config, leave):
+    with working(run, config):
         run.result.write_text('{"exports": [')
     again, resumed = open_run(tmp_path, config, None, False)
-    assert resumed and again.path == run.path and again.missing_forms == {}
+    assert resumed and again.path == run.path and run_directory.missing_exports(run.path, config) == {}
 
 
 def result(**failed):
@@ -144,26 +140,25 @@ def with_exports(config, *forms):
 
 def test_an_export_is_added_to_the_run_that_lacks_it(tmp_path, config):
     run, _ = open_run(tmp_path, with_exports(config, {"type": "q8_0"}), None, False)
-    with working(run, with_exports(config, {"type": "q8_0"}), leave):
+    with working(run, with_exports(config, {"type": "q8_0"})):
         pass
     more = with_exports(config, {"type": "q8_0"}, {"type": "q4_0", "limit": 200})
     again, resumed = open_run(tmp_path, more, None, False)
     assert resumed and (again.path, again.earlier) == (run.path, ())
-    assert run_directory.finished_without_exports(tmp_path, more) is None
 
     run.result.write_text(result(q8_0=""))
-    fresh, resumed = open_run(tmp_path, more, None, False)
-    assert not resumed and fresh.path != run.path
-    assert run_directory.finished_without_exports(tmp_path, more) == run.path
-    again, resumed = open_run(tmp_path, more, run.path, False)
-    assert resumed and again.path == run.path
-    with working(again, more, leave):
+    assert not open_run(tmp_path, more, None, True)[1]
+    again, resumed = open_run(tmp_path, more, None, False)
+    assert resumed and (again.path, again.earlier) == (run.path, ())
+    with working(again, more):
         pass
-    # The step did not come to its end: the run is no longer finished, and needs no option.
-    assert run_directory.finished_without_exports(tmp_path, more) is None
-    assert again.missing_forms == {"export-gguf-q4-0": run_directory.NOT_TRIED}
+    # The step did not come to its end.
+    assert run_directory.missing_exports(run.path, more) == {"export-gguf-q4-0": run_directory.NOT_TRIED}
     third, resumed = open_run(tmp_path, more, None, False)
     assert resumed and third.path == run.path
+    # Of two finished runs the newest counts.
+    run.result.write_text(result(q8_0="", q4_0=""))
+    assert not open_run(tmp_path, more, None, False)[1]
 
 
 @pytest.mark.parametrize(
@@ -176,13 +171,12 @@ def test_an_export_is_added_to_the_run_that_lacks_it(tmp_path, config):
 )
 def test_another_run_says_in_what_it_differs(change, fields, tmp_path, config):
     run, _ = open_run(tmp_path, with_exports(config, {"type": "q8_0"}), None, False)
-    with working(run, with_exports(config, {"type": "q8_0"}), leave):
+    with working(run, with_exports(config, {"type": "q8_0"})):
         pass
     run.result.write_text(result(q8_0=""))
     other = check(Config, config.model_dump() | change, "config")
     with pytest.raises(InputError, match=rf"differs from this config in {fields};"):
         open_run(tmp_path, other, run.path, False)
-    assert run_directory.finished_without_exports(tmp_path, other) is None
 
 
 def test_a_failure_that_was_left_is_read(tmp_path, config):

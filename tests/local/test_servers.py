@@ -21,7 +21,7 @@ from conftest import free_port, unused
 from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import registry, tracking
-from ptl.local import seaweedfs, server_process, servers
+from ptl.local import servers
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
 
@@ -67,7 +67,7 @@ def work(tmp_path, experiment):
 
 def test_a_step_through_both_servers(environment, tmp_path):
     step, pointer = work(tmp_path, "through-both")
-    assert pointer.uri.startswith(f"s3://{seaweedfs.BUCKET}/mlflow/") and step.root.startswith("s3://")
+    assert pointer.uri.startswith(f"s3://{servers.BUCKET}/mlflow/") and step.root.startswith("s3://")
     (tmp_path / "report.html").write_text("<html>")
     tracking.log_report(step, [tmp_path / "report.html"])
     tracking.log_progress(step, 10, 1.0)
@@ -104,8 +104,8 @@ def test_port_in_use(running, tmp_path):
         servers.up(tmp_path, s3_port=s3_port, mlflow_port=free_port())
     with socket.socket() as taken:  # a port that SeaweedFS takes besides the one that was asked for
         port = free_port()
-        taken.bind((server_process.HOST, port + 2 + seaweedfs.GRPC))
-        with pytest.raises(InputError, match=rf"--s3-port: port {port + 2 + seaweedfs.GRPC} is in use"):
+        taken.bind((servers.HOST, port + 2 + servers.GRPC))
+        with pytest.raises(InputError, match=rf"--s3-port: port {port + 2 + servers.GRPC} is in use"):
             servers.up(tmp_path, s3_port=port, mlflow_port=free_port())
     with pytest.raises(InputError, match="--s3-port: port 70000 must be in"):
         servers.up(tmp_path, s3_port=60000, mlflow_port=free_port())
@@ -116,21 +116,21 @@ def test_only_loopback_and_no_open_door(running):
     root, s3_port, _, _ = running
     assert stat_mode(root / "stack" / "keys.json") == 0o600
     for shift, method, path, code in (
-        (0, "GET", f"/{seaweedfs.BUCKET}/?list-type=2", 403),
-        (1, "GET", f"/buckets/{seaweedfs.BUCKET}/", 404),
-        (2, "POST", f"/col/delete?collection={seaweedfs.BUCKET}", 404),  # the bucket's data, all of it
+        (0, "GET", f"/{servers.BUCKET}/?list-type=2", 403),
+        (1, "GET", f"/buckets/{servers.BUCKET}/", 404),
+        (2, "POST", f"/col/delete?collection={servers.BUCKET}", 404),  # the bucket's data, all of it
         (2, "GET", "/dir/assign", 404),
         (2, "POST", "/submit", 404),
         (3, "GET", "/1,00", 401),
     ):
-        request = urllib.request.Request(f"http://{server_process.HOST}:{s3_port + shift}{path}", method=method)
+        request = urllib.request.Request(f"http://{servers.HOST}:{s3_port + shift}{path}", method=method)
         with pytest.raises(urllib.request.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=5)
         assert (shift, path, refused.value.code) == (shift, path, code)
     if Path("/proc/net/tcp").exists():
         listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         ours = {int(row[1].split(":")[1], 16): row[1].split(":")[0] for row in listening if row[3] == "0A"}
-        wanted = {port + extra for port in range(s3_port, s3_port + 4) for extra in (0, seaweedfs.GRPC)}
+        wanted = {port + extra for port in range(s3_port, s3_port + 4) for extra in (0, servers.GRPC)}
         assert {ours[port] for port in wanted if port in ours} == {"0100007F"}
 
 
@@ -140,7 +140,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0
 @pytest.mark.parametrize("part", range(4), ids=["s3", "filer", "master", "volume"])
 def test_grpc_ports_answer_nobody_without_the_key(running, part):
     root, s3_port, _, _ = running
-    address = (server_process.HOST, s3_port + part + seaweedfs.GRPC)
+    address = (servers.HOST, s3_port + part + servers.GRPC)
     with socket.create_connection(address, timeout=5) as plain:
         plain.sendall(PREFACE)
         assert plain.recv(100) == b""
@@ -168,7 +168,7 @@ def test_a_reused_process_id_is_left_alone(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
         (tmp_path / "stack").mkdir()
-        note = server_process.Service(other.pid, "long ago", 1)
+        note = servers.Service(other.pid, "long ago", 1)
         (tmp_path / "stack" / "s3.service.json").write_text(json.dumps(note.__dict__))
         assert servers.down(tmp_path) == []
         assert other.poll() is None
@@ -183,10 +183,10 @@ def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(server_process.local_files, "replace", killed)
+    monkeypatch.setattr(servers.local_files, "replace", killed)
     begun = tmp_path / "begun"
     with pytest.raises(KeyboardInterrupt):
-        server_process.start(tmp_path, "mlflow", ["touch", str(begun)], {}, free_port(), "/health")
+        servers.start(tmp_path, "mlflow", ["touch", str(begun)], {}, free_port(), "/health")
     time.sleep(0.3)
     assert not begun.exists()
 
@@ -217,8 +217,8 @@ def test_a_server_ends_with_the_tests_that_use_it(tmp_path):
 
 def test_half_written_notes_and_keys_do_not_occur(tmp_path):
     """Each is written under another name and renamed."""
-    keys = seaweedfs.access_keys(tmp_path)
-    assert seaweedfs.access_keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
+    keys = servers.access_keys(tmp_path)
+    assert servers.access_keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
     assert (tmp_path / "stack/keys.json").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in (tmp_path / "stack").iterdir()] == ["keys.json"]
 
@@ -237,7 +237,7 @@ def test_server_that_does_not_start_shows_its_log(tmp_path):
 def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
     root, s3_port, mlflow_port, _ = running
     step = tracking.start("survives", "prune-1", arm="loop", iteration=1)
-    server_process.stop(root, "mlflow")
+    servers.stop(root, "mlflow")
     back = threading.Timer(4, lambda: servers.up(root, s3_port=s3_port, mlflow_port=mlflow_port))
     back.start()
     start = time.monotonic()
@@ -255,19 +255,19 @@ def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_RUN_ID", "local")
     step = tracking.start("local", "prune-1", arm="loop", iteration=1, artifact_location=f"file://{tmp_path}/artifacts")
     port = free_port()
-    command = [sys.executable, "-m", "ptl", "ui", "--home", str(tmp_path), "--port", str(port)]
+    command = [sys.executable, "-m", "ptl", "up", "--ui", "--home", str(tmp_path), "--mlflow-port", str(port)]
     server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
         # Not MLflow's start page.
         runs_page = f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs?workflowType=machine_learning "
         assert runs_page in server.stdout.readline()
-        deadline = time.monotonic() + server_process.START_SECONDS
-        while not server_process.answers(f"http://127.0.0.1:{port}/health"):
+        deadline = time.monotonic() + servers.START_SECONDS
+        while not servers.answers(f"http://127.0.0.1:{port}/health"):
             assert server.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         assert tracking.start("local", "prune-1", arm="loop", iteration=1) == step
-        with pytest.raises(InputError, match=f"--port: port {port} is in use"):
+        with pytest.raises(InputError, match=f"--mlflow-port: port {port} is in use"):
             servers.ui(tmp_path, port)
     finally:
         os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
@@ -331,7 +331,7 @@ def test_mlflow_on_postgresql(database, running, environment, tmp_path, monkeypa
     )
     port, own = free_port(), tmp_path / "own"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    servers.mlflow_up(own, port, database, f"s3://{seaweedfs.BUCKET}/postgres", environment)
+    servers.mlflow_up(own, port, database, f"s3://{servers.BUCKET}/postgres", environment)
     try:
         step, _ = work(tmp_path, "on-postgres")
         assert tracking.start("on-postgres", "import-model", arm="loop", iteration=0) == step

@@ -1,7 +1,6 @@
 """The compiled pipeline: same bytes, no GPU stack, small, in order, and equal to the golden files."""
 
 import functools
-import gzip
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.prune_tune_loop.compact import local_copy, task_bytes, weigh
+from pipelines.prune_tune_loop.compact import local_copy
 from pipelines.prune_tune_loop.pipeline import compile_pipeline, parameters
 from ptl.config import dag
 from ptl.config.cluster import Storage
@@ -76,7 +75,7 @@ def test_compiling_is_quick_and_imports_nothing_heavy(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "ptl", "compile", str(TINY), "-o", str(tmp_path / "p.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "18 steps, each about 52 kB" in done.stdout and "From about 19 such steps on" in done.stdout
+    assert "18 steps" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "kfp" in imported and not imported & set(HEAVY)
     assert time.monotonic() - started < 30  # benchmarks/compile.py times it on an idle machine
@@ -209,31 +208,6 @@ def test_a_goal_is_a_parameter_of_its_own_and_the_target_stays_a_number(tmp_path
     assert inputs["goal"]["defaultValue"] == {"memory": "300kB", "tokens": 10}
     taken = {name: task["inputs"]["parameters"] for name, task in tasks_of(path).items()}
     assert {name for name, parameters in taken.items() if "goal" in parameters} == {"import-model", "report"}
-
-
-def test_the_bytes_of_a_task_are_those_of_a_workflow_that_ran():
-    """The six nodes of two tasks, as Kubeflow 2.17 stored them."""
-    with gzip.open(ROOT / "tests/data/kfp-2.17/nodes-of-two-tasks.json.gz") as file:
-        recorded = json.load(file)
-    for nodes in recorded.values():
-        stored = sum(len(json.dumps(node, separators=(",", ":"))) for node in nodes)
-        (driver,) = (node for node in nodes if node["name"].endswith("-driver"))
-        put_in, made = (
-            {each["name"]: each["value"] for each in driver[side]["parameters"]} for side in ("inputs", "outputs")
-        )
-        parts = [json.loads(put_in[name]) for name in ("task", "component", "container", "kubernetes-config")]
-        (container,) = json.loads(made["pod-spec-patch"])["containers"]
-        executor_input = container["command"][container["command"].index("--executor_input") + 1]
-        values = json.loads(executor_input)["inputs"]["parameterValues"]
-        assert task_bytes(*parts, values) == pytest.approx(stored, rel=0.05)
-
-
-def test_what_a_cluster_stores_of_a_run_is_weighed(tmp_path):
-    """18 tasks of 53 kB were measured, when a recovery took an artifact more and an evaluation wrote one more."""
-    few, many = (weigh(compiled(TINY, tmp_path, schedule__iterations=number)) for number in (4, 16))
-    assert (few.tasks, many.tasks) == (18, 54)
-    assert 45_000 < many.task_bytes < few.task_bytes < 53_000
-    assert few.tasks <= few.listed_tasks < 22 and many.listed_tasks < many.tasks
 
 
 def test_the_graph_is_drawn_with_its_edges_and_its_longest_path(tmp_path):

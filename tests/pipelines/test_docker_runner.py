@@ -30,7 +30,7 @@ from pipelines.prune_tune_loop.pipeline import compile_pipeline
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.local import runs, seaweedfs, server_process, servers
+from ptl.local import runs, servers
 from ptl.storage import store
 
 ROOT = Path(__file__).parents[2]
@@ -113,12 +113,11 @@ def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tm
     monkeypatch.chdir(ROOT)
     config = load_config(TINY)
     example = ROOT / "examples/tiny_reasoner"
-    assert not containers.uses_hub(config)
     assert {path for path in containers.files(config) if example not in path.parents} == {example}
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     given = containers.arguments(config, tmp_path / "run", {"PTL_RUN_ID": "r"}, f"file://{tmp_path}/artifacts")
     mounts = {mount["Target"]: mount["ReadOnly"] for mount in given["mounts"]}
-    writable = [str(tmp_path / "run"), str(tmp_path / "artifacts")]
+    writable = [str(tmp_path / "run"), str(tmp_path / "artifacts"), *containers.hub_caches().values()]
     assert {path for path, read_only in mounts.items() if not read_only} == set(writable)
     assert {path for path, read_only in mounts.items() if read_only} - {
         os.environ.get(n) for n in containers.mounts.BUNDLES
@@ -131,10 +130,8 @@ def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tm
     assert given["read_only"] and given["cap_drop"] == ["ALL"] and "privileged" not in given
 
 
-def test_hub_caches_are_mounted_only_for_what_is_on_the_hub(monkeypatch, tmp_path):
+def test_of_a_snapshot_in_the_hubs_cache_the_blobs_are_mounted_too(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    config = load_config(TINY, {"model.path": "someone/model"})
-    assert containers.uses_hub(config)
     assert all(Path(path).is_absolute() for path in containers.hub_caches().values())
     snapshot = tmp_path / "models--someone--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -176,10 +173,10 @@ class Servers:
     def restart_s3(self):
         os.kill(json.loads((self.home / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL)
         time.sleep(S3_DOWN)
-        seaweedfs.up(self.home, self.ports["s3_port"])
+        servers.s3_up(self.home, self.ports["s3_port"])
 
     def pause_mlflow(self):
-        server_process.stop(self.home, "mlflow")
+        servers.stop(self.home, "mlflow")
         time.sleep(MLFLOW_DOWN)
         servers.up(self.home, **self.ports)
 
@@ -237,7 +234,7 @@ def records(stack_up, monkeypatch):
     for name, value in stack_up.env.items():
         monkeypatch.setenv(name, value)
     location = runs.artifact_location("ptl")
-    assert location.startswith(f"s3://{seaweedfs.BUCKET}/")
+    assert location.startswith(f"s3://{servers.BUCKET}/")
 
     def read(run):
         return {step: asdict(store.committed(f"{location}/ptl", run.folder.name, step)) for step in CHAIN}

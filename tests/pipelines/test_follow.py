@@ -11,11 +11,12 @@ import mock_kubernetes
 import pytest
 import run_records
 from mlflow import MlflowClient
-from mock_kfp import ADDED, ENDLESS, MockKubeflow, recorded
+from mock_kfp import ADDED, MockKubeflow, recorded
 from mock_kubernetes import EVENTS, PODS, WORKFLOWS
 
-from pipelines.prune_tune_loop import follow, kfp_api, run_view, task_list
+from pipelines.prune_tune_loop import follow, kfp_api, run_view
 from pipelines.prune_tune_loop.kfp_api import Server
+from pipelines.prune_tune_loop.pods import NODE
 from ptl.config import dag
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
@@ -29,7 +30,6 @@ EIGHTEEN = [
     *(f"control-{stage}" for stage in ("prune", "recover", "evaluate")),
     "report",
 ]
-NOT_LISTED = "not listed by Kubeflow"
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def status(world, said):
 def watch(world, said):
     def wait(run="run", **options):
         api = kfp_api.connect(Server(host=world.url))
-        return follow.watch(api, run, None, options.pop("timeout", None), 0.01, said.append, **options)
+        return follow.watch(api, run, False, options.pop("timeout", None), 0.01, said.append, **options)
 
     return wait
 
@@ -74,40 +74,41 @@ def six(*values):
 
 
 REST = ("not started",) * 4
+DONE, FAILED, BEGUN = {}, {"status": "FAILED", "tags": {"error": "InputError: x"}}, {"status": "RUNNING"}
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "expected", "last"),
+    ("name", "records", "code", "expected", "last"),
     [
-        ("run-pending", 0, six(*("waiting",) * 6), "RUNNING"),
-        ("run-running", 0, six("PENDING", *("waiting",) * 5), "RUNNING"),
-        ("run-canceling", 0, six("PENDING", *("waiting",) * 5), "is being canceled"),
-        ("run-canceled", 1, six("SUCCEEDED", "CANCELED", *REST), "canceled"),
-        ("run-failed-step", 1, six("FAILED", "not started", *REST), "FAILED"),
-        ("run-failed-driver", 1, six("SUCCEEDED", "FAILED", *REST), "FAILED"),
-        ("run-pod-refused", 1, six("FAILED", "not started", *REST), "FAILED"),
-        ("run-retried", 0, six(*("SUCCEEDED",) * 6), "SUCCEEDED"),
-        ("run-succeeded-6-tasks", 0, six(*("SUCCEEDED",) * 6), "SUCCEEDED"),
+        ("run-pending", (), 0, six(*("waiting",) * 6), "RUNNING"),
+        ("run-running", (BEGUN,), 0, six("RUNNING", *("waiting",) * 5), "RUNNING"),
+        ("run-canceling", (BEGUN,), 0, six("RUNNING", *("waiting",) * 5), "is being canceled"),
+        ("run-canceled", (DONE, BEGUN), 1, six("SUCCEEDED", "CANCELED", *REST), "canceled"),
+        ("run-failed-step", (FAILED,), 1, six("FAILED", "not started", *REST), "FAILED"),
+        ("run-failed-driver", (DONE,), 1, six("SUCCEEDED", "not started", *REST), "FAILED"),
+        ("run-retried", (DONE,) * 6, 0, six(*("SUCCEEDED",) * 6), "SUCCEEDED"),
+        ("run-succeeded-6-tasks", (DONE,) * 6, 0, six(*("SUCCEEDED",) * 6), "SUCCEEDED"),
     ],
 )
-def test_recorded_runs_by_the_names_of_their_steps(world, said, status, name, code, expected, last):
-    assert world.play(name) and status() == code
+def test_recorded_runs_by_the_names_of_their_steps(world, said, status, tracked, name, records, code, expected, last):
+    tracked(world.play(name), dict(zip(SIX, records, strict=False)))
+    assert status() == code
     assert states(said) == expected and list(states(said)) == list(SIX)
     assert f": {last}  {world.url}/#/runs/details/" in said[-1]
     assert len(world.calls("GET", "/versions/")) == 1
-    assert not any("1 MiB" in text for text in said)
 
 
-def test_a_list_that_froze_does_not_call_steps_missing(world, said, status):
-    world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
-    assert status() == 0
-    assert list(states(said)) == EIGHTEEN
-    assert [step for step, state in states(said).items() if state != "SUCCEEDED"] == EIGHTEEN[12:]
-    assert {states(said)[step] for step in EIGHTEEN[12:]} == {NOT_LISTED}
-    assert any(text.startswith("not listed by Kubeflow: ") and "1 MiB" in text for text in said)
+@pytest.mark.parametrize(
+    ("name", "state", "code"), [("run-failed-step", "unknown", 1), ("run-succeeded-6-tasks", "SUCCEEDED", 0)]
+)
+def test_without_mlflow_only_the_state_of_the_run_is_known(world, said, status, name, state, code):
+    world.play(name)
+    assert status() == code
+    assert set(states(said).values()) == {state} and said[0].startswith("the steps' own records are not read: ")
 
 
-def test_a_frozen_list_of_a_run_that_is_going_is_completed_by_the_steps_records(world, said, status, tracked):
+def test_a_run_of_which_kubeflow_lists_12_of_18_steps_is_shown_by_its_records(world, said, status, tracked):
+    """Recorded: Kubeflow's list stopped at 1 MiB; the records go on."""
     run = world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
     world.played[0] |= {"state": "RUNNING", "finished_at": "1970-01-01T00:00:00Z"}
     del world.played[0]["state_history"][2:]
@@ -117,14 +118,15 @@ def test_a_frozen_list_of_a_run_that_is_going_is_completed_by_the_steps_records(
         {
             "evaluate-4": {"tags": {"verdict": "accepted"}, "metrics": {"seconds": 21.4, "accuracy": 0.998}},
             "control-recover": {"status": "RUNNING", "tags": {"tokens": 500_000, "attempt": 2}, "metrics": training},
-            "recover-4": {"metrics": {"seconds": 60}},  # Kubeflow's list says that its driver is running
+            "recover-4": {"metrics": {"seconds": 60}},
         },
     )
     assert status() == 0
     table = rows(said)
+    assert list(table) == EIGHTEEN
     assert table["evaluate-4"] == ["SUCCEEDED", "", "21", "0.998", "accepted", ""]
     assert table["control-recover"] == ["RUNNING", "2", "", "", "", "51,200 of 500,000 tokens, loss 0.457"]
-    assert table["recover-4"][0] == table["prune-4"][0] == "SUCCEEDED" and table["control-evaluate"][0] == "waiting"
+    assert table["recover-4"][0] == "SUCCEEDED" and table["control-evaluate"][0] == "waiting"
     assert not any("records are not read" in text for text in said)
 
 
@@ -137,38 +139,38 @@ def test_records_that_cannot_be_read_are_said_once(world, said, watch, monkeypat
     assert said[-1].endswith(": SUCCEEDED")
 
 
-def test_a_run_that_mlflow_does_not_know_is_shown_by_kubeflows_list(world, said, status, tracked):
+@pytest.mark.parametrize(("name", "state"), [("run-failed-driver", "unknown"), ("run-pending", "waiting")])
+def test_a_run_that_mlflow_does_not_know_is_shown_without_its_steps(world, said, status, tracked, name, state):
     tracked("another run", {"import-model": {}})
-    world.play("run-failed-driver")
-    assert status() == 1 and said[0].startswith("MLflow has no records of this run")
-    assert states(said)["evaluate-0"] == "FAILED"
+    world.play(name)
+    assert status() == (name == "run-failed-driver") and said[0].startswith("MLflow has no records of this run")
+    assert set(states(said).values()) == {state}
 
 
-def test_steps_after_the_end_of_the_loop_are_not_needed(world, said, status, tracked):
-    run = world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
-    tracked(run, {"evaluate-2": {"tags": {"verdict": "rejected", "loop_ended": "no smaller cut"}}}, status="FINISHED")
+@pytest.mark.parametrize(("name", "rest"), [("run-canceling", "waiting"), ("run-succeeded-18-tasks", "SUCCEEDED")])
+def test_steps_after_the_end_of_the_loop_are_not_needed(world, said, status, tracked, name, rest):
+    run = world.play(name, version="version-of-run-succeeded-18-tasks")
+    tracked(run, {"evaluate-2": {"tags": {"verdict": "rejected", "loop_ended": "no smaller cut"}}})
     assert status() == 0
     assert [step for step, state in states(said).items() if state == "not needed"] == EIGHTEEN[8:14]
-    assert states(said)["evaluate-2"] == "SUCCEEDED" and states(said)["control-prune"] == NOT_LISTED
+    assert states(said)["evaluate-2"] == "SUCCEEDED" and states(said)["control-prune"] == rest
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "reason"),
-    [
-        ("run-failed-step", "import-model", "see `kubectl logs -c main --prefix --tail=20"),
-        (
-            "run-failed-driver",
-            "evaluate",
-            "its driver failed: no container of the step was started; see `kubectl logs -c main --prefix --tail=20",
-        ),
-        ("run-pod-refused", "import-model", f"{task_list.NOT_STARTED}; see `kubectl describe workflows,pods"),
-        ("run-timeout", "doctor", f"{task_list.NOT_STARTED}; see `kubectl describe workflows,pods"),
-    ],
+    ("driver", "reason"),
+    [(False, "see"), (True, "its driver failed: no container of the step was started; see")],
 )
-def test_a_failure_without_a_record_says_where_to_look(world, said, status, name, step, reason):
-    run = world.play(name, version=None)  # as after the version was deleted: tasks are named by their keys
+def test_a_failure_without_a_record_says_where_to_look(world, said, status, cluster, driver, reason):
+    run = world.play("run-failed-step", version=None)  # as after the version was deleted
+    (pod,) = recorded("pods-oom")["items"]
+    pod["metadata"]["labels"]["pipeline/runid"] = run
+    pod["metadata"]["annotations"][NODE] = f"w(0).root(0).prune-1{'-driver(0)' if driver else '(0).executor(0)'}"
+    for container in pod["status"]["containerStatuses"]:
+        container["state"] = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    cluster.of_run[PODS] = [pod]
     assert status() == 1
-    assert f"{step}: {reason} -n kubeflow -l pipeline/runid={run}` and {world.url}/#/runs/details/{run}" in said
+    where = f"`kubectl logs -c main --prefix --tail=20 -n kubeflow -l pipeline/runid={run}`"
+    assert f"prune-1: {reason} {where} and {world.url}/#/runs/details/{run}" in said
 
 
 def test_a_failure_with_a_record_gives_its_reason(world, said, status, tracked):
@@ -181,11 +183,6 @@ def test_a_failure_with_a_record_gives_its_reason(world, said, status, tracked):
 def test_a_record_that_is_running_after_the_end_means_killed_and_is_closed(world, said, status, tracked):
     run = world.play("run-retried")
     world.played[0] |= {"state": "FAILED"}
-    world.played[0]["run_details"]["task_details"] = [
-        {**task, "state": "FAILED"} if task["display_name"].startswith(("recover", "executor")) else task
-        for task in world.played[0]["run_details"]["task_details"]
-        if not task["display_name"].startswith(("evaluate-2", "report", "recover-driver"))
-    ]
     parent = tracked(run, {"prune-1": {}, "recover-1": {"status": "RUNNING"}})
     assert status() == 1
     reason = next(text for text in said if text.startswith("recover-1: "))
@@ -222,11 +219,11 @@ def test_a_loop_that_failed_while_the_control_works_says_how_to_end_the_run(worl
     assert hint.startswith("import-model has failed, and the run ends when evaluate-0 has ended; `ptl cancel ")
 
 
-def test_a_drivers_failure_closes_the_parent(world, status, tracked):
+def test_a_failure_without_a_record_closes_the_parent(world, status, tracked):
     parent = tracked(world.play("run-failed-driver"), {"import-model": {}})
     assert status() == 1
     run = MlflowClient().get_run(parent)
-    assert run.info.status == "FAILED" and run.data.tags["ptl.error"].startswith("evaluate-0: its driver failed")
+    assert run.info.status == "FAILED" and run.data.tags["ptl.error"].startswith("see `kubectl describe")
 
 
 def test_a_canceled_run_is_killed_in_mlflow_and_says_so(world, said, status, tracked):
@@ -289,7 +286,7 @@ def test_a_wait_has_one_line_for_each_change(world, said, watch, tracked, monkey
         "import-model: SUCCEEDED in 12 s, accuracy 0.500, accepted",
     ]
     assert len([text for text in said if text.startswith("import-model")]) == 3
-    assert "evaluate-1: SUCCEEDED in 33 s" in said and said[-1].endswith(": SUCCEEDED")
+    assert "evaluate-1: SUCCEEDED" in said and said[-1].endswith(": SUCCEEDED")
 
 
 def test_a_failed_wait_ends_with_the_reason(world, said, watch, tracked):
@@ -310,7 +307,7 @@ def test_cancel_waits_for_the_end_and_closes_mlflow(world, said, tracked):
     world.answers = [("POST", ":terminate", "post-terminate")]
     parent = tracked(run, {"import-model": {"status": "RUNNING"}})
     assert follow.cancel(run, Server(host=world.url), say=said.append, poll=0.01) == 0
-    assert "asked to end" in said[0] and said[-1].endswith(": canceled")
+    assert said[-1].endswith(": canceled")
     assert MlflowClient().get_run(parent).info.status == "KILLED"
 
 
@@ -367,19 +364,19 @@ def test_an_empty_answer_without_an_effect_is_no_success(world, said, monkeypatc
     [
         (command, fault)
         for command in (follow.status, follow.cancel, follow.retry)
-        for fault in sorted(ADDED | ENDLESS)
+        for fault in sorted(ADDED)
         if command is follow.status or fault != "empty object"
     ],
 )
 def test_nonsense_for_good_is_no_success_of_any_command(world, said, monkeypatch, command, fault):
     monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.02)
-    monkeypatch.setattr(kfp_api, "ANSWER_TIMEOUT", 0.4)
-    monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
+    monkeypatch.setattr(follow, "SETTLING", 0.05)
     run = world.play("run-running" if command is follow.cancel else "run-failed-step")
     asked = ("GET", "/runs/") if command is follow.status else ("POST", run)
-    world.answers = [(*asked, fault)] * kfp_api.ATTEMPTS
-    with pytest.raises(WorkError, match="Kubeflow Pipelines at"):
-        command(run, Server(host=world.url), say=said.append)
+    world.answers = [(*asked, fault)] * (kfp_api.REPEATS + 1)
+    options = {} if command is follow.status else {"poll": 0.01}
+    with pytest.raises(WorkError, match=r"Kubeflow Pipelines at|as before; the session may have expired"):
+        command(run, Server(host=world.url), say=said.append, **options)
     assert not any("asked to end" in text or "runs again" in text for text in said)
 
 
@@ -413,39 +410,15 @@ def test_after_a_retry_an_old_failure_is_not_the_steps_state(world, said, status
     run = world.play("run-retried")
     world.played[0] |= {"state": "RUNNING"}
     del world.played[0]["state_history"][4:]
-    for task in world.played[0]["run_details"]["task_details"]:
-        if task["display_name"] == "prune":
-            task["state"] = "RUNNING"
     before = datetime.fromisoformat("2026-11-25T17:48:30+00:00").timestamp()
     tracked(run, {"prune-1": {"status": "FAILED", "tags": {"error": "old"}, "ended": before}})
     assert status() == 0
-    assert states(said)["prune-1"] == "RUNNING" and not any("old" in text for text in said)
+    assert states(said)["prune-1"] == "waiting" and not any("old" in text for text in said)
 
 
 def test_an_unknown_run(world, status):
     with pytest.raises(InputError, match=r"404 not found; check the id.*\(Run 0{8}-[0-]* not found\)"):
         status("00000000-0000-0000-0000-000000000000")
-
-
-def test_a_retry_above_the_step_shows_the_newest_entry():
-    """Recorded: Argo ran the DAG again and again; its list ends with a driver that was just started."""
-    from types import SimpleNamespace
-
-    def task(name, state, start, **more):
-        moment = datetime.fromisoformat(f"2026-11-25T18:{start}+00:00")
-        fields = {"end_time": None, "child_tasks": [], "state_history": [], **more}
-        return SimpleNamespace(display_name=name, state=state, start_time=moment, **fields)
-
-    tasks = [
-        task("prune-1-driver", "SUCCEEDED", "00:00"),
-        task("prune-1", "FAILED", "00:10"),
-        task("prune-1-driver", "RUNNING", "00:20"),
-    ]
-    run = SimpleNamespace(state="RUNNING", state_history=[], run_details=SimpleNamespace(task_details=tasks))
-    assert task_list.fold(run, ["prune-1", "recover-1"])["prune-1"].state == "PENDING"
-    run.state = "FAILED"
-    assert task_list.fold(run, ["prune-1", "recover-1"]).keys() == {"prune-1"}
-    assert task_list.fold(run, ["prune-1"])["prune-1"].state == "FAILED"
 
 
 @pytest.fixture
@@ -457,13 +430,11 @@ def cluster(tmp_path, monkeypatch):
         yield made
 
 
-def started(world, pods="", tasks=True):
+def started(world, pods=""):
     """A run that waits for its pods, with the recorded ones; returns its id."""
     world.play("run-image-missing", version="version-of-run-image-missing")
     if pods:
         world.played[0]["run_id"] = recorded(pods)["items"][0]["metadata"]["labels"]["pipeline/runid"]
-    if not tasks:
-        world.played[0]["run_details"]["task_details"] = []
     return world.played[0]["run_id"]
 
 
@@ -490,7 +461,7 @@ def waiting(reason, message):
             f"ImagePullBackOff: {NOT_FOUND}; check images.registry",
         ),
         ("CreateContainerConfigError", 'secret "s" not found', 'ConfigError: secret "s" not found; check resources.'),
-        ("ContainerCreating", "", "4 min: FailedMount: no such claim; check storage.cache_claim"),
+        ("ContainerCreating", "", "UTC: FailedMount: no such claim; check storage.cache_claim"),
     ],
 )
 def test_a_container_that_cannot_start_says_why(world, said, status, cluster, reason, message, line):
@@ -502,13 +473,11 @@ def test_a_container_that_cannot_start_says_why(world, said, status, cluster, re
         cluster.of_run[EVENTS].append(cluster.of_run[EVENTS][0] | mount)
     assert status() == 0 and states(said)["import-model"] == "PENDING"
     (text,) = [text for text in said if text.startswith("import-model: ")]
-    assert text.startswith("import-model: pending for 4 min: ") and line in text
-    assert not any("1 MiB" in text for text in said)
+    assert text.startswith("import-model: pending since 07:48 UTC: ") and line in text
 
 
 def test_a_pod_that_no_node_takes_says_what_nodes_it_asks_for(world, said, status, cluster, tracked):
-    """Also where Kubeflow's list knows nothing of it, as one that has stopped being updated."""
-    tracked(started(world, "pods-unschedulable", tasks=False), {"import-model": {}})
+    tracked(started(world, "pods-unschedulable"), {"import-model": {}})
     cluster.of_run[PODS] = recorded("pods-unschedulable")["items"]
     assert status() == 0
     assert [states(said)[step] for step in ("evaluate-0", "prune-1", "recover-1")] == ["PENDING", "PENDING", "waiting"]
@@ -534,13 +503,12 @@ def test_a_pod_that_a_quota_refuses_is_explained_by_the_workflow(world, said, st
     assert QUOTA in text and text.endswith("or have the namespace's quota raised")
 
 
-def test_where_pods_cannot_be_read_the_command_is_given(world, said, status, cluster, monkeypatch):
-    run = started(world)
+def test_where_pods_cannot_be_read_they_are_left_out(world, said, status, cluster, monkeypatch):
+    started(world)
     for kubeconfig in (str(cluster.kubeconfig), "none"):  # one of another cluster, which has no such pods; and none
         monkeypatch.setenv("KUBECONFIG", kubeconfig)
         assert status() == 0
-        command = f"see `kubectl describe workflows,pods -n kubeflow -l pipeline/runid={run}` and {world.url}"
-        assert any(text.startswith(f"import-model: pending for 4 min; {command}") for text in said)
+        assert set(states(said).values()) == {"unknown"}
 
 
 def test_within_the_first_minute_a_pod_is_just_pending(world, said, status, cluster, monkeypatch):
@@ -567,8 +535,8 @@ def test_a_wait_gives_the_reason_once(world, said, watch, cluster, monkeypatch):
     monkeypatch.setattr(follow, "PODS", -1.0)
     assert watch() == 0
     lines = [text for text in said if text.startswith("import-model: ") and "SUCCEEDED" not in text]
-    assert [line.partition(" for ")[0] for line in lines] == ["import-model: PENDING", *["import-model: pending"] * 2]
-    assert "ContainerCreating" in lines[1] and NOT_FOUND in lines[2]
+    assert len(lines) == 2 and all(line.startswith("import-model: PENDING: pending since 07:48") for line in lines)
+    assert "ContainerCreating" in lines[0] and NOT_FOUND in lines[1]
 
 
 def test_an_oom_killed_pod_is_named(world, said, status, cluster, tracked):
@@ -592,7 +560,7 @@ def test_a_run_of_50_steps_is_complete_by_its_records(world, said, status, track
     world.version |= {"pipeline_id": "p", "pipeline_version_id": "v"}
     tracked(run, {name: {"metrics": {"seconds": 1}} for name in names}, status="FINISHED")
     assert status() == 0 and len(names) == 51
-    assert set(states(said).values()) == {"SUCCEEDED"} and not any("1 MiB" in text for text in said)
+    assert set(states(said).values()) == {"SUCCEEDED"}
 
 
 def logged_result(tracked, tmp_path, run, result):
@@ -615,9 +583,10 @@ def test_a_wait_ends_with_the_result(world, said, watch, tracked, tmp_path, monk
     text = " ".join(said[-2].split())
     assert "4 (final)" in text and "127,872" in text and "control 127,872" in text  # the table
     assert "one-shot pruning reached 90.0 %" in text and "2 regressions" in text
-    assert f"Report: `ptl report {run}` writes it here" in text
+    assert f"Report: `ptl fetch {run} DIR --report` writes it" in text
     assert re.search(r"MLflow: sqlite:///\S+/#/experiments/\d+/runs/[0-9a-f]{32}", text)
-    assert said[-1] == f"{world.played[0]['display_name']}: SUCCEEDED"
+    name = world.played[0]["display_name"]
+    assert said[-1].startswith(f"{name}: SUCCEEDED, gate passed: iteration 4 accepted, ")
 
 
 def test_a_result_of_another_version_changes_no_exit_code(world, said, watch, tracked, tmp_path):

@@ -49,7 +49,7 @@ def test_the_run_leaves_what_is_promised(finished):
     assert rows[2]["params"] < rows[1]["params"] < rows[0]["params"]
     assert rows[2]["params"] <= 0.8 * rows[0]["params"]
     assert result["final"]["digest"] == rows[2]["digest"] and result["final"]["share_removed"] >= 0.2
-    assert "report.html" in output and "ptl ui" in output
+    assert "report.html" in output and "ptl up --ui" in output
     dense, final = (result["speed"]["models"][name] for name in ("dense", "final"))
     assert (dense["params"], final["params"]) == (rows[0]["params"], rows[2]["params"])
     assert (result["speed"]["items"], dense["solved"]) == (4, 4) and final["seconds_per_solved"] > 0

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mock_kfp import ADDED, ENDLESS
+from mock_kfp import ADDED
 
 from pipelines.prune_tune_loop import follow, kfp_api, submit
 from pipelines.prune_tune_loop.kfp_api import Server
@@ -47,12 +46,7 @@ def go(world, said, config):
 
 
 def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
-    world.script = [
-        ("PENDING", {}),
-        ("RUNNING", {"import-model": "RUNNING"}),
-        ("RUNNING", {"import-model": "SUCCEEDED", "evaluate-0": "RUNNING"}),
-        ("SUCCEEDED", {"import-model": "SUCCEEDED", "evaluate-0": "SUCCEEDED"}),
-    ]
+    world.script = ["PENDING", "RUNNING", "RUNNING", "SUCCEEDED"]
     assert go(parameters={"seed": 7}) == 0
     (pipeline,), (version,), (run,) = world.pipelines, world.versions, world.runs
     assert pipeline["display_name"] == "tiny"
@@ -61,13 +55,7 @@ def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
     assert run["experiment_id"] == "experiment-0" and world.experiments[0]["display_name"] == "ptl"
     assert run["runtime_config"]["parameters"] == {"seed": 7}
     assert f"{world.url}/#/runs/details/run-0" in said
-    states = [line for line in said if line.startswith(("import-model", "evaluate-0"))]
-    assert states == [
-        "import-model: RUNNING",
-        "import-model: SUCCEEDED in 30 s",
-        "evaluate-0: RUNNING",
-        "evaluate-0: SUCCEEDED in 30 s",
-    ]
+    assert "import-model: SUCCEEDED" in said and len(world.calls("GET", "/runs/run-0")) == 4
 
 
 @pytest.mark.slow
@@ -80,21 +68,22 @@ def test_the_same_content_is_one_version_and_other_content_a_new_one(world, go, 
     assert world.runs[2]["pipeline_version_reference"]["pipeline_version_id"] == "version-1"
 
 
-def test_a_failed_run_names_its_step_and_the_remedy(world, said, go):
-    world.script = [("FAILED", {"import-model": "SUCCEEDED", "prune-1": "FAILED"})]
+def test_a_failed_run_names_its_step_and_the_remedy(world, said, go, tracked):
+    tracked("run-0", {"import-model": {}, "prune-1": {"status": "FAILED", "tags": {"error": "no data"}}})
+    world.script = ["FAILED"]
     assert go() == 1
-    assert any(line.startswith("prune-1: FAILED: see `kubectl logs") for line in said)
-    assert "FAILED: prune-1: see" in said[-1] and "`ptl retry run-0` resumes" in said[-1]
+    assert "prune-1: FAILED: no data" in said
+    assert "FAILED: prune-1: no data" in said[-1] and "`ptl retry run-0` resumes" in said[-1]
 
 
 def test_a_run_that_is_canceled_ends_the_wait(world, said, go):
-    world.script = [("RUNNING", {}), ("CANCELING", {}), ("FAILED", {})]
+    world.script = ["RUNNING", "CANCELING", "FAILED"]
     assert go() == 1
     assert ": canceled; `ptl retry run-0`" in said[-1]
 
 
 def test_a_run_that_never_ends_is_a_timeout(world, said, go):
-    world.script = [("RUNNING", {"import-model": "RUNNING"})]
+    world.script = ["RUNNING"]
     assert go(timeout=1.5) == 4
     assert "it continues" in said[-1] and len(world.calls("GET", "/runs/run-0")) > 3
 
@@ -141,12 +130,6 @@ def test_409_for_a_version_name_that_was_chosen(world, go):
         go(version="v1")
 
 
-def test_409_when_another_submit_made_the_pipeline_first(world, go):
-    world.faults = [("POST", "/pipelines", 409, True)]
-    assert go() == 0
-    assert len(world.pipelines) == 1 and world.runs[0]["pipeline_version_reference"]["pipeline_id"] == "pipeline-0"
-
-
 def test_500_then_ok(world, go):
     world.faults = [
         ("GET", "/pipelines", 500, False),
@@ -166,8 +149,8 @@ def test_500_when_starting_never_starts_two_runs(world, go, took_effect):
 
 @pytest.mark.slow
 def test_a_server_that_is_away_for_a_while_does_not_end_the_wait(world, go, said, monkeypatch):
-    world.script = [("RUNNING", {}), ("SUCCEEDED", {})]
-    world.faults = [("GET", "/runs/run-0", 503, False)] * (kfp_api.ATTEMPTS + 2)
+    world.script = ["RUNNING", "SUCCEEDED"]
+    world.faults = [("GET", "/runs/run-0", 503, False)] * (kfp_api.REPEATS + 2)
     assert go() == 0
     assert [line for line in said if line.startswith("still waiting: ")] and world.faults == []
     world.faults = [("GET", "/runs/run-1", 503, False)] * 99
@@ -283,10 +266,10 @@ def test_a_recorded_success_and_a_recorded_version_that_exists(world, go, said):
         go(version="v1")
 
 
-@pytest.mark.parametrize("fault", sorted(ADDED))
+@pytest.mark.parametrize("fault", ["cut answer", "hang"])
 @pytest.mark.slow
 def test_added_faults_of_any_request_are_tried_again(world, go, fault, monkeypatch):
-    """Not recorded: what a proxy or a broken connection makes of an answer."""
+    """Not recorded: what a broken connection makes of an answer."""
     monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.3)
     requests = (("POST", "upload"), ("POST", "/runs"), ("GET", "/runs/"))
     world.answers = [(method, part, fault) for method, part in requests]
@@ -296,19 +279,19 @@ def test_added_faults_of_any_request_are_tried_again(world, go, fault, monkeypat
 
 def test_added_faults_for_good_say_that_the_session_may_have_expired(world, go):
     world.answers = [("POST", "upload", "login page")] * 9
-    with pytest.raises(WorkError, match=r"the answer is not JSON; the session may have expired: .*--token-file"):
+    with pytest.raises(
+        WorkError, match=r"it has no pipeline_version_id\); the session may have expired: .*--token-file"
+    ):
         go()
     world.answers = [("POST", "/runs", "empty object")] * 9
-    with pytest.raises(WorkError, match="the answer has no run_id; the session may have expired"):
+    with pytest.raises(WorkError, match=r"it has no run_id\); the session may have expired"):
         go()
 
 
-@pytest.mark.parametrize("fault", sorted(ADDED | ENDLESS))
+@pytest.mark.parametrize("fault", sorted(ADDED))
 @pytest.mark.slow
 def test_a_wait_ends_where_the_server_answers_nonsense(world, go, said, monkeypatch, fault):
     monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.1)
-    monkeypatch.setattr(kfp_api, "ANSWER_TIMEOUT", 0.2)
-    monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     world.answers = [("GET", "/runs/", fault)] * 99
     assert go(timeout=0.3) == 4 and "not seen to finish" in said[-1]
     assert len([line for line in said if line.startswith("still waiting: ")]) <= 2
@@ -325,20 +308,8 @@ def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
     monkeypatch.setitem(ADDED, "made up", body)
     monkeypatch.setattr(follow, "OUTAGE", 0.0)
     world.answers = [("GET", "/runs/", "made up")] * 99
-    with pytest.raises(WorkError, match=r"which is not known|is not one of the API's"):
+    with pytest.raises(WorkError, match=r"is not one of the API's"):
         go()
-
-
-@pytest.mark.parametrize("fault", sorted(ENDLESS))
-def test_an_answer_without_an_end_is_given_up_at_once(world, monkeypatch, fault):
-    """Made up: each byte comes in time, the answer does not; or it is small, and large when it is decompressed."""
-    monkeypatch.setattr(kfp_api, "ANSWER_TIMEOUT", 0.4)
-    monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
-    world.answers = [("GET", "/runs/", fault)] * kfp_api.ATTEMPTS
-    began = time.monotonic()
-    with pytest.raises(WorkError, match=r"takes longer than 0\.4 s|is longer than"):
-        follow.status("run-0", Server(host=world.url))
-    assert time.monotonic() - began < 5 and len(world.answers) == kfp_api.ATTEMPTS - 1
 
 
 @pytest.mark.slow
@@ -414,7 +385,7 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
     app = typer.Typer()
     cluster.add_to(app)
     runner = CliRunner()
-    world.script = [("FAILED", {"prune-1": "FAILED"})]
+    world.script = ["FAILED"]
     started = [
         "submit",
         str(TINY),
@@ -427,10 +398,8 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
         "seed=3",
     ]
     done = runner.invoke(app, started)
-    assert done.exit_code == 1 and "prune-1: FAILED" in done.output, done.output
+    assert done.exit_code == 1 and ": FAILED: see `kubectl" in done.output, done.output
     assert world.runs[0]["runtime_config"]["parameters"] == {"seed": 3}
     assert runner.invoke(app, ["status", "run-0", "--host", world.url]).exit_code == 1
     assert runner.invoke(app, ["retry", "run-0", "--host", world.url]).exit_code == 0
-    world.script = [("RUNNING", {})]
-    world.runs[0]["state"] = "RUNNING"
-    assert "asked to end" in runner.invoke(app, ["cancel", "run-0", "--host", world.url]).output
+    assert ": canceled" in runner.invoke(app, ["cancel", "run-0", "--host", world.url]).output

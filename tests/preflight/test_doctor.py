@@ -31,7 +31,7 @@ from ptl.config.export import Export
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.export.formats import check_here
-from ptl.local import images, seaweedfs, servers
+from ptl.local import images, servers
 from ptl.preflight import doctor, doctor_cluster, doctor_servers, gpus, in_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -108,9 +108,7 @@ def test_all_is_well_with_s3(config, bucket):
     lines = doctor.step_environment(config)
     assert states(lines) == {"MLflow": "ok", "store": "ok", "GPU": "ok"}, lines
     assert "refuses a second writer" in lines[1].message
-    left = bucket.client.list_objects_v2(
-        Bucket=seaweedfs.BUCKET, Prefix=bucket.root.partition("//")[2].partition("/")[2]
-    )
+    left = bucket.client.list_objects_v2(Bucket=servers.BUCKET, Prefix=bucket.root.partition("//")[2].partition("/")[2])
     assert left["KeyCount"] == 0
 
 

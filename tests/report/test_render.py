@@ -432,7 +432,7 @@ def test_the_terminal_table(records, settings, monkeypatch):
     printed = terminal_text(build(records, settings), "/tmp/report.html")
     assert all(part in printed for part in ("tiny[/]", "127,872", "98.0 %", "4 (final)", "1,600,000"))
     assert "…" not in printed  # 80 columns are enough
-    assert "Report: /tmp/report.html\n" in printed and "ptl ui" in printed
+    assert "Report: /tmp/report.html\n" in printed and "ptl up --ui" in printed
     assert "one-shot pruning reached 90.0 %." in " ".join(printed.split())
 
 

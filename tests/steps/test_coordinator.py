@@ -16,7 +16,7 @@ import mock_kubernetes
 import pytest
 from mock_kubernetes import pod
 
-from pipelines.prune_tune_loop import train_job
+from pipelines.prune_tune_loop.cluster import train_job
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.recovery.machines import Machines, machines
@@ -39,7 +39,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("KFP_RUN_ID", RUN)
     monkeypatch.setenv("KFP_POD_NAME", mock_kubernetes.OWN_POD)
     monkeypatch.setenv("PTL_NODES", "2")
-    monkeypatch.setenv(trainjob.TEMPLATE, train_job.template(config, "registry/ptl-recover:1"))
+    monkeypatch.setenv(trainjob.TEMPLATE, train_job(config, "registry/ptl-recover:1"))
     monkeypatch.setattr(coordinator, "POLL", 0.01)
     monkeypatch.setattr(kubernetes_api, "PATIENCE", 0)
     with mock_kubernetes.serving(tmp_path) as cluster:

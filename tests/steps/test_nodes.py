@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from recovering import DATA, DENSE, SHORT, cut, recover, weights
 
-from pipelines.prune_tune_loop import train_job
+from pipelines.prune_tune_loop.cluster import train_job
 from ptl.config.run import load_config
 from ptl.recovery.machines import free_port
 from ptl.steps import trainjob
@@ -78,7 +78,7 @@ def wait_for(condition, process, seconds=180):
 def test_nodes_and_the_coordinator_may_die_and_the_result_is_that_of_one_machine(pruned, environment, tmp_path):
     folder, pointer = pruned
     config = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml", {"resources.steps.recover.nodes": 2})
-    template = json.loads(train_job.template(config, "ptl-recover"))
+    template = json.loads(train_job(config, "ptl-recover"))
     template["spec"]["trainer"]["command"][0] = sys.executable
     call = call_of(pointer, tmp_path)
 

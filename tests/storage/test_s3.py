@@ -18,7 +18,7 @@ import pytest
 from conftest import free_port
 
 from ptl.errors import InputError, WorkError
-from ptl.local import seaweedfs, servers
+from ptl.local import servers
 from ptl.storage import s3_client, store
 from ptl.storage.manifest import digest_of
 
@@ -323,7 +323,7 @@ def test_memory_is_bounded(s3, folder, tmp_path):
 def test_server_restarted_in_mid_transfer(s3, folder, tmp_path, monkeypatch):
     root, port = tmp_path / "own", free_port()
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    for name, value in seaweedfs.up(root, port).items():
+    for name, value in servers.s3_up(root, port).items():
         monkeypatch.setenv(name, value)
     (folder / "model.safetensors").write_bytes(random.Random(3).randbytes(150 * MIB))
     moved, restarts = [], []
@@ -331,7 +331,7 @@ def test_server_restarted_in_mid_transfer(s3, folder, tmp_path, monkeypatch):
     def again():
         os.kill(json.loads((root / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL)
         time.sleep(2)
-        seaweedfs.up(root, port)
+        servers.s3_up(root, port)
 
     def restart(count):
         """Called while bytes move: kill the server when a third has moved, and start it again."""
@@ -341,7 +341,7 @@ def test_server_restarted_in_mid_transfer(s3, folder, tmp_path, monkeypatch):
             restarts[0].start()
 
     try:
-        location = f"s3://{seaweedfs.BUCKET}/ptl/models/a"
+        location = f"s3://{servers.BUCKET}/ptl/models/a"
         pointer = store.Pointer(location, digest_of(store.publish(folder, location, on_progress=restart)))
         restarts.pop().join()
         moved.clear()

@@ -1,4 +1,4 @@
-"""`ptl images`: print, build or push the images that the pipeline's steps run in, and print their digests."""
+"""What a machine needs beside the package: `ptl up` starts servers, `ptl images` makes the images of the steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,45 @@ from typing import Annotated
 
 import typer
 
-from ptl import __version__
+from ptl import __version__, extras, processes
+from ptl.cli.options import HOME, Home
 from ptl.errors import InputError
+from ptl.local import servers
+
+
+def up(
+    home: Home = HOME,
+    s3_port: Annotated[
+        int | None,
+        typer.Option(help="port of SeaweedFS, which also uses the next three; default: the last one, or 8433"),
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(help="port of MLflow; default: the last one, or 15000 (5000 with --ui)")
+    ] = None,
+    backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; default: sqlite")] = None,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="instead, browse runs made without --s3 in MLflow, until you press Ctrl-C")
+    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="stop what an earlier `ptl up` has started")] = False,
+) -> None:
+    """Start a real S3 and a real MLflow server on loopback, and print the environment variables to use them."""
+    home = home.absolute()
+    if ui and stop:
+        raise InputError("they exclude each other", field="--ui and --stop", remedy="end --ui by Ctrl-C")
+    if stop:
+        print("stopped:", ", ".join(servers.down(home)) or "nothing was running")
+        return
+    # MLflow's server would end with a traceback of its own.
+    extras.need("flask", "up")
+    if ui:
+        servers.ui(home, mlflow_port or 5000)
+    with processes.interruptible(
+        "run the same command again to start what is missing; `ptl up --stop` stops what was started"
+    ):
+        environment = servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
+    # In the shell's form, to be pasted.
+    for name, value in environment.items():
+        print(f"export {name}={value}")
 
 
 def images(
