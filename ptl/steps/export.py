@@ -35,14 +35,14 @@ def export(call: Call) -> None:
     gate = call.section(Gate, "gate")
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
-        from ptl.export import measured
+        from ptl.export import formats
 
         limit_threads(final.params)
         # A run that ends with the dense model has one form only.
         folders = {"final": src} if final.digest == dense.digest else {"dense": fetch(dense), "final": src}
         # Beside `dst`, with its name in front: a retry starts from empty folders and removes those of killed attempts.
         made = {name: dst if name == "final" else dst.with_name(f"{dst.name}-{name}") for name in folders}
-        report, items = measured.write_and_score(folders, made, form, calibration, evaluate, seed)
+        report, items = formats.write_and_score(folders, made, form, calibration, evaluate, seed)
         for note in report.notes:
             say(call.step.name, note)
         scored = {name: _evaluation(run, checkpoint, call.settings["iterations"]) for name, checkpoint in compared}

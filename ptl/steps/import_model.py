@@ -61,7 +61,9 @@ def import_model(call: Call) -> None:
     path = settings["model"]
     revision = settings["revision"]
     folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
-    check_exports(folder, [check(Export, form, "export") for form in settings["exports"]])
+    exports = [check(Export, export, "export") for export in settings["exports"]]
+    # This step's image does not have llama.cpp.
+    check_exports(folder, [export for export in exports if export.format != "gguf"])
 
     # The page of the pipeline run shows what it was started with, as soon as that is known to be right; when it is
     # resumed, also data that has changed. On one machine the run's id is its title.

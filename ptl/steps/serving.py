@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptl.config.export import ServedFormat
+from ptl.config.export import ServedFormat, gguf_name
 from ptl.config.run import Config
 from ptl.export import kserve
-from ptl.export.formats import gguf_name
 from ptl.lineage import model_registry
 from ptl.steps.versions import Records, score_tags
 from ptl.storage.store import Pointer
