@@ -33,36 +33,31 @@ class SpeedRow:
     @property
     def cells(self) -> tuple[str, ...]:
         """Label with unit, dense, final and speed-up, formatted."""
-        return (
-            f"{self.label} ({self.unit})",
-            _three_digits(self.dense),
-            _three_digits(self.final),
-            f"{self.times:.2f} x",
-        )
+        return f"{self.label} ({self.unit})", _digits(self.dense), _digits(self.final), f"{self.times:.2f} x"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits below 1,000, whole numbers above."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
 def rows(speed: Metadata) -> list[SpeedRow]:
     """One for each measure; none where nothing was measured."""
     if "models" not in speed:
         return []
-    dense = speed["models"]["dense"]
-    final = speed["models"]["final"]
+    dense, final = speed["models"]["dense"], speed["models"]["final"]
     measures = []
     for phase in PHASES:
         field = f"{phase}_tokens_per_s"
         for old, new in zip(dense["speed"], final["speed"], strict=True):
             label = f"{phase.capitalize()}, batch {old['batch']}"
-            times = new[field] / old[field]
-            row = SpeedRow(phase, label, old[field], new[field], "tokens/s", times)
-            measures.append(row)
+            measures.append(SpeedRow(phase, label, old[field], new[field], "tokens/s", new[field] / old[field]))
     # Seconds: less is faster. None where a model solved nothing.
-    before = dense["seconds_per_solved"]
-    after = final["seconds_per_solved"]
+    before, after = dense["seconds_per_solved"], final["seconds_per_solved"]
     if before and after:
         scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
         times = before / after
-        row = SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times)
-        measures.append(row)
+        measures.append(SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times))
     return measures
 
 
@@ -77,20 +72,15 @@ def sentence(speed: Metadata) -> str:
     for phase in PHASES:
         times = [row.times for row in measures if row.kind == phase]
         if times:
-            parts.append(f"{phase} {_times_range(times)} times as fast (batch {batches})")
-    for row in measures:
-        if row.kind == "solved":
-            before = _three_digits(row.dense)
-            after = _three_digits(row.final)
-            parts.append(f"{after} instead of {before} {row.unit} per solved problem")
+            span = dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))
+            parts.append(f"{phase} {' to '.join(span)} times as fast (batch {batches})")
+    parts += [
+        f"{_digits(row.final)} instead of {_digits(row.dense)} {row.unit} per solved problem"
+        for row in measures
+        if row.kind == "solved"
+    ]
     comparison = f"Speed of the final model beside the dense one: {', '.join(parts)}."
     return f"{comparison} {disturbance(speed)}".rstrip()
-
-
-def _times_range(times: list[float]) -> str:
-    low = f"{min(times):.2f}"
-    high = f"{max(times):.2f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def disturbance(speed: Metadata) -> str:
@@ -98,9 +88,10 @@ def disturbance(speed: Metadata) -> str:
     others = speed.get("beside")
     if not others:
         return ""
-    names = " and ".join(others)
     were = "was" if len(others) == 1 else "were"
-    return f"While speed was measured, {names} {were} computing on the same node: read the ratio with care."
+    return (
+        f"While speed was measured, {' and '.join(others)} {were} computing on the same node: read the ratio with care."
+    )
 
 
 def setting(speed: Metadata) -> str:
@@ -116,18 +107,9 @@ def metrics(models: dict[str, Any]) -> dict[str, float]:
     numbers = {}
     for name, model in models.items():
         for row in model["speed"]:
-            for phase in PHASES:
-                tokens_per_s = f"{phase}_tokens_per_s"
-                numbers[f"speed/{name}/{tokens_per_s}/batch_{row['batch']}"] = row[tokens_per_s]
+            for field in (f"{phase}_tokens_per_s" for phase in PHASES):
+                numbers[f"speed/{name}/{field}/batch_{row['batch']}"] = row[field]
         # None where nothing was solved: MLflow takes numbers only.
-        seconds = model["seconds_per_solved"]
-        if seconds is not None:
-            numbers[f"speed/{name}/seconds_per_solved"] = seconds
+        if model["seconds_per_solved"] is not None:
+            numbers[f"speed/{name}/seconds_per_solved"] = model["seconds_per_solved"]
     return numbers
-
-
-def _three_digits(value: float) -> str:
-    """Three significant digits below 1,000, whole numbers above."""
-    if value < 1000:
-        return f"{value:#.3g}".rstrip(".")
-    return f"{value:,.0f}"

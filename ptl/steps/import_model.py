@@ -114,7 +114,7 @@ def _name_earlier_runs(run: StepRun, earlier_runs: str) -> None:
 
 def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     """Publish the benchmarks' items for all recoveries of the run, which find their record by its id."""
-    from ptl.evaluation.items import write_items
+    from ptl.evaluation.evaluate import write_items
 
     with noting_errors(run):
         items = dataclasses.replace(run, step=BENCHMARK_ITEMS)

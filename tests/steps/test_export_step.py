@@ -46,6 +46,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
     def model(step, data):
         def work(_src, dst, _run):
             (dst / "model.safetensors").write_bytes(data)
+            (dst / "config.json").write_text("{}")
             return {"params": 9}
 
         return Pointer(**execute(Step(step, experiment), None, {}, work)["pointer"])
