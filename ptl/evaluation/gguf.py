@@ -70,7 +70,6 @@ class GGUFAnswers:
 
     def __init__(self, file: Path, src: Path, settings: Evaluate) -> None:
         super().__init__()
-        self.tokenizer_name = str(src)
         self.tokenizer = checks.load_tokenizer(src)
         self.model = LlamaModel(file)
         self._batch_size = settings.batch_size
@@ -86,6 +85,11 @@ class GGUFAnswers:
                 field="evaluate.chat_template",
                 remedy="export the checkpoint again with its template, or set it to false",
             )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The checkpoint's folder, for the harness's caches."""
+        return str(self.tokenizer.name_or_path)
 
     @property
     def eot_token_id(self) -> int:
