@@ -144,8 +144,10 @@ def compare_logits(file: Path, src: Path, sequences: Sequence[Sequence[int]], bi
         there = LlamaContext(runtime, 1, len(tokens)).append([Part(0, tokens, len(tokens))])  # [tokens, vocabulary]
         with torch.inference_mode():
             here = model(torch.tensor([tokens])).logits[0].float().numpy()
+        # The converter may leave out tokens that the tokenizer does not have.
+        size = min(there.shape[-1], here.shape[-1])
         # The same number may be added to all logits of a token.
-        there, here = (logits - logits.mean(-1, keepdims=True) for logits in (there, here))
+        there, here = (logits[:, :size] - logits[:, :size].mean(-1, keepdims=True) for logits in (there, here))
         difference += float(np.square(there - here, dtype=np.float64).sum())
         total += float(np.square(here, dtype=np.float64).sum())
     share = (difference / total) ** 0.5
@@ -172,7 +174,7 @@ def small_sequences() -> list[list[int]]:
 def write_small(src: Path, dst: Path) -> Path:
     """Write a random model with the config of `src`, but narrow, and without its tokenizer, to `dst`; returns that.
 
-    It has all the layers, one group of heads in each, few neurons, experts and tokens, and windows shorter than
+    It has all the layers, one or two heads in each, few neurons, experts and tokens, and windows shorter than
     `small_sequences`; its weights have 32 bits. Of `src` only config.json is read, and headers of the weights.
     """
     import torch
@@ -202,7 +204,7 @@ def write_small(src: Path, dst: Path) -> Path:
 
 def _small_sizes(config: Any) -> dict[str, Any]:
     heads = config.num_attention_heads
-    group = heads // (getattr(config, "num_key_value_heads", None) or heads)  # of queries, with the same keys
+    group = min(2, heads // (getattr(config, "num_key_value_heads", None) or heads))  # heads that share their keys
     experts_per_token = getattr(config, "num_experts_per_tok", None) or 0
     groups = getattr(config, "n_group", None) or 1  # of experts
     experts = groups * (experts_per_token // groups + 2)

@@ -164,23 +164,23 @@ def _quantize(src: Path, type: str) -> Path:
 
 
 def _rounding_notes(file: Path, type: str) -> list[str]:
-    """One sentence for each length of rows because of which tensors are stored otherwise than `type` says."""
+    """One sentence for each length of rows because of which tensors are stored in a larger type than `type`."""
     from gguf import GGUFReader
 
     block = K_BLOCK if "_k" in type else BLOCK
-    stored: dict[int, dict[str, set[str]]] = {}  # names without the layer, by the length of rows and what is stored
+    larger: dict[int, set[str]] = {}  # names without the layer, by the length of rows
     for tensor in GGUFReader(file).tensors:
         row = int(tensor.shape[0])
         # Norms and biases have one dimension, and a mixture's router stays as it is.
         if len(tensor.shape) > 1 and row % block and "ffn_gate_inp" not in tensor.name:
-            stored.setdefault(row, {}).setdefault(tensor.tensor_type.name, set()).add(LAYER.sub("", tensor.name))
+            larger.setdefault(row, set()).add(LAYER.sub("", tensor.name))
     notes = []
-    for row, tensors in sorted(stored.items()):
-        parts = [f"{', '.join(sorted(names))} as {name}" for name, names in sorted(tensors.items())]
+    for row, names in sorted(larger.items()):
         remedy = "the width of the FFN does not change that"
-        if any(name.startswith("ffn_down") for names in tensors.values() for name in names):
+        if any(name.startswith("ffn_down") for name in names):
             remedy = f"prune with prune.width_multiple: {block}"
-        notes.append(f"{type} needs rows of a multiple of {block}; of {row} are {', and '.join(parts)}: {remedy}")
+        listed = ", ".join(sorted(names))
+        notes.append(f"{type} needs rows of a multiple of {block}; of {row} are {listed}, in a larger type: {remedy}")
     return notes
 
 

@@ -54,8 +54,8 @@ def test_the_types_of_the_config_are_those_that_can_be_written():
 def test_rows_that_are_no_multiple_of_256_are_named_with_what_is_stored(narrow, tmp_path):
     attention, ffn = write_gguf(narrow, tmp_path / "model.gguf", "q4_k_m")
     assert attention.startswith("q4_k_m needs rows of a multiple of 256; of 64 are attn_k, attn_output, ")
-    assert " as Q5_0, and " in attention and attention.endswith(": the width of the FFN does not change that")
-    assert "; of 192 are ffn_down as Q5_0, and ffn_down as Q8_0: prune with prune.width_multiple: 256" in ffn
+    assert attention.endswith(", in a larger type: the width of the FFN does not change that")
+    assert "; of 192 are ffn_down, in a larger type: prune with prune.width_multiple: 256" in ffn
     assert write_gguf(narrow, tmp_path / "other.gguf", "q4_0") == []  # in blocks of 32
 
 
@@ -63,9 +63,7 @@ def test_rows_that_are_no_multiple_of_256_are_named_with_what_is_stored(narrow, 
 def test_rows_that_are_no_multiple_of_32_stay_in_16_bits(type, tmp_path):
     folder = model_of(tmp_path / "model", hidden_size=64, intermediate_size=40, head_dim=16)
     (note,) = write_gguf(folder, tmp_path / "model.gguf", type)
-    assert (
-        note == f"{type} needs rows of a multiple of 32; of 40 are ffn_down as F16: prune with prune.width_multiple: 32"
-    )
+    assert note.endswith("of 32; of 40 are ffn_down, in a larger type: prune with prune.width_multiple: 32")
 
 
 def test_an_unknown_type_is_named_before_anything_is_read(tmp_path):
