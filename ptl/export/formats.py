@@ -14,6 +14,7 @@ from ptl.evaluation.paired import Item
 from ptl.extras import Check
 from ptl.model import pretrained, text_tower
 from ptl.model.config_fields import longrope_limit
+from ptl.model.families import ConfigJson
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers", "auto")  # values of prune.target
 WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation
@@ -98,22 +99,31 @@ def layer_warnings(src: Path, exports: Iterable[Export], target: str) -> list[st
     """
     if target not in REMOVE_LAYERS:
         return []
-    config = pretrained.config_with_defaults(text_tower.read_config(src))
-    kinds = {*(getattr(config, "layer_types", None) or ())}
+    content = text_tower.read_config(src)
+    model_type = content["model_type"]
     warnings = []
-    if (len(kinds) > 1 or getattr(config, "no_rope_layers", None)) and any(e.format == "gguf" for e in exports):
+    if any(export.format == "gguf" for export in exports) and _have_different_attention(content):
         warnings.append(
-            f"prune.target={target} may remove layers, and llama.cpp may know the attention of a layer of "
-            f"{config.model_type} by its number: whether GGUF can be made of the layers that are left is known only "
-            "after the loop. Rehearse the run (--rehearse), set prune.target=neurons, or export to compressed-tensors"
+            f"prune.target={target} may remove layers, and llama.cpp may know the attention of a layer of {model_type} "
+            "by its number: whether GGUF can be made of the layers that are left is known only after the loop. "
+            "Rehearse the run (--rehearse), set prune.target=neurons, or export to compressed-tensors"
         )
-    if config.model_type == "gpt_oss":
+    if model_type == "gpt_oss":
         warnings.append(
             f"prune.target={target} may remove layers, and vLLM gives every other layer of gpt_oss a window, whatever "
             "its config says: it would compute another model, without an error: set prune.target=experts, or serve "
             "with transformers"
         )
     return warnings
+
+
+def _have_different_attention(content: ConfigJson) -> bool:
+    """Whether a model's layers differ in their windows or rotary embeddings; false where transformers is absent."""
+    if not pretrained.can_build():
+        return False
+    config = pretrained.config_with_defaults(content)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return len(kinds) > 1 or bool(getattr(config, "no_rope_layers", None))
 
 
 def context_notes(src: Path) -> list[str]:
