@@ -50,13 +50,7 @@ def score_task(
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose_metric(first, task.metric)
-    # Every sample is logged once for each filter that extracts an answer.
-    samples = [
-        (harness_task, sample)
-        for member, harness_task in loaded.items()
-        for sample in results["samples"][member]
-        if sample["filter"] == extraction
-    ]
+    samples = _samples(results, loaded, extraction)
     values = [sample[metric] for _, sample in samples]
     # Right and wrong answers; or a metric of the whole task.
     items: list[Item] = []
@@ -96,6 +90,16 @@ def score_task(
         seconds=lm.seconds,
     )
     return score, items
+
+
+def _samples(results: Any, loaded: dict[str, Any], extraction: str) -> list[tuple[Any, Any]]:
+    """(the harness's task, sample) of every item."""
+    samples = []
+    for member, harness_task in loaded.items():
+        # Every sample is logged once for each filter that extracts an answer.
+        logged = results["samples"][member]
+        samples += [(harness_task, sample) for sample in logged if sample["filter"] == extraction]
+    return samples
 
 
 def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate) -> Any:
