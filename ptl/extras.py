@@ -17,7 +17,7 @@ Check = Callable[[], object]  # raises InputError
 MODULES = {
     "prune": ("torch", "transformers", "accelerate", "datasets", "safetensors", "pyarrow"),
     "recover": ("trl", "peft", "math_verify"),
-    "evaluate": ("lm_eval", "jinja2", "matplotlib"),
+    "evaluate": ("lm_eval", "jinja2", "matplotlib", "compressed_tensors"),
     "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
     "gguf": ("convert_hf_to_gguf", "gguf", "llama_cpp_py_sync"),
 }

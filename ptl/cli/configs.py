@@ -141,7 +141,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     """
     from ptl.data import training_amount
     from ptl.evaluation import language_models
-    from ptl.export import formats, llama_cpp
+    from ptl.export import formats
     from ptl.model import pretrained
     from ptl.preflight import advice, preflight, target
 
@@ -172,14 +172,13 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     if dimensions is None:
         warn(unchecked)
         return None
-    formats.check_exports(folder, config.export)
     is_served = config.export or config.evaluate.backend == "vllm"
-    notes = llama_cpp.context_notes(folder) if is_served else []
+    notes = formats.context_notes(folder) if is_served else []
 
-    def compare_tokens() -> None:
-        notes.extend(formats.check_tokenizer(folder, config.export))
+    def check_exports() -> None:
+        notes.extend(formats.check_exports(folder, config.export))
 
-    unchecked += extras.not_checked([compare_tokens], excused)
+    unchecked += extras.not_checked([check_exports], excused)
     warn(list(dict.fromkeys([*unchecked, *notes])))
     warn(formats.layer_warnings(folder, config.export, config.prune.target))
     numbered = target.with_number(config)

@@ -79,10 +79,11 @@ def export(
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
     if to == "gguf":
+        from ptl.export.formats import context_notes
         from ptl.export.gguf import check_type, write_gguf
 
         check_type(type, "--type")
-        notes = write_gguf(src, dst, type)
+        notes = [*write_gguf(src, dst, type), *context_notes(src)]
         print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
     else:
         notes = _export_compressed(src, dst, type, config)
@@ -92,6 +93,7 @@ def export(
 
 def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> list[str]:
     from ptl.export import compressed_tensors
+    from ptl.export.formats import context_notes
     from ptl.model import checkpoint
 
     types = TYPES["compressed-tensors"]
@@ -104,10 +106,10 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
         )
     settings = load_config(config) if needs_text and config is not None else None
     calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
-    notes = compressed_tensors.write_calibrated(src, dst, type, calibration, seed)
+    compressed_tensors.write_compressed(src, dst, type, calibration, seed)
     written = sum(path.stat().st_size for path in checkpoint.shards(dst))
     print(f"wrote {dst}: {written:,} bytes of weights")
-    return notes
+    return context_notes(src)
 
 
 def _write_report(source: str, folder: Path) -> None:

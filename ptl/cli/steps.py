@@ -94,7 +94,8 @@ def recover(
     Rows that share text with the config's benchmarks are left out where lm-evaluation-harness is installed.
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
-    from ptl.evaluation import items, task_yaml
+    from ptl.evaluation import task_yaml
+    from ptl.evaluation.evaluate import write_items
     from ptl.recovery.job import RecoveryJob, StageBudget, progress
     from ptl.recovery.recover import recover_checkpoint
 
@@ -107,7 +108,7 @@ def recover(
         benchmark_items = None
         if settings.training.decontaminate.tasks and task_yaml.harness_folder():
             benchmark_items = Path(items_folder)
-            items.write_items(benchmark_items, settings.evaluate, settings.seed)
+            write_items(benchmark_items, settings.evaluate, settings.seed)
         elif settings.training.decontaminate.tasks:
             print("training rows are not compared with the benchmarks: lm-evaluation-harness is not installed")
         # A training of other inputs is left alone: its weights must not become this one's.

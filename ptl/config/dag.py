@@ -73,7 +73,7 @@ def _name_parts(name: str) -> tuple[str, ...]:
 
 
 def export_step(export: Export) -> str:
-    """The step that makes and evaluates this form of the final model, for example export-gguf-q4-k-m."""
+    """The step that makes and evaluates this export of the final model, for example export-gguf-q4-k-m."""
     return f"export-{export.name}".replace("_", "-")
 
 
@@ -114,10 +114,10 @@ def nodes(config: Config) -> list[Node]:
         steps += control
         results["control"] = Source(control[-1].name, "accepted")
 
-    # Forms of the final model for other runtimes; each is compared with the same form of the dense model.
-    forms = [export_step(export) for export in config.export]
+    # Exports of the final model; each is compared with the same export of the dense model.
+    exports = [export_step(export) for export in config.export]
     dense_scores = () if gated else ("evaluate-0",)
-    steps += [Node(form, {"model": accepted, "dense": dense}, dense_scores) for form in forms]
+    steps += [Node(export, {"model": accepted, "dense": dense}, dense_scores) for export in exports]
 
     # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
     inputs = {source.step for source in results.values()}

@@ -1,4 +1,4 @@
-"""Which forms of the final checkpoint a run makes for other runtimes."""
+"""Which exports of the final checkpoint a run makes for other runtimes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ TYPES = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m"),
     "compressed-tensors": ("fp8", "int8", "w4a16"),
 }
-
-
-# What a server loads: a checkpoint, or a form of it.
+# What a server loads: a checkpoint, or an export of it
 ServedFormat = Literal["transformers", "gguf", "compressed-tensors"]
 
 
+def gguf_name(type: str) -> str:
+    """The file that an export to GGUF has."""
+    return f"model-{type}.gguf"
+
+
 class Export(Section):
-    """One form of the final checkpoint."""
+    """One export of the final checkpoint."""
 
     format: Literal["gguf", "compressed-tensors"]
     """gguf: for llama.cpp; compressed-tensors: quantized weights for vLLM and transformers"""

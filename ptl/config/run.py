@@ -219,7 +219,7 @@ class Config(Section):
     control: bool = True
     """add the control: one-shot pruning to the same size, with the same tokens in total"""
     export: tuple[Export, ...] = ()
-    """forms of the final checkpoint for other runtimes, each made and evaluated by a step of its own"""
+    """exports of the final checkpoint for other runtimes, each made and evaluated by a step of its own"""
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """seed of calibration, training and generation"""
 

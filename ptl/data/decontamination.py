@@ -162,7 +162,7 @@ def sentence(report: dict[str, Any]) -> str:
 def build(settings: Decontaminate, benchmark_items: Path | None) -> Filter | None:
     """The filter against what the settings name; None where that is nothing.
 
-    `benchmark_items` is the folder of ptl.evaluation.items: those of `evaluate.tasks`, so that neither the benchmarks'
+    `benchmark_items` is the folder of `write_items`: those of `evaluate.tasks`, so that neither the benchmarks'
     data nor the harness is needed here.
     """
     if not settings.tasks and not settings.against:

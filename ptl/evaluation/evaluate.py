@@ -1,20 +1,20 @@
-"""Scores of a checkpoint: benchmark accuracy by lm-evaluation-harness with every item's outcome, and what it costs."""
+"""Scores of a checkpoint: accuracy of each benchmark with every item's outcome, and what the model costs."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl.config.run import Evaluate
+from ptl.config.run import Evaluate, Task
 from ptl.errors import InputError
-from ptl.evaluation import helpers, language_models
+from ptl.evaluation import helpers, language_models, task_loading, tasks
 from ptl.evaluation.paired import Item
 from ptl.evaluation.scoring import TaskScore, score_task
 from ptl.evaluation.speed import measure_speed
-from ptl.evaluation.tasks import check_tasks
 from ptl.model import checks, cost, pretrained
 
 ITEMS = "items.jsonl"
@@ -46,7 +46,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     and for a checkpoint that is not supported before the model is loaded.
     """
     started = time.monotonic()
-    check_tasks(settings)
+    tasks.check_tasks(settings)
     static = cost.from_config(src)
     pretrained.skeleton(src)
     checks.load_tokenizer(src)
@@ -93,10 +93,13 @@ def _write_files(dst: Path, scores: Scores, items: list[Item], timed: bool) -> N
     if not timed:
         for record in (raw, *raw["tasks"]):
             del record["seconds"]
-    dst.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
-    (dst / ITEMS).write_text("".join(lines))
+    _write_lines(dst, items)
     (dst / SCORES).write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _write_lines(dst: Path, items: Iterable[Item]) -> None:
+    dst.mkdir(parents=True, exist_ok=True)
+    (dst / ITEMS).write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
 
 
 def read_items(path: Path) -> list[Item]:
@@ -107,3 +110,30 @@ def read_items(path: Path) -> list[Item]:
         raise InputError(f"no {ITEMS} at {path}", remedy="evaluate the checkpoint first")
     with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in an answer too
         return [json.loads(line) for line in lines]
+
+
+def write_items(dst: Path, settings: Evaluate, seed: int) -> int:
+    """Write dst/items.jsonl without any model's answers: what recovery must not train on; returns how many items.
+
+    A line is an item that will be scored: task, prompt without few-shot examples, target. A task whose items have no
+    prompt (perplexity of whole texts) has one line, with its name alone. Needs the harness and the benchmarks' data,
+    but no model: neither tokenizer nor chat template counts.
+    """
+    lines: list[Item] = []
+    number = 0
+    for task in settings.tasks:
+        items = list(_unanswered(task, settings, seed))
+        number += len(items)
+        lines += items or [{"task": tasks.score_name(task)}]
+    _write_lines(dst, lines)
+    return number
+
+
+def _unanswered(task: Task, settings: Evaluate, seed: int) -> Iterator[Item]:
+    """The items of a task, or of all members of a group, as they are scored with this seed."""
+    name = tasks.score_name(task)
+    for loaded in task_loading.load_tasks(tasks.find(task.name), task, settings, seed).values():
+        for _, doc in loaded.doc_iterator(limit=task.limit):
+            prompt = str(loaded.doc_to_text(doc))
+            if prompt.strip():
+                yield {"task": name, "prompt": prompt, "target": str(loaded.doc_to_target(doc))}

@@ -50,113 +50,137 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
     It answers greedily, with the file's own tokens: InputError before the first answer where they are not those of the
     checkpoint's tokenizer, or where the chat template is asked for and is not the checkpoint's.
     """
-    from lm_eval import utils
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
-    from lm_eval.models.utils import postprocess_generated_text as cut_at
 
-    class GGUFModel(TemplateLM):
-        tokenizer_name = str(src)
-        max_gen_toks = MAX_GENERATED
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokenizer = tokenizer
-            self.model = model
-            self.max_length = settings.max_length or limit or model.context_length
-
-        @property
-        def eot_token_id(self) -> int:
-            return int(tokenizer.eos_token_id)
-
-        @property
-        def prefix_token_id(self) -> int:
-            bos = tokenizer.bos_token_id
-            return self.eot_token_id if bos is None else int(bos)
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            special = add_special_tokens
-            if special is None:
-                special = not has_bos_prefix(string, tokenizer.decode(self.prefix_token_id))
-            return checked_tokens(model, tokenizer, string, special)
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            # All prompts are read, and their tokens compared, before the first answer.
-            answers = [self._ask(*request.args) for request in requests]
-            answer_all(model, tokenizer, answers, settings.batch_size, context)
-            texts = []
-            for request, answer in zip(requests, answers, strict=True):
-                text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                ended = len(answer.tokens) < answer.limit or any(stop in text for stop in answer.stop)
-                self.notes[request.args[0]] = AnswerNote(len(answer.tokens), truncated=not ended)
-                texts.append(cut_at(text, answer.stop, None))
-            return texts
-
-        def _ask(self, prompt: str, generation: dict[str, Any]) -> Answer:
-            options = normalize_gen_kwargs(generation, self.max_gen_toks)
-            if options.get("do_sample"):
-                raise InputError(
-                    "a task has answers sampled (do_sample), and of a GGUF file they are greedy",
-                    field="evaluate.tasks",
-                    remedy="use a task without do_sample",
-                )
-            eos = tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-            stop = handle_stop_sequences(options.get("until"), eos=eos)
-            tokens = self.tok_encode(prompt)
-            room = self.max_length - options["max_gen_toks"]
-            if room < 1:
-                raise InputError(
-                    f"an answer may have {options['max_gen_toks']} tokens, and prompt and answer together "
-                    f"{self.max_length}",
-                    field="evaluate.tasks.max_new_tokens",
-                    remedy="lower it, or raise evaluate.max_length",
-                )
-            self.cut_prompts += len(tokens) > room
-            return Answer(tokens[-room:], stop, options["max_gen_toks"])
-
-        def _loglikelihood_tokens(
-            self,
-            requests: list[tuple[Any, list[int], list[int]]],  # of the text, the prompt, and what may follow it
-            **_: Any,
-        ) -> list[tuple[float, bool]]:
-            # The last token has no other after it.
-            texts = [(prompt + choice)[-self.max_length - 1 :] for _, prompt, choice in requests]
-            lengths = [len(choice) for _, _, choice in requests]
-            return loglikelihoods(model, texts, lengths, context)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            sums = []
-            for request in requests:
-                tokens = self.tok_encode(request.args[0])
-                windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-                parts = [("", *utils.make_disjoint_window(window)) for window in windows]
-                sums.append(sum(likelihood for likelihood, _ in self._loglikelihood_tokens(parts)))
-            return sums
-
-    class NotedModel(AnswerNotes, GGUFModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.start_notes()
+    class NotedModel(AnswerNotes, GGUFAnswers, TemplateLM):
+        """The harness's methods around ours."""
 
     cache_templates()
-    tokenizer = checks.load_tokenizer(src)
-    model = LlamaModel(file)
-    # llama.cpp chooses longrope's factors by the size of the context: here as in a server for texts of max_length.
-    limit = longrope_limit(checkpoint.read_config(src))
-    context = settings.max_length if limit and settings.max_length and settings.max_length > limit else 0
-    if settings.chat_template:
-        _check_chat_template(model, tokenizer, file)
-    return NotedModel()
+    model = NotedModel(file, src, settings)
+    model.start_notes()
+    return model
+
+
+class GGUFAnswers:
+    """What a model of the harness (TemplateLM) does, by llama.cpp."""
+
+    notes: dict[str, AnswerNote]  # of AnswerNotes
+    cut_prompts: int
+    max_gen_toks = MAX_GENERATED
+
+    def __init__(self, file: Path, src: Path, settings: Evaluate) -> None:
+        super().__init__()
+        self.tokenizer = checks.load_tokenizer(src)
+        self.model = LlamaModel(file)
+        self._batch_size = settings.batch_size
+        # llama.cpp chooses longrope's factors by the size of the context: here as in a server for texts of max_length.
+        limit, longest = longrope_limit(checkpoint.read_config(src)), settings.max_length
+        self._context_length = longest if limit and longest and longest > limit else 0
+        self.max_length: int = longest or limit or self.model.context_length
+        template = self.tokenizer.chat_template
+        # llama.cpp's server would write another chat than the evaluation does.
+        if settings.chat_template and (not template or self.model.chat_template() != template):
+            raise InputError(
+                f"{file} does not have the chat template of the checkpoint's tokenizer",
+                field="evaluate.chat_template",
+                remedy="export the checkpoint again with its template, or set it to false",
+            )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The checkpoint's folder, for the harness's caches."""
+        return str(self.tokenizer.name_or_path)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token at which an answer ends."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token in front of a text whose first token has a likelihood too."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text, with those at its ends unless they are written out or not asked for."""
+        from lm_eval.models.utils import has_bos_prefix
+
+        special = add_special_tokens
+        if special is None:
+            special = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        return checked_tokens(self.model, self.tokenizer, string, special)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers to prompts, up to a text that ends them."""
+        from lm_eval.models.utils import postprocess_generated_text as cut_at
+
+        # All prompts are read, and their tokens compared, before the first answer.
+        answers = [self._ask(*request.args) for request in requests]
+        answer_all(self.model, self.tokenizer, answers, self._batch_size, self._context_length)
+        texts = []
+        for request, answer in zip(requests, answers, strict=True):
+            text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            ended = len(answer.tokens) < answer.limit or any(stop in text for stop in answer.stop)
+            self.notes[request.args[0]] = AnswerNote(len(answer.tokens), truncated=not ended)
+            texts.append(cut_at(text, answer.stop, None))
+        return texts
+
+    def _ask(self, prompt: str, generation: dict[str, Any]) -> Answer:
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        options = normalize_gen_kwargs(generation, self.max_gen_toks)
+        if options.get("do_sample"):
+            raise InputError(
+                "a task has answers sampled (do_sample), and of a GGUF file they are greedy",
+                field="evaluate.tasks",
+                remedy="use a task without do_sample",
+            )
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(options.get("until"), eos=eos)
+        tokens = self.tok_encode(prompt)
+        room = self.max_length - options["max_gen_toks"]
+        if room < 1:
+            raise InputError(
+                f"an answer may have {options['max_gen_toks']} tokens, and prompt and answer together "
+                f"{self.max_length}",
+                field="evaluate.tasks.max_new_tokens",
+                remedy="lower it, or raise evaluate.max_length",
+            )
+        self.cut_prompts += len(tokens) > room
+        return Answer(tokens[-room:], stop, options["max_gen_toks"])
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],  # of the text, the prompt, and what may follow it
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        # The last token has no other after it.
+        texts = [(prompt + choice)[-self.max_length - 1 :] for _, prompt, choice in requests]
+        return loglikelihoods(self.model, texts, [len(choice) for *_, choice in requests], self._context_length)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of the context's length."""
+        from lm_eval import utils
+
+        sums = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
+            windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            parts = [("", *utils.make_disjoint_window(window)) for window in windows]
+            sums.append(sum(likelihood for likelihood, _ in self._loglikelihood_tokens(parts)))
+        return sums
 
 
 def checked_tokens(model: LlamaModel, tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -175,16 +199,6 @@ def checked_tokens(model: LlamaModel, tokenizer: Any, text: str, special: bool) 
         field="export",
         remedy="serve this checkpoint with transformers or vLLM, or remove such characters from the prompts",
     )
-
-
-def _check_chat_template(model: LlamaModel, tokenizer: Any, file: Path) -> None:
-    """Raise InputError where llama.cpp's server would write another chat than the evaluation does."""
-    if not tokenizer.chat_template or model.chat_template() != tokenizer.chat_template:
-        raise InputError(
-            f"{file} does not have the chat template of the checkpoint's tokenizer",
-            field="evaluate.chat_template",
-            remedy="export the checkpoint again with its template, or set it to false",
-        )
 
 
 def answer_all(model: LlamaModel, tokenizer: Any, answers: list[Answer], batch_size: int, context_length: int) -> None:

@@ -8,12 +8,11 @@ would depend on the number of GPUs, and scores could not be compared item by ite
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +47,7 @@ class Helper:
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
             # Ends with this process, however that ends.
-            tied([sys.executable, "-m", "ptl.evaluation.helpers", str(theirs.fileno())]),
+            tied([sys.executable, "-m", "ptl.evaluation.language_models", str(theirs.fileno())]),
             pass_fds=[theirs.fileno()],
             env=_environment(number, os.environ),
         )
@@ -120,35 +119,3 @@ def _environment(number: int, environment: Mapping[str, str]) -> Environment:
     device = str(number) if devices is None else devices[number] if number < len(devices) else ""
     # On CPUs one thread each: helpers share the cores.
     return {"OMP_NUM_THREADS": "1", **environment, cuda.VISIBLE: device}
-
-
-def main(connection: Connection) -> None:
-    """Answer requests until the connection is closed."""
-    from lm_eval.api.instance import Instance
-
-    from ptl.evaluation import language_models
-
-    # Ctrl-C reaches every process of the command: the one that evaluates ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    src, settings = connection.recv()
-    try:
-        model = language_models.language_model(src, settings)
-        connection.send(Share())
-        while True:
-            method, arguments = connection.recv()
-            model.start_notes()
-            requests = [Instance(method, {}, request, 0) for request in arguments]
-            answers = getattr(model, method)(requests, disable_tqdm=True)
-            connection.send(Share(answers, model.notes, model.cut_prompts))
-    except (EOFError, ConnectionError):
-        return  # the evaluation has ended
-    except Exception as error:
-        connection.send(Share(error=f"{type(error).__name__}: {error}"))
-        raise
-
-
-if __name__ == "__main__":
-    # As the module that others import: its classes are pickled under that name.
-    from ptl.evaluation import helpers
-
-    helpers.main(Connection(int(sys.argv[1])))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ptl import extras
 from ptl.config.run import Evaluate
-from ptl.evaluation.helpers import AnswerNote, Helper
+from ptl.evaluation.helpers import AnswerNote, Helper, Share
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, pretrained
 from ptl.model.config_fields import longrope_limit
@@ -238,3 +240,30 @@ def tensor_parallel(src: Path, gpus: int) -> int:
         return all(size % count == 0 for size in divided) and max(heads, count) % heads == 0
 
     return max((count for count in range(1, gpus + 1) if divides(count)), default=1)
+
+
+def main(connection: Connection) -> None:
+    """Answer the requests of an evaluation, as one of its helpers, until the connection is closed."""
+    from lm_eval.api.instance import Instance
+
+    # Ctrl-C reaches every process of the command: the one that evaluates ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    src, settings = connection.recv()
+    try:
+        model = language_model(src, settings)
+        connection.send(Share())
+        while True:
+            method, arguments = connection.recv()
+            model.start_notes()
+            requests = [Instance(method, {}, request, 0) for request in arguments]
+            answers = getattr(model, method)(requests, disable_tqdm=True)
+            connection.send(Share(answers, model.notes, model.cut_prompts))
+    except (EOFError, ConnectionError):
+        return  # the evaluation has ended
+    except Exception as error:
+        connection.send(Share(error=f"{type(error).__name__}: {error}"))
+        raise
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))

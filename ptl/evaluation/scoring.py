@@ -11,7 +11,6 @@ from ptl.errors import InputError
 from ptl.evaluation import task_loading, tasks
 from ptl.evaluation.helpers import AnswerNote
 from ptl.evaluation.paired import Item, wilson
-from ptl.evaluation.task_yaml import Spec
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def score_task(
     is_group = len(specs) > 1
     name = tasks.score_name(task)
 
-    loaded = load_tasks(specs, task, settings, seed)
+    loaded = task_loading.load_tasks(specs, task, settings, seed)
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose_metric(first, task.metric)
@@ -85,20 +84,12 @@ def score_task(
         num_fewshot=int(results["n-shot"][first.name]),
         truncated=_mean([note.truncated for note in notes]),
         higher_is_better=bool(directions.get(metric, True)),
-        code_timeouts=len(task_loading.timeouts),
+        code_timeouts=sum(harness_task.code_eval.timeouts for harness_task in loaded.values()),
         answer_tokens=_mean([note.tokens for note in notes]),
         cut_prompts=lm.cut_prompts / len(values),
         seconds=lm.seconds,
     )
     return score, items
-
-
-def load_tasks(specs: list[Spec], task: Task, settings: Evaluate, seed: int) -> dict[str, Any]:
-    """Name -> the harness's task: one, or the members of a group."""
-    from transformers import set_seed
-
-    set_seed(seed)  # as lm_eval.simple_evaluate does, with one seed for all generators
-    return {spec.name: task_loading.load_task(spec, task, settings, seed) for spec in specs}
 
 
 def _samples(results: Any, loaded: dict[str, Any], extraction: str) -> list[tuple[Any, Any]]:
@@ -120,7 +111,6 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
         task_loading.check_lengths(lm, harness_task)
     # What is noted is of this task alone.
     lm.start_notes()
-    task_loading.timeouts.clear()
     return evaluate(
         lm=lm,
         task_dict={"tasks": loaded},

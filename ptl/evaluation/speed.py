@@ -27,10 +27,13 @@ Timer = Callable[[int], Times]  # one repeat, in which the prompts are read this
 
 def measure_speed(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of models of transformers, as of `measure_in_turns`; the prompts are random tokens."""
+    import torch
 
     def timer(model: Any, batch: int) -> Timer:
-        prompts = _random_prompts(model, batch, settings.prompt_tokens, seed)
-        return partial(_time_once, model, prompts, settings.new_tokens)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, settings.prompt_tokens)
+        prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+        return partial(_time_once, model, prompts.to(model.device), settings.new_tokens)
 
     return measure_in_turns({name: partial(timer, model) for name, model in models.items()}, settings)
 
@@ -46,13 +49,20 @@ def measure_in_turns(
     Exactly `new_tokens` are generated. No repeats, no rows.
     """
     rows: dict[str, list[Measurement]] = {name: [] for name in models}
-    if settings.repeats == 0:
-        return rows
-    for batch in settings.batch_sizes:
-        timers = {name: timer(batch) for name, timer in models.items()}
-        times = _times_in_turns(timers, settings.repeats)
-        for name in models:
-            rows[name].append(_medians(times[name], settings, batch))
+    for batch in settings.batch_sizes if settings.repeats else ():
+        times = _times_in_turns({name: timer(batch) for name, timer in models.items()}, settings.repeats)
+        for name, repeats in times.items():
+            prefill, decode = (statistics.median(seconds) for seconds in zip(*repeats, strict=True))
+            rows[name].append(
+                {
+                    "batch": batch,
+                    "prefill_tokens_per_s": batch * settings.prompt_tokens / prefill,
+                    "decode_tokens_per_s": batch * settings.new_tokens / decode,
+                    "prefill_s": prefill,
+                    "decode_s": decode,
+                    "repeats": settings.repeats,
+                }
+            )
     return rows
 
 
@@ -63,37 +73,12 @@ def _times_in_turns(timers: Mapping[str, Timer], repeats: int) -> dict[str, list
     # read several times in a repeat.
     for name, time_once in timers.items():
         prefill, _ = time_once(1)
-        needed = 1 + int(PREFILL_SECONDS / max(prefill, 1e-9))
-        passes[name] = min(PREFILL_PASSES, needed)
+        passes[name] = min(PREFILL_PASSES, 1 + int(PREFILL_SECONDS / max(prefill, 1e-9)))
     times: dict[str, list[Times]] = {name: [] for name in timers}
     for _ in range(repeats):
         for name, time_once in timers.items():
             times[name].append(time_once(passes[name]))
     return times
-
-
-def _random_prompts(model: Any, batch: int, prompt_tokens: int, seed: int) -> Any:
-    """int64 [batch, prompt_tokens] on the model's device."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, prompt_tokens)
-    prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-    return prompts.to(model.device)
-
-
-def _medians(times: list[Times], settings: Speed, batch: int) -> Measurement:
-    """The medians of all repeats."""
-    prefill = statistics.median(prefill for prefill, _ in times)
-    decode = statistics.median(decode for _, decode in times)
-    return {
-        "batch": batch,
-        "prefill_tokens_per_s": batch * settings.prompt_tokens / prefill,
-        "decode_tokens_per_s": batch * settings.new_tokens / decode,
-        "prefill_s": prefill,
-        "decode_s": decode,
-        "repeats": settings.repeats,
-    }
 
 
 def _time_once(
@@ -154,32 +139,23 @@ def side_by_side(
     models = {name: language_models.language_model(folder, settings, seed) for name, folder in folders.items()}
     rows = measure_speed({name: lm.model for name, lm in models.items()}, settings.speed, seed)
     runs = _solve_in_turns(models, settings, seed)
-    measured = {}
-    for name, folder in folders.items():
-        params = cost.from_config(folder).params
-        measured[name] = {"params": params, "speed": rows[name], **_solving_speed(runs[name])}
+    measured = {
+        name: {"params": cost.from_config(folder).params, "speed": rows[name], **_solving_speed(runs[name])}
+        for name, folder in folders.items()
+    }
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     # All models have answered the same items.
     scores = next(iter(runs.values()))
     return {
-        "device": _device_name(),
+        "device": str(torch.cuda.get_device_name()) if torch.cuda.is_available() else cpu,
         "task": scores[0].task if scores else "",
         "items": scores[0].items if scores else 0,
         "batch_size": settings.batch_size,
-        "prompt_tokens": settings.speed.prompt_tokens,
-        "new_tokens": settings.speed.new_tokens,
-        "repeats": settings.speed.repeats,
+        **settings.speed.model_dump(include={"prompt_tokens", "new_tokens", "repeats"}),
         "models": measured,
         "seconds": time.monotonic() - started,
     }
-
-
-def _device_name() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, list[TaskScore]]:
@@ -190,8 +166,7 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     # A group's limit is that of each member.
     limit = min(settings.speed.items // len(specs), task.limit or settings.speed.items)
     # Without right answers no problem is solved.
-    has_accuracy = all(tasks.is_accuracy(spec, task.metric) for spec in specs)
-    if not limit or not has_accuracy:
+    if not limit or not all(tasks.is_accuracy(spec, task.metric) for spec in specs):
         return runs
     first_items = task.model_copy(update={"limit": limit})
     for _ in range(settings.speed.repeats):

@@ -33,36 +33,31 @@ class SpeedRow:
     @property
     def cells(self) -> tuple[str, ...]:
         """Label with unit, dense, final and speed-up, formatted."""
-        return (
-            f"{self.label} ({self.unit})",
-            _three_digits(self.dense),
-            _three_digits(self.final),
-            f"{self.times:.2f} x",
-        )
+        return f"{self.label} ({self.unit})", _digits(self.dense), _digits(self.final), f"{self.times:.2f} x"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits below 1,000, whole numbers above."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
 def rows(speed: Metadata) -> list[SpeedRow]:
     """One for each measure; none where nothing was measured."""
     if "models" not in speed:
         return []
-    dense = speed["models"]["dense"]
-    final = speed["models"]["final"]
+    dense, final = speed["models"]["dense"], speed["models"]["final"]
     measures = []
     for phase in PHASES:
         field = f"{phase}_tokens_per_s"
         for old, new in zip(dense["speed"], final["speed"], strict=True):
             label = f"{phase.capitalize()}, batch {old['batch']}"
-            times = new[field] / old[field]
-            row = SpeedRow(phase, label, old[field], new[field], "tokens/s", times)
-            measures.append(row)
+            measures.append(SpeedRow(phase, label, old[field], new[field], "tokens/s", new[field] / old[field]))
     # Seconds: less is faster. None where a model solved nothing.
-    before = dense["seconds_per_solved"]
-    after = final["seconds_per_solved"]
+    before, after = dense["seconds_per_solved"], final["seconds_per_solved"]
     if before and after:
         scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
         times = before / after
-        row = SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times)
-        measures.append(row)
+        measures.append(SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times))
     return measures
 
 
@@ -71,9 +66,10 @@ def disturbance(speed: Metadata) -> str:
     others = speed.get("beside")
     if not others:
         return ""
-    names = " and ".join(others)
     were = "was" if len(others) == 1 else "were"
-    return f"While speed was measured, {names} {were} computing on the same node: read the ratio with care."
+    return (
+        f"While speed was measured, {' and '.join(others)} {were} computing on the same node: read the ratio with care."
+    )
 
 
 def setting(speed: Metadata) -> str:
@@ -89,18 +85,9 @@ def metrics(models: dict[str, Any]) -> dict[str, float]:
     numbers = {}
     for name, model in models.items():
         for row in model["speed"]:
-            for phase in PHASES:
-                tokens_per_s = f"{phase}_tokens_per_s"
-                numbers[f"speed/{name}/{tokens_per_s}/batch_{row['batch']}"] = row[tokens_per_s]
+            for field in (f"{phase}_tokens_per_s" for phase in PHASES):
+                numbers[f"speed/{name}/{field}/batch_{row['batch']}"] = row[field]
         # None where nothing was solved: MLflow takes numbers only.
-        seconds = model["seconds_per_solved"]
-        if seconds is not None:
-            numbers[f"speed/{name}/seconds_per_solved"] = seconds
+        if model["seconds_per_solved"] is not None:
+            numbers[f"speed/{name}/seconds_per_solved"] = model["seconds_per_solved"]
     return numbers
-
-
-def _three_digits(value: float) -> str:
-    """Three significant digits below 1,000, whole numbers above."""
-    if value < 1000:
-        return f"{value:#.3g}".rstrip(".")
-    return f"{value:,.0f}"

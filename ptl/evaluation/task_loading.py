@@ -15,31 +15,39 @@ from ptl.errors import InputError, WorkError
 from ptl.evaluation import task_data, tasks
 from ptl.evaluation.task_yaml import SPLITS, Spec
 
-# Of the answers whose code has run out of time: the harness's metrics return one number. `score_task` empties it.
-timeouts: list[str] = []
-
 
 def check_lengths(lm: Any, loaded: Any) -> None:
     """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
     if loaded.get_config("output_type") != "generate_until":
         return
-    generation = loaded.get_config("generation_kwargs") or {}
-    answer = generation.get("max_gen_toks", lm.max_gen_toks)
-    if answer < lm.max_length:
-        return
-    context = f"but the model's context is {lm.max_length}"
-    raise InputError(
-        f"answers of {loaded.task_name!r} may be {answer} tokens long, {context}",
-        field="evaluate.tasks",
-        remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
-    )
+    answer = (loaded.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
+    if answer >= lm.max_length:
+        raise InputError(
+            f"answers of {loaded.task_name!r} may be {answer} tokens long, but the model's context is {lm.max_length}",
+            field="evaluate.tasks",
+            remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
+        )
+
+
+def load_tasks(specs: list[Spec], task: Task, settings: Evaluate, seed: int) -> dict[str, Any]:
+    """Name -> the harness's task, as of `load_task`: one, or the members of a group."""
+    from transformers import set_seed
+
+    set_seed(seed)  # as lm_eval.simple_evaluate does, with one seed for all generators
+    return {spec.name: load_task(spec, task, settings, seed) for spec in specs}
 
 
 def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
-    """The harness's task object, with the overrides of the config. May fetch data from the hub."""
+    """The harness's task object, with the overrides of the config. May fetch data from the hub.
+
+    Its attribute `code_eval` counts the answers whose code has run out of time.
+    """
     tasks.check_code(spec, settings.allow_code)
-    config = _read_config(spec, task, settings)
+    code_eval = CodeEval()
+    config = _read_config(spec, task, settings, code_eval)
     loaded = _load_harness_task(spec, config)
+    code_eval.timeouts = 0  # the harness's modules try their metric when they are imported
+    loaded.code_eval = code_eval
     # The config's overrides; few-shot examples are drawn with the run's seed.
     if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
         loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
@@ -51,24 +59,19 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     return loaded
 
 
-def _read_config(spec: Spec, task: Task, settings: Evaluate) -> dict[str, Any]:
+def _read_config(spec: Spec, task: Task, settings: Evaluate, code_eval: CodeEval) -> dict[str, Any]:
     """The task's YAML as the harness reads it, with local files in place of the hub's data set."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     # Reading the YAML imports its functions, and with them what scores code.
-    code_eval = _sandboxed_code_eval() if spec.runs_code else contextlib.nullcontext()
-    with code_eval:
+    with _in_place_of_evaluate(spec, code_eval) if spec.runs_code else contextlib.nullcontext():
         config: dict[str, Any] = load_yaml(spec.path)
     splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
-    if not splits:
-        return config
-    # A split that is named but has no file would be looked for.
-    for field in SPLITS:
-        if config.get(field) not in splits:
-            config[field] = None
-    # In place of dataset_path.
-    config["dataset_kwargs"] = None
-    config["custom_dataset"] = lambda **_: task_data.read_splits(splits)
+    if splits:
+        # A split that is named but has no file would be looked for.
+        config |= {field: None for field in SPLITS if config.get(field) not in splits}
+        # In place of dataset_path
+        config |= {"dataset_kwargs": None, "custom_dataset": lambda **_: task_data.read_splits(splits)}
     return config
 
 
@@ -83,10 +86,7 @@ def _load_harness_task(spec: Spec, config: dict[str, Any]) -> Any:
         # Only this task: the index of all that the harness ships takes seconds.
         return TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise WorkError(
-            f"the task {spec.name!r} did not load: {error}",
-            field="evaluate.tasks",
-        ) from error
+        raise WorkError(f"the task {spec.name!r} did not load: {error}", field="evaluate.tasks") from error
     finally:
         logger.setLevel(level)
 
@@ -106,9 +106,31 @@ def cache_templates() -> None:
     env.from_string = lru_cache(maxsize=256)(sandboxed.from_string)
 
 
+class CodeEval:
+    """Hugging Face's metric code_eval, with every candidate run in the sandbox."""
+
+    timeouts = 0  # answers whose code has run out of time: the harness's metrics return one number
+
+    def compute(
+        self, references: list[str], predictions: list[list[str]], k: list[int] | None = None
+    ) -> tuple[dict[str, float], dict[int, Any]]:
+        """The share of the candidates that pass their tests."""
+        from ptl.sandbox import runner
+
+        if k not in (None, [1]):
+            problem = f"pass@k with k={k} is not supported"
+            raise InputError(problem, field="evaluate.tasks", remedy="use a task with pass@1")
+        shares = []  # of the candidates that pass, by problem
+        for tests, candidates in zip(references, predictions, strict=True):
+            outcomes = [runner.run_tests(candidate, tests) for candidate in candidates]
+            self.timeouts += sum(outcome.status == "timeout" for outcome in outcomes)
+            shares.append(sum(outcome.passed for outcome in outcomes) / len(outcomes))
+        return {"pass@1": sum(shares) / len(shares)}, {}
+
+
 @contextlib.contextmanager
-def _sandboxed_code_eval() -> Iterator[None]:
-    """While a code task's module is imported, `evaluate.load("code_eval")` gives the sandbox instead.
+def _in_place_of_evaluate(spec: Spec, code_eval: CodeEval) -> Iterator[None]:
+    """While a code task's module is imported, `evaluate.load("code_eval")` gives `code_eval` instead.
 
     The harness scores HumanEval and MBPP with Hugging Face's code_eval, which runs the answers in a child process with
     all of the parent's rights. Its tasks import it at module level under the name `evaluate`.
@@ -117,29 +139,14 @@ def _sandboxed_code_eval() -> Iterator[None]:
 
     runner.require_support()
     substitute = types.ModuleType("evaluate")
-    code_eval = types.SimpleNamespace(compute=pass_at_1)
     substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
-    # The real module may be loaded already, by others who need it.
+    # The real module may be loaded already, by others who need it; the task's own has the metric of an earlier load.
     before = {name: module for name, module in sys.modules.items() if name == "evaluate"}
+    for name in [name for name in sys.modules if name.startswith(f"lm_eval.tasks.{spec.path.parent.name}.")]:
+        del sys.modules[name]
     sys.modules["evaluate"] = substitute
     try:
         yield
     finally:
         del sys.modules["evaluate"]
         sys.modules.update(before)
-
-
-def pass_at_1(
-    references: list[str], predictions: list[list[str]], k: list[int] | None = None
-) -> tuple[dict[str, float], dict[int, Any]]:
-    """code_eval's `compute`, with every candidate run in the sandbox: the share that passes its tests."""
-    from ptl.sandbox import runner
-
-    if k not in (None, [1]):
-        raise InputError(f"pass@k with k={k} is not supported", field="evaluate.tasks", remedy="use a task with pass@1")
-    shares = []  # of the candidates that pass, by problem
-    for tests, candidates in zip(references, predictions, strict=True):
-        outcomes = [runner.run_tests(candidate, tests) for candidate in candidates]
-        timeouts.extend(outcome.detail for outcome in outcomes if outcome.status == "timeout")
-        shares.append(sum(outcome.passed for outcome in outcomes) / len(outcomes))
-    return {"pass@1": sum(shares) / len(shares)}, {}

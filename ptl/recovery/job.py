@@ -71,7 +71,7 @@ class RecoveryJob:
     on_log: Log
     teacher: Path | None = None  # the original model, for distillation
     save_checkpoint: Callable[[Path], None] | None = None  # gets the folder of each complete training checkpoint
-    benchmark_items: Path | None = None  # folder of ptl.evaluation.items: what is not to be trained on
+    benchmark_items: Path | None = None  # folder of ptl.evaluation.evaluate.write_items: what is not to be trained on
     keep_optimizer_state: bool = False  # a later recovery continues with it
     machines: Machines = ALONE  # that train together
 

@@ -54,7 +54,7 @@ def _exported(
     gate: Gate,
 ) -> Metadata:
     """Write and score both models' forms; what the record says of them."""
-    from ptl.export import measured
+    from ptl.export import formats
 
     call, folder = step.call, step.folder
     final, dense = call.inputs["model"], call.inputs["dense"]
@@ -63,7 +63,7 @@ def _exported(
     folders = {"final": source} if final.digest == dense.digest else {"dense": step.fetch(dense), "final": source}
     # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
     made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
-    report, items = measured.write_and_score(folders, made, form, calibration, evaluate, call.settings["seed"])
+    report, items = formats.write_and_score(folders, made, form, calibration, evaluate, call.settings["seed"])
     for note in report.notes:
         say(call.step, note)
     scored = {"dense": _evaluation(step, dense), "final": _evaluation(step, final)}

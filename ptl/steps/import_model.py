@@ -57,7 +57,9 @@ def import_model(call: Call) -> None:
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
     folder, dimensions = preflight.preflight(model.path, model.revision, *sections.values())
     assert dimensions is not None, "a step has torch"
-    check_exports(folder, [check(Export, form, "export") for form in call.settings["exports"]])
+    exports = [check(Export, export, "export") for export in call.settings["exports"]]
+    # This step's image does not have llama.cpp.
+    check_exports(folder, [export for export in exports if export.format != "gguf"])
 
     goal = _goal(sections["schedule"], sections["prune"], folder)
     # On one machine the run's id is its title.
@@ -97,7 +99,7 @@ def _name_earlier_runs(run: StepRun, earlier_runs: str) -> None:
 
 def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     """Publish the benchmarks' items for all recoveries of the run, which find their record by its id."""
-    from ptl.evaluation.items import write_items
+    from ptl.evaluation.evaluate import write_items
 
     key = key_of("", {"evaluate": evaluate, "seed": seed})
     if store.committed(run.root, run.run, BENCHMARK_ITEMS, key.digest):

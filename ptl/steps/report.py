@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 
 from ptl.config import dag
-from ptl.config.export import ServedFormat
+from ptl.config.export import ServedFormat, gguf_name
 from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config, check
 from ptl.evaluation import gate
 from ptl.export import kserve
-from ptl.export.formats import gguf_name
 from ptl.lineage import registry, tracking
 from ptl.log import say
 from ptl.report import run_page

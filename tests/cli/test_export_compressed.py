@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl.cli.app import app
+from ptl.config.run import load_config
 from ptl.export import compressed_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -15,18 +16,18 @@ TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.mark.parametrize(
-    ("type", "sequences", "config"), [("fp8", 0, TINY), ("int8", 128, TINY), ("int8", 128, "tiny")]
+    ("type", "calibrated", "config"), [("fp8", False, TINY), ("int8", True, TINY), ("int8", True, "tiny")]
 )
-def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, sequences, config, tmp_path, monkeypatch):
-    counts = []
+def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, calibrated, config, tmp_path, monkeypatch):
+    texts = []
 
-    def write(src, dst, type, path):
-        counts.append(len(path.read_text().splitlines()) if path else 0)
+    def write(src, dst, type, calibration, seed):
+        texts.append(calibration)
         shutil.copytree(src, dst)
 
     monkeypatch.setattr(compressed_tensors, "write_compressed", write)
     command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", config]
     answer = CliRunner().invoke(app, [*map(str, command)])
-    assert counts == [sequences] and answer.exit_code == 0
+    assert texts == [load_config(TINY).calibration if calibrated else None] and answer.exit_code == 0
     size = (REASONER / "model.safetensors").stat().st_size
     assert "".join(answer.output.split()) == f"wrote{tmp_path / 'out'}:{size:,}bytesofweights"

@@ -282,7 +282,7 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
 
 
 def evaluated(folder, items, *unscored):
-    """What ptl.evaluation.items writes; of a task without prompts its name."""
+    """What `write_items` writes; of a task without prompts its name."""
     folder.mkdir()
     rows = [{"task": task, "prompt": p, "target": t} for task, p, t in items]
     rows_file(folder / "items.jsonl", [*rows, *({"task": name} for name in unscored)])

@@ -1,6 +1,7 @@
 """Quantized checkpoints: what is refused, what the script of the other Python gets, and its results where it exists."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from ptl.config.recover import DataSource
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import score_tasks
-from ptl.evaluation.quantized import quantized_model
+from ptl.evaluation.language_models import tensor_parallel
 from ptl.export import compressed_tensors, quantize
 from ptl.export.compressed_tensors import (
     PYTHON,
-    check_compressed,
+    check,
+    group_size,
     interpreter,
+    language_model,
     write_compressed,
     write_sequences,
 )
@@ -27,6 +30,7 @@ from ptl.model import checkpoint
 
 ROOT = Path(__file__).parents[2]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
+SETTINGS = Evaluate(tasks=[Task(name="gsm8k")])
 COLUMNS = {"prompt": "{question}\n", "completion": "{answer}"}
 # In place of a Python with llmcompressor: notes its arguments, and copies the checkpoint without its tokenizer
 MOCK = """#!/bin/sh
@@ -58,14 +62,15 @@ def model(tmp_path, **changes):
     ("type", "options"),
     [
         ("fp8", "--scheme FP8_DYNAMIC"),
-        ("int8", "--scheme W8A8 --sequences rows.jsonl"),
-        ("w4a16", "--scheme W4A16 --group-size 32 --sequences rows.jsonl"),
+        ("int8", "--scheme W8A8 --sequences {}sequences.jsonl"),
+        ("w4a16", "--scheme W4A16 --group-size 32 --sequences {}sequences.jsonl"),
     ],
 )
 def test_the_script_gets_scheme_groups_and_sequences(type, options, tmp_path, mock_python):
-    write_compressed(model(tmp_path), tmp_path / "out", type, Path("rows.jsonl"))
+    write_compressed(model(tmp_path), tmp_path / "out", type, word_calibration(tmp_path))
     assert mock_python.read_text().startswith(f"-I -u {quantize.__file__} {tmp_path / 'model'} {tmp_path}/.out.")
-    assert mock_python.read_text().endswith(f"/checkpoint {options}\n")
+    scratch = mock_python.read_text().split()[4].removesuffix("checkpoint")
+    assert mock_python.read_text().endswith(f"/checkpoint {options.format(scratch)}\n")
 
 
 def test_tokenizer_and_generation_config_are_those_of_the_source(tmp_path, mock_python, capfd):
@@ -100,8 +105,8 @@ def test_the_script_needs_nothing_of_ptl():
 # ---- what is refused
 
 
-def test_types_that_are_calibrated_need_sequences(tmp_path, mock_python):
-    with pytest.raises(InputError, match=r"^export: int8 needs sequences for calibration; give some, or take fp8"):
+def test_types_that_are_calibrated_need_text(tmp_path, mock_python):
+    with pytest.raises(InputError, match=r"^export: int8 needs text for calibration; give some, or take fp8"):
         write_compressed(model(tmp_path), tmp_path / "out", "int8")
     assert not mock_python.exists()
 
@@ -115,21 +120,21 @@ def test_types_that_are_calibrated_need_sequences(tmp_path, mock_python):
 )
 def test_widths_without_groups_are_refused_before_the_start(changes, problem, tmp_path, mock_python):
     with pytest.raises(InputError, match=f"groups of 128, 64, 32 weights, and no multiple of 32 {problem}"):
-        write_compressed(model(tmp_path, **changes), tmp_path / "out", "w4a16", Path("rows.jsonl"))
+        write_compressed(model(tmp_path, **changes), tmp_path / "out", "w4a16", word_calibration(tmp_path))
     assert not mock_python.exists()
 
 
 @pytest.mark.parametrize(("hidden", "width", "size"), [(128, 384, 128), (128, 192, 64), (64, 96, 32)])
 def test_groups_are_as_large_as_all_widths_allow(hidden, width, size, tmp_path):
     folder = model(tmp_path, hidden_size=hidden, intermediate_size=width, head_dim=hidden // 4)
-    assert check_compressed(folder, "w4a16") == size
+    assert group_size(folder, "w4a16") == size
 
 
 def test_of_experts_only_fp8_is_written(tmp_path):
     folder = save(build("qwen3_moe"), tmp_path / "model")
-    assert check_compressed(folder, "fp8") is None
+    assert check(folder, "fp8") == []
     with pytest.raises(InputError, match=r"int8 of a mixture of experts \(qwen3_moe\) cannot be loaded.*; take fp8"):
-        check_compressed(folder, "int8")
+        check(folder, "int8")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_of_experts_only_fp8_is_written(tmp_path):
 )
 def test_families_that_cannot_be_written_are_refused(variant, reason, tmp_path):
     with pytest.raises(InputError, match=f"model_type {variant} cannot be written: .*{reason}.*; serve the checkpoint"):
-        check_compressed(save(build(variant), tmp_path / "model"), "fp8")
+        check(save(build(variant), tmp_path / "model"), "fp8")
 
 
 # ---- which Python
@@ -164,6 +169,33 @@ def test_without_a_python_of_its_own_this_one_is_tried(tmp_path, monkeypatch):
         interpreter()
 
 
+# ---- what is loaded
+
+
+def quantized_copy(folder):
+    """The reasoner with the mark of a quantized checkpoint."""
+    shutil.copytree(REASONER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    mark = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (folder / "config.json").write_text(json.dumps(config | mark))
+    return folder
+
+
+def test_float_weights_are_not_scored_as_quantized_ones():
+    with pytest.raises(InputError, match=r"^export: config.json in .* has no quantization_config of compr"):
+        language_model(REASONER, REASONER, SETTINGS, 0)
+
+
+def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"compressed_tensors for one; pip install 'prune-tune-loop\[evaluate\]'"):
+        language_model(quantized_copy(tmp_path / "model"), REASONER, SETTINGS, 0)
+
+
+def test_vllm_divides_quantized_weights_over_as_many_gpus(tmp_path):
+    assert tensor_parallel(quantized_copy(tmp_path / "model"), 4) == tensor_parallel(REASONER, 4) == 4
+
+
 # ---- sequences, and the real thing
 
 
@@ -187,16 +219,15 @@ def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, r
         source=str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"), format="prompt_completion", **COLUMNS
     )
     texts = Calibration(data=source, num_sequences=16, max_length=256)
-    write_sequences(tmp_path / "rows.jsonl", texts, AutoTokenizer.from_pretrained(REASONER), seed=0)
     out = tmp_path / "out"
-    write_compressed(REASONER, out, type, tmp_path / "rows.jsonl")
+    write_compressed(REASONER, out, type, texts)
     sizes = [sum(path.stat().st_size for path in checkpoint.shards(folder)) for folder in (out, REASONER)]
     assert sizes[0] < sizes[1] / 3  # from float32; the embeddings stay
     assert checkpoint.read_config(out)["quantization_config"]["ignore"] == ["lm_head"]
 
     task = Task(name=str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml"), limit=20)
     settings = Evaluate(tasks=[task], speed=Speed(repeats=0))
-    (score,), items = score_tasks(quantized_model(out, settings), settings, seed=0)
+    (score,), items = score_tasks(language_model(out, REASONER, settings, 0), settings, seed=0)
     assert score.accuracy >= 0.9 and len(items) == 20
 
 

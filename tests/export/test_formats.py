@@ -10,38 +10,67 @@ from tiny_models import build, build_multimodal, save
 
 from ptl.config.export import Export
 from ptl.errors import InputError
+from ptl.export import formats, gguf
 from ptl.export.compressed_tensors import write_compressed
-from ptl.export.formats import check_exports, check_tokenizer, layer_warnings
+from ptl.export.formats import check_exports, context_notes, layer_warnings
 from ptl.export.gguf import write_gguf
 
 TOKENIZER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
-FORMS = [Export(format="gguf", type="q8_0"), Export(format="compressed-tensors", type="fp8")]
+GGUF, FP8 = Export(format="gguf", type="q8_0"), Export(format="compressed-tensors", type="fp8")
 
 
 @pytest.mark.parametrize(
-    ("variant", "target", "warned"),
-    [("gpt_oss", "layers", True), ("gpt_oss", "experts", False), ("cohere2", "layers", False)],
+    ("variant", "target", "exports", "warned"),
+    [
+        ("gpt_oss", "layers", [], "vLLM gives every other layer"),
+        ("gpt_oss", "experts", [], ""),
+        ("cohere2", "layers", [FP8], ""),
+        ("cohere2", "layers", [GGUF], "llama.cpp may know the attention of a layer of cohere2 by its number"),
+        ("smollm3", "auto", [GGUF], "llama.cpp may know"),
+        ("llama", "layers", [GGUF], ""),
+    ],
 )
-def test_layers_that_vllm_would_mistake_for_others_are_warned_of(variant, target, warned, tmp_path):
+def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(variant, target, exports, warned, tmp_path):
     folder = save(build(variant), tmp_path / "model", tokenizer=False)
-    warnings = layer_warnings(folder, [], target)
-    assert len(warnings) == warned
-    assert all(f"prune.target={target} may remove layers, and vLLM gives every other layer" in w for w in warnings)
+    warnings = layer_warnings(folder, exports, target)
+    assert len(warnings) == bool(warned)
+    assert all(f"prune.target={target} may remove layers, and {warned}" in warning for warning in warnings)
+
+
+def test_gguf_is_checked_once_for_all_its_types(monkeypatch):
+    asked = []
+    record = formats.Format(lambda *given: asked.append(given) or ["a note"], *[lambda *_: None] * 4)
+    monkeypatch.setattr(formats, "FORMATS", {"gguf": lambda: record, "compressed-tensors": lambda: record})
+    q4 = Export(format="gguf", type="q4_0")
+    assert check_exports(Path("m"), [GGUF, FP8, q4]) == ["a note"] * 2
+    assert asked == [(Path("m"), "fp8"), (Path("m"), "q4_0")]
 
 
 @needs_llama_cpp
-def test_of_a_multimodal_model_the_text_model_counts(tmp_path):
+def test_of_a_multimodal_model_the_text_model_counts(tmp_path, monkeypatch):
     """Its import takes that out; the files as they are cannot be written."""
     folder = save(build_multimodal("gemma3", "gemma3_text"), tmp_path / "model", tokenizer=False)
     for file in TOKENIZER.glob("tokenizer*"):
         shutil.copy(file, folder)
-    with pytest.raises(InputError, match="layer_types"):
-        check_exports(folder, FORMS)
-    check_exports(folder, FORMS[1:])
+    check_exports(folder, [FP8])
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 256  # the random model has fewer tokens than any tokenizer
     (folder / "config.json").write_text(json.dumps(config))
-    check_tokenizer(folder, FORMS)
+    with pytest.raises(InputError, match=r"model_type gemma3_text\): the logits differ"):  # by other layer_types
+        check_exports(folder, [GGUF])
+    monkeypatch.setattr(gguf, "check_config", lambda _: None)
+    check_exports(folder, [GGUF])
     for write in (write_gguf, write_compressed):
         with pytest.raises(InputError, match="run `ptl import-model`, which saves its text model"):
             write(folder, tmp_path / "out", "fp8" if write is write_compressed else "q8_0")
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_longrope_names_the_context_to_serve_with(name, tmp_path):
+    longrope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    config = {"model_type": "phi3", name: longrope, "original_max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (note,) = context_notes(tmp_path)
+    assert "--ctx-size 4096" in note and "--max-model-len 4096" in note
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", name: {"rope_type": "yarn"}}))
+    assert context_notes(tmp_path) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_gguf import cut_model
-from tiny_models import MOE_VARIANTS, YARN
+from tiny_models import MOE_VARIANTS, YARN, word_calibration
 from transformers import AutoModelForCausalLM
 
 from ptl import extras
@@ -122,9 +122,7 @@ def test_vllm_computes_what_transformers_does_of_a_pruned_checkpoint(variant, pr
 )  # the kernel for 4 bits has no float32
 def test_vllm_computes_what_transformers_does_of_quantized_weights(type, dtype, tmp_path):
     source = cut_model("llama", tmp_path, **HEADS)
-    sequences = tmp_path / "sequences.jsonl"
-    sequences.write_text("".join(json.dumps({"input_ids": [*TOKENS, token]}) + "\n" for token in range(3, 67)))
-    write_compressed(source, tmp_path / "out", type, None if type == "fp8" else sequences)
+    write_compressed(source, tmp_path / "out", type, word_calibration(tmp_path))
     [found] = answered({type: tmp_path / "out"}, tmp_path, dtype).values()
     assert "error" not in found, found
     assert found["logprobs"] == pytest.approx(expected(tmp_path / "out")["logprobs"], abs=0.1)

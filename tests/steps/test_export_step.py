@@ -13,7 +13,7 @@ from ptl.config.export import Export
 from ptl.config.run import Evaluate, check, load_config
 from ptl.errors import InputError
 from ptl.evaluation.scoring import TaskScore
-from ptl.export import formats, measured
+from ptl.export import formats
 from ptl.lineage import tracking
 from ptl.steps.call import Call, Output
 from ptl.steps.export import export
@@ -46,6 +46,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
     def model(step, data):
         def work(_src, dst, _run):
             (dst / "model.safetensors").write_bytes(data)
+            (dst / "config.json").write_text("{}")
             return {"params": 9}
 
         return execute(Call(step, experiment), None, {}, work).pointer
@@ -105,12 +106,14 @@ def writes(monkeypatch):
             raise InputError("a width of 80", field="export")
 
     written.refused = None
-    form = formats.Format(check, nothing, write, nothing, nothing)
-    monkeypatch.setitem(formats.FORMATS, FORM["format"], form)
+    record = formats.Format(check, nothing, write, nothing, nothing)
+    monkeypatch.setitem(formats.FORMATS, FORM["format"], lambda: record)
     outcomes = [item("0", 1), item("1", 0)]
-    monkeypatch.setattr(
-        measured, "score_tasks", lambda _, settings, _seed: ((SCORE,), outcomes[: settings.tasks[0].limit])
-    )
+
+    def score(_lm, settings, _seed):
+        return (SCORE,), outcomes[: settings.tasks[0].limit]
+
+    monkeypatch.setattr("ptl.evaluation.evaluate.score_tasks", score)
     return written
 
 
@@ -151,7 +154,7 @@ def test_with_a_limit_the_first_items_are_compared_with_the_same_of_the_loop(run
 @pytest.mark.parametrize(("own", "limit", "expected"), [(None, 5, 5), (3, 5, 3), (7, 5, 5), (7, None, 7)])
 def test_a_limit_takes_no_item_that_the_run_does_not_score(own, limit, expected):
     evaluate = check(Evaluate, {"tasks": [{"name": "gsm8k", "limit": own}]}, "evaluate")
-    (task,) = measured.limited(evaluate, limit).tasks
+    (task,) = formats.limited(evaluate, limit).tasks
     assert task.limit == expected
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers in llama.cpp: the same tokens, or a refusal before anything is converted."""
+"""Tokens and logits of llama.cpp: those of transformers, or a refusal, before the loop too."""
 
 import json
 import re
@@ -14,8 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ptl.errors import InputError
-from ptl.export.gguf import check_tokenizer, write_gguf
-from ptl.export.tokens import TEXTS
+from ptl.export.comparison import TEXTS
+from ptl.export.converter import UNKNOWN
+from ptl.export.gguf import check_config, check_tokenizer, write_gguf
 from ptl.model.llama_runtime import LlamaModel
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("converter_in_process")]
@@ -133,8 +134,8 @@ def test_characters_that_are_composed_are_noted(tmp_path):
     """NFC, as Qwen has it."""
     folder = with_tokenizer(tmp_path / "model", QWEN, normalizers.NFC())
     name, (note,) = check_tokenizer(folder)
-    assert name == "qwen2" and "different tokens for 'Zoe\u0308' after ''" in note
-    assert check_tokenizer(with_tokenizer(tmp_path / "other", QWEN)) == ("qwen2", [])
+    assert name and "different tokens for 'Zoe\u0308' after '" in note
+    assert check_tokenizer(with_tokenizer(tmp_path / "other", QWEN)) == (name, [])
 
 
 @pytest.mark.parametrize("kind", ["pairs", "words"])
@@ -173,5 +174,99 @@ def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenize
     command = [sys.executable, "-m", "ptl.export.converter", "smollm", str(EXAMPLE / "checkpoint")]
     command += ["--outfile", str(tmp_path / "model.gguf"), "--vocab-only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "a tokenizer that the converter does not know\n"
+    assert done.stdout.startswith(f"{UNKNOWN} ") and "qwen2" in done.stdout.split()
     assert (tmp_path / "model.gguf").is_file()
+
+
+# ---- logits, of a small random model with a user's config
+
+
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
+LLAMA3 = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 131072} | {
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 3584} | {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 42,
+}
+GEMMA2_27B = GEMMA2 | {"hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 144}
+GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 6}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+OLMO3 = {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "sliding_window": 4096} | {
+    "rope_scaling": YARN | {"factor": 8.0, "attention_factor": 1.2079441541679836},
+}
+EXAONE4 = {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], "num_hidden_layers": 64}
+GEMMA = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
+COHERE2 = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"]}
+QWEN3_MOE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+FEW = {"num_hidden_layers": 3}
+WINDOWED = ["sliding_attention"] * 2 + ["full_attention"] * 30
+
+
+SAME = {
+    "mistral-without-a-window": MISTRAL | {"sliding_window": None},
+    "mistral-with-a-window-as-long-as-its-context": MISTRAL | {"sliding_window": 32768},
+    "llama-3.1": LLAMA3,
+    "qwen2": QWEN2 | {"use_sliding_window": False, "sliding_window": 131072},
+    "gemma2-27b": GEMMA2_27B | {"num_hidden_layers": 46},
+    "gemma3": GEMMA3 | {"num_hidden_layers": 12},
+    "olmo3-without-some-layers": OLMO3 | {"layer_types": WINDOWED},
+    "exaone4-32b": EXAONE4,
+    "qwen3-30b-a3b": QWEN3_MOE | {"head_dim": 128, "use_sliding_window": False, "sliding_window": 4096} | FEW,
+}
+OTHER = {
+    "mistral-0.1": MISTRAL | {"sliding_window": 4096} | FEW,
+    "mistral-s-default-window": MISTRAL | FEW,
+    "gemma2-with-another-scale": GEMMA2 | {"query_pre_attn_scalar": 224} | FEW,
+    "gemma2-27b-without-some-layers": GEMMA2_27B | {"num_hidden_layers": 44},
+    "gemma2-without-some-layers": GEMMA2
+    | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+    "llama-with-gelu": LLAMA3 | {"hidden_act": "gelu"} | FEW,
+    "qwen2-with-llama-s-rope": LLAMA3 | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]} | FEW,
+    "yarn-s-factor": QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.5}} | FEW,
+    "exaone4-32b-without-a-layer": EXAONE4 | {"num_hidden_layers": 63},
+    "gemma-theta": GEMMA | {"rope_theta": 1e6} | FEW,
+    "qwen3-moe-not-normalized": QWEN3_MOE | {"norm_topk_prob": False} | FEW,
+}
+NOT_CONVERTED = {
+    "qwen3-with-biases": (QWEN3 | {"attention_bias": True} | FEW, "cannot read .*wrong number of tensors"),
+    "cohere2-without-rotary-pct": (COHERE2 | FEW, "converter cannot write .*KeyError: 'rotary_pct'"),
+    "no-class": (QWEN3 | {"architectures": None} | FEW, "converter cannot write .*Failed to detect model architecture"),
+    "qwen3-moe-dense-layer": (
+        QWEN3_MOE | {"mlp_only_layers": [2]} | FEW,
+        "converter cannot write .*Can not map tensor",
+    ),
+}
+
+
+def config_only(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_configs_that_llama_cpp_computes_alike_are_let_through(case, tmp_path):
+    check_config(config_only(tmp_path / "model", SAME[case]))  # it raises where it refuses
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_config_that_llama_cpp_computes_otherwise_is_refused(case, tmp_path):
+    with pytest.raises(InputError, match=r"\(model_type .*\): the logits differ by [\d.]+%"):
+        check_config(config_only(tmp_path / "model", OTHER[case]))
+
+
+@pytest.mark.parametrize("case", NOT_CONVERTED)
+def test_a_config_that_the_converter_does_not_take_is_refused(case, tmp_path):
+    config, reason = NOT_CONVERTED[case]
+    with pytest.raises(InputError, match=f"(?s){reason}"):
+        check_config(config_only(tmp_path / "model", config))
