@@ -42,7 +42,7 @@ def main() -> None:
                 lambda metrics, step: None,
                 machines=Machines(nodes),
             )
-            recovery = Recovery(stages=[Cpt(processes=processes, max_length=128, logging_steps=1)])
+            recovery = Recovery(stages=[Cpt(processes=processes, max_length=128)])
             report = recover_checkpoint(TINY.model, out, recovery, [TOKENS], job)
             digest = digest_of(store.publish(out, Path(folder, f"{out.name}.published").as_uri()))
             weights = {name: tensor for shard in checkpoint.shards(out) for name, tensor in checkpoint.tensors(shard)}

@@ -154,19 +154,16 @@ def print_forecast() -> None:
     print("| model | nodes x GPUs | sharding | GiB per GPU | tokens/s | of each GPU | MFU | hours | GPU-hours |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for model in ("Llama 3.1 8B", "Llama 3.1 70B", "Qwen3 235B-A22B"):
-        for sharding in ("fsdp", "hybrid"):
-            for nodes in NODES:
-                if sharding == "hybrid" and nodes == 1:
-                    continue  # the same as FSDP
-                step, mfu = recovery(Training(model, nodes, 2, 4096, True, sharding))
-                cells = [model, f"{nodes} x 8", f"`{sharding}`", f"{step.memory / GIB:.0f}"]
-                if step.fits:
-                    rate = step.tokens_per_second
-                    cells += [f"{rate:,.0f}", f"{rate / step.gpus:,.0f}", f"{100 * mfu:.0f} %"]
-                    cells += [f"{step.hours:.1f}", f"{step.gpu_hours:.0f}"]
-                else:
-                    cells += ["does not fit", "", "", "", ""]
-                print("| " + " | ".join(cells) + " |")
+        for nodes in NODES:
+            step, mfu = recovery(Training(model, nodes, 2, 4096, True, "fsdp"))
+            cells = [model, f"{nodes} x 8", "`fsdp`", f"{step.memory / GIB:.0f}"]
+            if step.fits:
+                rate = step.tokens_per_second
+                cells += [f"{rate:,.0f}", f"{rate / step.gpus:,.0f}", f"{100 * mfu:.0f} %"]
+                cells += [f"{step.hours:.1f}", f"{step.gpu_hours:.0f}"]
+            else:
+                cells += ["does not fit", "", "", "", ""]
+            print("| " + " | ".join(cells) + " |")
 
 
 def print_networks() -> None:
@@ -174,11 +171,10 @@ def print_networks() -> None:
     networks = (400, 200, 100, 50, 25, 12.5)
     print("| model | sharding | " + " | ".join(f"{network:g} Gbit/s" for network in networks) + " |")
     print("|---|---|" + "---:|" * len(networks))
-    fully_sharded = [(model, "fsdp") for model in ("Llama 3.1 70B", "Qwen3 235B-A22B")]
-    for model, sharding in (("Llama 3.1 8B", "fsdp"), ("Llama 3.1 8B", "hybrid"), *fully_sharded):
-        cells = [model, f"`{sharding}`"]
+    for model in ("Llama 3.1 8B", "Llama 3.1 70B", "Qwen3 235B-A22B"):
+        cells = [model, "`fsdp`"]
         for network in networks:
-            step, _ = recovery(Training(model, 16, 2, 4096, True, sharding, network=network))
+            step, _ = recovery(Training(model, 16, 2, 4096, True, "fsdp", network=network))
             cells.append(f"{step.tokens_per_second / step.gpus:,.0f}")
         print("| " + " | ".join(cells) + " |")
 

@@ -6,7 +6,6 @@ import kfp.kubernetes as kubernetes
 
 from pipelines.prune_tune_loop import train_job, volumes
 from ptl.config.cluster import Resources, Storage
-from ptl.config.retry_defaults import RETRY_WAIT
 from ptl.config.run import Config
 from ptl.recovery import machines
 from ptl.steps import mounts, trainjob
@@ -83,8 +82,6 @@ def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
         task.set_env_variable("PTL_TIMEOUT", str(timeout))
     if resources.retries is not None:
         task.set_env_variable("PTL_RETRIES", str(resources.retries))
-    if resources.retry_wait != RETRY_WAIT:
-        task.set_env_variable("PTL_RETRY_WAIT", str(resources.retry_wait))
     task.set_retry(
         resources.attempts - 1,
         backoff_duration=f"{resources.retry_wait}s",

@@ -14,7 +14,6 @@ from ptl import extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import load, warn
 from ptl.cli.options import CONFIG_HELP, ConfigFile, ImagesFile, Overrides, Rehearse
-from ptl.config import batches
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
@@ -107,7 +106,7 @@ def submit(
     run_config = shipped.as_in_images(run_config, config)
     if rehearse:
         run_config = rehearsal.on_cluster(run_config)
-    batches.check_on_cluster(run_config.recover, run_config.resources)
+    run_config.check_batches_on_cluster()
     code = work.submit(
         run_config,
         server,

@@ -35,7 +35,7 @@ def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]
     rehearsed = rehearsal(config, num_gpus)
     differences = changes(config, rehearsed)
     Console().print(_table(config.name, differences))
-    return rehearsed, left_out(config, rehearsed, num_gpus)
+    return rehearsed, left_out(config, rehearsed)
 
 
 def _table(name: str, differences: Sequence[Change]) -> Any:

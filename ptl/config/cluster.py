@@ -6,9 +6,8 @@ Secrets of the cluster, all optional. A step names what it misses; runners on on
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
@@ -56,7 +55,6 @@ RESERVED = {
     # The TrainingRuntime's.
     "tmp",
 }
-RUNTIME = "ptl-recover"  # TrainingRuntime of manifests/components/trainer
 TRAINED = "recover"  # the kind of step that several nodes can do together
 # Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
@@ -98,12 +96,11 @@ class StepResources(Section):
     nodes: Positive = 1
     """machines that train together (recover only); on a cluster, from 2 on, by Kubeflow Trainer. All fields are then
     those of one node"""
-    runtime: Name = RUNTIME
-    """Kubeflow Trainer's TrainingRuntime, in the namespace of the runs, from which the nodes are made"""
+    runtime: ClassVar[str] = "ptl-recover"  # TrainingRuntime of manifests/components/trainer, from which nodes are made
 
 
 class Resources(Section):
-    """What a step requests from the cluster; on one machine only `timeout`, `retries` and `retry_wait` apply."""
+    """What a step requests from the cluster; on one machine only `timeout` and `retries` apply."""
 
     # Size of a step's pod.
     accelerator: Accelerator | None = None
@@ -131,8 +128,7 @@ class Resources(Section):
         description="how often a failed step is retried, in its pod or in another one; finished work is not repeated, "
         "and an input error is never retried. Default: 2 on a cluster, 0 on one machine",
     )
-    retry_wait: Positive = RETRY_WAIT
-    """seconds before the first retry, doubled each time; on one machine the default is 1"""
+    retry_wait: ClassVar[int] = RETRY_WAIT  # seconds before the first retry, doubled each time
     control: Literal["beside", "after"] = "beside"
     """when the control arm runs: next to the loop (`beside`), or `after` it, for a cluster with one accelerator"""
 
@@ -154,10 +150,8 @@ class Resources(Section):
         description="oldest KFP backend that must accept the YAML; a backend refuses fields that it does not know. "
         "Below 2.16 there is no security context",
     )
-    run_as_user: Positive = 1000
-    """user id of the steps, not root; with KFP 2.16 and newer"""
-    run_as_group: NonNegativeInt = 0
-    """group id of the steps; the images need group 0, which has no privileges by itself"""
+    run_as_user: ClassVar[int] = 1000  # not root; with KFP 2.16 and newer
+    run_as_group: ClassVar[int] = 0  # the images need group 0, which has no privileges by itself
     doctor: bool = False
     """start with a step that tries MLflow, the store and the accelerators"""
     steps: dict[StepName, StepResources] = Field({})
@@ -248,9 +242,6 @@ class Storage(Section):
     """MLflow experiment"""
     registered_model: str | None = Field(None, min_length=1, max_length=250)
     """name in the MLflow registry, without / : and quotes; default: the config's name"""
-    model_registry: str | None = None
-    """address of Kubeflow's Model Registry, where final models are registered too, for example
-    http://model-registry-service.kubeflow.svc.cluster.local:8080"""
 
     # Where the pods get addresses and credentials; a name that is null is not mounted.
     config_map: Mounted | None = "ptl"
@@ -295,10 +286,3 @@ class Storage(Section):
         if name and set(name) & set("/:'\"`"):
             raise ValueError("has a character that a name in MLflow's registry cannot have (/ : or a quote); remove it")
         return name
-
-    @field_validator("model_registry")
-    @classmethod
-    def _address_of_a_server(cls, address: str | None) -> str | None:
-        if address is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?", address):
-            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, without a path; the port may be left out")
-        return address

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -22,8 +24,6 @@ from pydantic_core import CoreSchema
 
 from ptl.config.base import Positive, Section, one_error
 from ptl.config.paths import Location
-from ptl.config.templates import Template
-from ptl.config.trackers import Trackers
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
@@ -32,6 +32,38 @@ Off = Literal["off", False]  # YAML 1.1 reads off as false, YAML 1.2 as a text
 Decay = Annotated[
     Annotated[float, Field(ge=0, le=1)] | Literal["each"], one_error("must be a share from 0 to 1, or each")
 ]
+
+_COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
+_WIDTH = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
+
+
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}") from error
+    columns = []
+    for _, name, spec, conversion in parts:
+        if name is None:  # the text after the last column
+            continue
+        if not _COLUMN.fullmatch(name):
+            raise ValueError(
+                f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
+            )
+        is_plain = "{" not in (spec or "") and not _WIDTH.search(spec or "")
+        if not is_plain or conversion not in (None, "r", "s", "a"):
+            raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
+        columns.append(name)
+    return columns
+
+
+def _valid_template(template: str) -> str:
+    columns_of(template)
+    return template
+
+
+Template = Annotated[str, AfterValidator(_valid_template)]  # text with {column}s of a row
 
 
 class DataSource(Section):
@@ -57,31 +89,25 @@ class DataSource(Section):
     """template over a row's columns (format `prompt_completion`)"""
     messages: str = "messages"
     """column with the chat (format `messages`)"""
-
-
-class TrainingSource(DataSource):
-    """One of the training sources."""
-
+    # beside others
     weight: PositiveFloat = 1.0
-    """its share of the tokens, relative to the other sources"""
+    """its share of the tokens, relative to the other sources of `training`"""
 
 
 class Decontaminate(Section):
-    """Leave out training rows and prompts that share text with a benchmark."""
+    """Leave out training rows and prompts that share 13 words in a row with a benchmark's item."""
 
     # the run's own benchmarks need no data here: import-model has written their items
     tasks: bool = True
     """compare with the items of `evaluate.tasks`, as import-model stored them"""
     against: tuple[DataSource, ...] = ()
     """more benchmarks; only the text of their items is used"""
-    ngram: int = Field(13, ge=2)
-    """consecutive words that must be equal; of a shorter item, all; Chinese: two characters a word"""
 
 
 class TrainingData(Section):
     """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
 
-    sources: tuple[TrainingSource, ...] = Field(min_length=1)
+    sources: tuple[DataSource, ...] = Field(min_length=1)
     """where the rows come from, mixed by `weight`"""
     decontaminate: Decontaminate = Decontaminate()
     """which rows are left out; `off`: none"""
@@ -132,8 +158,6 @@ class Lora(Section):
     """rank of each adapter's two matrices"""
     alpha: PositiveFloat = 32
     """the update is scaled by alpha / rank"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """share of an adapter's inputs that are zeroed in training"""
 
 
 class Stage(Section):
@@ -158,21 +182,14 @@ class Stage(Section):
     """precision of the forward and backward passes; `bfloat16` is for GPUs"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
-    # training checkpoints and logs
+    # training checkpoints
     save_steps: Positive = 50
     """optimizer steps between training checkpoints"""
-    logging_steps: Positive = 10
-    """optimizer steps between logged losses"""
-    store_minutes: NonNegativeFloat | None = None
-    """minutes between training checkpoints that are copied to the store; default: they stay local"""
-    report_to: Trackers = ()
-    """trackers to which the Trainer logs beside MLflow, for example wandb; their packages must be where recover runs"""
     # several GPUs
     processes: Positive | None = None
     """training processes, of each node; default: one for each GPU"""
-    sharding: Literal["none", "fsdp", "hybrid", "zero2"] = "none"
-    """with several GPUs: a complete copy on each, FSDP over all of them (full shard), FSDP within each node and copies
-    across nodes, or DeepSpeed ZeRO-2"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """with several GPUs: a complete copy on each, or FSDP over all of them (full shard)"""
 
 
 class NextToken(Stage):
@@ -192,13 +209,6 @@ class NextToken(Stage):
     """carry the optimizer state to the next iteration, pruned together with the weights"""
     lora: Lora | None = None
     """train low-rank adapters; default: all weights"""
-
-    @model_validator(mode="after")
-    def _zero2_trains_all_weights(self) -> Self:
-        # adapters have hardly any optimizer state that could be divided
-        if self.lora is not None and self.sharding == "zero2":
-            raise ValueError("sharding=zero2 cannot be combined with lora; use sharding=fsdp, or remove one of the two")
-        return self
 
     @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
@@ -314,8 +324,6 @@ class Grpo(Stage):
     """parts of an answer's reward, added up by weight"""
     guard_prompts: NonNegativeInt = 32
     """prompts on which pass@num_generations is measured before training; one at least must be solved; 0: no check"""
-    rollouts: Literal["auto", "transformers", "vllm"] = "auto"
-    """what generates the answers; auto: vLLM if it is installed and there is a GPU"""
 
     @model_validator(mode="after")
     def _divides_into_groups(self) -> Self:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
-from ptl.config import batches, image_names, suggestions, yaml_text
+from ptl.config import image_names, suggestions, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
@@ -64,8 +64,6 @@ class Calibration(Section):
     # A model's own answers are nearer to what it will write than a data set's are.
     answers: Literal["given", "self"] = "given"
     """`self`: the current model answers the prompts itself, and its correct answers are used for scoring"""
-    max_new_tokens: Positive = 256
-    """tokens of its longest own answer (answers `self`)"""
 
 
 class Task(Section):
@@ -95,23 +93,16 @@ class Task(Section):
 class Speed(Section):
     """How speed is measured: the dense and the final model take turns in one process at the end of the loop."""
 
-    # Tokens per second.
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     """sequences generated at once"""
-    prompt_tokens: Positive = 64
-    """tokens of each prompt"""
-    new_tokens: Positive = 32
-    """tokens generated after each prompt"""
     repeats: NonNegativeInt = 3
     """measurements, of which the median is reported; 0: do not measure speed"""
 
-    # Seconds per solved problem: a smaller model may also answer at greater length.
-    items: int = Field(
-        64,
-        ge=0,
-        description="problems of the first task that each model answers in every repeat, for the seconds per solved "
-        "problem; 0: only tokens per second",
-    )
+    prompt_tokens: ClassVar[int] = 64  # of each prompt
+    new_tokens: ClassVar[int] = 32  # generated after each prompt
+    # Problems of the first task that each model answers in every repeat, for the seconds per solved problem: a smaller
+    # model may also answer at greater length.
+    items: ClassVar[int] = 64
 
 
 class Evaluate(Section):
@@ -140,19 +131,14 @@ class Evaluate(Section):
     """allow model-written code (humaneval, mbpp), in the sandbox only, and functions of a task YAML, outside it"""
 
     # What is reported beside the accuracy.
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """confidence level of the intervals of accuracies"""
+    confidence: ClassVar[float] = 0.95  # level of the intervals of accuracies
     speed: Speed = Speed()
     """how speed is measured"""
 
     @model_validator(mode="after")
-    def _speed_is_measured_with_transformers(self) -> Evaluate:
+    def _vllm_is_one_process_without_speed(self) -> Evaluate:
         if self.backend == "vllm" and self.speed.repeats:
             raise ValueError("backend=vllm needs speed.repeats=0: speed is measured with backend=hf")
-        return self
-
-    @model_validator(mode="after")
-    def _vllm_is_one_process(self) -> Evaluate:
         if self.backend == "vllm" and self.processes is not None:
             raise ValueError("backend=vllm takes no processes: it divides the model over the step's GPUs; remove it")
         return self
@@ -171,8 +157,7 @@ class Gate(Section):
     """significance level of each test: how often a drop is reported where there is none"""
 
     # What follows from its result.
-    max_rejections: Positive = 3
-    """rejections in a row after which the loop stops; each of them halves the cut"""
+    max_rejections: ClassVar[int] = 3  # in a row, after which the loop stops; each of them halves the cut
     strict: bool = False
     """accept only what is shown to be not inferior; needs many items"""
 
@@ -241,6 +226,24 @@ class Config(Section):
         formats = dict.fromkeys(export.format for export in self.export)  # each once
         return [*steps, *(f"export-{name}" for name in formats)]
 
+    def undivided_batch(self, gpus: int) -> str:
+        """Which batch cannot be divided among nodes with so many GPUs, in a sentence; empty where all can."""
+        nodes = self.resources.nodes_of(TRAINED)
+        for stage in self.recover:
+            processes = nodes * (stage.processes or max(1, gpus))
+            if stage.batch_size % (stage.accumulation * processes):
+                return (
+                    f"recover.batch_size={stage.batch_size} must be a multiple of accumulation={stage.accumulation} "
+                    f"times the {processes} processes of {nodes} nodes"
+                )
+        return ""
+
+    def check_batches_on_cluster(self) -> None:
+        """Raise InputError where the accelerators that a run on a cluster requests cannot divide a batch."""
+        undivided = self.undivided_batch(self.resources.accelerators_of(TRAINED))
+        if undivided:
+            raise InputError(undivided, remedy="change it, or resources.accelerators and resources.steps.recover")
+
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
         recovery = Recovery(stages=self.recover)
@@ -259,10 +262,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_fit_their_nodes(self) -> Config:
         # The GPUs of a node may be others than this machine's, or none: one process is the least.
-        if self.resources.nodes_of(TRAINED) > 1:
-            problem = batches.problem(self.recover, self.resources, gpus=1)
-            if problem:
-                raise ValueError(problem)
+        problem = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
+        if problem:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -296,9 +298,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _exports_differ(self) -> Config:
         names = [export.name for export in self.export]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"export has {name} twice: remove one")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"export has {twice} twice: remove one")
         return self
 
     @model_validator(mode="after")

@@ -19,8 +19,7 @@ from string import Formatter
 from typing import Any
 
 from ptl.config.paths import FILL_IN
-from ptl.config.recover import DataSource
-from ptl.config.templates import columns_of
+from ptl.config.recover import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
 from ptl.storage import local_files

@@ -58,6 +58,6 @@ def write_and_score(
             "bytes": sum(path.stat().st_size for path in made[name].iterdir() if path.suffix in WEIGHTS),
             "tasks": [asdict(task) for task in tasks],
         }
-    speed = format_.speed(folders, made, settings, seed) if form.speed else {"reason": "speed is false in its entry"}
+    speed = format_.speed(folders, made, settings, seed)
     # Those of the last one, the final model.
     return ExportReport(models, speed, notes), items

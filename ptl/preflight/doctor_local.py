@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptl import address, extras
-from ptl.config import trackers
 from ptl.config.export import Export
 from ptl.config.image_names import with_options
 from ptl.config.recover import NextToken
@@ -61,10 +60,7 @@ def _missing_backends(config: Config) -> list[str]:
     backends: list[str] = []
     if config.evaluate.backend == "vllm":
         backends.append("vllm")
-    if any(stage.sharding == "zero2" for stage in config.recover):
-        backends.append("deepspeed")
-    absent = [name for name in backends if importlib.util.find_spec(name) is None]
-    return absent + sorted(trackers.missing({tracker for stage in config.recover for tracker in stage.report_to}))
+    return [name for name in backends if importlib.util.find_spec(name) is None]
 
 
 def exports(config: Config, check: CheckExports, model: Finding) -> list[Finding]:

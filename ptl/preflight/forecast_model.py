@@ -19,7 +19,6 @@ from ptl.preflight.gpus import Gpu
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
 PROMPT_TOKENS = 512  # of a prompt, where nothing says how long it is
-FULL_SHARD = ("fsdp", "hybrid")  # ways of sharding that divide the weights too
 
 
 @dataclass(frozen=True)
@@ -182,13 +181,12 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, group: Gp
     weights = 4.0 * shape.params
     lora = isinstance(stage, NextToken) and stage.lora is not None
     trained = 0.0 if lora else 12.0 * shape.params
-    shards = group.per_node if stage.sharding == "hybrid" else group.count
-    if stage.sharding in FULL_SHARD:
-        weights /= shards
-    if stage.sharding != "none":
-        trained /= shards
+    sharded = stage.sharding == "fsdp"
+    if sharded:
+        weights /= group.count
+        trained /= group.count
     memory = weights + trained + CONTEXT
-    if stage.sharding in FULL_SHARD and shards > 1:
+    if sharded and group.count > 1:
         memory += _unsharded(shape, stage)
 
     # What a batch needs; `tokens` are those of one forward pass on one GPU.

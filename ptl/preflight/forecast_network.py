@@ -47,19 +47,9 @@ def exchange(shape: Shape, stage: RecoverStage, group: GpuGroup, card: Gpu) -> E
     # Sharded weights are gathered, and their gradients reduced, in the precision of the pass: accelerate sets
     # param_dtype and reduce_dtype alike.
     weights = float(itemsize_of(stage) * shape.params)
-    if stage.sharding == "zero2":
-        # Gradients are reduced in every pass; the new weights are gathered.
-        reduced = ring_seconds(weights, group, card)
-        return Exchange(forward=0.0, backward=reduced, update=reduced)
     # Twice in a backward pass: weights are gathered, and gradients reduced.
-    if stage.sharding == "fsdp":
-        gathered = ring_seconds(weights, group, card)
-        return Exchange(forward=gathered, backward=2 * gathered, update=0.0)
-    # Each GPU adds its shard to those of the same GPU of the other nodes, through its own adapter.
-    gathered = ring_seconds(weights, replace(group, nodes=1), card)
-    across = replace(group, per_node=1)
-    added = 2 * ring_seconds(weights / group.per_node, across, card)
-    return Exchange(forward=gathered, backward=2 * gathered + added, update=0.0)
+    gathered = ring_seconds(weights, group, card)
+    return Exchange(forward=gathered, backward=2 * gathered, update=0.0)
 
 
 def ring_seconds(size: float, group: GpuGroup, card: Gpu) -> float:

@@ -8,10 +8,9 @@ from itertools import combinations
 from typing import Any
 
 from ptl.config.dag import export_step, stage_of
-from ptl.config.recover import Lora, NextToken, RecoverStage
+from ptl.config.recover import Lora, NextToken
 from ptl.config.run import Config
-from ptl.preflight.forecast_model import FULL_SHARD, Shape, training_memory
-from ptl.preflight.forecast_network import exchange
+from ptl.preflight.forecast_model import Shape, training_memory
 from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step
 from ptl.preflight.gpus import GIB, GPUS
 from ptl.units import listed, quantity
@@ -180,11 +179,8 @@ def _waiting(steps: Sequence[StepForecast], assumed: Assumptions) -> list[str]:
     if not slow:
         return []
     stages = assumed.config.recover
-    largest = assumed.dense.scaled(max(step.params for step in slow), assumed.config.prune.target)
     remedies = []
-    if any(_hybrid_helps(largest, stage, assumed) for stage in stages):
-        remedies.append("recover.sharding: hybrid, which gathers weights within a node")
-    if any(stage.sharding in FULL_SHARD and stage.accumulation > 1 for stage in stages):
+    if any(stage.sharding == "fsdp" and stage.accumulation > 1 for stage in stages):
         remedies.append("a smaller recover.accumulation, as weights are gathered for every pass")
     remedies.append("a larger recover.batch_size")
     if assumed.nodes > 1:
@@ -192,16 +188,6 @@ def _waiting(steps: Sequence[StepForecast], assumed: Assumptions) -> list[str]:
     worst = max(step.waiting for step in slow)
     names = listed([step.step for step in slow])
     return [f"{names}: GPUs wait for each other up to {100 * worst:.0f} % of the time: {', '.join(remedies)}"]
-
-
-def _hybrid_helps(pruned: Shape, stage: RecoverStage, assumed: Assumptions) -> bool:
-    """Whether a stage with FSDP over several nodes would fit on each of them, and wait less for the network."""
-    if stage.sharding != "fsdp" or assumed.nodes == 1:
-        return False
-    hybrid = stage.model_copy(update={"sharding": "hybrid"})
-    group = assumed.group(stage)
-    now, then = (exchange(pruned, choice, group, assumed.card).total(stage.accumulation) for choice in (stage, hybrid))
-    return then < now and assumed.fits(training_memory(pruned, hybrid, assumed.dense, group))
 
 
 def _short_of_host_memory(steps: Sequence[StepForecast], assumed: Assumptions) -> list[str]:

@@ -30,7 +30,7 @@ def dimensions_after(
 ) -> list[tuple[Iteration, ModelDimensions]]:
     """The iterations, each with the model's sizes after it.
 
-    Where layers go, or `auto` chooses by the measured loss, the parameters are what is asked for, and prune ends below.
+    Where layers go, the parameters are what is asked for, and prune ends below.
     """
     total = removal(dimensions.params, schedule.target)
     remaining = dimensions
@@ -41,7 +41,7 @@ def dimensions_after(
         # A target that neurons or experts cannot reach is refused elsewhere.
         with suppress(InputError):
             if iteration.unit == "neurons":
-                width = width_for(remaining, asked, prune.width_multiple, prune.tensor_parallel)
+                width = width_for(remaining, asked, prune.width_multiple)
                 after = remaining = with_width(remaining, width)
             elif iteration.unit == "experts":
                 after = remaining = with_experts(remaining, experts_for(remaining, asked))

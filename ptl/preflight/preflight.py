@@ -113,7 +113,7 @@ def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
     if neuron_iterations:
         by_neurons = neuron_iterations[-1].progress
         removed = int(by_neurons * total)
-        width_for(dimensions, dimensions.params - removed, prune.width_multiple, prune.tensor_parallel)
+        width_for(dimensions, dimensions.params - removed, prune.width_multiple)
     if len(neuron_iterations) < len(iterations):
         removed = int((1 - by_neurons) * total)
         layers_for(dimensions, dimensions.params - removed)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import yaml
 
 from ptl.config.paths import FILL_IN
-from ptl.config.recover import DataSource, TrainingSource
+from ptl.config.recover import DataSource
 from ptl.config.run import Task
 from ptl.data.row_formats import Recognised
 from ptl.data.training_amount import CHARACTERS
@@ -31,7 +31,7 @@ class Data:
     """What is trained and scored on."""
 
     calibration: DataSource | None  # None: to be filled in
-    training: tuple[TrainingSource, ...]  # more than one, or none: that of the calibration
+    training: tuple[DataSource, ...]  # more than one, or none: that of the calibration
     tokens: float | None  # of the training rows, roughly; None: not known
     max_length: int  # tokens of a training row
     comment: str = ""  # about the calibration
@@ -49,22 +49,22 @@ MATH = Data(
     calibration=GSM8K,
     # Small, and in the benchmark's own form: a few times over.
     training=(
-        TrainingSource(**GSM8K.model_dump(), weight=0.02),
-        TrainingSource(source="meta-math/MetaMathQA", prompt="Question: {query}\nAnswer:", completion=" {response}"),
-        TrainingSource(source="AI-MO/NuminaMath-CoT", prompt="Question: {problem}\nAnswer:", completion=" {solution}"),
+        DataSource(**GSM8K.model_dump(), weight=0.02),
+        DataSource(source="meta-math/MetaMathQA", prompt="Question: {query}\nAnswer:", completion=" {response}"),
+        DataSource(source="AI-MO/NuminaMath-CoT", prompt="Question: {problem}\nAnswer:", completion=" {solution}"),
     ),
     tokens=500e6,
     max_length=1024,
     comment="GSM8K, in the words of the benchmark",
 )
 MAGICODER = (
-    TrainingSource(source="ise-uiuc/Magicoder-OSS-Instruct-75K", prompt="{problem}\n", completion="{solution}"),
-    TrainingSource(source="ise-uiuc/Magicoder-Evol-Instruct-110K", prompt="{instruction}\n", completion="{response}"),
+    DataSource(source="ise-uiuc/Magicoder-OSS-Instruct-75K", prompt="{problem}\n", completion="{solution}"),
+    DataSource(source="ise-uiuc/Magicoder-Evol-Instruct-110K", prompt="{instruction}\n", completion="{response}"),
 )
 CODE = replace(
     MATH,
     calibration=MBPP,
-    training=(TrainingSource(**MBPP.model_dump(), weight=0.005), *MAGICODER),
+    training=(DataSource(**MBPP.model_dump(), weight=0.005), *MAGICODER),
     tokens=110e6,
     comment="MBPP, in the words of the benchmark",
 )
@@ -176,7 +176,7 @@ def training_yaml(data: Data) -> str:
     return "".join(f"\n{entry}" for entry in entries)
 
 
-def _is_same(source: TrainingSource, other: DataSource) -> bool:
+def _is_same(source: DataSource, other: DataSource) -> bool:
     """Whether a training source reads the same rows in the same way."""
     return DataSource(**source.model_dump(exclude={"weight"})) == other
 

@@ -174,8 +174,6 @@ def _training_memory(plan: Plan, choices: Choices) -> str:
         more = f"; {plan.all_weights} GPUs would train all weights" if plan.all_weights else ""
         lines.append(f"lora: {{rank: 64, alpha: 128}} # adapters, as all weights do not fit on this GPU{more}")
     lines.append("save_steps: 200 # optimizer steps between training checkpoints, from which a crashed step resumes")
-    if plan.dimensions.params > 10**9:
-        lines.append("store_minutes: 30 # copies them to the store at most that often, for a pod on another node")
     return "".join(f"    {line}\n" for line in lines)
 
 

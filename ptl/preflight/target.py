@@ -133,10 +133,7 @@ def _remedy(goal: Goal, prune: Prune, dense: Dense, others: list[str]) -> str:
     elif "layers" in others and isinstance(goal, MemoryGoal):
         remedies.append("remove layers alone, which take their KV cache with them (prune.target=layers)")
     elif "layers" in others:
-        mixture = dense.sizes.num_experts
-        remedies.append(
-            "remove layers alone (prune.target=layers)" if mixture else "remove layers too (prune.target=auto)"
-        )
+        remedies.append("remove layers alone (prune.target=layers)")
     return ", or ".join(remedies)
 
 

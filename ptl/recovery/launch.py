@@ -16,15 +16,13 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
 from pydantic import TypeAdapter
 
-from ptl import cuda, extras
-from ptl.config import trackers
+from ptl import cuda
 from ptl.config.recover import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
@@ -75,7 +73,8 @@ def run(
     processes: int,  # on each machine
 ) -> RecoverReport:
     """Train in several processes, passing metrics on while they run; returns the report of the first process."""
-    settings = settings.model_copy(update={"sharding": sharding_for(settings, job.machines, processes)})
+    if not can_shard():
+        settings = settings.model_copy(update={"sharding": "none"})
     job.scratch.mkdir(parents=True, exist_ok=True)
     job_file = job.scratch / "job.json"
     report_file = job.scratch / REPORT_FILE
@@ -198,31 +197,12 @@ def can_shard() -> bool:
     return torch.cuda.is_available()
 
 
-def sharding_for(settings: Stage, machines: Machines, processes: int) -> str:
-    """What of a stage's sharding is possible: none on CPUs, and hybrid only over machines of several processes each."""
-    if not can_shard():
-        return "none"
-    if settings.sharding != "hybrid" or (machines.count > 1 and processes > 1):
-        return settings.sharding
-    # within a machine, or within one process of each
-    return "fsdp" if machines.count == 1 else "none"
-
-
 def check(settings: RecoverStage, machines: Machines) -> None:
     """Raise InputError where the stage cannot be divided among its processes; called before any work."""
     _check_groups(machines)
     configured = processes_for(settings, machines) * machines.count
     # one of the processes that were launched knows their number from the environment
-    processes = configured if world_size() == 1 else world_size()
-    sequences_per_pass(settings, processes)
-    trackers.check(settings.report_to)
-    needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
-    if needs_deepspeed and find_spec("deepspeed") is None:
-        raise InputError(
-            "zero2 needs the package deepspeed, which is not installed",
-            field="recover.sharding",
-            remedy=f"where recover runs: {extras.install('deepspeed')}; or use fsdp",
-        )
+    sequences_per_pass(settings, configured if world_size() == 1 else world_size())
 
 
 def _check_groups(machines: Machines) -> None:
@@ -254,16 +234,11 @@ def command(settings: Stage, processes: int, machines: Machines, port: int = 0) 
             # nodes have theirs from Kubeflow Trainer
             flags += f" --machine_rank {machines.rank} --same_network --rdzv_conf timeout={RENDEZVOUS}"
     flags += f" --mixed_precision {precision} --dynamo_backend no"
-    if settings.sharding in ("fsdp", "hybrid"):
+    if settings.sharding == "fsdp":
         flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
         # saved in one piece, as the first process reads it
         flags += " --fsdp_state_dict_type FULL_STATE_DICT"
         flags += f" --fsdp_activation_checkpointing {recomputed}"
-        if settings.sharding == "hybrid":
-            flags += f" --use_parallelism_config --parallelism_config_dp_replicate_size {machines.count}"
-            flags += f" --parallelism_config_dp_shard_size {processes}"
-    elif settings.sharding == "zero2":
-        flags += " --use_deepspeed --zero_stage 2"
     else:
         # on CPUs too (gloo): `--cpu` would start one process, or need MPI
         flags += " --multi_gpu"

@@ -58,7 +58,7 @@ def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, traine
         optimizers=(None if sharded else training.optimizer_for(model, settings, state), None),
         callbacks=[training.watch(job)],
     )
-    resumed_at = training.run(trainer, job.scratch)
+    resumed_at = training.run(trainer, job.scratch, steps)
     keeps_state = carries_state and job.keep_optimizer_state
     training.save(trainer, src, dst, with_state=keeps_state, sharded=sharded)
     return RecoverReport(
@@ -115,7 +115,6 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
-            lora_dropout=lora.dropout,
             target_modules="all-linear",
             target_parameters=_expert_parameters(model),
             task_type="CAUSAL_LM",

@@ -30,7 +30,7 @@ from ptl.storage.training_checkpoints import TrainingCheckpoints
 if TYPE_CHECKING:
     from ptl.recovery.job import RecoverReport
 
-NODE_MINUTES = 15  # between training checkpoints in the store, where the config does not say
+STORE_MINUTES = 15.0  # between training checkpoints in the store, unless PTL_STORE_MINUTES says otherwise
 
 
 def recover(call: Call) -> None:
@@ -65,8 +65,6 @@ def recover(call: Call) -> None:
         from ptl.recovery.recover import recover_checkpoint
 
         tracking.tag(run, {"tokens": iteration.tokens})
-        if any(stage.report_to for stage in recovery.stages):
-            _name_for_trackers(step, run)
         limit_threads(parent.params)
         job = RecoveryJob(
             data,
@@ -96,35 +94,17 @@ def recover(call: Call) -> None:
 
 
 def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[TrainingCheckpoints]:
-    """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that.
+    """Where the training checkpoints of each stage outlive the machine; none for a store on this machine's own disk.
 
-    Nodes keep them always: when one of them dies, new ones start from there, and a chain's stages are handed on there.
+    Nodes always have them: when one of them dies, new ones start from there, and a chain's stages are handed on there.
     """
-    minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
-    if machines.is_node() and not minutes:
-        minutes = [NODE_MINUTES]
-    if not minutes:
-        return []
+    minutes = float(os.environ.get("PTL_STORE_MINUTES") or STORE_MINUTES)
     run = step.start()
-    # One interval for all stages: the shortest that any of them asks for.
+    if run.root.startswith("file:") and not machines.is_node():
+        return []
     return [
-        TrainingCheckpoints(run.root, run.run, f"{step.name}.{i}", key, min(minutes))
-        for i in range(len(recovery.stages))
+        TrainingCheckpoints(run.root, run.run, f"{step.name}.{i}", key, minutes) for i in range(len(recovery.stages))
     ]
-
-
-def _name_for_trackers(step: Step, run: StepRun) -> None:
-    """What the trackers of `report_to` call this training and where they write, unless the environment says so."""
-    folder = Path(os.environ.get("PTL_RUN_DIR") or scratch("trackers"))
-    variables = {
-        "WANDB_PROJECT": step.experiment,
-        "WANDB_RUN_GROUP": run.run,
-        "WANDB_NAME": f"{run.run}-{step.name}",
-        "WANDB_DIR": str(folder),
-        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard" / step.name),
-    }
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
 
 
 def _reporter(run: StepRun, tokens: int) -> Log:

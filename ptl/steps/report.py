@@ -55,8 +55,6 @@ def report(call: Call) -> None:
             say(call.step.name, sentence)
         versions.describe(run, records, call.settings["registered_model"])
         versions.register_exports(run, records, final, call.settings["registered_model"])
-        for sentence in serving.register(final, records, config, call.settings["registered_model"], run.run):
-            say(call.step.name, sentence)
         _copy_pages(call, folder)
         _commit_and_finish(call, run, result)
         shutil.rmtree(scratch("cache"), ignore_errors=True)  # what it has fetched

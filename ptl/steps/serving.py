@@ -10,7 +10,6 @@ from ptl.config.export import ServedFormat
 from ptl.config.run import Config
 from ptl.export import kserve
 from ptl.export.formats import gguf_name
-from ptl.lineage import model_registry
 from ptl.steps.versions import Records, score_tags
 from ptl.storage.store import Pointer
 
@@ -50,7 +49,7 @@ def write_manifests(final: Pointer, records: Records, config: Config, folder: Pa
         if not model.uri.startswith("s3://"):
             continue
         name = _service_name(config.name, model.name)
-        gpus = config.prune.tensor_parallel if model.format != "gguf" else int(bool(config.resources.accelerator))
+        gpus = 1 if model.format != "gguf" else int(bool(config.resources.accelerator))
         suffix = f"-{model.name}" if model.name else ""
         manifest = kserve.inference_service(name, model.uri, model.format, gpus)
         (folder / f"inference-service{suffix}.yaml").write_text(manifest)
@@ -63,14 +62,3 @@ def _service_name(config: str, export: str) -> str:
         config = f"model-{config}"
     # What is too long is cut off before the export's name, by which services of one run differ.
     return config[: SERVICE_NAME - len(suffix)].rstrip("-") + suffix
-
-
-def register(final: Pointer, records: Records, config: Config, registered_model: str, run: str) -> list[str]:
-    """Versions in the Model Registry that the config names; a sentence for each, none without one."""
-    address = config.storage.model_registry
-    if not address:
-        return []
-    return [
-        model_registry.register(address, registered_model, run, model.pointer, model.format, model.tags)
-        for model in served(final, records)
-    ]

@@ -42,7 +42,7 @@ class LoopSettings:
     def smallest_cuts(self, folder: Path) -> dict[str, int]:
         """The least number of parameters that can be removed from this checkpoint, for each unit."""
         dimensions = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-        return smallest_cuts(dimensions, self.prune.width_multiple, self.prune.tensor_parallel)
+        return smallest_cuts(dimensions, self.prune.width_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,4 @@ def _compare(reference: Record, items: Items, settings: Gate) -> paired.Paired:
 def _smallest_cut(record: Record, unit: str) -> int | None:
     """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
     by_unit: dict[str, int] = record["metadata"]["smallest_cuts"]
-    # `auto` takes what costs least, of neurons and layers; never whole experts.
-    if unit == "auto":
-        return min((by_unit[each] for each in ("neurons", "layers") if each in by_unit), default=None)
     return by_unit.get(unit)

@@ -294,7 +294,7 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
     assert ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
     assert not (tmp_path / "out").exists()
     task = f"{{name: {dense.with_name('tiny_reasoner.yaml')}, limit: 64}}"
-    sets = ("--set", "training.decontaminate={ngram: 8}", "--set", f"evaluate.tasks=[{task}]")
+    sets = ("--set", "training.decontaminate={tasks: true}", "--set", f"evaluate.tasks=[{task}]")
     done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
     assert done.stdout.startswith("[----------] 0% 0 of 2,000 tokens\n") and "{'" not in done.stdout
     told = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]

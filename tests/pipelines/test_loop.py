@@ -52,7 +52,7 @@ def test_the_run_leaves_what_is_promised(finished):
     assert "report.html" in output and "ptl ui" in output
     dense, final = (result["speed"]["models"][name] for name in ("dense", "final"))
     assert (dense["params"], final["params"]) == (rows[0]["params"], rows[2]["params"])
-    assert (result["speed"]["items"], dense["solved"]) == (4, 4) and final["seconds_per_solved"] > 0
+    assert result["speed"]["items"] == 64 and dense["solved"] > 60 and final["seconds_per_solved"] > 0
     assert "Speed of the final model beside the dense one: prefill" in " ".join(output.split())
     assert result["not_needed"] == []
 

@@ -100,8 +100,6 @@ def test_a_model_that_is_too_large_for_a_node_is_sent_to_several(large):
     (warning,) = too_large(1)
     assert warning.endswith(": resources.steps.recover.nodes: 2 (of 8 GPUs), or recover.lora")
     assert too_large(2) == []
-    (warning,) = too_large(2, sharding="hybrid")
-    assert warning.endswith(": recover.sharding: fsdp")
 
 
 def test_of_changes_that_are_enough_alone_each_is_a_remedy(large):
@@ -159,14 +157,10 @@ def test_memory_follows_the_settings(large):
     assert memory() > bits and devices(plain.processes, 4) == 4
     assert memory(gradient_checkpointing=True) < memory()
     assert memory(lora={"rank": 8}) == pytest.approx(memory() - 12 * shape.params)
-    assert memory(4, sharding="zero2") == pytest.approx(memory(4) - 9 * shape.params)
     gathered = 3 * 128256 * 4096 * 2  # of the embeddings, which are larger than a layer: two weights and a gradient
     assert memory(4, sharding="fsdp") == pytest.approx(memory(4) - 12 * shape.params + gathered)
-    # Two nodes of four hold as much as one of eight, unless each node has a copy.
+    # Two nodes of four hold as much as one of eight.
     assert memory(4, 2, sharding="fsdp") == memory(8, sharding="fsdp")
-    copies = memory(4, 2, sharding="hybrid")
-    assert copies == pytest.approx(memory(8, sharding="fsdp") + 16 * shape.params * (1 / 4 - 1 / 8))
-    assert memory(4, sharding="hybrid") == memory(4, sharding="fsdp")
     assert memory(method="distil") > memory() + 2 * shape.params
     assert memory(method="grpo", beta=0.01) == pytest.approx(memory(method="grpo", beta=0.0) + 4 * shape.params)
 
@@ -377,25 +371,6 @@ def test_where_nothing_is_waited_for_nodes_divide_the_time_and_not_the_gpu_hours
     assert four.hours == pytest.approx(one.hours / 4) and four.gpu_hours == pytest.approx(one.gpu_hours)
     assert four.tokens_per_second == pytest.approx(4 * one.tokens_per_second)
     assert one.tokens_per_second == pytest.approx(one.tokens / one.hours / 3600)
-
-
-def test_a_slow_network_is_waited_for_and_copies_on_each_node_use_it_less(large):
-    def told(network, **changes):
-        return forecast(config(large, **NODES, recover=[LONG | changes]), num_nodes=4, network=network)
-
-    slow, copies = recovery_of(told(25)), recovery_of(told(25, sharding="hybrid"))
-    assert recovery_of(told(400)).hours < copies.hours < slow.hours
-    assert slow.note == f"GPUs wait {100 * slow.waiting:.0f} %" and slow.waiting > 0.1
-    assert slow.hours * (1 - slow.waiting) == pytest.approx(recovery_of(told(400)).hours)
-    (warning,) = told(25).warnings
-    assert warning.startswith(
-        "recover-1, recover-2, recover-3, recover-4 and control-recover: GPUs wait for each other"
-    )
-    assert "recover.sharding: hybrid" in warning and warning.endswith("a larger recover.batch_size, or fewer nodes")
-    assert not any("hybrid" in warning for warning in told(25, sharding="hybrid").warnings)
-    # With one short sequence on each GPU even InfiniBand is waited for, and copies would send more.
-    (warning,) = told(400, max_length=128, batch_size=32).warnings
-    assert "GPUs wait for each other" in warning and "hybrid" not in warning
 
 
 def test_a_batch_that_nodes_cannot_divide_is_said_before_it_fails(large):

@@ -57,21 +57,6 @@ def test_fsdp_gathers_twice_and_reduces_once_for_each_pass():
     assert sharded.total(passes=4) > sharded.total(passes=1) + 3 * 2 * once - 1e-9
 
 
-def test_hybrid_sharding_sends_only_a_shard_of_the_gradients_between_nodes():
-    inside = 7 / 8 * 16e9 / 400e9
-    across = 2 * 3 / 4 * 2e9 / 10e9
-    hybrid = sent(NODES, sharding="hybrid")
-    assert hybrid.forward == pytest.approx(inside)
-    assert hybrid.total(passes=1) == pytest.approx(3 * inside + across)
-    assert sent(NODE, sharding="hybrid") == sent(NODE, sharding="fsdp")
-
-
-def test_zero2_keeps_the_weights_and_gathers_them_when_they_are_new():
-    once = 7 / 8 * 16e9 / 400e9
-    halves = sent(NODE, sharding="zero2")
-    assert (halves.forward, halves.backward, halves.update) == pytest.approx((0, once, once))
-
-
 def test_an_adapter_sends_nothing_that_counts():
     assert sent(NODES, lora=Lora()) == Exchange(0, 0, 0)
     whole = sent(NODES, sharding="fsdp")

@@ -1,9 +1,8 @@
-"""Manifests of what a run has made, and its versions in the Model Registry."""
+"""Manifests of what a run has made."""
 
 import dataclasses
 from pathlib import Path
 
-import pytest
 import yaml
 from run_records import export, record_of, scores
 
@@ -44,17 +43,3 @@ def test_what_is_on_a_disk_gets_none(tmp_path):
     final = dataclasses.replace(FINAL, uri="file:///final")
     serving.write_manifests(final, records("file:///form"), load_config(TINY), tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("address", [None, "http://registry.example.com:8080"])
-def test_the_model_registry_gets_all_of_them_if_the_config_names_one(address, monkeypatch):
-    sent = []
-    monkeypatch.setattr(serving.model_registry, "register", lambda *arguments: sent.append(arguments) or "registered")
-    config = load_config(TINY, {"storage.model_registry": address})
-    said = serving.register(FINAL, records("s3://bucket/form"), config, "reasoner", "run-1")
-    assert said == ["registered", "registered"] * bool(address)
-    if address:
-        assert [(model, run, pointer.step, format) for _, model, run, pointer, format, _ in sent] == [
-            ("reasoner", "run-1", "recover-4", "transformers"),
-            ("reasoner", "run-1", "export-gguf-q8-0", "gguf"),
-        ]
