@@ -7,22 +7,15 @@ Secrets of the cluster, all optional. A step names what it misses; runners on on
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from ptl.config.base import Positive, Section, one_error
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 
-StepName = Literal[
-    "import-model",
-    "prune",
-    "recover",
-    "evaluate",
-    "export-gguf",
-    "export-compressed-tensors",
-    "report",
-]
+StepName = Literal["import-model", "prune", "recover", "evaluate", "export-gguf", "export-compressed-tensors", "report"]
 # Kubernetes' quantities, and names of its objects.
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -36,24 +29,9 @@ Accelerator = Annotated[
 
 # Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod, or Kubeflow Trainer into a node's.
 RESERVED = {
-    "shm",
-    # Kubeflow's launcher.
-    "kfp-launcher",
-    "kfp-workspace",
-    "custom-ca",
-    "gcs-scratch",
-    "s3-scratch",
-    "minio-scratch",
-    "dot-local-scratch",
-    "dot-cache-scratch",
-    "dot-config-scratch",
-    # Argo's executor.
-    "var-run-argo",
-    "tmp-dir-argo",
-    "argo-env-config",
-    "argo-staging",
-    # The TrainingRuntime's.
-    "tmp",
+    *("shm", "tmp", "custom-ca", "kfp-launcher", "kfp-workspace", "gcs-scratch", "s3-scratch", "minio-scratch"),
+    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
+    *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
 }
 TRAINED = "recover"  # the kind of step that several nodes can do together
 # Deadlines.
@@ -170,26 +148,18 @@ class Resources(Section):
 
     def of_step(self, stage: str) -> StepResources:
         """What `steps` says of a kind of step; nothing for one that it does not name."""
-        # A stage is any text, and the names are literals.
-        for name, own in self.steps.items():
-            if name == stage:
-                return own
-        return StepResources()
+        own: Mapping[Any, StepResources] = self.steps
+        return own.get(stage, StepResources())
 
     def accelerators_of(self, stage: str) -> int:
         """Accelerators that a kind of step requests: those it uses, unless `steps` says otherwise."""
         own = self.of_step(stage).accelerators
         if own is not None:
             return own
+        if stage in ("recover", "evaluate"):
+            return self.accelerators
         # Scores for pruning and quantized weights are computed on one, and the others need none.
-        one = min(1, self.accelerators)
-        used = {
-            "prune": one,
-            "recover": self.accelerators,
-            "evaluate": self.accelerators,
-            "export-compressed-tensors": one,
-        }
-        return used.get(stage, 0)
+        return min(1, self.accelerators) if stage in ("prune", "export-compressed-tensors") else 0
 
     def nodes_of(self, stage: str) -> int:
         """Machines that do a kind of step together."""
@@ -220,17 +190,12 @@ class Resources(Section):
         return self.attempts * timeout + pauses
 
     @model_validator(mode="after")
-    def _only_recover_has_nodes(self) -> Resources:
+    def _steps_fit(self) -> Resources:
         for name, step in self.steps.items():
             if step.nodes > 1 and name != TRAINED:
                 raise ValueError(f"nodes={step.nodes} of {name}: only recover runs on several nodes; remove it there")
-        return self
-
-    @model_validator(mode="after")
-    def _accelerators_have_a_name(self) -> Resources:
         # Kubernetes counts a named resource, such as nvidia.com/gpu.
-        numbers = [self.accelerators, *[step.accelerators for step in self.steps.values()]]
-        if any(numbers) and not self.accelerator:
+        if any([self.accelerators, *(step.accelerators for step in self.steps.values())]) and not self.accelerator:
             raise ValueError("accelerators without accelerator: name the resource, for example nvidia.com/gpu")
         return self
 

@@ -166,16 +166,11 @@ def times(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[dict[str, f
 
 
 def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[float, list[str]]:
-    """The longest chain of steps that wait for each other: its cost (hours, seconds: as given), and its steps.
-
-    A step without a cost counts as 0. No run can end earlier, whatever runs beside it.
-    """
+    """The longest chain of steps that wait for each other: its cost, as in `times`, and its steps."""
     _, ends = times(steps, cost)
     needs = {node.name: node.needs for node in steps}
-
     # Back from the step that ends last, always to what it waited for longest.
-    last = max(ends, key=ends.__getitem__)
-    path = [last]
+    path = [max(ends, key=ends.__getitem__)]
     while needs[path[0]]:
         path.insert(0, max(needs[path[0]], key=ends.__getitem__))
-    return ends[last], path
+    return ends[path[-1]], path

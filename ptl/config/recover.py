@@ -350,16 +350,16 @@ def _method(raw: Any) -> Any:
     return getattr(raw, "method", None)
 
 
+METHODS: dict[str, type[Section]] = {"cpt": Cpt, "distil": Distil, "grpo": Grpo}
 # with the method's own fields, so that an error names a field of it
-_BY_METHOD = Discriminator(
-    _method,
-    custom_error_type="method",
-    custom_error_message="recover method must be cpt, distil or grpo",
-)
-_Cpt = Annotated[Cpt, Tag("cpt")]
-_Distil = Annotated[Distil, Tag("distil")]
-_Grpo = Annotated[Grpo, Tag("grpo")]
-RecoverStage = Annotated[_Cpt | _Distil | _Grpo, _BY_METHOD]
+RecoverStage = Annotated[
+    Annotated[Cpt, Tag("cpt")] | Annotated[Distil, Tag("distil")] | Annotated[Grpo, Tag("grpo")],
+    Discriminator(
+        _method,
+        custom_error_type="method",
+        custom_error_message="recover method must be cpt, distil or grpo",
+    ),
+]
 
 
 class Recovery(Section):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
-from ptl.config import image_names, suggestions, yaml_text
+from ptl.config import errors, image_names, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
-from ptl.config.goal import TAGS
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
@@ -29,14 +28,8 @@ from ptl.errors import InputError
 
 S = TypeVar("S", bound=Section)
 
-SHOWN = 200  # characters of a wrong value
 ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
 ImageDigest = Annotated[str, Field(pattern=image_names.DIGEST)]
-KINDS = {
-    "model_type": "must be a section, a mapping of its fields",
-    "tuple_type": "must be a list: [...]",
-    "string_type": """must be text: put it in quotes, FIELD: "VALUE" in a file, --set 'FIELD="VALUE"' in a shell""",
-}
 
 
 class ModelSource(Section):
@@ -257,59 +250,41 @@ class Config(Section):
                     f"schedule.recovery_tokens={self.schedule.recovery_tokens} leaves {fewest or 'no'} token for a "
                     f"stage of iteration {iteration.index}: raise it, or set schedule.tokens=uniform"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _stages_fit_their_nodes(self) -> Config:
-        # The GPUs of a node may be others than this machine's, or none: one process is the least.
-        problem = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
-        if problem:
-            raise ValueError(problem)
-        return self
-
-    @model_validator(mode="after")
-    def _reinforcement_learning_steps_in_every_iteration(self) -> Config:
         for stage in self.recover:
             if not isinstance(stage, Grpo):
                 continue
             # Steps are shared out over the iterations as tokens are.
-            steps = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
-            iterations = plan(steps, self.prune)
-            if not all(iteration.tokens for iteration in iterations):
+            shared_out = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
+            if not all(iteration.tokens for iteration in plan(shared_out, self.prune)):
                 raise ValueError(
-                    f"recover.steps={stage.steps}, shared out over {len(iterations)} iterations, leaves one without a "
-                    "step: raise it, or set schedule.tokens=uniform"
+                    f"recover.steps={stage.steps}, shared out over {self.schedule.num_iterations} iterations, "
+                    "leaves one without a step: raise it, or set schedule.tokens=uniform"
                 )
         return self
 
     @model_validator(mode="after")
-    def _all_images_have_a_digest_or_none(self) -> Config:
-        digests = self.images.digests
-        optional = self.optional_images()
-        absent = image_names.without_digest(digests, optional)
-        # One image by its digest beside another by its tag could be of two builds.
-        if digests and absent:
-            command = f"ptl images digests{image_names.with_options(optional)}"
-            raise ValueError(
-                f"images.digests has none of {', '.join(absent)}: take what `{command}` prints, or remove all"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _exports_differ(self) -> Config:
-        names = [export.name for export in self.export]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"export has {twice} twice: remove one")
-        return self
-
-    @model_validator(mode="after")
-    def _layers_fit(self) -> Config:
+    def _parts_fit(self) -> Config:
+        # The GPUs of a node may be others than this machine's, or none: one process is the least.
+        undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
+        if undivided:
+            raise ValueError(undivided)
         for_layers, iterations = self.prune.layer_iterations, self.schedule.num_iterations
         if self.prune.target == "neurons_then_layers" and for_layers >= iterations:
             raise ValueError(
                 f"prune.layer_iterations={for_layers} leaves no iteration for neurons: "
                 f"it must be below schedule.iterations={iterations}"
+            )
+        names = [export.name for export in self.export]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"export has {twice} twice: remove one")
+        # One image by its digest beside another by its tag could be of two builds.
+        digests, optional = self.images.digests, self.optional_images()
+        absent = image_names.without_digest(digests, optional)
+        if digests and absent:
+            command = f"ptl images digests{image_names.with_options(optional)}"
+            raise ValueError(
+                f"images.digests has none of {', '.join(absent)}: take what `{command}` prints, or remove all"
             )
         return self
 
@@ -350,27 +325,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     Raises InputError that names every wrong field, its value and the allowed range.
     """
     path = Path(path)
-    settings = _read_mapping(path)
+    settings = yaml_text.load_file(path, field="config")
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config")
     # Overrides are checked with the file, so that fields which need each other can be set together.
     for dotted, value in (overrides or {}).items():
         assign(settings, dotted, typed(value))
     return check(Config, settings, str(path), folder=path.absolute().parent)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a config file."""
-    try:
-        if not path.is_file():
-            raise InputError(f"no file {path}", field="config", remedy="give the path of a YAML file")
-        # One character more than is allowed: a file of any length is refused at once.
-        with path.open(encoding="utf-8") as file:
-            text = file.read(yaml_text.BYTES + 1)
-        settings = yaml_text.load(text, str(path), field="config")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)[:200]} cannot be read: {error}"[:500], field="config") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config")
-    return settings
 
 
 def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
@@ -379,28 +340,28 @@ def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
     Sections that are missing are added.
     """
     *parents, last = dotted.split(".")
-    inner: Any = settings
+    section: Any = settings
     for name in parents:
-        key = _key(inner, name, dotted)
-        section = inner.get(key, {}) if isinstance(inner, dict) else inner[key]
+        key = _key(section, name, dotted)
+        inner = section.get(key, {}) if isinstance(section, dict) else section[key]
         # A target may be a number or a section.
-        if isinstance(section, int | float) and not isinstance(section, bool):
-            section = {}
-        if not isinstance(section, dict | list):
+        if isinstance(inner, int | float) and not isinstance(inner, bool):
+            inner = {}
+        if not isinstance(inner, dict | list):
             raise InputError(f"{name} is not a section", field=f"--set {dotted}")
-        inner[key] = section.copy()  # sections with one YAML anchor are one object
-        inner = inner[key]
-    inner[_key(inner, last, dotted)] = value
+        section[key] = inner.copy()  # sections with one YAML anchor are one object
+        section = section[key]
+    section[_key(section, last, dotted)] = value
 
 
-def _key(container: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
+def _key(section: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
     """The key of a part of a dotted name: a field's name, or the index of an entry that a list has."""
-    if isinstance(container, dict):
+    if isinstance(section, dict):
         return name
-    if name.isascii() and name.isdecimal() and int(name) < len(container):
+    if name.isascii() and name.isdecimal() and int(name) < len(section):
         return int(name)
     raise InputError(
-        f"{name} is no entry of a list of {len(container)}",
+        f"{name} is no entry of a list of {len(section)}",
         field=f"--set {dotted}",
         remedy="number its entries from 0, or give the list whole: --set 'NAME=[{...}]'",
     )
@@ -414,38 +375,4 @@ def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Pat
     try:
         return section.model_validate(settings, context=folder and {FOLDER: folder})
     except ValidationError as error:  # which lists all wrong fields, and so does ours
-        lines = ["wrong values", *_explanations(section, error)]
-        raise InputError("\n".join(lines), field=where) from error
-
-
-def _explanations(section: type[Section], error: ValidationError) -> Iterator[str]:
-    """A line for each wrong field."""
-    for details in error.errors():
-        # A list whose entries are wrong counts as empty: that follows from the others.
-        if details["type"] == "too_short" and details["input"]:
-            continue
-        field = ".".join(str(part) for part in details["loc"] if part not in TAGS) or "config"
-        yield f"  {field}: {_explanation(section, details)}"
-
-
-def _explanation(section: type[Section], details: Any) -> str:
-    """What is wrong with a field, in words that name a remedy."""
-    if details["type"] == "extra_forbidden":
-        similar = " or ".join(suggestions.fields(section, details["loc"]))
-        method = next((f" of {part}" for part in details["loc"][-2:-1] if part in suggestions.METHODS), "")
-        if similar:
-            return f"unknown field{method}; did you mean {similar}?"
-        return f"unknown field{method}; remove it, or see `ptl schema` for the fields there are"
-    if details["type"] == "missing":
-        return "missing; add it"
-    message = details["msg"]
-    if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
-        message = str(details["ctx"]["error"])
-    # Pydantic's words name classes and kinds of Python.
-    message = KINDS.get(details["type"], message)
-    if isinstance(details["input"], dict):  # a whole section says less than the message
-        return message
-    value = repr(details["input"])
-    if len(value) > SHOWN:  # somebody may have pasted a whole file
-        value = f"{value[:SHOWN]}... ({len(value):,} characters)"
-    return f"{value}: {message}"
+        raise InputError("\n".join(["wrong values", *errors.lines(section, error)]), field=where) from error

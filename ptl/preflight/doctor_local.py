@@ -86,7 +86,7 @@ def _exports(forms: Sequence[Export], check: CheckExports, src: Path | None) -> 
 
 def model_and_data(config: Config) -> Finding:
     """Data files, tasks and the model are as the run needs them; of a model on the hub only its config is read."""
-    from ptl.data import model_fit
+    from ptl.data import checks
     from ptl.preflight import forecast_model, preflight
 
     calibration, training = config.calibration, config.training
@@ -97,7 +97,7 @@ def model_and_data(config: Config) -> Finding:
     folder = Path(path).expanduser()
     if folder.exists():
         preflight.check_model(folder, config.schedule, config.prune)
-        model_fit.check_settings(folder, calibration, training, evaluate, recover)
+        checks.check_settings(folder, calibration, training, evaluate, recover)
         return Finding("model and data", "ok", f"{path} and the data files can be read")
 
     # Weights of many gigabytes are nothing to download for a check.

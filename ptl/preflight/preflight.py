@@ -9,8 +9,7 @@ from pathlib import Path
 from ptl.config.recover import RecoverStage, TrainingData
 from ptl.config.run import Calibration, Config, Evaluate, Gate
 from ptl.config.schedule import Prune, Schedule, plan, removal
-from ptl.data import model_fit
-from ptl.data.checks import check_data, check_rewards, named_sources
+from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
@@ -39,7 +38,7 @@ def preflight(
     # Only now a download, which may take an hour.
     folder = hub.locate(path, revision)
     dimensions = check_model(folder, schedule, prune)
-    model_fit.check_settings(folder, calibration, training, evaluate, recover)
+    check_settings(folder, calibration, training, evaluate, recover)
     return folder, dimensions
 
 

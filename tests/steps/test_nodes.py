@@ -13,12 +13,12 @@ from pathlib import Path
 
 import mock_kubernetes
 import pytest
+from conftest import free_port
 from mlflow import MlflowClient
 from recovering import DATA, DENSE, SHORT, cut, recover, weights
 
 from pipelines.prune_tune_loop import train_job
 from ptl.config.run import load_config
-from ptl.recovery.machines import free_port
 from ptl.steps import trainjob
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
