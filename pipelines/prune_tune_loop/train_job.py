@@ -91,7 +91,9 @@ def _pod(config: Config) -> dict[str, Any]:
         "containers": [{"name": CONTAINER, "volumeMounts": volume_mounts}],
     }
     if resources.tolerations:
-        pod["tolerations"] = [taint.model_dump(exclude_none=True) for taint in resources.tolerations]
+        pod["tolerations"] = [
+            {"operator": taint.operator, **taint.model_dump(exclude_none=True)} for taint in resources.tolerations
+        ]
     if resources.node_selector:
         pod["nodeSelector"] = dict(sorted(resources.node_selector.items()))
     if resources.image_pull_secrets:

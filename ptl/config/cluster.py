@@ -44,18 +44,15 @@ class Toleration(Section):
 
     key: str = Field(min_length=1)
     """for example nvidia.com/gpu"""
-    operator: Literal["Exists", "Equal"] = "Exists"
-    """`Equal`: only a taint with this `value`"""
     value: str | None = None
-    """only with operator Equal"""
+    """only a taint with this value (operator Equal); default: with any (operator Exists)"""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """default: all effects"""
 
-    @model_validator(mode="after")
-    def _value_belongs_to_equal(self) -> Toleration:
-        if (self.value is not None) != (self.operator == "Equal"):
-            raise ValueError("operator Equal needs a value, operator Exists takes none")
-        return self
+    @property
+    def operator(self) -> str:
+        """As Kubernetes calls it."""
+        return "Exists" if self.value is None else "Equal"
 
 
 class StepResources(Section):
@@ -74,7 +71,8 @@ class StepResources(Section):
     nodes: Positive = 1
     """machines that train together (recover only); on a cluster, from 2 on, by Kubeflow Trainer. All fields are then
     those of one node"""
-    runtime: ClassVar[str] = "ptl-recover"  # TrainingRuntime of manifests/components/trainer, from which nodes are made
+    runtime: Name = "ptl-recover"
+    """Kubeflow Trainer's TrainingRuntime, in the namespace of the runs, from which the nodes are made"""
 
 
 class Resources(Section):

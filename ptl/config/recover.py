@@ -155,9 +155,7 @@ class Lora(Section):
     """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
 
     rank: Positive = 16
-    """rank of each adapter's two matrices"""
-    alpha: PositiveFloat = 32
-    """the update is scaled by alpha / rank"""
+    """rank of each adapter's two matrices; the update is scaled by 2"""
 
 
 class Stage(Section):
@@ -200,8 +198,6 @@ class NextToken(Stage):
     # at inference the model reads prompts and writes answers
     loss: Literal["completion", "all"] = "completion"
     """train on the answer only, or on all tokens"""
-    packing: bool = False
-    """join sequences to max_length (loss `all` only)"""
     # from one iteration to the next
     decay: Decay = 0.5
     """share of the run's recovery over which the learning rate decays, at its end; `each`: in each iteration anew"""
@@ -209,15 +205,6 @@ class NextToken(Stage):
     """carry the optimizer state to the next iteration, pruned together with the weights"""
     lora: Lora | None = None
     """train low-rank adapters; default: all weights"""
-
-    @model_validator(mode="after")
-    def _packing_needs_all_tokens(self) -> Self:
-        # packed sequences are one text after another
-        if self.packing and self.loss == "completion":
-            raise ValueError(
-                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
-            )
-        return self
 
 
 # in the schema a stage without a method is of one class only, cpt
@@ -229,6 +216,17 @@ class Cpt(NextToken):
 
     method: Literal["cpt"] = "cpt"
     """continual pre-training"""
+    packing: bool = False
+    """join sequences to max_length (loss `all` only)"""
+
+    @model_validator(mode="after")
+    def _packing_needs_all_tokens(self) -> Self:
+        # packed sequences are one text after another
+        if self.packing and self.loss == "completion":
+            raise ValueError(
+                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
+            )
+        return self
 
 
 class Distil(NextToken):
@@ -246,16 +244,9 @@ class Distil(NextToken):
     mix: float = Field(0.5, ge=0, le=1)
     """weight of the next-token loss; the KL gets the rest"""
 
-    @model_validator(mode="after")
-    def _no_packing(self) -> Self:
-        # the KL is on answer tokens, and packing trains on all
-        if self.packing:
-            raise ValueError("packing=true is for method=cpt; remove it")
-        return self
-
 
 class Reward(Section):
-    """One part of the reward; `answer` and `tests` are templates over a row's columns."""
+    """One part of the reward."""
 
     # the functions are in rewards.REWARDS
     name: Literal["final_answer", "math", "code", "format"]
@@ -263,10 +254,9 @@ class Reward(Section):
     weight: PositiveFloat = 1.0
     """weight of this part in the sum"""
     # what an answer is compared with, by the method that is named
-    answer: Template = "{answer}"
-    """the reference, for `final_answer` and `math`"""
-    tests: Template = "{test}"
-    """Python code that raises if the answer is wrong, for `code`"""
+    answer: Template | None = None
+    """the reference as a template over a row's columns, by default `{answer}`; for `code` Python that raises if the
+    answer is wrong, by default `{test}`"""
     pattern: str = r"(?s).*(####|\\boxed\{)[^#]*"
     """regular expression that the whole answer must match, for `format`"""
 
@@ -282,9 +272,9 @@ class Reward(Section):
     @property
     def reference_template(self) -> str:
         """What an answer is compared with, as a template over a row's columns; empty for `format`."""
-        if self.name == "code":
-            return self.tests
-        return "" if self.name == "format" else self.answer
+        if self.name == "format":
+            return ""
+        return self.answer or ("{test}" if self.name == "code" else "{answer}")
 
 
 class Grpo(Stage):

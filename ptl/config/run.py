@@ -268,11 +268,9 @@ class Config(Section):
         undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
         if undivided:
             raise ValueError(undivided)
-        for_layers, iterations = self.prune.layer_iterations, self.schedule.num_iterations
-        if self.prune.target == "neurons_then_layers" and for_layers >= iterations:
+        if self.prune.target == "neurons_then_layers" and self.schedule.num_iterations == 1:
             raise ValueError(
-                f"prune.layer_iterations={for_layers} leaves no iteration for neurons: "
-                f"it must be below schedule.iterations={iterations}"
+                "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"
             )
         names = [export.name for export in self.export]
         twice = next((name for name in names if names.count(name) > 1), None)

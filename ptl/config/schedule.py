@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ptl.config.base import Count, Positive, Section, one_error
+from ptl.config.base import Count, Section, one_error
 from ptl.config.goal import Goal, Target
 
 # Iterations by default: docs/results.md, "Is a loop worth it?".
@@ -65,11 +65,9 @@ class Prune(Section):
     target: Literal["neurons", "layers", "neurons_then_layers", "experts"] = Field(
         "neurons",
         description="what is removed; `neurons` of a mixture of experts are those inside each expert; "
-        "`neurons_then_layers` removes layers in the last `layer_iterations`; `experts` removes whole experts of a "
+        "`neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
         "mixture of experts, as many in every layer",
     )
-    layer_iterations: Positive = 1
-    """iterations at the end that remove layers (`neurons_then_layers` only)"""
     criterion: Literal["max", "mean", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
         "taylor",
         description="how neurons are scored: `max`, `mean`, `weight`, `taylor` or `random`. With target `experts` how "
@@ -158,9 +156,8 @@ def _removed_share(schedule: Schedule, index: int) -> Fraction:
 def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
     if prune.target != "neurons_then_layers":
         return prune.target
-    # At least one iteration is for neurons: the control's only one is.
-    layer_iterations = min(prune.layer_iterations, schedule.num_iterations - 1)
-    return "layers" if index > schedule.num_iterations - layer_iterations else "neurons"
+    # The control's only iteration is for neurons.
+    return "layers" if index == schedule.num_iterations > 1 else "neurons"
 
 
 def one_shot(schedule: Schedule) -> Schedule:

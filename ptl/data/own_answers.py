@@ -101,7 +101,7 @@ def _generate(
     width = batch["input_ids"].shape[1]
     generated = model.generate(
         **{name: tensor.to(model.device) for name, tensor in batch.items()},
-        max_new_tokens=settings.max_length,
+        max_new_tokens=max(1, settings.max_length - width),  # longer answers would be cut
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token,

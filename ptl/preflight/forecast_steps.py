@@ -133,8 +133,7 @@ def _scoring_memory(shape: Shape, calibration: Calibration) -> float:
 
 def _generation_memory(shape: Shape, calibration: Calibration) -> float:
     """Bytes on the GPU while the model answers the calibration's prompts: all weights, and a batch's cache."""
-    length = 2 * calibration.max_length  # prompt and answer
-    cache = calibration.batch_size * length * shape.kv_bytes
+    cache = calibration.batch_size * calibration.max_length * shape.kv_bytes
     return float(shape.params * shape.itemsize + cache + CONTEXT)
 
 

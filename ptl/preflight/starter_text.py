@@ -172,7 +172,7 @@ def _training_memory(plan: Plan, choices: Choices) -> str:
         lines.append(f"sharding: {choices.sharding} # weights and optimizer state are divided among the GPUs")
     if choices.lora:
         more = f"; {plan.all_weights} GPUs would train all weights" if plan.all_weights else ""
-        lines.append(f"lora: {{rank: 64, alpha: 128}} # adapters, as all weights do not fit on this GPU{more}")
+        lines.append(f"lora: {{rank: 64}} # adapters, as all weights do not fit on this GPU{more}")
     lines.append("save_steps: 200 # optimizer steps between training checkpoints, from which a crashed step resumes")
     return "".join(f"    {line}\n" for line in lines)
 

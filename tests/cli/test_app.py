@@ -188,7 +188,7 @@ def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config
     folder = save(model, tmp_path / "model", tokenizer=False)
     for file in CHECKPOINT.glob("tokenizer*"):
         shutil.copy(file, folder)
-    fields = {"model__path": str(folder), "schedule__target": 0.2, "prune__layer_iterations": 1}
+    fields = {"model__path": str(folder), "schedule__target": 0.2, "prune__width_multiple": 1}
     fields["export"] = [{"format": "gguf", "type": "q8_0"}, {"format": "compressed-tensors", "type": "fp8"}]
     said = "may remove layers, and llama.cpp's code for gemma3_text has full attention in one of 6 layers"
     for target in ("auto", "neurons"):

@@ -10,7 +10,6 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from pipelines.prune_tune_loop.compact import weigh
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
-from ptl.config import batches
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
 from ptl.errors import InputError
@@ -29,7 +28,7 @@ EVERYTHING = {
     "resources.retries": 3,
     "resources.tolerations": [
         {"key": "nvidia.com/gpu", "effect": "NoSchedule"},
-        {"key": "team", "operator": "Equal", "value": "nlp"},
+        {"key": "team", "value": "nlp"},
     ],
     "resources.node_selector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
     "resources.queue": "gpus",
@@ -42,13 +41,12 @@ EVERYTHING = {
 
 # What has a test of its own below, or a value by default that is looked for.
 BY_DEFAULT = {"config_map", "s3_secret", "s3_access_key", "s3_secret_key", "mlflow_secret", "hf_secret"}
-BY_DEFAULT |= {"kfp", "run_as_user", "run_as_group", "steps"}
+BY_DEFAULT |= {"kfp", "steps"}
 ELSEWHERE = {
     "control",
     "doctor",
     "experiment",
     "registered_model",
-    "model_registry",  # of the report step: test_serving.py
 }  # the shape of the DAG and the form: test_compile.py
 
 
@@ -279,7 +277,7 @@ def test_a_task_weighs_4_kilobytes_less_than_it_did(name, before, tmp_path):
         ({"resources.accelerators": 1}, "accelerators without accelerator"),
         ({"resources.memory": "lots"}, "resources.memory: 'lots'"),
         ({"resources.retries": 11}, "resources.retries: 11"),
-        ({"resources.tolerations": [{"key": "a", "value": "b"}]}, "operator Equal needs a value"),
+        ({"resources.tolerations": [{"key": "a", "operator": "Exists"}]}, "operator: unknown field"),
         ({"resources.steps": {"train": {}}}, "resources.steps.train"),
         ({"storage.s3_secret": "Not A Name"}, "storage.s3_secret: 'Not A Name'"),
         ({"storage.s3_secret": "dots.are.no-label"}, "storage.s3_secret: 'dots.are.no-label'"),
@@ -349,5 +347,6 @@ def test_a_batch_that_the_gpus_of_all_nodes_cannot_divide_is_refused_before_it_i
     config = load_config(CONFIGS / "tiny.yaml", gpus | {"resources.steps.recover.nodes": 4})
     assert config.recover[0].batch_size == 16  # goes on one GPU of each node
     with pytest.raises(InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"):
-        batches.check_on_cluster(config.recover, config.resources)
-    batches.check_on_cluster(config.recover, Resources(accelerator="nvidia.com/gpu", accelerators=8))
+        config.check_batches_on_cluster()
+    one_node = Resources(accelerator="nvidia.com/gpu", accelerators=8)
+    config.model_copy(update={"resources": one_node}).check_batches_on_cluster()

@@ -175,7 +175,7 @@ def test_a_goal_in_speed_is_reached_by_neurons_of_experts(small, times):
     assert flops[0] / flops[2] >= times > flops[0] / flops[1]
 
 
-@pytest.mark.parametrize("mixed", ["auto", "neurons_then_layers"])
+@pytest.mark.parametrize("mixed", ["neurons_then_layers"])
 def test_neurons_and_layers_of_a_mixture_reach_the_speed_whatever_is_removed(small, mixed):
     dense = dense_model(small)
     params = target.params(SpeedGoal(speed=1.4), Prune(target=mixed), small)
@@ -186,7 +186,7 @@ def test_neurons_and_layers_of_a_mixture_reach_the_speed_whatever_is_removed(sma
         assert reached is None or dense.needs().flops_per_token >= 1.4 * reached.flops_per_token
 
 
-@pytest.mark.parametrize("mixed", ["neurons", "auto", "neurons_then_layers"])
+@pytest.mark.parametrize("mixed", ["neurons", "neurons_then_layers"])
 def test_a_speed_that_neurons_of_experts_cannot_reach_is_refused_with_layers_as_the_remedy(large, mixed):
     with pytest.raises(InputError, match=r"with no FFN neuron left .* remove layers alone \(prune.target=layers\)"):
         target.params(SpeedGoal(speed=3), Prune(target=mixed), large)

@@ -74,7 +74,7 @@ def test_layers_are_counted_as_such():
     assert resolved(SpeedGoal(speed=1.5), target="layers") == dense.needs(2, "layers").params
 
 
-@pytest.mark.parametrize("target", ["auto", "neurons_then_layers"])
+@pytest.mark.parametrize("target", ["neurons_then_layers"])
 @pytest.mark.parametrize(
     "goal",
     [*(SpeedGoal(speed=times) for times in (1.2, 1.5, 3, 3.2)), MemoryGoal(memory="400kB")],
@@ -97,7 +97,7 @@ def test_a_mixed_removal_reaches_the_goal_whatever_it_removes(goal, target):
     assert resolved(goal, target="neurons") - params < 4 * 3 * 64
 
 
-@pytest.mark.parametrize("target", ["neurons", "auto", "neurons_then_layers"])
+@pytest.mark.parametrize("target", ["neurons", "neurons_then_layers"])
 def test_memory_that_only_layers_can_free_is_refused_with_them_as_the_remedy(target):
     """A mixed removal could get down to the parameters by neurons, which leave the KV cache as it is."""
     goal = MemoryGoal(memory="300kB", sequences=2)

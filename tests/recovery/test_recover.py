@@ -381,7 +381,7 @@ def test_budgets_add_up_and_follow_each_other():
         ([{"share": 0.6}], "must add up to 1"),
         ([{"share": 1.0}, {}], "leaves nothing"),
         ([{"method": "magic"}], "must be cpt, distil or grpo"),
-        ([{"method": "distil", "packing": True, "loss": "all"}], "is for method=cpt"),
+        ([{"method": "distil", "packing": True, "loss": "all"}], "unknown field of distil|Extra inputs"),
         ([{"method": "grpo", "batch_size": 9}], "multiple of num_generations"),
         ([{"method": "grpo", "rewards": [{"name": "format"}]}], "verifies the answer"),
     ],
