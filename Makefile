@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path llmcompressor vllm screenshots release
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs golden checkov ci-path llmcompressor vllm screenshots release
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -62,11 +62,8 @@ ci-path: install ## compile, images, a short run in containers with S3, compare,
 lock: install ## exact versions again: constraints.txt and the images' hashed locks
 	docker/lock.sh
 
-docs: install ## the documentation's pages in site/
+docs: install ## the documentation in site/, with the pages of all fields and commands
 	$(BIN)/mkdocs build --strict
-
-docs-reference: install ## docs/config-reference.md and docs/commands.md, from the code
-	$(BIN)/python docs/reference_pages.py
 
 golden: install ## write the compiled pipelines that tests compare with; read the diff
 	PTL_UPDATE_GOLDEN=1 $(BIN)/pytest tests/pipelines/test_compile.py -k golden

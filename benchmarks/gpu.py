@@ -88,7 +88,7 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
             rates[name].append(loop(model, settings, job, given.warmup))
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
     shape = forecast_model.shape_of(str(model))
-    flops = 3 * forecast_model.forward_flops(shape, 1, given.length)  # of a token, with backward
+    flops = 3 * forecast_model.forward_flops(shape, shape.dimensions, 1, given.length)  # of a token, with backward
     peak = peak_flops(device(), given.dtype, given.peak)
     found = {}
     for name, values in rates.items():

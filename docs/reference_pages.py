@@ -1,4 +1,4 @@
-"""Write docs/config-reference.md and docs/commands.md from the code. `--check` only compares."""
+"""The pages of all fields of a config and of all commands, from the code, whenever the documentation is built."""
 
 import inspect
 import json
@@ -17,8 +17,6 @@ from ptl.cli.app import app  # noqa: E402
 from ptl.config.base import Section  # noqa: E402
 from ptl.config.recover import NextToken, Stage  # noqa: E402
 from ptl.config.run import Config  # noqa: E402
-
-MADE = "<!-- made by `make docs-reference` from the code; change the descriptions there -->"
 
 CONFIG_HEAD = """\
 # Every field of a config
@@ -59,7 +57,7 @@ def config_page() -> str:
         parts.append(f"## {headings[section]}\n")
         parts.append(_introduction(section, paths))
         parts.append(_table(("field", "value", "default", "meaning"), list(_fields(section, links))))
-    return "\n".join([*parts, MADE, ""])
+    return "\n".join([*parts, ""])
 
 
 def _sections(section: type[Section], path: str) -> Iterator[tuple[type[Section], str]]:
@@ -200,7 +198,7 @@ def commands_page() -> str:
         panels.setdefault(title, []).extend(_command(name, command))
     for title, lines in panels.items():
         parts += [f"## {title}\n", *lines]
-    return "\n".join([*parts, MADE, ""])
+    return "\n".join([*parts, ""])
 
 
 def _command(name: str, command: Any) -> list[str]:
@@ -248,19 +246,10 @@ def _anchor(heading: str) -> str:
 PAGES = {"config-reference.md": config_page, "commands.md": commands_page}
 
 
-def main() -> int:
-    """Write both, or with `--check` print those that differ and return 1."""
-    stale = []
+def on_files(files: Any, *, config: Any) -> Any:
+    """The pages among those of the documentation (a hook of MkDocs)."""
+    from mkdocs.structure.files import File
+
     for name, page in PAGES.items():
-        path = ROOT / "docs" / name
-        text = page()
-        if "--check" not in sys.argv:
-            path.write_text(text)
-        elif not path.is_file() or path.read_text() != text:
-            stale.append(f"docs/{name}")
-    print("\n".join(stale), end="")
-    return int(bool(stale))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        files.append(File.generated(config, name, content=page()))
+    return files

@@ -16,7 +16,7 @@ from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
 from ptl.config.export import Export
-from ptl.config.goal import BY_GOAL, Goal
+from ptl.config.goal import BY_GOAL, MemoryGoal
 from ptl.config.run import Config, essentials
 
 
@@ -30,8 +30,8 @@ def parameters(config: Config) -> dict[str, Any]:
     return {
         "model": settings["model"]["path"],
         "revision": config.model.revision or "",
-        "target": BY_GOAL if isinstance(schedule.target, Goal) else schedule.target,
-        "goal": settings["schedule"]["target"] if isinstance(schedule.target, Goal) else {},
+        "target": BY_GOAL if isinstance(schedule.target, MemoryGoal) else schedule.target,
+        "goal": settings["schedule"]["target"] if isinstance(schedule.target, MemoryGoal) else {},
         "recovery_tokens": schedule.recovery_tokens,
         "seed": config.seed,
         "cuts": schedule.cuts,

@@ -51,9 +51,6 @@ def plan(
     nodes: Annotated[
         int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
     ] = None,
-    network: Annotated[
-        float | None, typer.Option(min=0.1, help="Gbit/s between nodes for each GPU; default: by the kind of GPU")
-    ] = None,
 ) -> None:
     """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
 
@@ -64,17 +61,22 @@ def plan(
     from ptl.data import training_amount
     from ptl.export.formats import layer_warnings
     from ptl.model import hub
-    from ptl.preflight import forecast, forecast_table
+    from ptl.preflight import advice, forecast, remedies
 
     settings = load_config(config, pairs("--set", sets))
-    run_forecast = forecast.forecast(settings, gpu, count, nodes, network)
+    run_forecast = forecast.forecast(settings, gpu, count, nodes)
     # A pipe has no width: rich would take 80 columns and wrap the last ones.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(forecast_table.table(run_forecast))
+    console.print(forecast.table(run_forecast))
     amount = training_amount.planned(settings, run_forecast.params - min(step.params for step in run_forecast.steps))
     if amount.sentence:
         print(amount.sentence)
-    warnings = [*run_forecast.warnings, *amount.warnings()]
+    warnings = [
+        *advice.warnings(settings),
+        *advice.model_warnings(run_forecast.assumed.config, run_forecast.assumed.shape.dimensions),
+        *remedies.warnings(run_forecast),
+        *amount.warnings(),
+    ]
     if settings.export:
         folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
         warnings += layer_warnings(folder, settings.export, settings.prune.target)
@@ -137,7 +139,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     from ptl.evaluation import language_models
     from ptl.export import formats, llama_cpp
     from ptl.model import pretrained
-    from ptl.preflight import advice, planned, preflight, target
+    from ptl.preflight import advice, preflight, target
 
     warn(advice.warnings(config))
     # Before a model is downloaded.
@@ -173,11 +175,9 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     unchecked += extras.not_checked([compare_tokens], excused)
     warn(list(dict.fromkeys([*unchecked, *notes])))
     warn(formats.layer_warnings(folder, config.export, config.prune.target))
-    schedule = target.with_number(config).schedule
-    warn(advice.depth_warnings(schedule, dimensions.params))
-    warn(advice.layer_warnings(schedule, config.prune, dimensions.params, dimensions.params_per_layer))
-    warn(planned.idle_warnings(dimensions, schedule, config.prune))
-    _, final = planned.dimensions_after(dimensions, schedule, config.prune)[-1]
+    numbered = target.with_number(config)
+    warn(advice.model_warnings(numbered, dimensions))
+    _, final = target.after_iterations(dimensions, numbered.schedule, config.prune)[-1]
     warn(formats.width_warnings(folder, config.export, final.width))
     amount = training_amount.planned(config, dimensions.params - final.params)
     if amount.sentence:
@@ -196,7 +196,7 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptl.preflight import planned
+    from ptl.preflight import target as sizes
 
     before = dimensions.params
     active = f" ({dimensions.active_params:,} active)" if dimensions.experts else ""
@@ -208,7 +208,7 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
         headings[4:4] = ["Active", target.capitalize()]
     for heading in headings:
         table.add_column(heading, justify="right")
-    for iteration, after in planned.dimensions_after(dimensions, config.schedule, config.prune):
+    for iteration, after in sizes.after_iterations(dimensions, config.schedule, config.prune):
         cells = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
         if dimensions.experts and target == "experts":
             cells += [f"{after.active_params:,}", f"{after.experts} of {dimensions.experts}"]

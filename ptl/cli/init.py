@@ -133,13 +133,15 @@ def _print_list() -> None:
 
 def _print_end(file: Path, made: Starter, gpu: str) -> None:
     """What was written, what it will take, and what to do next."""
+    from ptl.preflight import remedies
+
     title, *rest = [line.removeprefix("#").strip() for line in made.text.splitlines() if line.startswith("#")][:4]
     print(f"wrote {file}: {title}")
     if made.forecast is not None:
         print("\n".join(rest))
     print(made.amount.sentence)
     # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
-    for warning in [*made.amount.warnings(PER_PARAMETER), *(made.forecast.warnings if made.forecast else ())]:
+    for warning in [*made.amount.warnings(PER_PARAMETER), *(remedies.warnings(made.forecast) if made.forecast else ())]:
         print(f"warning: {warning}", file=sys.stderr)
     if made.to_fill:
         print(f"Fill in first, where it says {FILL_IN}: {' and '.join(made.to_fill)}")

@@ -150,27 +150,3 @@ def _iteration_nodes(
         Node(recover, {"model": Source(prune, "out")}),
         Node(evaluate, inputs, dense_scores),
     ]
-
-
-def times(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """When each step starts and ends, from 0, in the unit of the costs, where none waits for anything but its needs.
-
-    A step without a cost takes no time.
-    """
-    starts: dict[str, float] = {}
-    ends: dict[str, float] = {}
-    for node in steps:  # nodes are listed after those that they need
-        starts[node.name] = max([ends[name] for name in node.needs], default=0.0)
-        ends[node.name] = starts[node.name] + cost.get(node.name, 0.0)
-    return starts, ends
-
-
-def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[float, list[str]]:
-    """The longest chain of steps that wait for each other: its cost, as in `times`, and its steps."""
-    _, ends = times(steps, cost)
-    needs = {node.name: node.needs for node in steps}
-    # Back from the step that ends last, always to what it waited for longest.
-    path = [max(ends, key=ends.__getitem__)]
-    while needs[path[0]]:
-        path.insert(0, max(needs[path[0]], key=ends.__getitem__))
-    return ends[path[-1]], path

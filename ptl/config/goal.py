@@ -1,11 +1,11 @@
-"""Targets in a user's units: a model that fits into some memory, or one that is some times as fast."""
+"""Targets in a user's units: a share, a number of parameters, or a model that fits into some memory."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from ptl.config.base import LARGEST, Positive, Section
 from ptl.units import quantity
@@ -15,7 +15,7 @@ BY_GOAL = 0.0  # as the pipeline's parameter `target`: its parameter `goal` says
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 # Kinds of target, which pydantic puts into the location of a field.
-NUMBER, MEMORY, SPEED = TAGS = ("<number>", "<memory>", "<speed>")
+NUMBER, MEMORY = TAGS = ("<number>", "<memory>")
 
 
 def _share_or_count(target: float) -> float:
@@ -44,23 +44,11 @@ def _memory(value: Any) -> str:
 
 def _no_percent(value: Any) -> Any:
     """Refuse `40%` with the share that was meant."""
-    share = _of_percent(value)
-    if share is not None and 0 < share < 1:
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    share = float(match[1]) / 100 if match else 0
+    if 0 < share < 1:
         raise ValueError(f"must be a share of the parameters to remove: write {share:g}")
     return value
-
-
-def _of_percent(value: Any) -> float | None:
-    """`40%` -> 0.4; None for all others."""
-    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    return match and float(match[1]) / 100
-
-
-def _without_times(value: Any) -> Any:
-    """`1.5x` is 1.5. Refuses `150%` with the ratio that was meant."""
-    if ratio := _of_percent(value):
-        raise ValueError(f"must be times the dense model's speed: write {ratio:g}x")
-    return value.strip().removesuffix("x") if isinstance(value, str) else value
 
 
 class MemoryGoal(Section):
@@ -76,48 +64,14 @@ class MemoryGoal(Section):
     dtype: ClassVar[str] = "bfloat16"
     itemsize: ClassVar[int] = 2  # bytes of a number
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_goal(cls, settings: Any) -> Any:
-        if settings == {} or (isinstance(settings, dict) and {"memory", "speed"} <= settings.keys()):
-            raise ValueError("give one goal: memory, for example 16GiB, or speed, for example 1.5x")
-        return settings
-
-    @property
-    def field(self) -> str:
-        """Its name in a config."""
-        return "schedule.target.memory"
-
     @property
     def bytes(self) -> int:
         """The memory."""
         return memory_bytes(self.memory)
 
 
-class SpeedGoal(Section):
-    """So many times as fast, by the FLOPs that a token takes."""
-
-    speed: Annotated[float, BeforeValidator(_without_times, json_schema_input_type=float | str), Field(gt=1, le=1000)]
-    """times as fast as the dense model, for example 1.5x: by the FLOPs per token, products with the weights"""
-
-    @property
-    def field(self) -> str:
-        """Its name in a config."""
-        return "schedule.target.speed"
-
-
-Goal = MemoryGoal | SpeedGoal
-
-
-def _kind(target: Any) -> str:
-    """Which kind of target was written."""
-    if isinstance(target, SpeedGoal) or (isinstance(target, dict) and "speed" in target and "memory" not in target):
-        return SPEED
-    return MEMORY if isinstance(target, MemoryGoal | dict) else NUMBER
-
-
 Number = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count), BeforeValidator(_no_percent)]
 Target = Annotated[
-    Annotated[Number, Tag(NUMBER)] | Annotated[MemoryGoal, Tag(MEMORY)] | Annotated[SpeedGoal, Tag(SPEED)],
-    Discriminator(_kind),
+    Annotated[Number, Tag(NUMBER)] | Annotated[MemoryGoal, Tag(MEMORY)],
+    Discriminator(lambda target: MEMORY if isinstance(target, MemoryGoal | dict) else NUMBER),
 ]

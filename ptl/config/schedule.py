@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ptl.config.base import Count, Section, one_error
-from ptl.config.goal import Goal, Target
+from ptl.config.goal import MemoryGoal, Target
 
 # Iterations by default: docs/results.md, "Is a loop worth it?".
 DEEP = 0.5  # share of the parameters
@@ -54,7 +54,7 @@ class Schedule(Section):
         if self.iterations != "auto":
             return self.iterations
         # Parameters to end with and goals are no share before the model is known: ptl/preflight/advice.py warns then.
-        share = not isinstance(self.target, Goal) and DEEP <= self.target < 1
+        share = not isinstance(self.target, MemoryGoal) and DEEP <= self.target < 1
         return DEEP_ITERATIONS if share else ITERATIONS
 
 
@@ -165,9 +165,9 @@ def one_shot(schedule: Schedule) -> Schedule:
     return schedule.model_copy(update={"iterations": 1})
 
 
-def removal(original_params: int, target: float | Goal) -> int:
+def removal(original_params: int, target: float | MemoryGoal) -> int:
     """Parameters to remove in all: `target` is a share below 1, else the number to end with."""
-    assert not isinstance(target, Goal), "ptl/preflight/target.py makes a number of a goal"
+    assert not isinstance(target, MemoryGoal), "ptl/preflight/target.py makes a number of a goal"
     if target < 1:
         return int(Fraction(str(target)) * original_params)  # 0.1 as it is written, not its binary form
     return original_params - int(target)

@@ -1,11 +1,13 @@
-"""Warnings: settings that are allowed, and yet likely to waste a run. Pure and torch-free."""
+"""Warnings: settings that are allowed, and yet likely to waste a run."""
 
 from __future__ import annotations
 
 from ptl.config.cluster import StepName
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
-from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Prune, Schedule, plan, removal
+from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Schedule, plan, removal
+from ptl.model.dimensions import EXPERT_MULTIPLE, ModelDimensions
+from ptl.preflight import target
 from ptl.units import listed, numbered
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
@@ -18,8 +20,16 @@ def warnings(config: Config) -> list[str]:
     return [*_idle_accelerators(config), *of_the_gate]
 
 
-def depth_warnings(schedule: Schedule, params: int) -> list[str]:
-    """A warning of too few iterations for a target that is no share, of a model whose size is known."""
+def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
+    """What can be said once the dense model's sizes are known; the schedule's target is a number."""
+    return [
+        *_too_few_iterations(config.schedule, model.params),
+        *_nothing_to_remove(config, model),
+    ]
+
+
+def _too_few_iterations(schedule: Schedule, params: int) -> list[str]:
+    """A target that is no share leaves `auto` without the share that it depends on."""
     share = removal(params, schedule.target) / params
     if schedule.iterations != "auto" or schedule.num_iterations == DEEP_ITERATIONS or share < DEEP:
         return []
@@ -30,19 +40,33 @@ def depth_warnings(schedule: Schedule, params: int) -> list[str]:
     ]
 
 
-def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
-    """Warnings of iterations that are planned to remove less than a layer, of a model whose sizes are known."""
-    total = removal(params, schedule.target)
-    for_layers = [iteration for iteration in plan(schedule, prune) if iteration.unit == "layers"]
-    starved = [iteration for iteration in for_layers if iteration.cut * total < params_per_layer]
-    if not starved:
+def _nothing_to_remove(config: Config, model: ModelDimensions) -> list[str]:
+    """Iterations that find nothing left to remove, because an earlier one was rounded below their goal."""
+    prune = config.prune
+    before = model.params
+    idle = []
+    for iteration, after in target.after_iterations(model, config.schedule, prune):
+        if after.params == before:
+            idle.append(iteration.index)
+        before = after.params
+    if not idle:
         return []
-    names = numbered("iteration", [iteration.index for iteration in starved])
-    most = max(int(iteration.cut * total) for iteration in starved)  # parameters
+    names = numbered("iteration", idle)
+    if prune.target in ("layers", "neurons_then_layers") and after.width == model.width:
+        reason = f"a layer has {model.params_per_layer:,} parameters, more than the next step of the plan"
+        remedy = ""
+    elif prune.target == "experts":
+        reason = f"one of the {model.experts} experts in every layer is more than the next step of the plan"
+        remedy = ""
+    elif model.experts and prune.width_multiple != "auto" and prune.width_multiple <= EXPERT_MULTIPLE:
+        reason = f"multiples of {EXPERT_MULTIPLE} neurons, the least that experts can have, round their widths down"
+        remedy = ""
+    else:
+        reason = f"prune.width_multiple={prune.width_multiple} rounds the widths of this model down"
+        remedy = "lower it, "
     return [
-        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: planned for {names} "
-        f"are at most {most:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
-        "set schedule.cuts=uniform, or fewer iterations for layers"
+        f"{reason}, so that nothing is left to remove for {names}, which will only train: {remedy}"
+        "set schedule.cuts=uniform, or take fewer iterations"
     ]
 
 

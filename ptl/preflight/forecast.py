@@ -1,24 +1,106 @@
-"""What a run will need, from the model's config alone: parameters, tokens, FLOPs, GPU memory and hours for each step.
+"""What each step of a run will need, from the model's config alone: tokens, FLOPs, GPU memory and hours.
 
-Estimates, not measurements: forecast_model and forecast_steps say on what they rest. Steps that do not wait for each
-other run at the same time on a cluster: the critical path through them is the time from start to end.
+Estimates, not measurements: a share of the data sheets' peak, without waiting for other GPUs, pods or queues. What a
+step really takes on the machines that it will run on, a rehearsal measures (`--rehearse`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from ptl.config.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
-from ptl.config.goal import Goal
+from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
+from ptl.config.recover import Distil, Grpo, RecoverStage, Recovery
 from ptl.config.run import Config
-from ptl.config.schedule import Schedule, one_shot, plan, removal
+from ptl.config.schedule import Schedule, one_shot, plan
 from ptl.errors import InputError
-from ptl.model.dimensions import check_unit
-from ptl.preflight import advice, forecast_warnings, target
-from ptl.preflight.forecast_model import Shape, shape_of
-from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
-from ptl.preflight.gpus import GBIT, GPUS
+from ptl.model.dimensions import ModelDimensions
+from ptl.preflight import target
+from ptl.preflight.forecast_model import (
+    CONTEXT,
+    PROMPT_TOKENS,
+    Shape,
+    decode_seconds,
+    forward_flops,
+    scoring_memory,
+    sequence_length,
+    shape_of,
+    training_memory,
+)
+from ptl.preflight.gpus import GIB, GPUS, Gpu
+from ptl.units import decimal_hours, duration
+
+PEAK_SHARE = 0.35  # of the data sheet's FLOP/s that is reached
+FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
+HOUR = 3600  # seconds
+ITEMS = {  # of tasks' test splits
+    "gsm8k": 1319,
+    "gsm8k_cot": 1319,
+    "minerva_math500": 500,
+    "humaneval": 164,
+    "mbpp": 500,
+}
+UNKNOWN_ITEMS, NEW_TOKENS = 1000, 256  # where a task does not say
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What all steps of a forecast share."""
+
+    config: Config
+    shape: Shape
+    gpu: Gpu
+    gpus: Mapping[str, int]  # that a step holds on a node, by its kind: prune, recover, evaluate
+    nodes: int  # of a recovery
+
+    def training(self, stage: RecoverStage) -> int:
+        """GPUs that train together in a stage."""
+        return devices(stage.processes, self.gpus["recover"]) * self.nodes
+
+    def fits(self, memory: float) -> bool:
+        """Whether so many bytes fit on a GPU."""
+        return memory <= FULL * self.gpu.memory
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes."""
+
+    tokens: int
+    flops: float
+    seconds: float
+    memory: float  # bytes on each GPU
+    note: str = ""
+    host_memory: int = 0  # bytes beside the GPU, where they are many
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """One step."""
+
+    step: str
+    params: int  # of the model that it makes or scores
+    work: Work
+    gpus: int  # that it holds, on each of its nodes
+    nodes: int  # machines that it runs on
+    fits: bool  # whether the memory is enough
+
+    @property
+    def memory(self) -> float:
+        """Bytes on each GPU."""
+        return self.work.memory
+
+    @property
+    def hours(self) -> float:
+        """Wall clock of the whole step."""
+        return self.work.seconds / HOUR
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs that the step holds, whether it uses them or not."""
+        return self.hours * self.gpus * self.nodes
 
 
 @dataclass(frozen=True)
@@ -26,15 +108,19 @@ class Forecast:
     """A whole run."""
 
     gpu: str  # kind
-    count: int  # GPUs of a recovery, on each of its nodes
-    nodes: int  # of a recovery
-    params: int  # of the dense model
+    assumed: Assumptions
     steps: tuple[StepForecast, ...]
-    warnings: tuple[str, ...]
     critical_hours: float  # from start to end, where no step waits for a GPU
-    critical_steps: tuple[str, ...]  # the chain of steps that takes it
-    busiest: tuple[str, ...]  # the steps that then run at the same time where their GPUs are most
-    busiest_gpus: int
+
+    @property
+    def params(self) -> int:
+        """Of the dense model."""
+        return self.assumed.shape.params
+
+    @property
+    def count(self) -> int:
+        """GPUs of a recovery, on each of its nodes."""
+        return max(1, self.assumed.gpus["recover"])
 
     @property
     def hours(self) -> float:
@@ -43,57 +129,24 @@ class Forecast:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all GPUs that the steps hold, whether they use them or not."""
+        """Of all GPUs that the steps hold."""
         return sum(step.gpu_hours for step in self.steps)
 
 
-def forecast(
-    config: Config,
-    gpu: str = "h100",
-    count: int | None = None,
-    num_nodes: int | None = None,
-    network: float | None = None,
-) -> Forecast:
+def forecast(config: Config, gpu: str = "h100", count: int | None = None, num_nodes: int | None = None) -> Forecast:
     """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
 
-    `num_nodes`: machines of a recovery, in place of the config's; `network`: Gbit/s between them for each GPU. Raises
-    InputError for an unknown GPU, a model whose config cannot be had, or a target that leaves nothing.
+    `num_nodes`: machines of a recovery, in place of the config's. Raises InputError for an unknown GPU, a model whose
+    config cannot be had, or a target that leaves nothing.
     """
     if gpu not in GPUS:
         raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
-    # What each step takes.
     config = target.with_number(config)
-    dense = shape_of(config.model.path, config.model.revision)
+    shape = shape_of(config.model.path, config.model.revision)
     gpus = {stage: _gpus(config, stage, count) for stage in ("prune", "recover", "evaluate")}
-    card = GPUS[gpu] if network is None else replace(GPUS[gpu], network=network * GBIT)
-    assumed = Assumptions(config, dense, card, gpus, num_nodes or config.resources.nodes_of("recover"))
-    dag = nodes(config)
-    steps = _step_forecasts(dag, assumed)
-
-    # When they run, and how many GPUs that needs at once.
-    hours = {step.step: step.hours for step in steps}
-    held = {step.step: step.gpus for step in steps}
-    critical_hours, critical_steps = critical_path(dag, hours)
-    concurrent_steps = busiest(dag, hours, held)
-
-    # What would waste the run.
-    return Forecast(
-        gpu=gpu,
-        count=max(1, gpus["recover"]),
-        nodes=assumed.nodes,
-        params=dense.params,
-        steps=tuple(steps),
-        warnings=(
-            *advice.warnings(config),
-            *advice.depth_warnings(config.schedule, dense.params),
-            *forecast_warnings.warnings(steps, gpu, assumed),
-            *forecast_warnings.left_out(config),
-        ),
-        critical_hours=critical_hours,
-        critical_steps=tuple(critical_steps),
-        busiest=concurrent_steps,
-        busiest_gpus=sum(held[name] for name in concurrent_steps),
-    )
+    assumed = Assumptions(config, shape, GPUS[gpu], gpus, num_nodes or config.resources.nodes_of("recover"))
+    steps, critical_hours = _steps(assumed)
+    return Forecast(gpu, assumed, tuple(steps), critical_hours)
 
 
 def _gpus(config: Config, stage: str, count: int | None) -> int:
@@ -106,83 +159,167 @@ def _gpus(config: Config, stage: str, count: int | None) -> int:
     return resources.model_copy(update={"accelerators": accelerators}).accelerators_of(stage)
 
 
-def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
-    """What each step that computes takes, in the DAG's order."""
+def _steps(assumed: Assumptions) -> tuple[list[StepForecast], float]:
+    """What each step that computes takes, in the DAG's order, and the hours until the last one ends."""
     config = assumed.config
     schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
-    shapes = {arm: _shapes(schedule, assumed) for arm, schedule in schedules.items()}
-    # The others take minutes without a GPU.
+    dense = assumed.shape.dimensions
+    models = {
+        arm: [dense, *(after for _, after in target.after_iterations(dense, schedule, config.prune))]
+        for arm, schedule in schedules.items()
+    }
     steps: list[StepForecast] = []
-    for node in dag:
-        name = node.name
-        stage = stage_of(name)
-        if stage not in ("evaluate", "prune", "recover"):
-            continue
-        arm = arm_of(name)
-        number = iteration_of(name)
-        after = shapes[arm][number]
+    ends: dict[str, float] = {}  # hours after the start, where steps wait for what they need alone
+    for node in nodes(config):
+        ends[node.name] = max([ends[name] for name in node.needs], default=0.0)
+        stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
+        if stage not in assumed.gpus:
+            continue  # minutes, without a GPU
+        model = models[arm][number]
         if stage == "evaluate":
-            steps.append(evaluate_step(name, after, assumed))
+            work = evaluation(model, assumed)
         elif stage == "prune":
-            steps.append(prune_step(name, shapes[arm][number - 1], after.params, assumed))
+            work = _pruning(models[arm][number - 1], assumed)
         else:
-            steps.append(recover_step(name, after, schedules[arm], number, assumed))
-    return steps
-
-
-def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
-    """The model after each iteration of an arm; first the dense one, which is that after iteration 0."""
-    dense = assumed.dense
-    total = _removal(dense, schedule.target, assumed.config.prune.target)
-    shapes = [dense]
-    start, unit = dense, ""
-    for iteration in plan(schedule, assumed.config.prune):
-        # In a mixture the FLOPs depend on what is removed.
-        if iteration.unit != unit:
-            start, unit = shapes[-1], iteration.unit
-        removed = int(iteration.progress * total)
-        shapes.append(start.scaled(dense.params - removed, unit))
-    return shapes
-
-
-def _removal(dense: Shape, size: float | Goal, unit: str) -> int:
-    """Parameters to remove in all. Raises InputError for more than the linear layers, or their experts, have."""
-    total = removal(dense.params, size)
-    check_unit(dense.experts, dense.narrowable, unit)
-    most = _most(dense, unit)
-    if not 0 < total <= most:
-        raise InputError(
-            f"{size:g} would remove {total:,} of {dense.params:,} parameters, and at most {most:,} can be removed",
-            field="schedule.target",
-            remedy="give a share between 0 and 1, or the number of parameters to end with",
+            work = _recovery(model, schedules[arm], number, assumed)
+        num_nodes = assumed.nodes if stage == "recover" else 1
+        step = StepForecast(
+            node.name, model.params, work, assumed.gpus[stage], num_nodes, fits=assumed.fits(work.memory)
         )
-    return total
+        ends[node.name] += step.hours
+        steps.append(step)
+    return steps, max(ends.values())
 
 
-def _most(dense: Shape, unit: str) -> int:
-    """The most parameters that can be removed."""
-    if unit == "experts":
-        return dense.removable_experts
-    # Something must be left of the experts, or of the linear layers that it comes out of.
-    if dense.experts and unit == "neurons":
-        return dense.in_experts - 1
-    return dense.matrices + dense.inactive - 1
+def _pruning(before: ModelDimensions, assumed: Assumptions) -> Work:
+    """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back."""
+    shape, calibration, prune = assumed.shape, assumed.config.calibration, assumed.config.prune
+    taylor = prune.criterion == "taylor" and prune.target != "layers"
+    tokens = calibration.num_sequences * calibration.max_length
+    flops = forward_flops(shape, before, tokens, calibration.max_length) * (3 if taylor else 1)
+    # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
+    host_memory = (before.layers + 2) * tokens * shape.hidden * shape.itemsize if taylor else 0
+    return Work(
+        tokens=tokens,
+        flops=flops,
+        seconds=flops / (assumed.gpu.fp32 * PEAK_SHARE),
+        memory=scoring_memory(shape, calibration),
+        note=f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else "",
+        host_memory=host_memory,
+    )
 
 
-def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, int]) -> tuple[str, ...]:
-    """The steps that run at the same time when most GPUs are held, each step starting as soon as it can.
+def evaluation(model: ModelDimensions, assumed: Assumptions) -> Work:
+    """Generation, the items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
+    shape, gpu, evaluate = assumed.shape, assumed.gpu, assumed.config.evaluate
+    # vLLM divides the model itself, over all GPUs.
+    processes = None if evaluate.backend == "vllm" else evaluate.processes
+    gpus = devices(processes, assumed.gpus["evaluate"])
+    tokens = longest = 0
+    flops = seconds = 0.0
+    note = ""
+    for task in evaluate.tasks:
+        items = task.limit or ITEMS.get(task.name)
+        if items is None:
+            items = UNKNOWN_ITEMS
+            note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"
+        new_tokens = task.max_new_tokens or NEW_TOKENS
+        length = PROMPT_TOKENS + new_tokens
+        longest = max(longest, length)
+        tokens += items * length
 
-    Steps without hours (import, report) hold none. Of several such moments the first.
-    """
-    starts, ends = times(dag, hours)
-    # The most are held at a moment when a step starts.
-    working = [node.name for node in dag if hours.get(node.name)]
-    moments = sorted({starts[name] for name in working})
+        # All prompts are read at once, then each batch answers token by token.
+        prefill = forward_flops(shape, model, items * PROMPT_TOKENS, PROMPT_TOKENS)
+        flops += prefill + forward_flops(shape, model, items * new_tokens, length)
+        batches = math.ceil(items / gpus / evaluate.batch_size)  # of each GPU
+        seconds += prefill / (gpu.bf16 * PEAK_SHARE * gpus)
+        seconds += batches * new_tokens * decode_seconds(shape, model, evaluate.batch_size, shape.itemsize, length, gpu)
 
-    def running(moment: float) -> tuple[str, ...]:
-        return tuple(name for name in working if starts[name] <= moment < ends[name])
+    memory = float(model.params * shape.itemsize + evaluate.batch_size * longest * shape.kv_bytes)  # weights and cache
+    memory = CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
+    return Work(tokens, flops, seconds, memory, note)
 
-    def held(names: tuple[str, ...]) -> int:
-        return sum(gpus[name] for name in names)
 
-    return max(map(running, moments), key=held, default=())
+def _recovery(model: ModelDimensions, schedule: Schedule, number: int, assumed: Assumptions) -> Work:
+    """All stages of the recovery of iteration `number`; the hungriest decides the memory. `schedule`: of the arm."""
+    tokens = 0
+    flops = seconds = memory = 0.0
+    recovery = Recovery(stages=assumed.config.recover)
+    iteration = plan(schedule, assumed.config.prune)[number - 1]
+    for stage, budget in zip(recovery.stages, recovery.budgets(iteration.tokens), strict=True):
+        gpus = assumed.training(stage)
+        read = float(budget or 0)
+        if isinstance(stage, Grpo):
+            context = sequence_length(stage)
+            if budget is None:  # it ends with its steps, shared out as tokens are; each answer is of full length
+                shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
+                steps = plan(shared, assumed.config.prune)[number - 1].tokens
+                read = float(steps * stage.batch_size * context)
+            # Its answers, a batch at a time.
+            rows, new_tokens = stage.batch_size / gpus, stage.max_completion_length
+            each = decode_seconds(assumed.shape, model, rows, 4, new_tokens, assumed.gpu)
+            seconds += read / context / stage.batch_size * new_tokens * each
+        work = _training_flops(stage, model, read, assumed.shape)
+        peak = assumed.gpu.bf16 if stage.dtype == "bfloat16" else assumed.gpu.fp32
+        tokens += int(read)
+        flops += work
+        seconds += work / (peak * PEAK_SHARE * gpus)
+        memory = max(memory, training_memory(assumed.shape, model, stage, gpus))
+    return Work(tokens, flops, seconds, memory)
+
+
+def _training_flops(stage: RecoverStage, model: ModelDimensions, tokens: float, shape: Shape) -> float:
+    """FLOPs of training on so many tokens, with those of another model whose output the loss needs."""
+    # A backward pass costs two forward passes, and one more where activations are computed again.
+    passes = 4 if stage.gradient_checkpointing else 3
+    if isinstance(stage, Grpo) and stage.beta:
+        passes += 1  # of the reference model
+    context = sequence_length(stage)
+    flops = passes * forward_flops(shape, model, tokens, context)
+    if isinstance(stage, Distil):
+        flops += forward_flops(shape, shape.dimensions, tokens, context)
+    return flops
+
+
+def devices(processes: int | None, count: int) -> int:
+    """GPUs of a step that work: with one process for each, or as many as the config says."""
+    count = max(1, count)
+    return min(processes or count, count)
+
+
+def table(run: Forecast) -> Any:
+    """A forecast as a rich table."""
+    from rich.table import Table
+
+    # The work of all steps, and the time from start to end where none waits for a GPU.
+    work = f"{duration(run.hours * HOUR)} of work ({decimal_hours(run.gpu_hours)} GPU-hours)"
+    nodes_of = f"{run.assumed.nodes} nodes of " if run.assumed.nodes > 1 else ""
+    model = f"{run.params:,} parameters on {nodes_of}{run.count} x {run.gpu}"
+    rows = Table(
+        title=f"{model}: {work}, {duration(run.critical_hours * HOUR)} from start to end (estimates)",
+        title_justify="left",
+        caption="From data sheets; steps that do not wait for each other run at the same time. Start-up of pods, "
+        f"queues{' and exports' if run.assumed.config.export else ''} are not counted.",
+        caption_justify="left",
+    )
+    rows.add_column("Step", no_wrap=True)
+    for heading in ("Parameters", "Tokens", "FLOPs", "GPUs", "GiB per GPU", "Hours", "GPU-hours"):
+        rows.add_column(heading, justify="right", no_wrap=heading in ("Parameters", "Tokens"))
+    rows.add_column("Note")
+    for step in run.steps:
+        rows.add_row(
+            step.step,
+            f"{step.params:,}",
+            f"{step.work.tokens:,}",
+            f"{step.work.flops:.1e}",
+            f"{step.nodes} x {step.gpus}" if step.nodes > 1 else f"{step.gpus}",
+            f"{step.memory / GIB:.1f}",
+            decimal_hours(step.hours),
+            decimal_hours(step.gpu_hours),
+            # Red, and in words where there are no colours.
+            ", ".join(filter(None, ["" if step.fits else "does not fit", step.work.note])),
+            style=None if step.fits else "red",
+        )
+    rows.add_section()
+    rows.add_row("all steps", *[""] * 5, decimal_hours(run.hours), decimal_hours(run.gpu_hours), "")
+    return rows

@@ -1,4 +1,4 @@
-"""GPUs by their data sheets (memory, peak FLOP/s, bandwidths), and those of this machine."""
+"""GPUs by their data sheets (memory, peak FLOP/s, bandwidth), and those of this machine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from itertools import takewhile
 
 from ptl import cuda
 
-GIB, GIGA, TERA = 1 << 30, 1e9, 1e12
-GBIT = GIGA / 8  # bytes
+GIB, TERA = 1 << 30, 1e12
 
 
 @dataclass(frozen=True)
@@ -22,32 +21,28 @@ class Gpu:
     bf16: float  # dense FLOP/s
     fp32: float  # the same in float32
     bandwidth: float  # bytes/s of the memory
-    link: float  # bytes/s to the other GPUs of its node, one way
-    network: float  # bytes/s to other nodes, one way: no data sheet has it, and `ptl plan --network` sets it
 
 
-def _gpu(memory: float, bf16: float, fp32: float, bandwidth: float, link: float, network: float) -> Gpu:
-    """From GiB, TFLOP/s, TB/s, GB/s and Gbit/s, as the sheets have them."""
-    return Gpu(memory * GIB, bf16 * TERA, fp32 * TERA, bandwidth * TERA, link * GIGA, network * GBIT)
+def _gpu(memory: float, bf16: float, fp32: float, bandwidth: float) -> Gpu:
+    """From GiB, TFLOP/s and TB/s, as the sheets have them."""
+    return Gpu(memory * GIB, bf16 * TERA, fp32 * TERA, bandwidth * TERA)
 
 
 # NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in
-# the memory itself the driver shows up to 6 % less, for which forecast_steps.FULL leaves room. Link: NVLink, else PCIe,
-# half of the sheets' sum of both directions. Network: an adapter for each GPU, as in NVIDIA's DGX systems (InfiniBand
-# at 200 Gbit/s with A100, at 400 from H100 on); of PCIe cards an eighth of a node's 100 Gbit/s Ethernet.
+# the memory itself the driver shows up to 6 % less, for which forecast.FULL leaves room.
 GPUS = {
-    # kind: memory, bf16, float32, bandwidth, link, network
-    "t4": _gpu(16, 8.1, 8.1, 0.32, 16, 12.5),  # Turing has no bf16; its 65 TFLOP/s are fp16
-    "l4": _gpu(24, 121, 30.3, 0.3, 32, 12.5),
-    "a10": _gpu(24, 125, 31.2, 0.6, 32, 12.5),
-    "rtx4090": _gpu(24, 165, 82.6, 1.008, 32, 12.5),
-    "a100-40": _gpu(40, 312, 19.5, 1.555, 300, 200),
-    "l40s": _gpu(48, 362, 91.6, 0.864, 32, 12.5),
-    "a100-80": _gpu(80, 312, 19.5, 2.039, 300, 200),  # SXM; the PCIe card has 1.935 TB/s
-    "h100": _gpu(80, 989, 67, 3.35, 450, 400),  # SXM
-    "h100-pcie": _gpu(80, 756, 51, 2.0, 64, 12.5),  # its NVLink bridge joins two cards only
-    "h200": _gpu(141, 989, 67, 4.8, 450, 400),
-    "b200": _gpu(180, 2250, 80, 8.0, 900, 400),  # HGX, 1,000 W
+    # kind: memory, bf16, float32, bandwidth
+    "t4": _gpu(16, 8.1, 8.1, 0.32),  # Turing has no bf16; its 65 TFLOP/s are fp16
+    "l4": _gpu(24, 121, 30.3, 0.3),
+    "a10": _gpu(24, 125, 31.2, 0.6),
+    "rtx4090": _gpu(24, 165, 82.6, 1.008),
+    "a100-40": _gpu(40, 312, 19.5, 1.555),
+    "l40s": _gpu(48, 362, 91.6, 0.864),
+    "a100-80": _gpu(80, 312, 19.5, 2.039),  # SXM; the PCIe card has 1.935 TB/s
+    "h100": _gpu(80, 989, 67, 3.35),  # SXM
+    "h100-pcie": _gpu(80, 756, 51, 2.0),
+    "h200": _gpu(141, 989, 67, 4.8),
+    "b200": _gpu(180, 2250, 80, 8.0),  # HGX, 1,000 W
 }
 
 

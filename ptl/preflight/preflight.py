@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 from ptl.config.recover import RecoverStage, TrainingData
 from ptl.config.run import Calibration, Config, Evaluate, Gate
-from ptl.config.schedule import Prune, Schedule, plan, removal
+from ptl.config.schedule import Prune, Schedule
 from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
-from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
-from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
+from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
 from ptl.preflight import target
 
@@ -88,31 +86,5 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.
-    check_unit(dimensions.experts, dimensions.narrowable, prune.target)
-    _check_target(dimensions, target.resolved(schedule, prune, folder), prune)
+    target.after_iterations(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions
-
-
-def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune) -> None:
-    """Raise InputError for a target that experts, or neurons and after them layers, cannot reach."""
-    total = removal(dimensions.params, schedule.target)
-    if not 0 < total < dimensions.params:
-        raise InputError(
-            f"{schedule.target:g} is no size below the model's own {dimensions.params:,} parameters",
-            field="schedule.target",
-            remedy="give a share between 0 and 1, or the number of parameters to end with",
-        )
-    # Widths are rounded and layers are whole, so a target may be out of reach although it is a sound number.
-    iterations = plan(schedule, prune)
-    if prune.target == "experts":
-        experts_for(dimensions, dimensions.params - total)
-        return
-    neuron_iterations = [iteration for iteration in iterations if iteration.unit == "neurons"]
-    by_neurons = Fraction(0)  # share of the removal
-    if neuron_iterations:
-        by_neurons = neuron_iterations[-1].progress
-        removed = int(by_neurons * total)
-        width_for(dimensions, dimensions.params - removed, prune.width_multiple)
-    if len(neuron_iterations) < len(iterations):
-        removed = int((1 - by_neurons) * total)
-        layers_for(dimensions, dimensions.params - removed)

@@ -15,9 +15,8 @@ from ptl.config.recover import Lora
 from ptl.config.run import Config
 from ptl.errors import InputError
 from ptl.preflight import forecast
-from ptl.preflight.forecast import Forecast
+from ptl.preflight.forecast import Forecast, StepForecast
 from ptl.preflight.forecast_model import sequence_length
-from ptl.preflight.forecast_steps import StepForecast
 from ptl.preflight.gpus import GIB, GPUS
 
 ROOM = 0.85  # share of a GPU's memory that a choice may need: the forecast does not know every buffer

@@ -10,8 +10,7 @@ from string import Template
 
 from ptl.config.run import Task
 from ptl.model.dimensions import ModelDimensions
-from ptl.preflight.forecast import Forecast
-from ptl.preflight.forecast_steps import HOUR
+from ptl.preflight.forecast import HOUR, Forecast
 from ptl.preflight.gpus import GIB, GPUS
 from ptl.preflight.starter_fit import Choices, peak
 from ptl.preflight.starter_presets import (
@@ -192,7 +191,7 @@ def _resources(plan: Plan, choices: Choices, forecast: Forecast | None) -> str:
         return ""
     steps = forecast.steps if forecast else ()
     hours = 1 + math.ceil(MARGIN * max((step.hours for step in steps), default=0.0))
-    kept = max((step.host_memory for step in steps), default=0) / GIB  # hidden states of a prune step
+    kept = max((step.work.host_memory for step in steps), default=0) / GIB  # hidden states of a prune step
     # At most one process for each GPU; of a recovery each reads the model in float32, and one collects it again.
     processes = SHM + PROCESS * choices.gpus
     weights = plan.dimensions.params / GIB  # GiB at one byte each

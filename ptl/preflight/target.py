@@ -1,154 +1,154 @@
-"""The target of a schedule as a number: of a goal in memory or speed, the parameters that a model ends with."""
+"""What a target comes to for a model: a goal in memory as a number of parameters, and the sizes after each iteration.
+
+Only config.json is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptl.config.goal import Goal, MemoryGoal, SpeedGoal
+from ptl.config.goal import MemoryGoal
 from ptl.config.run import Config
-from ptl.config.schedule import Prune, Schedule
+from ptl.config.schedule import Iteration, Prune, Schedule, plan, removal
 from ptl.errors import InputError
 from ptl.model import hub
-from ptl.model.dimensions import check_unit
-from ptl.model.goals import UNITS, Dense, Needs, dense_model
+from ptl.model.dimensions import (
+    ModelDimensions,
+    check_unit,
+    experts_for,
+    layers_for,
+    width_for,
+    with_experts,
+    with_width,
+)
+from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.units import counted, memory_beside
 
 TOKENS = 4096  # of each sequence in the KV cache, where a goal does not say
 
 
 def resolved(schedule: Schedule, prune: Prune, folder: Path) -> Schedule:
-    """The schedule with a number as its target, for the model whose config.json is in `folder`.
-
-    Raises InputError for a goal that the dense model has already reached, or that no pruning reaches.
-    """
+    """The schedule with a number as its target, for the model whose config.json is in `folder`. Raises as `params`."""
     goal = schedule.target
-    if not isinstance(goal, Goal):
+    if not isinstance(goal, MemoryGoal):
         return schedule
     return schedule.model_copy(update={"target": float(params(goal, prune, folder))})
 
 
-def params(goal: Goal, prune: Prune, folder: Path) -> int:
-    """The parameters of the largest model that reaches a goal. Raises InputError as `resolved`."""
-    return _params_at_goal(goal, prune, dense_model(folder))
-
-
 def with_number(config: Config) -> Config:
     """The config with a number as its schedule's target; of a model on the hub only config.json is read."""
-    if not isinstance(config.schedule.target, Goal):
+    if not isinstance(config.schedule.target, MemoryGoal):
         return config
     folder = hub.locate(config.model.path, config.model.revision, ["config.json"])
     return config.model_copy(update={"schedule": resolved(config.schedule, config.prune, folder)})
 
 
-def record(goal: Goal, folder: Path) -> dict[str, Any]:
+def params(goal: MemoryGoal, prune: Prune, folder: Path) -> int:
+    """The parameters of the largest model that fits into a goal's memory, whatever `prune` removes.
+
+    Raises InputError for a goal that the dense model has already reached, or that the KV cache alone exceeds.
+    """
+    shape = shape_of(str(folder))
+    model = shape.dimensions
+    check_unit(model.experts, model.narrowable, prune.target)
+    cache = goal.sequences * _tokens(goal, shape) * shape.cached_numbers
+    excess = model.params + cache - goal.bytes // goal.itemsize  # numbers
+    if excess <= 0:
+        raise InputError(
+            f"the dense model reaches {_described(goal, shape)} already: it needs {_needed(goal, shape)}",
+            field="schedule.target.memory",
+            remedy="lower it, or give a share of the parameters to remove",
+        )
+    if prune.target == "layers":  # which take their KV cache with them
+        layers = math.ceil(excess / (model.params_per_layer + cache // model.layers))
+        excess = layers * model.params_per_layer
+    if excess >= model.params:
+        raise InputError(
+            f"{_described(goal, shape)} cannot be reached: the dense model needs {_needed(goal, shape)}, most of it "
+            "for the KV cache, which only layers take with them",
+            field="schedule.target.memory",
+            remedy="raise it, lower sequences or tokens, or remove layers (prune.target=layers)",
+        )
+    return model.params - excess
+
+
+def record(goal: MemoryGoal, folder: Path) -> dict[str, Any]:
     """A goal with what it takes to say whether a checkpoint reaches it; for the import step's record."""
-    dense = dense_model(folder)
-    needs = dense.needs()
-    if isinstance(goal, SpeedGoal):
-        return {"kind": "speed", "times": goal.speed, "dense": needs.flops_per_token}
-    tokens = _tokens(goal, dense)
+    shape = shape_of(str(folder))
     return {
-        "kind": "memory",
         "memory": goal.memory,
         "bytes": goal.bytes,
-        "dense": needs.memory(goal.sequences, tokens, goal.itemsize),
+        "dense": _numbers(goal, shape) * goal.itemsize,
         "sequences": goal.sequences,
-        "tokens": tokens,
+        "tokens": _tokens(goal, shape),
         "dtype": goal.dtype,
         "itemsize": goal.itemsize,
-        "cached_numbers_per_layer": needs.cached_numbers // dense.sizes.num_hidden_layers,
+        "cached_numbers_per_layer": shape.cached_numbers // shape.dimensions.layers,
     }
 
 
 def sentence(config: Config) -> str:
     """What a goal means for the model: the parameters to get down to, and what it needs now; empty without a goal."""
     goal = config.schedule.target
-    if not isinstance(goal, Goal):
+    if not isinstance(goal, MemoryGoal):
         return ""
-    dense = dense_model(hub.locate(config.model.path, config.model.revision, ["config.json"]))
-    most = _params_at_goal(goal, config.prune, dense)
-    state = _state(goal, dense, dense.needs())
-    return f"schedule.target: {_wanted(goal, dense)}: at most {most:,} parameters; the dense model: {state}"
-
-
-def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
-    """The parameters of the largest model that reaches the goal, whatever `prune` makes it of."""
-    reached = _reached_by(goal, dense)
-    if reached(dense.needs()):
-        raise InputError(
-            f"the dense model reaches {_wanted(goal, dense)} already: {_state(goal, dense, dense.needs())}",
-            field=goal.field,
-            remedy="lower it, or give a share of the parameters to remove",
-        )
-    check_unit(dense.sizes.num_experts, dense.sizes.narrowable, prune.target)
-    unit = prune.target if prune.target in UNITS else "neurons"
-    needs = dense.largest(unit, reached)
-    # Of which units a mixed removal takes how many is not known before.
-    flops_of_both = prune.target not in UNITS and isinstance(goal, SpeedGoal)
-    if needs is not None:
-        return needs.params - (_without_flops(dense, reached) if flops_of_both else 0)
-    # So many parameters have so few FLOPs whatever was removed; the KV cache is as large as before if neurons were.
-    # Not in a mixture, where a layer takes more FLOPs with it than neurons with as many parameters.
-    with_layers = dense.largest("layers", reached)
-    if with_layers is not None and flops_of_both and not dense.sizes.num_experts:
-        return with_layers.params
-    smallest = {
-        "neurons": "no FFN neuron left",
-        "layers": "one layer",
-        "experts": f"the {dense.sizes.num_experts_per_tok} experts that each token is sent to",
-    }[unit]
-    possible = [other for other in UNITS if other != "neurons" or dense.sizes.narrowable]
-    raise InputError(
-        f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {_state(goal, dense, dense.smallest(unit))}, "
-        f"and now {_state(goal, dense, dense.needs())}",
-        field=goal.field,
-        remedy=_remedy(goal, prune, dense, [other for other in possible if dense.largest(other, reached)]),
+    folder = hub.locate(config.model.path, config.model.revision, ["config.json"])
+    shape = shape_of(str(folder))
+    most = params(goal, config.prune, folder)
+    return (
+        f"schedule.target: {_described(goal, shape)}: at most {most:,} parameters; the dense model needs "
+        f"{_needed(goal, shape)}"
     )
 
 
-def _without_flops(dense: Dense, reached: Callable[[Needs], bool]) -> int:
-    """Parameters without FLOPs (norms, biases) in as many layers as can go before layers alone reach the goal.
+def after_iterations(
+    model: ModelDimensions, schedule: Schedule, prune: Prune
+) -> list[tuple[Iteration, ModelDimensions]]:
+    """The iterations, each with the model's sizes after it, rounded as prune rounds them.
 
-    By them a model with fewer layers has more FLOPs than one with as many parameters and fewer neurons. In a mixture it
-    has fewer, as a token meets only some of the experts that neurons are taken from.
+    Raises InputError for a target that leaves all or nothing, or that neurons, experts or layers cannot reach.
     """
-    most = dense.sizes.num_hidden_layers - 1
-    removed = next((number for number in range(most) if reached(dense.needs(number + 1, "layers"))), most)
-    before, after = dense.needs(), dense.needs(removed, "layers")
-    products = (before.flops_per_token - after.flops_per_token) // 2
-    # Parameters of neurons with as many products
-    of_neurons = products * max(1, dense.sizes.num_experts) // max(1, dense.sizes.num_experts_per_tok)
-    return max(0, before.params - after.params - of_neurons)
+    check_unit(model.experts, model.narrowable, prune.target)
+    total = removal(model.params, schedule.target)
+    if not 0 < total < model.params:
+        raise InputError(
+            f"{schedule.target:g} is no size below the model's own {model.params:,} parameters",
+            field="schedule.target",
+            remedy="give a share between 0 and 1, or the number of parameters to end with",
+        )
+    remaining = model
+    planned = []
+    for iteration in plan(schedule, prune):
+        goal = model.params - int(iteration.progress * total)
+        if iteration.unit == "neurons":
+            width = width_for(remaining, goal, prune.width_multiple)
+            remaining = with_width(remaining, width)
+        elif iteration.unit == "experts":
+            remaining = with_experts(remaining, experts_for(remaining, goal))
+        else:
+            remaining = _without_layers(remaining, layers_for(remaining, goal))
+        planned.append((iteration, remaining))
+    return planned
 
 
-def _remedy(goal: Goal, prune: Prune, dense: Dense, others: list[str]) -> str:
-    """What makes a goal that cannot be reached possible; `others`: the units that reach it alone."""
-    remedies = ["lower it"] if isinstance(goal, SpeedGoal) else ["raise it", "lower sequences or tokens"]
-    if prune.target == "experts" and others:
-        more = f"remove {' or '.join(others)} (prune.target={others[0]})"
-        reason = ": whole experts take no FLOPs with them but the router's" if isinstance(goal, SpeedGoal) else ""
-        remedies.append(more + reason)
-    elif "layers" in others and isinstance(goal, MemoryGoal):
-        remedies.append("remove layers alone, which take their KV cache with them (prune.target=layers)")
-    elif "layers" in others:
-        remedies.append("remove layers alone (prune.target=layers)")
-    return ", or ".join(remedies)
+def _without_layers(model: ModelDimensions, number: int) -> ModelDimensions:
+    left = model.removable_layers - number
+    return replace(
+        model,
+        params=model.params - number * model.params_per_layer,
+        layers=model.layers - number,
+        params_per_neuron=model.params_per_neuron * left // model.removable_layers,
+        params_per_expert=model.params_per_expert * left // model.removable_layers,
+        params_per_route=model.params_per_route * left // model.removable_layers,
+    )
 
 
-def _reached_by(goal: Goal, dense: Dense) -> Callable[[Needs], bool]:
-    """Whether a model with such needs reaches the goal."""
-    if isinstance(goal, SpeedGoal):
-        flops = dense.needs().flops_per_token
-        return lambda needs: needs.flops_per_token * goal.speed <= flops
-    tokens = _tokens(goal, dense)
-    return lambda needs: needs.memory(goal.sequences, tokens, goal.itemsize) <= goal.bytes
-
-
-def _tokens(goal: MemoryGoal, dense: Dense) -> int:
+def _tokens(goal: MemoryGoal, shape: Shape) -> int:
     """Tokens of each sequence. Raises InputError for more than the model can read."""
-    context = dense.context
+    context = shape.context
     if goal.tokens is None:
         return TOKENS if context is None else min(TOKENS, context)
     if context is not None and goal.tokens > context:
@@ -160,18 +160,16 @@ def _tokens(goal: MemoryGoal, dense: Dense) -> int:
     return goal.tokens
 
 
-def _wanted(goal: Goal, dense: Dense) -> str:
-    """The goal in words."""
-    if isinstance(goal, SpeedGoal):
-        return f"{goal.speed:g} times the speed"
-    cache = f"a KV cache for {counted(goal.sequences, 'sequence')} of {_tokens(goal, dense):,} tokens"
+def _numbers(goal: MemoryGoal, shape: Shape) -> int:
+    """Numbers in the dense model's weights and KV cache."""
+    return shape.params + goal.sequences * _tokens(goal, shape) * shape.cached_numbers
+
+
+def _described(goal: MemoryGoal, shape: Shape) -> str:
+    cache = f"a KV cache for {counted(goal.sequences, 'sequence')} of {_tokens(goal, shape):,} tokens"
     return f"{goal.memory} for weights and {cache} in {goal.dtype}"
 
 
-def _state(goal: Goal, dense: Dense, needs: Needs) -> str:
-    """How near a model with such needs is to the goal."""
-    if isinstance(goal, SpeedGoal):
-        flops = dense.needs().flops_per_token
-        return f"{flops / needs.flops_per_token:.2f} times ({needs.flops_per_token:,} FLOPs per token)"
-    needed = needs.memory(goal.sequences, _tokens(goal, dense), goal.itemsize)
-    return memory_beside(needed, goal.memory)
+def _needed(goal: MemoryGoal, shape: Shape) -> str:
+    """What the dense model needs, in the unit of the goal."""
+    return memory_beside(_numbers(goal, shape) * goal.itemsize, goal.memory)

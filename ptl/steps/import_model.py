@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 from ptl import __version__
 from ptl.config.export import Export
 from ptl.config.flat_settings import flat_settings
-from ptl.config.goal import Goal
+from ptl.config.goal import MemoryGoal
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, Gate, ModelSource, check
 from ptl.config.schedule import Prune, Schedule
@@ -137,7 +137,7 @@ def _goal(schedule: Schedule, prune: Prune, folder: Path) -> Metadata:
     """What the steps that follow, and the report, need of a goal; nothing where the target is a number."""
     from ptl.preflight import target
 
-    if not isinstance(schedule.target, Goal):
+    if not isinstance(schedule.target, MemoryGoal):
         return {}
     return {
         "target_params": target.params(schedule.target, prune, folder),

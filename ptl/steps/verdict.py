@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ptl.config.goal import Goal
+from ptl.config.goal import MemoryGoal
 from ptl.config.run import Gate
 from ptl.config.schedule import Prune, Schedule, plan, removal
 from ptl.evaluation import gate, paired
@@ -26,7 +26,9 @@ class LoopSettings:
     """What an evaluate step knows of the whole run."""
 
     iterations: int
-    target: float | Goal  # of the schedule: a share to remove, or the parameters to end with; a goal only at import
+    target: (
+        float | MemoryGoal
+    )  # of the schedule: a share to remove, or the parameters to end with; a goal only at import
     prune: Prune
     gate: Gate
     registered_model: str  # in MLflow: where accepted checkpoints become versions

@@ -5,10 +5,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ptl.config.dag import Node, Source, arm_of, critical_path, iteration_of, nodes, stage_of
+from ptl.config.dag import Source, arm_of, iteration_of, nodes, stage_of
 from ptl.config.run import Config, check, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
@@ -142,33 +140,3 @@ def test_what_is_no_step_has_no_stage():
     for name in ("", "prune-", "prune-x", "prune-2-driver", "control", "executor"):
         with pytest.raises(ValueError, match="no step"):
             stage_of(name)
-
-
-@st.composite
-def graphs(draw):
-    """A random DAG, listed in an order of execution, with a cost for some of its steps."""
-    steps = []
-    for i in range(draw(st.integers(1, 8))):
-        needed = draw(st.sets(st.integers(0, i - 1), max_size=3)) if i else set()
-        data = draw(st.sets(st.sampled_from(sorted(needed)))) if needed else set()
-        inputs = {f"in{j}": Source(f"s{j}", "out") for j in sorted(data)}
-        steps.append(Node(f"s{i}", inputs, tuple(f"s{j}" for j in sorted(needed - data))))
-    cost = {node.name: draw(st.integers(0, 9)) for node in steps if draw(st.booleans())}
-    return steps, cost
-
-
-def chains(dag, name):
-    """Every chain of steps that ends at `name`."""
-    earlier = dag[name].needs
-    return [[*chain, name] for other in earlier for chain in chains(dag, other)] if earlier else [[name]]
-
-
-@settings(max_examples=200, deadline=None)
-@given(graphs())
-def test_the_critical_path_is_the_longest_of_all_chains(graph):
-    steps, cost = graph
-    dag = {node.name: node for node in steps}
-    total, path = critical_path(steps, cost)
-    assert total == max(sum(cost.get(step, 0) for step in chain) for name in dag for chain in chains(dag, name))
-    assert path in [chain for name in dag for chain in chains(dag, name)]
-    assert total == sum(cost.get(step, 0) for step in path)

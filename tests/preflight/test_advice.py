@@ -1,5 +1,6 @@
 """Warnings of settings that are allowed and yet likely to waste a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -12,12 +13,12 @@ from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.model.dimensions import ModelDimensions
-from ptl.preflight import advice
+from ptl.preflight import advice, target
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
 REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
-BODY = ModelDimensions(params=213_568, layers=6, width=64, params_per_neuron=1_152, params_per_layer=30_000)
+BODY = ModelDimensions(params=213_568, layers=4, width=192, params_per_neuron=768, params_per_layer=50_000)
 STAGE = {"method": "cpt", "decay": "each"}
 
 
@@ -80,27 +81,71 @@ def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():
     assert warnings(gate__enabled=False, recover=[{"method": "cpt"}]) == []
 
 
-def test_an_iteration_that_removes_less_than_a_layer_is_warned_of():
-    schedule = Schedule(target=0.4, iterations=8, recovery_tokens=0, cuts="cubic")
-    (warning,) = advice.layer_warnings(schedule, Prune(target="neurons_then_layers"), 800_000, 50_000)
-    assert warning.startswith("prune.target=neurons_then_layers, with schedule.cuts=cubic: planned for iteration 8 are")
-    assert "at most 625 parameters, and a layer has 50,000" in warning and "set schedule.cuts=uniform" in warning
-    uniform = schedule.model_copy(update={"cuts": "uniform"})
-    assert advice.layer_warnings(uniform, Prune(target="neurons_then_layers"), 800_000, 40_000) == []
-    assert advice.layer_warnings(schedule, Prune(), 800_000, 50_000) == []  # neurons alone
+def after(model, prune, **schedule):
+    planned = Schedule(**{"iterations": 4, "target": 0.3, "recovery_tokens": 0} | schedule)
+    config = load_config(TINY).model_copy(update={"schedule": planned, "prune": prune})
+    sizes = [after for _, after in target.after_iterations(model, planned, prune)]
+    return sizes, advice.model_warnings(config, model)
 
 
-def test_a_target_in_parameters_that_is_deep_is_warned_of():
-    deep = Schedule(target=85_312, recovery_tokens=0)
-    (warning,) = advice.depth_warnings(deep, 213_568)
-    assert (
-        warning.startswith("schedule.iterations=auto is 4")
-        and "removes 60 % of this model's 213,568 parameters" in warning
-    )
-    assert warning.endswith("set schedule.iterations=8")
-    for schedule in (deep.model_copy(update={"iterations": 4}), Schedule(target=0.6, recovery_tokens=0)):
-        assert advice.depth_warnings(schedule, 213_568) == []
-    assert advice.depth_warnings(deep, 160_000) == []  # 47 % less
+# 100 neurons of 1,000 parameters, and as much again beside them
+DENSE = ModelDimensions(params=200_000, layers=4, width=100, params_per_neuron=1000, params_per_layer=40_000)
+# 10 experts of 10,000 parameters, of which a token meets 2; a router of 100 for each
+MIXTURE = replace(
+    DENSE,
+    params=201_000,
+    experts=10,
+    experts_per_token=2,
+    params_per_expert=10_100,
+    params_per_route=100,
+    fewest_experts=2,
+)
+
+
+def test_widths_are_rounded_down_as_prune_does():
+    # cubic: 34,688, 52,500, 59,063 and 60,000 parameters are asked for
+    sizes, said = after(DENSE, Prune(width_multiple=1))
+    assert [each.params for each in sizes] == [165_000, 147_000, 140_000, 140_000]
+    assert "for iteration 4, which" in said[0]
+    sizes, (warning,) = after(DENSE, Prune(width_multiple=8))
+    assert [each.params for each in sizes] == [164_000, 140_000, 140_000, 140_000]
+    assert "nothing is left to remove for iterations 3 and 4, which" in warning and "lower it" in warning
+    assert after(DENSE, Prune(width_multiple=8), cuts="uniform", target=0.32)[1] == []
+
+
+def test_whole_layers_go():
+    sizes, (warning,) = after(DENSE, Prune(target="layers"))
+    assert [each.params for each in sizes] == [160_000, 120_000, 120_000, 120_000]
+    assert "a layer has 40,000 parameters" in warning and "for iterations 3 and 4, which" in warning
+    assert after(DENSE, Prune(target="layers"), cuts="uniform", iterations=2, target=0.4)[1] == []
+
+
+def test_whole_experts_go_as_prune_removes_them():
+    # cubic: 34,862, 52,762, 59,358 and 60,300 parameters are asked for
+    sizes, (warning,) = after(MIXTURE, Prune(target="experts"))
+    assert [each.experts for each in sizes] == [6, 4, 4, 4]
+    assert [each.params for each in sizes] == [160_600, 140_400, 140_400, 140_400]
+    assert [each.active_params for each in sizes] == [120_600, 120_400, 120_400, 120_400]
+    assert "one of the 10 experts in every layer is more than" in warning and "for iterations 3 and 4, which" in warning
+
+
+def test_neurons_of_experts_go_by_eights():
+    sizes, (warning,) = after(MIXTURE, Prune(width_multiple=1))
+    assert [each.width for each in sizes] == [64, 40, 40, 32]
+    assert [each.active_params for each in sizes] == [113_800, 109_000, 109_000, 107_400]
+    assert warning.startswith("multiples of 8 neurons, the least that experts can have") and "lower it" not in warning
+    (warning,) = after(MIXTURE, Prune(width_multiple=16))[1]
+    assert "prune.width_multiple=16 rounds" in warning and "lower it" in warning
+
+
+@pytest.mark.parametrize(
+    ("iterations", "share", "warned"), [("auto", 0.6, True), (4, 0.6, False), ("auto", 0.47, False)]
+)
+def test_a_target_in_parameters_that_is_deep_is_warned_of(iterations, share, warned):
+    wide = replace(DENSE, params=10**6, width=900)
+    said = after(wide, Prune(width_multiple=1), target=10**6 * (1 - share), iterations=iterations, cuts="uniform")[1]
+    assert [warning.startswith("schedule.iterations=auto is 4") for warning in said] == [True] * warned
+    assert all("removes 60 % of this model's 1,000,000 parameters: set schedule.iterations=8" in each for each in said)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
