@@ -132,7 +132,7 @@ def settings() -> dict:
         "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}]},
         "schedule": {"iterations": 4, "target": 0.4},
         "recover": [{"method": "cpt", "learning_rate": 3e-4}],
-        "evaluate": {"confidence": 0.95, "tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
+        "evaluate": {"tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
         "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05, "strict": False},
         "run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1",
     }  # fmt: skip

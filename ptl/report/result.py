@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ptl.config.run import Evaluate
 from ptl.data.training_amount import Amount
 from ptl.report import changed_answers, export_rows, goal, result_rows
 from ptl.report.result_rows import Record, Records, Row
@@ -55,7 +56,7 @@ def build(records: Records, settings: Row) -> Result:
         "host": imported["host"],
         "started": imported["started"],  # unix time
         **_times(records),
-        "confidence": config["evaluate"]["confidence"],
+        "confidence": Evaluate.confidence,
         "mlflow": {
             "url": tracked["mlflow_url"],
             "experiment_id": str(tracked["experiment_id"]),
