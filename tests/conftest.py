@@ -214,7 +214,7 @@ def config(tmp_path_factory):
     raw["evaluate"]["tasks"][0]["limit"] = 64
     raw["evaluate"]["speed"] = {"batch_sizes": [1], "repeats": 1}
     raw["control"] = False
-    raw["training"]["decontaminate"] = {"tasks": True}  # some rows share text with the benchmark
+    raw["training"]["decontaminate"] = {"tasks": True}
     path = tmp_path_factory.mktemp("config") / "short.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
