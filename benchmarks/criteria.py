@@ -6,9 +6,8 @@
 Every row cuts the FFN of the dense reasoner to the same width in one step and trains it with our recover step (cpt) on
 the same tokens; the seed draws calibration sequences and training order. torch-pruning scores and cuts with its own
 importance (group magnitude, and group Taylor on the gradients of the same calibration batches) and its own surgery.
-`+ ridge` repairs in closed form before recovery. Rows of layers, of `auto` and with a threshold end
-with the size that these choices reach: the table says how much was removed. Accuracy is greedy exact match on
-generated problems that no shipped file holds, before and after recovery.
+Rows of layers end with the size that they reach: the table says how much was removed. Accuracy is greedy exact match
+on generated problems that no shipped file holds, before and after recovery.
 """
 
 from __future__ import annotations
@@ -44,15 +43,8 @@ OURS: dict[str, dict[str, Any]] = {
     "weight": {"criterion": "weight"},
     "taylor": {"criterion": "taylor"},
     "random": {"criterion": "random"},
-    "max + ridge": MAX | {"repair": "ridge"},
-    "weight + ridge": {"criterion": "weight", "repair": "ridge"},
-    "taylor + ridge": {"criterion": "taylor", "repair": "ridge"},
     "max, own answers": MAX | {"answers": "self"},
-    "max, sigma_neuron 3": MAX | {"sigma_neuron": 3.0},
-    "auto": MAX | {"unit": "auto"},
     "layers, max": {"unit": "layers"},
-    "layers, block_influence": {"unit": "layers", "layer_criterion": "block_influence"},
-    "layers, max, sigma_layer 10": {"unit": "layers", "sigma_layer": 10.0},
 }
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
 

@@ -73,7 +73,6 @@ ARMS = {
     "loop of 8, taylor, uniform tokens": Arm({"iterations": 8, "tokens": "uniform"}, TAYLOR),
     # Peers: their choice of neurons, our recovery.
     "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
-    "one-shot, taylor + ridge": Arm(ONE_SHOT, TAYLOR | {"repair": "ridge"}),
     "one-shot, torch-pruning magnitude": Arm(ONE_SHOT, choice="torch-pruning magnitude"),
     "one-shot, torch-pruning taylor": Arm(ONE_SHOT, choice="torch-pruning taylor"),
 }

@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "exports.jsonl"
 WORK = ROOT / ".ptl" / "exports"  # the pruned model, and what an interrupted pruning has left
 SPEEDS = ROOT / "benchmarks" / "results" / "export_speed.json"
 VLLM = ROOT / ".venv-vllm/bin/vllm"
-BATCH, PROMPT_TOKENS, NEW_TOKENS, REPEATS = 8, 64, 32, 5
+BATCH, REPEATS = 8, 5
 SLOW = ("compressed-tensors-fp8",)  # in vLLM on a CPU: minutes for one measurement
 SHARE, TOKENS, SEED = 0.3, 100_000, 1
 PLAIN = "as it is"
@@ -119,7 +119,7 @@ def speed() -> None:
     """Generated tokens per second of all that was measured, BATCH sequences at once; by model and form."""
     measured = [(row["model"], row["form"], made(row["model"], row["form"], Path())) for row in rows()]
     files = {f"{name} {form}": file for name, form, folder in measured for file in folder.glob("*.gguf")}
-    settings = Speed(batch_sizes=(BATCH,), prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=REPEATS)
+    settings = Speed(batch_sizes=(BATCH,), repeats=REPEATS)
     speeds = {name: found[0]["decode_tokens_per_s"] for name, found in gguf_speed(files, settings, SEED).items()}
     for name, form, folder in measured:
         if not form.startswith("gguf") and form not in SLOW:
@@ -130,13 +130,13 @@ def speed() -> None:
 def vllm_speed(folder: Path) -> float:
     """Generated tokens per second in vLLM, reading the prompts included; the fastest of REPEATS times."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        sizes = [f"--input-len={PROMPT_TOKENS}", f"--output-len={NEW_TOKENS}", f"--batch-size={BATCH}"]
+        sizes = [f"--input-len={Speed.prompt_tokens}", f"--output-len={Speed.new_tokens}", f"--batch-size={BATCH}"]
         repeats = [f"--num-iters={REPEATS}", "--num-iters-warmup=1", f"--output-json={file.name}"]
         command = [VLLM, "bench", "latency", f"--model={folder}", "--max-model-len=512", *sizes, *repeats]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.pop("OMP_NUM_THREADS", None)  # vLLM chooses
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return BATCH * NEW_TOKENS / min(json.load(file)["latencies"])
+        return BATCH * Speed.new_tokens / min(json.load(file)["latencies"])
 
 
 def rows() -> list[Row]:

@@ -74,7 +74,6 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
         max_length=given.length,
         loss="all",
         save_steps=10**9,
-        logging_steps=given.warmup,
         processes=1,
         dtype=given.dtype,
     )
@@ -86,7 +85,7 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     for _ in range(given.repeats):
         for name, loop in (("ptl", train.product), ("bare", train.bare)):
             gpu_peak()  # of the loop before: its model is released
-            rates[name].append(loop(model, settings, job))
+            rates[name].append(loop(model, settings, job, given.warmup))
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
     shape = forecast_model.shape_of(str(model))
     flops = 3 * forecast_model.forward_flops(shape, shape.dimensions, 1, given.length)  # of a token, with backward

@@ -56,7 +56,6 @@ ARMS = {
     "one-shot, mean": Arm(ONE_SHOT, {"criterion": "mean"}),
     "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
     "one-shot, taylor": Arm(ONE_SHOT, {"criterion": "taylor"}),
-    "one-shot, taylor + ridge": Arm(ONE_SHOT, {"criterion": "taylor", "repair": "ridge"}),
     "loop of 4, max": Arm(4, {"criterion": "max"}),
     "loop of 4, taylor": Arm(4, {"criterion": "taylor"}),
 }

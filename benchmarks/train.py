@@ -82,7 +82,7 @@ def product(src: Path, settings: Cpt, job: RecoveryJob) -> float:
     return (last - first) / (ended - began)
 
 
-def bare(src: Path, settings: Cpt, job: RecoveryJob) -> float:
+def bare(src: Path, settings: Cpt, job: RecoveryJob, logged: int = LOGGED) -> float:
     """The same batches through a loop of a dozen lines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32).to(device).train()
@@ -93,7 +93,7 @@ def bare(src: Path, settings: Cpt, job: RecoveryJob) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     seen, began = 0, 0.0
     for step, begin in enumerate(range(0, len(dataset), settings.batch_size)):
-        if step == settings.logging_steps:  # as in `product`, those before the first log do not count
+        if step == logged:  # as in `product`, those before the first log do not count
             _wait()
             seen, began = 0, time.perf_counter()
         rows = dataset[begin : begin + settings.batch_size]
@@ -139,7 +139,6 @@ def main() -> None:
                 batch_size=given.batch_size,
                 max_length=256,
                 save_steps=10**9,
-                logging_steps=LOGGED,
                 processes=1,
                 dtype="bfloat16" if given.bf16 else "float32",
             )

@@ -16,7 +16,7 @@ SOURCE = {
     "completion": "{answer}",
 }
 DATA = TrainingData(sources=[SOURCE])
-SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "logging_steps": 1, "processes": 1}
+SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "processes": 1}
 
 
 def cut(src, dst, goal):

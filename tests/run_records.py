@@ -64,7 +64,7 @@ def export(params: int, size: int, accuracy: float, limit: int | None = None) ->
     rows = [{"batch": 1, "decode_tokens_per_s": 3210.0, "prefill_tokens_per_s": 9000.0}]
     return metadata(
         "export", 0, "export", params=params, bytes=size, accuracy=accuracy,
-        export={"format": "gguf", "type": "q8_0", "limit": limit, "speed": True, "name": "gguf-q8_0"},
+        export={"format": "gguf", "type": "q8_0", "limit": limit, "name": "gguf-q8_0"},
         models=models, notes=["a note on it"],
         speed={"models": dict.fromkeys(("dense", "dense_export", "final", "final_export"), rows), "setting": "How."},
         scored={"dense": "evaluate-0", "final": "evaluate-4"},
@@ -134,7 +134,7 @@ def settings() -> dict:
         "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}]},
         "schedule": {"iterations": 4, "target": 0.4},
         "recover": [{"method": "cpt", "learning_rate": 3e-4}],
-        "evaluate": {"confidence": 0.95, "tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
+        "evaluate": {"tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
         "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05, "strict": False},
     }  # fmt: skip
 

@@ -11,7 +11,6 @@ from typing import Any
 import kfp.kubernetes as kubernetes
 
 from ptl.config.cluster import TRAINED, Resources, Storage
-from ptl.config.retry_defaults import RETRY_WAIT
 from ptl.config.run import Config
 from ptl.recovery import machines
 from ptl.steps import mounts, trainjob
@@ -89,8 +88,6 @@ def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
         task.set_env_variable("PTL_TIMEOUT", str(timeout))
     if resources.retries is not None:
         task.set_env_variable("PTL_RETRIES", str(resources.retries))
-    if resources.retry_wait != RETRY_WAIT:
-        task.set_env_variable("PTL_RETRY_WAIT", str(resources.retry_wait))
     task.set_retry(
         resources.attempts - 1,
         backoff_duration=f"{resources.retry_wait}s",
@@ -223,7 +220,9 @@ def _pod(config: Config) -> dict[str, Any]:
         "containers": [{"name": trainjob.CONTAINER, "volumeMounts": volume_mounts}],
     }
     if resources.tolerations:
-        pod["tolerations"] = [taint.model_dump(exclude_none=True) for taint in resources.tolerations]
+        pod["tolerations"] = [
+            {"operator": taint.operator, **taint.model_dump(exclude_none=True)} for taint in resources.tolerations
+        ]
     if resources.node_selector:
         pod["nodeSelector"] = dict(sorted(resources.node_selector.items()))
     if resources.image_pull_secrets:

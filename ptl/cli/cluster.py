@@ -14,7 +14,6 @@ from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import load, warn
 from ptl.cli.options import ConfigFile, ImagesFile, Overrides, Rehearse
-from ptl.config import batches
 from ptl.config.run import Config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
@@ -105,7 +104,7 @@ def submit(
     run_config = shipped.as_in_images(run_config, config)
     if rehearse:
         run_config = rehearsal.on_cluster(run_config)
-    batches.check_on_cluster(run_config.recover, run_config.resources)
+    run_config.check_batches_on_cluster()
     code = work.submit(
         run_config,
         server,

@@ -36,7 +36,7 @@ def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]
     ]
     title = f"Rehearsal of {config.name}: every step, with less work"
     print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
-    return rehearsed, left_out(config, rehearsed, num_gpus)
+    return rehearsed, left_out(config, rehearsed)
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,6 @@ from ptl import extras, processes
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import checked
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
-from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import progress
@@ -94,10 +93,7 @@ def _check_runner(runner: str, config: Config, s3: bool) -> None:
     """Raise InputError for a runner that does not exist or lacks what it needs."""
     from pipelines.prune_tune_loop import containers
 
-    if runner == "subprocess":
-        for stage in config.recover:
-            trackers.check(stage.report_to)
-    elif runner == "docker":
+    if runner == "docker":
         # With --s3 the address is not known yet, only that it will be a server's.
         containers.check(config, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
     else:

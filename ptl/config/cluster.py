@@ -6,24 +6,16 @@ Secrets of the cluster, all optional. A step names what it misses; runners on on
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from ptl.config.base import Positive, Section, one_error
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 
-StepName = Literal[
-    "import-model",
-    "prune",
-    "recover",
-    "evaluate",
-    "export-gguf",
-    "export-compressed-tensors",
-    "report",
-]
+StepName = Literal["import-model", "prune", "recover", "evaluate", "export-gguf", "export-compressed-tensors", "report"]
 # Kubernetes' quantities, and names of its objects.
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -37,26 +29,10 @@ Accelerator = Annotated[
 
 # Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod, or Kubeflow Trainer into a node's.
 RESERVED = {
-    "shm",
-    # Kubeflow's launcher.
-    "kfp-launcher",
-    "kfp-workspace",
-    "custom-ca",
-    "gcs-scratch",
-    "s3-scratch",
-    "minio-scratch",
-    "dot-local-scratch",
-    "dot-cache-scratch",
-    "dot-config-scratch",
-    # Argo's executor.
-    "var-run-argo",
-    "tmp-dir-argo",
-    "argo-env-config",
-    "argo-staging",
-    # The TrainingRuntime's.
-    "tmp",
+    *("shm", "tmp", "custom-ca", "kfp-launcher", "kfp-workspace", "gcs-scratch", "s3-scratch", "minio-scratch"),
+    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
+    *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
 }
-RUNTIME = "ptl-recover"  # TrainingRuntime of manifests/components/trainer
 TRAINED = "recover"  # the kind of step that several nodes can do together
 # Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
@@ -68,18 +44,15 @@ class Toleration(Section):
 
     key: str = Field(min_length=1)
     """for example nvidia.com/gpu"""
-    operator: Literal["Exists", "Equal"] = "Exists"
-    """`Equal`: only a taint with this `value`"""
     value: str | None = None
-    """only with operator Equal"""
+    """only a taint with this value (operator Equal); default: with any (operator Exists)"""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """default: all effects"""
 
-    @model_validator(mode="after")
-    def _value_belongs_to_equal(self) -> Toleration:
-        if (self.value is not None) != (self.operator == "Equal"):
-            raise ValueError("operator Equal needs a value, operator Exists takes none")
-        return self
+    @property
+    def operator(self) -> str:
+        """As Kubernetes calls it."""
+        return "Exists" if self.value is None else "Equal"
 
 
 class StepResources(Section):
@@ -98,12 +71,12 @@ class StepResources(Section):
     nodes: Positive = 1
     """machines that train together (recover only); on a cluster, from 2 on, by Kubeflow Trainer. All fields are then
     those of one node"""
-    runtime: Name = RUNTIME
+    runtime: Name = "ptl-recover"
     """Kubeflow Trainer's TrainingRuntime, in the namespace of the runs, from which the nodes are made"""
 
 
 class Resources(Section):
-    """What a step requests from the cluster; on one machine only `timeout`, `retries` and `retry_wait` apply."""
+    """What a step requests from the cluster; on one machine only `timeout` and `retries` apply."""
 
     # Size of a step's pod.
     accelerator: Accelerator | None = None
@@ -131,8 +104,7 @@ class Resources(Section):
         description="how often a failed step is retried, in its pod or in another one; finished work is not repeated, "
         "and an input error is never retried. Default: 2 on a cluster, 0 on one machine",
     )
-    retry_wait: Positive = RETRY_WAIT
-    """seconds before the first retry, doubled each time; on one machine the default is 1"""
+    retry_wait: ClassVar[int] = RETRY_WAIT  # seconds before the first retry, doubled each time
     control: Literal["beside", "after"] = "beside"
     """when the control arm runs: next to the loop (`beside`), or `after` it, for a cluster with one accelerator"""
 
@@ -154,10 +126,8 @@ class Resources(Section):
         description="oldest KFP backend that must accept the YAML; a backend refuses fields that it does not know. "
         "Below 2.16 there is no security context",
     )
-    run_as_user: Positive = 1000
-    """user id of the steps, not root; with KFP 2.16 and newer"""
-    run_as_group: NonNegativeInt = 0
-    """group id of the steps; the images need group 0, which has no privileges by itself"""
+    run_as_user: ClassVar[int] = 1000  # not root; with KFP 2.16 and newer
+    run_as_group: ClassVar[int] = 0  # the images need group 0, which has no privileges by itself
     doctor: bool = False
     """start with a step that tries MLflow, the store and the accelerators"""
     steps: dict[StepName, StepResources] = Field({})
@@ -176,26 +146,18 @@ class Resources(Section):
 
     def of_step(self, stage: str) -> StepResources:
         """What `steps` says of a kind of step; nothing for one that it does not name."""
-        # A stage is any text, and the names are literals.
-        for name, own in self.steps.items():
-            if name == stage:
-                return own
-        return StepResources()
+        own: Mapping[Any, StepResources] = self.steps
+        return own.get(stage, StepResources())
 
     def accelerators_of(self, stage: str) -> int:
         """Accelerators that a kind of step requests: those it uses, unless `steps` says otherwise."""
         own = self.of_step(stage).accelerators
         if own is not None:
             return own
+        if stage in ("recover", "evaluate"):
+            return self.accelerators
         # Scores for pruning and quantized weights are computed on one, and the others need none.
-        one = min(1, self.accelerators)
-        used = {
-            "prune": one,
-            "recover": self.accelerators,
-            "evaluate": self.accelerators,
-            "export-compressed-tensors": one,
-        }
-        return used.get(stage, 0)
+        return min(1, self.accelerators) if stage in ("prune", "export-compressed-tensors") else 0
 
     def nodes_of(self, stage: str) -> int:
         """Machines that do a kind of step together."""
@@ -226,17 +188,12 @@ class Resources(Section):
         return self.attempts * timeout + pauses
 
     @model_validator(mode="after")
-    def _only_recover_has_nodes(self) -> Resources:
+    def _steps_fit(self) -> Resources:
         for name, step in self.steps.items():
             if step.nodes > 1 and name != TRAINED:
                 raise ValueError(f"nodes={step.nodes} of {name}: only recover runs on several nodes; remove it there")
-        return self
-
-    @model_validator(mode="after")
-    def _accelerators_have_a_name(self) -> Resources:
         # Kubernetes counts a named resource, such as nvidia.com/gpu.
-        numbers = [self.accelerators, *[step.accelerators for step in self.steps.values()]]
-        if any(numbers) and not self.accelerator:
+        if any([self.accelerators, *(step.accelerators for step in self.steps.values())]) and not self.accelerator:
             raise ValueError("accelerators without accelerator: name the resource, for example nvidia.com/gpu")
         return self
 
@@ -248,9 +205,6 @@ class Storage(Section):
     """MLflow experiment"""
     registered_model: str | None = Field(None, min_length=1, max_length=250)
     """name in the MLflow registry, without / : and quotes; default: the config's name"""
-    model_registry: str | None = None
-    """address of Kubeflow's Model Registry, where final models are registered too, for example
-    http://model-registry-service.kubeflow.svc.cluster.local:8080"""
 
     # Where the pods get addresses and credentials; a name that is null is not mounted.
     config_map: Mounted | None = "ptl"
@@ -295,10 +249,3 @@ class Storage(Section):
         if name and set(name) & set("/:'\"`"):
             raise ValueError("has a character that a name in MLflow's registry cannot have (/ : or a quote); remove it")
         return name
-
-    @field_validator("model_registry")
-    @classmethod
-    def _address_of_a_server(cls, address: str | None) -> str | None:
-        if address is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?", address):
-            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, without a path; the port may be left out")
-        return address

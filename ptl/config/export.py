@@ -31,8 +31,6 @@ class Export(Section):
     """data type of the weights: f16, q8_0, q4_k_m and others for gguf; fp8, int8 or w4a16 for compressed-tensors"""
     limit: Positive | None = None
     """score it on only the first N items of each benchmark; default: on all items that the run scores"""
-    speed: bool = True
-    """time it in llama.cpp, beside the models at 16 bits (gguf); false: do not time it"""
 
     @property
     def name(self) -> str:

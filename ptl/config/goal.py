@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
@@ -14,7 +14,6 @@ FEWEST = 1000  # parameters to end with: a smaller number is a share that was me
 BY_GOAL = 0.0  # as the pipeline's parameter `target`: its parameter `goal` says it
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 # Kinds of target, which pydantic puts into the location of a field.
 NUMBER, MEMORY = TAGS = ("<number>", "<memory>")
 
@@ -61,18 +60,14 @@ class MemoryGoal(Section):
     """sequences that are answered at once"""
     tokens: Positive | None = None
     """tokens of each in the KV cache; default: 4096, or the model's context length if that is shorter"""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """of weights and KV cache, whatever the dtype of the checkpoint"""
+    # Of weights and KV cache, whatever the dtype of the checkpoint.
+    dtype: ClassVar[str] = "bfloat16"
+    itemsize: ClassVar[int] = 2  # bytes of a number
 
     @property
     def bytes(self) -> int:
         """The memory."""
         return memory_bytes(self.memory)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return ITEMSIZE[self.dtype]
 
 
 Number = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count), BeforeValidator(_no_percent)]

@@ -10,18 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Se
 
 FOLDER = "folder"  # key of pydantic's context: validation takes relative paths from there, serialization makes such
 # What is always a file and never the name of something on the hub or of the harness.
-SUFFIXES = (
-    # data
-    ".jsonl",
-    ".jsonl.gz",
-    ".parquet",
-    ".json",
-    ".csv",
-    ".txt",
-    # tasks
-    ".yaml",
-    ".yml",
-)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".csv", ".txt", ".yaml", ".yml")
 FILL_IN = "FILL-IN"  # what a user must replace in a config of `ptl init`; no file, data set or task has that name
 LONGEST, LONGEST_NAME = 4096, 255  # bytes of a path and of each part of it, as Linux has them
 
@@ -94,11 +83,6 @@ def _relative(value: str, info: SerializationInfo) -> str:
 
 
 # The order counts: texts of the command line are located first, all others by the validators below.
-Text = Annotated[
-    str,
-    Field(min_length=1),
-    BeforeValidator(_from_working_directory),
-    PlainSerializer(_relative, str),
-]
+Text = Annotated[str, Field(min_length=1), BeforeValidator(_from_working_directory), PlainSerializer(_relative, str)]
 Location = Annotated[Text, AfterValidator(_absolute_path)]  # a local path, or a name on the hub or of the harness
 Folder = Annotated[Text, AfterValidator(_absolute_folder)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -22,8 +24,6 @@ from pydantic_core import CoreSchema
 
 from ptl.config.base import Positive, Section, one_error
 from ptl.config.paths import Location
-from ptl.config.templates import Template
-from ptl.config.trackers import Trackers
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
@@ -32,6 +32,38 @@ Off = Literal["off", False]  # YAML 1.1 reads off as false, YAML 1.2 as a text
 Decay = Annotated[
     Annotated[float, Field(ge=0, le=1)] | Literal["each"], one_error("must be a share from 0 to 1, or each")
 ]
+
+_COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
+_WIDTH = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
+
+
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}") from error
+    columns = []
+    for _, name, spec, conversion in parts:
+        if name is None:  # the text after the last column
+            continue
+        if not _COLUMN.fullmatch(name):
+            raise ValueError(
+                f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
+            )
+        is_plain = "{" not in (spec or "") and not _WIDTH.search(spec or "")
+        if not is_plain or conversion not in (None, "r", "s", "a"):
+            raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
+        columns.append(name)
+    return columns
+
+
+def _valid_template(template: str) -> str:
+    columns_of(template)
+    return template
+
+
+Template = Annotated[str, AfterValidator(_valid_template)]  # text with {column}s of a row
 
 
 class DataSource(Section):
@@ -57,31 +89,25 @@ class DataSource(Section):
     """template over a row's columns (format `prompt_completion`)"""
     messages: str = "messages"
     """column with the chat (format `messages`)"""
-
-
-class TrainingSource(DataSource):
-    """One of the training sources."""
-
+    # beside others
     weight: PositiveFloat = 1.0
-    """its share of the tokens, relative to the other sources"""
+    """its share of the tokens, relative to the other sources of `training`"""
 
 
 class Decontaminate(Section):
-    """Leave out training rows and prompts that share text with a benchmark."""
+    """Leave out training rows and prompts that share 13 words in a row with a benchmark's item."""
 
     # the run's own benchmarks need no data here: import-model has written their items
     tasks: bool = True
     """compare with the items of `evaluate.tasks`, as import-model stored them"""
     against: tuple[DataSource, ...] = ()
     """more benchmarks; only the text of their items is used"""
-    ngram: int = Field(13, ge=2)
-    """consecutive words that must be equal; of a shorter item, all; Chinese: two characters a word"""
 
 
 class TrainingData(Section):
     """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
 
-    sources: tuple[TrainingSource, ...] = Field(min_length=1)
+    sources: tuple[DataSource, ...] = Field(min_length=1)
     """where the rows come from, mixed by `weight`"""
     decontaminate: Decontaminate = Decontaminate()
     """which rows are left out; `off`: none"""
@@ -129,11 +155,7 @@ class Lora(Section):
     """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
 
     rank: Positive = 16
-    """rank of each adapter's two matrices"""
-    alpha: PositiveFloat = 32
-    """the update is scaled by alpha / rank"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """share of an adapter's inputs that are zeroed in training"""
+    """rank of each adapter's two matrices; the update is scaled by 2"""
 
 
 class Stage(Section):
@@ -158,21 +180,14 @@ class Stage(Section):
     """precision of the forward and backward passes; `bfloat16` is for GPUs"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
-    # training checkpoints and logs
+    # training checkpoints
     save_steps: Positive = 50
     """optimizer steps between training checkpoints"""
-    logging_steps: Positive = 10
-    """optimizer steps between logged losses"""
-    store_minutes: NonNegativeFloat | None = None
-    """minutes between training checkpoints that are copied to the store; default: they stay local"""
-    report_to: Trackers = ()
-    """trackers to which the Trainer logs beside MLflow, for example wandb; their packages must be where recover runs"""
     # several GPUs
     processes: Positive | None = None
     """training processes, of each node; default: one for each GPU"""
-    sharding: Literal["none", "fsdp", "hybrid", "zero2"] = "none"
-    """with several GPUs: a complete copy on each, FSDP over all of them (full shard), FSDP within each node and copies
-    across nodes, or DeepSpeed ZeRO-2"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """with several GPUs: a complete copy on each, or FSDP over all of them (full shard)"""
 
 
 class NextToken(Stage):
@@ -183,8 +198,6 @@ class NextToken(Stage):
     # at inference the model reads prompts and writes answers
     loss: Literal["completion", "all"] = "completion"
     """train on the answer only, or on all tokens"""
-    packing: bool = False
-    """join sequences to max_length (loss `all` only)"""
     # from one iteration to the next
     decay: Decay = 0.5
     """share of the run's recovery over which the learning rate decays, at its end; `each`: in each iteration anew"""
@@ -192,22 +205,6 @@ class NextToken(Stage):
     """carry the optimizer state to the next iteration, pruned together with the weights"""
     lora: Lora | None = None
     """train low-rank adapters; default: all weights"""
-
-    @model_validator(mode="after")
-    def _zero2_trains_all_weights(self) -> Self:
-        # adapters have hardly any optimizer state that could be divided
-        if self.lora is not None and self.sharding == "zero2":
-            raise ValueError("sharding=zero2 cannot be combined with lora; use sharding=fsdp, or remove one of the two")
-        return self
-
-    @model_validator(mode="after")
-    def _packing_needs_all_tokens(self) -> Self:
-        # packed sequences are one text after another
-        if self.packing and self.loss == "completion":
-            raise ValueError(
-                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
-            )
-        return self
 
 
 # in the schema a stage without a method is of one class only, cpt
@@ -219,6 +216,17 @@ class Cpt(NextToken):
 
     method: Literal["cpt"] = "cpt"
     """continual pre-training"""
+    packing: bool = False
+    """join sequences to max_length (loss `all` only)"""
+
+    @model_validator(mode="after")
+    def _packing_needs_all_tokens(self) -> Self:
+        # packed sequences are one text after another
+        if self.packing and self.loss == "completion":
+            raise ValueError(
+                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
+            )
+        return self
 
 
 class Distil(NextToken):
@@ -236,16 +244,9 @@ class Distil(NextToken):
     mix: float = Field(0.5, ge=0, le=1)
     """weight of the next-token loss; the KL gets the rest"""
 
-    @model_validator(mode="after")
-    def _no_packing(self) -> Self:
-        # the KL is on answer tokens, and packing trains on all
-        if self.packing:
-            raise ValueError("packing=true is for method=cpt; remove it")
-        return self
-
 
 class Reward(Section):
-    """One part of the reward; `answer` and `tests` are templates over a row's columns."""
+    """One part of the reward."""
 
     # the functions are in rewards.REWARDS
     name: Literal["final_answer", "math", "code", "format"]
@@ -253,10 +254,9 @@ class Reward(Section):
     weight: PositiveFloat = 1.0
     """weight of this part in the sum"""
     # what an answer is compared with, by the method that is named
-    answer: Template = "{answer}"
-    """the reference, for `final_answer` and `math`"""
-    tests: Template = "{test}"
-    """Python code that raises if the answer is wrong, for `code`"""
+    answer: Template | None = None
+    """the reference as a template over a row's columns, by default `{answer}`; for `code` Python that raises if the
+    answer is wrong, by default `{test}`"""
     pattern: str = r"(?s).*(####|\\boxed\{)[^#]*"
     """regular expression that the whole answer must match, for `format`"""
 
@@ -272,9 +272,9 @@ class Reward(Section):
     @property
     def reference_template(self) -> str:
         """What an answer is compared with, as a template over a row's columns; empty for `format`."""
-        if self.name == "code":
-            return self.tests
-        return "" if self.name == "format" else self.answer
+        if self.name == "format":
+            return ""
+        return self.answer or ("{test}" if self.name == "code" else "{answer}")
 
 
 class Grpo(Stage):
@@ -314,8 +314,6 @@ class Grpo(Stage):
     """parts of an answer's reward, added up by weight"""
     guard_prompts: NonNegativeInt = 32
     """prompts on which pass@num_generations is measured before training; one at least must be solved; 0: no check"""
-    rollouts: Literal["auto", "transformers", "vllm"] = "auto"
-    """what generates the answers; auto: vLLM if it is installed and there is a GPU"""
 
     @model_validator(mode="after")
     def _divides_into_groups(self) -> Self:
@@ -342,16 +340,16 @@ def _method(raw: Any) -> Any:
     return getattr(raw, "method", None)
 
 
+METHODS: dict[str, type[Section]] = {"cpt": Cpt, "distil": Distil, "grpo": Grpo}
 # with the method's own fields, so that an error names a field of it
-_BY_METHOD = Discriminator(
-    _method,
-    custom_error_type="method",
-    custom_error_message="recover method must be cpt, distil or grpo",
-)
-_Cpt = Annotated[Cpt, Tag("cpt")]
-_Distil = Annotated[Distil, Tag("distil")]
-_Grpo = Annotated[Grpo, Tag("grpo")]
-RecoverStage = Annotated[_Cpt | _Distil | _Grpo, _BY_METHOD]
+RecoverStage = Annotated[
+    Annotated[Cpt, Tag("cpt")] | Annotated[Distil, Tag("distil")] | Annotated[Grpo, Tag("grpo")],
+    Discriminator(
+        _method,
+        custom_error_type="method",
+        custom_error_message="recover method must be cpt, distil or grpo",
+    ),
+]
 
 
 class Recovery(Section):

@@ -8,35 +8,26 @@ nor a guard. Pure and torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from ptl.config.cluster import TRAINED, Resources
+from ptl.config.cluster import TRAINED
 from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import Grpo, NextToken, RecoverStage, Recovery
-from ptl.config.run import Calibration, Config, Evaluate, Gate, Speed, Task, check
-from ptl.config.schedule import Schedule, plan
+from ptl.config.run import Config, check
 
 SUFFIX = "-rehearsal"  # of the run, its experiment and its registered model
-LONGEST_NAME = 63  # characters of a config's name
+LONGEST_NAME, LONGEST_MODEL = 63, 250  # characters
 
-SHARE = Fraction(1, 100)  # of tokens, steps and sequences
-# ... but not fewer than a step needs to do something, ...
-STAGE_TOKENS = 256  # of each stage in each iteration
+SHARE = 100  # of the tokens one of so many, but ...
+STAGE_TOKENS = 256  # ... not fewer of each stage in each iteration, ...
+MOST_TOKENS = 500_000  # ... nor more in all
 SEQUENCES = 4  # of calibration
-# ... nor more than shows that it works, where a run is a large one.
-MOST_TOKENS = 500_000
-
-# What has no size of its own to take a hundredth of.
 ITEMS = 8  # of each benchmark
 NEW_TOKENS = 64  # of an answer
 GENERATIONS = 2  # answers to a prompt that GRPO compares
-SPEED_TOKENS, SPEED_ITEMS = 4, 2
 NEVER = 1e-300  # a significance level that no fall of the accuracy reaches
-
-MANY = 10**9  # tokens, to see how stages divide them
 
 
 @dataclass(frozen=True)
@@ -50,26 +41,30 @@ class Change:
 
 def rehearsal(config: Config, gpus: int | None) -> Config:
     """The rehearsal of a run, on a machine with so many GPUs; None: where the run itself will be, on a cluster."""
-    if gpus is None:
-        gpus = config.resources.accelerators_of("recover")
-    else:
-        config = _fitting(config, gpus)
-    iterations = len(plan(config.schedule, config.prune))
-    schedule = _schedule(config, iterations)
-    nodes = config.resources.nodes_of(TRAINED)
-    stages = [_stage(stage, iterations, nodes, gpus) for stage in config.recover]
-    shrunk = _with(
-        config,
-        name=config.name[: LONGEST_NAME - len(SUFFIX)].rstrip("-") + SUFFIX,
-        calibration=_calibration(config.calibration),
-        schedule=schedule,
-        recover=tuple(_with(stage, save_steps=_save_steps(stage, schedule, iterations)) for stage in stages),
-        evaluate=_evaluate(config.evaluate),
-        gate=_gate(config.gate),
-        storage=_storage(config),
-    )
+    settings = config.model_dump()
+    if gpus is not None:
+        _fit_machine(settings, config, gpus)
+    settings["name"] = config.name[: LONGEST_NAME - len(SUFFIX)].rstrip("-") + SUFFIX
+    # Its numbers are not beside those of real runs, and its models take no alias from theirs.
+    storage = settings["storage"]
+    storage["experiment"] += SUFFIX
+    if storage["registered_model"] is not None:  # the default is the config's name, which has the suffix
+        storage["registered_model"] = storage["registered_model"][: LONGEST_MODEL - len(SUFFIX)] + SUFFIX
+    # Of few prompts, answered by a model that has hardly recovered, none may be right: then `self` is an error.
+    calibration = settings["calibration"]
+    calibration |= {"num_sequences": min(calibration["num_sequences"], SEQUENCES), "answers": "given"}
+    for task in settings["evaluate"]["tasks"]:
+        task["limit"] = min(task["limit"] or ITEMS, ITEMS)
+        task["max_new_tokens"] = min(task["max_new_tokens"] or NEW_TOKENS, NEW_TOKENS)
+    speed = settings["evaluate"]["speed"]
+    speed["repeats"] = min(speed["repeats"], 1)
+    settings["schedule"] |= _schedule(config)
+    if config.gate.enabled:  # it works, and accepts everything: a rejection would leave later steps without work
+        settings["gate"] |= {"alpha": NEVER, "strict": False}
+    gpus_of_node = config.resources.accelerators_of(TRAINED) if gpus is None else gpus
+    _shrink_stages(settings, config, max(1, gpus_of_node))
     # Fields that were set one by one must fit together.
-    return check(Config, shrunk.model_dump(), "the rehearsal")
+    return check(Config, settings, "the rehearsal")
 
 
 def is_rehearsal(settings: Mapping[str, Any]) -> bool:
@@ -78,156 +73,69 @@ def is_rehearsal(settings: Mapping[str, Any]) -> bool:
     return str(settings.get("name", "")).endswith(SUFFIX) and str(experiment).endswith(SUFFIX)
 
 
-def _with(section: Any, **values: Any) -> Any:
-    return section.model_copy(update=values)
-
-
-def _part(number: int, fewest: int) -> int:
-    """A hundredth of a number, but not below the fewest that make sense, nor above the number itself."""
-    return min(number, max(fewest, math.ceil(SHARE * number)))
-
-
-def _calibration(calibration: Calibration) -> Calibration:
-    # Of few prompts, answered by a model that has hardly recovered, none may be right: then `self` is an error.
-    return _with(
-        calibration,
-        num_sequences=_part(calibration.num_sequences, SEQUENCES),
-        answers="given",
-    )
-
-
-def _schedule(config: Config, iterations: int) -> Schedule:
+def _schedule(config: Config) -> dict[str, Any]:
     """Few tokens, equally distributed, or the first of many iterations would get none."""
     schedule = config.schedule
-    budgets = Recovery(stages=config.recover).budgets(MANY)
-    shares = [Fraction(budget, MANY) for budget in budgets if budget is not None]
-    # None: reinforcement learning alone, which its steps limit.
-    fewest = iterations * math.ceil(STAGE_TOKENS / min(shares)) if shares else 0
-    tokens = _part(schedule.recovery_tokens, fewest)
+    fewest = schedule.num_iterations * len(config.recover) * STAGE_TOKENS
+    tokens = min(math.ceil(schedule.recovery_tokens / SHARE), MOST_TOKENS)
     changes: dict[str, Any] = {
         "tokens": "uniform",
-        "recovery_tokens": min(tokens, max(fewest, MOST_TOKENS)),
+        "recovery_tokens": min(schedule.recovery_tokens, max(tokens, fewest)),
     }
     # The gate ends the loop at the target. The small last parts of a cubic curve may reach it iterations too early,
     # since widths are rounded. Where layers come last, equal parts would be another plan.
     if config.gate.enabled and config.prune.target != "neurons_then_layers":
         changes["cuts"] = "uniform"
-    return _with(schedule, **changes)
+    return changes
 
 
-def _stage(stage: RecoverStage, iterations: int, nodes: int, gpus: int) -> RecoverStage:
-    """A stage with its own batches, except for GRPO, whose batches are answers that take long to write."""
-    stage = _with(stage, logging_steps=1)
-    if not isinstance(stage, Grpo):
-        return stage
-    generations = min(stage.num_generations, GENERATIONS)
-    return _with(
-        stage,
-        steps=_part(stage.steps, iterations),
-        num_generations=generations,
-        batch_size=generations * nodes * (stage.processes or max(1, gpus)),  # divides among groups and processes
-        accumulation=1,
-        max_completion_length=min(stage.max_completion_length, NEW_TOKENS),
-        guard_prompts=0,
-    )
+def _shrink_stages(settings: dict[str, Any], config: Config, gpus: int) -> None:
+    """Stages keep their own batches, except for GRPO, whose batches are answers that take long to write."""
+    iterations = config.schedule.num_iterations
+    nodes = settings["resources"]["steps"].get(TRAINED, {}).get("nodes", 1)
+    budgets = Recovery(stages=config.recover).budgets(settings["schedule"]["recovery_tokens"] // iterations)
+    for stage, budget, of_run in zip(settings["recover"], budgets, config.recover, strict=True):
+        if isinstance(of_run, NextToken):
+            # Each iteration saves a training checkpoint; shorter sequences than these are more steps.
+            steps = (budget or 0) // (of_run.batch_size * of_run.max_length)
+            stage["save_steps"] = min(of_run.save_steps, max(1, steps))
+        if isinstance(of_run, Grpo):
+            stage |= {
+                "steps": min(of_run.steps, iterations),
+                "num_generations": GENERATIONS,
+                "batch_size": GENERATIONS * nodes * (stage["processes"] or gpus),  # a group for each process
+                "accumulation": 1,
+                "max_completion_length": min(of_run.max_completion_length, NEW_TOKENS),
+                "guard_prompts": 0,
+                "save_steps": 1,
+            }
 
 
-def _save_steps(stage: RecoverStage, schedule: Schedule, iterations: int) -> int:
-    """Optimizer steps after which each iteration has saved a training checkpoint at least once."""
-    if not isinstance(stage, NextToken):
-        return 1
-    # As if all sequences were of full length: shorter ones are more steps.
-    share = Fraction(str(stage.share or 1))
-    steps = int(share * schedule.recovery_tokens / iterations) // (stage.batch_size * stage.max_length)
-    return min(stage.save_steps, max(1, steps))
+def _fit_machine(settings: dict[str, Any], config: Config, gpus: int) -> None:
+    """Change what a machine with so many GPUs cannot do of a run; one without accelerators stays as it is."""
+    trained = settings["resources"]["steps"].get(TRAINED)
+    if trained and gpus:
+        trained["nodes"] = 1  # it has all GPUs; on CPUs its processes stand for nodes
+    for stage, of_run in zip(settings["recover"], config.recover, strict=True):
+        stage["processes"] = _processes(of_run, config.resources.accelerators_of(TRAINED), gpus)
+        if (stage["processes"] or gpus) <= 1:
+            stage["sharding"] = "none"
+        if not gpus:
+            stage["dtype"] = "float32"
+    evaluate = settings["evaluate"]
+    if config.resources.accelerators_of("evaluate") and (evaluate["processes"] or 0) > gpus:
+        evaluate["processes"] = max(1, gpus)
+    if not gpus:
+        evaluate["backend"] = "hf"
 
 
-def _evaluate(evaluate: Evaluate) -> Evaluate:
-    tasks = tuple(_task(task) for task in evaluate.tasks)
-    return _with(evaluate, tasks=tasks, speed=_speed(evaluate.speed))
-
-
-def _task(task: Task) -> Task:
-    return _with(
-        task,
-        limit=min(task.limit or ITEMS, ITEMS),
-        max_new_tokens=min(task.max_new_tokens or NEW_TOKENS, NEW_TOKENS),
-    )
-
-
-def _speed(speed: Speed) -> Speed:
-    return _with(
-        speed,
-        repeats=min(speed.repeats, 1),
-        new_tokens=min(speed.new_tokens, SPEED_TOKENS),
-        items=min(speed.items, SPEED_ITEMS),
-    )
-
-
-def _gate(gate: Gate) -> Gate:
-    """A gate that works and accepts everything: a rejection would leave later steps without work."""
-    return _with(gate, alpha=NEVER, strict=False) if gate.enabled else gate
-
-
-def _storage(config: Config) -> Any:
-    """Where its numbers are not beside those of real runs, and its models take no alias from theirs."""
-    storage = config.storage
-    changes = {"experiment": storage.experiment + SUFFIX}
-    # By default it is the config's name, which has the suffix.
-    if storage.registered_model is not None:
-        changes["registered_model"] = storage.registered_model[: 250 - len(SUFFIX)] + SUFFIX
-    return _with(storage, **changes)
-
-
-def _fitting(config: Config, gpus: int) -> Config:
-    """The run as a machine with these GPUs can execute it."""
-    requested = config.resources.accelerators_of("recover")
-    stages = tuple(_fitting_stage(stage, gpus, requested) for stage in config.recover)
-    evaluate = config.evaluate
-    requested = config.resources.accelerators_of("evaluate")
-    evaluate = _with(
-        evaluate,
-        backend=evaluate.backend if gpus else "hf",
-        processes=_processes(evaluate.processes, requested, gpus, lambda _: True),
-    )
-    return _with(config, recover=stages, evaluate=evaluate, resources=_one_node(config.resources, gpus))
-
-
-def _one_node(resources: Resources, gpus: int) -> Resources:
-    """On a machine with GPUs one node has them all; on CPUs as many groups of processes as nodes."""
-    own = resources.of_step(TRAINED)
-    if not gpus or own.nodes == 1:
-        return resources
-    return _with(resources, steps={**resources.steps, TRAINED: _with(own, nodes=1)})
-
-
-def _fitting_stage(stage: RecoverStage, gpus: int, requested: int) -> RecoverStage:
-    def divides(count: int) -> bool:
-        return stage.batch_size % (stage.accumulation * count) == 0
-
-    processes = _processes(stage.processes, requested, gpus, divides)
-    changes: dict[str, Any] = {"processes": processes}
-    if (processes or gpus) <= 1:
-        changes["sharding"] = "none"
-    if gpus == 0:
-        changes["dtype"] = "float32"
-        if isinstance(stage, Grpo) and stage.rollouts == "vllm":
-            changes["rollouts"] = "transformers"
-    return _with(stage, **changes)
-
-
-def _processes(configured: int | None, requested: int, gpus: int, divides: Callable[[int], bool]) -> int | None:
-    """The processes of a step for which the run requests accelerators: its own, or the most that these GPUs can have.
-
-    None is one for each GPU of the machine. Of a run without accelerators nothing changes: its processes are on CPUs.
-    """
-    count = configured or requested
-    if requested and count > gpus:
-        # A batch is divided among them; one process takes any.
-        count = next((fewer for fewer in range(gpus, 1, -1) if divides(fewer)), 1)
-    elif configured or not requested:
-        return configured
-    return configured if count == (configured or max(1, gpus)) else count
+def _processes(stage: RecoverStage, requested: int, gpus: int) -> int | None:
+    """Those of a run that requests accelerators, or the most that these GPUs can have and divide a batch."""
+    wanted = stage.processes or requested
+    if not requested or wanted <= gpus:
+        return wanted or None
+    fewer = range(gpus, 1, -1)
+    return next((count for count in fewer if stage.batch_size % (stage.accumulation * count) == 0), 1)
 
 
 def changes(config: Config, rehearsed: Config) -> list[Change]:
@@ -238,49 +146,31 @@ def changes(config: Config, rehearsed: Config) -> list[Change]:
     for name in dict.fromkeys([*shrunk, *run]):
         field = ".".join(part for part in name.split(".") if not part.isdecimal())
         together.setdefault(field, []).append((run.get(name), shrunk.get(name)))
-
     differences = []
-    for field, pairs in together.items():
-        before, after = zip(*pairs, strict=True)
+    for field, values in together.items():
+        before, after = zip(*values, strict=True)
         if before != after:
-            differences.append(Change(field, _distinct(before), _distinct(after)))
+            differences.append(Change(field, tuple(dict.fromkeys(before)), tuple(dict.fromkeys(after))))
     return differences
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(values))
-
-
-# What was not rehearsed where a field has another value; the value of the run goes into the braces.
-LEFT_OUT = {
-    "dtype": "{} precision",
-    "sharding": "sharding by {}",
-    "processes": "{} processes",
-    "rollouts": "answers by {}",
-    "backend": "evaluation by {}",
-    "answers": "calibration on the model's own answers",
-}
-
-
-def left_out(config: Config, rehearsed: Config, gpus: int | None) -> list[str]:
-    """What of the run is not rehearsed on a machine with so many GPUs (None: where the run itself will be).
-
-    It needs GPUs that are not there, or fails where there are few data.
-    """
-    resources = config.resources
-    run = _with_processes(config, lambda step: resources.accelerators_of(step) or gpus or 1)
-    shrunk = _with_processes(rehearsed, lambda step: (resources.accelerators_of(step) if gpus is None else gpus) or 1)
-    parts: list[str] = []
-    for change in changes(run, shrunk):
-        _, _, name = change.field.rpartition(".")
-        if name in LEFT_OUT:
-            left = [value for value in change.run if value not in change.rehearsal]
-            parts += [LEFT_OUT[name].format(value) for value in left]
-    return list(dict.fromkeys(parts))  # training and evaluation may lack the same
-
-
-def _with_processes(config: Config, default: Callable[[str], int]) -> Config:
-    """The config with all numbers of processes written out; `default` is that of a kind of step."""
-    stages = tuple(_with(stage, processes=stage.processes or default("recover")) for stage in config.recover)
-    evaluate = _with(config.evaluate, processes=config.evaluate.processes or default("evaluate"))
-    return _with(config, recover=stages, evaluate=evaluate)
+def left_out(config: Config, rehearsed: Config) -> list[str]:
+    """What of the run is not rehearsed: it needs GPUs that are not there, or fails where there are few data."""
+    parts = []
+    if config.calibration.answers != rehearsed.calibration.answers:
+        parts.append("calibration on the model's own answers")
+    requested = config.resources.accelerators_of(TRAINED)
+    for before, after in zip(config.recover, rehearsed.recover, strict=True):
+        processes = before.processes or requested
+        if before.dtype != after.dtype:
+            parts.append(f"{before.dtype} precision")
+        if after.processes not in (processes, before.processes):
+            parts.append(f"{processes} processes")
+        if before.sharding != after.sharding:
+            parts.append(f"sharding by {before.sharding}")
+    evaluate = config.evaluate
+    if evaluate.processes != rehearsed.evaluate.processes:
+        parts.append(f"{evaluate.processes} processes")
+    if evaluate.backend != rehearsed.evaluate.backend:
+        parts.append(f"evaluation by {evaluate.backend}")
+    return list(dict.fromkeys(parts))  # stages and evaluation may lack the same

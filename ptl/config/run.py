@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
-from ptl.config import batches, image_names, suggestions, yaml_text
+from ptl.config import errors, image_names, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
-from ptl.config.goal import TAGS
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
@@ -29,14 +28,8 @@ from ptl.errors import InputError
 
 S = TypeVar("S", bound=Section)
 
-SHOWN = 200  # characters of a wrong value
 ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
 ImageDigest = Annotated[str, Field(pattern=image_names.DIGEST)]
-KINDS = {
-    "model_type": "must be a section, a mapping of its fields",
-    "tuple_type": "must be a list: [...]",
-    "string_type": """must be text: put it in quotes, FIELD: "VALUE" in a file, --set 'FIELD="VALUE"' in a shell""",
-}
 
 
 class ModelSource(Section):
@@ -64,8 +57,6 @@ class Calibration(Section):
     # A model's own answers are nearer to what it will write than a data set's are.
     answers: Literal["given", "self"] = "given"
     """`self`: the current model answers the prompts itself, and its correct answers are used for scoring"""
-    max_new_tokens: Positive = 256
-    """tokens of its longest own answer (answers `self`)"""
 
 
 class Task(Section):
@@ -95,23 +86,16 @@ class Task(Section):
 class Speed(Section):
     """How speed is measured: the dense and the final model take turns in one process at the end of the loop."""
 
-    # Tokens per second.
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     """sequences generated at once"""
-    prompt_tokens: Positive = 64
-    """tokens of each prompt"""
-    new_tokens: Positive = 32
-    """tokens generated after each prompt"""
     repeats: NonNegativeInt = 3
     """measurements, of which the median is reported; 0: do not measure speed"""
 
-    # Seconds per solved problem: a smaller model may also answer at greater length.
-    items: int = Field(
-        64,
-        ge=0,
-        description="problems of the first task that each model answers in every repeat, for the seconds per solved "
-        "problem; 0: only tokens per second",
-    )
+    prompt_tokens: ClassVar[int] = 64  # of each prompt
+    new_tokens: ClassVar[int] = 32  # generated after each prompt
+    # Problems of the first task that each model answers in every repeat, for the seconds per solved problem: a smaller
+    # model may also answer at greater length.
+    items: ClassVar[int] = 64
 
 
 class Evaluate(Section):
@@ -140,19 +124,14 @@ class Evaluate(Section):
     """allow model-written code (humaneval, mbpp), in the sandbox only, and functions of a task YAML, outside it"""
 
     # What is reported beside the accuracy.
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """confidence level of the intervals of accuracies"""
+    confidence: ClassVar[float] = 0.95  # level of the intervals of accuracies
     speed: Speed = Speed()
     """how speed is measured"""
 
     @model_validator(mode="after")
-    def _speed_is_measured_with_transformers(self) -> Evaluate:
+    def _vllm_is_one_process_without_speed(self) -> Evaluate:
         if self.backend == "vllm" and self.speed.repeats:
             raise ValueError("backend=vllm needs speed.repeats=0: speed is measured with backend=hf")
-        return self
-
-    @model_validator(mode="after")
-    def _vllm_is_one_process(self) -> Evaluate:
         if self.backend == "vllm" and self.processes is not None:
             raise ValueError("backend=vllm takes no processes: it divides the model over the step's GPUs; remove it")
         return self
@@ -171,8 +150,7 @@ class Gate(Section):
     """significance level of each test: how often a drop is reported where there is none"""
 
     # What follows from its result.
-    max_rejections: Positive = 3
-    """rejections in a row after which the loop stops; each of them halves the cut"""
+    max_rejections: ClassVar[int] = 3  # in a row, after which the loop stops; each of them halves the cut
     strict: bool = False
     """accept only what is shown to be not inferior; needs many items"""
 
@@ -241,6 +219,24 @@ class Config(Section):
         formats = dict.fromkeys(export.format for export in self.export)  # each once
         return [*steps, *(f"export-{name}" for name in formats)]
 
+    def undivided_batch(self, gpus: int) -> str:
+        """Which batch cannot be divided among nodes with so many GPUs, in a sentence; empty where all can."""
+        nodes = self.resources.nodes_of(TRAINED)
+        for stage in self.recover:
+            processes = nodes * (stage.processes or max(1, gpus))
+            if stage.batch_size % (stage.accumulation * processes):
+                return (
+                    f"recover.batch_size={stage.batch_size} must be a multiple of accumulation={stage.accumulation} "
+                    f"times the {processes} processes of {nodes} nodes"
+                )
+        return ""
+
+    def check_batches_on_cluster(self) -> None:
+        """Raise InputError where the accelerators that a run on a cluster requests cannot divide a batch."""
+        undivided = self.undivided_batch(self.resources.accelerators_of(TRAINED))
+        if undivided:
+            raise InputError(undivided, remedy="change it, or resources.accelerators and resources.steps.recover")
+
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
         recovery = Recovery(stages=self.recover)
@@ -254,60 +250,39 @@ class Config(Section):
                     f"schedule.recovery_tokens={self.schedule.recovery_tokens} leaves {fewest or 'no'} token for a "
                     f"stage of iteration {iteration.index}: raise it, or set schedule.tokens=uniform"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _stages_fit_their_nodes(self) -> Config:
-        # The GPUs of a node may be others than this machine's, or none: one process is the least.
-        if self.resources.nodes_of(TRAINED) > 1:
-            problem = batches.problem(self.recover, self.resources, gpus=1)
-            if problem:
-                raise ValueError(problem)
-        return self
-
-    @model_validator(mode="after")
-    def _reinforcement_learning_steps_in_every_iteration(self) -> Config:
         for stage in self.recover:
             if not isinstance(stage, Grpo):
                 continue
             # Steps are shared out over the iterations as tokens are.
-            steps = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
-            iterations = plan(steps, self.prune)
-            if not all(iteration.tokens for iteration in iterations):
+            shared_out = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
+            if not all(iteration.tokens for iteration in plan(shared_out, self.prune)):
                 raise ValueError(
-                    f"recover.steps={stage.steps}, shared out over {len(iterations)} iterations, leaves one without a "
-                    "step: raise it, or set schedule.tokens=uniform"
+                    f"recover.steps={stage.steps}, shared out over {self.schedule.num_iterations} iterations, "
+                    "leaves one without a step: raise it, or set schedule.tokens=uniform"
                 )
         return self
 
     @model_validator(mode="after")
-    def _all_images_have_a_digest_or_none(self) -> Config:
-        digests = self.images.digests
-        optional = self.optional_images()
-        absent = image_names.without_digest(digests, optional)
+    def _parts_fit(self) -> Config:
+        # The GPUs of a node may be others than this machine's, or none: one process is the least.
+        undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
+        if undivided:
+            raise ValueError(undivided)
+        if self.prune.target == "neurons_then_layers" and self.schedule.num_iterations == 1:
+            raise ValueError(
+                "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"
+            )
+        names = [export.name for export in self.export]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"export has {twice} twice: remove one")
         # One image by its digest beside another by its tag could be of two builds.
+        digests, optional = self.images.digests, self.optional_images()
+        absent = image_names.without_digest(digests, optional)
         if digests and absent:
             command = f"ptl images digests{image_names.with_options(optional)}"
             raise ValueError(
                 f"images.digests has none of {', '.join(absent)}: take what `{command}` prints, or remove all"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _exports_differ(self) -> Config:
-        names = [export.name for export in self.export]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"export has {name} twice: remove one")
-        return self
-
-    @model_validator(mode="after")
-    def _layers_fit(self) -> Config:
-        for_layers, iterations = self.prune.layer_iterations, self.schedule.num_iterations
-        if self.prune.target == "neurons_then_layers" and for_layers >= iterations:
-            raise ValueError(
-                f"prune.layer_iterations={for_layers} leaves no iteration for neurons: "
-                f"it must be below schedule.iterations={iterations}"
             )
         return self
 
@@ -348,27 +323,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     Raises InputError that names every wrong field, its value and the allowed range.
     """
     path = Path(path)
-    settings = _read_mapping(path)
+    settings = yaml_text.load_file(path, field="config")
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config")
     # Overrides are checked with the file, so that fields which need each other can be set together.
     for dotted, value in (overrides or {}).items():
         assign(settings, dotted, typed(value))
     return check(Config, settings, str(path), folder=path.absolute().parent)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a config file."""
-    try:
-        if not path.is_file():
-            raise InputError(f"no file {path}", field="config", remedy="give the path of a YAML file")
-        # One character more than is allowed: a file of any length is refused at once.
-        with path.open(encoding="utf-8") as file:
-            text = file.read(yaml_text.BYTES + 1)
-        settings = yaml_text.load(text, str(path), field="config")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)[:200]} cannot be read: {error}"[:500], field="config") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config")
-    return settings
 
 
 def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
@@ -377,28 +338,28 @@ def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
     Sections that are missing are added.
     """
     *parents, last = dotted.split(".")
-    inner: Any = settings
+    section: Any = settings
     for name in parents:
-        key = _key(inner, name, dotted)
-        section = inner.get(key, {}) if isinstance(inner, dict) else inner[key]
+        key = _key(section, name, dotted)
+        inner = section.get(key, {}) if isinstance(section, dict) else section[key]
         # A target may be a number or a section.
-        if isinstance(section, int | float) and not isinstance(section, bool):
-            section = {}
-        if not isinstance(section, dict | list):
+        if isinstance(inner, int | float) and not isinstance(inner, bool):
+            inner = {}
+        if not isinstance(inner, dict | list):
             raise InputError(f"{name} is not a section", field=f"--set {dotted}")
-        inner[key] = section.copy()  # sections with one YAML anchor are one object
-        inner = inner[key]
-    inner[_key(inner, last, dotted)] = value
+        section[key] = inner.copy()  # sections with one YAML anchor are one object
+        section = section[key]
+    section[_key(section, last, dotted)] = value
 
 
-def _key(container: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
+def _key(section: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
     """The key of a part of a dotted name: a field's name, or the index of an entry that a list has."""
-    if isinstance(container, dict):
+    if isinstance(section, dict):
         return name
-    if name.isascii() and name.isdecimal() and int(name) < len(container):
+    if name.isascii() and name.isdecimal() and int(name) < len(section):
         return int(name)
     raise InputError(
-        f"{name} is no entry of a list of {len(container)}",
+        f"{name} is no entry of a list of {len(section)}",
         field=f"--set {dotted}",
         remedy="number its entries from 0, or give the list whole: --set 'NAME=[{...}]'",
     )
@@ -412,38 +373,4 @@ def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Pat
     try:
         return section.model_validate(settings, context=folder and {FOLDER: folder})
     except ValidationError as error:  # which lists all wrong fields, and so does ours
-        lines = ["wrong values", *_explanations(section, error)]
-        raise InputError("\n".join(lines), field=where) from error
-
-
-def _explanations(section: type[Section], error: ValidationError) -> Iterator[str]:
-    """A line for each wrong field."""
-    for details in error.errors():
-        # A list whose entries are wrong counts as empty: that follows from the others.
-        if details["type"] == "too_short" and details["input"]:
-            continue
-        field = ".".join(str(part) for part in details["loc"] if part not in TAGS) or "config"
-        yield f"  {field}: {_explanation(section, details)}"
-
-
-def _explanation(section: type[Section], details: Any) -> str:
-    """What is wrong with a field, in words that name a remedy."""
-    if details["type"] == "extra_forbidden":
-        similar = " or ".join(suggestions.fields(section, details["loc"]))
-        method = next((f" of {part}" for part in details["loc"][-2:-1] if part in suggestions.METHODS), "")
-        if similar:
-            return f"unknown field{method}; did you mean {similar}?"
-        return f"unknown field{method}; remove it, or see `ptl validate --schema` for the fields there are"
-    if details["type"] == "missing":
-        return "missing; add it"
-    message = details["msg"]
-    if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
-        message = str(details["ctx"]["error"])
-    # Pydantic's words name classes and kinds of Python.
-    message = KINDS.get(details["type"], message)
-    if isinstance(details["input"], dict):  # a whole section says less than the message
-        return message
-    value = repr(details["input"])
-    if len(value) > SHOWN:  # somebody may have pasted a whole file
-        value = f"{value[:SHOWN]}... ({len(value):,} characters)"
-    return f"{value}: {message}"
+        raise InputError("\n".join(["wrong values", *errors.lines(section, error)]), field=where) from error

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ptl.config.base import Count, Positive, Section, one_error
+from ptl.config.base import Count, Section, one_error
 from ptl.config.goal import MemoryGoal, Target
 
 # Iterations by default: docs/results.md, "Is a loop worth it?".
@@ -18,8 +18,8 @@ DEEP_ITERATIONS, ITERATIONS = 8, 4
 # Tokens of an iteration, as a multiple of the last one's.
 GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
-Unit = Literal["neurons", "layers", "auto", "experts"]
-# Criteria by what they score. `random` is both, and layers have a field of their own.
+Unit = Literal["neurons", "layers", "experts"]
+# Criteria by what they score; `random` is of both.
 NEURON_CRITERIA = ("max", "mean", "weight", "taylor")
 EXPERT_CRITERIA = ("reap", "frequency", "norm")
 
@@ -62,59 +62,26 @@ class Prune(Section):
     """What counts as redundant, and how widths are rounded."""
 
     # What is removed, and by which score.
-    target: Literal["neurons", "layers", "neurons_then_layers", "auto", "experts"] = Field(
+    target: Literal["neurons", "layers", "neurons_then_layers", "experts"] = Field(
         "neurons",
         description="what is removed; `neurons` of a mixture of experts are those inside each expert; "
-        "`neurons_then_layers` removes layers in the last `layer_iterations`; `auto` "
-        "chooses in each iteration by the measured loss per parameter; `experts` removes whole experts of a mixture of "
-        "experts, as many in every layer",
+        "`neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
+        "mixture of experts, as many in every layer",
     )
-    layer_iterations: Positive = 1
-    """iterations at the end that remove layers (`neurons_then_layers` only)"""
     criterion: Literal["max", "mean", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
         "taylor",
         description="how neurons are scored: `max`, `mean`, `weight`, `taylor` or `random`. With target `experts` how "
         "experts are: `reap` (the default there), `frequency`, `norm` or `random`",
-    )
-    layer_criterion: Literal["max", "block_influence"] = "max"
-    """how layers are scored"""
-
-    # Thresholds of the scores, for a removal that may end below its budget.
-    sigma_neuron: float | None = Field(
-        None,
-        gt=0,
-        description="remove only neurons that score below this; default: no threshold. Not with criterion `taylor`. "
-        "With `max`: neurons whose removal changes the layer's output by less than this (Euclidean norm) at every "
-        "token",
-    )
-    sigma_layer: float | None = Field(
-        None,
-        gt=0,
-        description="remove only layers that score below this; default: no threshold. With layer_criterion `max`: "
-        "layers that change the hidden state by less than this (Euclidean norm), in the mean over a sequence's tokens",
     )
 
     # Widths that GPUs multiply fast, and that can be divided between several.
     width_multiple: Multiple = Field(
         "auto",
         description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
-        "divides the width and is at most an eighth of what is left of it. In a mixture of experts widths are "
-        "multiples of 8 whatever is set",
+        "divides the width and is at most an eighth of what is left of it. For N GPUs that will share the model "
+        "(tensor parallelism) set a multiple of N, for example 128 x N. In a mixture of experts widths are multiples "
+        "of 8 whatever is set",
     )
-    tensor_parallel: Positive = 1
-    """GPUs that will share the model; each width is a multiple of this"""
-
-    # What is fixed in closed form before any training.
-    repair: Literal["off", "ridge"] = "off"
-    """after pruning, without training: `ridge` fits down_proj to the output that the layer had before pruning"""
-
-    ridge: PositiveFloat = 0.1
-    """strength of `ridge`, as a share of the neurons' mean second moment"""
-
-    @field_validator("repair", mode="before", json_schema_input_type=Literal["off", "ridge", False])
-    @classmethod
-    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
-        return "off" if value is False else value
 
     @model_validator(mode="before")
     @classmethod
@@ -130,19 +97,6 @@ class Prune(Section):
             raise ValueError(
                 f"criterion={self.criterion} does not score what target={self.target} removes: set one of "
                 + ", ".join(possible)
-            )
-        if self.target == "experts" and self.repair != "off":
-            raise ValueError(f"repair={self.repair} is for neurons, and target=experts removes none: set repair=off")
-        if self.target == "experts" and self.sigma_neuron is not None:
-            raise ValueError(f"sigma_neuron={self.sigma_neuron:g} is for neurons, and target=experts removes none")
-        return self
-
-    @model_validator(mode="after")
-    def _threshold_is_one_of_the_criterion(self) -> Prune:
-        if self.sigma_neuron is not None and self.criterion == "taylor":
-            raise ValueError(
-                f"sigma_neuron={self.sigma_neuron:g} is a change of the layer's output, and criterion=taylor "
-                "scores neurons by the loss: set criterion=max, or remove sigma_neuron"
             )
         return self
 
@@ -166,34 +120,25 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     The cubic curve is that of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1): after iteration i of k the
     share 1 - (1 - i/k)^3 of the removal is done. With doubling tokens iteration i has 2^(i-1) / (2^k - 1) of them.
     """
-    iterations: list[Iteration] = []
-    progress_before = Fraction(0)
-    tokens_before = 0
-    num_iterations = schedule.num_iterations
-    for index in range(1, num_iterations + 1):
-        progress = _removed_share(schedule, index)
-        tokens_after = int(_token_share(schedule, index) * schedule.recovery_tokens)
-        iteration = Iteration(
+    count = schedule.num_iterations
+    weights = token_weights(schedule)
+    # The state after each iteration, the 0th included.
+    removed = [_removed_share(schedule, index) for index in range(count + 1)]
+    tokens = [
+        int(Fraction(sum(weights[:index]), sum(weights)) * schedule.recovery_tokens) for index in range(count + 1)
+    ]
+    return [
+        Iteration(
             index,
-            cut=progress - progress_before,
-            progress=progress,
-            tokens=tokens_after - tokens_before,
-            tokens_before=tokens_before,
+            cut=removed[index] - removed[index - 1],
+            progress=removed[index],
+            tokens=tokens[index] - tokens[index - 1],
+            tokens_before=tokens[index - 1],
             unit=_unit_of(schedule, prune, index),
-            last=index == num_iterations,
+            last=index == count,
         )
-        iterations.append(iteration)
-        progress_before = progress
-        tokens_before = tokens_after
-    return iterations
-
-
-def _removed_share(schedule: Schedule, index: int) -> Fraction:
-    """Share of the removal that is done after an iteration."""
-    uniform = Fraction(index, schedule.num_iterations)
-    if schedule.cuts == "uniform":
-        return uniform
-    return 1 - (1 - uniform) ** 3
+        for index in range(1, count + 1)
+    ]
 
 
 def token_weights(schedule: Schedule) -> tuple[int, ...]:
@@ -202,18 +147,17 @@ def token_weights(schedule: Schedule) -> tuple[int, ...]:
     return tuple(growth**index for index in range(schedule.num_iterations))
 
 
-def _token_share(schedule: Schedule, index: int) -> Fraction:
-    """Share of the recovery tokens that is spent after an iteration."""
-    weights = token_weights(schedule)
-    return Fraction(sum(weights[:index]), sum(weights))
+def _removed_share(schedule: Schedule, index: int) -> Fraction:
+    """Share of the removal that is done after an iteration."""
+    uniform = Fraction(index, schedule.num_iterations)
+    return uniform if schedule.cuts == "uniform" else 1 - (1 - uniform) ** 3
 
 
 def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
     if prune.target != "neurons_then_layers":
         return prune.target
-    # At least one iteration is for neurons: the control's only one is.
-    layer_iterations = min(prune.layer_iterations, schedule.num_iterations - 1)
-    return "layers" if index > schedule.num_iterations - layer_iterations else "neurons"
+    # The control's only iteration is for neurons.
+    return "layers" if index == schedule.num_iterations > 1 else "neurons"
 
 
 def one_shot(schedule: Schedule) -> Schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,12 +18,33 @@ DIGITS = 400  # of one number; Python refuses to read 4,300
 UNSTORABLE = re.compile("[\\0\\ud800-\\udfff]")  # no UTF-8 file or database takes them
 
 
+def load_file(path: Path, *, field: str) -> Any:
+    """The value of a YAML file. Raises InputError."""
+    try:
+        if not path.is_file():
+            raise InputError(f"no file {path}", field=field, remedy="give the path of a YAML file")
+        # One character more than is allowed: a file of any length is refused at once.
+        with path.open(encoding="utf-8") as file:
+            text = file.read(BYTES + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)[:200]} cannot be read: {error}"[:500], field=field) from error
+    return load(text, str(path), field=field)
+
+
 def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *, field: str = "") -> Any:
     """The value of a YAML text; `kind` may know more tags. Raises InputError whose problem begins with `where`."""
     if len(text) > BYTES:
         raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field)
     try:
-        return _construct(kind(text))
+        loader = kind(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _measure(node, {}, depth=1)  # before any of its aliases is expanded
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except InputError as error:  # of a line
         raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
     except RecursionError as error:
@@ -31,51 +53,34 @@ def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *
         raise InputError(f"{where} is not valid YAML: {error}", field=field) from error
 
 
-def _construct(loader: yaml.SafeLoader) -> Any:
-    """The loader's only document, measured before any of its aliases is expanded."""
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _measure(node, {}, depth=1)
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
     """Values in a node and its height in levels, with its aliases expanded.
 
     Each is visited once, however many aliases name it. Raises InputError that begins with a line.
     """
-    line = f"line {node.start_mark.line + 1}"
     if id(node) in known:
         return known[id(node)]
+    line = f"line {node.start_mark.line + 1}"
     if depth > DEPTH:  # also where an anchor holds itself
         raise InputError(f"{line} is nested more than {DEPTH} deep")
-
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, line)
+    elif isinstance(node, yaml.MappingNode):
+        _check_keys(node, line)
+        children = [child for pair in node.value for child in pair]
+    else:
+        children = node.value
     values = height = 1
-    for child in _child_nodes(node, line):
+    for child in children:
         child_values, child_height = _measure(child, known, depth + 1)
         values += child_values
         height = max(height, 1 + child_height)
     # Only aliases bring a node that was read as a small one above these.
     if values > VALUES or height > DEPTH:
         raise InputError(f"{line} holds more than {VALUES:,} values, or more than {DEPTH} levels, by its aliases")
-
     known[id(node)] = values, height
     return values, height
-
-
-def _child_nodes(node: yaml.Node, line: str) -> list[yaml.Node]:
-    """The nodes directly below a node, which is checked."""
-    if isinstance(node, yaml.ScalarNode):
-        _check_scalar(node, line)
-        return []
-    if isinstance(node, yaml.MappingNode):
-        _check_keys(node, line)
-        return [child for pair in node.value for child in pair]
-    return list(node.value)
 
 
 def _check_scalar(node: yaml.ScalarNode, line: str) -> None:
@@ -88,9 +93,8 @@ def _check_scalar(node: yaml.ScalarNode, line: str) -> None:
 
 def _check_keys(node: yaml.MappingNode, line: str) -> None:
     """PyYAML keeps the last of two equal keys without a word."""
-    keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    counts = Counter(key.value for key in keys)
+    counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
     del counts["<<"]  # merges may be several
-    repeated = sorted(name for name, count in counts.items() if count > 1)
-    if repeated:
-        raise InputError(f"{line}: {repeated[0]!r} appears twice in one section", remedy="remove one")
+    repeated = min((name for name, count in counts.items() if count > 1), default=None)
+    if repeated is not None:
+        raise InputError(f"{line}: {repeated!r} appears twice in one section", remedy="remove one")

@@ -1,12 +1,17 @@
-"""Checks of the data files that a config names, before anything is trained or scored on them."""
+"""Checks before anything is scored or trained: of local data files, and of what the model can do with the config."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from ptl.config.recover import DataSource, Grpo, NextToken, RecoverStage, TrainingData
-from ptl.config.run import Calibration
+from ptl.config.recover import DataSource, Distil, Grpo, NextToken, RecoverStage, TrainingData
+from ptl.config.run import Calibration, Evaluate
 from ptl.data.sources import check_rows, fill, local_file, numbered_rows, prompt_of
+from ptl.errors import InputError
+from ptl.model import checks, hub
+
+TEACHER = "recover.teacher"
 
 
 def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:
@@ -14,14 +19,12 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
 
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
-    # a method that trains on text needs an answer in each chat
     trains_on_answers = _trains_on_answers(recover)
     # the first field that names a source: the calibration data is often the training data
     fields: dict[tuple[DataSource, bool], str] = {}
     for field, source in named_sources(calibration, training, ()).items():
         answers = field == "calibration.data" or (trains_on_answers and field.startswith("training.sources"))
         fields.setdefault((source, answers), field)
-
     for (source, answers), field in fields.items():
         check_rows(source, answers=answers, field=field)
 
@@ -41,23 +44,82 @@ def _trains_on_answers(stages: Sequence[RecoverStage]) -> bool:
     return any(isinstance(stage, NextToken) for stage in stages)
 
 
-def check_chats(stages: Sequence[RecoverStage], training: TrainingData) -> None:
-    """Check that local chats end with an answer, where a stage trains on them; the import step does not know that."""
+def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
+    """Check local data where a recovery begins, which the import step does not know as well.
+
+    Chats end with an answer, where a stage trains on them; prompts have what the rewards compare with.
+    """
     for source in training.sources:
         if source.format == "messages" and _trains_on_answers(stages):
             check_rows(source)
+    check_rewards(stages, training)
 
 
 def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
     """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
     for stage in stages:
-        if not isinstance(stage, Grpo):
-            continue
-        source = stage.prompt_source(training)
         # data on the hub is read by the step that trains on it
-        if local_file(source) is None:
+        if not isinstance(stage, Grpo) or local_file(source := stage.prompt_source(training)) is None:
             continue
         for row in numbered_rows(source):
             prompt_of(row)
             for reward in stage.rewards:
                 fill(reward.reference_template, row)
+
+
+def check_settings(
+    folder: Path,
+    calibration: Calibration,
+    training: TrainingData,
+    evaluate: Evaluate,
+    recover: Sequence[RecoverStage],
+) -> None:
+    """Raise InputError for what the model in `folder` cannot do of all that the config asks of it; reads no weights."""
+    tokenizer = checks.load_tokenizer(folder)
+    checks.check_generation_config(folder)
+    # What is not set follows the model.
+    lengths = {"calibration.max_length": calibration.max_length}
+    if evaluate.max_length is not None:
+        lengths["evaluate.max_length"] = evaluate.max_length
+    checks.check_positions(folder, lengths)
+    check_stages(folder, recover, teacher=None)
+    if tokenizer.chat_template:
+        return
+    for field, source in named_sources(calibration, training, ()).items():
+        if source.format == "messages" and "against" not in field:
+            raise InputError(
+                f"`messages` needs a chat template, and the tokenizer of {folder} has none",
+                field=f"{field}.format",
+                remedy="use another format, or a model with a template",
+            )
+
+
+def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
+    """Raise InputError for lengths and teachers that the model in `folder` cannot have, before the first stage trains.
+
+    `teacher` is the run's original model; None: not known yet, or the model itself.
+    """
+    tokenizer = checks.load_tokenizer(folder)
+    for stage in stages:
+        if isinstance(stage, NextToken):
+            checks.check_positions(folder, {"recover.max_length": stage.max_length})
+        if isinstance(stage, Grpo):
+            checks.check_positions(folder, {"recover.max_completion_length": stage.max_completion_length})
+        # A teacher reads the same sequences, and numbers tokens in the same way.
+        if isinstance(stage, Distil) and (original := _teacher_files(stage.teacher) if stage.teacher else teacher):
+            checks.check_positions(original, {"recover.max_length (for recover.teacher)": stage.max_length})
+            of_teacher = checks.load_tokenizer(original, TEACHER)
+            checks.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), stage.teacher or str(original))
+
+
+def _teacher_files(teacher: str) -> Path:
+    """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
+    folder = hub.locate(teacher, None, hub.SMALL_FILES, field=TEACHER)
+    # A local path that does not exist is only seen here.
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"no config.json in {folder}",
+            field=TEACHER,
+            remedy="give the folder of a checkpoint, or a hub id",
+        )
+    return folder

@@ -41,6 +41,7 @@ END_LABEL = re.compile(r"\s\w+\s*:\s*$")
 COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
 TEMPLATE_SHARE = 3  # what a third of the prompts share is a template: a group of tasks may have several
+NGRAM = 13  # consecutive words that must be equal; of a shorter item, all; in Chinese two characters a word
 SHORTEST = 4  # words below which a text is in too many rows by chance
 
 Words = tuple[str, ...]
@@ -84,7 +85,6 @@ class Benchmark:
 class Filter:
     """Decides which rows to leave out, and counts them."""
 
-    ngram: int  # words in a row that must be equal
     benchmarks: dict[str, Benchmark]
     not_compared: list[str]  # benchmarks whose items are not known
     dropped: int = 0
@@ -104,7 +104,7 @@ class Filter:
         # joined, so that an item may begin in the prompt and end in the answer; most templates add no words
         row_texts = {_words("\n".join(pair)) for pair in (columns, texts(row))}
         question = _normal(_question(columns))
-        words = _row_words(row_texts, self.ngram, [*question.splitlines(), question])
+        words = _row_words(row_texts, [*question.splitlines(), question])
         leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words)]
         if not leaked:
             return False
@@ -126,7 +126,6 @@ class Filter:
             "dropped": self.dropped,  # a row that shares text with two benchmarks counts once
             "items": items,
             "short": sum(benchmark.short for benchmark in benchmarks),
-            "ngram": self.ngram,
             "benchmarks": {name: benchmark.counts() for name, benchmark in self.benchmarks.items()},
             "not_compared": self.not_compared,
             "examples": self.examples,
@@ -182,8 +181,8 @@ def build(settings: Decontaminate, benchmark_items: Path | None) -> Filter | Non
         if name in items:
             name += f" ({len(items)})"
         items[name] = _source_items(source)
-    benchmarks = {name: _benchmark(pairs, settings.ngram) for name, pairs in items.items()}
-    return Filter(settings.ngram, benchmarks, not_compared)
+    benchmarks = {name: _benchmark(pairs) for name, pairs in items.items()}
+    return Filter(benchmarks, not_compared)
 
 
 def _read_items(folder: Path) -> dict[str, list[Item]]:
@@ -235,16 +234,16 @@ class Line:
         """Empty for a line of the template."""
         return self.body[self.begin : self.end]
 
-    def shortest_copy(self, least: float) -> Words:
+    def shortest_copy(self) -> Words:
         """The words that a row with this question has at least: with few of its own, others belong to it too."""
-        return self.body if 1 < _size(self.own) < least else self.own
+        return self.body if 1 < _size(self.own) < SHORTEST else self.own
 
-    def searched(self, least: float) -> set[Words]:
+    def searched(self) -> set[Words]:
         """Its own words; if they are few, with others of the body, of which some may be a template's."""
-        if _size(self.own) >= least:
+        if _size(self.own) >= SHORTEST:
             return {self.own}
         # beside a single word of its own, the others are in too many rows
-        runs = _runs(self.body, least) if _size(self.own) > 1 else ()
+        runs = _runs(self.body, SHORTEST) if _size(self.own) > 1 else ()
         wider = {self.body[run] for run in runs if run.start <= self.begin and self.end <= run.stop}
         return {self.own, self.body} | wider
 
@@ -252,24 +251,23 @@ class Line:
 NO_LINE = Line((), (), (), 0, 0, False)
 
 
-def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
+def _benchmark(items: Sequence[Item]) -> Benchmark:
     """What of a benchmark's items is searched for in rows."""
-    least = min(SHORTEST, ngram)
     prompts = Counter(prompt for prompt, _ in items)
     questions = _without_template(prompts)
     # an answer is searched for only if it is long: short ones are the answers of many questions
     answers = _without_template({answer for _, answer in items})
-    sentences = _sentences(questions, least)
+    sentences = _sentences(questions)
     short_texts = {_joined(line.own for line in lines) for lines in questions}
     for question, *others in sentences:
-        short_texts |= {*question.searched(least), *(line.own for line in others if _size(line.own) >= least)}
-    benchmark = Benchmark(len(items), set().union(*(_own_ngrams(lines, ngram) for lines in questions + answers)))
+        short_texts |= {*question.searched(), *(line.own for line in others if _size(line.own) >= SHORTEST)}
+    benchmark = Benchmark(len(items), set().union(*(_own_ngrams(lines) for lines in questions + answers)))
     for text in short_texts:
-        if 0 < _size(text) < ngram:
-            benchmark.short_texts.setdefault(_key(text, least), []).append(text)
+        if 0 < _size(text) < NGRAM:
+            benchmark.short_texts.setdefault(_key(text), []).append(text)
     for (question, *_), count in zip(sentences, prompts.values(), strict=True):
         # planted between other words
-        row = _row_words([("", *question.shortest_copy(least), "")], ngram)
+        row = _row_words([("", *question.shortest_copy(), "")])
         benchmark.short += 0 if benchmark.shares(row) else count
     return benchmark
 
@@ -331,7 +329,7 @@ def _num_shared(words: Words, beginnings: Beginnings) -> int:
     return len(words)
 
 
-def _own_ngrams(lines: Sequence[Line], ngram: int) -> set[Words]:
+def _own_ngrams(lines: Sequence[Line]) -> set[Words]:
     """The n-grams of a text whose words are its own but for a quarter."""
     words = _joined(line.label + line.body + line.end_label for line in lines)
     own: list[bool] = []
@@ -339,10 +337,10 @@ def _own_ngrams(lines: Sequence[Line], ngram: int) -> set[Words]:
         begin = len(line.label) + line.begin
         rest = len(line.body) - line.end + len(line.end_label)
         own += [False] * begin + [True] * len(line.own) + [False] * rest
-    return {words[run] for run in _runs(words, ngram) if own[run].count(False) <= ngram / 4}
+    return {words[run] for run in _runs(words, NGRAM) if own[run].count(False) <= NGRAM / 4}
 
 
-def _sentences(questions: Sequence[Sequence[Line]], least: float) -> list[list[Line]]:
+def _sentences(questions: Sequence[Sequence[Line]]) -> list[list[Line]]:
     """Of each question the lines that are sentences, or its longest, and that no other question has.
 
     The first has most words of its own and is no formula, table or end of another line.
@@ -357,22 +355,21 @@ def _sentences(questions: Sequence[Sequence[Line]], least: float) -> list[list[L
     counts = Counter(itertools.chain.from_iterable(distinct))
     unique = [[line for line in lines if counts[line.own] == 1] for lines in candidates]
     return [
-        sorted(lines, key=lambda line: not (line.complete and _size(line.body) >= least)) or [NO_LINE]
+        sorted(lines, key=lambda line: not (line.complete and _size(line.body) >= SHORTEST)) or [NO_LINE]
         for lines in unique
     ]
 
 
-def _row_words(row_texts: Iterable[Words], ngram: int, lines: Iterable[str] = ()) -> RowWords:
+def _row_words(row_texts: Iterable[Words], lines: Iterable[str] = ()) -> RowWords:
     row = RowWords(set(), {})
-    least = min(SHORTEST, ngram)
     for words in row_texts:
-        row.ngrams.update(words[run] for run in _runs(words, ngram))
-        for run in _runs(words, least):
+        row.ngrams.update(words[run] for run in _runs(words, NGRAM))
+        for run in _runs(words, SHORTEST):
             row.starts.setdefault(words[run], []).append((words, run.start))
     # an item of few words is often a line of its own, such as one below `Q:`
     for line in lines:
         for words in (_find_words(line), _find_words(_parts(line)[1])):
-            if _size(words) < least:
+            if _size(words) < SHORTEST:
                 row.starts[words] = [(words, 0)]
     return row
 
@@ -403,9 +400,9 @@ def _normal(text: str) -> str:
     return THOUSANDS.sub("", visible)
 
 
-def _key(words: Words, least: float) -> Words:
+def _key(words: Words) -> Words:
     """By what a short text is looked up: its first words, at least so many, or all of them."""
-    return words[next(_runs(words, least), slice(None))]
+    return words[next(_runs(words, SHORTEST), slice(None))]
 
 
 def _size(words: Sequence[str]) -> float:

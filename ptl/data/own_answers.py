@@ -58,7 +58,7 @@ def own_answers(
         raise WorkError(
             f"none of the model's own answers to {len(prompts)} prompts was correct",
             field="calibration.answers",
-            remedy="use `given` answers, or raise calibration.max_new_tokens",
+            remedy="use `given` answers, or raise calibration.max_length",
         )
     return correct[: settings.num_sequences]
 
@@ -73,7 +73,7 @@ def _correct_answers(
     eos = tokenizer.eos_token_id
     correct = []
     for tokens, answer in zip(group, _generate(model, tokenizer, group, settings), strict=True):
-        # an answer that max_new_tokens ended has no conclusion
+        # an answer that was ended has no conclusion
         if eos not in answer:
             continue
         answer = answer[: answer.index(eos) + 1]
@@ -101,7 +101,7 @@ def _generate(
     width = batch["input_ids"].shape[1]
     generated = model.generate(
         **{name: tensor.to(model.device) for name, tensor in batch.items()},
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=max(1, settings.max_length - width),  # longer answers would be cut
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token,

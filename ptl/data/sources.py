@@ -19,8 +19,7 @@ from string import Formatter
 from typing import Any
 
 from ptl.config.paths import FILL_IN
-from ptl.config.recover import DataSource
-from ptl.config.templates import columns_of
+from ptl.config.recover import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
 from ptl.storage import local_files
@@ -273,16 +272,17 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
     setting = f"{field}.source"
     name = source.source
     path = Path(name)
+    is_remote = name.startswith("s3://")
     if path.name.endswith((*JSON_LINES, ".parquet")):
-        if name.startswith("s3://"):
+        if is_remote:
             return _from_s3(name, setting)
-        if path.name.startswith(FILL_IN):
-            raise InputError(f"{path.name} is still to be filled in", field=setting, remedy=f"give {FILE_KINDS}")
-        if not path.is_file():
-            raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
-        return path
+        if path.is_file():
+            return path
+        is_open = path.name.startswith(FILL_IN)
+        problem = f"{path.name} is still to be filled in" if is_open else f"no file {path}"
+        raise InputError(problem, field=setting, remedy=f"give {FILE_KINDS}")
     # the id of a data set has no such ending
-    if path.suffix in (".json", ".csv", ".txt") or path.exists() or name.startswith("s3://"):
+    if path.suffix in (".json", ".csv", ".txt") or path.exists() or is_remote:
         # of a file with one long list
         convert = f" (jq -c '.[]' {quote(name)} > {quote(name)}l)" if path.suffix == ".json" and path.is_file() else ""
         raise InputError(
@@ -327,12 +327,11 @@ def _from_s3(uri: str, setting: str) -> Path:
 
     bucket, key = s3_client.split(uri)
     digest = hashlib.sha256(f"{uri} {_etag(uri, setting)}".encode()).hexdigest()
-    folder = _cache(setting) / digest[:32]
-    target = folder / Path(key).name
+    target = _cache(setting) / digest[:32] / Path(key).name
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         # another process may download the same object
-        partial = folder / f".{os.getpid()}.{target.name}"
+        partial = target.with_name(f".{os.getpid()}.{target.name}")
         with _explained(uri, setting):
             s3_client.client().download_file(bucket, key, str(partial))
         partial.rename(target)
@@ -346,12 +345,10 @@ def _etag(uri: str, setting: str) -> str:
     bucket, key = s3_client.split(uri)
     with _explained(uri, setting):
         tag = s3_client.client().head_object(Bucket=bucket, Key=key).get("ETag")
+    if tag:
+        return str(tag)
     # as from a web page in place of the server
-    if not tag:
-        raise InputError(
-            f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
-        )
-    return str(tag)
+    raise InputError(f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
 
 
 @contextmanager
@@ -374,19 +371,22 @@ def _cache(setting: str) -> Path:
     if scratch := os.environ.get("PTL_SCRATCH"):
         return Path(scratch, "ptl-data")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ptl"
-    remedy = "remove it, or set XDG_CACHE_HOME to a folder of your own"
+    problem = ""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # whoever can write here decides what a model is trained on
         owner = folder.lstat().st_uid
-        if owner != os.getuid():
-            raise InputError(f"{folder}, for copies of data, belongs to user {owner}", field=setting, remedy=remedy)
-        folder.chmod(0o700)
+        if owner == os.getuid():
+            folder.chmod(0o700)
+            return folder
+        problem = f"belongs to user {owner}"
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be made, for copies of data ({error})", field=setting, remedy=remedy
-        ) from error
-    return folder
+        problem = f"cannot be made ({error})"
+    raise InputError(
+        f"{folder}, for copies of data, {problem}",
+        field=setting,
+        remedy="remove it, or set XDG_CACHE_HOME to a folder of your own",
+    )
 
 
 def _from_hub(source: DataSource, setting: str) -> Any:

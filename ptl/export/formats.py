@@ -16,7 +16,7 @@ from ptl.model import pretrained, text_tower
 from ptl.model.config_fields import longrope_limit
 from ptl.model.families import ConfigJson
 
-REMOVE_LAYERS = ("layers", "neurons_then_layers", "auto")  # values of prune.target
+REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
 WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation
 Folders = Mapping[str, Path]  # of the dense and the final model, by name
 
@@ -181,8 +181,6 @@ def write_and_score(
             "bytes": sum(path.stat().st_size for path in exports[name].iterdir() if path.suffix in WEIGHTS),
             "tasks": [asdict(task) for task in tasks],
         }
-    speed = {"reason": "speed is false in its entry"}
-    if export.speed:
-        speed = work.speed(folders, exports, settings, seed)
+    speed = work.speed(folders, exports, settings, seed)
     # The notes of the last one, the final model
     return ExportReport(models, speed, [*notes, *context_notes(folders["final"])]), items

@@ -118,7 +118,7 @@ def _with_mixture(
         expert_groups=getattr(config, "n_group", 1),
         dense_layers=dense_layers,
         # Not where a shared expert has the width too, or where layers and experts differ
-        narrowable=not (dense_layers or experts.transposed or getattr(config, "n_shared_experts", 0)),
+        narrowable=not dense_layers and not experts.transposed and not getattr(config, "n_shared_experts", 0),
     )
 
 
@@ -126,35 +126,26 @@ def resolve_multiple(
     width: int,
     remaining: int,  # neurons that are left of it, before rounding
     multiple: Multiple,
-    tensor_parallel: int = 1,
-    least: int = 1,  # what is always a divisor, for each of the ranks
+    least: int = 1,  # what is always a divisor
 ) -> int:
-    """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
+    """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1.
 
     The remaining neurons decide, not the width: a loop and its control, which come to a size from different widths,
-    round it alike. Raises InputError when the ranks do not divide the width.
+    round it alike.
     """
-    if width % tensor_parallel:
-        raise InputError(
-            f"{tensor_parallel} does not divide the FFN width {width}",
-            field="prune.tensor_parallel",
-            remedy="give the number of GPUs that the model is really split over",
-        )
     if multiple != "auto":
-        return math.lcm(multiple, least * tensor_parallel)
-    for candidate in MULTIPLES:
-        step = candidate * tensor_parallel
+        return math.lcm(multiple, least)
+    for step in MULTIPLES:
         # A wide multiple of a narrow FFN would leave only a few widths to choose from.
-        if step % (least * tensor_parallel) == 0 and width % step == 0 and remaining // step >= MIN_STEPS:
+        if step % least == 0 and width % step == 0 and remaining // step >= MIN_STEPS:
             return step
-    return least * tensor_parallel
+    return least
 
 
 def width_for(
     dimensions: ModelDimensions,
     goal: int,  # parameters
     multiple: Multiple,
-    tensor_parallel: int = 1,
 ) -> int:
     """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
 
@@ -165,7 +156,7 @@ def width_for(
         return dimensions.width
     per_neuron = dimensions.params_per_neuron
     width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
-    step = resolve_multiple(dimensions.width, width, multiple, tensor_parallel, dimensions.least_multiple)
+    step = resolve_multiple(dimensions.width, width, multiple, dimensions.least_multiple)
     width -= width % step
     if width < step:
         without_ffn = dimensions.params - dimensions.width * per_neuron
@@ -195,11 +186,7 @@ def with_width(dimensions: ModelDimensions, width: int) -> ModelDimensions:
     )
 
 
-def smallest_cuts(
-    dimensions: ModelDimensions,
-    multiple: Multiple,
-    tensor_parallel: int = 1,
-) -> dict[str, int]:
+def smallest_cuts(dimensions: ModelDimensions, multiple: Multiple) -> dict[str, int]:
     """Parameters that the smallest step of `neurons`, `layers` or `experts` removes.
 
     A unit that cannot shrink is left out.
@@ -212,7 +199,7 @@ def smallest_cuts(
     if not dimensions.narrowable:
         return smallest
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
-        width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
+        width = width_for(dimensions, dimensions.params - 1, multiple)
         smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
     return smallest
 

@@ -93,8 +93,7 @@ def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     if calibration.answers != "self":
         return scoring
     # The model answers the prompts first: all weights, and a batch's cache.
-    length = calibration.max_length + calibration.max_new_tokens
-    cache = calibration.batch_size * length * shape.kv_bytes
+    cache = calibration.batch_size * calibration.max_length * shape.kv_bytes
     return max(scoring, float(model.params * shape.itemsize + cache + CONTEXT))
 
 

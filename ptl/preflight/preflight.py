@@ -8,8 +8,7 @@ from pathlib import Path
 from ptl.config.recover import RecoverStage, TrainingData
 from ptl.config.run import Calibration, Config, Evaluate, Gate
 from ptl.config.schedule import Prune, Schedule
-from ptl.data import model_fit
-from ptl.data.checks import check_data, check_rewards, named_sources
+from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
@@ -38,7 +37,7 @@ def preflight(
     folder = hub.locate(path, revision)
     dimensions = check_model(folder, schedule, prune)
     if dimensions is not None:
-        model_fit.check_settings(folder, calibration, training, evaluate, recover)
+        check_settings(folder, calibration, training, evaluate, recover)
     return folder, dimensions
 
 

@@ -124,7 +124,7 @@ def after_iterations(
     for iteration in plan(schedule, prune):
         goal = model.params - int(iteration.progress * total)
         if iteration.unit == "neurons":
-            width = width_for(remaining, goal, prune.width_multiple, prune.tensor_parallel)
+            width = width_for(remaining, goal, prune.width_multiple)
             remaining = with_width(remaining, width)
         elif iteration.unit == "experts":
             remaining = with_experts(remaining, experts_for(remaining, goal))

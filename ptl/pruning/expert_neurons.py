@@ -1,7 +1,7 @@
 """Scores for the neurons inside the experts of a mixture: importance.py's criteria on the tokens sent to each expert.
 
 An expert's output is multiplied by its router's weight, so a neuron with activation a and column w adds (weight x a) w
-at the tokens that are sent to its expert, and nothing at all others. Shape letters: routing.py.
+at the tokens that are sent to its expert, and nothing at all others. Shape letters: experts.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptl.pruning.experts import EXPERTS, Routed, RunExpert, activations, outputs, running_experts
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn
-from ptl.pruning.routing import EXPERTS, Routed, RunExpert, activations, outputs, running_experts
 from ptl.pruning.scoring import NeuronScores, column_norms, first_order_scores
 
 # Neurons that never change anything keep the order of their weights' norms, with scores below every threshold.

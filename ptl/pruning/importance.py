@@ -119,25 +119,6 @@ CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
 }
 
 
-def _hidden_change(before: Tensor, after: Tensor) -> Tensor:
-    """The paper's layer criterion: how far the layer moves the hidden state. float32 [T]."""
-    movement = after.float() - before.float()  # [T, H]
-    return movement.norm(dim=-1)
-
-
-def _block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cosine of hidden state before and after (ShortGPT, arXiv 2403.03853, eq. 1). float32 [T]."""
-    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [T]
-    return 1 - cosine
-
-
-# The change of one sequence's hidden states, [T, H] and [T, H] -> [T], and how sequences are joined
-LAYER_CRITERIA = {
-    "max": (_hidden_change, "max"),
-    "block_influence": (_block_influence, "mean"),
-}
-
-
 def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
     """Score every neuron on the model's batches; returns float32 [F] per layer, of a mixture [E, F]."""
     if model.family.experts:
@@ -146,17 +127,20 @@ def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronSco
 
 
 @torch.no_grad()
-def layer_scores(model: LayerwiseModel, criterion: str) -> Tensor:
-    """Score every layer: mean over a sequence's non-padding tokens, joined over sequences; float32 [layers]."""
-    change_of, join = LAYER_CRITERIA[criterion]
+def layer_scores(model: LayerwiseModel) -> Tensor:
+    """Score every layer by how far it moves the hidden state, as the paper does (arXiv 2602.04919); float32 [layers].
+
+    The mean over a sequence's non-padding tokens, and of the sequences the largest.
+    """
     scores = []
     states = model.embed()  # [B, T, H] of each batch
-    for i, _ in layers_in_turn(model, f"scoring layers ({criterion})"):
-        total = JoinedScores(join)
+    for i, _ in layers_in_turn(model, "scoring layers"):
+        total = JoinedScores("max")
         for b, hidden in enumerate(states):
             states[b] = model.run(i, b, hidden)
             for before, after in sequences(model, b, hidden, states[b]):
-                total.add(change_of(before, after).mean())
+                movement = after.float() - before.float()  # [T, H]
+                total.add(movement.norm(dim=-1).mean())
         scores.append(total.result())
     return torch.stack(scores)
 
@@ -218,8 +202,3 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     """
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[..., :count].sort().values
-
-
-def num_redundant(scores: Tensor, sigma: float) -> int:
-    """How many units score below the threshold; by the criterion `max` a neuron's score is the change of the output."""
-    return int((scores < sigma).sum())

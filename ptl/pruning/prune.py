@@ -1,11 +1,13 @@
-"""Score, select, prune, repair, save: one checkpoint in, one smaller checkpoint out."""
+"""Score, select, prune, save: one checkpoint in, one smaller checkpoint out."""
 
 from __future__ import annotations
 
-import tempfile
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
@@ -13,12 +15,19 @@ from ptl.data.own_answers import own_answers
 from ptl.data.sequences import IGNORED, Batch, calibration_batches, padded
 from ptl.errors import InputError
 from ptl.model import checkpoint, checks
-from ptl.model.dimensions import ModelDimensions, check_unit, model_dimensions, resolve_multiple
+from ptl.model.dimensions import (
+    ModelDimensions,
+    check_unit,
+    experts_for,
+    layers_for,
+    model_dimensions,
+    resolve_multiple,
+    width_for,
+)
 from ptl.model.families import family_of
-from ptl.model.safetensors_io import Entries
-from ptl.pruning import repair
+from ptl.pruning.experts import expert_scores
+from ptl.pruning.importance import keep_highest, layer_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.selection import CHOICES, SelectionTask, check_goal
 from ptl.pruning.surgery import Selection, write_pruned
 
 
@@ -26,7 +35,7 @@ from ptl.pruning.surgery import Selection, write_pruned
 class PruneReport:
     """What was pruned. Widths are FFN widths, one per layer that stays."""
 
-    unit: str  # what was removed: "neurons", "layers", "both", "experts" or "nothing"
+    unit: str  # what was removed: "neurons", "layers", "experts" or "nothing"
     criterion: str  # by which it was selected
     params_before: int
     params: int  # afterwards
@@ -36,7 +45,6 @@ class PruneReport:
     experts: int | None  # that stay in each layer; None: a dense model
     removed_layers: tuple[int, ...]  # their numbers in the source
     width_multiple: int  # what widths were rounded down to
-    repaired: int  # tensors changed by the closed-form repair
     sequences: int  # calibration sequences scored; 0: none were needed
     seconds: float  # wall-clock time
 
@@ -44,11 +52,11 @@ class PruneReport:
 def prune_checkpoint(
     src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
 ) -> PruneReport:
-    """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers, experts or auto; write it to `dst`.
+    """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or experts; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
-    answers (calibration.answers `self`) need the whole model, and ridge repair a square of the FFN width in float32.
-    `taylor` keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
+    answers (calibration.answers `self`) need the whole model. `taylor` keeps the hidden states of every layer, in host
+    memory; on a GPU it needs a layer and a batch of them.
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
@@ -56,24 +64,21 @@ def prune_checkpoint(
     check_unit(before.experts, before.narrowable, unit)
     # Otherwise nothing has to be removed: no text is read, and no layer is scored.
     selection = Selection(tuple(range(before.layers)), {})
-    repaired = sequences = 0
-    if goal >= before.params:
-        write_pruned(src, dst, family, selection)
-    else:
-        check_goal(unit, before, settings, goal)
-        measured = unit == "auto" or (unit == "neurons" and settings.criterion == "taylor")
-        batches = _batches(src, calibration, seed, measured)
-        model = LayerwiseModel(src, family, batches)
-        task = SelectionTask(model, before, settings, goal, seed)
-        selection = CHOICES[unit](task)
-        repaired = _write_repaired(src, dst, settings, selection, model)
+    sequences = 0
+    if goal < before.params:
+        count = _count(unit, before, settings, goal)
+        by_loss = unit == "neurons" and settings.criterion == "taylor"
+        model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss))
+        selection = _SELECT[unit](model, before, settings.criterion, count, seed)
         sequences = model.num_sequences
+    write_pruned(src, dst, family, selection)
     # From the files that were written, not calculated
     after = model_dimensions(dst, family)
     removed_layers = [i for i in range(before.layers) if i not in selection.layers]
+    removed = bool(selection.experts or selection.neurons or removed_layers)
     return PruneReport(
-        unit=_removed_unit(selection, removed_layers),
-        criterion=settings.layer_criterion if unit == "layers" else settings.criterion,
+        unit=unit if removed else "nothing",
+        criterion="max" if unit == "layers" else settings.criterion,
         params_before=before.params,
         params=after.params,
         goal=goal,
@@ -82,51 +87,57 @@ def prune_checkpoint(
         experts=after.experts or None,
         removed_layers=tuple(removed_layers),
         width_multiple=_multiple(before, after, settings),
-        repaired=repaired,
         sequences=sequences,
         seconds=time.monotonic() - started,
     )
+
+
+def _count(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int) -> int:
+    """How many stay: neurons of each layer, layers, or experts of each. Raises InputError for a goal out of reach."""
+    if unit == "neurons":
+        return width_for(dimensions, goal, settings.width_multiple)
+    if unit == "layers":
+        return dimensions.layers - layers_for(dimensions, goal)
+    return experts_for(dimensions, goal)
+
+
+def _neurons(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, width: int, seed: int) -> Selection:
+    """The highest-scored neurons of each layer, or of each of its experts, as many in each."""
+    scores = neuron_scores(model, criterion, seed)  # [F] of each layer, or [E, F]
+    highest = {layer: keep_highest(of_layer, width) for layer, of_layer in enumerate(scores)}
+    return Selection(tuple(highest), highest)
+
+
+def _layers(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, count: int, _seed: int) -> Selection:
+    """The highest-scored layers."""
+    scores = layer_scores(model)  # [layers]
+    scores[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
+    return Selection(tuple(keep_highest(scores, count).tolist()), {})
+
+
+def _experts(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, number: int, seed: int) -> Selection:
+    """The highest-scored experts of each layer, as many in each, and as many in each group of a layer."""
+    groups = dimensions.expert_groups
+    kept = {}
+    for layer, scores in expert_scores(model, criterion, seed).items():
+        of_groups = scores.view(groups, -1)  # experts of a group follow each other: [groups, size]
+        starts = torch.arange(groups)[:, None] * of_groups.shape[1]
+        kept[layer] = (keep_highest(of_groups, number // groups) + starts).flatten()  # [number], ascending
+    return Selection(tuple(range(dimensions.layers)), {}, kept)
+
+
+# By the unit that an iteration removes; each takes the model, its dimensions, a criterion, how many stay, and a seed
+_SELECT = {"neurons": _neurons, "layers": _layers, "experts": _experts}
 
 
 def _multiple(before: ModelDimensions, after: ModelDimensions, settings: Prune) -> int:
     """What widths were rounded down to; those of a mixture may be as they were."""
     if before.experts and after.width == before.width:
         return 1
-    multiple, ranks = settings.width_multiple, settings.tensor_parallel
-    return resolve_multiple(before.width, after.width, multiple, ranks, before.least_multiple)
+    return resolve_multiple(before.width, after.width, settings.width_multiple, least=before.least_multiple)
 
 
-def _write_repaired(
-    src: Path,
-    dst: Path,
-    settings: Prune,
-    selection: Selection,
-    model: LayerwiseModel,
-) -> int:
-    """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
-    changed: Entries = {}
-    with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
-        if selection.neurons and settings.repair == "ridge":
-            changed = repair.ridge(model, selection, settings.ridge, Path(scratch, "ridge"))
-        write_pruned(src, dst, model.family, selection, changed)
-    return len(changed)
-
-
-def _removed_unit(selection: Selection, removed_layers: list[int]) -> str:
-    """What was removed, as PruneReport names it."""
-    if selection.experts:
-        return "experts"
-    if selection.neurons:
-        return "both" if removed_layers else "neurons"
-    return "layers" if removed_layers else "nothing"
-
-
-def _batches(
-    src: Path,
-    calibration: Calibration,
-    seed: int,
-    measured: bool,  # whether the loss is
-) -> list[Batch]:
+def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:
     """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     checks.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = checks.load_tokenizer(src)
@@ -134,10 +145,10 @@ def _batches(
         batches = calibration_batches(calibration, tokenizer, seed)
     else:
         batches = padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
-    if measured and not any(map(_has_loss, batches)):
+    if by_loss and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
-            "prune.criterion=taylor and prune.target=auto have no loss to measure",
+            "prune.criterion=taylor has no loss to measure",
             field="calibration.max_length",
             remedy="raise it, or set prune.criterion=max, which needs no answers",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ptl.model import checkpoint, safetensors_io
 from ptl.model.experts import FUSED, GATE_UP, Experts
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
-from ptl.model.safetensors_io import Entries, Entry, NewTensor, TensorShape
+from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,27 +178,15 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
     return pruned
 
 
-def write_pruned(
-    src: Path,
-    dst: Path,
-    family: Family,
-    selection: Selection,
-    repaired: Entries | None = None,
-) -> None:
-    """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too.
-
-    `repaired` has tensors of the source whose new value, already pruned, is in a file of its own (repair.py).
-    """
+def write_pruned(src: Path, dst: Path, family: Family, selection: Selection) -> None:
+    """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too."""
     dst.mkdir(parents=True, exist_ok=True)
-    values = repaired or {}
 
     def pruned(entry: Entry) -> NewTensor | None:
         tensor = pruned_tensor(entry.name, entry.shape, family, selection)
         if tensor is None:
             return None
         spec = (tensor.name, entry.dtype, tensor.shape(entry.shape))
-        if entry.name in values:
-            return spec, partial(safetensors_io.read_tensor, values[entry.name])
         return spec, lambda: tensor.values(safetensors_io.read_tensor(entry))
 
     checkpoint.rewrite(src, dst, pruned)

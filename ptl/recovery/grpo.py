@@ -66,7 +66,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
         processing_class=tokenizer,
         callbacks=[training.watch(job), _token_limit(job.budget.tokens)],
     )
-    resumed_at = training.run(trainer, job.scratch)
+    resumed_at = training.run(trainer, job.scratch, steps)
     training.save(trainer, src, dst, sharded=training.is_sharded(settings))
     points, details["rewards"] = _logged(trainer)
     return RecoverReport(
@@ -262,21 +262,9 @@ def _arguments(settings: Grpo, job: RecoveryJob, steps: int) -> Any:
         reward_weights=[reward.weight for reward in settings.rewards],
         weight_decay=settings.weight_decay,
         shuffle_dataset=False,  # the prompts come shuffled
-        use_vllm=uses_vllm(settings),
+        use_vllm=torch.cuda.is_available() and find_spec("vllm") is not None,
         vllm_mode="colocate",
     )
-
-
-def uses_vllm(settings: Grpo) -> bool:
-    """Whether vLLM generates the answers. Raises InputError where it is asked for and cannot."""
-    possible = torch.cuda.is_available() and find_spec("vllm") is not None
-    if settings.rollouts == "vllm" and not possible:
-        raise InputError(
-            "vllm needs a GPU and the vllm package",
-            field="recover.rollouts",
-            remedy="use auto or transformers",
-        )
-    return possible and settings.rollouts != "transformers"
 
 
 def _token_limit(tokens: int | None) -> Any:

@@ -2,8 +2,7 @@
 
 The job goes to the processes as JSON. What they print comes back: metrics, and training checkpoints to be stored, on
 lines that begin with METRICS and CHECKPOINT; the first process leaves its report, and whichever fails first its error,
-in a file. On several machines each launches its own group of processes; where one machine stands for all of them, it
-launches all groups, and a group that is killed restarts them together, as JobSet does with the nodes of a TrainJob.
+in a file. On several machines each launches its own processes; one that stands for all launches those of all.
 """
 
 from __future__ import annotations
@@ -13,23 +12,17 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from pydantic import TypeAdapter
 
-from ptl import cuda, extras
-from ptl.config import trackers
 from ptl.config.recover import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
 from ptl.recovery.job import REPORT, RecoverReport, RecoveryJob
-from ptl.recovery.machines import LOOPBACK, Machines, free_port
+from ptl.recovery.machines import Machines
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
 CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint
@@ -38,7 +31,6 @@ REPORT_FILE = "report.json"  # in `scratch`
 ERROR_FILE = "error.json"  # in `scratch`
 JOB = TypeAdapter(RecoveryJob)  # all but its functions crosses to the processes as JSON
 LAST_LINES = 30  # of a failed training, in its error
-RESTARTS = 3  # of all groups on this machine; as many as those of nodes in manifests/components/trainer
 RENDEZVOUS = 1800  # seconds that machines wait for each other: some fetch their checkpoint later
 GRACE = 10  # seconds between SIGTERM and SIGKILL
 
@@ -48,11 +40,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_for(settings: Stage, machines: Machines) -> int:
-    """How many processes train on each machine: what the config says, else one for each GPU."""
+def processes_here(settings: Stage, machines: Machines) -> int:
+    """How many processes train on this machine: what the config says for each node, else one for each GPU."""
     import torch
 
-    return settings.processes or max(1, torch.cuda.device_count() // len(machines.ranks_here))
+    stands_for = machines.count if machines.rank is None else 1
+    gpus = torch.cuda.device_count()
+    return stands_for * settings.processes if settings.processes else gpus or stands_for
+
+
+def processes_of_all(settings: Stage, machines: Machines) -> int:
+    """How many processes train on all machines together."""
+    return processes_here(settings, machines) * (1 if machines.rank is None else machines.count)
 
 
 def sequences_per_pass(settings: Stage, processes: int) -> int:
@@ -67,128 +66,11 @@ def sequences_per_pass(settings: Stage, processes: int) -> int:
     return settings.batch_size // parts
 
 
-def run(
-    src: Path,
-    dst: Path,
-    settings: RecoverStage,
-    job: RecoveryJob,
-    processes: int,  # on each machine
-) -> RecoverReport:
-    """Train in several processes, passing metrics on while they run; returns the report of the first process."""
-    settings = settings.model_copy(update={"sharding": sharding_for(settings, job.machines, processes)})
-    job.scratch.mkdir(parents=True, exist_ok=True)
-    job_file = job.scratch / "job.json"
-    report_file = job.scratch / REPORT_FILE
-    error_file = job.scratch / ERROR_FILE
-    total = processes * job.machines.count
-    print(f"starting {processes} of {total} training processes, which wait for each other", flush=True)
-    # all that a process needs, in JSON's types
-    fields = {
-        "src": str(src),
-        "dst": str(dst),
-        "settings": settings.model_dump(mode="json"),
-        "job": JOB.dump_python(job, mode="json", exclude={"on_log", "save_checkpoint"}),
-        "stores_checkpoints": job.save_checkpoint is not None,
-    }
-    job_file.write_text(json.dumps(fields))
-    # JobSet restarts nodes, and nobody else the groups of this machine
-    restarts = RESTARTS if len(job.machines.ranks_here) > 1 else 0
-    while True:
-        # of an earlier attempt
-        report_file.unlink(missing_ok=True)
-        error_file.unlink(missing_ok=True)
-        succeeded, printed = _launch(settings, job, processes, job_file)
-        if succeeded and report_file.is_file():
-            return REPORT.validate_json(report_file.read_bytes())
-        if error_file.is_file():
-            # the error of a process, raised again
-            error = json.loads(error_file.read_text())
-            is_input = error.pop("exit_code") == InputError.exit_code
-            raise InputError(**error) if is_input else WorkError(**error)
-        problem = f"training in {total} processes failed{_reason(printed)}"
-        if not restarts:
-            raise WorkError(problem, field="recover")
-        print(f"{problem}\nall groups of processes start again, up to {restarts} times", flush=True)
-        restarts -= 1
-
-
-def _launch(settings: RecoverStage, job: RecoveryJob, processes: int, job_file: Path) -> tuple[bool, list[str]]:
-    """Start this machine's groups and follow them to their end; whether all succeeded, and what they printed."""
-    machines = job.machines
-    port = free_port() if len(machines.ranks_here) > 1 else machines.port
-    # one pipe for all
-    reading_end, writing_end = os.pipe()
-    groups = [
-        subprocess.Popen(
-            # ends with this process, however that ends
-            tied([*command(settings, processes, machines, port), str(job_file)]),
-            stdout=writing_end,
-            stderr=subprocess.STDOUT,
-            env=_environment(machines, rank),
-        )
-        for rank in machines.ranks_here
-    ]
-    os.close(writing_end)
-    with os.fdopen(reading_end) as lines, _ending_together(groups):
-        # until the last process has ended
-        printed = _follow(lines, job)
-        codes = [group.wait() for group in groups]
-    return not any(codes), printed
-
-
-def _environment(machines: Machines, rank: int) -> dict[str, str]:
-    """The variables of a group's launcher: where several share this machine, each has its part of the GPUs."""
-    # threads: what torch's launcher would set, with a warning
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    num_groups = len(machines.ranks_here)
-    if num_groups == 1:
-        return environment
-    # the name of this machine may lead nowhere
-    environment["PET_LOCAL_ADDR"] = LOOPBACK
-
-    import torch
-
-    group_size = torch.cuda.device_count() // num_groups
-    if group_size:
-        devices = cuda.listed(environment) or [str(number) for number in range(group_size * num_groups)]
-        environment[cuda.VISIBLE] = ",".join(devices[rank * group_size : (rank + 1) * group_size])
-    return environment
-
-
-@contextmanager
-def _ending_together(groups: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """End all groups when one has failed, for which the others would wait, and when the block is left by an error."""
-    followed = threading.Event()
-
-    def watch() -> None:
-        while not followed.wait(0.2):
-            if any(group.poll() for group in groups):
-                _end(groups)
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    if len(groups) > 1:
-        watcher.start()
-    try:
-        yield
-    except BaseException:
-        # a log or a store that fails ends the training too
-        _end(groups)
-        raise
-    finally:
-        followed.set()
-
-
-def _end(groups: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, on which a launcher ends its processes, and SIGKILL to what remains."""
-    for group in groups:
-        group.terminate()
-    for group in groups:
-        try:
-            group.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            group.kill()
-            group.wait()
+def check(settings: RecoverStage, machines: Machines) -> None:
+    """Raise InputError where the stage cannot be divided among its processes; called before any work."""
+    # one of the processes that were launched knows their number from the environment
+    launched = world_size()
+    sequences_per_pass(settings, launched if launched > 1 else processes_of_all(settings, machines))
 
 
 def can_shard() -> bool:
@@ -198,79 +80,88 @@ def can_shard() -> bool:
     return torch.cuda.is_available()
 
 
-def sharding_for(settings: Stage, machines: Machines, processes: int) -> str:
-    """What of a stage's sharding is possible: none on CPUs, and hybrid only over machines of several processes each."""
+def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> RecoverReport:
+    """Train in several processes, passing metrics on while they run; returns the report of the first process."""
     if not can_shard():
-        return "none"
-    if settings.sharding != "hybrid" or (machines.count > 1 and processes > 1):
-        return settings.sharding
-    # within a machine, or within one process of each
-    return "fsdp" if machines.count == 1 else "none"
+        settings = settings.model_copy(update={"sharding": "none"})
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    job_file = job.scratch / "job.json"
+    report_file = job.scratch / REPORT_FILE
+    error_file = job.scratch / ERROR_FILE
+    # of an earlier attempt
+    report_file.unlink(missing_ok=True)
+    error_file.unlink(missing_ok=True)
+    # all that a process needs, in JSON's types
+    fields = {
+        "src": str(src),
+        "dst": str(dst),
+        "settings": settings.model_dump(mode="json"),
+        "job": JOB.dump_python(job, mode="json", exclude={"on_log", "save_checkpoint"}),
+        "stores_checkpoints": job.save_checkpoint is not None,
+    }
+    job_file.write_text(json.dumps(fields))
+    here, total = processes_here(settings, job.machines), processes_of_all(settings, job.machines)
+    print(f"starting {here} of {total} training processes, which wait for each other", flush=True)
+    succeeded, printed = _launch([*command(settings, job.machines), str(job_file)], job)
+    if succeeded and report_file.is_file():
+        return REPORT.validate_json(report_file.read_bytes())
+    if error_file.is_file():
+        # the error of a process, raised again
+        error = json.loads(error_file.read_text())
+        is_input = error.pop("exit_code") == InputError.exit_code
+        raise InputError(**error) if is_input else WorkError(**error)
+    raise WorkError(f"training in {total} processes failed{_reason(printed)}", field="recover")
 
 
-def check(settings: RecoverStage, machines: Machines) -> None:
-    """Raise InputError where the stage cannot be divided among its processes; called before any work."""
-    _check_groups(machines)
-    configured = processes_for(settings, machines) * machines.count
-    # one of the processes that were launched knows their number from the environment
-    processes = configured if world_size() == 1 else world_size()
-    sequences_per_pass(settings, processes)
-    trackers.check(settings.report_to)
-    needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
-    if needs_deepspeed and find_spec("deepspeed") is None:
-        raise InputError(
-            "zero2 needs the package deepspeed, which is not installed",
-            field="recover.sharding",
-            remedy=f"where recover runs: {extras.install('deepspeed')}; or use fsdp",
-        )
+def _launch(words: list[str], job: RecoveryJob) -> tuple[bool, list[str]]:
+    """Start the processes and follow them to their end; whether all succeeded, and what they printed."""
+    process = subprocess.Popen(
+        tied(words),  # ends with this process, however that ends
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", **os.environ},  # what torch's launcher would set, with a warning
+    )
+    assert process.stdout is not None
+    try:
+        with process.stdout as lines:
+            printed = _follow(lines, job)
+        return process.wait() == 0, printed
+    except BaseException:
+        # a log or a store that fails ends the training too: on SIGTERM a launcher ends its processes
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
 
 
-def _check_groups(machines: Machines) -> None:
-    """Raise InputError for more groups of processes than this machine has GPUs: each needs one of its own."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < len(machines.ranks_here):
-        raise InputError(
-            f"{machines.count} nodes cannot share the {gpus} GPUs of this machine",
-            field="resources.steps.recover.nodes",
-            remedy=f"set it to {gpus} at most for a run on one machine",
-        )
-
-
-def command(settings: Stage, processes: int, machines: Machines, port: int = 0) -> list[str]:
-    """The `accelerate launch` command for a stage, with so many processes on each machine."""
+def command(settings: Stage, machines: Machines) -> list[str]:
+    """The `accelerate launch` command for a stage on this machine."""
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
-    recomputed = str(settings.gradient_checkpointing).lower()
+    flags = f"--num_processes {processes_of_all(settings, machines)} --mixed_precision {precision} --dynamo_backend no"
     # port 0: a free one, as several trainings may run on one machine
-    flags = f"--num_processes {processes * machines.count} --num_machines {machines.count}"
-    flags += f" --main_process_port {port}"
-    if machines.count > 1:
-        flags += f" --main_process_ip {machines.address}"
-        if machines.rank is None:
-            # groups on this machine agree on their ranks; as rank 0 accelerate refuses a port that another one opened
-            flags += " --machine_rank 1 --rdzv_backend c10d"
-        else:
-            # nodes have theirs from Kubeflow Trainer
-            flags += f" --machine_rank {machines.rank} --same_network --rdzv_conf timeout={RENDEZVOUS}"
-    flags += f" --mixed_precision {precision} --dynamo_backend no"
-    if settings.sharding in ("fsdp", "hybrid"):
+    flags += f" --main_process_port {machines.port}"
+    if machines.rank is None:
+        flags += " --num_machines 1"
+    else:
+        # nodes have their ranks from Kubeflow Trainer
+        flags += f" --num_machines {machines.count} --machine_rank {machines.rank}"
+        flags += f" --main_process_ip {machines.address} --same_network --rdzv_conf timeout={RENDEZVOUS}"
+    if settings.sharding == "fsdp":
         flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
         # saved in one piece, as the first process reads it
         flags += " --fsdp_state_dict_type FULL_STATE_DICT"
-        flags += f" --fsdp_activation_checkpointing {recomputed}"
-        if settings.sharding == "hybrid":
-            flags += f" --use_parallelism_config --parallelism_config_dp_replicate_size {machines.count}"
-            flags += f" --parallelism_config_dp_shard_size {processes}"
-    elif settings.sharding == "zero2":
-        flags += " --use_deepspeed --zero_stage 2"
+        flags += f" --fsdp_activation_checkpointing {str(settings.gradient_checkpointing).lower()}"
     else:
         # on CPUs too (gloo): `--cpu` would start one process, or need MPI
         flags += " --multi_gpu"
     return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "-m", "ptl.recovery.worker"]
 
 
-def _follow(lines: TextIO, job: RecoveryJob) -> list[str]:
+def _follow(lines: IO[str], job: RecoveryJob) -> list[str]:
     """Pass on what the training prints, its metrics and its checkpoints; returns the other lines."""
     printed: list[str] = []
     for line in lines:

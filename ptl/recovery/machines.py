@@ -1,9 +1,8 @@
-"""The machines that train together: this one alone, nodes of a TrainJob, or groups of processes that stand for them."""
+"""The machines that train together: this one alone, standing for all of them, or one of the nodes of a TrainJob."""
 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,19 +20,14 @@ class Machines:
     """How many they are, which one this is, and where the first one is reached."""
 
     count: int = 1
-    rank: int | None = None  # of this machine; None: all of them are groups of processes on it
+    rank: int | None = None  # of this machine; None: it stands for all of them, with the processes of all
     address: str = LOOPBACK
     port: int = 0  # of the first one, there; 0: any free one
 
     @property
-    def ranks_here(self) -> tuple[int, ...]:
-        """The ranks of those that are this machine."""
-        return tuple(range(self.count)) if self.rank is None else (self.rank,)
-
-    @property
     def first(self) -> bool:
         """Whether this machine has the first process, which logs, saves and reports."""
-        return 0 in self.ranks_here
+        return not self.rank
 
 
 ALONE = Machines()
@@ -54,10 +48,3 @@ def machines(environment: Mapping[str, str] = os.environ) -> Machines:
             int(environment[FIRST_PORT]),
         )
     return Machines(int(environment.get(NODES, "1")))
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        return int(listener.getsockname()[1])

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config.recover import MIN_TOKENS, RecoverStage, Recovery
-from ptl.data import model_fit
-from ptl.data.checks import check_chats, check_rewards
+from ptl.data import checks
 from ptl.errors import InputError
 from ptl.recovery import launch
 from ptl.recovery.distillation import distil
@@ -50,9 +49,8 @@ def recover_checkpoint(
         launch.check(stage, job.machines)
         _check_budget(stage, tokens, iteration_tokens[-1], job.budget.iteration)
     # of later stages too, before the first one trains
-    check_rewards(stages, job.data)
-    check_chats(stages, job.data)
-    model_fit.check_stages(src, stages, job.teacher)
+    checks.check_recovery_data(stages, job.data)
+    checks.check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):
@@ -161,9 +159,8 @@ def _train(
         store.restore(job.scratch)
         job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
     # a process that was launched trains itself
-    processes = launch.processes_for(stage, job.machines)
-    if processes * job.machines.count > 1 and launch.world_size() == 1:
-        return launch.run(src, out, stage, job, processes)
+    if launch.processes_of_all(stage, job.machines) > 1 and launch.world_size() == 1:
+        return launch.run(src, out, stage, job)
     return RECOVERIES[stage.method](src, out, stage, job)
 
 

@@ -58,7 +58,7 @@ def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, traine
         optimizers=(None if sharded else training.optimizer_for(model, settings, state), None),
         callbacks=[training.watch(job)],
     )
-    resumed_at = training.run(trainer, job.scratch)
+    resumed_at = training.run(trainer, job.scratch, steps)
     keeps_state = carries_state and job.keep_optimizer_state
     training.save(trainer, src, dst, with_state=keeps_state, sharded=sharded)
     return RecoverReport(
@@ -114,8 +114,7 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         model,
         LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
-            lora_dropout=lora.dropout,
+            lora_alpha=2 * lora.rank,
             target_modules="all-linear",
             target_parameters=_expert_parameters(model),
             task_type="CAUSAL_LM",
@@ -168,13 +167,18 @@ def training_dataset(
             "labels": [tokens.labels(settings.loss) for tokens in chunk],
         }
     )
-    if settings.packing:
+    if is_packed(settings):
         dataset = pack_dataset(dataset, settings.max_length, "bfd")
     # otherwise accelerate repeats sequences of the first batch, and the token count is no longer exact
     missing = -len(dataset) % (arguments.per_device_train_batch_size * arguments.world_size)
     if arguments.world_size > 1 and missing:
         dataset = _filled_up(dataset, missing, tokenizer.eos_token_id)
     return dataset, details
+
+
+def is_packed(settings: NextToken) -> bool:
+    """Whether several sequences are joined to one; a method with a loss of its own has no such setting."""
+    return isinstance(settings, Cpt) and settings.packing
 
 
 def _filled_up(dataset: Any, count: int, token: int) -> Any:
@@ -197,7 +201,7 @@ def sft_arguments(settings: NextToken, job: RecoveryJob) -> Any:
         weight_decay=settings.weight_decay,
         num_train_epochs=1,
         max_length=settings.max_length,
-        packing=settings.packing,
+        packing=is_packed(settings),
         dataset_kwargs={"skip_prepare_dataset": True},  # the sequences come tokenized, truncated and packed
         train_sampling_strategy="sequential",  # they come shuffled, and in the same batches for any number of processes
         include_num_input_tokens_seen="non_padding",

@@ -26,6 +26,7 @@ from ptl.recovery.job import Curve, RecoveryJob, StageBudget
 from ptl.storage.local_files import FULL
 from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
+LOGGING_STEPS = 10  # optimizer steps between logged losses, at most
 COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 # torch and safetensors wrap the operating system's error in their own
@@ -98,7 +99,7 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     # FSDP recomputes activations itself (launch.command), and the Trainer refuses both
-    fsdp = settings.sharding in ("fsdp", "hybrid") and is_sharded(settings)
+    fsdp = is_sharded(settings)
     return {
         "output_dir": str(job.scratch),
         "per_device_train_batch_size": launch.sequences_per_pass(settings, launch.world_size()),
@@ -114,9 +115,8 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
         # `watch` passes the metrics on, and stops at a loss that is no number
-        "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
-        "report_to": list(settings.report_to) or "none",
+        "report_to": "none",
         # while the first process stores a checkpoint, the others wait for it
         "ddp_timeout": COLLECTIVE_TIMEOUT,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -237,10 +237,16 @@ def _last_good(scratch: Path) -> str:
     return f"the last good training checkpoint is kept in {last}"
 
 
-def run(trainer: Any, scratch: Path) -> int:
+def logging_steps(steps: int) -> int:
+    """Optimizer steps between logged losses in a training of so many: a short one logs ten times too."""
+    return max(1, min(LOGGING_STEPS, steps // 10))
+
+
+def run(trainer: Any, scratch: Path, steps: int) -> int:
     """Train, resuming from the newest complete checkpoint in `scratch`; returns its optimizer step, 0 without one."""
     from transformers import PrinterCallback
 
+    trainer.args.logging_steps = logging_steps(steps)
     trainer.remove_callback(PrinterCallback)  # `watch` passes the metrics on
     last = last_complete(scratch)
     with reported_full_disk("training checkpoints", scratch, scratch):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ptl.config.dag import export_step
 from ptl.config.export import Export
+from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation.paired import Item, Paired, match, paired
 from ptl.log import say
@@ -102,7 +103,7 @@ def build(
         host=imported["host"],
         started=imported["started"],
         wall_seconds=_wall_seconds(steps),
-        confidence=config["evaluate"]["confidence"],
+        confidence=Evaluate.confidence,
         mlflow=Tracking(url=mlflow_url, experiment_id=experiment_id),
         steps=[_step_row(step) for step in steps.values()],
         not_needed=_not_needed(steps, config["schedule"]["iterations"]),

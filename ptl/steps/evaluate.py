@@ -124,7 +124,7 @@ def _evaluated(step: Step, source: Path, settings: Evaluate, loop: LoopSettings)
 def cuts_of(folder: Path, prune: Prune) -> dict[str, int]:
     """The least number of parameters that can be removed from a checkpoint, for each unit."""
     dimensions = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-    return smallest_cuts(dimensions, prune.width_multiple, prune.tensor_parallel)
+    return smallest_cuts(dimensions, prune.width_multiple)
 
 
 def _scores(step: Step, source: Path, key: str, settings: Evaluate, gate_settings: Gate) -> Metadata:
@@ -240,9 +240,6 @@ def _compare(step: Step, reference: Record, settings: Gate) -> paired.Paired:
 def _smallest_cut(record: Record, unit: str) -> int | None:
     """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
     by_unit: dict[str, int] = record.metadata["smallest_cuts"]
-    # `auto` takes what costs least, of neurons and layers; never whole experts.
-    if unit == "auto":
-        return min((by_unit[each] for each in ("neurons", "layers") if each in by_unit), default=None)
     return by_unit.get(unit)
 
 

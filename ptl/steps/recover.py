@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ptl.storage.training_checkpoints import TrainingCheckpoints
 if TYPE_CHECKING:
     from ptl.recovery.job import RecoverReport
 
-NODE_MINUTES = 15  # between training checkpoints in the store, where the config does not say
+STORE_MINUTES = 15.0  # between training checkpoints in the store, unless PTL_STORE_MINUTES says otherwise
 
 
 def recover(call: Call) -> None:
@@ -71,19 +72,16 @@ def recover(call: Call) -> None:
 
 
 def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckpoints]:
-    """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that.
+    """Where the training checkpoints of each stage outlive the machine; none for a store on this machine's own disk.
 
-    Nodes keep them always: when one of them dies, new ones start from there, and a chain's stages are handed on there.
+    Nodes always have them: when one of them dies, new ones start from there, and a chain's stages are handed on there.
     """
-    minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
-    if machines.is_node() and not minutes:
-        minutes = [NODE_MINUTES]
-    if not minutes:
-        return []
+    minutes = float(os.environ.get("PTL_STORE_MINUTES") or STORE_MINUTES)
     run = step.run
-    # One interval for all stages: the shortest that any of them asks for.
+    if run.root.startswith("file:") and not machines.is_node():
+        return []
     return [
-        TrainingCheckpoints(run.root, run.run, f"{run.step}.{i}", step.key.digest, min(minutes))
+        TrainingCheckpoints(run.root, run.run, f"{run.step}.{i}", step.key.digest, minutes)
         for i in range(len(recovery.stages))
     ]
 

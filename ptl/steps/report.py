@@ -123,7 +123,7 @@ def write_manifests(final: Pointer, records: dict[str, Record], config: Config, 
         served.append((form["name"], form["format"], f"{uri}/{gguf_name(form['type'])}" if is_gguf else uri))
     for export, format, uri in served:
         if uri.startswith("s3://"):
-            gpus = config.prune.tensor_parallel if format != "gguf" else int(bool(config.resources.accelerator))
+            gpus = 1 if format != "gguf" else int(bool(config.resources.accelerator))
             manifest = kserve.inference_service(_service_name(config.name, export), uri, format, gpus)
             suffix = f"-{export}" if export else ""
             (folder / f"inference-service{suffix}.yaml").write_text(manifest)

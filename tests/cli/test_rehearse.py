@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ptl.cli import app, rehearsal, run
-from ptl.config import trackers
-from ptl.config.run import load_config
-from ptl.errors import InputError, WorkError
+from ptl.cli import app, rehearsal
+from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.tables import table_text
 
@@ -71,10 +69,3 @@ def test_a_control_that_failed_is_an_error(tmp_path, capsys):
     with pytest.raises(WorkError, match="the rehearsal: control-recover did not finish: no memory; fix it"):
         rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml"])
     assert "works" not in capsys.readouterr().out
-
-
-def test_a_tracker_that_is_missing_here_is_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
-    config = load_config(CONFIG, {"recover": [{"method": "cpt", "report_to": "wandb"}]})
-    with pytest.raises(InputError, match="the package wandb is not installed"):
-        run._check_runner("subprocess", config, s3=False)

@@ -17,7 +17,7 @@ def target(*sets):
 
 def test_a_goal_takes_the_place_of_a_number():
     assert target("schedule.target.memory=16GiB") == MemoryGoal(memory="16GiB")
-    whole = target("schedule.target={memory: 1.5 GB, sequences: 8, tokens: 4096, dtype: float16}")
+    whole = target("schedule.target={memory: 1.5 GB, sequences: 8, tokens: 4096}")
     assert (whole.bytes, whole.sequences, whole.tokens, whole.itemsize) == (1_500_000_000, 8, 4096, 2)
     assert target("schedule.target.memory=16GiB", "schedule.target.sequences=8").sequences == 8
     assert target("schedule.target=0.3") == 0.3

@@ -78,7 +78,7 @@ def test_what_needs_a_gpu_is_replaced_and_named():
     run = config(
         recover=[
             {"method": "cpt", "dtype": "bfloat16", "sharding": "fsdp", "processes": 4},
-            {"method": "grpo", "rollouts": "vllm"},
+            {"method": "grpo"},
         ],
         evaluate={"backend": "vllm", "speed": {"repeats": 0}},
         calibration={"answers": "self"},
@@ -86,16 +86,15 @@ def test_what_needs_a_gpu_is_replaced_and_named():
     )
     rehearsed = rehearsal(run, gpus=0)
     assert rehearsed.evaluate.backend == "hf"
-    assert left_out(run, rehearsed, 0) == [
+    assert left_out(run, rehearsed) == [
         "calibration on the model's own answers",
         "bfloat16 precision",
         "4 processes",
         "sharding by fsdp",
-        "answers by vllm",
         "evaluation by vllm",
     ]
     # on the cluster, where the run itself will be, all of it is there
-    assert left_out(run, rehearsal(run, gpus=None), None) == ["calibration on the model's own answers"]
+    assert left_out(run, rehearsal(run, gpus=None)) == ["calibration on the model's own answers"]
 
 
 def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
@@ -109,7 +108,7 @@ def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
 
 @pytest.mark.parametrize(
     ("gpus", "processes", "lacks"),
-    [(0, None, ["8 processes"]), (1, None, ["8 processes"]), (3, 2, ["8 processes"]), (8, None, []), (16, 8, [])],
+    [(0, 1, ["8 processes"]), (1, 1, ["8 processes"]), (3, 2, ["8 processes"]), (8, 8, []), (16, 8, [])],
 )
 def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others(gpus, processes, lacks):
     resources = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
@@ -118,9 +117,9 @@ def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others(gpus, proces
     rehearsed = rehearsal(run, gpus)
     # three GPUs cannot share the eight sequences of a pass
     assert rehearsed.recover[0].processes == processes
-    assert left_out(run, rehearsed, gpus) == lacks
+    assert left_out(run, rehearsed) == lacks
     on_this_machine = config(recover=[stage])
-    assert left_out(on_this_machine, rehearsal(on_this_machine, gpus), gpus) == []
+    assert left_out(on_this_machine, rehearsal(on_this_machine, gpus)) == []
 
 
 def test_one_process_alone_shards_nothing():
@@ -133,7 +132,7 @@ def test_one_process_alone_shards_nothing():
         recover=[{"method": "cpt", "batch_size": 25, "sharding": "fsdp"}], resources=resources | {"accelerators": 5}
     )
     rehearsed = rehearsal(run, gpus=3)
-    assert rehearsed.recover[0].processes == 1 and "sharding by fsdp" in left_out(run, rehearsed, 3)
+    assert rehearsed.recover[0].processes == 1 and "sharding by fsdp" in left_out(run, rehearsed)
 
 
 def test_a_batch_that_the_run_cannot_divide_is_not_hidden():

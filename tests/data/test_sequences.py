@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ptl import json_lines
-from ptl.config.recover import DataSource, Decontaminate, Reward, TrainingData, TrainingSource
+from ptl.config.recover import DataSource, Decontaminate, Reward, TrainingData
 from ptl.config.run import Calibration
 from ptl.data import decontamination, sources
 from ptl.data.sequences import IGNORED, calibration_batches, order, prompt_rows, tokenize, training_chunk
@@ -153,10 +153,10 @@ def test_weights_are_shares_of_the_tokens(tokenizer, tmp_path):
 
 def test_short_forms_of_the_training_data():
     one = {"source": "a.jsonl"}
-    assert TrainingData.model_validate(one) == TrainingData(sources=(TrainingSource(source="a.jsonl"),))
+    assert TrainingData.model_validate(one) == TrainingData(sources=(DataSource(source="a.jsonl"),))
     assert TrainingData.model_validate([one, {"source": "b.jsonl", "weight": 2}]).sources[1].weight == 2
     against = {"decontaminate": {"against": [{"source": "t.jsonl"}]}}
-    assert TrainingData.model_validate(one | against).decontaminate.ngram == 13
+    assert TrainingData.model_validate(one | against).decontaminate.tasks
     off = TrainingData.model_validate(one | {"decontaminate": {"tasks": False}}).decontaminate
     assert not off.tasks and TrainingData.model_validate(one | {"decontaminate": None}).decontaminate.tasks
     assert TrainingData.model_validate(TrainingData.model_validate(one).model_dump()).sources[0].source == "a.jsonl"
@@ -267,7 +267,7 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
     against = [{"source": rows_file(tmp_path / "test.jsonl", tests)}]
     train = TrainingData(
         sources=[{"source": rows_file(tmp_path / "train.jsonl", clean + leaked + near)}],
-        decontaminate={"against": against, "ngram": 8},
+        decontaminate={"against": against},
     )
     leaks = decontamination.build(train.decontaminate, None)
     chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, leak_filter=leaks)
@@ -302,7 +302,7 @@ def test_the_items_of_the_benchmarks_are_compared_with_by_default(tmp_path):
     longs = [("words", f"{question}. Total?", f"So {question}") for question in (SENTENCE, *others)]
     scored = evaluated(tmp_path / "scored", [*shorts, *longs], "perplexity_only")
     source = DataSource(source="train", prompt="Question: {problem}\n", completion="Answer: {solution}")
-    filter_ = decontamination.build(Decontaminate(ngram=8), scored)
+    filter_ = decontamination.build(Decontaminate(), scored)
     rows = [
         {"problem": "compute 7 plus 7", "solution": "14"},
         {"problem": "Compute 7 plus 8.", "solution": "15"},

@@ -41,7 +41,7 @@ def scored(tmp_path_factory):
     dst = tmp_path_factory.mktemp("scored")
     wanted = Evaluate(
         tasks=[Task(name=YAML, limit=LIMIT)],
-        speed=Speed(batch_sizes=(1, 4), prompt_tokens=8, new_tokens=4, repeats=1),
+        speed=Speed(batch_sizes=(1, 4), repeats=1),
     )
     return evaluate_checkpoint(REASONER, dst, wanted, seed=0), dst
 

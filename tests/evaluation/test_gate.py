@@ -1,4 +1,5 @@
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from ptl.config.run import Gate
 from ptl.errors import InputError
 from ptl.evaluation import gate, paired
 
-ON = Gate(enabled=True, margin=0.02, alpha=0.05, max_rejections=3)
+ON = Gate(enabled=True, margin=0.02, alpha=0.05)
 
 
 def outcomes(right: int, n: int) -> list[int]:
@@ -239,11 +240,10 @@ def test_strict_gate_rejects_what_is_not_shown():
     losses=st.lists(st.integers(-20, 60), min_size=12, max_size=12),
     enabled=st.booleans(),
     strict=st.booleans(),
-    max_rejections=st.integers(1, 4),
 )
-def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, max_rejections):
+def test_loop_under_the_gate(start, share, progress, losses, enabled, strict):
     """A whole static loop: what goes on was accepted, no cut is planned beyond the target, stopping is for good."""
-    rule = Gate(enabled=enabled, strict=strict, max_rejections=max_rejections)
+    rule = Gate(enabled=enabled, strict=strict)
     target = start - int(share * start)
     current, right, state = start, 400, gate.State()
     rejected_before, after_stop = 0, False
@@ -269,8 +269,8 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
             assert decided.state.cap == (current - wanted) // 2
             rejected_before += 1
         state, after_stop = decided.state, decided.state.stopped
-        assert rejected_before <= max_rejections
-        assert rejected_before < max_rejections or state.stopped
+        assert rejected_before <= Gate.max_rejections
+        assert rejected_before < Gate.max_rejections or state.stopped
         assert current >= target
         assert current > target or state.stopped or not enabled
 
@@ -286,10 +286,16 @@ def test_one_early_rejection_does_not_hold_the_whole_run():
     assert current == 1200 and state.reason == gate.REACHED
 
 
+class Patient(Gate):
+    """A gate that hardly ever stops the loop."""
+
+    max_rejections: ClassVar[int] = 1000
+
+
 @given(step=st.integers(1, 10_000), first=st.integers(1, 300), rest=st.integers(1, 300))
 def test_after_a_rejection_every_cut_is_smaller_than_the_one_before(step, first, rest):
     """Cuts are rounded up to whole steps, as widths are rounded down: no candidate is tried twice, and it ends."""
-    rule = Gate(enabled=True, max_rejections=1000)
+    rule = Patient(enabled=True)
     parent = (first + rest) * step
     bad, state, cuts = pair(495, 400), gate.State(), []
     while not state.stopped:

@@ -70,16 +70,16 @@ def test_speed_is_the_median_of_the_repeats(monkeypatch):
     taken = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 6.0)])
     monkeypatch.setattr(speed, "_time_once", lambda *_, **__: next(taken))
     model = Recorder("", [])
-    (row,) = speed.measure_speed({"m": model}, Speed(batch_sizes=(4,), prompt_tokens=10, new_tokens=6, repeats=3))["m"]
+    (row,) = speed.measure_speed({"m": model}, Speed(batch_sizes=(4,), repeats=3))["m"]
     assert row["prefill_s"] == statistics.median([1, 3, 2])
-    assert row["prefill_tokens_per_s"] == 4 * 10 / 2
-    assert row["decode_tokens_per_s"] == 4 * 6 / 4
+    assert row["prefill_tokens_per_s"] == 4 * Speed.prompt_tokens / 2
+    assert row["decode_tokens_per_s"] == 4 * Speed.new_tokens / 4
 
 
 def test_dense_and_compact_side_by_side(monkeypatch):
     settings = Evaluate(
         tasks=[Task(name=YAML, limit=8)],
-        speed=Speed(batch_sizes=(2,), prompt_tokens=8, new_tokens=4, repeats=2, items=6),
+        speed=Speed(batch_sizes=(2,), repeats=2),
     )
     turns = []
     real = speed.score_task
@@ -88,7 +88,7 @@ def test_dense_and_compact_side_by_side(monkeypatch):
     assert [lm is turns[i % 2] for i, lm in enumerate(turns)] == [True] * 4 and turns[0] is not turns[1]
     assert (metadata["task"], metadata["items"], metadata["repeats"], metadata["batch_size"]) == (
         "tiny_reasoner",
-        6,
+        8,
         2,
         64,
     )
@@ -102,7 +102,7 @@ def test_dense_and_compact_side_by_side(monkeypatch):
 
 
 def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
-    settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3, items=4))
+    settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3))
     taken = iter([8.0, 1.0, 2.0, 5.0, 4.0, 1.0])
     score = TaskScore("t", "1", "exact_match,none", 0.5, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0)
     monkeypatch.setattr(speed, "score_task", lambda *_, **__: (replace(score, seconds=next(taken)), []))
@@ -112,7 +112,7 @@ def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
 
 def test_a_task_without_an_accuracy_has_no_seconds_per_solved(monkeypatch):
     task = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
-    settings = Evaluate(tasks=[task], speed=Speed(batch_sizes=(1,), prompt_tokens=8, new_tokens=2, repeats=1))
+    settings = Evaluate(tasks=[task], speed=Speed(batch_sizes=(1,), repeats=1))
     metadata = speed.side_by_side({"dense": REASONER}, settings, seed=0)
     model = metadata["models"]["dense"]
     assert (metadata["task"], metadata["items"], model["seconds_per_solved"]) == ("", 0, None)

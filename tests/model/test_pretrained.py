@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import build, save
 
-from ptl.config.recover import DataSource, Distil, TrainingData, TrainingSource
+from ptl.config.recover import DataSource, Distil, TrainingData
 from ptl.config.run import Calibration, load_config
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
@@ -73,7 +73,7 @@ def test_each_way_into_transformers_refuses(own_code):
 
 
 def job(tmp_path):
-    data = TrainingData(sources=[TrainingSource(source="x.jsonl", format="text")])
+    data = TrainingData(sources=[DataSource(source="x.jsonl", format="text")])
     return RecoveryJob(data, StageBudget(10, (), 1, True, 0), tmp_path / "scratch", lambda *_: None)
 
 

@@ -160,7 +160,7 @@ def test_an_export_is_compiled_without_null(tmp_path):
     tasks = tasks_of(tmp_path / "pipeline.yaml")
     settings = [tasks[name]["inputs"]["parameters"] for name in ("export-gguf-q8-0", "export-gguf-q4-0")]
     exports = [parameters["export"]["runtimeValue"]["constant"] for parameters in settings]
-    assert exports == [form | {"speed": True} for form in forms]
+    assert exports == forms
     listed = tasks["import-model"]["inputs"]["parameters"]["exports"]["runtimeValue"]["constant"]
     assert listed == exports
 

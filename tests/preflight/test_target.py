@@ -34,7 +34,6 @@ def test_memory_holds_the_weights_and_the_cache():
     enough = 2 * params + 10 * cache
     assert resolved(MemoryGoal(memory=f"{enough / 1000}kB", tokens=10)) == params
     assert resolved(MemoryGoal(memory=f"{(enough - 2) / 1000}kB", tokens=10)) == params - 1  # prune rounds down
-    assert resolved(MemoryGoal(memory=f"{2 * enough / 1000}kB", tokens=10, dtype="float32")) == params
     assert resolved(MemoryGoal(memory=f"{(enough + 10 * cache) / 1000}kB", tokens=10, sequences=2)) == params
 
 

@@ -9,19 +9,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ptl.config.schedule import NEURON_CRITERIA, Prune
-from ptl.errors import InputError
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, with_width
 from ptl.model.families import FAMILIES
-from ptl.pruning import importance, selection
+from ptl.pruning import importance
 from ptl.pruning.expert_neurons import CRITERIA
 from ptl.pruning.importance import keep_highest, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
-from ptl.pruning.repair import fit, ridge
-from ptl.pruning.routing import activations, outputs, running_experts
-from ptl.pruning.surgery import Selection, write_pruned
-from ptl.pruning.variant_losses import PrunedVariant, losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = tuple(range(4))
@@ -244,19 +239,6 @@ def test_widths_of_experts_are_rounded_as_those_of_layers(variant, calibration, 
     assert (report.widths[0], report.width_multiple) == (16, 8)
     report = cut(source, calibration, tmp_path / "one", width=19, width_multiple=1)
     assert (report.widths[0], report.width_multiple) == (16, 8)  # torch multiplies no other widths in groups
-    with pytest.raises(InputError, match=r"prune.tensor_parallel: 7 does not divide the FFN width"):
-        cut(source, calibration, tmp_path / "seven", tensor_parallel=7)
-
-
-def test_the_expert_with_the_fewest_redundant_neurons_decides_at_a_threshold(variant, calibration, tmp_path):
-    model, width = build(variant), width_of(variant)
-    with torch.no_grad():
-        for layer in model.get_decoder().layers:
-            for expert, down in enumerate(layer.mlp.experts.down_proj):
-                down[:, : 8 + expert] = 0
-    source = save(model, tmp_path / "source")
-    report = cut(source, calibration, tmp_path / "cut", width=8, criterion="max", sigma_neuron=1e-6)
-    assert report.widths == (width - 8,) * 4
 
 
 def test_a_narrow_mixture_is_pruned_again_by_neurons_and_by_experts(variant, calibration, tmp_path):
@@ -268,117 +250,3 @@ def test_a_narrow_mixture_is_pruned_again_by_neurons_and_by_experts(variant, cal
         tmp_path / "once", tmp_path / "fewer", settings, calibration, unit="experts", goal=goal, seed=0
     )
     assert (report.experts, report.widths, report.params) == (5, (16,) * 4, goal)
-
-
-# ---- repair
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
-def test_ridge_brings_a_narrow_layer_nearer_to_the_whole_one(variant, fused, tmp_path):
-    source, family = save(build(variant), tmp_path / "source", fused=fused), FAMILIES[variant]
-    stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
-    kept = dict(enumerate(keep_highest(scores, 16) for scores in neuron_scores(stream, "max", 0)))
-    files = ridge(stream, Selection(ALL, kept), 1e-3, tmp_path / "repair")
-    assert len(files) == 4 * (1 if fused else 6)
-    write_pruned(source, tmp_path / "repaired", family, Selection(ALL, kept), files)
-    write_pruned(source, tmp_path / "plain", family, Selection(ALL, kept))
-
-    def first_layer(name):  # later layers see other inputs
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
-        with torch.no_grad():
-            return model(stream.batches[0]["input_ids"], output_hidden_states=True).hidden_states[1]
-
-    whole, repaired, plain = map(first_layer, ("source", "repaired", "plain"))
-    assert (repaired - whole).norm() < 0.9 * (plain - whole).norm()
-
-
-def test_each_expert_is_fitted_on_its_own_tokens(variant, tmp_path):
-    """Whoever is sent to one expert only plays no part in the others: fitted again from their tokens alone."""
-    source, family = save(build(variant), tmp_path / "source", fused=True), FAMILIES[variant]
-    stream = LayerwiseModel(source, family, batches())
-    kept = torch.arange(16).expand(6, -1)
-    entry = ridge(stream, Selection((0,), {0: kept}), 0.1, tmp_path / "repair")["model.layers.0.mlp.experts.down_proj"]
-    (fitted,) = dict(checkpoint.tensors(entry.path)).values()  # [E, H, 16]
-    rows = {expert: [] for expert in range(6)}  # activations times the router's weight, of tokens
-
-    def record(experts, routed):
-        values = activations(experts, routed)
-        rows[routed.expert].append(values * routed.weights[:, None])
-        return outputs(experts, routed, values)
-
-    single = [
-        {name: tensor[row : row + 1, :length] for name, tensor in batch.items()}
-        for batch in batches()
-        for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist())
-    ]
-    stream = LayerwiseModel(source, family, single)
-    states = stream.embed()
-    with torch.no_grad(), stream.layer(0) as layer:
-        down = layer.mlp.experts.down_proj.clone()
-        with running_experts(layer, record):
-            stream.run_batches(0, states)
-    for expert, its_rows in rows.items():
-        inputs = torch.cat(its_rows) if its_rows else torch.zeros(0, down.shape[-1])
-        expected = fit(down[expert], inputs.t() @ inputs, kept[expert], 0.1)
-        torch.testing.assert_close(fitted[expert], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_repair_of_a_mixture_runs_inside_the_step(variant, calibration, tmp_path):
-    source = save(build(variant), tmp_path / "source")
-    assert cut(source, calibration, tmp_path / "cut", repair="ridge").repaired == 4 * 6
-    AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-
-
-# ---- measured loss and the chooser
-
-
-def test_measured_losses_are_those_of_the_narrow_checkpoints(variant, tmp_path):
-    source, family, data = save(build(variant), tmp_path / "source"), FAMILIES[variant], batches()
-    kept = {i: torch.stack([torch.arange(e, e + 16) for e in range(6)]) for i in ALL}
-    variants = [PrunedVariant(), PrunedVariant(neurons=kept)]
-    variants.append(PrunedVariant(frozenset({3}), {i: kept[i] for i in (0, 1, 2)}))
-    found = losses(LayerwiseModel(source, family, data), variants)
-    for number, one in enumerate(variants):
-        folder = tmp_path / str(number)
-        write_pruned(source, folder, family, Selection(tuple(i for i in ALL if i not in one.skipped), one.neurons))
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        expected = [
-            nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:]).item()
-            for batch in data
-            for ids in (row[: int(mask.sum())] for row, mask in zip(*list(batch.values())[:2], strict=True))
-        ]
-        assert found[number].tolist() == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("neuron_cost", "unit", "removed"), [(0.5, "neurons", ()), (2.0, "layers", (1,))], ids=["neurons", "layers"]
-)
-def test_the_chooser_weighs_neurons_of_experts_against_layers(
-    variant, calibration, tmp_path, monkeypatch, neuron_cost, unit, removed
-):
-    """A layer costs 1 and more, and neurons with as many parameters what is given; what was measured is mocked."""
-
-    def mock_losses(_stream, variants):
-        costs = [sum((3.0, 1.0, 4.0, 5.0)[i] for i in one.skipped) for one in variants]
-        narrow = [neuron_cost if one.neurons else 0 for one in variants]
-        return torch.tensor(costs)[:, None] + torch.tensor(narrow)[:, None]
-
-    monkeypatch.setattr(selection, "losses", mock_losses)
-    source = save(build(variant), tmp_path / "source")
-    body = model_dimensions(source, FAMILIES[variant])
-    goal = body.params - body.params_per_layer
-    report = prune_checkpoint(source, tmp_path / "cut", Prune(), calibration, unit="auto", goal=goal, seed=0)
-    assert (report.unit, report.removed_layers) == (unit, removed) and report.params <= goal
-
-
-def test_layers_and_then_neurons_of_experts_reach_a_goal_between(variant, calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        selection, "losses", lambda _, variants: torch.tensor([[len(v.skipped)] for v in variants]) * 1.0
-    )
-    monkeypatch.setattr(selection, "_width_like_a_layer", lambda *_: None)
-    source = save(build(variant), tmp_path / "source")
-    body = model_dimensions(source, FAMILIES[variant])
-    goal = body.params - int(1.3 * body.params_per_layer)
-    report = prune_checkpoint(source, tmp_path / "cut", Prune(), calibration, unit="auto", goal=goal, seed=0)
-    assert (report.unit, report.layers) == ("both", 3)
-    assert report.params <= goal < report.params + 8 * body.params_per_neuron * 3 // 4

@@ -12,7 +12,7 @@ from ptl.errors import InputError
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, with_experts
 from ptl.model.families import FAMILIES
-from ptl.pruning.expert_scores import CRITERIA, expert_scores
+from ptl.pruning.experts import CRITERIA, expert_scores
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
 
@@ -143,11 +143,10 @@ def test_a_dense_model_has_no_experts(calibration, tmp_path):
         prune_checkpoint(source, tmp_path / "cut", Prune(target="experts"), calibration, unit="experts", goal=1, seed=0)
 
 
-@pytest.mark.parametrize("criterion", ["max", "block_influence"])
-def test_layers_are_removed_as_of_a_dense_model(variant, source, calibration, tmp_path, criterion):
+def test_layers_are_removed_as_of_a_dense_model(variant, source, calibration, tmp_path):
     body = model_dimensions(source, FAMILIES[MOE_VARIANTS[variant][0]])
     goal = body.params - body.params_per_layer
-    settings = Prune(target="layers", layer_criterion=criterion)
+    settings = Prune(target="layers")
     report = prune_checkpoint(source, tmp_path / "cut", settings, calibration, unit="layers", goal=goal, seed=0)
     assert (report.unit, report.layers, report.experts, report.params) == ("layers", 3, 6, goal)
     model = build(variant)

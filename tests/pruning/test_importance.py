@@ -10,15 +10,11 @@ from torch import nn
 from ptl.model.families import FAMILIES, Family
 from ptl.pruning.importance import (
     CRITERIA,
-    LAYER_CRITERIA,
-    _block_influence,
-    _hidden_change,
     _max,
     _mean,
     keep_highest,
     layer_scores,
     neuron_scores,
-    num_redundant,
 )
 from ptl.pruning.layerwise import LayerwiseModel
 
@@ -81,24 +77,13 @@ def test_layer_scores_computed_by_hand():
     # layer 0 moves (1,2) by (4,6), (2,0) by (6,8) and (0,3) by (1.5,3); layer 1 adds (h1, 2 h0 + .1 h1)
     first = [((4**2 + 6**2) ** 0.5 + 10) / 2, (1.5**2 + 3**2) ** 0.5]
     second = [((8**2 + 10.8**2) ** 0.5 + (8**2 + 16.8**2) ** 0.5) / 2, (6**2 + 3.6**2) ** 0.5]
-    assert layer_scores(ByHand(), "max").tolist() == pytest.approx([max(first), max(second)])
-
-    def turn(a, b):
-        return 1 - (a[0] * b[0] + a[1] * b[1]) / ((a[0] ** 2 + a[1] ** 2) * (b[0] ** 2 + b[1] ** 2)) ** 0.5
-
-    one = (turn((1, 2), (5, 8)) + turn((2, 0), (8, 8))) / 2
-    two = turn((0, 3), (1.5, 6))
-    found = layer_scores(ByHand(), "block_influence")
-    assert float(found[0]) == pytest.approx((one + two) / 2, abs=1e-6)
+    assert layer_scores(ByHand()).tolist() == pytest.approx([max(first), max(second)])
 
 
 def test_formulas_on_single_sequences():
     activations, norms = torch.tensor([[1.0, -4.0], [-3.0, 2.0]]), torch.tensor([2.0, 0.5])
     assert _max(activations, norms).tolist() == [6.0, 2.0]  # strongly negative activations count
     assert _mean(activations, norms).tolist() == [4.0, 1.5]
-    before, after = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
-    assert _hidden_change(before, after).item() == 5 and _block_influence(before, after).item() == 1
-    assert _block_influence(before, 2 * before).item() == 0
 
 
 def changes_by_removal(variant, stream):
@@ -131,9 +116,6 @@ def test_max_is_the_change_of_the_layers_output_when_the_neuron_is_removed(varia
     scores = torch.stack(neuron_scores(stream, "max", seed=0))
     changes = changes_by_removal(variant, stream)
     torch.testing.assert_close(scores, changes, rtol=1e-4, atol=1e-4)
-    # so a threshold removes exactly the neurons whose removal changes every token by less
-    sigma = float(changes.median()) * 1.001
-    assert [num_redundant(layer, sigma) for layer in scores] == (changes < sigma).sum(dim=1).tolist()
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "phi3"])
@@ -175,7 +157,7 @@ def test_zeroed_neurons_go_first(criterion, variant, tmp_path):
     for scores in neuron_scores(stream_of(variant, tmp_path, model), criterion, seed=0):
         kept = keep_highest(scores, 37).tolist()
         assert set(range(40)) - set(kept) == set(dead)
-        assert scores[dead].tolist() == [0, 0, 0] and num_redundant(scores, 1e-9) == 3
+        assert scores[dead].tolist() == [0, 0, 0]
 
 
 def test_batches_and_padding_play_no_part(tmp_path):
@@ -205,10 +187,9 @@ def test_a_layer_that_does_nothing_scores_zero(tmp_path):
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[2].mlp.down_proj.weight.zero_()
     stream = stream_of("llama", tmp_path, model)
-    for criterion in LAYER_CRITERIA:
-        scores = layer_scores(stream, criterion)
-        assert scores[2].item() == pytest.approx(0, abs=1e-6) and scores.argmin() == 2
-        assert keep_highest(scores, 3).tolist() == [0, 1, 3]
+    scores = layer_scores(stream)
+    assert scores[2].item() == pytest.approx(0, abs=1e-6) and scores.argmin() == 2
+    assert keep_highest(scores, 3).tolist() == [0, 1, 3]
 
 
 def test_highest_are_kept_and_ties_go_to_the_lower_index():
@@ -216,11 +197,6 @@ def test_highest_are_kept_and_ties_go_to_the_lower_index():
     assert keep_highest(torch.zeros(6), 4).tolist() == [0, 1, 2, 3]
     scores = torch.tensor([2.0, 1.0]).repeat(500)
     assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
-
-
-def test_the_threshold_is_strict():
-    assert num_redundant(torch.tensor([0.1, 0.2, 0.3]), 0.2) == 1
-    assert num_redundant(torch.tensor([0.1, 0.2, 0.3]), 0.4) == 3
 
 
 def test_the_same_numbers_every_time(tmp_path):

@@ -26,7 +26,6 @@ STAGE = {
     "max_completion_length": 44,
     "guard_prompts": 8,
     "save_steps": 2,
-    "logging_steps": 1,
     "processes": 1,
     "rewards": REWARDS,
 }
@@ -170,14 +169,6 @@ def test_prompts_and_rewards_are_checked_before_a_run(tmp_path):
             check_rewards([Grpo(**change)], DATA)
     with pytest.raises(ValueError, match="no regular expression"):
         Grpo(rewards=[*right, {"name": "format", "pattern": "("}])
-
-
-def test_vllm_without_a_gpu_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here")
-    with pytest.raises(InputError, match="vllm needs a GPU"):
-        grpo.uses_vllm(Grpo(rollouts="vllm"))
-    assert not grpo.uses_vllm(Grpo())
 
 
 def test_the_source_keeps_its_generation_config(small, trained):

@@ -1,16 +1,16 @@
 """Training in several processes: the same tokens and the same result, as whole copies and sharded; what is refused."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from recovering import DATA, DENSE, ROOT, cut, recover, weights
+from conftest import free_port
+from recovering import DENSE, ROOT, cut, recover, weights
 
-from ptl.config import trackers
 from ptl.config.recover import Cpt
 from ptl.errors import InputError, WorkError
-from ptl.recovery import launch, training
-from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery import launch
 from ptl.recovery.machines import Machines
 
 CPT = {"method": "cpt"}
@@ -40,17 +40,6 @@ def sharding(monkeypatch, replace_worker):
     """accelerate shards on GPUs only: a mock makes it take CPU processes for some."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     replace_worker(ROOT / "tests/fsdp_on_cpu.py")
-
-
-def test_a_tracker_is_passed_on_to_the_trainer_and_one_that_is_not_installed_is_refused(tmp_path, monkeypatch):
-    stage = Cpt(report_to="tensorboard")
-    job = RecoveryJob(DATA, StageBudget(1, (), 1, True, 0), tmp_path, lambda metrics, step: None)
-    assert training.arguments(stage, job)["report_to"] == ["tensorboard"]
-    assert training.arguments(Cpt(), job)["report_to"] == "none"
-    monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboardX" or None)
-    launch.check(stage, Machines())
-    with pytest.raises(InputError, match=r"recover\.report_to: the package wandb is not installed; install it where"):
-        launch.check(Cpt(report_to=("tensorboard", "wandb")), Machines())
 
 
 @pytest.mark.slow
@@ -129,24 +118,12 @@ def test_sharded_training_in_bf16(small, straight, tmp_path, sharding):
 def test_reinforcement_learning_goes_with_sharding(small, tmp_path, sharding):
     """Generation, reference model and saving, with the weights spread."""
     stage = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
-    stage |= {"max_completion_length": 44, "guard_prompts": 4, "logging_steps": 1, "processes": 2, "sharding": "fsdp"}
+    stage |= {"max_completion_length": 44, "guard_prompts": 4, "processes": 2, "sharding": "fsdp"}
     report = recover(small, tmp_path / "out", stage | {"rewards": [{"name": "final_answer"}]})
     assert report.steps == 2 and report.tokens > 0 and len(report.details["rewards"]) == 2
     before, after = weights(small), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
-
-
-def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, monkeypatch):
-    """A GPU is pretended, so that sharding is possible at all."""
-    monkeypatch.setattr(launch, "can_shard", lambda: True)
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*prune-tune-loop\[deepspeed\]"):
-        recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
-    monkeypatch.setattr(launch, "find_spec", lambda name: object())
-    flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4, Machines())
-    assert flags[flags.index("--zero_stage") + 1] == "2" and flags[flags.index("--mixed_precision") + 1] == "bf16"
 
 
 @pytest.mark.slow
@@ -184,84 +161,60 @@ def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_
         recover(small, tmp_path / "out", CPT | {"processes": 2})
 
 
+def on_two_machines(src, folder, stage):
+    """Two launchers that reach each other as the nodes of a TrainJob do; the report and files of the first."""
+    port = free_port()
+
+    def train(rank):
+        return recover(src, folder / str(rank), stage, machines=Machines(2, rank, "127.0.0.1", port))
+
+    with ThreadPoolExecutor(2) as machines:
+        report, _ = machines.map(train, (0, 1))
+    assert not list((folder / "1").glob("*.safetensors"))  # the first machine has the files
+    return report, folder / "0"
+
+
 @pytest.mark.slow
-def test_two_groups_of_one_process_train_as_one_group_of_two(small, straight, tmp_path):
-    """2 x 1 and 1 x 2: torchrun's c10d rendezvous on this machine, or one launcher."""
-    report = recover(small, tmp_path / "nodes", CPT, machines=Machines(2))
+def test_two_machines_train_as_two_processes_of_one(small, straight, tmp_path):
+    report, folder = on_two_machines(small, tmp_path, CPT)
     recover(small, tmp_path / "processes", CPT | {"processes": 2})
-    one = straight[1]
-    assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
-    nodes, processes, alone = (weights(path) for path in (tmp_path / "nodes", tmp_path / "processes", straight[0]))
-    assert max(float((nodes[name] - alone[name]).abs().max()) for name in nodes) < 1e-4
+    recover(small, tmp_path / "alone", CPT, machines=Machines(2))  # one machine stands for both
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 2)
+    nodes, processes, alone = (weights(path) for path in (folder, tmp_path / "processes", tmp_path / "alone"))
+    one = weights(straight[0])
+    assert max(float((nodes[name] - one[name]).abs().max()) for name in nodes) < 1e-4
     assert max(float((nodes[name] - processes[name]).abs().max()) for name in nodes) < 1e-6
+    assert all(torch.equal(alone[name], processes[name]) for name in alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sharding", "processes"), [("fsdp", 1), ("hybrid", 2)])
-def test_weights_are_sharded_over_machines_or_within_each(
-    sharding, processes, small, straight, tmp_path, monkeypatch, replace_worker
-):
-    """Two groups: they share the weights, or each has all of them, divided among its processes."""
-    monkeypatch.setattr(launch, "can_shard", lambda: True)
-    replace_worker(ROOT / "tests/fsdp_on_cpu.py")
-    stage = CPT | {"processes": processes, "sharding": sharding}
-    report = recover(small, tmp_path / "out", stage, machines=Machines(2))
-    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 2 * processes)
-    mine, theirs = weights(tmp_path / "out"), weights(straight[0])
+def test_weights_are_sharded_over_machines(small, straight, tmp_path, sharding):
+    report, folder = on_two_machines(small, tmp_path, CPT | {"sharding": "fsdp"})
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 2)
+    mine, theirs = weights(folder), weights(straight[0])
     assert mine.keys() == theirs.keys()
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
 
 
 @pytest.mark.slow
-def test_a_group_that_is_killed_starts_all_of_them_again_from_the_last_checkpoint(
-    small, straight, tmp_path, replace_worker, capfd
-):
-    """The worker is real; one of the second group kills its launcher and itself, once, after a checkpoint."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import os, signal, sys\nfrom pathlib import Path\nfrom ptl.recovery import training, worker\n"
-        f"mark = Path({str(tmp_path / 'killed')!r})\n"
-        "watch = training.watch\n"
-        "def dying(job):\n"
-        "    callback = watch(job)\n"
-        "    on_save = callback.on_save\n"
-        "    def after(args, state, control, **more):\n"
-        "        on_save(args, state, control, **more)\n"
-        "        if os.environ['RANK'] == '1' and state.global_step == 4 and not mark.exists():\n"
-        "            mark.touch()\n"
-        "            os.kill(os.getppid(), signal.SIGKILL)\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    callback.on_save = after\n"
-        "    return callback\n"
-        "training.watch = dying\n"
-        "worker.main(Path(sys.argv[1]))\n"
-    )
-    replace_worker(script)
-    report = recover(small, tmp_path / "out", CPT, machines=Machines(2))
-    assert (tmp_path / "killed").exists() and report.resumed_at in (2, 4) and report.steps == straight[1].steps
-    assert "all groups of processes start again, up to 3 times" in capfd.readouterr().out
-    mine, alone = weights(tmp_path / "out"), weights(straight[0])
-    assert max(float((mine[name] - alone[name]).abs().max()) for name in mine) < 1e-4
-
-
-@pytest.mark.slow
 def test_reinforcement_learning_goes_on_two_machines(small, tmp_path):
     stage = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
-    stage |= {"max_completion_length": 44, "guard_prompts": 4, "logging_steps": 1, "processes": 1}
-    report = recover(small, tmp_path / "out", stage | {"rewards": [{"name": "final_answer"}]}, machines=Machines(2))
+    stage |= {"max_completion_length": 44, "guard_prompts": 4, "processes": 1, "rewards": [{"name": "final_answer"}]}
+    report, folder = on_two_machines(small, tmp_path, stage)
     assert report.steps == 2 and report.tokens > 0 and len(report.details["rewards"]) == 2
-    before, after = weights(small), weights(tmp_path / "out")
+    before, after = weights(small), weights(folder)
     assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
 
 
-def test_more_groups_than_gpus_are_refused_on_one_machine(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match=r"recover\.nodes: 2 nodes cannot share the 1 GPUs .* set it to 1 at most"):
-        launch.check(Cpt(), Machines(2))
-    launch.check(Cpt(), Machines(2, 1, "node-0", 29500))  # a node of a TrainJob
+def test_a_machine_that_stands_for_all_has_their_processes(monkeypatch):
+    def counts(stage, machines):
+        return launch.processes_here(stage, machines), launch.processes_of_all(stage, machines)
+
+    node = Machines(2, 1, "node-0", 29500)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (
+        counts(Cpt(), Machines()) == (1, 1) and counts(Cpt(), Machines(2)) == (2, 2) and counts(Cpt(), node) == (1, 2)
+    )
+    assert counts(Cpt(processes=3), Machines(2)) == (6, 6) and counts(Cpt(processes=3), node) == (3, 6)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.processes_for(Cpt(), Machines(2)) == 2
-    assert [launch._environment(Machines(2), rank)["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)] == ["0,1", "2,3"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert launch._environment(Machines(2), 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert counts(Cpt(), Machines(2)) == (4, 4) and counts(Cpt(), node) == (4, 8)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import mock_kubernetes
 import pytest
+from conftest import free_port
 from mlflow import MlflowClient
 from recovering import DATA, DENSE, SHORT, cut, recover, weights
 
 from pipelines.prune_tune_loop.cluster import train_job
 from ptl.config.run import load_config
-from ptl.recovery.machines import free_port
 from ptl.steps import trainjob
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 RUN = "77777777-0000-4000-8000-000000000000"
 TOKENS = 3000
 # An earlier stage reaches the second node by the store.
-STAGES = [SHORT | {"method": "cpt", "share": 0.5, "store_minutes": 0}, SHORT | {"method": "cpt", "store_minutes": 0}]
+STAGES = [SHORT | {"method": "cpt", "share": 0.5}, SHORT | {"method": "cpt"}]
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def environment(tmp_path, new_database):
         "KFP_RUN_ID": RUN,
         "KFP_POD_NAME": mock_kubernetes.OWN_POD,
         "PTL_NODES": "2",
+        "PTL_STORE_MINUTES": "0",
     }
 
 
@@ -129,8 +130,7 @@ def test_nodes_and_the_coordinator_may_die_and_the_result_is_that_of_one_machine
     # what the coordinator hands on is what the first node has published
     result = Pointer.load((tmp_path / "out").read_text())
     trained = weights(store.fetch(result, tmp_path / "fetched"))
-    plain = [{name: value for name, value in stage.items() if name != "store_minutes"} for stage in STAGES]
-    recover(folder, tmp_path / "alone", *plain, tokens=TOKENS)
+    recover(folder, tmp_path / "alone", *STAGES, tokens=TOKENS)
     alone = weights(tmp_path / "alone")
     assert trained.keys() == alone.keys()
     assert max(float((trained[name] - alone[name]).abs().max()) for name in alone) < 1e-4

@@ -61,7 +61,7 @@ def test_the_final_version_has_the_alias_of_its_verdict(version, verdict, alias,
     monkeypatch.setattr(report.registry, "set_alias", lambda *arguments: given.append(arguments))
     step = SimpleNamespace(run=SimpleNamespace(step="report"), call=Call("report", "e", {"registered_model": "m"}))
     final = dataclasses.replace(FINAL, model_version=version)
-    result = {"paired": {"dense": {"verdict": verdict}} if verdict else {}}
+    result = SimpleNamespace(pair=lambda _: SimpleNamespace(verdict=verdict) if verdict else None)
     report._set_alias(step, records("s3://bucket/form"), final, result)
     assert given == ([("m", alias, "3")] if alias else [])
     assert (f"version 3 of m has the alias {alias}" in capsys.readouterr().out) == bool(alias)

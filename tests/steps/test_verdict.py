@@ -83,21 +83,12 @@ def test_a_cut_of_one_step_is_not_tried_again(run, tmp_path):
 
 
 def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
-    both = {"target": "neurons_then_layers", "layer_iterations": 1}
+    both = {"target": "neurons_then_layers"}
     first, _ = decided(run, tmp_path / "scored", right=150, params=84_000, **both)
     second, _ = decided(run, tmp_path / "scored", right=150, params=84_000, iteration=2, **both)
-    auto, _ = decided(run, tmp_path / "scored", right=150, params=84_000, target="auto")
-    smallest = [told["numbers"]["smallest_cut"] for told in (first, second, auto)]
-    assert smallest == [1_000, 9_000, 1_000]
+    smallest = [told["numbers"]["smallest_cut"] for told in (first, second)]
+    assert smallest == [1_000, 9_000]
     assert "stopped" not in first["reason"] and "9,000 parameters): stopped" in second["reason"]
-
-
-def test_the_smallest_cut_of_auto_is_never_an_expert():
-    by_unit = {"layers": 9_000, "experts": 500, "neurons": 1_000}
-    smallest = [
-        evaluate._smallest_cut(Record("k", DENSE, {"smallest_cuts": by_unit}), unit) for unit in ("auto", "experts")
-    ]
-    assert smallest == [1_000, 500]
 
 
 def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
