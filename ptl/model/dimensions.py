@@ -118,7 +118,7 @@ def _with_mixture(
         expert_groups=getattr(config, "n_group", 1),
         dense_layers=dense_layers,
         # Not where a shared expert has the width too, or where layers and experts differ
-        narrowable=not (dense_layers or experts.transposed or getattr(config, "n_shared_experts", 0)),
+        narrowable=not any((dense_layers, experts.transposed, getattr(config, "n_shared_experts", 0))),
     )
 
 
