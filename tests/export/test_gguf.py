@@ -205,7 +205,7 @@ def test_pruned_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
         ({"layer_types": ["full_attention"] * 6}, "transformers cannot read config.json"),
         (
             {"intermediate_size": 192},
-            r"\[64, 128\], and config.json gives it \[64, 192\] (.*intermediate_size=192",
+            r"\[64, 128\], and config.json gives it \[64, 192\] \(.*intermediate_size=192",
         ),
     ],
 )
