@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ptl.errors import InputError
 from ptl.model import config_fields, shapes
 from ptl.model.experts import BIASES, DOWN, FUSED, Experts
-from ptl.model.families import ConfigJson, Family
+from ptl.model.families import Family
 from ptl.model.shapes import ModelShapes
 
 if TYPE_CHECKING:
@@ -65,11 +65,6 @@ class ModelDimensions:
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     """Measure a checkpoint without loading its weights. Raises InputError as `shapes.of_checkpoint`."""
     return dimensions_of(shapes.of_checkpoint(folder, family))
-
-
-def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> ModelDimensions:
-    """The same sizes from config.json alone, for a model whose weights are not here; `source` is named in errors."""
-    return dimensions_of(shapes.of_config(config, family, source))
 
 
 def dimensions_of(model: ModelShapes) -> ModelDimensions:

@@ -275,12 +275,12 @@ def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str,
 
     The first task is tested as the gate tests it. The others share the significance level as in `ptl compare`.
     """
-    shared = gate["alpha"] / max(1, *(len(outcomes) for outcomes in by_reference.values()))
+    most = max(len(outcomes) for outcomes in by_reference.values())
     comparisons: dict[str, dict[str, Paired]] = {task: {} for task in tasks}
     for reference, outcomes in by_reference.items():
-        for task, pair in outcomes.items():
-            alpha = gate["alpha"] if task == tasks[0] else shared
-            comparisons[task][reference] = paired(*pair, gate["margin"], alpha)
+        for task, (before, after) in outcomes.items():
+            alpha = gate["alpha"] if task == tasks[0] else gate["alpha"] / most
+            comparisons[task][reference] = paired(before, after, gate["margin"], alpha)
     return comparisons
 
 

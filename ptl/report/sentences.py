@@ -50,11 +50,13 @@ def _gate(result: Result) -> str:
     if not settings["enabled"]:
         return "Off: no iteration was tested before the next began."
     verdicts = [row.verdict for row in result.rows]
-    accepted, rejected = (f"{counted(verdicts.count(word), 'iteration')} {word}" for word in ("accepted", "rejected"))
-    sentence = f"{accepted}, {rejected} (margin {margin(settings['margin'])})"
+    accepted = counted(verdicts.count("accepted"), "iteration")
+    rejected = counted(verdicts.count("rejected"), "iteration")
+    sentence = f"{accepted} accepted, {rejected} rejected (margin {margin(settings['margin'])})"
     if result.not_needed:
-        iterations = sorted({step.iteration for step in result.not_needed})
-        sentence += f"; not needed: {numbered('iteration', iterations)} ({result.not_needed[0].reason})"
+        first, last = result.not_needed[0], result.not_needed[-1]
+        iterations = range(first.iteration, last.iteration + 1)
+        sentence += f"; not needed: {numbered('iteration', iterations)} ({first.reason})"
     # Otherwise an accepted model may be one of which nothing can be said.
     return f"{sentence}." if settings["strict"] else f"{sentence}. Unclear ones are accepted: gate.strict is off."
 
@@ -81,7 +83,9 @@ def scored_too_little(result: Result) -> list[str]:
     limited = [task for task, settings in zip(result.tasks, asked, strict=True) if settings.get("limit")]
     if limited:
         sentences.append(f"Only the first items were scored of {', '.join(limited)} (limit in evaluate.tasks).")
-    return [*sentences, *(f"{warning}." for warning in result.amount.warnings())]
+    for warning in result.amount.warnings():
+        sentences.append(f"{warning}.")
+    return sentences
 
 
 def short_of_target(result: Result) -> str:

@@ -44,10 +44,13 @@ def overall(result: Result) -> Verdict:
         pair = result.pair("dense", task)
         items = f"{counted(pair.items, 'item')} of " if pair else ""
         benchmarks.setdefault(of_pair(pair, "the dense model"), []).append(f"{items}{task}")
-    verdicts = sorted(benchmarks, key=lambda verdict: WORST_FIRST.index(verdict.kind))
-    parts = [f"{verdict.text} on {listed(benchmarks[verdict])}" for verdict in verdicts]
-    text = "; ".join([parts[0], *(part[0].lower() + part[1:] for part in parts[1:])])
-    return Verdict(verdicts[0].kind, text)
+    worst, *others = sorted(benchmarks, key=lambda verdict: WORST_FIRST.index(verdict.kind))
+    text = f"{worst.text} on {listed(benchmarks[worst])}"
+    for verdict in others:
+        # It continues the sentence.
+        continued = verdict.text[0].lower() + verdict.text[1:]
+        text += f"; {continued} on {listed(benchmarks[verdict])}"
+    return Verdict(worst.kind, text)
 
 
 def of_pair(pair: Paired | None, reference: str) -> Verdict:

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, cost, shapes
 from ptl.model.dimensions import (
-    dimensions_of_config,
+    dimensions_of,
     experts_for,
     layers_for,
     model_dimensions,
@@ -196,7 +196,7 @@ def test_a_stream_computes_what_the_whole_model_does(model, source):
 def test_sizes_are_those_of_the_real_model(variant, model, source):
     family, config = family_at(source), checkpoint.read_config(source)
     body = model_dimensions(source, family)
-    assert body == dimensions_of_config(config, family, "config.json")
+    assert body == dimensions_of(shapes.of_config(config, family, "config.json"))
     layer = model.get_decoder().layers[expert_layers(model)[0]]
     assert body.params == num_parameters(model) == checkpoint.num_params(source)
     assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
@@ -359,7 +359,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_sizes_of_published_models_are_those_that_their_authors_name(name):
     config, params, active = PUBLISHED[name]
-    body = dimensions_of_config(config, family_of(config), "config.json")
+    body = dimensions_of(shapes.of_config(config, family_of(config), "config.json"))
     assert body.params / 1e9 == pytest.approx(params, rel=0.01)
     assert body.active_params / 1e9 == pytest.approx(active, rel=0.05)
 
