@@ -263,7 +263,7 @@ def _registered(reference: str) -> Checkpoint:
     if match is None:
         raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
     with connected() as client:
-        version = _version(client, match["name"], match["alias"], match["version"])
+        version = _version(client, reference, **match.groupdict())
         # The run that made it may be gone: then there is no card.
         run = _run_by_id(client, version.tags.get("ptl.run", ""))
     # Without its digest the files could not be verified.
@@ -279,20 +279,20 @@ def _registered(reference: str) -> Checkpoint:
     return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
 
 
-def _version(client: MlflowClient, name: str, alias: str | None, number: str | None) -> ModelVersion:
+def _version(client: MlflowClient, reference: str, name: str, alias: str | None, version: str | None) -> ModelVersion:
     """The version of a registered model that has the alias, or the number. Raises InputError with what there is."""
     model = if_there(client.get_registered_model, name)
     aliases = model.aliases if model else {}
-    number = number or str(aliases.get(alias, ""))
-    version: ModelVersion | None = if_there(client.get_model_version, name, number) if number else None
-    if version is None:
-        known = ", ".join(f"{other} (version {number})" for other, number in aliases.items()) or "none"
-        raise InputError(
-            f"this MLflow has no {f'alias {alias!r}' if alias else f'version {number}'} of a model {name!r}",
-            field="models",
-            remedy=f"aliases of {name}: {known}",
-        )
-    return version
+    number = version or str(aliases.get(alias, ""))
+    found: ModelVersion | None = if_there(client.get_model_version, name, number) if number else None
+    if found is not None:
+        return found
+    known = [f"{other} (version {number})" for other, number in aliases.items()]
+    raise InputError(
+        f"this MLflow has no {reference}",
+        field="models",
+        remedy=f"aliases of {name}: {', '.join(known) or 'none'}",
+    )
 
 
 def _published(uri: str) -> Checkpoint:

@@ -174,12 +174,14 @@ def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict
     stages = set()
     for record in filter(None, records):
         metadata = record.metadata
-        stages.add(metadata.get("stage"))
-        if metadata.get("stage") in KEPT:
-            needed[record.pointer.model_id] = KEPT[metadata["stage"]]
+        stage = str(metadata.get("stage"))
+        stages.add(stage)
+        if stage in KEPT:
+            needed[record.pointer.model_id] = KEPT[stage]
         if "accepted" in metadata:
-            arm = metadata["arm"]
-            last[arm] = max(last.get(arm, metadata), metadata, key=lambda evaluation: evaluation["iteration"])
+            other = last.get(metadata["arm"], metadata)
+            if metadata["iteration"] >= other["iteration"]:
+                last[metadata["arm"]] = metadata
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
     if "report" not in stages:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}

@@ -179,10 +179,10 @@ def test_local_runs_are_found_by_home(here, database, tmp_path, monkeypatch):
         ("{id}:evaluate-0", "no finished step 'evaluate-0' that makes a checkpoint"),
         (
             "models:/{name}@newest",
-            r"no alias 'newest' of a model '{name}'; aliases of {name}: best \(version 1\), smallest \(version 2\)",
+            r"has no models:/{name}@newest; aliases of {name}: best \(version 1\), smallest \(version 2\)",
         ),
-        ("models:/{name}/7", r"has no version 7 of a model '{name}'"),
-        ("models:/unknown@best", "no alias 'best' of a model 'unknown'; aliases of unknown: none"),
+        ("models:/{name}/7", "has no models:/{name}/7; aliases of {name}: best"),
+        ("models:/unknown@best", "has no models:/unknown@best; aliases of unknown: none"),
         ("models:/{name}", "must be models:/NAME@ALIAS or models:/NAME/VERSION"),
         ("file:///nowhere", "no checkpoint at file:///nowhere: it holds no ptl-files.json"),
         ("ftp://host/folder", "is neither file:// nor s3://"),

@@ -10,8 +10,7 @@ from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
 from ptl.storage.store import Pointer, Record, digest
-from ptl.storage.training_checkpoints import TrainingCheckpoints
-from ptl.storage.training_files import COMPLETE, last_complete
+from ptl.storage.training_checkpoints import COMPLETE, TrainingCheckpoints, last_complete
 
 
 def folder(tmp_path, step):
