@@ -112,39 +112,35 @@ def _hub_name(source: str) -> str:
 
 
 def terminal_text(result: Result, report: str) -> str:
-    """The tables and how the report begins, and where it (`report` says it) and MLflow's page are."""
+    """The main table, how the report begins, and where it (`report` says it) and MLflow's page are."""
     from rich.console import Console
-    from rich.markup import escape
 
-    console = Console()
-    exports = [table for row in result.exports if not row.failed for table in tables.export(result, row)]
-    checks = [f"{label}: {text}" for label, text in sentences.checks(result)]
+    console = Console(markup=False, highlight=False)
     server = result.mlflow.url.rstrip("/")
     page = runs_page(server, result.mlflow.experiment_id, result.mlflow_run_id)
     with console.capture() as captured:
-        console.print(escape(f"{result.name} (seed {result.seed})"), style="italic")
-        for table in (tables.iterations(result), *tables.evidence(result), *exports):
-            _print_table(console, table)
-        for sentence in (verdict.first_line(result), *checks):
-            console.print(escape(sentence), highlight=False)
-        for line in (f"\nReport: {report}", f"MLflow: {page if server else 'run `ptl up --ui` and open its address'}"):
-            console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(f"{result.name} (seed {result.seed})", style="italic")
+        console.print(_terminal_table(tables.iterations(result)))
+        console.print(verdict.first_line(result))
+        for label, text in sentences.checks(result):
+            console.print(f"{label}: {text}")
+        # Addresses stay whole.
+        console.print(f"\nReport: {report}", soft_wrap=True)
+        console.print(f"MLflow: {page if server else 'run `ptl up --ui` and open its address'}", soft_wrap=True)
     return captured.get().rstrip()
 
 
-def _print_table(console: Any, table: Table) -> None:
+def _terminal_table(table: Table) -> Any:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table as View
+    from rich.text import Text
 
     # No padding: in 80 columns the main table has just room.
     view = View(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for index, heading in enumerate(table.columns):
         is_number = 0 < index <= table.numbers
-        heading = escape("\n".join(heading.rsplit(" ", 1)) if is_number else heading)
         view.add_column(heading, justify="right" if is_number else "left", overflow="fold")
-    for position, row in enumerate(table.rows):
-        cells = [escape("\n".join([cell.text, *cell.details])) for cell in row]
-        kind = table.kinds[position].split()[-1] if table.kinds else ""
-        view.add_row(*cells, style=COLOURS.get(kind))
-    console.print(view)
+    for kind, row in zip(table.kinds, table.rows, strict=True):
+        cells = [Text("\n".join([cell.text, *cell.details])) for cell in row]
+        view.add_row(*cells, style=COLOURS.get(kind.split()[-1]))
+    return view

@@ -258,7 +258,7 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
 def test_layers_without_experts_are_not_removed(tmp_path):
     body = model_dimensions(save(build("qwen3_moe-dense"), tmp_path / "source"), FAMILIES["qwen3_moe"])
     assert body.dense_layers == (2,) and layers_for(body, body.params - 2 * body.params_per_layer) == 2
-    with pytest.raises(InputError, match="would remove 3 of 3 layers with experts"):
+    with pytest.raises(InputError, match="would remove 3 of 3 layers"):
         layers_for(body, body.params - 3 * body.params_per_layer)
 
 
@@ -271,7 +271,7 @@ def test_as_many_experts_stay_in_each_group_that_a_router_chooses(tmp_path):
     assert smallest_cuts(body, "auto")["experts"] == 3 * one
     # A group is chosen by its two best experts.
     assert experts_for(body, body.params - 6 * one) == 6
-    with pytest.raises(InputError, match=r"with the 6 that this needs in 3 groups \(n_group\) the model has"):
+    with pytest.raises(InputError, match="each token needs 6 of them in each layer"):
         experts_for(body, body.params - 6 * one - 1)
     kept = dict.fromkeys(expert_layers(model), torch.tensor([0, 2, 3, 4, 5, 7, 9, 10, 11]))
     write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, kept))

@@ -3,7 +3,7 @@
 from run_records import DENSE, RUN, export, record_of
 
 from ptl.report.build import build
-from ptl.report.render import render, terminal_text
+from ptl.report.render import render
 from ptl.report.sentences import checks
 
 EXPORT = {"format": "gguf", "type": "q8_0"}
@@ -35,7 +35,6 @@ def test_an_export_is_shown_beside_the_models_and_their_own_exports(records, set
     assert "| tiny\\_reasoner | the dense model in the same format | -1.0 points" in markdown
     assert f"Get the files: ptl fetch {result.run_id}:{STEP} DIR" in html and result.run_id
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "within the margin of 2 points" in html
-    assert "140.0 kB" in terminal_text(result, "x")
     assert "scored on the first" not in html + markdown
     assert STEP in [step.step for step in result.steps]
 
