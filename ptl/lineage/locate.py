@@ -51,7 +51,10 @@ class PipelineRun:
     @property
     def finished(self) -> str:
         """The finished steps that can be named, for messages."""
-        names = [f"{self.id}:{step}" for step, state in self.steps.items() if state == "FINISHED" and step != "report"]
+        names = []
+        for step, state in self.steps.items():
+            if state == "FINISHED" and step != "report":
+                names.append(f"{self.id}:{step}")
         return ", ".join(names) or "none yet"
 
     def report_file(self, name: str) -> bytes | None:
@@ -144,8 +147,8 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     # What is on this machine comes first: a run's directory may be named like a run.
     path = Path(reference)
     if path.exists():
-        card = path / "README.md"
-        return _final(result(reference), arm, reference, card.read_bytes() if card.is_file() else None)
+        card = store.read(str(path.resolve() / "README.md"))
+        return _final(result(reference), arm, reference, card)
     if arm != "loop" and ":" in reference:
         raise InputError(
             f"{reference} names one checkpoint",
@@ -159,7 +162,11 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     run, step = find_run(reference)
     if step:
         pointer = _pointer(run, step, evaluation=False)
-        return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
+        return Checkpoint(
+            pointer,
+            f"{step} of run {run.id}",
+            _card(run, pointer.digest),
+        )
     return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
 

@@ -190,7 +190,13 @@ def _not_needed(steps: Records, num_iterations: int) -> list[Missing]:
 def _export(export: Export, steps: Records, failed: Mapping[str, str]) -> ExportRow:
     """An export of the config with what its step reports, or why there is none."""
     name = export_step(export)
-    row = ExportRow(name=export.name, format=export.format, type=export.type, limit=export.limit, step=name)
+    row = ExportRow(
+        name=export.name,
+        format=export.format,
+        type=export.type,
+        limit=export.limit,
+        step=name,
+    )
     step = steps.get(name)
     # The run may have made it with other settings before.
     if step is None or step.metadata["export"] != {**export.model_dump(), "name": export.name}:

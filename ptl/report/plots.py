@@ -62,7 +62,13 @@ def _draw(figure: Any, result: Result) -> None:
             keys.append(Line2D([], [], marker=marker, color=colour, linestyle="", label=kind))
     # A thin line through what the loop accepted, and a ring around the final checkpoint.
     path = by_kind["dense"] + by_kind["loop"]
-    axis.plot([row.params for row in path], [row.accuracy for row in path], color=LOOP, linewidth=1.2, alpha=0.55)
+    axis.plot(
+        [row.params for row in path],
+        [row.accuracy for row in path],
+        color=LOOP,
+        linewidth=1.2,
+        alpha=0.55,
+    )
     final = result.final_row
     if final is not None:
         axis.plot(final.params, final.accuracy, "o", color="none", markersize=13, markeredgecolor=LOOP)
@@ -93,7 +99,15 @@ def _draw_marks(axis: Any, colour: str, marker: str, rows: list[Row]) -> None:
     below = [0.0 if row.low is None else max(0.0, row.accuracy - row.low) for row in rows]
     above = [0.0 if row.high is None else max(0.0, row.high - row.accuracy) for row in rows]
     params = [row.params for row in rows]
-    bars = axis.errorbar(params, scores, yerr=[below, above], fmt=marker, color=colour, elinewidth=1.3, zorder=3)
+    bars = axis.errorbar(
+        params,
+        scores,
+        yerr=[below, above],
+        fmt=marker,
+        color=colour,
+        elinewidth=1.3,
+        zorder=3,
+    )
     if colour == CONTROL:
         # It ends at the loop's size: a few points to the right, its interval stays apart from the loop's.
         aside = ScaledTranslation(7 / 72, 0, axis.figure.dpi_scale_trans)

@@ -107,7 +107,11 @@ def _hub_name(source: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return source
     # The last folder alone is often `checkpoint`.
-    allowed = re.sub(r"[^\w.-]+", "-", "-".join(Path(source).parts[-2:]))
+    allowed = re.sub(
+        r"[^\w.-]+",
+        "-",
+        "-".join(Path(source).parts[-2:]),
+    )
     return allowed.strip("-.") or "unknown"
 
 

@@ -53,9 +53,21 @@ def _data_set(source: DataSource) -> DataSet:
     path = local_file(source)
     if path is None:
         # On the hub the revision stands for the content.
-        return DataSet(source.source, (source.revision or UNPINNED)[:DIGITS], "hf", source.source, [])
+        return DataSet(
+            source.source,
+            (source.revision or UNPINNED)[:DIGITS],
+            "hf",
+            source.source,
+            [],
+        )
     kind = "s3" if source.source.startswith("s3://") else "local"
-    return DataSet(Path(source.source).name, file_digest(path)[:DIGITS], kind, source.source, [])
+    return DataSet(
+        Path(source.source).name,
+        file_digest(path)[:DIGITS],
+        kind,
+        source.source,
+        [],
+    )
 
 
 def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DataSet] = ()) -> None:

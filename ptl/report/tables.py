@@ -72,8 +72,19 @@ def details(result: Result) -> Table:
     rows = []
     for row in result.rows:
         scores = [numbers.score(task) for task in row.scores.tasks] if tasks else []
-        rows.append(_cells(row.label, _shape(row), *scores, row.reason or row.verdict))
-    return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
+        rows.append(
+            _cells(
+                row.label,
+                _shape(row),
+                *scores,
+                row.reason or row.verdict,
+            )
+        )
+    return Table(
+        ("Iteration", "Shape", *tasks, "Verdict"),
+        rows,
+        1 + len(tasks),
+    )
 
 
 def _shape(row: Row) -> Cell:
@@ -168,7 +179,14 @@ def _sizes(dense: Row, final: Row) -> Table:
         if key != "active_params" or dense.scores.experts:
             before, after = getattr(dense.scores, key), getattr(final.scores, key)
             change = 100 * (after / before - 1)
-            rows.append(_cells(label, printed(before), printed(after), f"{change:+.1f} %" if change else "the same"))
+            rows.append(
+                _cells(
+                    label,
+                    printed(before),
+                    printed(after),
+                    f"{change:+.1f} %" if change else "the same",
+                )
+            )
     return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
 
 
@@ -182,7 +200,15 @@ def export(result: Result, row: ExportRow) -> list[Table]:
         as_it_is = scores[row.scored[name]]
         label = name.capitalize()
         rows.append(_exported(row, name, label, as_it_is, original))
-        rows.append(_exported(row, f"{name}_export", f"{label}, {row.type}", exported, original))
+        rows.append(
+            _exported(
+                row,
+                f"{name}_export",
+                f"{label}, {row.type}",
+                exported,
+                original,
+            )
+        )
     columns = (row.name, "Weights", *tasks, "Items", "Tokens/s")
     tables = [Table(columns, rows, len(tasks) + 3)]
     if row.pairs:
@@ -224,7 +250,17 @@ def lineage(result: Result) -> Table:
             )
         )
     for missing, why in ((result.not_needed, "not needed"), (result.not_finished, "not finished")):
-        rows += [_cells(step.step, NONE, NONE, f"{why}: {step.reason}", NONE, NONE) for step in missing]
+        rows += [
+            _cells(
+                step.step,
+                NONE,
+                NONE,
+                f"{why}: {step.reason}",
+                NONE,
+                NONE,
+            )
+            for step in missing
+        ]
     columns = ("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run")
     return Table(columns, rows, 2)
 
