@@ -293,7 +293,8 @@ def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str,
 def _examples(steps: Records, final: str, outcomes: Outcomes) -> Examples:
     """Items whose outcome changed from the dense model to the final one."""
     answers = {(item["task"], item["id"]): item for item in _items(steps, final)}
-    regressions, improvements = [], []
+    regressions: list[Change] = []
+    improvements: list[Change] = []
     compared = 0
     for old in _items(steps, "evaluate-0"):
         if old["task"] not in outcomes:

@@ -186,10 +186,10 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress = silent
             raise refusal(f"{path} is not part of the checkpoint", f"remove it from {folder}")
     # What is cheap to see comes first: sizes, before any byte is read.
     for file in files:
-        path = folder / file.path
-        if not path.is_file():
+        copy = folder / file.path
+        if not copy.is_file():
             raise refusal(f"file {file.path} was deleted")
-        size = path.stat().st_size
+        size = copy.stat().st_size
         if size != file.size:
             raise refusal(f"file {file.path} has {size} bytes, {file.size} were published")
     for file, actual in zip(files, hash_files(folder, paths, on_progress), strict=True):

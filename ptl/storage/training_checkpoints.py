@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ptl.storage import store
+from ptl.storage.local_files import COMPLETE, last_complete, step_of
 from ptl.storage.manifest import FILES, digest_of, silent
 from ptl.storage.store import Pointer, Record
 
-COMPLETE = "ptl-complete"  # a file that marks a training checkpoint on the local disk as written to its end
 NUM_KEPT = 2  # newest checkpoints whose files stay in the store
 
 
@@ -143,16 +143,3 @@ def _fetch(record: Record, target: Path) -> None:
     shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
     partial.rename(target)
     shutil.rmtree(download, ignore_errors=True)
-
-
-def last_complete(scratch: Path) -> Path | None:
-    """The newest training checkpoint that was written to its end; a kill may have left later ones half-written."""
-    # each is marked after all processes have written their parts
-    complete = [mark.parent for mark in scratch.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=step_of, default=None)
-
-
-def step_of(folder: Path) -> int:
-    """The optimizer step in a training checkpoint's name."""
-    _, _, step = folder.name.rpartition("-")
-    return int(step)
