@@ -9,7 +9,8 @@ from recovering import DATA, DENSE, cut, recover
 from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
-from ptl.storage.local_files import COMPLETE, TrainingCheckpoints, last_complete
+from ptl.storage.local_files import COMPLETE, last_complete
+from ptl.storage.training_checkpoints import TrainingCheckpoints
 from ptl.storage.store import Pointer, Record, digest
 
 
