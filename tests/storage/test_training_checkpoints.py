@@ -10,8 +10,8 @@ from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
 from ptl.storage.local_files import COMPLETE, last_complete
-from ptl.storage.training_checkpoints import TrainingCheckpoints
 from ptl.storage.store import Pointer, Record, digest
+from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 
 def folder(tmp_path, step):
