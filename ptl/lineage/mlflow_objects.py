@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ptl.errors import InputError
 from ptl.lineage.mlflow_client import ALREADY_THERE, if_there, ignoring
-from ptl.lineage.run_status import PARENT, search
+from ptl.lineage.run_status import PARENT, records_root, search
+from ptl.storage import store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,8 +47,8 @@ def run(
 ) -> Run:
     """The MLflow run of a step, or of the pipeline run where `step` is empty; created with `tags` where there is none.
 
-    Of several, which concurrent steps or lost answers leave, the oldest is everybody's; others are deleted if they hold
-    nothing.
+    Of several, which concurrent steps or lost answers leave, the one that is claimed first in the store is everybody's;
+    others are deleted if they hold nothing.
     """
     experiment_id = experiment.experiment_id
     where = f"tags.`ptl.step` = '{step}'" if step else PARENT
@@ -56,12 +57,32 @@ def run(
         created = client.create_run(experiment_id, tags=tags, run_name=name)
         # The answer to an earlier request may have been lost, and other steps create the parent too.
         candidates = search(client, [experiment_id], pipeline_run, where) or [created]
-    oldest, *others = candidates
+    winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
     # An empty double only confuses; one with content may be somebody's.
-    for other in others:
-        if not _holds_anything(client, other):
-            if_there(client.delete_run, other.info.run_id)
-    return oldest
+    for other in candidates:
+        run_id = other.info.run_id
+        if run_id != winner.info.run_id and not _holds_anything(client, other):
+            if_there(client.delete_run, run_id)
+    return winner
+
+
+def _claimed(
+    client: MlflowClient,
+    experiment: Experiment,
+    pipeline_run: str,
+    role: str,
+    oldest: Run,
+) -> Run:
+    """The run that is claimed in the store; `oldest` where none is."""
+    root = records_root(experiment.artifact_location)
+    claim = f"{role}-{experiment.experiment_id}"
+    while True:
+        run_id = store.claim(root, pipeline_run, claim, oldest.info.run_id)
+        winner: Run | None = if_there(client.get_run, run_id)
+        if winner and winner.info.lifecycle_stage == "active":
+            return winner
+        # MLflow has lost what was claimed: the next claim is among what there is now.
+        claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
 
 
 def _holds_anything(client: MlflowClient, other: Run) -> bool:
