@@ -20,7 +20,7 @@ from ptl.recovery import training
 from ptl.recovery.job import Curve, RecoverReport, RecoveryJob
 from ptl.recovery.launch import world_size
 from ptl.recovery.rewards import REWARDS, TIMEOUTS, RewardValues, text_of
-from ptl.storage.training_files import last_complete
+from ptl.storage.local_files import last_complete
 
 # what is kept of a log
 LOGGED = (

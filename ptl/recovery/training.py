@@ -23,8 +23,7 @@ from ptl.model.families import family_of
 from ptl.model.safetensors_io import Entry, NewTensor
 from ptl.recovery import launch
 from ptl.recovery.job import Curve, RecoveryJob, StageBudget
-from ptl.storage.local_files import FULL
-from ptl.storage.training_files import COMPLETE, last_complete, step_of
+from ptl.storage.local_files import COMPLETE, FULL, last_complete, step_of
 
 LOGGING_STEPS = 10  # optimizer steps between logged losses, at most
 COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -39,8 +38,7 @@ def report(call: Call) -> None:
     with Step(call, key=None) as step:
         config = check(Config, _run_config(call.settings), "settings")
         records = _records(step, config)
-        as_dicts = {name: dataclasses.asdict(record) for name, record in records.items()}
-        result = build(as_dicts, config.model_dump(mode="json"), **_surroundings(step, config))
+        result = build(records, config.model_dump(mode="json"), **_surroundings(step, config))
         render(result, step.folder)
         final = call.inputs["final"]
         write_manifests(final, records, config, step.folder)

@@ -303,7 +303,7 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
 
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):
     done = ptl("fetch", tmp_path, tmp_path / "out")
-    assert done.returncode == 2 and "holds no result.json" in done.stderr
+    assert done.returncode == 2 and "is no result.json of a run" in done.stderr
 
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, checkpoint, tmp_path):

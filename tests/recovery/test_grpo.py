@@ -14,7 +14,7 @@ from ptl.errors import InputError, WorkError
 from ptl.recovery import grpo
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.training import learning_rate_curve
-from ptl.storage.training_files import COMPLETE
+from ptl.storage.local_files import COMPLETE
 
 REWARDS = [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]
 STAGE = {

@@ -25,7 +25,7 @@ from ptl.recovery import sft, training
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import RECOVERIES, budgets_before
 from ptl.recovery.training import learning_rate_curve, optimizer_for
-from ptl.storage.training_files import COMPLETE, last_complete
+from ptl.storage.local_files import COMPLETE, last_complete
 
 CPT = {"method": "cpt"}
 
