@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.prune_tune_loop import pipeline
-from pipelines.prune_tune_loop.follow import DONE, Say, watch
+from pipelines.prune_tune_loop.follow import DONE, watch
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, connect, explained, required
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import progress
+from ptl.log import Show
 
 
 def submit(
@@ -29,7 +30,7 @@ def submit(
     wait: bool = False,
     timeout: float | None = None,
     poll: float = 15.0,
-    say: Say = print,
+    say: Show = print,
 ) -> int:
     """Compile, upload as a version of the pipeline, start a run; with `wait` follow it to its end.
 

@@ -18,14 +18,25 @@ from ptl.config.run import Config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
 
-Host = Annotated[str | None, typer.Option(help="API address; default: KF_PIPELINES_ENDPOINT")]
-Namespace = Annotated[str | None, typer.Option(help="your profile in multi-user Kubeflow; default: KFP_NAMESPACE")]
+Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
+Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
 TokenFile = Annotated[
-    Path | None, typer.Option(help="file with a service-account token; default: KFP_TOKEN, or no login")
+    Path | None,
+    typer.Option(
+        envvar="KF_PIPELINES_SA_TOKEN_PATH",
+        exists=True,
+        help="file with a service-account token; default: KFP_TOKEN, or no login",
+    ),
 ]
-CaCert = Annotated[Path | None, typer.Option(help="CA bundle to trust (PEM); default: KFP_CA_CERT, or the public CAs")]
+CaCert = Annotated[
+    Path | None,
+    typer.Option(envvar="KFP_CA_CERT", exists=True, help="CA bundle to trust (PEM); default: the public CAs"),
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
-UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; default: --host")]
+UiHost = Annotated[
+    str | None,
+    typer.Option(envvar="KF_PIPELINES_UI_ENDPOINT", help="address of the UI, for links; default: --host"),
+]
 RunId = Annotated[str, typer.Argument(help="id or name of the run, as `ptl submit` printed them", show_default=False)]
 Wait = Annotated[
     bool, typer.Option("--wait", help="wait for the end; exit code 0 done, 1 failed, 3 gate not passed, 4 timeout")
@@ -40,7 +51,7 @@ _say = functools.partial(print, flush=True)
 
 
 def _server_options(
-    host: Host = None,
+    host: Host = "",
     namespace: Namespace = None,
     token_file: TokenFile = None,
     ca_cert: CaCert = None,
@@ -181,9 +192,8 @@ def doctor(
     run_config = load(config, sets, images)
     if runner not in ("subprocess", "docker"):
         raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
-    host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
     if local is None:
-        local = not host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        local = not server.host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
         other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
@@ -192,8 +202,8 @@ def doctor(
         extras.need("kfp", "doctor")
         findings = work.cluster(
             run_config,
-            health=functools.partial(_health, server, host) if host else None,
-            namespace=server.namespace or os.environ.get("KFP_NAMESPACE"),
+            health=functools.partial(_health, server) if server.host else None,
+            namespace=server.namespace,
             kubeflow_namespace=kubeflow_namespace,
         )
     for finding in findings:
@@ -201,14 +211,14 @@ def doctor(
     raise typer.Exit(int(any(finding.state == "error" for finding in findings)))
 
 
-def _health(server: Server, host: str) -> dict[str, Any]:
+def _health(server: Server) -> dict[str, Any]:
     """Kubeflow's version (`tag_name`) and mode (`multi_user`), asked as `ptl submit` asks."""
     from pipelines.prune_tune_loop import kfp_api
 
     request = kfp_api.connect(server).client._healthz_api.api_client.call_api  # the client's own record has no version
     options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
-    with kfp_api.explained(host):
+    with kfp_api.explained(server.host):
         answer = request("/apis/v2beta1/healthz", "GET", **options)
     if not isinstance(answer, dict):
-        raise InputError("the answer is not Kubeflow's", field=host, remedy="log in again if it is a login page")
+        raise InputError("the answer is not Kubeflow's", field=server.host, remedy="log in again if it is a login page")
     return answer

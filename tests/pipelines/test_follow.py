@@ -532,7 +532,6 @@ def test_a_wait_gives_the_reason_once(world, said, watch, cluster, monkeypatch):
             world.play("run-succeeded-6-tasks")
 
     monkeypatch.setattr(follow.time, "sleep", sleep)
-    monkeypatch.setattr(follow, "PODS", -1.0)
     assert watch() == 0
     lines = [text for text in said if text.startswith("import-model: ") and "SUCCEEDED" not in text]
     assert len(lines) == 2 and all(line.startswith("import-model: PENDING: pending since 07:48") for line in lines)
@@ -556,7 +555,9 @@ def test_a_run_of_50_steps_is_complete_by_its_records(world, said, status, track
     tiny = "pipelines/prune_tune_loop/configs/tiny.yaml"
     names = [node.name for node in dag.nodes(load_config(tiny, {"schedule.iterations": 16, "control": False}))]
     run = world.play("run-succeeded-50-tasks")
-    world.version = {"pipeline_spec": {"root": {"dag": {"tasks": {name: {} for name in names}}}}}
+    world.version = {
+        "pipeline_spec": {"root": {"dag": {"tasks": {name: {"taskInfo": {"name": name}} for name in names}}}}
+    }
     world.version |= {"pipeline_id": "p", "pipeline_version_id": "v"}
     tracked(run, {name: {"metrics": {"seconds": 1}} for name in names}, status="FINISHED")
     assert status() == 0 and len(names) == 51
