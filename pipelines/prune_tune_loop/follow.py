@@ -261,48 +261,31 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
 
 def _exit_code(view: RunView, is_gated: bool, say: Show) -> int:
     """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
+    from ptl.report.render import terminal_text
+    from ptl.report.result import Result
+
     if view.state != "SUCCEEDED":
         reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
         say(f"{view.name}: {view.state}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
     try:
-        result = locate.result(view.run_id)
-        passed, reason = gate_passed(result)
-        is_gated = is_gated or result.get("settings", {}).get("gate", {}).get("enabled", False)
-    except (PtlError, LookupError, TypeError, ValueError, AttributeError) as error:
+        result = Result.model_validate(locate.result(view.run_id))
+    except (PtlError, ValueError) as error:  # no answer, or another version's result
         if is_gated:
             raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
         say(f"its result cannot be read: {error}")
-    else:
-        say(_result_text(result, view.run_id))
-    if not is_gated:
         say(f"{view.name}: SUCCEEDED")
         return DONE
+    result.mlflow.url = address.mlflow_ui()  # the steps' own may be one within the cluster
+    report = f"`ptl fetch {view.run_id} DIR --report` writes it; in MLflow it is an artifact, report/report.html"
+    say(terminal_text(result, report))
+    if not result.settings.get("gate", {}).get("enabled", is_gated):
+        say(f"{view.name}: SUCCEEDED")
+        return DONE
+    # The control has no gate, and iteration 0 is the dense model.
+    iterations = [row for row in result.rows if row.arm == "loop" and row.iteration > 0]
+    last = iterations[-1]
+    passed = last.verdict == "accepted"
+    reason = f"iteration {last.iteration} {last.verdict}, {result.final.share_removed:.1%} removed"
     say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")
     return DONE if passed else GATE
-
-
-def _result_text(result: dict[str, Any], run_id: str) -> str:
-    """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
-    from ptl.report.render import terminal_text
-    from ptl.report.result import Result
-
-    report = f"`ptl fetch {run_id} DIR --report` writes it; in MLflow it is an artifact of the run, report/report.html"
-    # The images' version of ptl may be another one.
-    try:
-        at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}
-        return terminal_text(Result.model_validate(result | {"mlflow": at_our_address}), report)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"another version of ptl has written its result ({error!r})\nReport: {report}"
-
-
-def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
-    # The control has no gate, and iteration 0 is the dense model.
-    iterations = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] > 0]
-    if not iterations:
-        return False, "no iteration was scored"
-    last = max(iterations, key=lambda row: row["iteration"])
-    share = result["final"]["share_removed"]
-    sentence = "iteration {iteration} {verdict}".format_map(last)
-    return last["verdict"] == "accepted", f"{sentence}, {share:.1%} removed"

@@ -20,6 +20,7 @@ WAITING, NOT_STARTED, NOT_NEEDED, UNKNOWN = "waiting", "not started", "not neede
 CANCELED = "canceled"  # a run; Kubeflow says FAILED
 SOON = 60.0  # seconds in which a pod usually starts
 STAGES = ("prune", "recover", "evaluate")
+CONTROL = (2, 0, 0)  # position of its first step
 # How a stage needs less memory.
 SMALLER_BATCH = {
     "prune": " or lower calibration.batch_size",
@@ -73,14 +74,15 @@ class RunView:
     @property
     def hint_to_cancel(self) -> str:
         """What to do about a run that has failed but has not ended, since the other arm is still running; or ""."""
+        failed = [step.name for step in self.steps if step.state == "FAILED"]
         # A failure of the control does not fail the run.
-        failed = [step.name for step in self.steps if step.state == "FAILED" and not step.name.startswith("control-")]
+        failed = [name for name in failed if not name.startswith("control-")]
         working = [step.name for step in self.steps if step.state == "RUNNING"]
         if self.state != "RUNNING" or not failed or not working:
             return ""
         return (
-            f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; `ptl cancel {self.run_id}` "
-            "ends it now, and `ptl retry` then resumes both"
+            f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; "
+            f"`ptl cancel {self.run_id}` ends it now, and `ptl retry` then resumes both"
         )
 
     @property
@@ -88,10 +90,10 @@ class RunView:
         """The steps as a table for the terminal."""
         numbers = ("Attempt", "Seconds", "Accuracy")
         headings = ["Step", "State", *numbers, "Verdict", "Training"]
-        rows = [
-            [step.name, step.state, step.attempt, step.seconds, step.accuracy, step.verdict, step.training]
-            for step in self.steps
-        ]
+        rows = []
+        for step in self.steps:
+            results = [step.attempt, step.seconds, step.accuracy, step.verdict, step.training]
+            rows.append([step.name, step.state, *results])
         return table_text(self.name, headings, rows, numbers=numbers)
 
 
@@ -132,12 +134,12 @@ def view(
     """
     retried, canceled = _moments(run)
     all_records = records or {}
-    # Without failures before the retry: those steps have not begun again.
-    current = {
-        name: record
-        for name, record in all_records.items()
-        if not (retried and record.status in ("FAILED", "KILLED") and record.ended and record.ended < retried)
-    }
+    current = {}
+    for name, record in all_records.items():
+        has_failed = record.status in ("FAILED", "KILLED") and record.ended
+        # A step that failed before the retry has not begun again.
+        if not (has_failed and retried and record.ended < retried):
+            current[name] = record
     situation = _Situation(run.state, canceled, current, records is not None, pods, look)
     steps = []
     for name in names or sorted({*all_records, *pods}, key=_position):
@@ -222,7 +224,8 @@ class _Situation:
 
     def state_of(self, name: str) -> str:
         """The state of a step. A pod that is killed leaves its record RUNNING."""
-        record, pod = self.records.get(name), self.pods.get(name)
+        record = self.records.get(name)
+        pod = self.pods.get(name)
         if record is None and pod is None:
             return self._state_unseen(name)
         status = record.status if record else ""
@@ -232,7 +235,8 @@ class _Situation:
         if not self.ended:
             phase = pod.phase if pod else "Running"
             # Its driver prepares the pod.
-            if phase == "Pending" or (phase == "Running" and not status and pod and pod.is_driver):
+            is_prepared = phase == "Running" and not status and pod and pod.is_driver
+            if phase == "Pending" or is_prepared:
                 return "PENDING"
             if is_open and phase == "Running":
                 return "RUNNING"
@@ -241,8 +245,9 @@ class _Situation:
 
     def _state_unseen(self, name: str) -> str:
         """The state of a step that has neither a record nor a pod."""
-        ends = [step for step, record in self.records.items() if record.loop_ended]
-        if ends and _position(name)[0] == 1 and _position(name) > max(map(_position, ends)):
+        position = _position(name)
+        ends = [_position(step) for step, record in self.records.items() if record.loop_ended]
+        if ends and max(ends) < position < CONTROL:
             return NOT_NEEDED
         # The doctor leaves no record, and the others begin after it.
         if self.state == "SUCCEEDED" or (name == "doctor" and self.records):
@@ -253,12 +258,14 @@ class _Situation:
 
     def failure_of(self, name: str) -> str:
         """Why a step failed, in its own words, or Kubernetes'."""
-        record, pod = self.records.get(name), self.pods.get(name)
+        record = self.records.get(name)
+        pod = self.pods.get(name)
         if record is not None and record.error:
             return record.error
-        # A step of the control that says why it could not finish does not fail the run.
         culprits = [step for step, other in self.records.items() if other.error and other.status == "FAILED"]
-        if record is not None and any("control" not in step for step in culprits):
+        # A step of the control that says why it could not finish does not fail the run.
+        is_failed_by_another = any("control" not in step for step in culprits)
+        if record is not None and is_failed_by_another:
             return "it was stopped when the run failed"
         cause = pod.sentence if pod and pod.phase == "Failed" else ""
         if record is not None and not cause:
@@ -276,9 +283,13 @@ class _Situation:
         pod = self.pods[name]
         if (_now() - pod.created).total_seconds() < SOON:
             return ""
-        cause = f": {pod.sentence}" if pod.sentence else ""
-        remedy = pod.remedy(_stage(name)) if pod.sentence else self.look("describe workflows,pods")
-        return f"pending since {pod.created:%H:%M} UTC{cause}" + (f"; {remedy}" if remedy else "")
+        text = f"pending since {pod.created:%H:%M} UTC"
+        if pod.sentence:
+            text += f": {pod.sentence}"
+            remedy = pod.remedy(_stage(name))
+        else:
+            remedy = self.look("describe workflows,pods")
+        return f"{text}; {remedy}" if remedy else text
 
 
 def _stage(name: str) -> str:

@@ -45,8 +45,8 @@ def submit(
     reference = _upload_pipeline(api, config, version)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
-    experiment_id, earlier = _in_mlflow(mlflow_experiment, config.name)
-    if earlier and not fresh and "earlier_runs" not in parameters:
+    earlier = [] if fresh or "earlier_runs" in parameters else _unfinished(mlflow_experiment, config.name)
+    if earlier:
         parameters = {**parameters, "earlier_runs": " ".join(earlier)}
         say(f"{progress.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
@@ -59,7 +59,7 @@ def submit(
         run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
             experiment_id=required(created, "experiment_id"),
             display_name=name,
-            description=_description(name, mlflow_experiment, experiment_id),
+            description=_description(name, mlflow_experiment),
             pipeline_version_reference=reference,
             runtime_config=V2beta1RuntimeConfig(parameters=parameters),
             service_account=service_account,
@@ -79,11 +79,9 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
             field="--param",
             remedy=f"there are {', '.join(known)}",
         )
-    if "gate" not in parameters:
-        return
     # Whether the gate is on decides which tasks are compiled, and how they depend on each other.
-    enabled = check(Gate, parameters["gate"], "--param gate").enabled
     compiled = config.gate.enabled
+    enabled = check(Gate, parameters.get("gate", {"enabled": compiled}), "--param gate").enabled
     if enabled != compiled:
         raise InputError(
             f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides the pipeline's "
@@ -94,25 +92,20 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
         )
 
 
-def _in_mlflow(experiment: str, name: str) -> tuple[str | None, list[str]]:
-    """The experiment's id and the unfinished runs of this config's name, as far as MLflow can be asked here."""
-    experiment_id, earlier = None, []
-    with suppress(PtlError):  # no MLflow must not prevent the start
-        if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
-            experiment_id = progress.experiment_id(experiment)
-            earlier = progress.unfinished(experiment_id, name) if experiment_id else []
-    return experiment_id, earlier
+def _unfinished(experiment: str, name: str) -> list[str]:
+    """Ids of the unfinished runs of this config's name, as far as MLflow can be asked here."""
+    if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        return []
+    # No MLflow must not prevent the start.
+    with suppress(PtlError):
+        return progress.unfinished(experiment, name)
+    return []
 
 
-def _description(run_name: str, experiment: str, experiment_id: str | None) -> str | None:
-    """A link to the run in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
+def _description(run_name: str, experiment: str) -> str | None:
+    """Where the run is in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
     server = address.mlflow_ui()
-    if not server:
-        return None
-    if experiment_id is None:  # the first run in it makes the experiment
-        return f"MLflow: experiment {experiment}, run {run_name}: {server}/#/experiments?{address.TRAINING}"
-    page = address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")
-    return f"MLflow: {page}"
+    return f"MLflow: experiment {experiment}, run {run_name}: {server}" if server else None
 
 
 def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:

@@ -13,7 +13,7 @@ from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import load, warn
-from ptl.cli.options import ConfigFile, ImagesFile, Overrides, Rehearse
+from ptl.cli.options import HOME, ConfigFile, Home, ImagesFile, Overrides, Rehearse, Runner
 from ptl.config.run import Config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
@@ -179,8 +179,8 @@ def doctor(
             "--local/--cluster", help="where the run is to go; default: a cluster if the environment names one"
         ),
     ] = None,
-    runner: Annotated[str, typer.Option(help="runner of a local run: subprocess or docker")] = "subprocess",
-    home: Annotated[Path, typer.Option(help="where local runs and checkpoints are")] = Path(".ptl"),
+    runner: Runner = "subprocess",
+    home: Home = HOME,
     images: ImagesFile = None,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
@@ -190,8 +190,6 @@ def doctor(
     from ptl.preflight import doctor as work
 
     run_config = load(config, sets, images)
-    if runner not in ("subprocess", "docker"):
-        raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
     if local is None:
         local = not server.host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
         other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"

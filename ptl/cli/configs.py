@@ -139,21 +139,19 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
     """
-    from ptl.data import training_amount
     from ptl.evaluation import language_models
     from ptl.export import formats
     from ptl.model import pretrained
-    from ptl.preflight import advice, preflight, target
+    from ptl.preflight import advice, preflight
 
-    warn(advice.warnings(config))
     # Before a model is downloaded.
     checks: list[extras.Check] = [
         partial(language_models.check_backend, config.evaluate),
         *formats.installation_checks(config.export),
     ]
-    unchecked = extras.not_checked(checks, excused)
+    warnings = [*advice.warnings(config), *extras.not_checked(checks, excused)]
     if not pretrained.can_build():
-        unchecked.append("not checked: the model and what it can do of the config (without transformers or torch)")
+        warnings.append("not checked: the model and what it can do of the config (without transformers or torch)")
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
@@ -169,27 +167,43 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         config.gate,
         config.recover,
     )
-    if dimensions is None:
-        warn(unchecked)
-        return None
+    if dimensions is not None:
+        warnings += _check_with_model(config, folder, dimensions, excused)
+    warn(list(dict.fromkeys(warnings)))
+    return dimensions
+
+
+def _check_with_model(
+    config: Config,
+    folder: Path,
+    dimensions: ModelDimensions,
+    excused: type[UnusableError] | tuple[()],
+) -> list[str]:
+    """What a model's own files allow: prints how much text there is for it, and returns warnings."""
+    from ptl.data import training_amount
+    from ptl.export import formats
+    from ptl.preflight import advice, target
+
     is_served = config.export or config.evaluate.backend == "vllm"
     notes = formats.context_notes(folder) if is_served else []
 
     def check_exports() -> None:
         notes.extend(formats.check_exports(folder, config.export))
 
-    unchecked += extras.not_checked([check_exports], excused)
-    warn(list(dict.fromkeys([*unchecked, *notes])))
-    warn(formats.layer_warnings(folder, config.export, config.prune.target))
+    unchecked = extras.not_checked([check_exports], excused)
     numbered = target.with_number(config)
-    warn(advice.model_warnings(numbered, dimensions))
     _, final = target.after_iterations(dimensions, numbered.schedule, config.prune)[-1]
-    warn(formats.width_warnings(folder, config.export, final.width))
     amount = training_amount.planned(config, dimensions.params - final.params)
     if amount.sentence:
         print(amount.sentence)
-    warn(amount.warnings())
-    return dimensions
+    return [
+        *unchecked,
+        *notes,
+        *formats.layer_warnings(folder, config.export, config.prune.target),
+        *advice.model_warnings(numbered, dimensions),
+        *formats.width_warnings(folder, config.export, final.width),
+        *amount.warnings(),
+    ]
 
 
 def warn(warnings: list[str]) -> None:
@@ -213,10 +227,10 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     for iteration, after in sizes.after_iterations(dimensions, config.schedule, config.prune):
         row = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
         if shows_experts:
-            left, all_units = (
-                (after.experts, dimensions.experts) if target == "experts" else (after.width, dimensions.width)
-            )
-            row += [f"{after.active_params:,}", f"{left} of {all_units}"]
-        rows.append([*row, f"{iteration.tokens:,}"])
+            field = "experts" if target == "experts" else "width"
+            left = f"{getattr(after, field)} of {getattr(dimensions, field)}"
+            row += [f"{after.active_params:,}", left]
+        row.append(f"{iteration.tokens:,}")
+        rows.append(row)
         before = after.params
     print(table_text(f"{config.name}: {dimensions.params:,} parameters{active}", headings, rows, numbers=headings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -43,6 +43,10 @@ Overrides = Annotated[
 Home = Annotated[
     Path,
     typer.Option("--home", help="where local runs, checkpoints and MLflow's database are"),
+]
+Runner = Annotated[
+    Literal["subprocess", "docker"],
+    typer.Option(help="how the steps of a local run are executed: docker runs each in its image"),
 ]
 Servers = Annotated[
     bool,

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,7 +27,9 @@ RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for t
 def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
-    arm: Annotated[str, typer.Option(help="which arm of a run: loop (its final model) or control")] = "loop",
+    arm: Annotated[
+        Literal["loop", "control"], typer.Option(help="which arm of a run; the loop's model is the final one")
+    ] = "loop",
     report: Annotated[
         bool, typer.Option("--report", help="only the run's report, made again from its result.json")
     ] = False,
@@ -54,7 +56,7 @@ def fetch(
 def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="file or folder to write, for example model.gguf", show_default=False)],
-    to: Annotated[str, typer.Option(help=f"format: {', '.join(TYPES)}")] = "gguf",
+    to: Annotated[Literal["gguf", "compressed-tensors"], typer.Option(help="format")] = "gguf",
     type: Annotated[
         str,
         typer.Option(
@@ -74,8 +76,6 @@ def export(
     ] = None,
 ) -> None:
     """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""
-    if to not in TYPES:
-        raise InputError(f"{to!r} must be one of {', '.join(TYPES)}", field="--to")
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
     if to == "gguf":

@@ -80,8 +80,8 @@ def test_what_containers_need_is_asked_first(stub_docker, monkeypatch, tmp_path,
 
 def test_unknown_runner_and_server_that_does_not_answer(tmp_path):
     for arguments, said in (
-        (["--runner", "podman"], "--runner: 'podman' must be one of subprocess, docker"),
-        ([], "MLFLOW_TRACKING_URI: no MLflow server answers at http://127.0.0.1:9"),
+        (["--runner", "podman"], "'podman' is not one of"),
+        ([], "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9: "),
     ):
         command = [sys.executable, "-m", "ptl", "run", TINY, "--home", tmp_path / "home", *arguments]
         environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
@@ -98,7 +98,7 @@ def test_a_server_that_is_no_mlflow_is_reported(monkeypatch):
         monkeypatch.setenv(name, "")  # so that what is taken from the address is undone
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{server.server_port}")
     try:
-        with pytest.raises(InputError, match=f"the server at http://127.0.0.1:{server.server_port} refuses") as caught:
+        with pytest.raises(InputError, match=f"MLflow at http://127.0.0.1:{server.server_port}: ") as caught:
             runs.artifact_location("ptl")
         assert "secret" not in str(caught.value)
     finally:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_records
 import yaml
 from mlflow import MlflowClient
 from mock_kfp import ADDED
@@ -15,6 +16,7 @@ from pipelines.prune_tune_loop.kfp_api import Server
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.lineage import progress
+from ptl.report.build import build
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -201,20 +203,16 @@ def test_an_unknown_parameter_is_refused_before_anything_is_sent(world, go):
     assert world.requests == []
 
 
-def row(iteration, verdict):
-    return {"arm": "loop", "iteration": iteration, "verdict": verdict}
-
-
 @pytest.mark.parametrize(("verdict", "code"), [("accepted", 0), ("rejected", 3), ("stopped", 3)])
 def test_the_gate_decides_the_exit_code(world, said, tmp_path, tracked, verdict, code):
     run = tracked("run-0", {}, status="FINISHED")
-    result = tmp_path / "result.json"
-    rows = [row(0, "baseline"), row(1, "accepted"), row(2, verdict)]
-    result.write_text(json.dumps({"rows": rows, "final": {"share_removed": 0.3}}))
-    MlflowClient().log_artifact(run, str(result), "report")
+    result = build(run_records.records(), run_records.settings(), **run_records.RUN)
+    result.rows[4].verdict = verdict
+    (tmp_path / "result.json").write_text(result.model_dump_json())
+    MlflowClient().log_artifact(run, str(tmp_path / "result.json"), "report")
     gated = load_config(TINY, {"gate.enabled": True})
     done = submit.submit(gated, Server(host=world.url), wait=True, poll=0.01, say=said.append)
-    assert done == code and f"iteration 2 {verdict}, 30.0% removed" in said[-1]
+    assert done == code and f"iteration 4 {verdict}, 40.0% removed" in said[-1]
 
 
 def test_a_gate_parameter_cannot_change_the_structure(world, go, config):
@@ -309,26 +307,20 @@ def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
 
 
 @pytest.mark.slow
-def test_the_description_links_to_the_run_in_mlflow(world, go, monkeypatch):
+def test_the_description_names_the_run_in_mlflow(world, go, monkeypatch):
     assert go(wait=False) == 0 and "description" not in world.runs[0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow.example.com/base/")
-    monkeypatch.setattr(progress, "experiment_id", {"ptl": "7"}.get)
-    assert go(wait=False) == go(wait=False, parameters={"experiment": "new"}) == 0
-    names = [run["display_name"] for run in world.runs]
-    filtered = f"workflowType=machine_learning&searchFilter=attributes.run_name%20%3D%20%27{names[1]}%27"
-    page = "MLflow: http://mlflow.example.com/base/#/experiments"
-    assert world.runs[1]["description"] == f"{page}/7/runs?{filtered}"
-    assert world.runs[2]["description"].startswith(
-        f"MLflow: experiment new, run {names[2]}: http://mlflow.example.com/"
-    )
+    monkeypatch.setattr(progress, "unfinished", lambda *_: [])
+    assert go(wait=False, parameters={"experiment": "new"}) == 0
+    page = "http://mlflow.example.com/base"
+    assert world.runs[1]["description"] == f"MLflow: experiment new, run {world.runs[1]['display_name']}: {page}"
     monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.org/")
-    assert go(wait=False) == 0 and "MLflow: https://mlflow.example.org/#/exp" in world.runs[3]["description"]
+    assert go(wait=False) == 0 and world.runs[2]["description"].endswith(": https://mlflow.example.org")
 
 
 def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
-    monkeypatch.setattr(progress, "experiment_id", {"ptl": "7"}.get)
-    monkeypatch.setattr(progress, "unfinished", lambda *named: ["new", "old"] if named == ("7", "tiny") else [])
+    monkeypatch.setattr(progress, "unfinished", lambda *named: ["new", "old"] if named == ("ptl", "tiny") else [])
     assert go(wait=False) == go(wait=False, fresh=True) == go(wait=False, parameters={"earlier_runs": "mine"}) == 0
     assert go(wait=False, parameters={"experiment": "there is none"}) == 0
     named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]
