@@ -2,6 +2,8 @@
 
 import json
 import os
+import pwd
+import shutil
 import signal
 import socket
 import ssl
@@ -256,3 +258,69 @@ def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
         os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
         server.wait(20)
     assert unused(port)
+
+
+def postgres():
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    on_path = shutil.which("postgres")
+    return found[-1].parent if found else Path(on_path).parent if on_path else None
+
+
+@pytest.fixture
+def database(tmp_path):
+    """A PostgreSQL server of its own; initdb refuses root, so root becomes `nobody`."""
+    bins = postgres()
+    if bins is None:
+        pytest.skip("NO POSTGRESQL BINARIES HERE: MLflow on PostgreSQL is not tested; apt-get install postgresql")
+    place = Path("/tmp") / f"ptl-pg-{uuid.uuid4().hex[:8]}"  # pytest's own folders are closed to other users
+    place.mkdir()
+    user = {}
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        os.chown(place, nobody.pw_uid, nobody.pw_gid)
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    port, log = free_port(), place / "log"
+    init = [bins / "initdb", "-D", place / "data", "-U", "ptl", "--auth=trust", "--no-sync"]
+    subprocess.run(init, check=True, capture_output=True, cwd=place, **user)
+    server = [
+        bins / "postgres",
+        "-D",
+        place / "data",
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-k",
+        place,
+        "-c",
+        "fsync=off",
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(server, stdout=output, stderr=output, cwd=place, **user)
+    try:
+        ready = [bins / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        while subprocess.run(ready, capture_output=True).returncode and process.poll() is None:
+            time.sleep(0.1)
+        assert process.poll() is None, log.read_text()
+        yield f"postgresql+psycopg://ptl@127.0.0.1:{port}/postgres"
+    finally:
+        process.terminate()
+        process.wait(20)
+        shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_mlflow_on_postgresql(database, running, environment, tmp_path, monkeypatch):
+    pytest.importorskip(
+        "psycopg", reason="NO psycopg HERE: MLflow on PostgreSQL is not tested; pip install psycopg[binary]"
+    )
+    port, own = free_port(), tmp_path / "own"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    servers.mlflow_up(own, port, database, f"s3://{servers.BUCKET}/postgres", environment)
+    try:
+        step, _ = work(tmp_path, "on-postgres")
+        assert tracking.start("on-postgres", "import-model", arm="loop", iteration=0) == step
+        command = Path(f"/proc/{notes(own)['mlflow.service.json']['pid']}/cmdline")
+        assert not command.exists() or b"postgresql" not in command.read_bytes()
+    finally:
+        servers.down(own)
