@@ -12,9 +12,9 @@ import typer
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
-from ptl.cli.configs import load, warn
-from ptl.cli.options import HOME, ConfigFile, Home, ImagesFile, Overrides, Rehearse, Runner
-from ptl.config.run import Config, pairs
+from ptl.cli.configs import warn
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
+from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
 
@@ -95,7 +95,6 @@ def submit(
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
-    images: ImagesFile = None,
     fresh: Annotated[
         bool, typer.Option("--new", help="take over nothing from unfinished runs of the same name")
     ] = False,
@@ -109,7 +108,7 @@ def submit(
     from pipelines.prune_tune_loop import submit as work
 
     # Warnings come before anything is sent.
-    run_config = load(config, sets, images)
+    run_config = load_config(config, pairs("--set", sets))
     warn(advice.warnings(run_config))
     _warn_of_local_files(run_config, config)
     run_config = shipped.as_in_images(run_config, config)
@@ -181,7 +180,6 @@ def doctor(
     ] = None,
     runner: Runner = "subprocess",
     home: Home = HOME,
-    images: ImagesFile = None,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
@@ -189,7 +187,7 @@ def doctor(
     from ptl.local.images import missing
     from ptl.preflight import doctor as work
 
-    run_config = load(config, sets, images)
+    run_config = load_config(config, pairs("--set", sets))
     if local is None:
         local = not server.host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
         other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ptl import extras
 from ptl.cli import shipped
-from ptl.cli.options import ConfigFile, ImagesFile, Overrides
-from ptl.config import dag, yaml_text
-from ptl.config.run import Config, Images, check, load_config, pairs
+from ptl.cli.options import ConfigFile, Overrides
+from ptl.config import dag
+from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
 from ptl.tables import table_text
@@ -101,37 +100,18 @@ def compile(
     config: ConfigFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")],
     sets: Overrides,
-    images: ImagesFile = None,
 ) -> None:
     """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute."""
     # kfp's compiler decides by the suffix what it writes.
     if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
-    settings = shipped.as_in_images(load(config, sets, images), config)
+    settings = shipped.as_in_images(load_config(config, pairs("--set", sets)), config)
 
     from pipelines.prune_tune_loop.pipeline import compile_pipeline
 
     compile_pipeline(settings, output)
     num_steps = len(dag.nodes(settings))
     print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {num_steps} steps")
-
-
-def load(file: Path, sets: Sequence[str], images: Path | None = None) -> Config:
-    """The config of a command with its overrides; what `--images` names replaces the section `images` of the file."""
-    overrides = pairs("--set", sets)
-    if images is not None:
-        overrides = {"images": images_section(images), **overrides}
-    return load_config(file, overrides)
-
-
-def images_section(path: Path) -> dict[str, Any]:
-    """The section `images` of a file that `ptl images digests` printed."""
-    if not path.is_file():
-        raise InputError(f"no file {path}", field="--images", remedy="make it: `ptl images digests`")
-    section = yaml_text.load(path.read_text(), str(path), field="--images")
-    if not isinstance(section, dict) or not section.get("digests"):
-        raise InputError(f"{path} has no digests", field="--images", remedy="make it again: `ptl images digests`")
-    return check(Images, section, str(path)).model_dump()
 
 
 def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions | None:

@@ -76,7 +76,7 @@ def images(
     ] = None,
     wheels: Annotated[Path | None, typer.Option(help="folder with local wheels for a build")] = None,
 ) -> None:
-    """Print, build or push the images that the pipeline's steps run in, or print their digests for `--images`."""
+    """Print, build or push the steps' images, or print their digests as the section `images` of a config."""
     from ptl.config import image_names
     from ptl.local import images as work
 

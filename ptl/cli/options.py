@@ -31,10 +31,6 @@ ConfigOption = Annotated[
     Path,
     typer.Option("--config", "-c", help=CONFIG_HELP, parser=shipped.config_file),
 ]
-ImagesFile = Annotated[
-    Path | None,
-    typer.Option("--images", help="images and their digests, a file that `ptl images digests` printed"),
-]
 Overrides = Annotated[
     list[str],
     # The factory stands for a default in the signatures, which all calls would share.
