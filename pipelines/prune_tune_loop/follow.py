@@ -91,7 +91,8 @@ class Observer:
         status = MLFLOW_STATUS.get(view.state, "FAILED")
         reasons = {step.name: step.reason for step in view.steps}
         try:
-            if progress.close(self.records, status, view.reason, reasons):
+            was_running = progress.close(self.records, status, view.reason, reasons)
+            if was_running:
                 self.show(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
             self.show(f"MLflow: the run could not be closed: {error}")
@@ -100,11 +101,14 @@ class Observer:
         """Print each change of a run that is waited for as one line, and nothing twice."""
         for step in view.steps:
             if step.state not in QUIET:
-                self.announce_once(step.name, (step.state, step.attempt, step.reason), step.change)
+                value = (step.state, step.attempt, step.reason)
+                self.announce_once(step.name, value, step.change)
             now = time.monotonic()
-            if step.training and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
+            last_line = self.trainings.get(step.name, -math.inf)
+            if step.training and now - last_line >= TRAINING:
                 self.trainings[step.name] = now
-                self.announce_once(f"training of {step.name}", step.training, f"{step.name}: {step.training}")
+                topic = f"training of {step.name}"
+                self.announce_once(topic, step.training, f"{step.name}: {step.training}")
         self.announce_once("hint", view.hint_to_cancel, view.hint_to_cancel)
 
     def announce_once(self, topic: str, value: Any, text: str) -> None:
@@ -118,17 +122,20 @@ def status(reference: str, server: Server, *, say: Show = print) -> int:
     """Print a run and its steps as a table. 1 when it failed or was canceled."""
     api = connect(server)
     run_id = run_id_of(api, reference)
+    run = get_run(api, run_id)
     observer = Observer(api, say)
-    view = observer.look(get_run(api, run_id))
+    view = observer.look(run)
     if observer.records is None and not observer.outage:
         say("MLflow has no records of this run, or none yet")
     say(view.table)
     # Reasons are longer than a cell of the table.
     reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
+    for reason in reasons:
+        say(reason)
     if view.state == "FAILED" and not reasons:
-        reasons = [f"{view.name}: {view.reason}"]
-    for line in filter(None, [*reasons, view.hint_to_cancel]):
-        say(line)
+        say(f"{view.name}: {view.reason}")
+    if view.hint_to_cancel:
+        say(view.hint_to_cancel)
     observer.settle(view)
     say(f"{view.name}: {view.state}  {api.link(run_id)}")
     return FAILED if view.state in ("FAILED", CANCELED) else DONE
@@ -168,7 +175,10 @@ def cancel(reference: str, server: Server, *, say: Show = print, poll: float = 2
 def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, problem: str) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    while (run := get_run(api, run_id)).state not in states:
+    while True:
+        run = get_run(api, run_id)
+        if run.state in states:
+            return run
         if time.monotonic() > deadline:
             raise WorkError(
                 f"{run_id} {problem}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
@@ -177,7 +187,6 @@ def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, pr
                 remedy=LOGIN_AGAIN,
             )
         time.sleep(poll)
-    return run
 
 
 def retry(
@@ -195,7 +204,9 @@ def retry(
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
         raise InputError(
-            f"{run_id} is {run.state}", field="run", remedy="only a run that failed or was canceled can be retried"
+            f"{run_id} is {run.state}",
+            field="run",
+            remedy="only a run that failed or was canceled can be retried",
         )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
@@ -207,7 +218,9 @@ def retry(
         if error.status != CONFLICT:
             raise
         raise InputError(
-            f"{run_id} cannot be retried: {error}", field="run", remedy=f"`ptl status {run_id}` shows its state"
+            f"{run_id} cannot be retried: {error}",
+            field="run",
+            remedy=f"`ptl status {run_id}` shows its state",
         ) from error
     _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), "does not run again")
     # The run itself is under way, whatever MLflow answers.
@@ -282,9 +295,8 @@ def _exit_code(view: RunView, is_gated: bool, say: Show) -> int:
     if not result.settings.get("gate", {}).get("enabled", is_gated):
         say(f"{view.name}: SUCCEEDED")
         return DONE
-    # The control has no gate, and iteration 0 is the dense model.
-    iterations = [row for row in result.rows if row.arm == "loop" and row.iteration > 0]
-    last = iterations[-1]
+    # The control has no gate.
+    last = [row for row in result.rows if row.arm == "loop"][-1]
     passed = last.verdict == "accepted"
     reason = f"iteration {last.iteration} {last.verdict}, {result.final.share_removed:.1%} removed"
     say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")

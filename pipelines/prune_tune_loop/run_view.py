@@ -45,16 +45,19 @@ class StepView:
     @property
     def change(self) -> str:
         """A change of the step in one line: its state, and with its end what came out."""
-        parts = [
-            f"{self.name}: {self.state}",
-            # The first attempt is the usual case, and says nothing.
-            f" (attempt {self.attempt})" if self.attempt not in ("", "1") else "",
-            f" in {self.seconds} s" if self.seconds else "",
-            f", accuracy {self.accuracy}" if self.accuracy else "",
-            f", {self.verdict}" if self.verdict else "",
-            f": {self.reason}" if self.reason else "",
-        ]
-        return "".join(parts)
+        text = f"{self.name}: {self.state}"
+        # The first attempt is the usual case, and says nothing.
+        if self.attempt not in ("", "1"):
+            text += f" (attempt {self.attempt})"
+        if self.seconds:
+            text += f" in {self.seconds} s"
+        if self.accuracy:
+            text += f", accuracy {self.accuracy}"
+        if self.verdict:
+            text += f", {self.verdict}"
+        if self.reason:
+            text += f": {self.reason}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -183,28 +186,23 @@ def _results(state: str, record: StepProgress | None) -> dict[str, str]:
     """What a step's record adds to its state."""
     if record is None:
         return {}
-    results = {"attempt": str(record.attempt or ""), "verdict": record.verdict}
+    results = {
+        "attempt": str(record.attempt or ""),
+        "verdict": record.verdict,
+    }
     if record.accuracy is not None:
         results["accuracy"] = f"{record.accuracy:.3f}"
     if state != "RUNNING" and record.seconds is not None:
         results["seconds"] = f"{record.seconds:.0f}"
     if state == "RUNNING" and record.tokens_seen is not None:
-        planned = f" of {record.tokens_planned:,}" if record.tokens_planned else ""
-        loss = "" if record.loss is None else f", loss {record.loss:.3f}"
-        results["training"] = f"{record.tokens_seen:,}{planned} tokens{loss}"
+        training = f"{record.tokens_seen:,}"
+        if record.tokens_planned:
+            training += f" of {record.tokens_planned:,}"
+        training += " tokens"
+        if record.loss is not None:
+            training += f", loss {record.loss:.3f}"
+        results["training"] = training
     return results
-
-
-def _reason(steps: list[StepView], run: "_Situation") -> str:
-    """Why a run did not succeed."""
-    if run.state != "FAILED":
-        return ""
-    failed = [step for step in steps if step.state == "FAILED"]
-    if not failed:
-        return run.look("describe workflows,pods")
-    # The control's failures do not fail the run: the first one of the loop comes before them.
-    culprit = min(failed, key=lambda step: "control" in step.name)
-    return f"{culprit.name}: {culprit.reason}"
 
 
 @dataclass(frozen=True)
@@ -290,6 +288,18 @@ class _Situation:
         else:
             remedy = self.look("describe workflows,pods")
         return f"{text}; {remedy}" if remedy else text
+
+
+def _reason(steps: list[StepView], run: _Situation) -> str:
+    """Why a run did not succeed."""
+    if run.state != "FAILED":
+        return ""
+    failed = [step for step in steps if step.state == "FAILED"]
+    if not failed:
+        return run.look("describe workflows,pods")
+    # The control's failures do not fail the run: the first one of the loop comes before them.
+    culprit = min(failed, key=lambda step: "control" in step.name)
+    return f"{culprit.name}: {culprit.reason}"
 
 
 def _stage(name: str) -> str:

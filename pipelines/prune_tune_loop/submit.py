@@ -22,9 +22,7 @@ def submit(
     config: Config,
     server: Server,
     *,
-    experiment: str | None = None,
     parameters: dict[str, Any] | None = None,
-    version: str | None = None,
     service_account: str | None = None,
     fresh: bool = False,
     wait: bool = False,
@@ -34,15 +32,15 @@ def submit(
 ) -> int:
     """Compile, upload as a version of the pipeline, start a run; with `wait` follow it to its end.
 
-    `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. Without
-    `version` the version is named by the content, and a pipeline that was uploaded before is used again. Raises
-    InputError for what the server refuses, WorkError when it fails.
+    `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. The version
+    is named by the content: what was uploaded before is used again. Raises InputError for what the server refuses,
+    WorkError when it fails.
     """
     # What is wrong with the input is reported before anything is sent.
     parameters = parameters or {}
     _check_parameters(config, parameters)
     api = connect(server)
-    reference = _upload_pipeline(api, config, version)
+    reference = _upload_pipeline(api, config)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
     earlier = [] if fresh or "earlier_runs" in parameters else _unfinished(mlflow_experiment, config.name)
@@ -55,7 +53,7 @@ def submit(
 
     with explained(api.host):
         # The client returns the one that there is already.
-        created = api.client.create_experiment(experiment or config.storage.experiment, namespace=api.namespace)
+        created = api.client.create_experiment(config.storage.experiment, namespace=api.namespace)
         run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
             experiment_id=required(created, "experiment_id"),
             display_name=name,
@@ -108,7 +106,7 @@ def _description(run_name: str, experiment: str) -> str | None:
     return f"MLflow: experiment {experiment}, run {run_name}: {server}" if server else None
 
 
-def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
+def _upload_pipeline(api: Api, config: Config) -> Any:
     """Compile a config and upload it; returns the API's reference to the version."""
     from kfp_server_api import V2beta1PipelineVersionReference
 
@@ -116,7 +114,8 @@ def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
         path = Path(folder, "pipeline.yaml")
         pipeline.compile_pipeline(config, path)
         pipeline_id = _pipeline_id(api, config.name)
-        return V2beta1PipelineVersionReference(pipeline_id, _upload(api, pipeline_id, path, version))
+        version_id = _upload(api, pipeline_id, path)
+    return V2beta1PipelineVersionReference(pipeline_id, version_id)
 
 
 def _pipeline_id(api: Api, name: str) -> str:
@@ -134,10 +133,11 @@ def _pipeline_id(api: Api, name: str) -> str:
         return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
 
-def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
+def _upload(api: Api, pipeline_id: str, path: Path) -> str:
     """The id of the uploaded version, or of the one with the same content that was uploaded before."""
-    # By default the name follows the content: the same content is one version.
-    name = version or f"{__version__}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    # The name follows the content: the same content is one version.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"{__version__}-{digest[:12]}"
     try:
         with explained(api.host):
             uploaded = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
@@ -145,17 +145,13 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
     except RefusedError as error:
         if error.status != CONFLICT:
             raise
-        if version is not None:
-            raise InputError(
-                f"{version!r} exists already", field="--version-name", remedy="choose another one"
-            ) from error
     # The content was uploaded before.
     with explained(api.host):
         answer = api.client.list_pipeline_versions(pipeline_id, filter=by_name(name))
     for listed in answer.pipeline_versions or []:
         if listed.display_name == name:
             return str(listed.pipeline_version_id)
-    raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
+    raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="delete it in its UI")
 
 
 def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:

@@ -88,10 +88,6 @@ def submit(
     config: ConfigFile,
     sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
-    experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; default: storage.experiment")] = None,
-    version_name: Annotated[
-        str | None, typer.Option(help="name of the pipeline version; default: ptl's version and the digest of the YAML")
-    ] = None,
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
@@ -118,9 +114,7 @@ def submit(
     code = work.submit(
         run_config,
         server,
-        experiment=experiment,
         parameters=pairs("--param", params),
-        version=version_name,
         service_account=service_account,
         fresh=fresh,
         wait=wait,
