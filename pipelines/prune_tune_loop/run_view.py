@@ -139,9 +139,9 @@ def view(
     all_records = records or {}
     current = {}
     for name, record in all_records.items():
-        has_failed = record.status in ("FAILED", "KILLED") and record.ended
+        has_failed = record.status in ("FAILED", "KILLED")
         # A step that failed before the retry has not begun again.
-        if not (has_failed and retried and record.ended < retried):
+        if not (has_failed and retried and record.ended and record.ended < retried):
             current[name] = record
     situation = _Situation(run.state, canceled, current, records is not None, pods, look)
     steps = []

@@ -13,8 +13,8 @@ import typer
 from ptl import __version__
 from ptl.cli import destination, shipped
 from ptl.cli.options import CONFIG_HELP, HOME, Home, Servers, TargetFolder
-from ptl.config.export import TYPES
-from ptl.config.run import load_config
+from ptl.config.export import TYPES, Export
+from ptl.config.run import check, load_config
 from ptl.errors import InputError
 from ptl.lineage import locate
 from ptl.local import runs, servers
@@ -86,6 +86,7 @@ def export(
         notes = [*write_gguf(src, dst, type), *context_notes(src)]
         print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
     else:
+        check(Export, {"format": to, "type": type}, "--type")
         notes = _export_compressed(src, dst, type, config)
     for note in notes:
         print(f"note: {note}")
@@ -96,17 +97,9 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
     from ptl.export.formats import context_notes
     from ptl.model import checkpoint
 
-    types = TYPES["compressed-tensors"]
-    if type not in types:
-        raise InputError(f"{type!r} is no type of compressed-tensors", field="--type", remedy=f"use {', '.join(types)}")
-    needs_text = type in compressed_tensors.CALIBRATED
-    if needs_text and config is None:
-        raise InputError(
-            f"{type} needs text for calibration", field="--config", remedy="give the run's config, or take fp8"
-        )
-    settings = load_config(config) if needs_text and config is not None else None
-    calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
-    compressed_tensors.write_compressed(src, dst, type, calibration, seed)
+    settings = load_config(config) if config else None
+    calibration = settings.calibration if settings else None
+    compressed_tensors.write_compressed(src, dst, type, calibration, settings.seed if settings else 0)
     written = sum(path.stat().st_size for path in checkpoint.shards(dst))
     print(f"wrote {dst}: {written:,} bytes of weights")
     return context_notes(src)

@@ -315,9 +315,9 @@ def _await_bucket(environment: Environment) -> None:
         aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
     )
-    pauses = {"Delay": 1, "MaxAttempts": START_SECONDS}
+    waiter = client.get_waiter("bucket_exists")
     try:
-        client.get_waiter("bucket_exists").wait(Bucket=BUCKET, WaiterConfig=pauses)
+        waiter.wait(Bucket=BUCKET, WaiterConfig={"Delay": 1, "MaxAttempts": START_SECONDS})
     except WaiterError as error:
         raise WorkError(
             f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}",
