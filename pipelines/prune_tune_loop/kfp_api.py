@@ -141,7 +141,11 @@ def run_id_of(api: Api, reference: str) -> str:
         answer = api.client.list_runs(filter=by_name(reference), namespace=api.namespace)
     ids = [run.run_id for run in answer.runs or [] if run.display_name == reference]
     if len(ids) > 1:
-        raise InputError(f"{len(ids)} runs have the name {reference}", field="run", remedy=f"give an id: {listed(ids)}")
+        raise InputError(
+            f"{len(ids)} runs have the name {reference}",
+            field="run",
+            remedy=f"give an id: {listed(ids)}",
+        )
     return ids[0] if ids else reference
 
 

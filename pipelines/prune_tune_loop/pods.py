@@ -136,5 +136,6 @@ def _without_pod(status: Json) -> dict[str, Pod]:
         task = TASK.search(node["name"])
         message = node.get("message", "")
         if task and message and node["phase"] == "Pending":
-            pods[task[1]] = Pod(datetime.fromisoformat(node["startedAt"]), message=message[:LONG])
+            started = datetime.fromisoformat(node["startedAt"])
+            pods[task[1]] = Pod(started, message=message[:LONG])
     return pods

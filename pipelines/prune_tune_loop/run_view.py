@@ -143,7 +143,14 @@ def view(
         # A step that failed before the retry has not begun again.
         if not (has_failed and retried and record.ended and record.ended < retried):
             current[name] = record
-    situation = _Situation(run.state, canceled, current, records is not None, pods, look)
+    situation = _Situation(
+        state=run.state,
+        canceled=canceled,
+        records=current,
+        is_known=records is not None,
+        pods=pods,
+        look=look,
+    )
     steps = []
     for name in names or sorted({*all_records, *pods}, key=_position):
         state = situation.state_of(name)
@@ -153,11 +160,21 @@ def view(
         elif state == "PENDING":
             reason = situation.why_pending(name)
         # Of an attempt before the retry its seconds are shown until the step begins again.
-        steps.append(StepView(name, state, reason, **_results(state, all_records.get(name))))
+        results = _results(state, all_records.get(name))
+        steps.append(StepView(name, state, reason, **results))
     if canceled:
         state = CANCELED if situation.ended else "is being canceled"
-        return RunView(run.run_id, run.display_name, state, steps, CANCELED)
-    return RunView(run.run_id, run.display_name, run.state, steps, _reason(steps, situation))
+        reason = CANCELED
+    else:
+        state = run.state
+        reason = _reason(steps, situation)
+    return RunView(
+        run_id=run.run_id,
+        name=run.display_name,
+        state=state,
+        steps=steps,
+        reason=reason,
+    )
 
 
 def _moments(run: Any) -> tuple[datetime | None, datetime | None]:
@@ -238,8 +255,10 @@ class _Situation:
                 return "PENDING"
             if is_open and phase == "Running":
                 return "RUNNING"
-        ended_before = self.canceled and record and record.ended and record.ended < self.canceled
-        return "CANCELED" if self.canceled and not ended_before else "FAILED"
+        if self.canceled is None:
+            return "FAILED"
+        has_ended_before = record and record.ended and record.ended < self.canceled
+        return "FAILED" if has_ended_before else "CANCELED"
 
     def _state_unseen(self, name: str) -> str:
         """The state of a step that has neither a record nor a pod."""

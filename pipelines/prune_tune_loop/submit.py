@@ -151,7 +151,10 @@ def _upload(api: Api, pipeline_id: str, path: Path) -> str:
     for listed in answer.pipeline_versions or []:
         if listed.display_name == name:
             return str(listed.pipeline_version_id)
-    raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="delete it in its UI")
+    raise WorkError(
+        f"Kubeflow Pipelines has a version {name} but does not list it",
+        remedy="delete it in its UI",
+    )
 
 
 def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:

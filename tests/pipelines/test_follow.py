@@ -460,7 +460,7 @@ def waiting(reason, message):
             f'Back-off pulling image "x": ErrImagePull: {NOT_FOUND}',
             f"ImagePullBackOff: {NOT_FOUND}; check images.registry",
         ),
-        ("CreateContainerConfigError", 'secret "s" not found', 'ConfigError: secret "s" not found; check that the image'),
+        ("CreateContainerConfigError", 'secret "s" not found', 'ConfigError: secret "s" not found; check that the im'),
         ("ContainerCreating", "", "UTC: FailedMount: no such claim; check storage.cache_claim"),
     ],
 )
