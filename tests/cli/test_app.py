@@ -249,7 +249,7 @@ def test_a_directory_of_another_run_is_refused(config, tmp_path):
     other.mkdir()
     (other / "config.yaml").write_text("name: other\n")
     done = ptl("run", config(), "--home", tmp_path / "home", "--run-dir", other)
-    assert done.returncode == 2 and "belongs to another run" in done.stderr
+    assert done.returncode == 2 and "holds no run that can be read" in done.stderr
     assert (other / "config.yaml").read_text() == "name: other\n"
 
 

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl.cli import app, rehearsal
-from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.tables import table_text
 
@@ -55,17 +54,8 @@ def test_cells_are_shown_as_they_are():
 
 def test_steps_without_work_are_named(tmp_path, capsys):
     skipped = [{"step": "prune-4", "iteration": 4, "reason": "target reached"}]
-    (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped, "control_failed": ""}))
+    (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped}))
     rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml", "--set", "seed=2"])
     printed = capsys.readouterr().out
     assert "Not rehearsed, because the loop had ended: prune-4." in printed
     assert "  ptl submit config.yaml --set seed=2\n" in printed
-
-
-def test_a_control_that_failed_is_an_error(tmp_path, capsys):
-    missing = [{"step": "control-recover", "iteration": 1, "reason": "no memory"}]
-    result = {"not_needed": [], "control_failed": "no memory", "not_finished": missing}
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(WorkError, match="the rehearsal: control-recover did not finish: no memory; fix it"):
-        rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml"])
-    assert "works" not in capsys.readouterr().out

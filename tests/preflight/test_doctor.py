@@ -415,7 +415,7 @@ def test_the_command_ends_with_1_for_an_error_only(monkeypatch):
         monkeypatch.setattr(doctor, "local", lambda *_, state=state, **__: [doctor.Finding("x", state, "y", "z")])
         assert CliRunner().invoke(app, ["doctor", str(TINY), "--local"]).exit_code == code
     answer = CliRunner().invoke(app, ["doctor", str(TINY), "--local", "--runner", "podman"])
-    assert answer.exception.exit_code == 2 and "'podman'" in str(answer.exception)
+    assert answer.exit_code == 2 and "'podman'" in answer.output
 
 
 @pytest.fixture
