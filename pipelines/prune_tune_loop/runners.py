@@ -7,9 +7,12 @@ forked from one that has imported them (multiprocessing's fork server).
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -23,10 +26,11 @@ from typing import Any, TextIO
 from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
 from ptl.config.run import Config
-from ptl.errors import WorkError
+from ptl.errors import PtlError, WorkError
 from ptl.log import MARK, on_terminal
 from ptl.processes import Environment
 from ptl.steps import supervisor
+from ptl.storage import local_files
 
 TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
 # What the steps need, imported once and not in the process of each.
@@ -45,6 +49,7 @@ IMPORTED = (
 )
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
 FORKS = get_context("forkserver")
+PAGE = 4096  # bytes: a disk with less is full
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
 )
@@ -74,8 +79,10 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
     if sys.platform == "linux" and not any(map(os.path.exists, GPU_DEVICES)):
         subprocess_task_handler.run_local_subprocess = _run_forked
         FORKS.set_forkserver_preload(list(IMPORTED))
-        forkserver.ensure_running()  # it imports while the pipeline is loaded
-    _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+        # Before the folder of temporary files is the run's: multiprocessing removes its own when this process ends.
+        forkserver.ensure_running()
+    with _temporary_files(job.folder):
+        _execute(local.SubprocessRunner(use_venv=False), job, verbose)
 
 
 def _run_forked(full_command: list[str], env_vars: Environment | None = None) -> int:
@@ -100,6 +107,7 @@ def _be_task(source: str, arguments: list[str], environment: Environment, output
     output.close()
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None
     supervisor.forks = True
     from kfp.dsl.executor_main import executor_main
 
@@ -108,6 +116,34 @@ def _be_task(source: str, arguments: list[str], environment: Environment, output
         component.write_text(source)
         sys.argv = ["executor_main", "--component_module_path", str(component), *arguments]
         executor_main()
+
+
+@contextlib.contextmanager
+def _temporary_files(run_folder: Path) -> Iterator[None]:
+    """Have this process and the steps keep temporary files in a folder that is the run's, and is removed at the end.
+
+    KFP and a step that is killed leave theirs; what a killed command has left, the run's next one removes. The folder
+    is not in the run's own, whose path is often too long for a socket's.
+    """
+    earlier = {"TMPDIR": os.environ.get("TMPDIR"), "tempdir": tempfile.gettempdir()}
+    name = hashlib.sha256(str(run_folder).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir(), f"ptl-command-{os.getuid()}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    except PtlError as failure:
+        # KFP's own files do not fit, say: then a step fails before it can report why.
+        if shutil.disk_usage(folder).free < PAGE:
+            raise local_files.no_space(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))) from failure
+        raise
+    finally:
+        tempfile.tempdir = earlier["tempdir"]
+        os.environ.pop("TMPDIR")
+        if earlier["TMPDIR"] is not None:
+            os.environ["TMPDIR"] = earlier["TMPDIR"]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_interpreter(command: list[str], interpreter: str) -> list[str]:

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 from kfp import compiler, dsl
@@ -101,3 +104,47 @@ def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
     assert "comp-write:" in path.read_text() and "comp-write-2" not in path.read_text()
     run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("write", "write-2", "read")))
     assert json.loads((tmp_path / "result.json").read_text()) == ["early", "late"]
+
+
+def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkeypatch):
+    """KFP leaves its folders, and a killed step all that it has."""
+
+    @dsl.pipeline
+    def small():
+        dies()
+
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if it were killed
+    job = RunnerJob(Config.model_construct(), path, tmp_path / "run", {}, "", ("dies",))
+    with pytest.raises(WorkError, match="left no reason"):
+        run_subprocess(job)
+    # multiprocessing removes the folder of its socket when this process ends.
+    assert len([path for path in temporary.iterdir() if not path.name.startswith("pymp-")]) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with pytest.raises(WorkError, match="left no reason"):
+        run_subprocess(job)
+    assert not [path for path in temporary.iterdir() if not path.name.startswith("pymp-")]
+    assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(temporary)
+
+
+def test_a_step_that_fails_on_a_full_disk_names_it(tmp_path, monkeypatch):
+    @dsl.component(install_kfp_package=False)
+    def fails():
+        raise AttributeError("module has no attribute 'prune'")
+
+    @dsl.pipeline
+    def small():
+        fails()
+
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(WorkError, match=r"no space left while writing .*/ptl-command-[\w-]+: .* set TMPDIR to"):
+        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("fails",)))
