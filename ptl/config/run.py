@@ -16,9 +16,7 @@ from ptl.config.export import Export
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
-    Cpt,
     DataSource,
-    Grpo,
     RecoverStage,
     Recovery,
     TrainingData,
@@ -188,7 +186,7 @@ class Config(Section):
     """how much each iteration removes, and the tokens of each recovery"""
     prune: Prune = Prune()
     """what counts as redundant, and how widths are rounded"""
-    recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
+    recover: tuple[RecoverStage, ...] = Field((RecoverStage(),), min_length=1)
     """stages of each recovery, in order: cpt, distil or grpo"""
     evaluate: Evaluate
     """benchmarks, and how they are run"""
@@ -251,7 +249,7 @@ class Config(Section):
                     f"stage of iteration {iteration.index}: raise it, or set schedule.tokens=uniform"
                 )
         for stage in self.recover:
-            if not isinstance(stage, Grpo):
+            if stage.method != "grpo":
                 continue
             # Steps are shared out over the iterations as tokens are.
             shared_out = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
@@ -300,8 +298,7 @@ def essentials(config: Config) -> dict[str, Any]:
         "context": {FOLDER: Path.cwd()},  # to which paths are made relative
     }
     settings = config.model_dump(**options)
-    # A stage's method is the default of its class, but says which class it is.
-    settings["recover"] = [{"method": stage.method, **stage.model_dump(**options)} for stage in config.recover]
+    settings["recover"] = [stage.model_dump(**options) for stage in config.recover]  # also where all are defaults
     return settings
 
 

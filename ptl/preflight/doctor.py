@@ -60,16 +60,9 @@ def cluster(config: Config, *, health: Health | None, namespace: str | None, kub
     credentials, so what is not set here is a warning.
     """
     findings = [*tracking_and_store(config, elsewhere=True), as_finding("images", doctor_cluster.images, config)]
-    if health is None:
-        remedy = "give the address of the API; `ptl submit` needs it too"
-        message = "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set"
-        findings.append(Finding("Kubeflow", "warning", message, remedy))
-    else:
-        findings.append(as_finding("Kubeflow", doctor_cluster.kubeflow, config, health))
-        # Where nobody names a profile, pods start beside Kubeflow, unless it has several users.
-        if namespace is None and findings[-1].state != "error" and health().get("multi_user") is False:
-            namespace = kubeflow_namespace
-    return [*findings, *doctor_cluster.objects(config, namespace, kubeflow_namespace)]
+    findings.append(as_finding("Kubeflow", doctor_cluster.kubeflow, config, health))
+    findings.append(as_finding("retry policy", doctor_cluster.retry_policy, kubeflow_namespace))
+    return [*findings, *doctor_cluster.objects(config, namespace)]
 
 
 def task(settings: dict[str, Any], experiment: str) -> None:
@@ -78,9 +71,6 @@ def task(settings: dict[str, Any], experiment: str) -> None:
     # The run's parameter wins over the config's value.
     storage = config.storage.model_copy(update={"experiment": experiment})
     findings = step_environment(config.model_copy(update={"storage": storage}))
-    # A local runner, which names the run by PTL_RUN_ID, trains without Kubeflow Trainer.
-    if os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID"):
-        findings += doctor_cluster.trainer_in_step(config)
     # All findings go to the step's log, the errors into its message too.
     print(*findings, sep="\n", flush=True)
     lines = "\n".join(str(finding) for finding in findings if finding.state == "error")
