@@ -28,7 +28,7 @@ ITEMS = 8  # of each benchmark
 NEW_TOKENS = 64  # of an answer
 GENERATIONS = 2  # answers to a prompt that GRPO compares
 # Fields whose value a rehearsal replaces where it cannot be tried.
-NOT_REHEARSED = ("calibration.answers", "recover.dtype", "recover.sharding", "evaluate.processes", "evaluate.backend")
+NOT_REHEARSED = ("recover.dtype", "recover.sharding", "evaluate.processes", "evaluate.backend")
 NEVER = 1e-300  # a significance level that no fall of the accuracy reaches
 
 
@@ -52,9 +52,8 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     storage["experiment"] += SUFFIX
     if storage["registered_model"] is not None:  # the default is the config's name, which has the suffix
         storage["registered_model"] = storage["registered_model"][: LONGEST_MODEL - len(SUFFIX)] + SUFFIX
-    # Of few prompts, answered by a model that has hardly recovered, none may be right: then `self` is an error.
     calibration = settings["calibration"]
-    calibration |= {"num_sequences": min(calibration["num_sequences"], SEQUENCES), "answers": "given"}
+    calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
     for task in settings["evaluate"]["tasks"]:
         task["limit"] = min(task["limit"] or ITEMS, ITEMS)
         task["max_new_tokens"] = min(task["max_new_tokens"] or NEW_TOKENS, NEW_TOKENS)
@@ -157,7 +156,7 @@ def changes(config: Config, rehearsed: Config) -> list[Change]:
 
 
 def left_out(config: Config, rehearsed: Config) -> list[str]:
-    """What of the run is not rehearsed: it needs GPUs that are not there, or fails where there are few data."""
+    """What of the run is not rehearsed: it needs GPUs that are not there."""
     parts = [
         f"{change.field}={value}"
         for change in changes(config, rehearsed)

@@ -42,7 +42,6 @@ class ModelSource(Section):
 class Calibration(Section):
     """The reasoning text on which neurons and layers are scored."""
 
-    # Which text, and how much of it.
     data: DataSource
     """where the text comes from"""
     num_sequences: Positive = 64
@@ -51,10 +50,6 @@ class Calibration(Section):
     """tokens per sequence; longer ones are truncated"""
     batch_size: Positive = 16
     """sequences per forward pass"""
-
-    # A model's own answers are nearer to what it will write than a data set's are.
-    answers: Literal["given", "self"] = "given"
-    """`self`: the current model answers the prompts itself, and its correct answers are used for scoring"""
 
 
 class Task(Section):

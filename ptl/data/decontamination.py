@@ -359,7 +359,9 @@ def _sentences(questions: Sequence[Sequence[Line]]) -> list[list[Line]]:
     for lines in questions:
         # of equal ones the last: a question follows its subject
         by_size = sorted(lines, key=lambda line: _size(line.own))[::-1]
-        candidates.append([line for i, line in enumerate(by_size) if line.own and (i == 0 or line.complete)])
+        sentences = [line for line in by_size[1:] if line.own and line.complete]
+        longest = [line for line in by_size[:1] if line.own]
+        candidates.append(longest + sentences)
     # several templates may ask the same question
     distinct = {frozenset(line.own for line in lines) for lines in candidates}
     counts = Counter(itertools.chain.from_iterable(distinct))

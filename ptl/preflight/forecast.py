@@ -296,8 +296,9 @@ def table(run: Forecast) -> str:
         ]
         rows.append(row)
     machines = f"{run.assumed.nodes} nodes of " if run.assumed.nodes > 1 else ""
+    gpus = max(1, run.assumed.gpus["recover"])  # on each node
     title = (
-        f"{run.params:,} parameters on {machines}{max(1, run.assumed.gpus['recover'])} x {run.gpu}: "
+        f"{run.params:,} parameters on {machines}{gpus} x {run.gpu}: "
         f"{duration(run.hours * HOUR)} of work, {decimal_hours(run.gpu_hours)} GPU-hours (estimates from data sheets, "
         "without exports, queues and the start of pods)"
     )

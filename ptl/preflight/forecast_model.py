@@ -95,12 +95,7 @@ def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     batch = activations(shape, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
-    scoring = weights + hidden_states + max(batch, logits) + CONTEXT
-    if calibration.answers != "self":
-        return scoring
-    # The model answers the prompts first: all weights, and a batch's cache.
-    cache = calibration.batch_size * calibration.max_length * shape.kv_bytes
-    return max(scoring, float(model.params * shape.itemsize + cache + CONTEXT))
+    return weights + hidden_states + max(batch, logits) + CONTEXT
 
 
 def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, gpus: int) -> float:

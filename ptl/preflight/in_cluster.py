@@ -51,6 +51,7 @@ def _call(path: str, query: dict[str, str] | None = None) -> Any:
         )
     except (config.ConfigException, client.ApiException, HTTPError) as error:
         kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else NotSeenError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        words = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {words[:120]}"
         remedy = "check the kubeconfig, or the rights of the account"
         raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error

@@ -44,6 +44,7 @@ CHANGES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 def warnings(run: Forecast) -> list[str]:
     """A sentence for each kind of step that does not fit: the remedy is the same for all of a kind."""
     sentences = []
+    has = f"{run.gpu} has {run.assumed.gpu.memory / GIB:.0f} GiB"
     for stage in CHANGES:
         large = [step for step in run.steps if stage_of(step.step) == stage and not step.fits]
         if not large:
@@ -51,8 +52,8 @@ def warnings(run: Forecast) -> list[str]:
         needed = max(step.work.memory for step in large)
         largest = replace(run.assumed.shape.dimensions, params=max(step.params for step in large))
         sentences.append(
-            f"{listed([step.step for step in large])}: up to {needed / GIB:.0f} GiB on each GPU, {run.gpu} has "
-            f"{run.assumed.gpu.memory / GIB:.0f} GiB: {_remedy(stage, largest, run.assumed)}"
+            f"{listed([step.step for step in large])}: up to {needed / GIB:.0f} GiB on each GPU, {has}: "
+            + _remedy(stage, largest, run.assumed)
         )
     return sentences
 
@@ -65,7 +66,9 @@ def _remedy(stage: str, model: ModelDimensions, assumed: Assumptions) -> str:
         if changes is not None:
             remedies.append(" with ".join(filter(None, [words, changes])))
             break
-    if stage == "recover" and all(each.method != "grpo" and each.lora is None for each in assumed.config.recover):
+    stages = assumed.config.recover
+    trains_all = all(each.method != "grpo" and each.lora is None for each in stages)
+    if stage == "recover" and trains_all:
         changes = _smallest_change(stage, model, _changed(assumed, "recover", {"lora": Lora()}))
         if changes is not None:
             remedies.append(" with ".join(filter(None, ["recover.lora", changes])))

@@ -50,7 +50,15 @@ CALIBRATION_LENGTH = 512  # tokens
 # SHARES (docs/results.md).
 SHARES = (0.3, 0.66)
 RATE_DOUBLES = 0.1
-LEARNING_RATES = ((1e7, 1.2e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+LEARNING_RATES = {
+    1e7: 1.2e-4,
+    3e8: 2e-4,
+    1e9: 1e-4,
+    2e9: 5e-5,
+    4.5e9: 2e-5,
+    1e10: 8e-6,
+    math.inf: 4e-6,
+}
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 
@@ -161,7 +169,7 @@ def _tokens(removed: int, there: float | None) -> int:
 
 def default_rate(params: int, share: float) -> float:
     """The learning rate of a recovery of a model of so many parameters, of which `share` go."""
-    rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
+    rate = next(rate for largest, rate in LEARNING_RATES.items() if params <= largest)
     fewest, most = SHARES
     return float(rate * 2 ** ((min(max(share, fewest), most) - fewest) / RATE_DOUBLES))
 
@@ -175,7 +183,9 @@ def run_name(model: str) -> str:
 def _as_seen_from(folder: Path, name: str) -> str:
     """A path of the command line as a config in `folder` names it; other names stay as they are."""
     path = Path(name).expanduser()
-    return f"./{os.path.relpath(path, folder)}" if path.exists() and not path.is_absolute() else str(path)
+    if path.is_absolute() or not path.exists():
+        return str(path)
+    return f"./{os.path.relpath(path, folder)}"
 
 
 def _model_values(name: str, model: Path, shape: Shape, removed: int) -> Values:
@@ -304,10 +314,12 @@ def _peak(run: Forecast, stage: str) -> float:
 
 def _estimates(run: Forecast, params: int, gpus: int) -> Values:
     """What the file says of the GPUs' and the host's memory, and of time."""
+    stages = ("prune", "recover", "evaluate")
+    peaks = [f"{stage} {_peak(run, stage) / GIB:.0f}" for stage in stages]
     processes = PROCESS * (gpus + 1)  # at most one for each GPU
     weights = 4 * params / GIB  # of a recovery each process reads them in float32, and one collects them again
     return {
-        "peaks": ", ".join(f"{stage} {_peak(run, stage) / GIB:.0f}" for stage in ("prune", "recover", "evaluate")),
+        "peaks": ", ".join(peaks),
         "gpu_hours": decimal_hours(run.gpu_hours),
         "memory": math.ceil(processes + weights),
         "recover_memory": math.ceil(processes + weights * (gpus + 1)),

@@ -81,20 +81,18 @@ def test_what_needs_a_gpu_is_replaced_and_named():
             {"method": "grpo"},
         ],
         evaluate={"backend": "vllm", "speed": {"repeats": 0}},
-        calibration={"answers": "self"},
         resources={"accelerator": "nvidia.com/gpu", "accelerators": 4},
     )
     rehearsed = rehearsal(run, gpus=0)
     assert rehearsed.evaluate.backend == "hf"
     assert left_out(run, rehearsed) == [
-        "calibration.answers=self",
         "recover.dtype=bfloat16",
         "recover.sharding=fsdp",
         "evaluate.backend=vllm",
         "recover.processes=4",
     ]
     # on the cluster, where the run itself will be, all of it is there
-    assert left_out(run, rehearsal(run, gpus=None)) == ["calibration.answers=self"]
+    assert left_out(run, rehearsal(run, gpus=None)) == []
 
 
 def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():

@@ -31,7 +31,7 @@ from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.export.formats import check_here
 from ptl.local import images, servers
-from ptl.preflight import doctor, doctor_cluster, doctor_servers, gpus, in_cluster
+from ptl.preflight import doctor, doctor_cluster, gpus, in_cluster
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -144,10 +144,10 @@ def test_folder_that_cannot_be_written(config, tracking, tmp_path, monkeypatch):
 
 
 def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeypatch):
-    real = doctor_servers.s3_client.client(attempts=2)
-    monkeypatch.setattr(doctor_servers.s3_client, "client", lambda attempts: Unconditional(real))
-    doctor_servers.mlflow(config)
-    assert "ignores If-None-Match" in doubt("store", doctor_servers.store, config, False)
+    real = doctor.s3_client.client(attempts=2)
+    monkeypatch.setattr(doctor.s3_client, "client", lambda attempts: Unconditional(real))
+    doctor.mlflow(config)
+    assert "ignores If-None-Match" in doubt("store", doctor.store, config, False)
 
 
 class Unconditional:
@@ -340,18 +340,18 @@ def test_disk(config, tmp_path, monkeypatch):
 
 def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, tracking_server, monkeypatch):
     """The steps take addresses and keys from the cluster."""
-    (line,) = doctor_servers.tracking_and_store(config, elsewhere=True)
+    (line,) = doctor.tracking_and_store(config, elsewhere=True)
     assert line.state == "warning" and "names no server" in line.message  # a database of this machine
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
-    assert states(doctor_servers.tracking_and_store(config, elsewhere=True)) == {"MLflow": "ok", "store": "ok"}
+    assert states(doctor.tracking_and_store(config, elsewhere=True)) == {"MLflow": "ok", "store": "ok"}
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    lines = doctor_servers.tracking_and_store(config, elsewhere=True)
+    lines = doctor.tracking_and_store(config, elsewhere=True)
     assert states(lines) == {"MLflow": "ok", "store": "warning"} and "Secret ptl-s3" in lines[1].message
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    (line,) = doctor_servers.tracking_and_store(config, elsewhere=True)
+    (line,) = doctor.tracking_and_store(config, elsewhere=True)
     assert line.state == "warning" and "ConfigMap ptl" in line.message
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # set, and wrong
-    assert "is the server up" in fault(doctor_servers.tracking_and_store(config, elsewhere=True), "MLflow")
+    assert "is the server up" in fault(doctor.tracking_and_store(config, elsewhere=True), "MLflow")
 
 
 @pytest.fixture
