@@ -20,13 +20,12 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
     trains_on_answers = _trains_on_answers(recover)
-    # the first field that names a source: the calibration data is often the training data
-    fields: dict[tuple[DataSource, bool], str] = {}
+    checked = set()  # the calibration data is often the training data
     for field, source in named_sources(calibration, training, ()).items():
         answers = field == "calibration.data" or (trains_on_answers and field.startswith("training.sources"))
-        fields.setdefault((source, answers), field)
-    for (source, answers), field in fields.items():
-        check_rows(source, answers=answers, field=field)
+        if (source, answers) not in checked:
+            checked.add((source, answers))
+            check_rows(source, answers=answers, field=field)
 
 
 def named_sources(
