@@ -64,12 +64,7 @@ def plan(
         int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
     ] = None,
 ) -> None:
-    """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
-
-    Reads only the model's config, no weights.
-    """
-    from rich.console import Console
-
+    """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) from the model's config, without weights."""
     from ptl.data import training_amount
     from ptl.export.formats import layer_warnings
     from ptl.model import hub
@@ -77,9 +72,7 @@ def plan(
 
     settings = load_config(config, pairs("--set", sets))
     run_forecast = forecast.forecast(settings, gpu, count, nodes)
-    # A pipe has no width: rich would take 80 columns and wrap the last ones.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(forecast.table(run_forecast))
+    print(forecast.table(run_forecast))
     amount = training_amount.planned(settings, run_forecast.params - min(step.params for step in run_forecast.steps))
     if amount.sentence:
         print(amount.sentence)

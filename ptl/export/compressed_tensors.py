@@ -147,7 +147,7 @@ def write_compressed(
 
 def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:
     """The sequences that pruning calibrates with, as JSON Lines: both environments then have the same tokens."""
-    rows = data.calibration_rows(settings, tokenizer, seed, settings.num_sequences)
+    rows = data.calibration_rows(settings, tokenizer, seed)
     path.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
 
 

@@ -29,7 +29,7 @@ def test_a_run_with_gate_and_reinforcement_learning_is_rehearsed(tmp_path):
 
     # Before the run, what is smaller; after it, what it has shown.
     assert re.search(r"schedule\.recovery_tokens +│ +480,000 │ +4,800 ", done.stdout)
-    assert "Not rehearsed: bfloat16 precision." in done.stdout
+    assert "Not rehearsed: recover.dtype=bfloat16." in done.stdout
     assert "ptl submit pipelines/prune_tune_loop/configs/tiny-gate.yaml --set schedule.iterations=1" in done.stdout
     result = json.loads((tmp_path / "latest/result.json").read_text())
     assert result["name"] == "tiny-gate-rehearsal" and result["not_needed"] == []
