@@ -65,11 +65,11 @@ Work = subprocess.Popen[bytes] | _Fork
 def run(
     step: str,
     experiment: str,
-    settings: dict[str, Any],
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
+    **settings: Any,
 ) -> None:
-    """The body of every component: its parameters, and its artifacts by name (None: one that the pipeline lacks).
+    """The body of every component: its artifacts by name (None: one that the pipeline lacks), and its parameters.
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
