@@ -11,16 +11,15 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
 from ptl.steps import trainjob
-from ptl.steps.call import Call
 from ptl.steps.kubernetes_api import Cluster, NoAnswerError
-from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodeFailure, NodePod
+from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodePod
 
 POLL = 2.0  # seconds
 LAST_LOG = 10  # seconds for the end of the first node's log
@@ -28,16 +27,15 @@ DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 
 
-def train(call: Call, begin: Callable[[], None]) -> None:
-    """Have the nodes do the step. Raises InputError or WorkError with the failing node's own error.
+def train(step: str, call: Json, begin: Callable[[], None]) -> None:
+    """Have the nodes do the step of this call. Raises InputError or WorkError with the failing node's own error.
 
     `begin` counts an attempt; following the TrainJob of an earlier one is none.
     """
-    step = call.step
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), _for_nodes(call))
+    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), call)
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:
@@ -53,12 +51,6 @@ def train(call: Call, begin: Callable[[], None]) -> None:
             say(step, f"TrainJob {name} is deleted")
             cluster.delete(name)
             raise
-
-
-def _for_nodes(call: Call) -> Json:
-    """The step's call, with what its inputs' files hold."""
-    settings = {"step": call.step, "experiment": call.experiment, **call.settings}
-    return {"settings": settings, "inputs": {name: pointer.dump() for name, pointer in call.inputs.items()}}
 
 
 def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
@@ -89,7 +81,7 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 def _follow(cluster: Cluster, step: str, name: str) -> None:
     """Wait for the end, with the first node's log; says what changes."""
     last_state = ""
-    seen: dict[tuple[int, int], NodeFailure] = {}
+    failed: dict[tuple[int, int], NodePod] = {}  # by attempt and rank
     logs: dict[str, _Log] = {}
     began = time.monotonic()
     while True:
@@ -98,9 +90,9 @@ def _follow(cluster: Cluster, step: str, name: str) -> None:
         for pod in pods:
             # A restart takes the pod away, with what it says.
             if pod.failure:
-                seen.setdefault((pod.attempt, pod.node), pod.failure)
+                failed.setdefault((pod.attempt, pod.node), pod)
         _copy_logs(cluster, pods, logs)
-        state = _state(job, pods, list(seen.values()))
+        state = _state(job, pods, failed.values())
         if not pods and time.monotonic() - began > WITHOUT_PODS:
             state += f"; why: kubectl describe jobset {name}"
         if state != last_state:
@@ -114,7 +106,7 @@ def _follow(cluster: Cluster, step: str, name: str) -> None:
                 log.thread.join(LAST_LOG)
             if condition["type"] == "Complete":
                 return
-            raise _error(condition, list(seen.values()), name)
+            raise _error(condition, failed.values(), name)
         time.sleep(POLL)
 
 
@@ -154,7 +146,7 @@ def _copy_logs(cluster: Cluster, pods: list[NodePod], logs: dict[str, _Log]) -> 
             logs[pod.name].start()
 
 
-def _state(job: Json | None, pods: list[NodePod], seen: list[NodeFailure]) -> str:
+def _state(job: Json | None, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
     """One line for people."""
     if job is None:
         return "gone"
@@ -171,17 +163,17 @@ def _state(job: Json | None, pods: list[NodePod], seen: list[NodeFailure]) -> st
         state += f"; {obstacles[0]}"
     if not newest:
         return state
-    before = trainjob.cause([failure for failure in seen if failure.attempt < newest])
-    return f"{state}, restart {newest}" + (f" ({before})" if before else "")
+    before = trainjob.cause(pod for pod in failed if pod.attempt < newest)
+    return f"{state}, restart {newest}" + (f" ({before.error})" if before else "")
 
 
-def _error(condition: Json, seen: list[NodeFailure], name: str) -> InputError | WorkError:
+def _error(condition: Json, failed: Iterable[NodePod], name: str) -> InputError | WorkError:
     """The error of the node that failed first; Kubernetes' own words only where no node left any."""
-    cause = trainjob.cause(seen)
+    cause = trainjob.cause(failed)
     if cause is None:
         return WorkError(
             f"TrainJob {name} failed ({condition.get('reason')}): {condition.get('message')}",
             remedy="the log above has what its first node printed",
         )
     kind = InputError if cause.exit_code == InputError.exit_code else WorkError
-    return kind(str(cause))
+    return kind(cause.error)

@@ -18,7 +18,7 @@ from ptl.recovery import machines
 from ptl.recovery.job import Log, RecoveryJob, StageBudget, progress
 from ptl.steps import coordinator, reporting
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
-from ptl.steps.step import Step, is_coordinator, limit_threads, scratch
+from ptl.steps.step import Step, is_coordinator, scratch
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            coordinator.train(call, partial(reporting.begin, step.run))
+            coordinator.train(call.step, call.dump(), partial(reporting.begin, step.run))
             step.take_result_of_nodes()
         elif step.record is None:
             from ptl.recovery.recover import recover_checkpoint
 
-            source = step.fetch(call.inputs["model"])
+            source = step.fetch_model()
             job = _job(step, recovery, data, iteration, weights)
             report = recover_checkpoint(
                 source, step.folder, recovery, [planned.tokens for planned in iterations], job, stores
@@ -96,7 +96,6 @@ def _job(
     """What a training is given beside the model and its stages."""
     call = step.call
     tracking.tag(step.run, {"tokens": iteration.tokens})
-    limit_threads(call.inputs["model"].params)
     # Distillation learns from the model as it was before any pruning.
     distils = any(stage.method == "distil" for stage in recovery.stages)
     return RecoveryJob(

@@ -2,7 +2,7 @@
 
     with Step(call, key=settings) as step:       # finds the committed record, or opens an attempt
         if step.record is None:
-            source = step.fetch(call.inputs["model"])
+            source = step.fetch_model()
             ...                                  # fills step.folder
             step.publish(report)
 
@@ -39,7 +39,7 @@ from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of
 
-SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
+SMALL_MODEL = 5_000_000  # parameters below which more threads than one only wait for each other
 
 
 class Step:
@@ -64,7 +64,7 @@ class Step:
     ) -> None:
         self.call = call
         self.parent = call.inputs.get("model")
-        self._settings = key
+        self.settings: Any = key
         self._reads = reads
         self._title = title
         self._started = time.time()
@@ -87,12 +87,12 @@ class Step:
     def _open(self) -> None:
         """Find the record of an earlier attempt, take over that of an earlier run, or begin an attempt."""
         run = self.run
-        if self._settings is None:
+        if self.settings is None:
             self.folder = empty_folder(run.step)
             reporting.begin(run)
             return
-        self._settings = self._settings | {name: self.committed(name).pointer.digest for name in self._reads}
-        self.key = key_of(self.parent.digest if self.parent else "", self._settings)
+        self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
+        self.key = key_of(self.parent.digest if self.parent else "", self.settings)
         # Another command, an earlier pod or a retry may have finished the step.
         self.record = self.find(run.step, self.key.digest) or self._verified()
         if self.record is not None:
@@ -113,6 +113,15 @@ class Step:
             self.publish(earlier)
         elif not is_coordinator():
             reporting.begin(run)
+
+    def fetch_model(self) -> Path:
+        """The verified folder of what the step starts from, for work on it."""
+        import torch
+
+        assert self.parent is not None
+        if self.parent.params < SMALL_MODEL:
+            torch.set_num_threads(1)
+        return self.fetch(self.parent)
 
     def fetch(self, pointer: Pointer) -> Path:
         """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
@@ -170,7 +179,20 @@ class Step:
             return {name: value for name, value in record.metadata.items() if name != "started"}
         return None
 
-    def publish(self, report: Any) -> None:
+    def evaluation_of(self, checkpoint: Pointer, iterations: int) -> Record:
+        """The record of the loop's first evaluation of a checkpoint, among those of iterations 0 to `iterations`."""
+        for iteration in range(iterations + 1):
+            record = self.find(f"evaluate-{iteration}")
+            # One that passed its input through has none.
+            if record and record.metadata["checkpoint"]["digest"] == checkpoint.digest:
+                return record
+        raise WorkError(
+            f"no evaluation of this run has scored {checkpoint.uri}",
+            field="model",
+            remedy="start a new run, or restore the records of this one",
+        )
+
+    def publish(self, report: Any) -> Record:
         """Publish the folder, commit the record with this report of the work (a dataclass or JSON), tell MLflow.
 
         In this order: whatever kills the step, the next attempt finds all of it or does it again.
@@ -196,6 +218,7 @@ class Step:
         committed = self.record.metadata
         say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
         self._report()
+        return self.record
 
     def take_result_of_nodes(self) -> None:
         """The record that other machines have committed. Raises InputError without one: it would be the same again."""
@@ -274,7 +297,7 @@ class Step:
             reporting.track_evaluation(self.run, self.call.iteration, parent, record.metadata)
         tracking.finish(
             self.run,
-            params=flat_settings(to_jsonable_python(self._settings)),
+            params=flat_settings(to_jsonable_python(self.settings)),
             metrics=reporting.metrics(record.metadata),
             inputs=[parent.model_id] if parent else [],
             # An evaluation makes no model.
@@ -305,11 +328,3 @@ def empty_folder(step: str) -> Path:
     folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     return folder
-
-
-def limit_threads(params: int) -> None:
-    """One thread for a model of few parameters: more only wait for each other."""
-    import torch
-
-    if params < SMALL_MODEL:
-        torch.set_num_threads(1)

@@ -79,9 +79,10 @@ def run(
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
+    # Of an artifact only the file is read: it holds the pointer.
     call = {
         "settings": {"step": step, "experiment": experiment, **settings},
-        "inputs": {name: artifact.path for name, artifact in inputs.items() if artifact is not None},
+        "inputs": {name: Path(artifact.path).read_text() for name, artifact in inputs.items() if artifact},
         "outputs": {name: artifact.path for name, artifact in outputs.items()},
     }
     # The work's process reads its call from a file, and writes its outputs or its failure beside it.
