@@ -79,77 +79,67 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 
 
 def _follow(cluster: Cluster, step: str, name: str) -> None:
-    """Wait for the end, with the first node's log; says what changes."""
+    """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
+    ended = threading.Event()
+    log = threading.Thread(target=_copy_log, args=(cluster, name, ended), daemon=True)
+    log.start()
+    try:
+        condition, failed = _until_ended(cluster, step, name)
+    finally:
+        ended.set()
+    log.join(LAST_LOG)
+    if condition["type"] != "Complete":
+        raise _error(condition, failed, name)
+
+
+def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[NodePod]]:
+    """The condition with which a TrainJob has ended, and the pods that failed; says what changes until then."""
     last_state = ""
     failed: dict[tuple[int, int], NodePod] = {}  # by attempt and rank
-    logs: dict[str, _Log] = {}
     began = time.monotonic()
     while True:
         job = cluster.train_job(name)
-        pods = [trainjob.read_pod(pod) for pod in cluster.pods(name)]
+        if job is None:
+            raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
+        pods = cluster.nodes(name)
         for pod in pods:
             # A restart takes the pod away, with what it says.
             if pod.failure:
                 failed.setdefault((pod.attempt, pod.node), pod)
-        _copy_logs(cluster, pods, logs)
         state = _state(job, pods, failed.values())
         if not pods and time.monotonic() - began > WITHOUT_PODS:
             state += f"; why: kubectl describe jobset {name}"
         if state != last_state:
             say(step, f"TrainJob {name}: {state}")
             last_state = state
-        if job is None:
-            raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
         condition = trainjob.ended(job)
         if condition is not None:
-            for log in logs.values():
-                log.thread.join(LAST_LOG)
-            if condition["type"] == "Complete":
-                return
-            raise _error(condition, failed.values(), name)
+            return condition, list(failed.values())
         time.sleep(POLL)
 
 
-class _Log:
-    """The log of a pod, copied into this step's own by a thread."""
-
-    def __init__(self, cluster: Cluster, pod: str) -> None:
-        self._cluster, self._pod = cluster, pod
-        self._last_line: float | None = None  # time.monotonic()
-        self.thread = threading.Thread()
-        self.start()
-
-    def start(self) -> None:
-        """Copy what was not copied yet; a line at the seam may come twice."""
-        since = None
-        if self._last_line is not None:
-            since = math.ceil(time.monotonic() - self._last_line)
-        self.thread = threading.Thread(target=self._copy, args=(since,), daemon=True)
-        self.thread.start()
-
-    def _copy(self, since: int | None) -> None:
+def _copy_log(cluster: Cluster, name: str, ended: threading.Event) -> None:
+    """Copy the first node's log into this step's own, also after a restart, which makes a pod of another name."""
+    last_line: dict[str, float] = {}  # time.monotonic(), by pod
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(POLL)
         # Whatever ends the connection, and whatever the client raises: a log is no reason to fail.
         with contextlib.suppress(Exception):
-            for line in self._cluster.log(self._pod, CONTAINER, since):
-                print(line, flush=True)
-                self._last_line = time.monotonic()
+            for pod in cluster.nodes(name):
+                is_new = pod.name not in last_line
+                if pod.node != 0 or not (pod.phase == "Running" or (is_new and pod.phase != "Pending")):
+                    continue
+                # What was not copied yet; a line at the seam may come twice.
+                since = None if is_new else math.ceil(time.monotonic() - last_line[pod.name])
+                last_line.setdefault(pod.name, time.monotonic())
+                for line in cluster.log(pod.name, CONTAINER, since):
+                    print(line, flush=True)
+                    last_line[pod.name] = time.monotonic()
 
 
-def _copy_logs(cluster: Cluster, pods: list[NodePod], logs: dict[str, _Log]) -> None:
-    """Follow the first node's log; a restart makes a pod of another name."""
-    for pod in pods:
-        if pod.node != 0 or pod.phase == "Pending":
-            continue
-        if pod.name not in logs:
-            logs[pod.name] = _Log(cluster, pod.name)
-        elif pod.phase == "Running" and not logs[pod.name].thread.is_alive():
-            logs[pod.name].start()
-
-
-def _state(job: Json | None, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
+def _state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
     """One line for people."""
-    if job is None:
-        return "gone"
     condition = trainjob.ended(job)
     if condition is not None:
         return str(condition["type"]).lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import check
@@ -124,32 +124,34 @@ def _reporter(step: Step, tokens: int) -> Log:
 
 def _metadata(call: Call, report: RecoverReport) -> Metadata:
     """The report for the step's record, with what its stages counted of their data."""
-    counts = {**sequence_counts(call.step, report), **_decontaminated(call.step, report)}
-    return {"params": call.inputs["model"].params, **dataclasses.asdict(report), **counts}
-
-
-def _stage_details(report: RecoverReport, name: str) -> list[Any]:
-    """An entry of the details of each stage that has it."""
     # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
-    return [stage["details"][name] for stage in stages if name in stage["details"]]
+    details = [stage["details"] for stage in stages]
+    return {
+        "params": call.inputs["model"].params,
+        **dataclasses.asdict(report),
+        **sequence_counts(call.step, details),
+        **_decontaminated(call.step, details),
+    }
 
 
-def sequence_counts(step: str, report: RecoverReport) -> Metadata:
+def sequence_counts(step: str, stages: list[Metadata]) -> Metadata:
     """Sequences that were trained on, those that max_length cut, and passes so far: for metrics and log of the step."""
     # GRPO trains on prompts.
-    counts = {name: _stage_details(report, name) for name in ("sequences", "cut_sequences")}
-    if not counts["cut_sequences"]:
+    trained = [details for details in stages if "sequences" in details]
+    if not trained:
         return {}
-    totals = {name: sum(numbers) for name, numbers in counts.items()}
-    if totals["cut_sequences"]:
-        say(step, f"{totals['cut_sequences']:,} of {totals['sequences']:,} sequences were cut at recover.max_length")
-    return {**totals, "passes": max(_stage_details(report, "passes"))}
+    sequences = sum(details["sequences"] for details in trained)
+    cut = sum(details["cut_sequences"] for details in trained)
+    if cut:
+        say(step, f"{cut:,} of {sequences:,} sequences were cut at recover.max_length")
+    passes = max(details["passes"] for details in trained)
+    return {"sequences": sequences, "cut_sequences": cut, "passes": passes}
 
 
-def _decontaminated(step: str, report: RecoverReport) -> Metadata:
+def _decontaminated(step: str, stages: list[Metadata]) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
-    counts = _stage_details(report, "decontaminated")
+    counts = [details["decontaminated"] for details in stages if "decontaminated" in details]
     # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}
