@@ -35,7 +35,13 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), call)
+    job = trainjob.complete(
+        os.environ[trainjob.TEMPLATE],
+        name,
+        run,
+        cluster.own_pod(),
+        call,
+    )
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:
@@ -81,7 +87,11 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 def _follow(cluster: Cluster, step: str, name: str) -> None:
     """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
     ended = threading.Event()
-    log = threading.Thread(target=_copy_log, args=(cluster, name, ended), daemon=True)
+    log = threading.Thread(
+        target=_copy_log,
+        args=(cluster, name, ended),
+        daemon=True,
+    )
     log.start()
     try:
         condition, failed = _until_ended(cluster, step, name)

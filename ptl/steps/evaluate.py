@@ -56,7 +56,11 @@ def evaluate(call: Call) -> None:
     if call.arm == "loop" and call.iteration:
         # The pipeline was compiled with a fallback for each iteration, or with none.
         gate.check_structure(settings.gate, compiled=fallback is not None)
-    key = {**vars(settings), "fallback": fallback and fallback.digest, "state": fallback and fallback.gate}
+    key = {
+        **vars(settings),
+        "fallback": fallback and fallback.digest,
+        "state": fallback and fallback.gate,
+    }
     with Step(call, key=key) as step:
         record = step.record or step.publish(_evaluated(step, step.fetch_model(), settings))
         # Kubeflow shows them in its table of runs.
@@ -104,7 +108,13 @@ def _scores(step: Step, source: Path, key: str, settings: Settings) -> Metadata:
     if earlier:
         scores = dict(earlier["scores"])
     else:
-        report = evaluate_checkpoint(source, step.folder, settings.evaluate, seed=settings.seed, speed=False)
+        report = evaluate_checkpoint(
+            source,
+            step.folder,
+            settings.evaluate,
+            seed=settings.seed,
+            speed=False,
+        )
         scores = dataclasses.asdict(report)
     if settings.gate.enabled and scores["tasks"][0]["low"] is None:
         # The task's YAML did not say that it has no accuracy.
@@ -156,7 +166,12 @@ def _register(step: Step, prune: Prune, scores: Metadata) -> Pointer:
         "criterion": prune.criterion,
         **score_tags(scores, candidate),
     }
-    version = registry.register(step.run, call.settings["registered_model"], candidate, tags)
+    version = registry.register(
+        step.run,
+        call.settings["registered_model"],
+        candidate,
+        tags,
+    )
     return dataclasses.replace(candidate, model_version=version)
 
 
@@ -214,7 +229,11 @@ def _withdraw_later(step: Step, iterations: int) -> None:
     """Steps that are not needed have no result: one may be of an attempt that got further, before data changed."""
     for later in range(step.call.iteration + 1, iterations + 1):
         for stage in ("prune", "recover", "evaluate"):
-            store.withdraw(step.run.root, step.run.run, f"{stage}-{later}")
+            store.withdraw(
+                step.run.root,
+                step.run.run,
+                f"{stage}-{later}",
+            )
 
 
 def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metadata:
@@ -237,7 +256,10 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
         return {"reason": "the run ends with the dense model"}
     # In turns: what slows the machine down for a while slows both down.
     say(run.step, "measuring speed, the dense and the final model in turns")
-    folders = {"dense": step.fetch(dense.pointer), "final": step.fetch(final)}
+    folders = {
+        "dense": step.fetch(dense.pointer),
+        "final": step.fetch(final),
+    }
     # Other steps on this machine slow both models down; the report names them.
     beside = set(tracking.computing_beside(run))
     try:
@@ -245,7 +267,11 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
-    tracking.log_metrics(run, speed_rows.metrics(speed["models"]), step.call.iteration)
+    tracking.log_metrics(
+        run,
+        speed_rows.metrics(speed["models"]),
+        step.call.iteration,
+    )
     # What began or ended in between took its share as well.
     beside.update(tracking.computing_beside(run))
     return {**speed, "beside": sorted(beside)}

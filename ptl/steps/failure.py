@@ -67,7 +67,11 @@ def announce(step: Call, failure: Failure) -> None:
     url = os.environ.get(WEBHOOK)
     # Every pod that follows used-up attempts would post the same again.
     if url and not failure.exhausted:
-        _try(step.step, "the webhook", lambda: _post(url, step.step, failure.reason))
+        _try(
+            step.step,
+            "the webhook",
+            lambda: _post(url, step.step, failure.reason),
+        )
 
 
 def _fail_in_mlflow(step: Call, failure: Failure) -> None:

@@ -66,13 +66,24 @@ class Cluster:
     def train_job(self, name: str) -> Json | None:
         """A TrainJob with its status; None where there is none."""
         get = self._jobs.get_namespaced_custom_object
-        job: Json | None = self._ask(get, *self._train_jobs, name, expected=NOT_FOUND)
+        job: Json | None = self._ask(
+            get,
+            *self._train_jobs,
+            name,
+            expected=NOT_FOUND,
+        )
         return job
 
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
         delete = self._jobs.delete_namespaced_custom_object
-        self._ask(delete, *self._train_jobs, name, expected=NOT_FOUND, propagation_policy="Foreground")
+        self._ask(
+            delete,
+            *self._train_jobs,
+            name,
+            expected=NOT_FOUND,
+            propagation_policy="Foreground",
+        )
 
     def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""

@@ -50,7 +50,11 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            coordinator.train(call.step, call.dump(), partial(reporting.begin, step.run))
+            coordinator.train(
+                call.step,
+                call.dump(),
+                partial(reporting.begin, step.run),
+            )
             step.take_result_of_nodes()
         elif step.record is None:
             from ptl.recovery.recover import recover_checkpoint

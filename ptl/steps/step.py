@@ -173,7 +173,12 @@ class Step:
                 say(step, f"not taken over from run {run}: {error}")
                 continue
             # Without the list of files: the copy is published with one of its own.
-            shutil.copytree(folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
+            shutil.copytree(
+                folder,
+                self.folder,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns(FILES),
+            )
             say(step, f"taken over from run {run}: same inputs, same settings")
             tracking.tag(self.run, {"taken_over_from": run})
             return {name: value for name, value in record.metadata.items() if name != "started"}
@@ -208,11 +213,27 @@ class Step:
             **(dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report),  # type: ignore[arg-type]
             "whole_seconds": elapsed,
         }
-        damaged = store.damaged(run.root, run.run, run.step, self.key.digest)
+        damaged = store.damaged(
+            run.root,
+            run.run,
+            run.step,
+            self.key.digest,
+        )
         pointer = self._repaired(damaged.pointer) if damaged else self._published(metadata)
-        record = Record(self.key.digest, pointer, metadata, version=__version__, files=self.key.files)
+        record = Record(
+            self.key.digest,
+            pointer,
+            metadata,
+            version=__version__,
+            files=self.key.files,
+        )
         # Another process may be first: then its record is the step's.
-        self.record = store.commit(run.root, run.run, run.step, record)
+        self.record = store.commit(
+            run.root,
+            run.run,
+            run.step,
+            record,
+        )
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
         shutil.rmtree(scratch("cache"), ignore_errors=True)
         committed = self.record.metadata
@@ -241,8 +262,17 @@ class Step:
             model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
         else:
             params = metadata["params"]
-            tags = {"step": run.step, "params": params, "digest_of_parent": parent.digest if parent else ""}
-            model_id, location = tracking.new_model(run, run.step, {"params": params}, tags)
+            tags = {
+                "step": run.step,
+                "params": params,
+                "digest_of_parent": parent.digest if parent else "",
+            }
+            model_id, location = tracking.new_model(
+                run,
+                run.step,
+                {"params": params},
+                tags,
+            )
         return Pointer(
             uri=location,
             digest=digest_of(store.publish(self.folder, location)),
@@ -259,7 +289,12 @@ class Step:
     def _verified(self) -> Record | None:
         """The record whose files a later step could not fetch, where they are intact now, as after an outage."""
         run = self.run
-        record = store.damaged(run.root, run.run, run.step, self.key.digest)
+        record = store.damaged(
+            run.root,
+            run.run,
+            run.step,
+            self.key.digest,
+        )
         if record is None:
             return None
         try:
@@ -268,7 +303,12 @@ class Step:
             say(run.step, f"done again, since its files are damaged: {damage}")
             return None
         say(run.step, "its files were verified")
-        return store.commit(run.root, run.run, run.step, dataclasses.replace(record, damaged=False))
+        return store.commit(
+            run.root,
+            run.run,
+            run.step,
+            dataclasses.replace(record, damaged=False),
+        )
 
     def _repaired(self, pointer: Pointer) -> Pointer:
         """Put the same bytes in the place of damaged files, to which all pointers stay right.

@@ -100,7 +100,11 @@ def run(
         if error.errno not in local_files.FULL:
             raise
         failure = Failure(str(local_files.no_space(error)))
-    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+    print(
+        f"error: {step}: {failure.reason}",
+        file=sys.stderr,
+        flush=True,
+    )
     from ptl.steps.failure import give_up
 
     give_up(call, failure, outputs)
@@ -124,7 +128,13 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     failure_file = call.with_name("failure.json")
     failure_file.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
+    command = [
+        sys.executable,
+        "-m",
+        PROCESS,
+        str(call),
+        str(os.getpid()),
+    ]
     process: Work = _Fork(call) if forks else subprocess.Popen(command, start_new_session=True)
     try:
         with _ending_together(process):
