@@ -54,8 +54,8 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def summaries(results: Results) -> list[Summary]:
-    """All arms whose results are complete, by budget, share and arm."""
-    cells = {(cell.tokens, cell.share, cell.arm) for cell in results.rows}
+    """All arms whose results are complete, by budget, share and arm; not those of options that are gone."""
+    cells = {(cell.tokens, cell.share, cell.arm) for cell in results.rows if cell.arm in ARMS}
     found = []
     for tokens, share, arm in sorted(cells, key=lambda key: (*key[:2], list(ARMS).index(key[2]))):
         study = Study(arm, share, tokens)

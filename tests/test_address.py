@@ -103,7 +103,7 @@ def own_environment(monkeypatch):
 def test_mlflow_gets_the_login_and_no_message_shows_it(serve, monkeypatch):
     server, url = serve(401, body=b'{"error_code": "UNAUTHENTICATED", "message": "no"}')
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", "://user:secret@"))
-    with pytest.raises(WorkError, match=r"MLflow at http://127") as error, mlflow_client.explained():
+    with pytest.raises(InputError, match=r"MLflow at http://127") as error, mlflow_client.explained():
         mlflow_client.connect().get_experiment("1")
     assert server.seen[0]["Authorization"] == "Basic dXNlcjpzZWNyZXQ="
     chain = [error.value, error.value.__cause__, error.value.__cause__.__context__]

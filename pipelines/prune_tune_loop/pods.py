@@ -25,7 +25,7 @@ REMEDIES = {
     "ImagePullBackOff": IMAGE,
     "ErrImageNeverPull": IMAGE,
     "InvalidImageName": IMAGE,
-    "CreateContainerConfigError": "check resources.run_as_user, and the ConfigMaps and Secrets that storage names",
+    "CreateContainerConfigError": "check that the image runs as user 1000, and the ConfigMaps and Secrets that storage names",
     "Unschedulable": "check resources.accelerator and accelerators, node_selector and tolerations, cpu and memory (of "
     "this kind of step: resources.steps.{stage})",
     "SchedulingGated": "it waits in the queue of resources.queue",

@@ -96,7 +96,7 @@ def _check_runner(runner: str, config: Config, s3: bool) -> None:
     if runner == "docker":
         # With --s3 the address is not known yet, only that it will be a server's.
         containers.check(config, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
-    else:
+    elif runner != "subprocess":
         raise InputError(f"{runner!r} must be one of subprocess, docker", field="--runner")
 
 

@@ -41,7 +41,7 @@ def _explanation(section: type[Section], details: Any) -> str:
         method = next((f" of {part}" for part in details["loc"][-2:-1] if part in METHODS), "")
         meant = " or ".join(suggestions(section, details["loc"]))
         return f"unknown field{method}; " + (
-            f"did you mean {meant}?" if meant else "remove it, or see `ptl schema` for the fields there are"
+            f"did you mean {meant}?" if meant else "remove it, or see `ptl validate --schema` for the fields there are"
         )
     if details["type"] == "missing":
         return "missing; add it"

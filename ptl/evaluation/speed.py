@@ -152,7 +152,9 @@ def side_by_side(
         "task": scores[0].task if scores else "",
         "items": scores[0].items if scores else 0,
         "batch_size": settings.batch_size,
-        **settings.speed.model_dump(include={"prompt_tokens", "new_tokens", "repeats"}),
+        "prompt_tokens": settings.speed.prompt_tokens,
+        "new_tokens": settings.speed.new_tokens,
+        "repeats": settings.speed.repeats,
         "models": measured,
         "seconds": time.monotonic() - started,
     }

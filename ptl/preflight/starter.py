@@ -306,7 +306,7 @@ def _trainings(rows: int, gpus: int, lora_rate: str) -> Iterator[Values]:
     """Ways of training so many rows on each GPU, the cheapest in time first: adapters last, few passes first."""
     shardings = (None, "fsdp") if gpus > 1 else (None,)
     accumulations = [number for number in range(1, rows + 1) if rows % number == 0]
-    adapter = {"lora": "{rank: 64, alpha: 128}", "learning_rate": lora_rate}
+    adapter = {"lora": "{rank: 64}", "learning_rate": lora_rate}
     for weights, sharding, number in product(({}, adapter), shardings, accumulations):
         yield weights | {"sharding": sharding, "accumulation": number if number > 1 else None}
 

@@ -191,11 +191,11 @@ def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config
     fields = {"model__path": str(folder), "schedule__target": 0.2, "prune__width_multiple": 1}
     fields["export"] = [{"format": "gguf", "type": "q8_0"}, {"format": "compressed-tensors", "type": "fp8"}]
     said = "may remove layers, and llama.cpp may know the attention of a layer of gemma3_text by its number"
-    for target in ("auto", "neurons"):
+    for target in ("layers", "neurons"):
         done = ptl(command, config(**fields, prune__target=target))
         assert done.returncode == 0, done.stderr
         printed = " ".join((done.stdout + done.stderr).split())
-        assert (f"prune.target={target} {said}" in printed) == (target == "auto")
+        assert (f"prune.target={target} {said}" in printed) == (target == "layers")
     assert "llama.cpp may know" not in printed
 
 

@@ -248,7 +248,7 @@ def test_a_result_of_another_version_is_named(records, settings, tmp_path):
     del result["examples"]["regressions"]
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(InputError, match=r"or another version's .examples\.regressions: Field required"):
-        results.report(str(tmp_path / "result.json"), tmp_path / "pages")
+        results._write_report(str(tmp_path / "result.json"), tmp_path / "pages")
 
 
 def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):

@@ -206,7 +206,7 @@ out = SimpleNamespace(path=sys.argv[1] + "/out", metadata={})
 try:
     supervisor.run("prune-1", "e", {}, {"out": out})
 finally:
-    heavy = {"torch", "transformers", "mlflow", "pydantic", "numpy"} & set(sys.modules)
+    heavy = {"torch", "transformers", "mlflow", "numpy"} & set(sys.modules)
     print("heavy:", sorted(heavy))
 """
 
