@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,12 @@ def _drop_old_resources(container: Json) -> None:
 
 def _shorten_command(container: Json) -> None:
     """Name the component, which the image has, in the place of its source; drop what KFP's script does not need."""
-    *shell, script, _ = container["command"]
+    *shell, script, source = container["command"]
     component = container["args"][-1]  # of --function_to_execute
+    if find_spec(f"components.{component}"):
+        source = f"from components.{component} import {component}"
     script = re.sub(r"\s*\n\s*", "\n", script.replace(KFP_RUNTIME, "")).strip()
-    container["command"] = [*shell, re.sub(r" {2,}", " ", script), f"from components.{component} import {component}"]
+    container["command"] = [*shell, re.sub(r" {2,}", " ", script), source]
 
 
 def _drop_name_parameters(settings: Json) -> None:
