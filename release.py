@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl import __version__
-from ptl.cli import configs, shipped
-from ptl.config import image_names
-from ptl.config.run import load_config
+from ptl.cli import shipped
+from ptl.config import image_names, yaml_text
+from ptl.config.run import Images, check, load_config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.extras import DISTRIBUTION
 from ptl.local import images
@@ -39,8 +39,9 @@ import sys
 from pathlib import Path
 from ptl.cli import configs, shipped
 folder, images = map(Path, sys.argv[1:])
+settings = [f"images={images.read_text()}"]
 for config in sorted(shipped.CONFIGS.glob("*.yaml")):
-    configs.compile(config, folder / config.name, [], images)
+    configs.compile(config, folder / config.name, settings)
 """
 WITH_IMAGES = """\
     make release REGISTRY=registry.example.com/team WITH='{names}'        # where a Docker engine answers
@@ -139,7 +140,7 @@ def optional_images(chosen: list[str]) -> list[str]:
 
 def known_images(file: Path, optional: list[str]) -> dict[str, Any]:
     """The section of a file of `ptl images digests`, of this version and with all images of the release."""
-    section = configs.images_section(file)
+    section = check(Images, yaml_text.load_file(file, field="--images"), str(file)).model_dump()
     tag = section["tag"]
     if tag != __version__:
         raise InputError(

@@ -43,7 +43,6 @@ OURS: dict[str, dict[str, Any]] = {
     "weight": {"criterion": "weight"},
     "taylor": {"criterion": "taylor"},
     "random": {"criterion": "random"},
-    "max, own answers": MAX | {"answers": "self"},
     "layers, max": {"unit": "layers"},
 }
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
@@ -52,10 +51,9 @@ THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
 def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
     chosen = dict(OURS[kind])
     unit = chosen.pop("unit", "neurons")
-    calibration = TINY.calibration.model_copy(update={"answers": chosen.pop("answers", "given")})
     settings = Prune(**chosen, width_multiple=1)
     goal = body.params - (body.width - width) * body.params_per_neuron
-    prune_checkpoint(TINY.model, dst, settings, calibration, unit=unit, goal=goal, seed=seed)
+    prune_checkpoint(TINY.model, dst, settings, TINY.calibration, unit=unit, goal=goal, seed=seed)
 
 
 def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:

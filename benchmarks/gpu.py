@@ -66,10 +66,10 @@ DRIVER_NAMES = {
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, MFU and peak GPU memory of the recover step and the bare loop: the median of the repeats."""
-    from ptl.config.recover import Cpt, TrainingData
+    from ptl.config.recover import RecoverStage, TrainingData
     from ptl.recovery.job import RecoveryJob, StageBudget
 
-    settings = Cpt(
+    settings = RecoverStage(
         batch_size=given.batch_size,
         max_length=given.length,
         loss="all",

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ptl.config.recover import Cpt, TrainingData
+from ptl.config.recover import RecoverStage, TrainingData
 from ptl.model import checkpoint
 from ptl.recovery import sft
 from ptl.recovery.job import RecoveryJob, StageBudget
@@ -65,7 +65,7 @@ def make(shape: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int
     return checkpoint.num_params(folder)
 
 
-def product(src: Path, settings: Cpt, job: RecoveryJob) -> float:
+def product(src: Path, settings: RecoverStage, job: RecoveryJob) -> float:
     """Tokens per second of the recover step's own training."""
     marks: list[tuple[float, float]] = []
 
@@ -82,7 +82,7 @@ def product(src: Path, settings: Cpt, job: RecoveryJob) -> float:
     return (last - first) / (ended - began)
 
 
-def bare(src: Path, settings: Cpt, job: RecoveryJob, logged: int = LOGGED) -> float:
+def bare(src: Path, settings: RecoverStage, job: RecoveryJob, logged: int = LOGGED) -> float:
     """The same batches through a loop of a dozen lines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32).to(device).train()
@@ -135,7 +135,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             params = make(shape, Path(folder))
             tokens = given.steps * given.batch_size * 90  # a problem has about 90 tokens
-            settings = Cpt(
+            settings = RecoverStage(
                 batch_size=given.batch_size,
                 max_length=256,
                 save_steps=10**9,

@@ -15,7 +15,6 @@ import typer  # noqa: E402
 
 from ptl.cli.app import app  # noqa: E402
 from ptl.config.base import Section  # noqa: E402
-from ptl.config.recover import NextToken, Stage  # noqa: E402
 from ptl.config.run import Config  # noqa: E402
 
 CONFIG_HEAD = """\
@@ -61,14 +60,11 @@ def config_page() -> str:
 
 
 def _sections(section: type[Section], path: str) -> Iterator[tuple[type[Section], str]]:
-    """Every section with the dotted name under which a config has it; bases of recovery methods before them."""
+    """Every section with the dotted name under which a config has it."""
     yield section, path
     for name, annotation in inspect.get_annotations(section, eval_str=True).items():
         inner = f"{path}.{name}" if path else name
         for found in _sections_in(annotation):
-            for base in (Stage, NextToken):
-                if issubclass(found, base):
-                    yield from _sections(base, inner)
             yield from _sections(found, inner)
 
 
@@ -90,8 +86,7 @@ def _headings(places: dict[type[Section], list[str]]) -> dict[type[Section], str
         elif len(paths) > 1:
             headings[section] = words
         else:
-            words = {Stage: "every method", NextToken: "cpt and distil"}.get(section, words.lower())
-            headings[section] = paths[0] if is_alone else f"{paths[0]}: {words}"
+            headings[section] = paths[0] if is_alone else f"{paths[0]}: {words.lower()}"
     return headings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import MutableMapping
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 # The second form is a password with a slash, which no parser takes, in an address that is no HOST:PORT/PATH.
 LOGIN = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@")
@@ -38,13 +38,9 @@ def mlflow_ui() -> str:
     return page(bare(os.environ.get("PTL_MLFLOW_UI") or uri)).rstrip("/") if is_server(uri) else ""
 
 
-def runs_page(server: str, experiment: str, run: str = "", *, query: str = "") -> str:
-    """MLflow's page of an experiment's runs, all that fit a query or one of them.
-
-    MLflow 3.17 reads only what follows the `#`, and a filter only with `/runs`.
-    """
-    path = f"{server}/#/experiments/{experiment}/runs{f'/{run}' if run else ''}?{TRAINING}"
-    return f"{path}&searchFilter={quote(query, safe='')}" if query else path
+def runs_page(server: str, experiment: str, run: str = "") -> str:
+    """MLflow's page of an experiment's runs, or of one of them. MLflow 3.17 reads only what follows the `#`."""
+    return f"{server}/#/experiments/{experiment}/runs{f'/{run}' if run else ''}?{TRAINING}"
 
 
 def origin(uri: str) -> str:

@@ -1,5 +1,9 @@
 """Records of a run as its steps commit them: their numbers are made up for the tests and measured nowhere."""
 
+import dataclasses
+
+from ptl.storage.store import Pointer, Record
+
 DENSE, WIDTHS = 213_120, (256, 206, 170, 145, 122)
 
 
@@ -81,10 +85,6 @@ def items(wrong: set[int]) -> list[dict]:
     ]  # fmt: skip
 
 
-def curve(tokens: int, start: float) -> list[list[float]]:
-    return [[tokens * k / 40, round(start * (0.2 + 0.8 / (1 + k)), 4)] for k in range(1, 41)]
-
-
 def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int) -> dict:
     def step(verb: str) -> str:
         return f"{name}-{verb}" if arm == "control" else f"{verb}{name}"
@@ -92,19 +92,19 @@ def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, token
     decision = "control" if arm == "control" else "accepted"
     return {
         step("prune"): metadata("prune", i, arm, params=params, criterion="max"),
-        step("recover"): metadata("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
+        step("recover"): metadata("recover", i, arm, params=params, tokens=tokens),
         step("evaluate"): metadata("evaluate", i, arm, scores=scores(params, accuracy, width),
                                 verdict={"decision": decision, "reason": "within the margin",
                                          "numbers": {"p_value": 0.0213}}),
     }  # fmt: skip
 
 
-def record_of(step: str, f: dict) -> dict:
+def record_of(step: str, f: dict) -> Record:
     """An evaluate step scored and accepted what it passes on."""
     passed_on = pointer_of(step, f)
     if f["stage"] == "evaluate":
         f = {"checkpoint": passed_on, "accepted": passed_on, "speed": {}} | f
-    return {"step": step, "metadata": f, "pointer": passed_on}
+    return Record("", Pointer(**passed_on), f, step)
 
 
 def pointer_of(step: str, f: dict) -> dict:
@@ -118,14 +118,14 @@ def pointer_of(step: str, f: dict) -> dict:
 
 def reject(records: dict, i: int) -> None:
     """Iteration i fails the gate: its evaluate step passes on what iteration i-1 ended with."""
-    records[f"evaluate-{i}"]["metadata"]["verdict"] = {
+    records[f"evaluate-{i}"].metadata["verdict"] = {
         "decision": "rejected",
         "reason": "2.1 points below",
         "numbers": {"margin": 0.01},
     }
-    before = records[f"evaluate-{i - 1}"]["metadata"]["accepted"]
-    records[f"evaluate-{i}"]["metadata"]["accepted"] = before
-    records[f"evaluate-{i}"]["pointer"] = before
+    before = records[f"evaluate-{i - 1}"].metadata["accepted"]
+    records[f"evaluate-{i}"].metadata["accepted"] = before
+    records[f"evaluate-{i}"] = dataclasses.replace(records[f"evaluate-{i}"], pointer=Pointer(**before))
 
 
 def settings() -> dict:

@@ -38,10 +38,8 @@ def test_user_and_password_are_not_shown(text, shown):
 
 
 def test_the_page_of_runs_and_its_origin_are_those_of_a_browser():
-    """Looked at in MLflow 3.17: another order, or a filter without `/runs`, shows another page or all runs."""
-    page = address.runs_page("http://host", "1", query="attributes.run_name = 'a'")
-    after_hash = "#/experiments/1/runs?workflowType=machine_learning&searchFilter=attributes.run_name%20%3D%20%27a%27"
-    assert page == f"http://host/{after_hash}"
+    """Looked at in MLflow 3.17: another order shows another page or all runs."""
+    assert address.runs_page("http://host", "1") == "http://host/#/experiments/1/runs?workflowType=machine_learning"
     assert address.runs_page("http://host", "1", "r").endswith("/#/experiments/1/runs/r?workflowType=machine_learning")
     assert address.origin("https://user:pw@MLflow.example.com:443/base/") == "https://mlflow.example.com"
     assert address.origin("http://host:443") == "http://host:443"

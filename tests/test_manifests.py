@@ -20,7 +20,6 @@ from conftest import free_port
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
 from ptl import address
-from ptl.config.cluster import RESERVED
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.local import servers
@@ -233,8 +232,6 @@ def test_a_steps_trainjob_changes_what_the_runtime_has():
     (job,) = yaml.safe_load(RUNTIME.read_text())["spec"]["template"]["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     assert (job["name"], pod["containers"][0]["name"]) == (trainjob.JOB, trainjob.CONTAINER)
-    # A volume of the step's with one of these names would be the same volume.
-    assert {volume["name"] for volume in pod["volumes"]} <= RESERVED
 
 
 def test_nodes_meet_the_restricted_standard():

@@ -240,7 +240,8 @@ def test_in_an_empty_folder_the_wheel_compiles_what_the_checkout_compiles(releas
     monkeypatch.chdir(ROOT)
     for name in ("tiny", "smollm2-135m-gsm8k", "onprem"):  # two with files of the examples
         config = shipped.CONFIGS / f"{name}.yaml"
-        configs.compile(config, tmp_path / config.name, [], released / "images.json")
+        images = (released / "images.json").read_text()
+        configs.compile(config, tmp_path / config.name, [f"images={images}"])
         assert (tmp_path / config.name).read_bytes() == (released / "pipelines" / config.name).read_bytes()
     # Without images and by the command, in a folder that has the pipeline's name in it.
     configs.compile(shipped.CONFIGS / "tiny.yaml", tmp_path / "checkout.yaml", [])

@@ -127,41 +127,59 @@ def _set_environment(task: Any, storage: Storage) -> None:
 
 def _variables(storage: Storage) -> dict[str, str]:
     """Names of the S3 Secret's keys, where they are not the usual ones, as in KFP's own Secret; the hub's folder."""
-    keys = zip(mounts.S3_KEYS.items(), (storage.s3_access_key, storage.s3_secret_key), strict=True)
-    variables = {variable: key for (variable, usual), key in keys if storage.s3_secret and key != usual}
-    return variables | ({"HF_HOME": mounts.HF_HOME} if storage.cache_claim else {})
+    variables = {}
+    if storage.s3_secret:
+        names = (storage.s3_access_key, storage.s3_secret_key)
+        for (variable, usual), name in zip(mounts.S3_KEYS.items(), names, strict=True):
+            if name != usual:
+                variables[variable] = name
+    if storage.cache_claim:
+        variables["HF_HOME"] = mounts.HF_HOME
+    return variables
 
 
-def _secrets(storage: Storage) -> dict[str, str]:
-    """Where each Secret is mounted, by its name: one that serves for several is mounted once."""
-    folders = {storage.hf_secret: mounts.HF, storage.mlflow_secret: mounts.MLFLOW, storage.s3_secret: mounts.S3}
-    return {name: folder for name, folder in folders.items() if name}
-
-
-def _config_maps(storage: Storage) -> dict[str, str]:
-    folders = {storage.config_map: mounts.CONFIG, storage.ca_config_map: mounts.CA}
-    return {name: folder for name, folder in folders.items() if name}
+def _volumes(storage: Storage) -> list[tuple[str, str, str]]:
+    """Kind, name and folder of each volume of a step's pod."""
+    # By name: a Secret that serves for several is mounted once.
+    secrets = {
+        storage.hf_secret: mounts.HF,
+        storage.mlflow_secret: mounts.MLFLOW,
+        storage.s3_secret: mounts.S3,
+    }
+    config_maps = {
+        storage.config_map: mounts.CONFIG,
+        storage.ca_config_map: mounts.CA,
+    }
+    volumes = [("secret", name, folder) for name, folder in secrets.items() if name]
+    volumes += [("configMap", name, folder) for name, folder in config_maps.items() if name]
+    if storage.cache_claim:
+        volumes.append(("persistentVolumeClaim", storage.cache_claim, mounts.CACHE))
+    return volumes
 
 
 def _mount_volumes(task: Any, storage: Storage) -> None:
     """All optional: a pod that misses one starts and says so, instead of hanging before its container exists."""
-    for name, folder in _secrets(storage).items():
-        kubernetes.use_secret_as_volume(task, name, folder, optional=True)
-    for name, folder in _config_maps(storage).items():
-        kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
-    if storage.cache_claim:
-        kubernetes.mount_pvc(task, storage.cache_claim, mounts.CACHE)
+    for kind, name, folder in _volumes(storage):
+        if kind == "secret":
+            kubernetes.use_secret_as_volume(task, name, folder, optional=True)
+        elif kind == "configMap":
+            kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
+        else:
+            kubernetes.mount_pvc(task, name, folder)
 
 
 def train_job(config: Config, image: str) -> str:
     """The TrainJob of a recover step, as JSON, as far as the config says it."""
     resources = config.resources
     own = resources.of_step(TRAINED)
-    node: dict[str, Any] = {"name": "PTL_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
+    node_name = {"fieldRef": {"fieldPath": FIELD_VARIABLES["PTL_NODE"]}}
+    variables: list[dict[str, Any]] = [{"name": "PTL_NODE", "valueFrom": node_name}]
+    for name, value in _variables(config.storage).items():
+        variables.append({"name": name, "value": value})
     trainer = {
         "image": image,
         "command": ["python", "-m", "ptl.steps.node"],
-        "env": [node, *({"name": name, "value": value} for name, value in _variables(config.storage).items())],
+        "env": variables,
         "numNodes": own.nodes,
         # one, which starts a process for each accelerator
         "numProcPerNode": 1,
@@ -202,27 +220,30 @@ def _resources(resources: Resources) -> dict[str, Any]:
 def _pod(config: Config) -> dict[str, Any]:
     """Placement, user and volumes of a node, as in the pods of the other steps."""
     resources, storage = config.resources, config.storage
-    volumes: list[tuple[str, str, dict[str, Any]]] = []  # name, folder, and what it holds
-    for name, folder in _secrets(storage).items():
-        volumes.append((name, folder, {"secret": {"secretName": name, "optional": True}}))
-    for name, folder in _config_maps(storage).items():
-        volumes.append((name, folder, {"configMap": {"name": name, "optional": True}}))
-    if claim := storage.cache_claim:
-        volumes.append((claim, mounts.CACHE, {"persistentVolumeClaim": {"claimName": claim}}))
-    volume_mounts = [{"name": name, "mountPath": folder} for name, folder, _ in volumes]
+    volumes: list[dict[str, Any]] = []
+    volume_mounts = []
+    for kind, name, folder in _volumes(storage):
+        sources = {
+            "secret": {"secretName": name, "optional": True},
+            "configMap": {"name": name, "optional": True},
+            "persistentVolumeClaim": {"claimName": name},
+        }
+        volumes.append({"name": name, kind: sources[kind]})
+        volume_mounts.append({"name": name, "mountPath": folder})
     pod: dict[str, Any] = {
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": resources.run_as_user,
             "runAsGroup": resources.run_as_group,
         },
-        "volumes": [{"name": name} | source for name, _, source in volumes],
+        "volumes": volumes,
         "containers": [{"name": trainjob.CONTAINER, "volumeMounts": volume_mounts}],
     }
     if resources.tolerations:
-        pod["tolerations"] = [
-            {"operator": taint.operator, **taint.model_dump(exclude_none=True)} for taint in resources.tolerations
-        ]
+        pod["tolerations"] = []
+        for taint in resources.tolerations:
+            toleration = {"operator": taint.operator, **taint.model_dump(exclude_none=True)}
+            pod["tolerations"].append(toleration)
     if resources.node_selector:
         pod["nodeSelector"] = dict(sorted(resources.node_selector.items()))
     if resources.image_pull_secrets:

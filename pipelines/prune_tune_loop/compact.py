@@ -107,8 +107,12 @@ def local_copy(text: str, order: Sequence[str]) -> str:
 
 def _name_by_step(tasks: Json) -> None:
     """Give every task its display name as key, wherever it is referred to."""
-    steps = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
-    renamed = dict(zip(steps.values(), tasks.values(), strict=True))
+    steps = {}
+    renamed = {}
+    for key, task in tasks.items():
+        step = task["taskInfo"]["name"]
+        steps[key] = step
+        renamed[step] = task
     tasks.clear()  # a step's name may be the key that KFP gave to another step
     tasks.update(renamed)
     for task in renamed.values():
@@ -142,7 +146,8 @@ def _drop_name_parameters(settings: Json) -> None:
     """Keep the plain name, which every backend reads (driver/k8s.go), of what is named in two ways."""
     for kind in NAMED_TWICE & settings.keys():
         for volume in settings[kind]:
-            for parameter in [field for field in volume if field.endswith("NameParameter")]:
+            parameters = [field for field in volume if field.endswith("NameParameter")]
+            for parameter in parameters:
                 value = volume[parameter].get("runtimeValue", {})
                 plain_name = volume.get(parameter.removesuffix("Parameter"))
                 if value.get("constant") in (plain_name, volume.get("constant")):

@@ -17,7 +17,6 @@ from ptl.steps import mounts
 
 LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
 SECTIONS = {"model", "calibration", "training", "recover", "evaluate"}  # where a config names files
-LONGEST_PATH = 256  # characters; a longer text is a prompt or code
 
 
 def check(config: Config, tracking_uri: str) -> None:
@@ -122,24 +121,24 @@ def files(config: Config) -> set[Path]:
     from ptl.evaluation import task_data, tasks
 
     working_directory = Path.cwd()
-    paths = set()
-    settings = flat_settings(config.model_dump(mode="json", include=SECTIONS))
-    for text in settings.values():
-        if not isinstance(text, str) or "\n" in text or len(text) >= LONGEST_PATH:
-            continue
-        path = Path(text).expanduser()
-        # A text that is no path may still be "." or "/".
-        if path.exists() and not working_directory.is_relative_to(path.resolve()):
-            paths.add(_with_blobs(path))
+    # A whole working directory is too much.
+    settings = flat_settings(config.model_dump(mode="json", include=SECTIONS)).values()
+    named = [Path(text) for text in settings if isinstance(text, str) and _is_file(text)]
+    paths = {_with_blobs(path) for path in named if not working_directory.is_relative_to(path.resolve())}
     for task in config.evaluate.tasks:
         if tasks.is_path(task.name):
             (spec,) = tasks.find(task.name)
-            # A task's YAML may use functions and templates next to it; a whole working directory is too much.
+            # A task's YAML may use functions and templates next to it.
             folder = spec.path.parent
             paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
             splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             paths |= {Path(split.file) for split in splits.values()}
     return set(map(_absolute, paths))
+
+
+def _is_file(text: str) -> bool:
+    """Whether a setting is the path of a file or folder: a config that was read has absolute ones."""
+    return text.startswith("/") and os.path.exists(text)  # noqa: PTH110 - Path's raises for a long text
 
 
 def hub_caches() -> dict[str, str]:

@@ -1,10 +1,8 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
 import math
-import threading
 import time
-from collections.abc import Callable, Collection
-from concurrent.futures import Future
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,23 +20,21 @@ from pipelines.prune_tune_loop.kfp_api import (
     run_id_of,
 )
 from pipelines.prune_tune_loop.pods import Pod
-from pipelines.prune_tune_loop.run_view import ENDED, RunView, StepView
+from pipelines.prune_tune_loop.run_view import CANCELED, ENDED, RunView
 from ptl import address, processes
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import locate, progress
-from ptl.lineage.progress import RunProgress
+from ptl.lineage.progress import RunProgress, StepProgress
+from ptl.log import Show
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
-PODS = 30.0  # seconds between two looks at the pods
-PATIENCE = 20.0  # seconds for all requests of one of them
-ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
+# States of a step that are no change worth a line.
+QUIET = (run_view.WAITING, run_view.NOT_STARTED, run_view.UNKNOWN)
 UNDER_WAY = ("PENDING", "RUNNING", "SUCCEEDED")  # of a run that was retried; a short one may be done again
-MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
-NONE_YET = RunProgress("", "", "", {})
-Say = Callable[[str], None]
+MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", CANCELED: "KILLED"}  # by the state of a run that ended; else FAILED
 
 
 @dataclass
@@ -46,51 +42,47 @@ class Observer:
     """What a command keeps between two looks at a run."""
 
     api: Api
-    say: Say
+    show: Show
     step_names: list[str] = field(default_factory=list)
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     outage: str = ""  # why MLflow did not answer, which is reported once
-    pods: dict[str, Pod] = field(default_factory=dict)  # that have not succeeded, by step
-    pods_read: float = -math.inf  # when they were last asked for; infinite where they cannot be read
+    reads_pods: bool = True  # until they cannot be read
+    pods: Mapping[str, Pod] = field(default_factory=dict)  # that have not succeeded, by step
+    announced: dict[str, Any] = field(default_factory=dict)  # what was last printed, by topic
+    trainings: dict[str, float] = field(default_factory=dict)  # time of the last line of a training, by step
 
     def look(self, run: Any) -> RunView:
         """A run as Kubeflow has just described it, with its records in MLflow and what Kubernetes says of its pods."""
         # The names are those of the run's pipeline version, which does not change.
         self.step_names = self.step_names or run_view.step_names(self.api, run)
-        self._read_records(run.run_id)
+        records = self._read_records(run)
         namespace = self.api.namespace or "kubeflow"
-        self._read_pods(run, namespace)
+        if self.reads_pods and run.state in ("PENDING", "RUNNING", "FAILED"):
+            # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only reasons are missing.
+            try:
+                self.pods = pods.read(namespace, run.run_id)
+            except Exception:  # it would be the same again, and may have asked for a login
+                self.pods, self.reads_pods = {}, False
 
         def where(command: str) -> str:
             selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
             return f"see `kubectl {command} {selection}` and {self.api.link(run.run_id)}"
 
-        records = self.records
-        if records is None and not self.outage and run.state not in ENDED:
-            records = NONE_YET
         return run_view.view(run, self.step_names, records, self.pods, where)
 
-    def _read_records(self, run_id: str) -> None:
+    def _read_records(self, run: Any) -> Mapping[str, StepProgress] | None:
         # The first time all of MLflow's experiments are looked through.
         experiment_ids = [self.records.experiment_id] if self.records else None
         try:
-            self.records = progress.read(run_id, experiment_ids) or self.records
+            self.records = progress.read(run.run_id, experiment_ids) or self.records
         except PtlError as error:
             if not self.outage:
-                self.say(f"the steps' own records are not read: {error}")
+                self.show(f"the steps' own records are not read: {error}")
             self.outage = str(error)
-
-    def _read_pods(self, run: Any, namespace: str) -> None:
-        """Of a run that can still have some, where they may be read."""
-        is_due = time.monotonic() - self.pods_read > PODS or (run.state == "FAILED" and self.pods_read != math.inf)
-        if run.state not in ("PENDING", "RUNNING", "FAILED") or not is_due:
-            return
-        # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only the reasons are missing.
-        self.pods_read = time.monotonic()
-        try:
-            self.pods = _within(PATIENCE, lambda: pods.read(namespace, run.run_id))
-        except Exception:  # it would be the same again, and may have asked for a login
-            self.pods, self.pods_read = {}, math.inf
+        if self.records:
+            return self.records.steps
+        # The first step makes them.
+        return None if self.outage or run.state in ENDED else {}
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -99,49 +91,57 @@ class Observer:
         status = MLFLOW_STATUS.get(view.state, "FAILED")
         reasons = {step.name: step.reason for step in view.steps}
         try:
-            if progress.close(self.records, status, view.reason, reasons):
-                self.say(f"MLflow: what was still RUNNING of this run is {status} now")
+            was_running = progress.close(self.records, status, view.reason, reasons)
+            if was_running:
+                self.show(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
-            self.say(f"MLflow: the run could not be closed: {error}")
+            self.show(f"MLflow: the run could not be closed: {error}")
+
+    def announce(self, view: RunView) -> None:
+        """Print each change of a run that is waited for as one line, and nothing twice."""
+        for step in view.steps:
+            if step.state not in QUIET:
+                value = (step.state, step.attempt, step.reason)
+                self.announce_once(step.name, value, step.change)
+            now = time.monotonic()
+            last_line = self.trainings.get(step.name, -math.inf)
+            if step.training and now - last_line >= TRAINING:
+                self.trainings[step.name] = now
+                topic = f"training of {step.name}"
+                self.announce_once(topic, step.training, f"{step.name}: {step.training}")
+        self.announce_once("hint", view.hint_to_cancel, view.hint_to_cancel)
+
+    def announce_once(self, topic: str, value: Any, text: str) -> None:
+        """Print a text if the value of its topic has changed."""
+        if self.announced.get(topic) != value and text:
+            self.show(text)
+        self.announced[topic] = value
 
 
-def _within(seconds: float, work: Callable[[], dict[str, Pod]]) -> dict[str, Pod]:
-    """What `work` returns, in a thread that is left behind when it takes longer, as a plugin that asks for a login."""
-    result: Future[dict[str, Pod]] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except Exception as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return result.result(seconds)
-
-
-def status(reference: str, server: Server, *, say: Say = print) -> int:
+def status(reference: str, server: Server, *, say: Show = print) -> int:
     """Print a run and its steps as a table. 1 when it failed or was canceled."""
     api = connect(server)
     run_id = run_id_of(api, reference)
+    run = get_run(api, run_id)
     observer = Observer(api, say)
-    view = observer.look(get_run(api, run_id))
+    view = observer.look(run)
     if observer.records is None and not observer.outage:
         say("MLflow has no records of this run, or none yet")
     say(view.table)
     # Reasons are longer than a cell of the table.
-    for step in view.steps:
-        if step.reason:
-            say(f"{step.name}: {step.reason}")
-    if view.state == "FAILED" and not any(step.reason for step in view.steps):
+    reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
+    for reason in reasons:
+        say(reason)
+    if view.state == "FAILED" and not reasons:
         say(f"{view.name}: {view.reason}")
-    observer.settle(view)
     if view.hint_to_cancel:
         say(view.hint_to_cancel)
-    say(f"{view.name}: {view.state_text}  {api.link(run_id)}")
-    return FAILED if view.state in ("FAILED", "CANCELED") else DONE
+    observer.settle(view)
+    say(f"{view.name}: {view.state}  {api.link(run_id)}")
+    return FAILED if view.state in ("FAILED", CANCELED) else DONE
 
 
-def cancel(reference: str, server: Server, *, say: Say = print, poll: float = 2.0) -> int:
+def cancel(reference: str, server: Server, *, say: Show = print, poll: float = 2.0) -> int:
     """Ask Kubeflow to end a run, and close it in MLflow when it has; a run that has ended stays as it is."""
     api = connect(server)
     run_id = run_id_of(api, reference)
@@ -164,9 +164,9 @@ def cancel(reference: str, server: Server, *, say: Say = print, poll: float = 2.
     view = observer.look(run)
     observer.settle(view)
     if has_ended_before:
-        say(f"{view.name}: has ended before ({view.state_text})")
+        say(f"{view.name}: has ended before ({view.state})")
     elif view.ended:
-        say(f"{view.name}: {view.state_text}")
+        say(f"{view.name}: {view.state}")
     else:
         say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
     return DONE
@@ -175,7 +175,10 @@ def cancel(reference: str, server: Server, *, say: Say = print, poll: float = 2.
 def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, problem: str) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    while (run := get_run(api, run_id)).state not in states:
+    while True:
+        run = get_run(api, run_id)
+        if run.state in states:
+            return run
         if time.monotonic() > deadline:
             raise WorkError(
                 f"{run_id} {problem}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
@@ -184,7 +187,6 @@ def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, pr
                 remedy=LOGIN_AGAIN,
             )
         time.sleep(poll)
-    return run
 
 
 def retry(
@@ -194,7 +196,7 @@ def retry(
     wait: bool = False,
     timeout: float | None = None,
     poll: float = 15.0,
-    say: Say = print,
+    say: Show = print,
 ) -> int:
     """Run the failed steps of a run again, under the same id: what was finished is taken from the store."""
     api = connect(server)
@@ -202,7 +204,9 @@ def retry(
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
         raise InputError(
-            f"{run_id} is {run.state}", field="run", remedy="only a run that failed or was canceled can be retried"
+            f"{run_id} is {run.state}",
+            field="run",
+            remedy="only a run that failed or was canceled can be retried",
         )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
@@ -214,7 +218,9 @@ def retry(
         if error.status != CONFLICT:
             raise
         raise InputError(
-            f"{run_id} cannot be retried: {error}", field="run", remedy=f"`ptl status {run_id}` shows its state"
+            f"{run_id} cannot be retried: {error}",
+            field="run",
+            remedy=f"`ptl status {run_id}` shows its state",
         ) from error
     _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), "does not run again")
     # The run itself is under way, whatever MLflow answers.
@@ -227,7 +233,7 @@ def retry(
     return watch(api, run_id, False, timeout, poll, say) if wait else DONE
 
 
-def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: float, say: Say) -> int:
+def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: float, say: Show) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
     Of a run that `is_gated` the result must be readable; of others it says itself whether there was a gate. kfp's own
@@ -237,7 +243,6 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
     """
     with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
         observer = Observer(api, say)
-        announcer = _Announcer(say)
         last_answer = time.monotonic()
         deadline = last_answer + (math.inf if timeout is None else timeout)
         while True:
@@ -251,14 +256,13 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
                 if is_last_look:
                     say(f"not seen to finish in {timeout:.0f} s: {error}")
                     return TIMEOUT
-                announcer.line("outage", str(error), f"still waiting: {error}")
+                observer.announce_once("outage", str(error), f"still waiting: {error}")
                 time.sleep(poll)
                 continue
             last_answer = time.monotonic()
-            announcer.line("outage", "", "")  # the next one is a new one
+            observer.announced.pop("outage", None)  # the next one is a new one
             view = observer.look(run)
-            announcer.steps(view.steps)
-            announcer.line("hint", view.hint_to_cancel, view.hint_to_cancel)
+            observer.announce(view)
             if view.ended:
                 observer.settle(view)
                 return _exit_code(view, is_gated, say)
@@ -268,74 +272,32 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
             time.sleep(poll)
 
 
-@dataclass
-class _Announcer:
-    """Prints each change of a run that is waited for as one line, and nothing twice."""
-
-    say: Say
-    last: dict[str, Any] = field(default_factory=dict)  # what was last seen, by topic
-    trainings: dict[str, float] = field(default_factory=dict)  # time of the last line, by step
-
-    def steps(self, steps: list[StepView]) -> None:
-        for step in steps:
-            if step.state in ANNOUNCED:
-                self.line(step.name, (step.state, step.attempt, step.reason), step.change)
-            now = time.monotonic()
-            if step.training and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
-                self.trainings[step.name] = now
-                self.line(f"training of {step.name}", step.training, f"{step.name}: {step.training}")
-
-    def line(self, topic: str, value: Any, text: str) -> None:
-        """Print a text if the value of its topic has changed."""
-        if self.last.get(topic) != value and text:
-            self.say(text)
-        self.last[topic] = value
-
-
-def _exit_code(view: RunView, is_gated: bool, say: Say) -> int:
+def _exit_code(view: RunView, is_gated: bool, say: Show) -> int:
     """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
-    if view.state != "SUCCEEDED":
-        reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
-        say(f"{view.name}: {view.state_text}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
-        return FAILED
-    try:
-        result = locate.result(view.run_id)
-        passed, reason = gate_passed(result)
-        is_gated = is_gated or result.get("settings", {}).get("gate", {}).get("enabled", False)
-    except (PtlError, LookupError, TypeError, ValueError, AttributeError) as error:
-        if is_gated:
-            raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
-        say(f"its result cannot be read: {error}")
-    else:
-        say(_result_text(result, view.run_id))
-    if not is_gated:
-        say(f"{view.name}: SUCCEEDED")
-        return DONE
-    say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")
-    return DONE if passed else GATE
-
-
-def _result_text(result: dict[str, Any], run_id: str) -> str:
-    """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
     from ptl.report.render import terminal_text
     from ptl.report.result import Result
 
-    report = f"`ptl fetch {run_id} DIR --report` writes it; in MLflow it is an artifact of the run, report/report.html"
-    # The images' version of ptl may be another one.
+    if view.state != "SUCCEEDED":
+        reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
+        say(f"{view.name}: {view.state}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
+        return FAILED
     try:
-        at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}
-        return terminal_text(Result.model_validate(result | {"mlflow": at_our_address}), report)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"another version of ptl has written its result ({error!r})\nReport: {report}"
-
-
-def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
-    # The control has no gate, and iteration 0 is the dense model.
-    iterations = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] > 0]
-    if not iterations:
-        return False, "no iteration was scored"
-    last = max(iterations, key=lambda row: row["iteration"])
-    share = result["final"]["share_removed"]
-    sentence = "iteration {iteration} {verdict}".format_map(last)
-    return last["verdict"] == "accepted", f"{sentence}, {share:.1%} removed"
+        result = Result.model_validate(locate.result(view.run_id))
+    except (PtlError, ValueError) as error:  # no answer, or another version's result
+        if is_gated:
+            raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
+        say(f"its result cannot be read: {error}")
+        say(f"{view.name}: SUCCEEDED")
+        return DONE
+    result.mlflow.url = address.mlflow_ui()  # the steps' own may be one within the cluster
+    report = f"`ptl fetch {view.run_id} DIR --report` writes it; in MLflow it is an artifact, report/report.html"
+    say(terminal_text(result, report))
+    if not result.settings.get("gate", {}).get("enabled", is_gated):
+        say(f"{view.name}: SUCCEEDED")
+        return DONE
+    # The control has no gate.
+    last = [row for row in result.rows if row.arm == "loop"][-1]
+    passed = last.verdict == "accepted"
+    reason = f"iteration {last.iteration} {last.verdict}, {result.final.share_removed:.1%} removed"
+    say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")
+    return DONE if passed else GATE

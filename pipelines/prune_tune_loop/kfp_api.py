@@ -28,17 +28,17 @@ LOGIN_AGAIN = "the session may have expired: log in again (KFP_TOKEN or --token-
 
 @dataclass(frozen=True)
 class Server:
-    """Where Kubeflow Pipelines answers, and who is asking; what is None comes from the environment.
+    """Where Kubeflow Pipelines answers, and who is asking.
 
-    A token itself comes from there only (KFP_TOKEN): an option would show it in the list of processes.
+    A token itself comes from the environment only (KFP_TOKEN): an option would show it in the list of processes.
     """
 
-    host: str | None = None  # KF_PIPELINES_ENDPOINT
-    namespace: str | None = None  # the profile, in multi-user Kubeflow; KFP_NAMESPACE
-    token_file: Path | None = None  # KF_PIPELINES_SA_TOKEN_PATH; read again for every request, since it is rotated
-    ca_cert: Path | None = None  # PEM bundle; KFP_CA_CERT
+    host: str = ""
+    namespace: str | None = None  # the profile, in multi-user Kubeflow
+    token_file: Path | None = None  # read again for every request, since it is rotated
+    ca_cert: Path | None = None  # PEM bundle
     insecure: bool = False  # the server's certificate is not checked
-    ui_host: str | None = None  # where a browser finds the UI, if elsewhere; KF_PIPELINES_UI_ENDPOINT
+    ui_host: str | None = None  # where a browser finds the UI, if elsewhere
 
 
 @dataclass(frozen=True)
@@ -64,41 +64,31 @@ class RefusedError(InputError):
 
 
 def connect(server: Server) -> Api:
-    """A client for this server. Raises InputError for settings that are missing or wrong; nothing is sent yet."""
-    host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT") or ""
-    if not host:
-        raise InputError("give the address of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT", field="--host")
-    if not address.is_server(host):
-        raise InputError(f"{host!r} must begin with https:// or http://", field="--host")
-    token = os.environ.get("KFP_TOKEN")
-    token_file = None if token else _file("--token-file", server.token_file, "KF_PIPELINES_SA_TOKEN_PATH")
-    ca_cert = _file("--ca-cert", server.ca_cert, "KFP_CA_CERT")
-    namespace = server.namespace or os.environ.get("KFP_NAMESPACE")
+    """A client for this server. Raises InputError for an address that is none; nothing is sent yet."""
+    if not address.is_server(server.host):
+        raise InputError(
+            f"{server.host!r} must begin with https:// or http://",
+            field="--host",
+            remedy="give the address of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT",
+        )
     from kfp.client import Client
     from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
 
-    with warnings.catch_warnings(), explained(host):
+    with warnings.catch_warnings(), explained(server.host):
         warnings.simplefilter("ignore")
         client = Client(
-            host=host,
-            existing_token=token,
-            credentials=ServiceAccountTokenVolumeCredentials(token_file) if token_file else None,
-            namespace=namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
-            ssl_ca_cert=ca_cert,
+            host=server.host,
+            existing_token=os.environ.get("KFP_TOKEN"),
+            credentials=ServiceAccountTokenVolumeCredentials(str(server.token_file)) if server.token_file else None,
+            namespace=server.namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
+            ssl_ca_cert=str(server.ca_cert) if server.ca_cert else None,
             verify_ssl=not server.insecure,
         )
     # The client would send the placeholder above with its requests.
-    client._context_setting["namespace"] = namespace or ""
+    client._context_setting["namespace"] = server.namespace or ""
     _bound(client)
-    ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
-    return Api(client, namespace, host, address.bare(ui).rstrip("/"))
-
-
-def _file(option: str, path: Path | None, variable: str) -> str | None:
-    name = str(path or "") or os.environ.get(variable)
-    if name and not Path(name).is_file():
-        raise InputError(f"no file {name}", field=option)
-    return name or None
+    ui = address.bare(server.ui_host or server.host).rstrip("/")
+    return Api(client, server.namespace, server.host, ui)
 
 
 def _bound(client: Any) -> None:
@@ -151,7 +141,11 @@ def run_id_of(api: Api, reference: str) -> str:
         answer = api.client.list_runs(filter=by_name(reference), namespace=api.namespace)
     ids = [run.run_id for run in answer.runs or [] if run.display_name == reference]
     if len(ids) > 1:
-        raise InputError(f"{len(ids)} runs have the name {reference}", field="run", remedy=f"give an id: {listed(ids)}")
+        raise InputError(
+            f"{len(ids)} runs have the name {reference}",
+            field="run",
+            remedy=f"give an id: {listed(ids)}",
+        )
     return ids[0] if ids else reference
 
 
@@ -209,7 +203,8 @@ REFUSALS = {
 
 
 def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | WorkError:
-    sentence = _server_sentence(error)
+    chain = _server_message(error)
+    reason = re.split("[Ee]rror: ", chain)[-1]  # without the functions that it went through
     status = error.status or 0
     if 300 <= status < 400:
         target = address.page(urljoin(host, error.headers.get("Location", "")))
@@ -220,16 +215,15 @@ def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | 
             remedy=f"{LOGIN_AGAIN}, or give that address as --host if it is the server's own",
         )
     # The server answers 500 for a version that is not there.
-    deleted = re.search(r"ResourceNotFoundError: (.*)", sentence)
-    if status == 500 and deleted:
-        return RefusedError(deleted[1], NOT_FOUND, field=server_name, remedy="it was deleted")
+    if status == 500 and "ResourceNotFoundError: " in chain:
+        return RefusedError(reason, NOT_FOUND, field=server_name, remedy="it was deleted")
     if status == 0 or status >= 500 or status == TOO_MANY_REQUESTS:
-        return WorkError(f"{status} {sentence}", field=server_name, remedy="is it healthy?")
+        return WorkError(f"{status} {chain}", field=server_name, remedy="is it healthy?")
     # 401 and the like do not say what to do about them.
     if status in REFUSALS:
         meaning, remedy = REFUSALS[status]
-        return RefusedError(f"{status} {meaning}", status, field=server_name, remedy=f"{remedy} ({sentence})")
-    return RefusedError(f"{status} {sentence}", status, field=server_name)
+        return RefusedError(f"{status} {meaning}", status, field=server_name, remedy=f"{remedy} ({reason})")
+    return RefusedError(f"{status} {reason}", status, field=server_name)
 
 
 def _of_lost_connection(error: Any, server_name: str) -> WorkError:
@@ -241,16 +235,12 @@ def _of_lost_connection(error: Any, server_name: str) -> WorkError:
     return WorkError(problem, field=server_name, remedy=remedy)
 
 
-def _server_sentence(error: Any) -> str:
-    """The server's own sentence: the first detail, without the chain of functions that it went through."""
+def _server_message(error: Any) -> str:
+    """What the server says, in one line: the API's message, or the text of another server's answer."""
     content = error.body or error.reason or ""
     if isinstance(content, bytes):
         content = content.decode(errors="replace")
-    sentence = content
-    with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, AttributeError):
         answer = json.loads(content)
-        # The details of a 500 are that chain.
-        details = [] if error.status == 500 else [detail["message"] for detail in answer.get("details", [])]
-        sentences = [*details, *(answer.get(name) for name in ("message", "error_message", "error"))]
-        sentence = next((text for text in sentences if isinstance(text, str) and text), content)
-    return " ".join(sentence.split())[:500]
+        content = answer.get("message") or answer.get("error_message") or answer.get("error") or content
+    return " ".join(str(content).split())[:500]

@@ -25,7 +25,8 @@ REMEDIES = {
     "ImagePullBackOff": IMAGE,
     "ErrImageNeverPull": IMAGE,
     "InvalidImageName": IMAGE,
-    "CreateContainerConfigError": "check that the image runs as user 1000, and the ConfigMaps and Secrets that storage names",
+    "CreateContainerConfigError": "check that the image runs as user 1000, and the ConfigMaps and Secrets that storage "
+    "names",
     "Unschedulable": "check resources.accelerator and accelerators, node_selector and tolerations, cpu and memory (of "
     "this kind of step: resources.steps.{stage})",
     "SchedulingGated": "it waits in the queue of resources.queue",
@@ -67,11 +68,15 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
     """
     api = f"/api/v1/namespaces/{namespace}"
     run = f"pipeline/runid={run_id}"
+    found = in_cluster.objects(
+        f"{api}/pods",
+        labelSelector=run,
+        fieldSelector="status.phase!=Succeeded",
+    )
     pods = {}
-    for pod in sorted(
-        in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"), key=_created
-    ):
-        task = TASK.search(pod["metadata"].get("annotations", {}).get(NODE, ""))
+    for pod in sorted(found, key=_created):
+        annotations = pod["metadata"].get("annotations", {})
+        task = TASK.search(annotations.get(NODE, ""))
         if task:
             pods[task[1]] = _pod(pod, f"{api}/events", is_driver=bool(task[2]))
     if not pods:
@@ -88,17 +93,24 @@ def _created(pod: Json) -> datetime:
 def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
     status = pod["status"]
     phase = status["phase"]
-    starts = (STARTING[0], "", "")
-    reason, message, container = (waiting(status) or starts) if phase == "Pending" else _ended(status)
+    if phase == "Pending":
+        reason, message, container = waiting(status) or (STARTING[0], "", "")
+    else:
+        reason, message, container = _ended(status)
     if reason in STARTING:
-        of_pod = f"involvedObject.name={pod['metadata']['name']},type=Warning"
-        warnings = in_cluster.objects(events, fieldSelector=of_pod)
-        for warning in sorted(warnings, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime"))):
-            reason, message = warning["reason"], warning["message"]  # the newest is the last one
+        name = pod["metadata"]["name"]
+        warnings = in_cluster.objects(events, fieldSelector=f"involvedObject.name={name},type=Warning")
+        if warnings:
+            newest = max(warnings, key=_time_of_event)
+            reason, message = newest["reason"], newest["message"]
     # A pull that failed is ErrImagePull and ImagePullBackOff by turns: one reason, with the message of the first.
     reason = reason.replace("ErrImagePull", "ImagePullBackOff")
     message = re.sub(r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split()))
     return Pod(_created(pod), phase, is_driver, reason, message[:LONG], container)
+
+
+def _time_of_event(event: Json) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime"))
 
 
 def _ended(status: Json) -> Reason:
@@ -107,18 +119,23 @@ def _ended(status: Json) -> Reason:
         return status["reason"], status.get("message", ""), ""
     for container in status.get("containerStatuses", []):
         end = container["state"].get("terminated", {})
-        if container["name"] == "main" and end.get("reason") not in (None, "Completed", "Error"):
+        is_killed = end.get("reason") not in (None, "Completed", "Error")
+        if container["name"] == "main" and is_killed:
             return end["reason"], end.get("message", ""), "main"
     return "", "", ""
 
 
 def _without_pod(status: Json) -> dict[str, Pod]:
     """Tasks whose pods Kubernetes does not accept for now: Argo keeps them pending and asks again."""
+    nodes = status.get("nodes", {})
     packed = status.get("compressedNodes")  # in a workflow of more than 1 MiB
-    nodes = json.loads(gzip.decompress(base64.b64decode(packed))) if packed else status.get("nodes", {})
+    if packed:
+        nodes = json.loads(gzip.decompress(base64.b64decode(packed)))
     pods = {}
     for node in nodes.values():
         task = TASK.search(node["name"])
-        if task and node["phase"] == "Pending" and node.get("message"):
-            pods[task[1]] = Pod(datetime.fromisoformat(node["startedAt"]), message=node["message"][:LONG])
+        message = node.get("message", "")
+        if task and message and node["phase"] == "Pending":
+            started = datetime.fromisoformat(node["startedAt"])
+            pods[task[1]] = Pod(started, message=message[:LONG])
     return pods

@@ -3,7 +3,7 @@
 Kubeflow says only how the run as a whole is: its list of tasks stops being updated in a run of many steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 from pipelines.prune_tune_loop.kfp_api import Api, explained
 from pipelines.prune_tune_loop.pods import Pod
 from ptl.errors import PtlError
-from ptl.lineage.progress import RunProgress, StepProgress
+from ptl.lineage.progress import StepProgress
 from ptl.tables import table_text
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # States of steps that have no record: what is not known without MLflow is not said to be waiting.
 WAITING, NOT_STARTED, NOT_NEEDED, UNKNOWN = "waiting", "not started", "not needed", "unknown"
+CANCELED = "canceled"  # a run; Kubeflow says FAILED
 SOON = 60.0  # seconds in which a pod usually starts
 STAGES = ("prune", "recover", "evaluate")
+CONTROL = (2, 0, 0)  # position of its first step
 # How a stage needs less memory.
 SMALLER_BATCH = {
     "prune": " or lower calibration.batch_size",
@@ -29,13 +31,13 @@ SMALLER_BATCH = {
 
 @dataclass(frozen=True)
 class StepView:
-    """One line of the table."""
+    """One line of the table, as texts."""
 
     name: str
     state: str  # RUNNING and so on, or one of the four above
     reason: str = ""  # of a failure, or of being pending for long; with its remedy
     attempt: str = ""
-    seconds: str = ""  # once it has ended
+    seconds: str = ""
     accuracy: str = ""
     verdict: str = ""
     training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains
@@ -43,16 +45,19 @@ class StepView:
     @property
     def change(self) -> str:
         """A change of the step in one line: its state, and with its end what came out."""
-        parts = [
-            f"{self.name}: {self.state}",
-            # The first attempt is the usual case, and says nothing.
-            f" (attempt {self.attempt})" if self.attempt not in ("", "1") else "",
-            f" in {self.seconds} s" if self.seconds else "",
-            f", accuracy {self.accuracy}" if self.accuracy else "",
-            f", {self.verdict}" if self.verdict else "",
-            f": {self.reason}" if self.reason else "",
-        ]
-        return "".join(parts)
+        text = f"{self.name}: {self.state}"
+        # The first attempt is the usual case, and says nothing.
+        if self.attempt not in ("", "1"):
+            text += f" (attempt {self.attempt})"
+        if self.seconds:
+            text += f" in {self.seconds} s"
+        if self.accuracy:
+            text += f", accuracy {self.accuracy}"
+        if self.verdict:
+            text += f", {self.verdict}"
+        if self.reason:
+            text += f": {self.reason}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -61,29 +66,26 @@ class RunView:
 
     run_id: str
     name: str
-    state: str  # as Kubeflow says, but CANCELED and CANCELING where it was canceled
+    state: str  # as Kubeflow says, but `canceled` and `is being canceled`
     steps: list[StepView]
     reason: str  # why it did not succeed, in one line
 
     @property
     def ended(self) -> bool:
-        return self.state in ENDED
-
-    @property
-    def state_text(self) -> str:
-        return {"CANCELED": "canceled", "CANCELING": "is being canceled"}.get(self.state, self.state)
+        return self.state in (*ENDED, CANCELED)
 
     @property
     def hint_to_cancel(self) -> str:
         """What to do about a run that has failed but has not ended, since the other arm is still running; or ""."""
+        failed = [step.name for step in self.steps if step.state == "FAILED"]
         # A failure of the control does not fail the run.
-        failed = [step.name for step in self.steps if step.state == "FAILED" and not step.name.startswith("control-")]
+        failed = [name for name in failed if not name.startswith("control-")]
         working = [step.name for step in self.steps if step.state == "RUNNING"]
         if self.state != "RUNNING" or not failed or not working:
             return ""
         return (
-            f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; `ptl cancel {self.run_id}` "
-            "ends it now, and `ptl retry` then resumes both"
+            f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; "
+            f"`ptl cancel {self.run_id}` ends it now, and `ptl retry` then resumes both"
         )
 
     @property
@@ -91,52 +93,32 @@ class RunView:
         """The steps as a table for the terminal."""
         numbers = ("Attempt", "Seconds", "Accuracy")
         headings = ["Step", "State", *numbers, "Verdict", "Training"]
-        rows = [
-            [step.name, step.state, step.attempt, step.seconds, step.accuracy, step.verdict, step.training]
-            for step in self.steps
-        ]
+        rows = []
+        for step in self.steps:
+            results = [step.attempt, step.seconds, step.accuracy, step.verdict, step.training]
+            rows.append([step.name, step.state, *results])
         return table_text(self.name, headings, rows, numbers=numbers)
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What is known of a run as a whole."""
-
-    state: str  # as in RunView
-    canceled: datetime | None  # when it was asked to end
-    is_known: bool  # to MLflow, which was read
-    has_begun: bool  # a step that leaves a record
-    culprits: set[str]  # steps that have failed it, by their own words
-    end: str  # the step with which the gate ended the loop before its last iteration
-    look: Callable[[str], str]  # where there is more to see, with one of kubectl's commands
-
-    @property
-    def ended(self) -> bool:
-        return self.state in ENDED
 
 
 def step_names(api: Api, run: Any) -> list[str]:
     """The steps of a run in the order of the loop, from its pipeline version; empty where that was deleted."""
-    spec = run.pipeline_spec
     reference = run.pipeline_version_reference
     try:
-        if not spec and reference and reference.pipeline_version_id:
-            with explained(api.host):
-                version = api.client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id)
-            spec = version.pipeline_spec
+        with explained(api.host):
+            version = api.client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id)
+            # With Kubernetes settings it is one of two documents.
+            spec = version.pipeline_spec.get("pipeline_spec", version.pipeline_spec)
     except PtlError:
         return []
-    spec = spec or {}
-    spec = spec.get("pipeline_spec", spec)  # with Kubernetes settings it is one of two documents
-    tasks = spec.get("root", {}).get("dag", {}).get("tasks", {})
-    return sorted((task.get("taskInfo", {}).get("name", key) for key, task in tasks.items()), key=_position)
+    tasks = spec["root"]["dag"]["tasks"].values()
+    return sorted((task["taskInfo"]["name"] for task in tasks), key=_position)
 
 
 def _position(name: str) -> tuple[int, int, int]:
-    """For sorting: import, the loop by its iterations, the control, the report."""
+    """For sorting: import, the loop by its iterations, the control, exports and the report."""
     before, _, last = name.rpartition("-")
-    if last.isdigit():
-        return 1, int(last), STAGES.index(before) if before in STAGES else -1
+    if before in STAGES:
+        return 1, int(last), STAGES.index(before)
     if before == "control":
         return 2, 0, STAGES.index(last)
     return (0 if name in ("doctor", "import-model") else 3), 0, 0
@@ -145,61 +127,71 @@ def _position(name: str) -> tuple[int, int, int]:
 def view(
     run: Any,
     names: list[str],
-    records: RunProgress | None,
-    pods: dict[str, Pod],
+    records: Mapping[str, StepProgress] | None,
+    pods: Mapping[str, Pod],
     look: Callable[[str], str],
 ) -> RunView:
-    """Join what is known of a run (V2beta1Run); `look` says where there is more, with one of kubectl's commands."""
+    """Join what is known of a run (V2beta1Run): its steps' records (None: not read), and pods that have not succeeded.
+
+    `look` says where there is more to see, with one of kubectl's commands.
+    """
     retried, canceled = _moments(run)
-    state = run.state
-    if canceled:
-        state = "CANCELED" if state in ENDED else "CANCELING"
-    all_records = records.steps if records else {}
-    names = names or sorted({*all_records, *pods}, key=_position)
-    # Failures before the retry: those steps have not begun again.
-    current = {step: record for step, record in all_records.items() if not _has_failed_before(record, retried)}
-    culprits = {step for step, record in current.items() if record.status == "FAILED" and record.error}
-    ends = [name for name in names if name in all_records and all_records[name].loop_ended]
-    situation = Situation(
-        state,
-        canceled,
+    all_records = records or {}
+    current = {}
+    for name, record in all_records.items():
+        has_failed = record.status in ("FAILED", "KILLED")
+        # A step that failed before the retry has not begun again.
+        if not (has_failed and retried and record.ended and record.ended < retried):
+            current[name] = record
+    situation = _Situation(
+        state=run.state,
+        canceled=canceled,
+        records=current,
         is_known=records is not None,
-        has_begun=bool(all_records),
-        # A step of the control that says why it could not finish does not fail the run.
-        culprits={step for step in culprits if "control" not in step},
-        end=ends[0] if ends else "",
+        pods=pods,
         look=look,
     )
     steps = []
-    for name in names:
-        record, pod = current.get(name), pods.get(name)
-        step_state = _state(name, record, pod, situation)
+    for name in names or sorted({*all_records, *pods}, key=_position):
+        state = situation.state_of(name)
         reason = ""
-        if step_state == "FAILED":
-            reason = _failure(name, record, pod, situation)
-        elif step_state == "PENDING" and pod:
-            reason = _pending(name, pod, look)
+        if state == "FAILED":
+            reason = situation.failure_of(name)
+        elif state == "PENDING":
+            reason = situation.why_pending(name)
         # Of an attempt before the retry its seconds are shown until the step begins again.
-        steps.append(StepView(name, step_state, reason, **_results(step_state, all_records.get(name))))
-    return RunView(run.run_id, run.display_name, state, steps, _reason(steps, situation))
+        results = _results(state, all_records.get(name))
+        steps.append(StepView(name, state, reason, **results))
+    if canceled:
+        state = CANCELED if situation.ended else "is being canceled"
+        reason = CANCELED
+    else:
+        state = run.state
+        reason = _reason(steps, situation)
+    return RunView(
+        run_id=run.run_id,
+        name=run.display_name,
+        state=state,
+        steps=steps,
+        reason=reason,
+    )
 
 
 def _moments(run: Any) -> tuple[datetime | None, datetime | None]:
     """When a run was last retried, and when after that it was asked to end: Kubeflow then says FAILED in the end."""
-    history = run.state_history or []
-    ends = [number for number, entry in enumerate(history) if entry.state in ENDED]
-    if run.state in ENDED:
-        ends = ends[:-1]  # the last one is its own
-    current = history[ends[-1] + 1 :] if ends else history
     retried = canceled = None
-    # What was just asked for is not in the history yet.
-    if ends:
-        retried = current[0].update_time if current else _now()
-    if run.state in ("CANCELING", "CANCELED"):
-        canceled = _now()
-    for entry in current:
+    last_state = ""
+    for entry in run.state_history or []:
+        if last_state in ENDED:
+            retried, canceled = entry.update_time, None
         if entry.state == "CANCELING":
             canceled = entry.update_time
+        last_state = entry.state
+    # What was just asked for is not in the history yet.
+    if last_state in ENDED and run.state not in ENDED:
+        retried, canceled = _now(), None
+    if run.state in ("CANCELING", "CANCELED"):
+        canceled = canceled or _now()
     return retried, canceled
 
 
@@ -207,67 +199,118 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _has_failed_before(record: StepProgress, retried: datetime | None) -> bool:
-    if retried is None or record.ended is None or record.status not in ("FAILED", "KILLED"):
-        return False
-    return record.ended < retried
-
-
 def _results(state: str, record: StepProgress | None) -> dict[str, str]:
-    """What a step's record adds to its state, as texts."""
+    """What a step's record adds to its state."""
     if record is None:
         return {}
-    results = {"attempt": str(record.attempt or "")}
+    results = {
+        "attempt": str(record.attempt or ""),
+        "verdict": record.verdict,
+    }
+    if record.accuracy is not None:
+        results["accuracy"] = f"{record.accuracy:.3f}"
     if state != "RUNNING" and record.seconds is not None:
         results["seconds"] = f"{record.seconds:.0f}"
-    if state == "SUCCEEDED":
-        results["verdict"] = record.verdict
-        if record.accuracy is not None:
-            results["accuracy"] = f"{record.accuracy:.3f}"
     if state == "RUNNING" and record.tokens_seen is not None:
-        planned = f" of {record.tokens_planned:,}" if record.tokens_planned else ""
-        loss = "" if record.loss is None else f", loss {record.loss:.3f}"
-        results["training"] = f"{record.tokens_seen:,}{planned} tokens{loss}"
+        training = f"{record.tokens_seen:,}"
+        if record.tokens_planned:
+            training += f" of {record.tokens_planned:,}"
+        training += " tokens"
+        if record.loss is not None:
+            training += f", loss {record.loss:.3f}"
+        results["training"] = training
     return results
 
 
-def _state(name: str, record: StepProgress | None, pod: Pod | None, run: Situation) -> str:
-    """The state of a step. A pod that is killed leaves its record RUNNING."""
-    phase = pod.phase if pod else ""
-    if record is None and phase in ("", "Succeeded"):
-        return _state_unseen(name, run)
-    if record is not None and record.status == "FINISHED":
-        return "SUCCEEDED"
-    if phase == "Pending" and not run.ended:
-        return "PENDING"
-    is_running = record is None or record.status == "RUNNING"
-    if is_running and phase != "Failed" and not run.ended:
-        # Its driver prepares the pod.
-        return "PENDING" if record is None and pod and pod.is_driver else "RUNNING"
-    if is_running and run.state == "SUCCEEDED":
-        return "SUCCEEDED"
-    ended = record.ended if record else None
-    is_canceled = run.canceled and (ended is None or ended >= run.canceled)
-    return "CANCELED" if is_canceled else "FAILED"
+@dataclass(frozen=True)
+class _Situation:
+    """What is known of a run, from which the states of its steps follow."""
+
+    state: str  # as Kubeflow says
+    canceled: datetime | None  # when it was asked to end
+    records: Mapping[str, StepProgress]  # since it was last retried
+    is_known: bool  # to MLflow, which was read
+    pods: Mapping[str, Pod]
+    look: Callable[[str], str]
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def state_of(self, name: str) -> str:
+        """The state of a step. A pod that is killed leaves its record RUNNING."""
+        record = self.records.get(name)
+        pod = self.pods.get(name)
+        if record is None and pod is None:
+            return self._state_unseen(name)
+        status = record.status if record else ""
+        is_open = status in ("", "RUNNING")
+        if status == "FINISHED" or (is_open and self.state == "SUCCEEDED"):
+            return "SUCCEEDED"
+        if not self.ended:
+            phase = pod.phase if pod else "Running"
+            # Its driver prepares the pod.
+            is_prepared = phase == "Running" and not status and pod and pod.is_driver
+            if phase == "Pending" or is_prepared:
+                return "PENDING"
+            if is_open and phase == "Running":
+                return "RUNNING"
+        if self.canceled is None:
+            return "FAILED"
+        has_ended_before = record and record.ended and record.ended < self.canceled
+        return "FAILED" if has_ended_before else "CANCELED"
+
+    def _state_unseen(self, name: str) -> str:
+        """The state of a step that has neither a record nor a pod."""
+        position = _position(name)
+        ends = [_position(step) for step, record in self.records.items() if record.loop_ended]
+        if ends and max(ends) < position < CONTROL:
+            return NOT_NEEDED
+        # The doctor leaves no record, and the others begin after it.
+        if self.state == "SUCCEEDED" or (name == "doctor" and self.records):
+            return "SUCCEEDED"
+        if not self.is_known:
+            return UNKNOWN
+        return NOT_STARTED if self.ended else WAITING
+
+    def failure_of(self, name: str) -> str:
+        """Why a step failed, in its own words, or Kubernetes'."""
+        record = self.records.get(name)
+        pod = self.pods.get(name)
+        if record is not None and record.error:
+            return record.error
+        culprits = [step for step, other in self.records.items() if other.error and other.status == "FAILED"]
+        # A step of the control that says why it could not finish does not fail the run.
+        is_failed_by_another = any("control" not in step for step in culprits)
+        if record is not None and is_failed_by_another:
+            return "it was stopped when the run failed"
+        cause = pod.sentence if pod and pod.phase == "Failed" else ""
+        if record is not None and not cause:
+            cause = "killed from outside, most likely out of memory (or past resources.timeout)"
+        if "OOMKilled" in cause or "out of memory" in cause:
+            stage = _stage(name)
+            cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
+        # Where a container has run, its log says more than its pod.
+        has_log = record is None and not (pod and pod.reason)
+        where = self.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
+        return f"{cause}; {where}" if cause else where
+
+    def why_pending(self, name: str) -> str:
+        """Why a step has been pending for long, with a remedy; empty within the first minute."""
+        pod = self.pods[name]
+        if (_now() - pod.created).total_seconds() < SOON:
+            return ""
+        text = f"pending since {pod.created:%H:%M} UTC"
+        if pod.sentence:
+            text += f": {pod.sentence}"
+            remedy = pod.remedy(_stage(name))
+        else:
+            remedy = self.look("describe workflows,pods")
+        return f"{text}; {remedy}" if remedy else text
 
 
-def _state_unseen(name: str, run: Situation) -> str:
-    """The state of a step that has neither a record nor a pod."""
-    number, last_number = (step.rpartition("-")[2] for step in (name, run.end))
-    if number.isdigit() and last_number.isdigit() and int(number) > int(last_number):
-        return NOT_NEEDED
-    # The doctor leaves no record, and the others begin after it.
-    if run.state == "SUCCEEDED" or (name == "doctor" and run.has_begun):
-        return "SUCCEEDED"
-    if not run.is_known:
-        return UNKNOWN
-    return NOT_STARTED if run.ended else WAITING
-
-
-def _reason(steps: list[StepView], run: Situation) -> str:
+def _reason(steps: list[StepView], run: _Situation) -> str:
     """Why a run did not succeed."""
-    if run.state == "CANCELED":
-        return "canceled"
     if run.state != "FAILED":
         return ""
     failed = [step for step in steps if step.state == "FAILED"]
@@ -278,34 +321,5 @@ def _reason(steps: list[StepView], run: Situation) -> str:
     return f"{culprit.name}: {culprit.reason}"
 
 
-def _failure(name: str, record: StepProgress | None, pod: Pod | None, run: Situation) -> str:
-    """Why a step failed, in its own words, or Kubernetes'."""
-    if record is not None and record.error:
-        return record.error
-    if record is not None and run.culprits:
-        return "it was stopped when the run failed"
-    cause = pod.sentence if pod and pod.phase == "Failed" else ""
-    if record is not None and not cause:
-        cause = "killed from outside, most likely out of memory (or past resources.timeout)"
-    if "OOMKilled" in cause or "out of memory" in cause:
-        stage = _stage(name)
-        cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
-    # Where a container has run, its log says more than its pod.
-    has_log = record is None and not (pod and pod.reason)
-    where = run.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
-    return f"{cause}; {where}" if cause else where
-
-
 def _stage(name: str) -> str:
     return next((stage for stage in STAGES if stage in name), name.partition("-")[0])
-
-
-def _pending(name: str, pod: Pod, look: Callable[[str], str]) -> str:
-    """Why a step has been pending for long, with a remedy; empty within the first minute."""
-    if (_now() - pod.created).total_seconds() < SOON:
-        return ""
-    text = f"pending since {pod.created:%H:%M} UTC"
-    if not pod.sentence:
-        return f"{text}; {look('describe workflows,pods')}"
-    remedy = pod.remedy(_stage(name))
-    return f"{text}: {pod.sentence}" + (f"; {remedy}" if remedy else "")

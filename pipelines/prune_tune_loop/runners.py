@@ -17,7 +17,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
@@ -27,8 +26,7 @@ from typing import Any, TextIO
 from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
 from ptl.config.run import Config
-from ptl.errors import InputError, PtlError, WorkError
-from ptl.lineage import mlflow_client
+from ptl.errors import PtlError, WorkError
 from ptl.log import MARK, on_terminal
 from ptl.processes import Environment
 from ptl.steps import supervisor
@@ -55,8 +53,6 @@ PAGE = 4096  # bytes: a disk with less is full
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
 )
-# The last line of a traceback: the name of the error's class, without its module, and the message.
-TRACEBACK_END = re.compile(r"^\s*(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)): (.+)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class RunnerJob:
 
 
 def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
-    """Execute every task in a process of this machine's Python. Raises the failed task's error."""
+    """Execute every task in a process of this machine's Python. Raises WorkError where a task fails."""
     from kfp import local
     from kfp.local import subprocess_task_handler
 
@@ -85,16 +81,16 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
         FORKS.set_forkserver_preload(list(IMPORTED))
         # Before the folder of temporary files is the run's: multiprocessing removes its own when this process ends.
         forkserver.ensure_running()
-    with _temporary_files(job.folder), _making_database(job.environment):
+    with _temporary_files(job.folder):
         _execute(local.SubprocessRunner(use_venv=False), job, verbose)
 
 
 def _run_forked(full_command: list[str], env_vars: Environment | None = None) -> int:
     """KFP's command of a task, `sh -ec SCRIPT SOURCE ARGUMENTS...`, in a fork; what it prints is printed here."""
     source, *arguments = full_command[3:]
+    environment = os.environ | (env_vars or {})
     reader, writer = FORKS.Pipe(duplex=False)
-    environment = dict(os.environ) | (env_vars or {})
-    process = FORKS.Process(target=_be_task, args=(source, arguments, environment, str(Path.cwd()), writer))
+    process = FORKS.Process(target=_be_task, args=(source, arguments, environment, writer))
     process.start()
     writer.close()
     with open(reader.fileno(), errors="replace", closefd=False) as lines:
@@ -104,18 +100,11 @@ def _run_forked(full_command: list[str], env_vars: Environment | None = None) ->
     return process.exitcode or 0
 
 
-def _be_task(
-    source: str,
-    arguments: list[str],
-    environment: Environment,
-    folder: str,
-    output: Connection,
-) -> None:
+def _be_task(source: str, arguments: list[str], environment: Environment, output: Connection) -> None:
     """Be the process of a task."""
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
@@ -162,18 +151,8 @@ def _with_interpreter(command: list[str], interpreter: str) -> list[str]:
     return [part.replace("python3 -m kfp", f"{interpreter} -m kfp") for part in command]
 
 
-@contextlib.contextmanager
-def _making_database(environment: Environment) -> Iterator[None]:
-    """Let MLflow make its tables, where they are on this machine, while the libraries are imported."""
-    uri = environment.get("MLFLOW_TRACKING_URI", "")
-    # The first step makes them otherwise, and reports why it cannot.
-    with ThreadPoolExecutor(1) as background:
-        background.submit(mlflow_client.make_database, uri)
-        yield
-
-
 def run_docker(job: RunnerJob, verbose: bool = False) -> None:
-    """Execute every task in a container of its image. Raises the failed task's error."""
+    """Execute every task in a container of its image. Raises WorkError where a task fails."""
     from kfp import local
 
     arguments = containers.arguments(job.config, job.folder, job.environment, job.artifacts)
@@ -194,9 +173,7 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     workspace = root / "workspace"  # KFP mounts it and removes it; by default it is a new folder in /tmp
     workspace.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
-    log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
-    result = job.folder / "result.json"
-    earlier_result = result.is_file() and result.stat().st_mtime_ns  # of a run that is resumed for an export
+    earlier_result = _time_of(job.folder / "result.json")  # of a run that is resumed for an export
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
     local.init(
         runner,
@@ -204,28 +181,22 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
         workspace_root=str(workspace),
         enable_caching=False,
     )
+    problem = "the steps ended without a result."
+    cause = None
     with _logged(log, verbose):
         try:
             text = local_copy(job.pipeline.read_text(), job.steps)
             components.load_component_from_text(text)(**job.parameters)
         except Exception as error:
-            raise _step_error(error, log, log_start) from error
+            problem, cause = TERMINAL_COLOUR.sub("", str(error)), error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
-    if (result.is_file() and result.stat().st_mtime_ns) == earlier_result:
-        raise _step_error(RuntimeError("the steps ended without a result"), log, log_start)
+    if cause or _time_of(job.folder / "result.json") == earlier_result:
+        raise WorkError(f"{problem} {NO_REASON}\n{log} has everything that was printed") from cause
 
 
-def _step_error(error: Exception, log: Path, log_start: int) -> InputError | WorkError:
-    """The failed step's own error, from its traceback in the log: KFP itself only says which task failed."""
-    with log.open("rb") as file:
-        file.seek(log_start)
-        printed = file.read().decode(errors="replace")
-    errors = TRACEBACK_END.findall(printed)
-    class_name, message = errors[-1] if errors else ("WorkError", f"{TERMINAL_COLOUR.sub('', str(error))} {NO_REASON}")
-    if class_name not in ("InputError", "WorkError"):
-        message = f"{class_name}: {message}"
-    kind = InputError if class_name == "InputError" else WorkError
-    return kind(f"{message}\n{log} has everything that was printed")
+def _time_of(path: Path) -> int:
+    """When a file was written, in nanoseconds; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 @contextlib.contextmanager

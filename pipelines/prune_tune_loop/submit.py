@@ -9,43 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.prune_tune_loop import pipeline
-from pipelines.prune_tune_loop.follow import DONE, Say, watch
+from pipelines.prune_tune_loop.follow import DONE, watch
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, connect, explained, required
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import progress
+from ptl.log import Show
 
 
 def submit(
     config: Config,
     server: Server,
     *,
-    experiment: str | None = None,
     parameters: dict[str, Any] | None = None,
-    version: str | None = None,
     service_account: str | None = None,
     fresh: bool = False,
     wait: bool = False,
     timeout: float | None = None,
     poll: float = 15.0,
-    say: Say = print,
+    say: Show = print,
 ) -> int:
     """Compile, upload as a version of the pipeline, start a run; with `wait` follow it to its end.
 
-    `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. Without
-    `version` the version is named by the content, and a pipeline that was uploaded before is used again. Raises
-    InputError for what the server refuses, WorkError when it fails.
+    `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. The version
+    is named by the content: what was uploaded before is used again. Raises InputError for what the server refuses,
+    WorkError when it fails.
     """
     # What is wrong with the input is reported before anything is sent.
     parameters = parameters or {}
     _check_parameters(config, parameters)
     api = connect(server)
-    reference = _upload_pipeline(api, config, version)
+    reference = _upload_pipeline(api, config)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
-    experiment_id, earlier = _in_mlflow(mlflow_experiment, config.name)
-    if earlier and not fresh and "earlier_runs" not in parameters:
+    earlier = [] if fresh or "earlier_runs" in parameters else _unfinished(mlflow_experiment, config.name)
+    if earlier:
         parameters = {**parameters, "earlier_runs": " ".join(earlier)}
         say(f"{progress.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
@@ -54,11 +53,11 @@ def submit(
 
     with explained(api.host):
         # The client returns the one that there is already.
-        created = api.client.create_experiment(experiment or config.storage.experiment, namespace=api.namespace)
+        created = api.client.create_experiment(config.storage.experiment, namespace=api.namespace)
         run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
             experiment_id=required(created, "experiment_id"),
             display_name=name,
-            description=_description(name, mlflow_experiment, experiment_id),
+            description=_description(name, mlflow_experiment),
             pipeline_version_reference=reference,
             runtime_config=V2beta1RuntimeConfig(parameters=parameters),
             service_account=service_account,
@@ -78,11 +77,9 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
             field="--param",
             remedy=f"there are {', '.join(known)}",
         )
-    if "gate" not in parameters:
-        return
     # Whether the gate is on decides which tasks are compiled, and how they depend on each other.
-    enabled = check(Gate, parameters["gate"], "--param gate").enabled
     compiled = config.gate.enabled
+    enabled = check(Gate, parameters.get("gate", {"enabled": compiled}), "--param gate").enabled
     if enabled != compiled:
         raise InputError(
             f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides the pipeline's "
@@ -93,28 +90,23 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
         )
 
 
-def _in_mlflow(experiment: str, name: str) -> tuple[str | None, list[str]]:
-    """The experiment's id and the unfinished runs of this config's name, as far as MLflow can be asked here."""
-    experiment_id, earlier = None, []
-    with suppress(PtlError):  # no MLflow must not prevent the start
-        if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
-            experiment_id = progress.experiment_id(experiment)
-            earlier = progress.unfinished(experiment_id, name) if experiment_id else []
-    return experiment_id, earlier
+def _unfinished(experiment: str, name: str) -> list[str]:
+    """Ids of the unfinished runs of this config's name, as far as MLflow can be asked here."""
+    if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        return []
+    # No MLflow must not prevent the start.
+    with suppress(PtlError):
+        return progress.unfinished(experiment, name)
+    return []
 
 
-def _description(run_name: str, experiment: str, experiment_id: str | None) -> str | None:
-    """A link to the run in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
+def _description(run_name: str, experiment: str) -> str | None:
+    """Where the run is in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
     server = address.mlflow_ui()
-    if not server:
-        return None
-    if experiment_id is None:  # the first run in it makes the experiment
-        return f"MLflow: experiment {experiment}, run {run_name}: {server}/#/experiments?{address.TRAINING}"
-    page = address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")
-    return f"MLflow: {page}"
+    return f"MLflow: experiment {experiment}, run {run_name}: {server}" if server else None
 
 
-def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
+def _upload_pipeline(api: Api, config: Config) -> Any:
     """Compile a config and upload it; returns the API's reference to the version."""
     from kfp_server_api import V2beta1PipelineVersionReference
 
@@ -122,7 +114,8 @@ def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
         path = Path(folder, "pipeline.yaml")
         pipeline.compile_pipeline(config, path)
         pipeline_id = _pipeline_id(api, config.name)
-        return V2beta1PipelineVersionReference(pipeline_id, _upload(api, pipeline_id, path, version))
+        version_id = _upload(api, pipeline_id, path)
+    return V2beta1PipelineVersionReference(pipeline_id, version_id)
 
 
 def _pipeline_id(api: Api, name: str) -> str:
@@ -140,10 +133,11 @@ def _pipeline_id(api: Api, name: str) -> str:
         return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
 
-def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
+def _upload(api: Api, pipeline_id: str, path: Path) -> str:
     """The id of the uploaded version, or of the one with the same content that was uploaded before."""
-    # By default the name follows the content: the same content is one version.
-    name = version or f"{__version__}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    # The name follows the content: the same content is one version.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"{__version__}-{digest[:12]}"
     try:
         with explained(api.host):
             uploaded = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
@@ -151,17 +145,16 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
     except RefusedError as error:
         if error.status != CONFLICT:
             raise
-        if version is not None:
-            raise InputError(
-                f"{version!r} exists already", field="--version-name", remedy="choose another one"
-            ) from error
     # The content was uploaded before.
     with explained(api.host):
         answer = api.client.list_pipeline_versions(pipeline_id, filter=by_name(name))
     for listed in answer.pipeline_versions or []:
         if listed.display_name == name:
             return str(listed.pipeline_version_id)
-    raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
+    raise WorkError(
+        f"Kubeflow Pipelines has a version {name} but does not list it",
+        remedy="delete it in its UI",
+    )
 
 
 def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:

@@ -12,20 +12,31 @@ import typer
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
-from ptl.cli.configs import load, warn
-from ptl.cli.options import ConfigFile, ImagesFile, Overrides, Rehearse
-from ptl.config.run import Config, pairs
+from ptl.cli.configs import warn
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
+from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
 
-Host = Annotated[str | None, typer.Option(help="API address; default: KF_PIPELINES_ENDPOINT")]
-Namespace = Annotated[str | None, typer.Option(help="your profile in multi-user Kubeflow; default: KFP_NAMESPACE")]
+Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
+Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
 TokenFile = Annotated[
-    Path | None, typer.Option(help="file with a service-account token; default: KFP_TOKEN, or no login")
+    Path | None,
+    typer.Option(
+        envvar="KF_PIPELINES_SA_TOKEN_PATH",
+        exists=True,
+        help="file with a service-account token; default: KFP_TOKEN, or no login",
+    ),
 ]
-CaCert = Annotated[Path | None, typer.Option(help="CA bundle to trust (PEM); default: KFP_CA_CERT, or the public CAs")]
+CaCert = Annotated[
+    Path | None,
+    typer.Option(envvar="KFP_CA_CERT", exists=True, help="CA bundle to trust (PEM); default: the public CAs"),
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
-UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; default: --host")]
+UiHost = Annotated[
+    str | None,
+    typer.Option(envvar="KF_PIPELINES_UI_ENDPOINT", help="address of the UI, for links; default: --host"),
+]
 RunId = Annotated[str, typer.Argument(help="id or name of the run, as `ptl submit` printed them", show_default=False)]
 Wait = Annotated[
     bool, typer.Option("--wait", help="wait for the end; exit code 0 done, 1 failed, 3 gate not passed, 4 timeout")
@@ -40,7 +51,7 @@ _say = functools.partial(print, flush=True)
 
 
 def _server_options(
-    host: Host = None,
+    host: Host = "",
     namespace: Namespace = None,
     token_file: TokenFile = None,
     ca_cert: CaCert = None,
@@ -77,14 +88,9 @@ def submit(
     config: ConfigFile,
     sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
-    experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; default: storage.experiment")] = None,
-    version_name: Annotated[
-        str | None, typer.Option(help="name of the pipeline version; default: ptl's version and the digest of the YAML")
-    ] = None,
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
-    images: ImagesFile = None,
     fresh: Annotated[
         bool, typer.Option("--new", help="take over nothing from unfinished runs of the same name")
     ] = False,
@@ -98,7 +104,7 @@ def submit(
     from pipelines.prune_tune_loop import submit as work
 
     # Warnings come before anything is sent.
-    run_config = load(config, sets, images)
+    run_config = load_config(config, pairs("--set", sets))
     warn(advice.warnings(run_config))
     _warn_of_local_files(run_config, config)
     run_config = shipped.as_in_images(run_config, config)
@@ -108,9 +114,7 @@ def submit(
     code = work.submit(
         run_config,
         server,
-        experiment=experiment,
         parameters=pairs("--param", params),
-        version=version_name,
         service_account=service_account,
         fresh=fresh,
         wait=wait,
@@ -168,9 +172,8 @@ def doctor(
             "--local/--cluster", help="where the run is to go; default: a cluster if the environment names one"
         ),
     ] = None,
-    runner: Annotated[str, typer.Option(help="runner of a local run: subprocess or docker")] = "subprocess",
-    home: Annotated[Path, typer.Option(help="where local runs and checkpoints are")] = Path(".ptl"),
-    images: ImagesFile = None,
+    runner: Runner = "subprocess",
+    home: Home = HOME,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
@@ -178,12 +181,9 @@ def doctor(
     from ptl.local.images import missing
     from ptl.preflight import doctor as work
 
-    run_config = load(config, sets, images)
-    if runner not in ("subprocess", "docker"):
-        raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
-    host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    run_config = load_config(config, pairs("--set", sets))
     if local is None:
-        local = not host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        local = not server.host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
         other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
@@ -192,8 +192,8 @@ def doctor(
         extras.need("kfp", "doctor")
         findings = work.cluster(
             run_config,
-            health=functools.partial(_health, server, host) if host else None,
-            namespace=server.namespace or os.environ.get("KFP_NAMESPACE"),
+            health=functools.partial(_health, server) if server.host else None,
+            namespace=server.namespace,
             kubeflow_namespace=kubeflow_namespace,
         )
     for finding in findings:
@@ -201,14 +201,14 @@ def doctor(
     raise typer.Exit(int(any(finding.state == "error" for finding in findings)))
 
 
-def _health(server: Server, host: str) -> dict[str, Any]:
+def _health(server: Server) -> dict[str, Any]:
     """Kubeflow's version (`tag_name`) and mode (`multi_user`), asked as `ptl submit` asks."""
     from pipelines.prune_tune_loop import kfp_api
 
     request = kfp_api.connect(server).client._healthz_api.api_client.call_api  # the client's own record has no version
     options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
-    with kfp_api.explained(host):
+    with kfp_api.explained(server.host):
         answer = request("/apis/v2beta1/healthz", "GET", **options)
     if not isinstance(answer, dict):
-        raise InputError("the answer is not Kubeflow's", field=host, remedy="log in again if it is a login page")
+        raise InputError("the answer is not Kubeflow's", field=server.host, remedy="log in again if it is a login page")
     return answer

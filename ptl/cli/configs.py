@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ptl import extras
 from ptl.cli import shipped
-from ptl.cli.options import ConfigFile, ImagesFile, Overrides
-from ptl.config import dag, yaml_text
-from ptl.config.run import Config, Images, check, load_config, pairs
+from ptl.cli.options import ConfigFile, Overrides
+from ptl.config import dag
+from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
 from ptl.tables import table_text
@@ -65,12 +64,7 @@ def plan(
         int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
     ] = None,
 ) -> None:
-    """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
-
-    Reads only the model's config, no weights.
-    """
-    from rich.console import Console
-
+    """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) from the model's config, without weights."""
     from ptl.data import training_amount
     from ptl.export.formats import layer_warnings
     from ptl.model import hub
@@ -78,9 +72,7 @@ def plan(
 
     settings = load_config(config, pairs("--set", sets))
     run_forecast = forecast.forecast(settings, gpu, count, nodes)
-    # A pipe has no width: rich would take 80 columns and wrap the last ones.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(forecast.table(run_forecast))
+    print(forecast.table(run_forecast))
     amount = training_amount.planned(settings, run_forecast.params - min(step.params for step in run_forecast.steps))
     if amount.sentence:
         print(amount.sentence)
@@ -101,13 +93,12 @@ def compile(
     config: ConfigFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")],
     sets: Overrides,
-    images: ImagesFile = None,
 ) -> None:
     """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute."""
     # kfp's compiler decides by the suffix what it writes.
     if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
-    settings = shipped.as_in_images(load(config, sets, images), config)
+    settings = shipped.as_in_images(load_config(config, pairs("--set", sets)), config)
 
     from pipelines.prune_tune_loop.pipeline import compile_pipeline
 
@@ -116,44 +107,24 @@ def compile(
     print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {num_steps} steps")
 
 
-def load(file: Path, sets: Sequence[str], images: Path | None = None) -> Config:
-    """The config of a command with its overrides; what `--images` names replaces the section `images` of the file."""
-    overrides = pairs("--set", sets)
-    if images is not None:
-        overrides = {"images": images_section(images), **overrides}
-    return load_config(file, overrides)
-
-
-def images_section(path: Path) -> dict[str, Any]:
-    """The section `images` of a file that `ptl images digests` printed."""
-    if not path.is_file():
-        raise InputError(f"no file {path}", field="--images", remedy="make it: `ptl images digests`")
-    section = yaml_text.load(path.read_text(), str(path), field="--images")
-    if not isinstance(section, dict) or not section.get("digests"):
-        raise InputError(f"{path} has no digests", field="--images", remedy="make it again: `ptl images digests`")
-    return check(Images, section, str(path)).model_dump()
-
-
 def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions | None:
     """Check all that can be checked without weights in memory; returns the dense model's sizes, None without torch.
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
     """
-    from ptl.data import training_amount
     from ptl.evaluation import language_models
     from ptl.export import formats
     from ptl.model import pretrained
-    from ptl.preflight import advice, preflight, target
+    from ptl.preflight import advice, preflight
 
-    warn(advice.warnings(config))
     # Before a model is downloaded.
     checks: list[extras.Check] = [
         partial(language_models.check_backend, config.evaluate),
         *formats.installation_checks(config.export),
     ]
-    unchecked = extras.not_checked(checks, excused)
+    warnings = [*advice.warnings(config), *extras.not_checked(checks, excused)]
     if not pretrained.can_build():
-        unchecked.append("not checked: the model and what it can do of the config (without transformers or torch)")
+        warnings.append("not checked: the model and what it can do of the config (without transformers or torch)")
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
@@ -169,27 +140,43 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         config.gate,
         config.recover,
     )
-    if dimensions is None:
-        warn(unchecked)
-        return None
+    if dimensions is not None:
+        warnings += _check_with_model(config, folder, dimensions, excused)
+    warn(list(dict.fromkeys(warnings)))
+    return dimensions
+
+
+def _check_with_model(
+    config: Config,
+    folder: Path,
+    dimensions: ModelDimensions,
+    excused: type[UnusableError] | tuple[()],
+) -> list[str]:
+    """What a model's own files allow: prints how much text there is for it, and returns warnings."""
+    from ptl.data import training_amount
+    from ptl.export import formats
+    from ptl.preflight import advice, target
+
     is_served = config.export or config.evaluate.backend == "vllm"
     notes = formats.context_notes(folder) if is_served else []
 
     def check_exports() -> None:
         notes.extend(formats.check_exports(folder, config.export))
 
-    unchecked += extras.not_checked([check_exports], excused)
-    warn(list(dict.fromkeys([*unchecked, *notes])))
-    warn(formats.layer_warnings(folder, config.export, config.prune.target))
+    unchecked = extras.not_checked([check_exports], excused)
     numbered = target.with_number(config)
-    warn(advice.model_warnings(numbered, dimensions))
     _, final = target.after_iterations(dimensions, numbered.schedule, config.prune)[-1]
-    warn(formats.width_warnings(folder, config.export, final.width))
     amount = training_amount.planned(config, dimensions.params - final.params)
     if amount.sentence:
         print(amount.sentence)
-    warn(amount.warnings())
-    return dimensions
+    return [
+        *unchecked,
+        *notes,
+        *formats.layer_warnings(folder, config.export, config.prune.target),
+        *advice.model_warnings(numbered, dimensions),
+        *formats.width_warnings(folder, config.export, final.width),
+        *amount.warnings(),
+    ]
 
 
 def warn(warnings: list[str]) -> None:
@@ -213,10 +200,10 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     for iteration, after in sizes.after_iterations(dimensions, config.schedule, config.prune):
         row = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
         if shows_experts:
-            left, all_units = (
-                (after.experts, dimensions.experts) if target == "experts" else (after.width, dimensions.width)
-            )
-            row += [f"{after.active_params:,}", f"{left} of {all_units}"]
-        rows.append([*row, f"{iteration.tokens:,}"])
+            field = "experts" if target == "experts" else "width"
+            left = f"{getattr(after, field)} of {getattr(dimensions, field)}"
+            row += [f"{after.active_params:,}", left]
+        row.append(f"{iteration.tokens:,}")
+        rows.append(row)
         before = after.params
     print(table_text(f"{config.name}: {dimensions.params:,} parameters{active}", headings, rows, numbers=headings))

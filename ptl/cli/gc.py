@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -65,16 +66,16 @@ def _print_list(stored: list[StoredFiles]) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
     # The oldest first, in each run too.
     by_run: dict[str, list[StoredFiles]] = defaultdict(list)
-    for files in sorted(stored, key=lambda files: files.changed):
+    for files in sorted(stored, key=attrgetter("changed")):
         by_run[files.run].append(files)
     for run_id, run_files in by_run.items():
         print(f"  run {run_id}")
-        kept_bytes: dict[str, int] = defaultdict(int)  # by reason
+        kept_bytes: Counter[str] = Counter()  # by reason
         for files in run_files:
             if files.needed:
                 kept_bytes[files.needed] += files.bytes
-            else:
-                days = (time.time() - files.changed) / retention.DAY
-                print(f"    can go {size(files.bytes):>9} {files.step:16} {days:6.1f} days")
+                continue
+            days = (time.time() - files.changed) / retention.DAY
+            print(f"    can go {size(files.bytes):>9} {files.step:16} {days:6.1f} days")
         for reason, num_bytes in kept_bytes.items():
             print(f"    kept   {size(num_bytes):>9} {reason}")

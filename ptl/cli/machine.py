@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,7 +23,6 @@ def up(
     mlflow_port: Annotated[
         int | None, typer.Option(help="port of MLflow; default: the last one, or 15000 (5000 with --ui)")
     ] = None,
-    backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; default: sqlite")] = None,
     ui: Annotated[
         bool, typer.Option("--ui", help="instead, browse runs made without --s3 in MLflow, until you press Ctrl-C")
     ] = False,
@@ -43,14 +42,16 @@ def up(
     with processes.interruptible(
         "run the same command again to start what is missing; `ptl up --stop` stops what was started"
     ):
-        environment = servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
+        environment = servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
     # In the shell's form, to be pasted.
     for name, value in environment.items():
         print(f"export {name}={value}")
 
 
 def images(
-    action: Annotated[str, typer.Argument(help="print, build, push or digests")] = "print",
+    action: Annotated[
+        Literal["print", "build", "push", "digests"], typer.Argument(help="what to do with them")
+    ] = "print",
     registry: Annotated[str, typer.Option(help="for example ghcr.io/you; default: images of the local engine")] = "",
     tag: Annotated[str, typer.Option(help="image tag")] = __version__,
     optional: Annotated[
@@ -75,7 +76,7 @@ def images(
     ] = None,
     wheels: Annotated[Path | None, typer.Option(help="folder with local wheels for a build")] = None,
 ) -> None:
-    """Print, build or push the images that the pipeline's steps run in, or print their digests for `--images`."""
+    """Print, build or push the steps' images, or print their digests as the section `images` of a config."""
     from ptl.config import image_names
     from ptl.local import images as work
 
@@ -83,13 +84,10 @@ def images(
     if action == "digests":
         print(json.dumps(work.digests(registry, tag, more), indent=2))
         return
-    if action == "print":
-        names = image_names.names(registry, tag, optional=more)
-    elif action == "build":
-        names = work.build(registry, tag, more, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels)
+    names = image_names.names(registry, tag, optional=more)
+    if action == "build":
+        work.build(registry, tag, more, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels)
     elif action == "push":
-        names = work.push(registry, tag, more)
-    else:
-        raise InputError(f"{action!r} must be one of print, build, push, digests", field="action")
+        work.push(registry, tag, more)
     for name in names:
         print(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,10 +31,6 @@ ConfigOption = Annotated[
     Path,
     typer.Option("--config", "-c", help=CONFIG_HELP, parser=shipped.config_file),
 ]
-ImagesFile = Annotated[
-    Path | None,
-    typer.Option("--images", help="images and their digests, a file that `ptl images digests` printed"),
-]
 Overrides = Annotated[
     list[str],
     # The factory stands for a default in the signatures, which all calls would share.
@@ -43,6 +39,10 @@ Overrides = Annotated[
 Home = Annotated[
     Path,
     typer.Option("--home", help="where local runs, checkpoints and MLflow's database are"),
+]
+Runner = Annotated[
+    Literal["subprocess", "docker"],
+    typer.Option(help="how the steps of a local run are executed: docker runs each in its image"),
 ]
 Servers = Annotated[
     bool,

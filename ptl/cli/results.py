@@ -6,15 +6,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ptl import __version__
 from ptl.cli import destination, shipped
 from ptl.cli.options import CONFIG_HELP, HOME, Home, Servers, TargetFolder
-from ptl.config.export import TYPES
-from ptl.config.run import load_config
+from ptl.config.export import TYPES, Export
+from ptl.config.run import check, load_config
 from ptl.errors import InputError
 from ptl.lineage import locate
 from ptl.local import runs, servers
@@ -27,7 +27,9 @@ RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for t
 def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
-    arm: Annotated[str, typer.Option(help="which arm of a run: loop (its final model) or control")] = "loop",
+    arm: Annotated[
+        Literal["loop", "control"], typer.Option(help="which arm of a run; the loop's model is the final one")
+    ] = "loop",
     report: Annotated[
         bool, typer.Option("--report", help="only the run's report, made again from its result.json")
     ] = False,
@@ -54,7 +56,7 @@ def fetch(
 def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="file or folder to write, for example model.gguf", show_default=False)],
-    to: Annotated[str, typer.Option(help=f"format: {', '.join(TYPES)}")] = "gguf",
+    to: Annotated[Literal["gguf", "compressed-tensors"], typer.Option(help="format")] = "gguf",
     type: Annotated[
         str,
         typer.Option(
@@ -74,8 +76,6 @@ def export(
     ] = None,
 ) -> None:
     """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""
-    if to not in TYPES:
-        raise InputError(f"{to!r} must be one of {', '.join(TYPES)}", field="--to")
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
     if to == "gguf":
@@ -86,6 +86,7 @@ def export(
         notes = [*write_gguf(src, dst, type), *context_notes(src)]
         print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
     else:
+        check(Export, {"format": to, "type": type}, "--type")
         notes = _export_compressed(src, dst, type, config)
     for note in notes:
         print(f"note: {note}")
@@ -96,17 +97,9 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
     from ptl.export.formats import context_notes
     from ptl.model import checkpoint
 
-    types = TYPES["compressed-tensors"]
-    if type not in types:
-        raise InputError(f"{type!r} is no type of compressed-tensors", field="--type", remedy=f"use {', '.join(types)}")
-    needs_text = type in compressed_tensors.CALIBRATED
-    if needs_text and config is None:
-        raise InputError(
-            f"{type} needs text for calibration", field="--config", remedy="give the run's config, or take fp8"
-        )
-    settings = load_config(config) if needs_text and config is not None else None
-    calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
-    compressed_tensors.write_compressed(src, dst, type, calibration, seed)
+    settings = load_config(config) if config else None
+    calibration = settings.calibration if settings else None
+    compressed_tensors.write_compressed(src, dst, type, calibration, settings.seed if settings else 0)
     written = sum(path.stat().st_size for path in checkpoint.shards(dst))
     print(f"wrote {dst}: {written:,} bytes of weights")
     return context_notes(src)

@@ -14,9 +14,9 @@ import typer
 from ptl import extras, processes
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import checked
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
 from ptl.config.run import Config, load_config, pairs
-from ptl.errors import InputError, PtlError, WorkError
+from ptl.errors import PtlError, WorkError
 from ptl.lineage import progress
 from ptl.local import run_directory, runs, servers
 from ptl.local.run_directory import RunDir
@@ -31,7 +31,6 @@ RESUMING = (
     "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
     "those with the same inputs and settings are taken over"
 )
-WITHOUT_EXPORT = "the report is written without what failed"
 
 
 def run(
@@ -46,7 +45,7 @@ def run(
         bool, typer.Option("--new", help="start a new run even if an unfinished one could be resumed")
     ] = False,
     s3: Annotated[bool, typer.Option("--s3", help="start the S3 and MLflow servers of `ptl up`, and use them")] = False,
-    runner: Annotated[str, typer.Option(help="subprocess, or docker: run each step in its image")] = "subprocess",
+    runner: Runner = "subprocess",
     rehearse: Rehearse = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show everything that the steps print")] = False,
 ) -> None:
@@ -66,7 +65,9 @@ def run(
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)
-        _check_runner(runner, settings, s3)
+        if runner == "docker":
+            # With --s3 the address is not known yet, only that it will be a server's.
+            containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
 
         # This process and its steps track in the same MLflow.
         addresses = servers.up(home.absolute()) if s3 else {}
@@ -87,17 +88,6 @@ def run(
             _check_exports(directory, settings)
             if rehearse:
                 rehearsal.conclude(directory, left_out, [shipped.shown(config), *rehearsal.options(sets)])
-
-
-def _check_runner(runner: str, config: Config, s3: bool) -> None:
-    """Raise InputError for a runner that does not exist or lacks what it needs."""
-    from pipelines.prune_tune_loop import containers
-
-    if runner == "docker":
-        # With --s3 the address is not known yet, only that it will be a server's.
-        containers.check(config, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
-    elif runner != "subprocess":
-        raise InputError(f"{runner!r} must be one of subprocess, docker", field="--runner")
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
@@ -139,4 +129,4 @@ def _check_exports(directory: RunDir, config: Config) -> None:
     missing = run_directory.missing_exports(directory.path, config)
     if missing:
         reasons = "\n".join(f"{step}: {reason}" for step, reason in missing.items())
-        raise WorkError(f"{reasons}\n{WITHOUT_EXPORT}; {RESUMING}")
+        raise WorkError(f"{reasons}\nthe report is written without what failed; {RESUMING}")

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,6 @@ from ptl.cli.options import CheckpointFolder, ConfigOption, Overrides, TargetFol
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import removal
-from ptl.errors import InputError
 from ptl.log import on_terminal
 
 
@@ -43,8 +42,8 @@ def prune(
         float | None, typer.Option(help="share of the parameters of SRC to remove, or number to end with")
     ] = None,
     unit: Annotated[
-        str | None,
-        typer.Option(help="what to remove: neurons, layers or experts; default: experts where the config removes them"),
+        Literal["neurons", "layers", "experts"] | None,
+        typer.Option(help="what to remove; default: experts where the config removes them, else neurons"),
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
@@ -55,8 +54,6 @@ def prune(
     overrides = pairs("--set", sets)
     if target is not None:
         overrides["schedule.target"] = target
-    if unit not in (None, "neurons", "layers", "experts"):
-        raise InputError(f"{unit!r} must be neurons, layers or experts", field="--unit")
     if unit is not None:
         overrides["prune.target"] = unit
     settings = load_config(config, overrides)

@@ -6,7 +6,6 @@ Secrets of the cluster, all optional. A step names what it misses; runners on on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,12 +26,6 @@ Accelerator = Annotated[
     one_error("must be a Kubernetes resource with the domain of its vendor, for example nvidia.com/gpu"),
 ]
 
-# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod, or Kubeflow Trainer into a node's.
-RESERVED = {
-    *("shm", "tmp", "custom-ca", "kfp-launcher", "kfp-workspace", "gcs-scratch", "s3-scratch", "minio-scratch"),
-    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
-    *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
-}
 TRAINED = "recover"  # the kind of step that several nodes can do together
 # Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
@@ -228,14 +221,8 @@ class Storage(Section):
     def _volumes_have_names_of_their_own(self) -> Storage:
         secrets = {self.s3_secret, self.mlflow_secret, self.hf_secret}  # the same Secret is one volume
         names = [*secrets, self.config_map, self.ca_config_map, self.cache_claim]
-        counts = Counter(name for name in names if name is not None)
+        repeated = [name for name in names if name is not None and names.count(name) > 1]
         # Two volumes of one name: Kubernetes refuses the pod, hours after the run was submitted.
-        reserved = sorted(RESERVED.intersection(counts))
-        if reserved:
-            raise ValueError(
-                f"{reserved[0]!r} is the name of a volume that each step's pod has already: choose another"
-            )
-        repeated = sorted(name for name, count in counts.items() if count > 1)
         if repeated:
             raise ValueError(
                 f"{repeated[0]!r} names two things of different kinds, and Kubeflow names a volume after what it "

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from ptl.config.base import Section
 from ptl.config.goal import TAGS
-from ptl.config.recover import METHODS
 
 SHOWN = 200  # characters of a wrong value
 MOST = 3  # suggestions
@@ -38,11 +37,9 @@ def lines(section: type[Section], error: ValidationError) -> Iterator[str]:
 def _explanation(section: type[Section], details: Any) -> str:
     """What is wrong with a field, in words that name a remedy."""
     if details["type"] == "extra_forbidden":
-        method = next((f" of {part}" for part in details["loc"][-2:-1] if part in METHODS), "")
         meant = " or ".join(suggestions(section, details["loc"]))
-        return f"unknown field{method}; " + (
-            f"did you mean {meant}?" if meant else "remove it, or see `ptl validate --schema` for the fields there are"
-        )
+        remedy = f"did you mean {meant}?" if meant else "remove it, or see `ptl validate --schema` for all fields"
+        return f"unknown field; {remedy}"
     if details["type"] == "missing":
         return "missing; add it"
     message = details["msg"]
@@ -62,16 +59,14 @@ def suggestions(section: type[Section], location: Sequence[str | int]) -> list[s
     """Dotted names of fields that were probably meant at the location of an unknown one, the best first."""
     known = field_paths(section)
     *outer, last = map(str, location)
-    # Without the indices of lists, and the kinds of stages and targets.
-    parents = tuple(part for part in outer if not (part.isdecimal() or part in TAGS or part in METHODS))
-    # A typing error, or initials such as `lr`, in the same section; of a stage, among its method's own fields.
-    method = METHODS.get(outer[-1]) if outer else None
-    siblings = [*method.model_fields] if method else [path[-1] for path in known if path[:-1] == parents]
-    siblings = [name for name in siblings if name != last]
+    # Without the indices of lists, and the kinds of targets.
+    parents = tuple(part for part in outer if not (part.isdecimal() or part in TAGS))
+    # A typing error, or initials such as `lr`, in the same section.
+    siblings = [path[-1] for path in known if path[:-1] == parents]
     initials = [name for name in siblings if last == "".join(word[0] for word in name.split("_"))]
     for name in [*initials, *difflib.get_close_matches(last, siblings, 1, NEAR)][:1]:
         return [".".join([*parents, name])]
-    # The right name in the right place, but for another method or kind of target: no name is meant.
+    # The right name in the right place, but for another kind of target: no name is meant.
     if (*parents, last) in known:
         return []
     # The right name, but of another section.

@@ -9,15 +9,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    ConfigDict,
-    Discriminator,
     Field,
     GetJsonSchemaHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    Tag,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema
@@ -158,93 +157,6 @@ class Lora(Section):
     """rank of each adapter's two matrices; the update is scaled by 2"""
 
 
-class Stage(Section):
-    """What all recovery methods share."""
-
-    # one optimizer step of AdamW
-    learning_rate: float = Field(3e-4, gt=0, lt=1)
-    """peak learning rate, after the warm-up"""
-    batch_size: Positive = 16
-    """sequences per optimizer step, over all processes"""
-    accumulation: Positive = 1
-    """forward passes into which one optimizer step is split"""
-    # how a chain of stages divides the iteration's tokens
-    share: float | None = Field(None, gt=0, le=1)
-    """share of the iteration's recovery tokens; default: an equal part of what the other stages leave"""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW's decoupled weight decay"""
-    warmup_steps: NonNegativeInt = 10
-    """optimizer steps over which the learning rate rises from 0"""
-    # memory
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the forward and backward passes; `bfloat16` is for GPUs"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
-    # training checkpoints
-    save_steps: Positive = 50
-    """optimizer steps between training checkpoints"""
-    # several GPUs
-    processes: Positive | None = None
-    """training processes, of each node; default: one for each GPU"""
-    sharding: Literal["none", "fsdp"] = "none"
-    """with several GPUs: a complete copy on each, or FSDP over all of them (full shard)"""
-
-
-class NextToken(Stage):
-    """What methods share that train on an exact number of tokens of the training data."""
-
-    max_length: int = Field(512, ge=2)
-    """tokens per sequence; longer ones are truncated"""
-    # at inference the model reads prompts and writes answers
-    loss: Literal["completion", "all"] = "completion"
-    """train on the answer only, or on all tokens"""
-    # from one iteration to the next
-    decay: Decay = 0.5
-    """share of the run's recovery over which the learning rate decays, at its end; `each`: in each iteration anew"""
-    carry_moments: bool = True
-    """carry the optimizer state to the next iteration, pruned together with the weights"""
-    lora: Lora | None = None
-    """train low-rank adapters; default: all weights"""
-
-
-# in the schema a stage without a method is of one class only, cpt
-NAMED = ConfigDict(json_schema_extra={"required": ["method"]})
-
-
-class Cpt(NextToken):
-    """Recovery by continual pre-training on the training data."""
-
-    method: Literal["cpt"] = "cpt"
-    """continual pre-training"""
-    packing: bool = False
-    """join sequences to max_length (loss `all` only)"""
-
-    @model_validator(mode="after")
-    def _packing_needs_all_tokens(self) -> Self:
-        # packed sequences are one text after another
-        if self.packing and self.loss == "completion":
-            raise ValueError(
-                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
-            )
-        return self
-
-
-class Distil(NextToken):
-    """Recovery by distillation: forward KL to a teacher's distribution, mixed with the next-token loss."""
-
-    model_config = NAMED
-
-    method: Literal["distil"] = "distil"
-    """distillation"""
-    # what the student learns from, and how much of the loss that is
-    teacher: Location | None = None
-    """local folder or hub id; default: the run's original model"""
-    temperature: PositiveFloat = 1.0
-    """softens both distributions; the loss is scaled to compensate"""
-    mix: float = Field(0.5, ge=0, le=1)
-    """weight of the next-token loss; the KL gets the rest"""
-
-
 class Reward(Section):
     """One part of the reward."""
 
@@ -277,79 +189,141 @@ class Reward(Section):
         return self.answer or ("{test}" if self.name == "code" else "{answer}")
 
 
-class Grpo(Stage):
-    """Recovery by reinforcement learning with verifiable rewards (GRPO, arXiv 2402.03300)."""
+# The methods that a field is of; one that is not here is of all.
+ON_TEXT = ("cpt", "distil")  # exact numbers of tokens of the training data
+METHODS_OF = {
+    **dict.fromkeys(("max_length", "loss", "decay", "carry_moments", "lora"), ON_TEXT),
+    "packing": ("cpt",),
+    **dict.fromkeys(("teacher", "mix"), ("distil",)),
+    "temperature": ("distil", "grpo"),
+    **dict.fromkeys(("steps", "num_generations", "max_completion_length", "beta"), ("grpo",)),
+    **dict.fromkeys(("prompts", "rewards", "guard_prompts"), ("grpo",)),
+}
+GRPO_DEFAULTS = {"learning_rate": 1e-6, "batch_size": 64, "warmup_steps": 3, "weight_decay": 0.0}
 
-    model_config = NAMED
 
-    method: Literal["grpo"] = "grpo"
-    """reinforcement learning with verifiable rewards"""
-    # other defaults than those of the methods that learn from text
-    learning_rate: float = Field(1e-6, gt=0, lt=1)
-    """peak learning rate, after the warm-up"""
-    batch_size: int = Field(64, ge=2)
-    """answers per optimizer step, over all processes"""
-    warmup_steps: NonNegativeInt = 3
-    """optimizer steps over which the learning rate rises from 0"""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay"""
-    # how long it trains
-    steps: Positive = 240
-    """most optimizer steps of the whole run, distributed over the iterations like the tokens"""
-    # the answers
-    num_generations: int = Field(8, ge=2)
-    """answers to each prompt, which are compared with each other"""
-    max_completion_length: Positive = 512
-    """tokens of the longest answer"""
-    beta: NonNegativeFloat = 0.01
-    """weight of the KL to the model with which training started"""
+class RecoverStage(Section):
+    """One stage of a recovery: continual pre-training, distillation, or reinforcement learning (GRPO, 2402.03300)."""
+
+    method: Literal["cpt", "distil", "grpo"] = "cpt"
+    """`cpt`: continual pre-training; `distil`: forward KL to a teacher, mixed with the next-token loss; `grpo`:
+    reinforcement learning with verifiable rewards"""
+
+    # One optimizer step of AdamW.
+    learning_rate: float = Field(3e-4, gt=0, lt=1)
+    """peak learning rate, after the warm-up; grpo: 1e-6"""
+    batch_size: Positive = 16
+    """sequences per optimizer step, over all processes; grpo: 64"""
+    accumulation: Positive = 1
+    """forward passes into which one optimizer step is split"""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay; grpo: 0"""
+    warmup_steps: NonNegativeInt = 10
+    """optimizer steps over which the learning rate rises from 0; grpo: 3"""
+    # How a chain of stages divides the iteration's tokens.
+    share: float | None = Field(None, gt=0, le=1)
+    """share of the iteration's recovery tokens; default: an equal part of what the other stages leave"""
+    # Memory, and several GPUs.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward and backward passes; `bfloat16` is for GPUs"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    processes: Positive | None = None
+    """training processes, of each node; default: one for each GPU"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """with several GPUs: a complete copy on each, or FSDP over all of them (full shard)"""
+    save_steps: Positive = 50
+    """optimizer steps between training checkpoints"""
+
+    # Training on text. At inference the model reads prompts and writes answers.
+    max_length: int = Field(512, ge=2)
+    """cpt and distil: tokens per sequence; longer ones are truncated"""
+    loss: Literal["completion", "all"] = "completion"
+    """cpt and distil: train on the answer only, or on all tokens"""
+    decay: Decay = 0.5
+    """cpt and distil: share of the run's recovery over which the learning rate decays, at its end; `each`: in each
+    iteration anew"""
+    carry_moments: bool = True
+    """cpt and distil: carry the optimizer state to the next iteration, pruned together with the weights"""
+    lora: Lora | None = None
+    """cpt and distil: train low-rank adapters; default: all weights"""
+    packing: bool = False
+    """cpt: join sequences to max_length (loss `all` only)"""
+
+    # Distillation: what the student learns from, and how much of the loss that is.
+    teacher: Location | None = None
+    """distil: local folder or hub id; default: the run's original model"""
+    mix: float = Field(0.5, ge=0, le=1)
+    """distil: weight of the next-token loss; the KL gets the rest"""
     temperature: PositiveFloat = 1.0
-    """temperature of the sampled answers"""
-    # what the model is asked, and which answers are rewarded
+    """distil: softens both distributions, and the loss is scaled to compensate; grpo: of the sampled answers"""
+
+    # Reinforcement learning.
+    steps: Positive = 240
+    """grpo: most optimizer steps of the whole run, distributed over the iterations like the tokens"""
+    num_generations: int = Field(8, ge=2)
+    """grpo: answers to each prompt, which are compared with each other"""
+    max_completion_length: Positive = 512
+    """grpo: tokens of the longest answer"""
+    beta: NonNegativeFloat = 0.01
+    """grpo: weight of the KL to the model with which training started"""
     prompts: DataSource | None = None
-    """where the prompts come from; default: the first source of `training`"""
+    """grpo: where the prompts come from; default: the first source of `training`"""
     rewards: tuple[Reward, ...] = Field(
         (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
     )
-    """parts of an answer's reward, added up by weight"""
+    """grpo: parts of an answer's reward, added up by weight"""
     guard_prompts: NonNegativeInt = 32
-    """prompts on which pass@num_generations is measured before training; one at least must be solved; 0: no check"""
+    """grpo: prompts on which pass@num_generations is measured before training; one at least must be solved; 0: no
+    check"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("method") == "grpo":
+            return GRPO_DEFAULTS | raw
+        return raw
 
     @model_validator(mode="after")
-    def _divides_into_groups(self) -> Self:
-        # the answers to one prompt are in one batch
-        if self.batch_size % self.num_generations:
+    def _fields_fit(self) -> Self:
+        for name in self.model_fields_set:
+            methods = METHODS_OF.get(name, (self.method,))
+            if self.method not in methods:
+                raise ValueError(f"{name} is no field of {self.method} but of {' and '.join(methods)}: remove it")
+        # Packed sequences are one text after another.
+        if self.packing and self.loss == "completion":
+            raise ValueError(
+                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> Self:
+        # The answers to one prompt are in one batch.
+        if self.method == "grpo" and self.batch_size % self.num_generations:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of num_generations={self.num_generations}"
             )
-        # a well-formed answer need not be right
+        # A well-formed answer need not be right.
         if all(reward.name == "format" for reward in self.rewards):
             raise ValueError("rewards need one that verifies the answer: final_answer, math or code")
         return self
+
+    @model_serializer(mode="wrap")
+    def _fields_of_the_method(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the method's fields; its name and its own defaults even where defaults are left out."""
+        fields = {"method": self.method}
+        if self.method == "grpo":
+            fields |= {name: getattr(self, name) for name in GRPO_DEFAULTS}
+        for name, value in dump(self).items():
+            if self.method in METHODS_OF.get(name, (self.method,)):
+                fields[name] = value
+        return fields
 
     def prompt_source(self, training: TrainingData) -> DataSource:
         """Where the prompts come from; without a completion, which the model itself writes."""
         source = self.prompts or training.sources[0]
         return source.model_copy(update={"completion": ""})
-
-
-def _method(raw: Any) -> Any:
-    """The method that a stage names, before it is validated."""
-    if isinstance(raw, dict):
-        return raw.get("method", "cpt")
-    return getattr(raw, "method", None)
-
-
-METHODS: dict[str, type[Section]] = {"cpt": Cpt, "distil": Distil, "grpo": Grpo}
-# with the method's own fields, so that an error names a field of it
-RecoverStage = Annotated[
-    Annotated[Cpt, Tag("cpt")] | Annotated[Distil, Tag("distil")] | Annotated[Grpo, Tag("grpo")],
-    Discriminator(
-        _method,
-        custom_error_type="method",
-        custom_error_message="recover method must be cpt, distil or grpo",
-    ),
-]
 
 
 class Recovery(Section):

@@ -14,7 +14,7 @@ from typing import Any
 
 from ptl.config.cluster import TRAINED
 from ptl.config.flat_settings import flat_settings
-from ptl.config.recover import Grpo, NextToken, RecoverStage, Recovery
+from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config, check
 
 SUFFIX = "-rehearsal"  # of the run, its experiment and its registered model
@@ -27,6 +27,8 @@ SEQUENCES = 4  # of calibration
 ITEMS = 8  # of each benchmark
 NEW_TOKENS = 64  # of an answer
 GENERATIONS = 2  # answers to a prompt that GRPO compares
+# Fields whose value a rehearsal replaces where it cannot be tried.
+NOT_REHEARSED = ("recover.dtype", "recover.sharding", "evaluate.processes", "evaluate.backend")
 NEVER = 1e-300  # a significance level that no fall of the accuracy reaches
 
 
@@ -50,9 +52,8 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     storage["experiment"] += SUFFIX
     if storage["registered_model"] is not None:  # the default is the config's name, which has the suffix
         storage["registered_model"] = storage["registered_model"][: LONGEST_MODEL - len(SUFFIX)] + SUFFIX
-    # Of few prompts, answered by a model that has hardly recovered, none may be right: then `self` is an error.
     calibration = settings["calibration"]
-    calibration |= {"num_sequences": min(calibration["num_sequences"], SEQUENCES), "answers": "given"}
+    calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
     for task in settings["evaluate"]["tasks"]:
         task["limit"] = min(task["limit"] or ITEMS, ITEMS)
         task["max_new_tokens"] = min(task["max_new_tokens"] or NEW_TOKENS, NEW_TOKENS)
@@ -95,11 +96,11 @@ def _shrink_stages(settings: dict[str, Any], config: Config, gpus: int) -> None:
     nodes = settings["resources"]["steps"].get(TRAINED, {}).get("nodes", 1)
     budgets = Recovery(stages=config.recover).budgets(settings["schedule"]["recovery_tokens"] // iterations)
     for stage, budget, of_run in zip(settings["recover"], budgets, config.recover, strict=True):
-        if isinstance(of_run, NextToken):
+        if of_run.method != "grpo":
             # Each iteration saves a training checkpoint; shorter sequences than these are more steps.
             steps = (budget or 0) // (of_run.batch_size * of_run.max_length)
             stage["save_steps"] = min(of_run.save_steps, max(1, steps))
-        if isinstance(of_run, Grpo):
+        else:
             stage |= {
                 "steps": min(of_run.steps, iterations),
                 "num_generations": GENERATIONS,
@@ -155,22 +156,18 @@ def changes(config: Config, rehearsed: Config) -> list[Change]:
 
 
 def left_out(config: Config, rehearsed: Config) -> list[str]:
-    """What of the run is not rehearsed: it needs GPUs that are not there, or fails where there are few data."""
-    parts = []
-    if config.calibration.answers != rehearsed.calibration.answers:
-        parts.append("calibration on the model's own answers")
+    """What of the run is not rehearsed: it needs GPUs that are not there."""
+    parts = [
+        f"{change.field}={value}"
+        for change in changes(config, rehearsed)
+        if change.field in NOT_REHEARSED
+        for value in change.run
+        if value is not None and value not in change.rehearsal
+    ]
+    # By default there is one process for each GPU.
     requested = config.resources.accelerators_of(TRAINED)
     for before, after in zip(config.recover, rehearsed.recover, strict=True):
         processes = before.processes or requested
-        if before.dtype != after.dtype:
-            parts.append(f"{before.dtype} precision")
         if after.processes not in (processes, before.processes):
-            parts.append(f"{processes} processes")
-        if before.sharding != after.sharding:
-            parts.append(f"sharding by {before.sharding}")
-    evaluate = config.evaluate
-    if evaluate.processes != rehearsed.evaluate.processes:
-        parts.append(f"{evaluate.processes} processes")
-    if evaluate.backend != rehearsed.evaluate.backend:
-        parts.append(f"evaluation by {evaluate.backend}")
-    return list(dict.fromkeys(parts))  # stages and evaluation may lack the same
+            parts.append(f"recover.processes={processes}")
+    return list(dict.fromkeys(parts))  # stages may lack the same

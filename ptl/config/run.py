@@ -16,9 +16,7 @@ from ptl.config.export import Export
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
-    Cpt,
     DataSource,
-    Grpo,
     RecoverStage,
     Recovery,
     TrainingData,
@@ -44,7 +42,6 @@ class ModelSource(Section):
 class Calibration(Section):
     """The reasoning text on which neurons and layers are scored."""
 
-    # Which text, and how much of it.
     data: DataSource
     """where the text comes from"""
     num_sequences: Positive = 64
@@ -53,10 +50,6 @@ class Calibration(Section):
     """tokens per sequence; longer ones are truncated"""
     batch_size: Positive = 16
     """sequences per forward pass"""
-
-    # A model's own answers are nearer to what it will write than a data set's are.
-    answers: Literal["given", "self"] = "given"
-    """`self`: the current model answers the prompts itself, and its correct answers are used for scoring"""
 
 
 class Task(Section):
@@ -188,7 +181,7 @@ class Config(Section):
     """how much each iteration removes, and the tokens of each recovery"""
     prune: Prune = Prune()
     """what counts as redundant, and how widths are rounded"""
-    recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
+    recover: tuple[RecoverStage, ...] = Field((RecoverStage(),), min_length=1)
     """stages of each recovery, in order: cpt, distil or grpo"""
     evaluate: Evaluate
     """benchmarks, and how they are run"""
@@ -251,7 +244,7 @@ class Config(Section):
                     f"stage of iteration {iteration.index}: raise it, or set schedule.tokens=uniform"
                 )
         for stage in self.recover:
-            if not isinstance(stage, Grpo):
+            if stage.method != "grpo":
                 continue
             # Steps are shared out over the iterations as tokens are.
             shared_out = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
@@ -300,8 +293,7 @@ def essentials(config: Config) -> dict[str, Any]:
         "context": {FOLDER: Path.cwd()},  # to which paths are made relative
     }
     settings = config.model_dump(**options)
-    # A stage's method is the default of its class, but says which class it is.
-    settings["recover"] = [{"method": stage.method, **stage.model_dump(**options)} for stage in config.recover]
+    settings["recover"] = [stage.model_dump(**options) for stage in config.recover]  # also where all are defaults
     return settings
 
 

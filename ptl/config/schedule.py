@@ -53,7 +53,7 @@ class Schedule(Section):
         """`iterations` as a number."""
         if self.iterations != "auto":
             return self.iterations
-        # Parameters to end with and goals are no share before the model is known: ptl/preflight/advice.py warns then.
+        # Parameters to end with and goals are no share before the model is known.
         share = not isinstance(self.target, MemoryGoal) and DEEP <= self.target < 1
         return DEEP_ITERATIONS if share else ITERATIONS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptl.config.recover import DataSource, Distil, Grpo, NextToken, RecoverStage, TrainingData
+from ptl.config.recover import DataSource, RecoverStage, TrainingData
 from ptl.config.run import Calibration, Evaluate
 from ptl.data.sources import check_rows, fill, local_file, numbered_rows, prompt_of
 from ptl.errors import InputError
@@ -20,13 +20,12 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
     trains_on_answers = _trains_on_answers(recover)
-    # the first field that names a source: the calibration data is often the training data
-    fields: dict[tuple[DataSource, bool], str] = {}
+    checked = set()  # the calibration data is often the training data
     for field, source in named_sources(calibration, training, ()).items():
         answers = field == "calibration.data" or (trains_on_answers and field.startswith("training.sources"))
-        fields.setdefault((source, answers), field)
-    for (source, answers), field in fields.items():
-        check_rows(source, answers=answers, field=field)
+        if (source, answers) not in checked:
+            checked.add((source, answers))
+            check_rows(source, answers=answers, field=field)
 
 
 def named_sources(
@@ -37,11 +36,11 @@ def named_sources(
     sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
     stages = enumerate(recover)
-    return sources | {f"recover.{i}.prompts": s.prompts for i, s in stages if isinstance(s, Grpo) and s.prompts}
+    return sources | {f"recover.{i}.prompts": s.prompts for i, s in stages if s.prompts}
 
 
 def _trains_on_answers(stages: Sequence[RecoverStage]) -> bool:
-    return any(isinstance(stage, NextToken) for stage in stages)
+    return any(stage.method != "grpo" for stage in stages)
 
 
 def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
@@ -59,7 +58,7 @@ def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> Non
     """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
     for stage in stages:
         # data on the hub is read by the step that trains on it
-        if not isinstance(stage, Grpo) or local_file(source := stage.prompt_source(training)) is None:
+        if stage.method != "grpo" or local_file(source := stage.prompt_source(training)) is None:
             continue
         for row in numbered_rows(source):
             prompt_of(row)
@@ -101,15 +100,20 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
     """
     tokenizer = checks.load_tokenizer(folder)
     for stage in stages:
-        if isinstance(stage, NextToken):
-            checks.check_positions(folder, {"recover.max_length": stage.max_length})
-        if isinstance(stage, Grpo):
-            checks.check_positions(folder, {"recover.max_completion_length": stage.max_completion_length})
+        length = "max_completion_length" if stage.method == "grpo" else "max_length"
+        checks.check_positions(folder, {f"recover.{length}": getattr(stage, length)})
+        if stage.method != "distil":
+            continue
         # A teacher reads the same sequences, and numbers tokens in the same way.
-        if isinstance(stage, Distil) and (original := _teacher_files(stage.teacher) if stage.teacher else teacher):
+        original = _teacher_files(stage.teacher) if stage.teacher else teacher
+        if original is not None:
             checks.check_positions(original, {"recover.max_length (for recover.teacher)": stage.max_length})
             of_teacher = checks.load_tokenizer(original, TEACHER)
-            checks.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), stage.teacher or str(original))
+            checks.compare_vocabularies(
+                tokenizer.get_vocab(),
+                of_teacher.get_vocab(),
+                stage.teacher or str(original),
+            )
 
 
 def _teacher_files(teacher: str) -> Path:

@@ -261,7 +261,10 @@ def _benchmark(items: Sequence[Item]) -> Benchmark:
     short_texts = {_joined(line.own for line in lines) for lines in questions}
     for question, *others in sentences:
         short_texts |= {*question.searched(), *(line.own for line in others if _size(line.own) >= SHORTEST)}
-    benchmark = Benchmark(len(items), set().union(*(_own_ngrams(lines) for lines in questions + answers)))
+    benchmark = Benchmark(
+        len(items),
+        set().union(*(_own_ngrams(lines) for lines in questions + answers)),
+    )
     for text in short_texts:
         if 0 < _size(text) < NGRAM:
             benchmark.short_texts.setdefault(_key(text), []).append(text)
@@ -284,7 +287,14 @@ def _without_template(prompts: Iterable[str]) -> list[list[Line]]:
         begin = _num_shared(body, beginnings)
         # no word belongs to both ends
         end = max(begin, len(body) - _num_shared(body[::-1], endings))
-        return Line(label, body, end_label, begin, end, bool(COMPLETE.search(parts[1])))
+        return Line(
+            label,
+            body,
+            end_label,
+            begin,
+            end,
+            bool(COMPLETE.search(parts[1])),
+        )
 
     return [[line_of(parts) for parts in lines] for lines in split]
 
@@ -349,13 +359,19 @@ def _sentences(questions: Sequence[Sequence[Line]]) -> list[list[Line]]:
     for lines in questions:
         # of equal ones the last: a question follows its subject
         by_size = sorted(lines, key=lambda line: _size(line.own))[::-1]
-        candidates.append([line for i, line in enumerate(by_size) if line.own and (i == 0 or line.complete)])
+        sentences = [line for line in by_size[1:] if line.own and line.complete]
+        longest = [line for line in by_size[:1] if line.own]
+        candidates.append(longest + sentences)
     # several templates may ask the same question
     distinct = {frozenset(line.own for line in lines) for lines in candidates}
     counts = Counter(itertools.chain.from_iterable(distinct))
     unique = [[line for line in lines if counts[line.own] == 1] for lines in candidates]
     return [
-        sorted(lines, key=lambda line: not (line.complete and _size(line.body) >= SHORTEST)) or [NO_LINE]
+        sorted(
+            lines,
+            key=lambda line: not (line.complete and _size(line.body) >= SHORTEST),
+        )
+        or [NO_LINE]
         for lines in unique
     ]
 
@@ -393,7 +409,12 @@ def _joined(parts: Iterable[Words]) -> Words:
 
 def _normal(text: str) -> str:
     """A text without what hides a copy: escapes, case and forms of letters, invisible characters, commas in numbers."""
-    unescaped = html.unescape(ESCAPE.sub(lambda escape: chr(int(escape[1], 16)) if escape[1] else " ", text))
+    unescaped = html.unescape(
+        ESCAPE.sub(
+            lambda escape: chr(int(escape[1], 16)) if escape[1] else " ",
+            text,
+        )
+    )
     # case folding can undo the normalisation, hence it is between two
     folded = unicodedata.normalize("NFKC", unescaped).casefold()
     visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", folded))

@@ -118,20 +118,14 @@ def order(count: int, seed: int) -> Iterator[int]:
 
 def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> list[Batch]:
     """Calibration rows as `padded` batches."""
-    sequences = calibration_rows(settings, tokenizer, seed, settings.num_sequences)
-    return padded(sequences, settings.batch_size)
+    return padded(calibration_rows(settings, tokenizer, seed), settings.batch_size)
 
 
-def calibration_rows(
-    settings: Calibration,
-    tokenizer: Any,
-    seed: int,
-    count: int,
-) -> list[Tokens]:
-    """As many rows of the calibration data drawn with the seed, or all of them."""
+def calibration_rows(settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
+    """As many rows of the calibration data as the settings say, drawn with the seed, or all of them."""
     rows = read_rows(settings.data)
     # none twice
-    picked = itertools.islice(order(len(rows), seed), min(count, len(rows)))
+    picked = itertools.islice(order(len(rows), seed), min(settings.num_sequences, len(rows)))
     drawn = [SourceRow(rows[i], settings.data, i + 1) for i in picked]
     return [tokenize(row, tokenizer, settings.max_length) for row in drawn]
 
@@ -197,7 +191,8 @@ def training_chunk(
     excess = sum(len(tokens.ids) for tokens in chunk) - budget
     if excess > 0:
         last = chunk.pop()
-        chunk.insert(0, replace(last, ids=last.ids[excess:], prompt=max(0, last.prompt - excess)))
+        prompt = max(0, last.prompt - excess)
+        chunk.insert(0, replace(last, ids=last.ids[excess:], prompt=prompt))
     return chunk
 
 

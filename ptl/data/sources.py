@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from shlex import quote
 from string import Formatter
 from typing import Any
 
@@ -30,6 +29,7 @@ FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 # remedies
 CORRECT = "correct the row"
 LEAVE_OUT = "leave such rows out"
+PART = "name a part of a list or an object: {column[0]}, {column[key]}"
 SHAREGPT = "rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)"
 
 Chat = list[dict[str, Any]]  # turns with role and content
@@ -110,8 +110,7 @@ def texts(row: SourceRow) -> tuple[str, str]:
 
 def _chat_text(chat: Chat) -> str:
     """What is written in the turns of a chat; a turn that calls tools may have no text."""
-    contents = [message.get("content") or "" for message in chat]
-    return "\n".join(contents)
+    return "\n".join(message.get("content") or "" for message in chat)
 
 
 def turns(row: SourceRow) -> tuple[Chat, Chat]:
@@ -124,7 +123,7 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     if not isinstance(chat, list) or not chat:
         raise row.error(
             f" has no list in column {column!r} (columns there: {_names(row)})",
-            f"name the column that holds the chat: messages: {_chat_column(row)}",
+            "name the column that holds the chat: messages: COLUMN",
         )
     for position, message in enumerate(chat, 1):
         _check_message(message, position, row)
@@ -136,28 +135,21 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     return chat[:-1], chat[-1:]
 
 
-def _chat_column(row: SourceRow) -> str:
-    """The column that is probably meant: the first with a list of objects."""
-    for name, value in row.columns.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return str(name)
-    return "COLUMN"
-
-
 def _check_message(message: Any, position: int, row: SourceRow) -> None:
     """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
-    role = message.get("role") if isinstance(message, dict) else None
-    if isinstance(message, dict) and message.keys() >= {"from", "value"}:
+    turn = message if isinstance(message, dict) else {}
+    if "from" in turn and "value" in turn:
         raise row.error(f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT)
-    if not isinstance(role, str):
+    if not isinstance(turn.get("role"), str):
         raise row.error(f": message {position} is no object with a role and a content", CORRECT)
-    content = message.get("content")
-    # a turn that calls tools needs no text
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise row.error(f": the content of message {position} is no text ({_kind(content)})", CORRECT)
-    _check_unicode(role + content, row)
+    content = turn.get("content")
+    calls_tools = content is None and turn.get("tool_calls")  # and needs no text
+    if not isinstance(content, str) and not calls_tools:
+        raise row.error(
+            f": the content of message {position} is no text ({_kind(content)})",
+            CORRECT,
+        )
+    _check_unicode(f"{turn['role']}{content}", row)
 
 
 def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
@@ -194,47 +186,44 @@ def _without_words(template: str) -> str:
         if name is not None:
             # as it was written: {number:.2f} stays rounded
             conversion = f"!{conversion}" if conversion else ""
-            spec = f":{spec}" if spec else ""
-            columns.append(f"{{{name}{conversion}{spec}}}")
+            columns.append(f"{{{name}{conversion}:{spec}}}")
     return " ".join(columns)
 
 
 def fill(template: str, row: SourceRow) -> str:
     """A template over the columns of a row. Raises InputError that names the column that is not there or no text."""
+    # first each value for itself: format_map would write None and [1, 2] into the text
+    for name in _template_columns(template):
+        value = _value(name, row)
+        is_endless = isinstance(value, float) and not math.isfinite(value)
+        if is_endless or isinstance(value, list | dict | bytes | None):
+            raise row.error(
+                f" holds {_kind(value)} for {{{name}}}, which is no text",
+                f"{LEAVE_OUT}, or {PART}",
+            )
     try:
-        # first each value for itself: format_map would write None and [1, 2] into the text
-        for name in _template_columns(template):
-            value = _value(name, row)
-            if not _is_text(value):
-                remedy = LEAVE_OUT
-                if isinstance(value, list | dict) and value:
-                    part = f"{{{name}[{next(iter(value)) if isinstance(value, dict) else 0}]}}"
-                    remedy += f", or name a part of it ({part})"
-                raise row.error(f" holds {_kind(value)} for {{{name}}}, which is no text", remedy)
         text = template.format_map(row.columns)
-    # a format that the value does not take
     except (ValueError, TypeError) as error:
-        raise row.error(f" has a value that the template's format does not take ({error})", "correct it") from error
+        raise row.error(f" has a value that the template's format does not take ({error})", CORRECT) from error
     _check_unicode(text, row)
     return text
 
 
 def _value(name: str, row: SourceRow) -> Any:
-    """a column, or a part of its value (`column[key]`). Raises InputError where there is none."""
+    """A column, or a part of its value (`column[key]`). Raises InputError where there is none."""
     column, bracket, keys = name.partition("[")
     if column not in row.columns:
         raise row.error(
             f" lacks {column!r}, which a template names (columns there: {_names(row)})", "correct the template"
         )
     try:
-        value, _ = Formatter().get_field(name, (), row.columns)
+        return Formatter().get_field(name, (), row.columns)[0]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        whole = row.columns[column]
+        whole = _kind(row.columns[column])
         raise row.error(
-            f" has {_kind(whole)} in {column!r}, with no part {bracket}{keys}, which a template names",
-            f"write {{{column}}}" if isinstance(whole, str) else "correct the template",
+            f" has {whole} in {column!r}, with no part {bracket}{keys}, which a template names",
+            f"correct the template: {{{column}}} is the whole value",
         ) from error
-    return value
 
 
 def _names(row: SourceRow) -> str:
@@ -242,29 +231,22 @@ def _names(row: SourceRow) -> str:
     return ", ".join(sorted(row.columns))
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a value is written as its author wrote it: None, brackets and quotes are Python's."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, list | dict | bytes | None)
-
-
 def _check_unicode(text: str, row: SourceRow) -> None:
     """Raise InputError for half of a surrogate pair, which JSON can hold (\\ud83d) and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise row.error(f": character {error.start} is no Unicode ({error.reason})", CORRECT) from error
+        raise row.error(
+            f": character {error.start} is no Unicode ({error.reason})",
+            CORRECT,
+        ) from error
 
 
 def _kind(value: Any) -> str:
-    """A value that is no text, for an error."""
+    """A value that is no text, for an error: null, nan, inf, a list, a dict, a bytes."""
     if value is None:
         return "null"
-    # NaN, or an infinite number
-    if isinstance(value, float):
-        return "NaN" if math.isnan(value) else str(value)
-    return "a text" if isinstance(value, str) else f"a {type(value).__name__}"
+    return str(value) if isinstance(value, float) else f"a {type(value).__name__}"
 
 
 def local_file(source: DataSource, field: str = DATA) -> Path | None:
@@ -283,12 +265,10 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
         raise InputError(problem, field=setting, remedy=f"give {FILE_KINDS}")
     # the id of a data set has no such ending
     if path.suffix in (".json", ".csv", ".txt") or path.exists() or is_remote:
-        # of a file with one long list
-        convert = f" (jq -c '.[]' {quote(name)} > {quote(name)}l)" if path.suffix == ".json" and path.is_file() else ""
         raise InputError(
             f"{name} is no .jsonl, .jsonl.gz or .parquet file",
             field=setting,
-            remedy=f"convert it{convert}, or give a hub id",
+            remedy="convert it (of a JSON list: jq -c '.[]' FILE.json > FILE.jsonl), or give a hub id",
         )
     return None
 
@@ -371,22 +351,20 @@ def _cache(setting: str) -> Path:
     if scratch := os.environ.get("PTL_SCRATCH"):
         return Path(scratch, "ptl-data")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ptl"
-    problem = ""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # whoever can write here decides what a model is trained on
         owner = folder.lstat().st_uid
-        if owner == os.getuid():
-            folder.chmod(0o700)
-            return folder
-        problem = f"belongs to user {owner}"
+        if owner != os.getuid():
+            raise PermissionError(f"it belongs to user {owner}")
+        folder.chmod(0o700)
     except OSError as error:
-        problem = f"cannot be made ({error})"
-    raise InputError(
-        f"{folder}, for copies of data, {problem}",
-        field=setting,
-        remedy="remove it, or set XDG_CACHE_HOME to a folder of your own",
-    )
+        raise InputError(
+            f"{folder}, for copies of data, cannot be used ({error})",
+            field=setting,
+            remedy="remove it, or set XDG_CACHE_HOME to a folder of your own",
+        ) from error
+    return folder
 
 
 def _from_hub(source: DataSource, setting: str) -> Any:

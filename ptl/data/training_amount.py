@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl.config.recover import DataSource, NextToken
+from ptl.config.recover import DataSource
 from ptl.config.run import Config
 from ptl.data.sources import numbered_rows, texts
 
@@ -55,7 +55,7 @@ class Amount:
 
 def planned(config: Config, removed: int) -> Amount:
     """What a config gives to a removal of so many parameters; rows are those of files on this machine."""
-    lengths = [stage.max_length for stage in config.recover if isinstance(stage, NextToken)]
+    lengths = [stage.max_length for stage in config.recover if stage.method != "grpo"]
     if not lengths:  # reinforcement learning alone, which trains on the model's own answers
         return Amount(0, removed, None)
     tokens, sources = config.schedule.recovery_tokens, config.training.sources
@@ -73,7 +73,13 @@ def tokens_of(source: DataSource, max_length: int, field: str) -> float:
     if not Path(source.source).is_file():
         return 0.0
     rows = numbered_rows(source, field)
-    sample = [min(sum(map(len, texts(row))) / CHARACTERS, max_length) for row in itertools.islice(rows, SAMPLE)]
+    sample = [
+        min(
+            sum(map(len, texts(row))) / CHARACTERS,
+            max_length,
+        )
+        for row in itertools.islice(rows, SAMPLE)
+    ]
     count = len(sample) + sum(1 for _ in rows)
     return count * sum(sample) / len(sample)
 

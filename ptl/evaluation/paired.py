@@ -173,15 +173,6 @@ def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: 
     return (fewest - improvements) / items
 
 
-def factor_to_decide(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> int | None:
-    """How many times as many items would give a verdict if as large shares of them changed; None: not even 64 times."""
-    for factor in (1, 2, 4, 8, 16, 32, 64):
-        counts = (factor * regressions, factor * improvements, factor * items)
-        if verdict_of(*counts, margin, alpha) != "unclear":
-            return factor
-    return None
-
-
 def match(
     reference: Sequence[Item],
     candidate: Sequence[Item],

@@ -118,7 +118,11 @@ def write_compressed(
     family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
     check(src, type)
     if type in CALIBRATED and calibration is None:
-        raise InputError(f"{type} needs text for calibration", field="export", remedy="give some, or take fp8")
+        raise InputError(
+            f"{type} needs text for calibration",
+            field="--config",
+            remedy="give the run's config, or take fp8",
+        )
     python = interpreter()
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as scratch:
@@ -143,7 +147,7 @@ def write_compressed(
 
 def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:
     """The sequences that pruning calibrates with, as JSON Lines: both environments then have the same tokens."""
-    rows = data.calibration_rows(settings, tokenizer, seed, settings.num_sequences)
+    rows = data.calibration_rows(settings, tokenizer, seed)
     path.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
 
 

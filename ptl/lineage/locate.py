@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,10 +48,13 @@ class PipelineRun:
     artifacts: str  # where its report is
     steps: dict[str, str]  # the states of those that have begun, in that order
 
-    def finished(self, *, evaluations: bool) -> str:
-        """The finished steps that evaluate, or those that make a checkpoint, for messages."""
-        finished = [step for step, state in self.steps.items() if state == "FINISHED" and step != "report"]
-        names = [f"{self.id}:{step}" for step in finished if ("evaluate" in step) == evaluations]
+    @property
+    def finished(self) -> str:
+        """The finished steps that can be named, for messages."""
+        names = []
+        for step, state in self.steps.items():
+            if state == "FINISHED" and step != "report":
+                names.append(f"{self.id}:{step}")
         return ", ".join(names) or "none yet"
 
     def report_file(self, name: str) -> bytes | None:
@@ -145,8 +147,8 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     # What is on this machine comes first: a run's directory may be named like a run.
     path = Path(reference)
     if path.exists():
-        card = path / "README.md"
-        return _final(result(reference), arm, reference, card.read_bytes() if card.is_file() else None)
+        card = store.read(str(path.resolve() / "README.md"))
+        return _final(result(reference), arm, reference, card)
     if arm != "loop" and ":" in reference:
         raise InputError(
             f"{reference} names one checkpoint",
@@ -160,7 +162,11 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     run, step = find_run(reference)
     if step:
         pointer = _pointer(run, step, evaluation=False)
-        return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
+        return Checkpoint(
+            pointer,
+            f"{step} of run {run.id}",
+            _card(run, pointer.digest),
+        )
     return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
 
@@ -184,34 +190,26 @@ def result(reference: str) -> Result:
         return _result_of(run)
     if path.is_dir():
         path = path / "result.json"
-    if not path.exists():
-        problem = f"{reference} holds no result.json, so no finished run"
-        raise InputError(problem, field="run", remedy=f"give {FORMS}")
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path} is no result.json of a run ({error!r})",
-            field="result",
-            remedy="give that file, or RUN_ID",
+            field="run",
+            remedy=f"give {FORMS}",
         ) from error
 
 
 def _result_of(run: PipelineRun) -> Result:
-    """The result.json of a run in MLflow. Raises InputError with the run's state and steps where there is none yet."""
+    """The result.json of a run in MLflow. Raises InputError with its state and steps where there is none yet."""
     data = run.report_file("result.json")
     if data is not None:
         return dict(json.loads(data))
-    by_state: dict[str, list[str]] = defaultdict(list)
-    for step, state in run.steps.items():
-        by_state[state].append(step)
-    states = "; ".join(f"{state}: {', '.join(steps)}" for state, steps in by_state.items())
-    # A checkpoint of the run that can be fetched meanwhile.
-    fetchable = run.finished(evaluations=False)
+    # A checkpoint of the run can be fetched meanwhile.
     raise InputError(
-        f"{run.id} has no result yet, its state is {run.state} ({states or 'no step has begun'})",
+        f"{run.id} has no result yet, its state is {run.state}",
         field="run",
-        remedy=f"wait for its report, or name one step ({fetchable}) or a registered version (models:/NAME@ALIAS)",
+        remedy=f"wait for its report, or name a finished step ({run.finished}) or a version (models:/NAME@ALIAS)",
     )
 
 
@@ -223,7 +221,7 @@ def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
         raise InputError(
             f"run {run.id} has no finished step {step!r} that {kind}",
             field="step",
-            remedy=f"it has {run.finished(evaluations=evaluation)}",
+            remedy=f"it has {run.finished}",
         )
     return record.pointer
 
@@ -271,9 +269,8 @@ def _registered(reference: str) -> Checkpoint:
     match = REGISTERED.fullmatch(reference)
     if match is None:
         raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
-    name = match["name"]
     with connected() as client:
-        version = _version(client, name, match["alias"], match["version"])
+        version = _version(client, reference, **match.groupdict())
         # The run that made it may be gone: then there is no card.
         run = _run_by_id(client, version.tags.get("ptl.run", ""))
     # Without its digest the files could not be verified.
@@ -286,23 +283,23 @@ def _registered(reference: str) -> Checkpoint:
     params = int(version.tags.get("ptl.params", 0))
     pointer = store.Pointer(str(version.source), version.tags["ptl.digest"], params)
     card = _card(run, pointer.digest) if run else None
-    return Checkpoint(pointer, f"version {version.version} of {name}", card)
+    return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
 
 
-def _version(client: MlflowClient, name: str, alias: str | None, number: str | None) -> ModelVersion:
+def _version(client: MlflowClient, reference: str, name: str, alias: str | None, version: str | None) -> ModelVersion:
     """The version of a registered model that has the alias, or the number. Raises InputError with what there is."""
     model = if_there(client.get_registered_model, name)
-    if model is None:
-        known = ", ".join(other.name for other in client.search_registered_models(max_results=20)) or "none"
-        raise InputError(f"this MLflow has no registered model {name!r}", field="models", remedy=f"it has {known}")
-    number = str(model.aliases.get(alias, "")) if alias else number
-    version: ModelVersion | None = if_there(client.get_model_version, name, number) if number else None
-    if version is not None:
-        return version
-    numbers = sorted(int(other.version) for other in client.search_model_versions(f"name = '{name}'"))
-    aliases = "".join(f", {other} (version {number})" for other, number in model.aliases.items())
-    problem = f"{name} has no alias {alias!r}" if alias else f"{name} has no version {number}"
-    raise InputError(problem, field="models", remedy=f"it has {numbers or 'no versions'}{aliases}")
+    aliases = model.aliases if model else {}
+    number = version or str(aliases.get(alias, ""))
+    found: ModelVersion | None = if_there(client.get_model_version, name, number) if number else None
+    if found is not None:
+        return found
+    known = [f"{other} (version {number})" for other, number in aliases.items()]
+    raise InputError(
+        f"this MLflow has no {reference}",
+        field="models",
+        remedy=f"aliases of {name}: {', '.join(known) or 'none'}",
+    )
 
 
 def _published(uri: str) -> Checkpoint:

@@ -5,9 +5,7 @@ MLflow takes seconds to make its tables in place: a kill meanwhile leaves a data
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -37,19 +35,6 @@ def create(uri: str, artifacts: str) -> None:
     with processes.exclusive(lock, f"creating {path}", wait=WAIT):
         if not path.exists():  # another process may have made it while this one waited
             _create_tables(path, artifacts)
-
-
-def newest_experiment(path: Path) -> str:
-    """The id of the experiment with the run that was started last; empty where there is none.
-
-    By one statement: MLflow's client takes seconds to import.
-    """
-    statement = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
-    # Another version's tables may have other names: the caller does without.
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
-        row = database.execute(statement).fetchone()
-        return str(row[0]) if row else ""
-    return ""
 
 
 def _create_tables(path: Path, artifacts: str) -> None:

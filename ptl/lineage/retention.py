@@ -10,9 +10,8 @@ import datetime
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptl.errors import InputError, WorkError
@@ -25,8 +24,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel
 
+Metadata = dict[str, Any]  # of a record
 DAY = 24 * 60 * 60.0
 DELETED = "ptl.deleted"  # tag of a LoggedModel: when its files were deleted
+# Steps whose files stay with a finished run, and why
+KEPT = {"report": "final checkpoint of its run", "export": "an export of its run"}
 TRAINING = re.compile(r"(?P<step>.+)\.\d+\.training-.+")  # folder of a training checkpoint, or of its record
 
 
@@ -87,33 +89,30 @@ def _experiment_files(client: MlflowClient, experiment: Experiment, given_up: li
     root = records_root(location)
     experiment_ids = [experiment.experiment_id]
     parents = pages(client.search_runs, experiment_ids=experiment_ids, filter_string=PARENT)
-    runs = {run for parent in parents if store.is_name(run := parent.data.tags["ptl.run"])}
+    runs = {parent.data.tags["ptl.run"] for parent in parents}
     if given_up:
         runs &= set(given_up)
     if not runs:
         return ExperimentFiles(experiment.name, location, [])
     # MLflow's models before the records: what is committed meanwhile counts.
     models = list(pages(client.search_logged_models, experiment_ids=experiment_ids))
-    run_folders = _folders(root, depth=2)
-    files = [
-        *_checkpoints(location, models, _folders(f"{location}/models", depth=1)),
-        *_training_checkpoints(root, run_folders),
-    ]
+    folders = _folders(root, depth=2)
+    needed = {run: _needed(root, run, folders, bool(given_up)) for run in runs if store.is_name(run)}
     stored = []
-    for run in runs:
-        needed = _needed(root, run, run_folders, bool(given_up))
-        for own in [each for each in files if each.run == run]:
-            # By either: a record names the old address where the store was moved, and MLflow may have lost the id.
-            reason = needed.get("") or needed.get(own.uris[0]) or needed.get(own.model_id, "")
-            stored.append(replace(own, needed=reason))
+    for files in [*_checkpoints(location, models), *_training_checkpoints(root, folders)]:
+        reasons = needed.get(files.run)
+        if reasons is not None:
+            reason = reasons.get("") or reasons.get(files.model_id, "")
+            stored.append(replace(files, needed=reason))
     return ExperimentFiles(experiment.name, location, stored)
 
 
 def _judged(files: StoredFiles, versions: dict[str, str], older_than: float) -> StoredFiles:
     """The files with why they stay, where their run does not say it."""
-    version = versions.get(files.uris[0]) or versions.get(files.model_id)
-    if version:
-        return replace(files, needed=f"registered: {version}")
+    # A version that was made by hand may name the model or its location.
+    for version, names in versions.items():
+        if files.model_id and files.model_id in names:
+            return replace(files, needed=f"registered: {version}")
     if not files.needed and (time.time() - files.changed) / DAY < older_than:
         return replace(files, needed=f"younger than {older_than:g} days")
     return files
@@ -129,15 +128,15 @@ def _folders(uri: str, depth: int) -> dict[str, _Folder]:
     return by_path
 
 
-def _checkpoints(location: str, models: list[LoggedModel], folders: dict[str, _Folder]) -> Iterator[StoredFiles]:
+def _checkpoints(location: str, models: list[LoggedModel]) -> Iterator[StoredFiles]:
     """The checkpoints that steps made, also those of killed attempts, unless their files are gone."""
+    folders = _folders(f"{location}/models", depth=1)
     for model in models:
-        uri = model.artifact_location
-        match = re.fullmatch(re.escape(location) + r"/models/([^/]+)/artifacts", uri)
-        # Anybody may write to MLflow: the name may be `..`, which the pattern allows.
-        if match is None or not store.is_below(uri, location) or "ptl.run" not in model.tags:
+        uri = f"{location}/models/{model.model_id}/artifacts"
+        # Anybody may write to MLflow, and a store may have been moved.
+        if model.artifact_location != uri or not store.is_below(uri, location) or "ptl.run" not in model.tags:
             continue
-        folder = folders.get(match[1])
+        folder = folders.get(model.model_id)
         if folder:
             step = model.tags.get("ptl.step", model.name)
             yield StoredFiles(model.tags["ptl.run"], step, (uri,), *folder, model_id=model.model_id)
@@ -149,7 +148,7 @@ def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[St
     for path in folders:
         run, _, name = path.partition("/")
         match = TRAINING.fullmatch(name)
-        if match and store.is_name(run) and store.is_name(name):
+        if match and store.is_below(f"{root}/{path}", root):
             groups[run, match["step"]].append(path)
     for (run, step), paths in groups.items():
         members = [folders[path] for path in paths]
@@ -162,57 +161,42 @@ def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[St
         )
 
 
-def _needed(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool) -> dict[str, str]:
-    """Why a run's files stay, by their URI or by their id in MLflow; by "" why all of them do."""
-    records = []
-    for path in run_folders:
-        owner, _, name = path.partition("/")
-        is_step = store.is_name(name) and not name.endswith(".claim") and not TRAINING.fullmatch(name)
-        if owner != run or not is_step:
-            continue
-        # What the run ended with is then not distinguishable from the rest.
-        try:
-            record = store.committed(root, run, name)
-        except WorkError as error:
-            return {"": f"a record of the run cannot be read: {error}"}
-        if record is not None:
-            records.append(record)
-    # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
-    if "report" not in [record.metadata.get("stage") for record in records]:
-        return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
+def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict[str, str]:
+    """Why a run's checkpoints stay, by their id in MLflow; by "" why all of its files do."""
+    names = [path.removeprefix(f"{run}/") for path in folders if path.startswith(f"{run}/")]
+    # With one that cannot be read, what the run ended with is not distinguishable from the rest.
+    try:
+        records = [store.committed(root, run, name) for name in names if store.is_name(name)]
+    except WorkError as error:
+        return {"": f"a record of the run cannot be read: {error}"}
     needed: dict[str, str] = {}
-    for record in records:
-        stage = str(record.metadata.get("stage"))
-        reason = {"report": "final checkpoint of its run", "export": "an export of its run"}.get(stage)
-        if reason:
-            needed |= _by_either_name(asdict(record.pointer), reason)
-    for arm, reason in (("loop", "final checkpoint of its run"), ("control", "the control of its run")):
-        evaluations = [record.metadata for record in records if "accepted" in record.metadata]
-        of_arm = [metadata for metadata in evaluations if metadata["arm"] == arm]
-        # What the last of them passed on.
-        if of_arm:
-            last = max(of_arm, key=lambda metadata: metadata["iteration"])
-            needed |= _by_either_name(last["accepted"], reason)
+    last: dict[str, Metadata] = {}  # evaluation of each arm
+    stages = set()
+    for record in filter(None, records):
+        metadata = record.metadata
+        stage = str(metadata.get("stage"))
+        stages.add(stage)
+        if stage in KEPT:
+            needed[record.pointer.model_id] = KEPT[stage]
+        if "accepted" in metadata:
+            other = last.get(metadata["arm"], metadata)
+            if metadata["iteration"] >= other["iteration"]:
+                last[metadata["arm"]] = metadata
+    # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
+    if "report" not in stages:
+        return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
+    for arm, evaluation in last.items():
+        reason = KEPT["report"] if arm == "loop" else "the control of its run"
+        needed[evaluation["accepted"]["model_id"]] = reason
     return needed
 
 
-def _by_either_name(pointer: dict[str, Any], reason: str) -> dict[str, str]:
-    """The reason by a checkpoint's URI and by its id in MLflow, which may be empty."""
-    return {name: reason for name in (pointer["uri"], pointer["model_id"]) if name}
-
-
 def _versions(client: MlflowClient) -> dict[str, str]:
-    """What is registered, as which version: by the location and by the id of the model."""
-    versions = {}
-    for version in pages(client.search_model_versions):
-        keys = (version.source, version.tags.get("ptl.model_id"), version.model_id)
-        # Whoever registers a checkpoint by hand may give any of them.
-        for key in filter(None, keys):
-            address = key.rstrip("/").removeprefix("models:/")
-            if address.startswith("/"):  # a folder, as it is typed
-                address = Path(address).as_uri()
-            versions[address] = f"{version.name} {version.version}"
-    return versions
+    """What is registered: version -> all that names its model."""
+    return {
+        f"{version.name} {version.version}": f"{version.source} {version.model_id} {version.tags.get('ptl.model_id')}"
+        for version in pages(client.search_model_versions)
+    }
 
 
 def delete(experiment: ExperimentFiles, stored: StoredFiles) -> None:

@@ -103,10 +103,13 @@ def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
     for step, run in sorted(runs.items()):
         tags = run.data.tags
         if tags.get("ptl.arm") == "loop" and run.info.status == "FAILED":
-            return "FAILED", f"{step}: {tags.get('ptl.error', '')}"
+            error = tags.get("ptl.error", "")
+            return "FAILED", f"{step}: {error}"
     # The report is the last step.
     report = runs.get("report")
-    return ("FINISHED" if report and report.info.status == "FINISHED" else "RUNNING"), ""
+    if report and report.info.status == "FINISHED":
+        return "FINISHED", ""
+    return "RUNNING", ""
 
 
 def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:

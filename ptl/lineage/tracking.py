@@ -243,20 +243,28 @@ def error_of(step_run: StepRun) -> str:
 
 def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
     """Why the last attempts of these steps of the run failed, of those that did."""
-    with mlflow_client.connected() as client:
-        runs = steps_of(client, step_run.experiment_id, step_run.run)
-    errors = {step: str(runs[step].data.tags.get("ptl.error", "")) for step in steps if step in runs}
-    return {step: error for step, error in errors.items() if error}
+    errors = {}
+    for step, run in _steps_of_run(step_run).items():
+        error = run.data.tags.get("ptl.error")
+        if error and step in steps:
+            errors[step] = error
+    return errors
 
 
 def computing_beside(step_run: StepRun) -> list[str]:
     """Names of the run's other steps that are at work on the same node now."""
+    others = []
+    for step, run in _steps_of_run(step_run).items():
+        # Steps of other nodes do not take its time.
+        on_node = run.data.tags["ptl.node"] == node()
+        if on_node and run.info.status == "RUNNING" and step != step_run.step:
+            others.append(step)
+    return sorted(others)
+
+
+def _steps_of_run(step_run: StepRun) -> dict[str, Run]:
     with mlflow_client.connected() as client:
-        runs = steps_of(client, step_run.experiment_id, step_run.run)
-    runs.pop(step_run.step, None)
-    # Steps of other nodes do not take its time.
-    on_node = {step: run for step, run in runs.items() if run.data.tags["ptl.node"] == node()}
-    return sorted(step for step, run in on_node.items() if run.info.status == "RUNNING")
+        return steps_of(client, step_run.experiment_id, step_run.run)
 
 
 def log_progress(

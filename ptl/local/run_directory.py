@@ -17,7 +17,6 @@ import yaml
 
 from ptl import processes
 from ptl.config import dag
-from ptl.config.export import Export
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.storage import local_files, store
@@ -70,18 +69,17 @@ def open_run(
     """
     home = home.absolute()
     runs = [] if fresh else _runs(home, config.name)
-    same = [path for path, old_config in runs if not _differences(path, old_config, config)]
+    same = [path for path, old_config in runs if not _differences(old_config, config)]
     unfinished = [path for path, _ in runs if _tried_exports(path) is None]
-    failed = [path for path, old_config in runs if _missing(path, old_config["export"])]
-    resumable = [path for path in same if path in unfinished]
-    resumable += [path for path in same[:1] if missing_exports(path, config)]
-    earlier = tuple(path.name for path, _ in runs if path not in same and path in (*unfinished, *failed))
+    earlier = tuple(path.name for path in unfinished if path not in same)
 
     if chosen is not None:
         # `.ptl/latest` is a link: the run is the directory that it points to.
         path = chosen.resolve() if chosen.is_symlink() else chosen.absolute()
         resumed = _check_chosen(path, config)
         return RunDir(home, path, earlier), resumed
+    resumable = [path for path in same if path in unfinished]
+    resumable += [path for path in same[:1] if missing_exports(path, config)]
     if resumable:
         return RunDir(home, resumable[0], earlier), True
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -95,18 +93,17 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     # It names the run in the store.
     store.check_name("--run-dir", folder.name)
     old_config = _read_config(folder)
-    if old_config is None and _is_free(folder):
-        return False
-    reason = "is not empty and holds no run"
-    if old_config:
-        differences = _differences(folder, old_config, config)
+    if old_config is None:
+        if _is_free(folder):
+            return False
+        problem = "is not empty and holds no run that can be read"
+    else:
+        differences = _differences(old_config, config)
         if not differences:
             return True
-        reason = f"belongs to another run: its config.yaml differs from this config in {', '.join(differences)}"
-    elif (folder / "config.yaml").is_file():
-        reason = "belongs to another run: its config.yaml cannot be read"
+        problem = f"belongs to another run: its config.yaml differs from this config in {', '.join(differences)}"
     raise InputError(
-        f"{folder} {reason}",
+        f"{folder} {problem}",
         field="--run-dir",
         remedy="restore it, or choose another directory",
     )
@@ -114,14 +111,11 @@ def _check_chosen(folder: Path, config: Config) -> bool:
 
 def missing_exports(folder: Path, config: Config) -> dict[str, str]:
     """Step -> reason, of the exports of a config that a run's result lacks; none of a run without a result."""
-    return _missing(folder, config.model_dump(mode="json")["export"])
-
-
-def _missing(folder: Path, exports: list[dict[str, Any]]) -> dict[str, str]:
     tried = _tried_exports(folder)
     if tried is None:
         return {}
-    reasons = {step: tried.get(step, NOT_TRIED) for step in map(_export_step, exports)}
+    steps = map(dag.export_step, config.export)
+    reasons = {step: tried.get(step, NOT_TRIED) for step in steps}
     return {step: reason for step, reason in reasons.items() if reason}
 
 
@@ -132,11 +126,6 @@ def _tried_exports(folder: Path) -> dict[str, str] | None:
         return {export["step"]: export["failed"] for export in result["exports"]}
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def _export_step(export: dict[str, Any]) -> str:
-    """The step of an export in a config that was read as YAML."""
-    return dag.export_step(Export.model_construct(**export))
 
 
 def _runs(home: Path, name: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -159,22 +148,10 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _differences(folder: Path, old_config: dict[str, Any], config: Config) -> list[str]:
-    """The fields that make a config another run than a directory's; not `resources`, on which no result depends.
-
-    An export can be added or removed, since no other step depends on it; one that was made stays as it is.
-    """
-    new_config = config.model_dump(mode="json")
-    differences = [
-        name for name, value in new_config.items() if name not in ("resources", "export") and value != old_config[name]
-    ]
-    tried = _tried_exports(folder) or {}
-    exports = {_export_step(export): export for export in new_config["export"]}
-    for old_export in old_config["export"]:
-        step = _export_step(old_export)
-        if tried.get(step) == "" and exports.get(step, old_export) != old_export:
-            differences.append(f"export ({old_export['format']}-{old_export['type']})")
-    return differences
+def _differences(old_config: dict[str, Any], config: Config) -> list[str]:
+    """The fields that make a config another run; not `resources` and `export`, on which no other step depends."""
+    new_config = config.model_dump(mode="json", exclude={"resources", "export"})
+    return [name for name, value in new_config.items() if value != old_config[name]]
 
 
 def _is_free(folder: Path) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from ptl import address
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
+from ptl.lineage import mlflow_client, mlflow_objects, progress
 from ptl.local import servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import LIFELINE, Environment
-from ptl.storage import s3_client
+from ptl.storage import s3_client, store
 
 # What steps get of this process's environment, beside what `environment` adds.
 PASSED = (
@@ -111,40 +109,18 @@ def artifact_location(experiment: str) -> str:
 
     Raises InputError when the server does not answer, or its store cannot be used.
     """
-    address.split_login()
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    if not address.is_server(uri):
+    if not address.is_server(os.environ["MLFLOW_TRACKING_URI"]):
         return os.environ["PTL_ARTIFACT_ROOT"]
-    # MLflow's own client would try for minutes.
-    _require_answer(uri)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    from ptl.lineage import mlflow_objects
-    from ptl.storage import store
-
     try:
-        mlflow_experiment = mlflow_objects.experiment(MlflowClient(uri, registry_uri=uri), experiment)
-    except MlflowException as error:
+        # MLflow's own client would try for minutes.
+        with mlflow_client.briefly(progress.WATCHING), mlflow_client.connected() as client:
+            location = str(mlflow_objects.experiment(client, experiment).artifact_location)
+    except WorkError as error:
         raise InputError(
-            f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}",
+            error.problem,
             field="MLFLOW_TRACKING_URI",
-            remedy="is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?",
+            remedy="start the server, correct the address, or let --s3 start one",
         ) from error
     # Steps would find out only when the first checkpoint is done.
-    location = str(mlflow_experiment.artifact_location)
     store.check(f"{location.rstrip('/')}/ptl")
     return location
-
-
-def _require_answer(uri: str) -> None:
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # it answers; whether it accepts our password is seen later
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(
-            f"no MLflow server answers at {uri} ({getattr(error, 'reason', error)})",
-            field="MLFLOW_TRACKING_URI",
-            remedy="start it or correct the address, or let --s3 start one",
-        ) from error

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from ptl import extras, processes
-from ptl.address import runs_page
 from ptl.errors import InputError, WorkError
 from ptl.extras import AbsentError
 from ptl.lineage import mlflow_database
@@ -55,14 +54,11 @@ def up(
     *,
     s3_port: int | None = None,
     mlflow_port: int | None = None,
-    backend_store_uri: str | None = None,
 ) -> Environment:
     """Start what is not running yet, wait until it answers, and return the environment for steps and `ptl run`.
 
-    Ports are by default those that the servers had last, the first time S3_PORT and MLFLOW_PORT. Data is in `root/s3`
-    and `root/stack`. `backend_store_uri` is MLflow's database, by default sqlite there, for example
-    `postgresql+psycopg://user:password@host/name`. Raises InputError for a port in use, WorkError with the end of the
-    log when a server does not start.
+    Ports are by default those of the running servers, else S3_PORT and MLFLOW_PORT. Data is in `root/s3` and
+    `root/stack`. Raises InputError for a port in use, WorkError with the end of the log when a server does not start.
     """
     stack = folder(root)
     s3_port = s3_port or _last_port(root, "s3") or S3_PORT
@@ -72,7 +68,7 @@ def up(
         _needs_start(root, "mlflow", mlflow_port)
         environment = s3_up(root, s3_port)
         environment["MLFLOW_TRACKING_URI"] = address(mlflow_port)
-        database = backend_store_uri or f"sqlite:///{stack / 'mlflow.db'}"
+        database = f"sqlite:///{stack / 'mlflow.db'}"
         mlflow_up(root, mlflow_port, database, f"s3://{BUCKET}/mlflow", environment)
     return environment
 
@@ -124,9 +120,7 @@ def ui(root: Path, port: int) -> NoReturn:
         )
     _require_free("--mlflow-port", port)
     # MLflow's start page is about features that we do not use.
-    experiment = mlflow_database.newest_experiment(database)
-    page = runs_page(address(port), experiment) if experiment else address(port)
-    print(f"your runs in MLflow: {page} (Ctrl-C stops it)", flush=True)
+    print(f"your runs in MLflow: {address(port)}/#/experiments (Ctrl-C stops it)", flush=True)
     os.environ.update(_mlflow_environment(f"sqlite:///{database}"))
     # In place of this process: Ctrl-C goes to the server itself.
     os.execv(sys.executable, _mlflow_command(port, f"file://{root / 'artifacts'}"))
@@ -182,15 +176,23 @@ def start(root: Path, name: str, command: list[str], env: Environment, port: int
     log = folder(root) / f"{name}.log"
     # MLflow logs the database's address with its password.
     log.touch(mode=0o600)
-    process = _spawn_waiting(command, env, log)
+    environment = os.environ | env
+    # A server must not take another one's address from the caller's environment.
+    if "MLFLOW_TRACKING_URI" not in env:
+        environment.pop("MLFLOW_TRACKING_URI", None)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=log.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     service = Service(process.pid, processes.start_time(process.pid), port)
     note = _note(root, name)
     local_files.replace(note, json.dumps(asdict(service)).encode())
-
-    # From here on `down` finds it, so it may begin.
-    assert process.stdin is not None
-    process.stdin.write(b"\n")
-    process.stdin.close()
 
     deadline = time.monotonic() + START_SECONDS
     while not answers(f"{address(port)}{health}"):
@@ -207,24 +209,6 @@ def start(root: Path, name: str, command: list[str], env: Environment, port: int
         note.unlink(missing_ok=True)
         log_end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         raise WorkError(f"{name} server {problem}; the end of {log}:\n{log_end}")
-
-
-def _spawn_waiting(command: list[str], env: Environment, log: Path) -> subprocess.Popen[bytes]:
-    """A process in a session of its own that begins with a line on its input; if we are killed before that, it ends."""
-    environment = os.environ | env
-    # A server must not take another one's address from the caller's environment.
-    if "MLFLOW_TRACKING_URI" not in env:
-        environment.pop("MLFLOW_TRACKING_URI", None)
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r line && exec "$@" < /dev/null', "sh", *command],
-            env=environment,
-            cwd=log.parent,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
 
 
 def stop(root: Path, name: str) -> bool:
@@ -321,7 +305,7 @@ def _s3_command(weed: str, data: Path, ports: dict[str, int]) -> list[str]:
 def _await_bucket(environment: Environment) -> None:
     """/healthz answers before the bucket is there."""
     import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import WaiterError
 
     # With the server's keys alone, whatever the caller's environment holds.
     client = boto3.session.Session().client(
@@ -331,17 +315,14 @@ def _await_bucket(environment: Environment) -> None:
         aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
     )
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            client.head_bucket(Bucket=BUCKET)
-            return
-        except (BotoCoreError, ClientError) as error:
-            if time.monotonic() > deadline:
-                raise WorkError(
-                    f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}", field="s3 server"
-                ) from error
-            time.sleep(0.1)
+    waiter = client.get_waiter("bucket_exists")
+    try:
+        waiter.wait(Bucket=BUCKET, WaiterConfig={"Delay": 1, "MaxAttempts": START_SECONDS})
+    except WaiterError as error:
+        raise WorkError(
+            f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}",
+            field="s3 server",
+        ) from error
 
 
 def access_keys(root: Path) -> Environment:

@@ -112,10 +112,11 @@ def num_params(folder: Path) -> int:
     config = read_config(folder)
     family = family_of(config)
     left_out = {"lm_head.weight"} if family.is_tied(config) else set()
-    entries = contents(folder).items()
-    return sum(
-        math.prod(entry.shape) for name, entry in entries if family.is_read(name, config) and name not in left_out
-    )
+    params = 0
+    for name, entry in contents(folder).items():
+        if family.is_read(name, config) and name not in left_out:
+            params += math.prod(entry.shape)
+    return params
 
 
 def itemsize(folder: Path) -> int:
@@ -230,7 +231,15 @@ def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> Non
     check_links(src)
     # The caller writes the weights, and with them the index and the config; manifests would be out of date.
     weights = {path.name for path in shards(src)}
-    excluded_names = weights | {INDEX, "config.json", MISTRAL_CONFIG, STATE, "ptl-files.json", *MLFLOW_FILES, *excluded}
+    excluded_names = weights | {
+        INDEX,
+        "config.json",
+        MISTRAL_CONFIG,
+        STATE,
+        "ptl-files.json",
+        *MLFLOW_FILES,
+        *excluded,
+    }
     for path in sorted(src.iterdir()):
         is_excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
         if not is_excluded and path.is_file():

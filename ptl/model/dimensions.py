@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ptl.errors import InputError
 from ptl.model import config_fields, shapes
 from ptl.model.experts import BIASES, DOWN, FUSED, Experts
-from ptl.model.families import ConfigJson, Family
+from ptl.model.families import Family
 from ptl.model.shapes import ModelShapes
 
 if TYPE_CHECKING:
@@ -65,11 +65,6 @@ class ModelDimensions:
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     """Measure a checkpoint without loading its weights. Raises InputError as `shapes.of_checkpoint`."""
     return dimensions_of(shapes.of_checkpoint(folder, family))
-
-
-def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> ModelDimensions:
-    """The same sizes from config.json alone, for a model whose weights are not here; `source` is named in errors."""
-    return dimensions_of(shapes.of_config(config, family, source))
 
 
 def dimensions_of(model: ModelShapes) -> ModelDimensions:
@@ -234,13 +229,11 @@ def experts_for(
     number -= number % dimensions.expert_groups
     if number < dimensions.fewest_experts:
         least = with_experts(dimensions, dimensions.fewest_experts)
-        groups = f" in {dimensions.expert_groups} groups (n_group)" if dimensions.expert_groups > 1 else ""
         raise InputError(
-            f"{goal:,} parameters cannot be reached by experts: each token is sent to {dimensions.experts_per_token} "
-            f"of them (num_experts_per_tok), and with the {least.experts} that this needs{groups} the model has "
-            f"{least.params:,}",
+            f"{goal:,} parameters cannot be reached by experts: each token needs {least.experts} of them in each "
+            f"layer, and the model then has {least.params:,}",
             field="schedule.target",
-            remedy=f"let schedule.target remove less, or prune {'neurons or ' if dimensions.narrowable else ''}layers",
+            remedy="let schedule.target remove less, or set another prune.target",
         )
     return number
 
@@ -261,10 +254,9 @@ def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     """How many layers must be removed to reach the goal. Raises InputError when none would be left."""
     count = max(0, math.ceil((dimensions.params - goal) / dimensions.params_per_layer))
     if count >= dimensions.removable_layers:
-        of_experts = " with experts" if dimensions.dense_layers else ""
         raise InputError(
-            f"{goal:,} parameters would remove {count} of {dimensions.removable_layers} layers{of_experts}",
+            f"{goal:,} parameters would remove {count} of {dimensions.removable_layers} layers that can go",
             field="schedule.target",
-            remedy=f"let schedule.target remove less, or prune {'neurons' if dimensions.narrowable else 'experts'}",
+            remedy="let schedule.target remove less, or set another prune.target",
         )
     return count

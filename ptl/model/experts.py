@@ -76,11 +76,18 @@ class Experts:
 
     def dense_config(self, config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
         """The fields of Qwen's configs by which `layers` are of the same kind once they are numbered without gaps."""
-        listed, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
+        listed = config.get("mlp_only_layers") or ()
+        step = config.get("decoder_sparse_step") or 1
         if not self.lists_dense_layers or (not listed and step == 1):
             return {}
-        dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
-        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+        dense = []
+        for number, layer in enumerate(layers):
+            if layer in listed or (layer + 1) % step:
+                dense.append(number)
+        return {
+            "mlp_only_layers": dense,
+            "decoder_sparse_step": 1,
+        }
 
     def views(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """A tensor of transformers' memory as the separate ones that a checkpoint has in its place, by their names."""

@@ -16,10 +16,6 @@ ConfigJson = Mapping[str, Any]  # the content of a checkpoint's config.json
 IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+?)(?:\.(?P<kind>weight|bias))?$")
 ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # in old files; it is recomputed
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-QKVO = (*QKV, "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
 
 @dataclass(frozen=True)
 class Family:
@@ -138,15 +134,6 @@ FAMILIES = {family.model_type: family for family in _RECORDS}
 
 # Multimodal model_types whose text model the import takes out (text_tower.py), and that model's default model_type
 TEXT_TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-# Families that many people ask for, and why they are not supported
-REFUSED = {
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its layers have embedding tables and several hidden states (AltUp)"),
-    **dict.fromkeys(
-        ("gemma4", "gemma4_text"), "its layers share keys and values, and differ in the size of their heads"
-    ),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_next"), "most of its layers have linear attention"),
-    "deepseek_v2": "its router chooses groups of experts in another way than that of DeepSeek V3",
-}
 SUPPORTED = f"supported: {', '.join(sorted(FAMILIES.keys() | TEXT_TOWERS.keys()))}"
 
 
@@ -155,12 +142,8 @@ def family_of(config: ConfigJson) -> Family:
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    problem = f"model_type {model_type!r} is not supported ({SUPPORTED})"
     remedy = "give another; a family is one record in ptl/model/families.py and one of VARIANTS in tests/tiny_models.py"
     if model_type in TEXT_TOWERS:
-        reason, remedy = ": it is more than a language model", "run `ptl import-model`, which saves its text model"
-    raise InputError(
-        f"model_type {model_type!r} is not supported{reason} ({SUPPORTED})",
-        field="model",
-        remedy=remedy,
-    )
+        remedy = "it is more than a language model: run `ptl import-model`, which saves its text model"
+    raise InputError(problem, field="model", remedy=remedy)

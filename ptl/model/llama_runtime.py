@@ -196,7 +196,10 @@ class LlamaContext:
             for i, token in enumerate(tokens):
                 entries.append((token, first + i, sequence, i >= len(tokens) - outputs))
             self._lengths[sequence] += len(tokens)
-        logits = [self._decode(entries[start : start + BATCH]) for start in range(0, len(entries), BATCH)]
+        logits = []
+        for start in range(0, len(entries), BATCH):
+            batch = entries[start : start + BATCH]
+            logits.append(self._decode(batch))
         return np.concatenate(logits)
 
     def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> NDArray[np.float32]:

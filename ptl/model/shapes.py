@@ -44,10 +44,6 @@ class ModelShapes:
                 layers[int(number)][in_layer] = tensor
         return layers
 
-    def biased_parts(self) -> list[str]:
-        """The parts of a layer that have a bias."""
-        return [name.removesuffix(".bias") for name in self.layers()[0] if name.endswith(".bias")]
-
     @property
     def params(self) -> int:
         """Parameters of the model; an output layer that is the embeddings counts once."""
@@ -112,10 +108,11 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
     """
     config_fields.check(config, source)
     model = pretrained.skeleton_of_config(config, source)
-    config_fields.check_built(model.config, family, source)
     tensors = model.state_dict()
-    if family.experts and not any(name.endswith(DOWN) for name in tensors):
-        raise checkpoint_error(f"{source} has no layer with experts", "correct it, or give another model")
+    if family.experts:
+        config_fields.check_experts(model.config, family.experts, source)
+        if not any(name.endswith(DOWN) for name in tensors):
+            raise checkpoint_error(f"{source} has no layer with experts")
     return ModelShapes(family, model.config, family.is_tied(config), tensors)
 
 

@@ -27,13 +27,6 @@ OUTER_FIELDS = (
     *("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-# The class of each text model, for `architectures`: by it vLLM and llama.cpp choose (tests compare with transformers)
-CLASSES = {
-    "gemma3_text": "Gemma3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "ministral": "MinistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-}
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -58,11 +51,8 @@ def text_config(config: ConfigJson) -> dict[str, Any]:
         raise checkpoint.checkpoint_error(
             f"config.json has text_config.model_type={model_type!r}, which must be the name of an architecture"
         )
-    inner: dict[str, Any] = {"model_type": model_type}
-    if model_type in CLASSES:
-        inner["architectures"] = [CLASSES[model_type]]
     outer = {field: config[field] for field in OUTER_FIELDS if field in config}
-    return inner | (text or {}) | outer
+    return {"model_type": model_type} | (text or {}) | outer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -112,11 +102,15 @@ def write_text_model(src: Path, dst: Path) -> None:
 
 def write_companions(src: Path, dst: Path) -> Path:
     """Write all of the text model but its weights to the folder `dst`, which is returned."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     dst.mkdir(parents=True, exist_ok=True)
     config = read_config(src)
+    # By the class vLLM and llama.cpp choose.
+    architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     # Other tools do not know the sizes that transformers takes for those that a multimodal config leaves out.
     complete = pretrained.config_with_defaults(config)
     sizes = {field: getattr(complete, field) for field in SIZES if getattr(complete, field, None) is not None}
-    checkpoint.write_json(dst / "config.json", sizes | config)
+    checkpoint.write_json(dst / "config.json", {"architectures": architectures} | sizes | config)
     checkpoint.copy_companions(src, dst, excluded=IMAGE_FILES)
     return dst

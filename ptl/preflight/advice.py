@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from ptl.config.cluster import StepName
-from ptl.config.recover import NextToken
 from ptl.config.run import Config
-from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Schedule, plan, removal
-from ptl.model.dimensions import EXPERT_MULTIPLE, ModelDimensions
+from ptl.config.schedule import plan
+from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import target
 from ptl.units import listed, numbered
 
@@ -21,58 +20,27 @@ def warnings(config: Config) -> list[str]:
 
 
 def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
-    """What can be said once the dense model's sizes are known; the schedule's target is a number."""
-    return [
-        *_too_few_iterations(config.schedule, model.params),
-        *_nothing_to_remove(config, model),
-    ]
+    """Iterations that find nothing left to remove, as an earlier one was rounded below their goal.
 
-
-def _too_few_iterations(schedule: Schedule, params: int) -> list[str]:
-    """A target that is no share leaves `auto` without the share that it depends on."""
-    share = removal(params, schedule.target) / params
-    if schedule.iterations != "auto" or schedule.num_iterations == DEEP_ITERATIONS or share < DEEP:
-        return []
-    return [
-        f"schedule.iterations=auto is {schedule.num_iterations} where schedule.target is no share, and it removes "
-        f"{100 * share:.0f} % of this model's {params:,} parameters: "
-        f"set schedule.iterations={DEEP_ITERATIONS}"
-    ]
-
-
-def _nothing_to_remove(config: Config, model: ModelDimensions) -> list[str]:
-    """Iterations that find nothing left to remove, because an earlier one was rounded below their goal."""
-    prune = config.prune
+    `model` has the dense model's sizes, and the schedule's target is a number.
+    """
     before = model.params
     idle = []
-    for iteration, after in target.after_iterations(model, config.schedule, prune):
+    for iteration, after in target.after_iterations(model, config.schedule, config.prune):
         if after.params == before:
             idle.append(iteration.index)
         before = after.params
     if not idle:
         return []
-    names = numbered("iteration", idle)
-    if prune.target in ("layers", "neurons_then_layers") and after.width == model.width:
-        reason = f"a layer has {model.params_per_layer:,} parameters, more than the next step of the plan"
-        remedy = ""
-    elif prune.target == "experts":
-        reason = f"one of the {model.experts} experts in every layer is more than the next step of the plan"
-        remedy = ""
-    elif model.experts and prune.width_multiple != "auto" and prune.width_multiple <= EXPERT_MULTIPLE:
-        reason = f"multiples of {EXPERT_MULTIPLE} neurons, the least that experts can have, round their widths down"
-        remedy = ""
-    else:
-        reason = f"prune.width_multiple={prune.width_multiple} rounds the widths of this model down"
-        remedy = "lower it, "
     return [
-        f"{reason}, so that nothing is left to remove for {names}, which will only train: {remedy}"
-        "set schedule.cuts=uniform, or take fewer iterations"
+        f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its share: "
+        f"{config.prune.target} go in whole, and widths by multiples (prune.width_multiple="
+        f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
     ]
 
 
 def _idle_accelerators(config: Config) -> list[str]:
     """Accelerators that a step holds and cannot use: one sentence for all kinds of steps."""
-    resources = config.resources
     processes = [stage.processes for stage in config.recover]
     # None: as many as there are.
     used: dict[StepName, int | None] = {
@@ -84,7 +52,7 @@ def _idle_accelerators(config: Config) -> list[str]:
     }
     idle = []
     for step, uses in used.items():
-        held = resources.accelerators_of(step)
+        held = config.resources.accelerators_of(step)
         if uses is not None and held > uses:
             idle.append(f"{step} holds {held} and uses {uses or 'none'}")
     if not idle:
@@ -97,31 +65,26 @@ def _idle_accelerators(config: Config) -> list[str]:
 
 def _starved_iterations(config: Config) -> list[str]:
     """The gate judges right after each iteration, so recovery must not come iterations after the damage."""
-    schedule = config.schedule
-    if not schedule.recovery_tokens:  # GRPO alone, limited by its steps, which are shared out in the same way
-        schedule = schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
-    total = schedule.recovery_tokens
+    # As if there were many tokens: steps of GRPO alone are shared out in the same way.
+    schedule = config.schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
     for iteration in plan(schedule, config.prune):
-        if iteration.tokens >= FAIR * iteration.cut * total:
+        trained = iteration.tokens / SOME_TOKENS  # share of the recovery
+        if trained >= FAIR * iteration.cut:
             continue
-        removed = 100 * float(iteration.cut)  # percent of the removal
-        trained = 100 * iteration.tokens / total  # percent of the recovery
         # The first one is enough: the remedy is the same for all.
         return [
             f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
-            f"{iteration.index} removes {removed:.0f} % of what goes in all and gets {trained:.1f} % of the recovery; "
-            "the gate judges it right then, and a rejection halves the cuts that follow: set schedule.tokens=uniform"
+            f"{iteration.index} removes {100 * float(iteration.cut):.0f} % of what goes in all and gets "
+            f"{100 * trained:.1f} % of the recovery; the gate judges it right then, and a rejection halves the cuts "
+            "that follow: set schedule.tokens=uniform"
         ]
     return []
 
 
 def _undecayed(config: Config) -> list[str]:
     """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
-    if config.schedule.num_iterations == 1:
-        return []
-    stages = [stage for stage in config.recover if isinstance(stage, NextToken)]
-    decays = [stage.decay for stage in stages if stage.decay != "each"]
-    if not decays:
+    decays = [stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"]
+    if not decays or config.schedule.num_iterations == 1:
         return []
     return [
         f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, and a "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import yaml
@@ -21,8 +20,7 @@ from ptl.preflight.in_cluster import NoSuchObjectError
 OLDEST = "2.14"  # release of Kubeflow Pipelines
 CONTROLLER = "workflow-controller-configmap"  # Argo's, in the namespace of Kubeflow
 ONLY_DELETED_PODS = ("OnError", "OnTransientError")  # retry policies under which no failed pod is started again
-TRAINER = "trainer.kubeflow.org"
-TRAINER_API = f"/apis/{TRAINER}/v1alpha1"
+TRAINER_API = "/apis/trainer.kubeflow.org/v1alpha1"
 INSTALL = "docs/install.md, Kubeflow Trainer"
 
 Health = Callable[[], dict[str, Any]]  # Kubeflow's answer: tag_name, multi_user. Raises PtlError
@@ -68,8 +66,13 @@ def _check_pullable(name: str, options: str) -> None:
         )
 
 
-def kubeflow(config: Config, health: Health) -> str:
+def kubeflow(config: Config, health: Health | None) -> str:
     """Kubeflow answers, in a version that takes the compiled YAML."""
+    if health is None:
+        raise DoubtError(
+            "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set",
+            remedy="give the address of the API; `ptl submit` needs it too",
+        )
     version = str(health().get("tag_name"))
     release = re.match(r"v?(\d+)\.(\d+)", version)
     if release is None:  # a build of somebody's own may have any tag
@@ -85,38 +88,6 @@ def kubeflow(config: Config, health: Health) -> str:
     return f"it is {version}"
 
 
-def objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
-    """The retry policy, and in the runs' namespace the ConfigMaps, Secrets and the claim that the config names."""
-    policy = as_finding("retry policy", retry_policy, kubeflow_namespace)
-    if namespace is None:
-        remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow"
-        return [policy, Finding("objects", "warning", "not checked: the namespace of the run is not known", remedy)]
-    storage = config.storage
-    # Without the former no run works; without the latter one may: a cloud identity needs no keys, a public model no
-    # token, and without a bundle the steps trust the public CAs.
-    needed = [("configmap", storage.config_map), ("persistentvolumeclaim", storage.cache_claim)]
-    needed += [("secret", name) for name in config.resources.image_pull_secrets]
-    optional = [("configmap", storage.ca_config_map), ("secret", storage.s3_secret)]
-    optional += [("secret", storage.mlflow_secret), ("secret", storage.hf_secret)]
-    core = f"/api/v1/namespaces/{namespace}"
-    findings = [policy]
-    for missing, names in ((InputError, needed), (DoubtError, optional)):
-        for kind, name in names:
-            if name is not None:
-                remedy = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
-                check = partial(_exists, f"{core}/{kind}s/{name}", missing, f"is not in {namespace}", remedy)
-                findings.append(as_finding(f"{kind} {name}", check))
-    return [*findings, *trainer(config, namespace)]
-
-
-def _exists(path: str, missing: type[InputError], problem: str, remedy: str) -> str:
-    try:
-        in_cluster.read(path)
-    except NoSuchObjectError as error:
-        raise missing(problem, remedy=remedy) from error
-    return "is there"
-
-
 def retry_policy(kubeflow_namespace: str) -> str:
     """The workflow controller's default retries start no failed pod again."""
     config_map = in_cluster.read(f"/api/v1/namespaces/{kubeflow_namespace}/configmaps/{CONTROLLER}")
@@ -124,9 +95,11 @@ def retry_policy(kubeflow_namespace: str) -> str:
     section = yaml.safe_load((config_map.get("data") or {}).get("workflowDefaults", ""))
     for key in ("spec", "templateDefaults", "retryStrategy"):
         section = (section or {}).get(key)
-    policy = (section or {}).get("retryPolicy") or "OnFailure"  # Argo's own default
-    if section is None or policy in ONLY_DELETED_PODS:
-        return f"{policy if section else 'no default'}: failed attempts are repeated in the step's pod"
+    if section is None:
+        return "no default: failed attempts are repeated in the step's pod"
+    policy = section.get("retryPolicy") or "OnFailure"  # Argo's own default
+    if policy in ONLY_DELETED_PODS:
+        return f"{policy}: failed attempts are repeated in the step's pod"
     raise DoubtError(
         f"{policy} (limit {section.get('limit', 'none')}) is the default for every template, so the cluster repeats a "
         "failed step at every level of the DAG: with a limit of 2, one was started 36 times. Attempts are counted in "
@@ -135,34 +108,62 @@ def retry_policy(kubeflow_namespace: str) -> str:
     )
 
 
+def objects(config: Config, namespace: str | None) -> list[Finding]:
+    """In the runs' namespace what the config names: ConfigMaps, Secrets, a claim, and for several nodes Trainer."""
+    if namespace is None:
+        remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow, else Kubeflow's own"
+        return [Finding("objects", "warning", "not checked: the namespace of the run is not known", remedy)]
+    storage = config.storage
+    # Without the former no run works; without the latter one may: a cloud identity needs no keys, a public model no
+    # token, and without a bundle the steps trust the public CAs.
+    needed = [("configmap", storage.config_map), ("persistentvolumeclaim", storage.cache_claim)]
+    needed += [("secret", name) for name in config.resources.image_pull_secrets]
+    optional = [("configmap", storage.ca_config_map), ("secret", storage.s3_secret)]
+    optional += [("secret", storage.mlflow_secret), ("secret", storage.hf_secret)]
+    findings = []
+    for missing, names in ((InputError, needed), (DoubtError, optional)):
+        for kind, name in names:
+            if name is None:
+                continue
+            path = f"/api/v1/namespaces/{namespace}/{kind}s/{name}"
+            remedy = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
+            findings.append(
+                as_finding(
+                    f"{kind} {name}",
+                    _exists,
+                    path,
+                    missing(f"is not in {namespace}", remedy=remedy),
+                )
+            )
+    return findings + trainer(config, namespace)
+
+
 def trainer(config: Config, namespace: str) -> list[Finding]:
     """What a recovery on several nodes needs: Kubeflow Trainer and the TrainingRuntime; nothing on single nodes."""
     if config.resources.nodes_of(TRAINED) == 1:
         return []
     name = config.resources.of_step(TRAINED).runtime
-    path = f"{TRAINER_API}/namespaces/{namespace}/trainingruntimes/{name}"
-    absent = "is not installed, and recover on several nodes needs it"
-    remedy = f"install Kubeflow Trainer 2.3 ({INSTALL}), or remove resources.steps.recover.nodes"
-    make = f"make it ({INSTALL}), or set resources.steps.recover.runtime"
+    no_trainer = InputError(
+        "is not installed, and recover on several nodes needs it",
+        remedy=f"install Kubeflow Trainer 2.3 ({INSTALL}), or remove resources.steps.recover.nodes",
+    )
+    no_runtime = InputError(
+        f"is not in {namespace}", remedy=f"make it ({INSTALL}), or set resources.steps.recover.runtime"
+    )
     return [
-        as_finding("Kubeflow Trainer", _exists, TRAINER_API, InputError, absent, remedy),
-        as_finding("JobSet", _exists, "/apis/jobset.x-k8s.io", InputError, absent, remedy),
-        as_finding(f"trainingruntime {name}", _exists, path, InputError, f"is not in {namespace}", make),
+        as_finding("Kubeflow Trainer", _exists, TRAINER_API, no_trainer),
+        as_finding(
+            f"trainingruntime {name}",
+            _exists,
+            f"{TRAINER_API}/namespaces/{namespace}/trainingruntimes/{name}",
+            no_runtime,
+        ),
     ]
 
 
-def trainer_in_step(config: Config) -> list[Finding]:
-    """The same from a step's pod, which must be allowed to make the nodes."""
-    if config.resources.nodes_of(TRAINED) == 1:
-        return []
-    if not in_cluster.NAMESPACE.is_file():
-        remedy = "give the account of the steps a token: it creates the nodes"
-        return [Finding("Kubeflow Trainer", "error", "the pod has no token of a service account", remedy)]
-    namespace = in_cluster.NAMESPACE.read_text().strip()
-    return [*trainer(config, namespace), as_finding("rights", _may_train, namespace)]
-
-
-def _may_train(namespace: str) -> str:
-    if not in_cluster.may(namespace, "create", TRAINER, "trainjobs"):
-        raise InputError(f"may not create trainjobs in {namespace}", remedy=f"give the Role ptl-recover ({INSTALL})")
-    return f"may create trainjobs in {namespace}"
+def _exists(path: str, missing: InputError) -> str:
+    try:
+        in_cluster.read(path)
+    except NoSuchObjectError as error:
+        raise missing from error
+    return "is there"

@@ -7,12 +7,11 @@ step really takes on the machines that it will run on, a rehearsal measures (`--
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
-from ptl.config.recover import Distil, Grpo, RecoverStage, Recovery
+from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, one_shot, plan
 from ptl.errors import InputError
@@ -30,6 +29,7 @@ from ptl.preflight.forecast_model import (
     training_memory,
 )
 from ptl.preflight.gpus import GIB, GPUS, Gpu
+from ptl.tables import table_text
 from ptl.units import decimal_hours, duration
 
 PEAK_SHARE = 0.35  # of the data sheet's FLOP/s that is reached
@@ -73,7 +73,6 @@ class Work:
     seconds: float
     memory: float  # bytes on each GPU
     note: str = ""
-    host_memory: int = 0  # bytes beside the GPU, where they are many
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,6 @@ class StepForecast:
     gpus: int  # that it holds, on each of its nodes
     nodes: int  # machines that it runs on
     fits: bool  # whether the memory is enough
-
-    @property
-    def memory(self) -> float:
-        """Bytes on each GPU."""
-        return self.work.memory
 
     @property
     def hours(self) -> float:
@@ -110,17 +104,11 @@ class Forecast:
     gpu: str  # kind
     assumed: Assumptions
     steps: tuple[StepForecast, ...]
-    critical_hours: float  # from start to end, where no step waits for a GPU
 
     @property
     def params(self) -> int:
         """Of the dense model."""
         return self.assumed.shape.params
-
-    @property
-    def count(self) -> int:
-        """GPUs of a recovery, on each of its nodes."""
-        return max(1, self.assumed.gpus["recover"])
 
     @property
     def hours(self) -> float:
@@ -144,9 +132,14 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None, num_no
     config = target.with_number(config)
     shape = shape_of(config.model.path, config.model.revision)
     gpus = {stage: _gpus(config, stage, count) for stage in ("prune", "recover", "evaluate")}
-    assumed = Assumptions(config, shape, GPUS[gpu], gpus, num_nodes or config.resources.nodes_of("recover"))
-    steps, critical_hours = _steps(assumed)
-    return Forecast(gpu, assumed, tuple(steps), critical_hours)
+    assumed = Assumptions(
+        config,
+        shape,
+        GPUS[gpu],
+        gpus,
+        num_nodes or config.resources.nodes_of("recover"),
+    )
+    return Forecast(gpu, assumed, tuple(_steps(assumed)))
 
 
 def _gpus(config: Config, stage: str, count: int | None) -> int:
@@ -159,8 +152,8 @@ def _gpus(config: Config, stage: str, count: int | None) -> int:
     return resources.model_copy(update={"accelerators": accelerators}).accelerators_of(stage)
 
 
-def _steps(assumed: Assumptions) -> tuple[list[StepForecast], float]:
-    """What each step that computes takes, in the DAG's order, and the hours until the last one ends."""
+def _steps(assumed: Assumptions) -> Iterator[StepForecast]:
+    """What each step that computes takes, in the DAG's order."""
     config = assumed.config
     schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
     dense = assumed.shape.dimensions
@@ -168,10 +161,7 @@ def _steps(assumed: Assumptions) -> tuple[list[StepForecast], float]:
         arm: [dense, *(after for _, after in target.after_iterations(dense, schedule, config.prune))]
         for arm, schedule in schedules.items()
     }
-    steps: list[StepForecast] = []
-    ends: dict[str, float] = {}  # hours after the start, where steps wait for what they need alone
     for node in nodes(config):
-        ends[node.name] = max([ends[name] for name in node.needs], default=0.0)
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
         if stage not in assumed.gpus:
             continue  # minutes, without a GPU
@@ -182,13 +172,15 @@ def _steps(assumed: Assumptions) -> tuple[list[StepForecast], float]:
             work = _pruning(models[arm][number - 1], assumed)
         else:
             work = _recovery(model, schedules[arm], number, assumed)
-        num_nodes = assumed.nodes if stage == "recover" else 1
-        step = StepForecast(
-            node.name, model.params, work, assumed.gpus[stage], num_nodes, fits=assumed.fits(work.memory)
+        machines = assumed.nodes if stage == "recover" else 1
+        yield StepForecast(
+            node.name,
+            model.params,
+            work,
+            assumed.gpus[stage],
+            machines,
+            assumed.fits(work.memory),
         )
-        ends[node.name] += step.hours
-        steps.append(step)
-    return steps, max(ends.values())
 
 
 def _pruning(before: ModelDimensions, assumed: Assumptions) -> Work:
@@ -205,7 +197,6 @@ def _pruning(before: ModelDimensions, assumed: Assumptions) -> Work:
         seconds=flops / (assumed.gpu.fp32 * PEAK_SHARE),
         memory=scoring_memory(shape, calibration),
         note=f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else "",
-        host_memory=host_memory,
     )
 
 
@@ -249,7 +240,7 @@ def _recovery(model: ModelDimensions, schedule: Schedule, number: int, assumed: 
     for stage, budget in zip(recovery.stages, recovery.budgets(iteration.tokens), strict=True):
         gpus = assumed.training(stage)
         read = float(budget or 0)
-        if isinstance(stage, Grpo):
+        if stage.method == "grpo":
             context = sequence_length(stage)
             if budget is None:  # it ends with its steps, shared out as tokens are; each answer is of full length
                 shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
@@ -272,11 +263,11 @@ def _training_flops(stage: RecoverStage, model: ModelDimensions, tokens: float, 
     """FLOPs of training on so many tokens, with those of another model whose output the loss needs."""
     # A backward pass costs two forward passes, and one more where activations are computed again.
     passes = 4 if stage.gradient_checkpointing else 3
-    if isinstance(stage, Grpo) and stage.beta:
+    if stage.method == "grpo" and stage.beta:
         passes += 1  # of the reference model
     context = sequence_length(stage)
     flops = passes * forward_flops(shape, model, tokens, context)
-    if isinstance(stage, Distil):
+    if stage.method == "distil":
         flops += forward_flops(shape, shape.dimensions, tokens, context)
     return flops
 
@@ -287,39 +278,28 @@ def devices(processes: int | None, count: int) -> int:
     return min(processes or count, count)
 
 
-def table(run: Forecast) -> Any:
-    """A forecast as a rich table."""
-    from rich.table import Table
-
-    # The work of all steps, and the time from start to end where none waits for a GPU.
-    work = f"{duration(run.hours * HOUR)} of work ({decimal_hours(run.gpu_hours)} GPU-hours)"
-    nodes_of = f"{run.assumed.nodes} nodes of " if run.assumed.nodes > 1 else ""
-    model = f"{run.params:,} parameters on {nodes_of}{run.count} x {run.gpu}"
-    rows = Table(
-        title=f"{model}: {work}, {duration(run.critical_hours * HOUR)} from start to end (estimates)",
-        title_justify="left",
-        caption="From data sheets; steps that do not wait for each other run at the same time. Start-up of pods, "
-        f"queues{' and exports' if run.assumed.config.export else ''} are not counted.",
-        caption_justify="left",
-    )
-    rows.add_column("Step", no_wrap=True)
-    for heading in ("Parameters", "Tokens", "FLOPs", "GPUs", "GiB per GPU", "Hours", "GPU-hours"):
-        rows.add_column(heading, justify="right", no_wrap=heading in ("Parameters", "Tokens"))
-    rows.add_column("Note")
+def table(run: Forecast) -> str:
+    """A forecast as a table."""
+    headings = ["Step", "Parameters", "Tokens", "FLOPs", "GPUs", "GiB per GPU", "Hours", "Note"]
+    rows = []
     for step in run.steps:
-        rows.add_row(
+        notes = [] if step.fits else ["does not fit"]
+        row = [
             step.step,
             f"{step.params:,}",
             f"{step.work.tokens:,}",
             f"{step.work.flops:.1e}",
-            f"{step.nodes} x {step.gpus}" if step.nodes > 1 else f"{step.gpus}",
-            f"{step.memory / GIB:.1f}",
+            f"{step.nodes} x {step.gpus}" if step.nodes > 1 else str(step.gpus),
+            f"{step.work.memory / GIB:.1f}",
             decimal_hours(step.hours),
-            decimal_hours(step.gpu_hours),
-            # Red, and in words where there are no colours.
-            ", ".join(filter(None, ["" if step.fits else "does not fit", step.work.note])),
-            style=None if step.fits else "red",
-        )
-    rows.add_section()
-    rows.add_row("all steps", *[""] * 5, decimal_hours(run.hours), decimal_hours(run.gpu_hours), "")
-    return rows
+            ", ".join([*notes, step.work.note]).strip(", "),
+        ]
+        rows.append(row)
+    machines = f"{run.assumed.nodes} nodes of " if run.assumed.nodes > 1 else ""
+    gpus = max(1, run.assumed.gpus["recover"])  # on each node
+    title = (
+        f"{run.params:,} parameters on {machines}{gpus} x {run.gpu}: "
+        f"{duration(run.hours * HOUR)} of work, {decimal_hours(run.gpu_hours)} GPU-hours (estimates from data sheets, "
+        "without exports, queues and the start of pods)"
+    )
+    return table_text(title, headings, rows, numbers=headings[1:-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of
@@ -84,24 +84,24 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
 def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     """Bytes on the GPU of a prune step: one layer, or embeddings and head; all hidden states once, a batch at work."""
     model = shape.dimensions
-    weights = max(model.params_per_layer, model.params - model.layers * model.params_per_layer) * shape.itemsize
+    weights = (
+        max(
+            model.params_per_layer,
+            model.params - model.layers * model.params_per_layer,
+        )
+        * shape.itemsize
+    )
     hidden_states = calibration.num_sequences * calibration.max_length * shape.hidden * shape.itemsize
     batch = activations(shape, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
-    scoring = weights + hidden_states + max(batch, logits) + CONTEXT
-    if calibration.answers != "self":
-        return scoring
-    # The model answers the prompts first: all weights, and a batch's cache.
-    cache = calibration.batch_size * calibration.max_length * shape.kv_bytes
-    return max(scoring, float(model.params * shape.itemsize + cache + CONTEXT))
+    return weights + hidden_states + max(batch, logits) + CONTEXT
 
 
 def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, gpus: int) -> float:
     """Bytes on each of `gpus`: float32 weights, gradients and optimizer state, activations, logits, teacher."""
     # Weights, gradients and Adam's two averages, 4 bytes each; an adapter's are too small to count.
-    lora = isinstance(stage, NextToken) and stage.lora is not None
-    memory = (4.0 if lora else 16.0) * model.params
+    memory = (16.0 if stage.lora is None else 4.0) * model.params
     if stage.sharding == "fsdp" and gpus > 1:
         # A layer at work and the next one, which is gathered meanwhile, and gradients that are being reduced.
         largest = max(model.params_per_layer, shape.vocabulary * shape.hidden)
@@ -112,10 +112,10 @@ def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, g
     rows = math.ceil(stage.batch_size / (stage.accumulation * gpus))
     tokens = rows * sequence_length(stage)
     memory += activations(shape, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
-    if isinstance(stage, Distil):
+    if stage.method == "distil":
         memory += 3 * 4.0 * tokens * shape.vocabulary  # logits of both models and their gradient
         memory += shape.params * shape.itemsize  # the teacher
-    if isinstance(stage, Grpo):
+    if stage.method == "grpo":
         memory += tokens * shape.kv_bytes  # the cache while it generates
         if stage.beta:
             memory += 4.0 * model.params  # the reference model
@@ -134,9 +134,7 @@ def activations(shape: Shape, layers: int, tokens: float, itemsize: int, checkpo
 
 def sequence_length(stage: RecoverStage) -> int:
     """Tokens of the longest sequence that a stage trains on."""
-    if isinstance(stage, NextToken):
-        return stage.max_length
-    return PROMPT_TOKENS + stage.max_completion_length
+    return PROMPT_TOKENS + stage.max_completion_length if stage.method == "grpo" else stage.max_length
 
 
 def _itemsize(stage: RecoverStage) -> int:

@@ -25,7 +25,12 @@ class Gpu:
 
 def _gpu(memory: float, bf16: float, fp32: float, bandwidth: float) -> Gpu:
     """From GiB, TFLOP/s and TB/s, as the sheets have them."""
-    return Gpu(memory * GIB, bf16 * TERA, fp32 * TERA, bandwidth * TERA)
+    return Gpu(
+        memory * GIB,
+        bf16 * TERA,
+        fp32 * TERA,
+        bandwidth * TERA,
+    )
 
 
 # NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in

@@ -22,27 +22,15 @@ class NoSuchObjectError(NotSeenError):
 
 def read(path: str) -> dict[str, Any]:
     """What the Kubernetes API says at a path. Raises NotSeenError."""
-    return dict(_call("GET", path))
+    return dict(_call(path))
 
 
 def objects(path: str, **selectors: str) -> list[dict[str, Any]]:
     """The objects at a path. Raises NotSeenError."""
-    return list(_call("GET", path, query=list(selectors.items()))["items"])
+    return list(_call(path, selectors)["items"])
 
 
-def may(namespace: str, verb: str, group: str, resource: str) -> bool:
-    """Whether this account has a right. Raises NotSeenError."""
-    attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
-    review = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SelfSubjectAccessReview",
-        "spec": {"resourceAttributes": attributes},
-    }
-    answer = _call("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
-    return bool(answer["status"]["allowed"])
-
-
-def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]] | None = None) -> Any:
+def _call(path: str, query: dict[str, str] | None = None) -> Any:
     from kubernetes import client, config
     from urllib3.exceptions import HTTPError
 
@@ -51,12 +39,13 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
             config.load_incluster_config()
         else:
             config.load_kube_config(os.environ.get("KUBECONFIG"))
-        return client.ApiClient().call_api(
+        connection = client.Configuration.get_default_copy()
+        connection.retries = 0  # whoever asks would wait four times
+        return client.ApiClient(connection).call_api(
             path,
-            method,
-            query_params=query,
-            header_params={"Accept": "application/json", "Content-Type": "application/json"},
-            body=body,
+            "GET",
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "application/json"},
             response_type="object",
             auth_settings=["BearerToken"],
             _return_http_data_only=True,
@@ -64,6 +53,7 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
         )
     except (config.ConfigException, client.ApiException, HTTPError) as error:
         kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else NotSeenError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        words = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {words[:120]}"
         remedy = "check the kubeconfig, or the rights of the account"
         raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error

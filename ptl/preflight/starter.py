@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -40,9 +40,6 @@ TEMPLATE = Path(__file__).parent / "templates/starter.yaml"
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
 TARGET, TARGET_STEP = 0.3, 0.05  # share of the parameters
-# Why less than TARGET goes.
-ROWS_LOWER = f"{PASSES} passes over the rows recover no more"
-SIZES_LOWER = "at most half of the FFNs or experts goes"
 LEAST_TOKENS = 500_000  # of a recovery: a small model learns little from a batch
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
@@ -53,7 +50,15 @@ CALIBRATION_LENGTH = 512  # tokens
 # SHARES (docs/results.md).
 SHARES = (0.3, 0.66)
 RATE_DOUBLES = 0.1
-LEARNING_RATES = ((1e7, 1.2e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+LEARNING_RATES = {
+    1e7: 1.2e-4,
+    3e8: 2e-4,
+    1e9: 1e-4,
+    2e9: 5e-5,
+    4.5e9: 2e-5,
+    1e10: 8e-6,
+    math.inf: 4e-6,
+}
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 
@@ -62,7 +67,6 @@ LOGITS = 8.0  # bytes of a logit in training, with its gradient; the forecast of
 SMALL = 10**9  # parameters up to which activations stay in memory
 BATCHES = (64, 32, 16, 8, 4, 2, 1)  # of scoring and evaluation
 WITHOUT_BF16 = ("t4",)
-MARGIN = 3  # a step's timeout over its forecast, whose hours are an estimate
 PROCESS = 8  # GiB of the host for Python, CUDA and caches of a process; /dev/shm has as much
 
 Values = dict[str, Any]  # of the template's placeholders; without one, or with None, a line is left out
@@ -89,46 +93,35 @@ class Starter:
     warnings: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Model:
-    """The checkpoint, as far as its config.json tells."""
-
-    folder: Path  # with config.json, perhaps without weights
-    revision: str | None  # the commit on the hub
-    shape: Shape
-    prune: Prune
-
-    @property
-    def params(self) -> int:
-        """All of them."""
-        return self.shape.params
-
-
 def starter(request: Request, folder: Path) -> Starter:
     """The config for `folder`, where its file will be. Raises InputError that names a field of it, or --gpu."""
-    model = _read_model(request.model)
+    model = hub.locate(request.model, None, ["config.json"])  # perhaps without weights
+    shape = shape_of(str(model))
+    prune = Prune(target="experts", criterion="reap") if shape.dimensions.experts else Prune()
     there = request.rows.tokens if request.rows else None
-    usual = default_target(model.shape.dimensions, there)
+    usual = default_target(shape.dimensions, there)
     target = request.target or usual
-    removed = model.params - _pruned(model, target)
+    removed = _removed(shape.dimensions, target, prune, model)
     tokens = _tokens(removed, there)
-    amount = Amount(tokens, removed, passes=tokens / there if there else None)
 
-    values = _model_values(request.model, model, removed, folder)
-    values |= _data_values(request, folder)
-    values |= _training_values(request, model, tokens, removed)
-    values["target"] = f"{target:_.12g}" if isinstance(target, float) else f"{{memory: {target.memory}}}"
-    if request.target is None and usual < TARGET:
-        by_rows = usual < default_target(model.shape.dimensions, None)
-        values["lowered"] = ROWS_LOWER if by_rows else SIZES_LOWER
+    values = _model_values(request.model, model, shape, removed) | _data_values(request, folder)
+    values |= _training_values(request, shape, tokens, removed)
+    values |= {
+        "path": json.dumps(_as_seen_from(folder, request.model)),
+        "target": f"{target:_.12g}" if isinstance(target, float) else f"{{memory: {target.memory}}}",
+        "lowered": "" if request.target is None and usual < TARGET else None,
+        "units": prune.target,
+        "criterion": prune.criterion,
+    }
     warnings: list[str] = []
     if request.gpu is not None:
-        values, run = _fitted(values, request.gpu, request.gpus, model, folder)
-        values |= _estimates(run, model.params, request.gpus)
+        values = _on_gpus(values, request.gpu, request.gpus, shape)
+        values, run = _fitted(values, shape, model, folder)
+        values |= _estimates(run, shape.params, request.gpus)
         warnings = remedies.warnings(run)
     text = render(values)
     _config(text, folder)
-    return Starter(text, amount, warnings)
+    return Starter(text, Amount(tokens, removed, passes=tokens / there if there else None), warnings)
 
 
 def render(values: Values) -> str:
@@ -146,16 +139,6 @@ def _config(text: str, folder: Path) -> Config:
     return check(Config, settings, "the config", folder=folder)
 
 
-def _read_model(name: str) -> Model:
-    """A checkpoint's config.json, of a folder or from the hub."""
-    folder = hub.locate(name, None, ["config.json"])
-    shape = shape_of(str(folder))
-    # A snapshot of the hub is in a folder of its commit's name; a user's own folder may be named like that too.
-    revision = folder.name if not hub.is_local(name) and folder.parent.name == SNAPSHOTS else None
-    prune = Prune(target="experts", criterion="reap") if shape.dimensions.experts else Prune()
-    return Model(folder, revision, shape, prune)
-
-
 def default_target(before: ModelDimensions, tokens: float | None) -> float:
     """The share to remove by default: TARGET, or less where rows of so many tokens cannot recover that.
 
@@ -169,12 +152,11 @@ def default_target(before: ModelDimensions, tokens: float | None) -> float:
     return TARGET if share >= TARGET else max(TARGET_STEP, round(share // TARGET_STEP * TARGET_STEP, 2))
 
 
-def _pruned(model: Model, target: float | MemoryGoal) -> int:
-    """The parameters that a target leaves. Raises InputError where it cannot be reached."""
+def _removed(dense: ModelDimensions, target: float | MemoryGoal, prune: Prune, model: Path) -> int:
+    """The parameters that a target removes. Raises InputError where it cannot be reached."""
     schedule = Schedule(target=target, iterations=1, recovery_tokens=1)
-    number = goals.resolved(schedule, model.prune, model.folder)
-    (_, after), *_ = goals.after_iterations(model.shape.dimensions, number, model.prune)
-    return after.params
+    ((_, after),) = goals.after_iterations(dense, goals.resolved(schedule, prune, model), prune)
+    return dense.params - after.params
 
 
 def _tokens(removed: int, there: float | None) -> int:
@@ -187,7 +169,7 @@ def _tokens(removed: int, there: float | None) -> int:
 
 def default_rate(params: int, share: float) -> float:
     """The learning rate of a recovery of a model of so many parameters, of which `share` go."""
-    rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
+    rate = next(rate for largest, rate in LEARNING_RATES.items() if params <= largest)
     fewest, most = SHARES
     return float(rate * 2 ** ((min(max(share, fewest), most) - fewest) / RATE_DOUBLES))
 
@@ -201,21 +183,22 @@ def run_name(model: str) -> str:
 def _as_seen_from(folder: Path, name: str) -> str:
     """A path of the command line as a config in `folder` names it; other names stay as they are."""
     path = Path(name).expanduser()
-    return f"./{os.path.relpath(path, folder)}" if path.exists() and not path.is_absolute() else str(path)
+    if path.is_absolute() or not path.exists():
+        return str(path)
+    return f"./{os.path.relpath(path, folder)}"
 
 
-def _model_values(name: str, model: Model, removed: int, folder: Path) -> Values:
+def _model_values(name: str, model: Path, shape: Shape, removed: int) -> Values:
     """What the file says of the model, and of what is removed of it."""
+    # A snapshot of the hub is in a folder of its commit's name; a user's own folder may be named like that too.
+    is_snapshot = not hub.is_local(name) and model.parent.name == SNAPSHOTS
     return {
         "title": name,
         "name": json.dumps(run_name(name)),
-        "path": json.dumps(_as_seen_from(folder, name)),
-        "model_revision": model.revision and json.dumps(model.revision),
-        "before": billions(model.params),
-        "after": billions(model.params - removed),
-        "percent": f"{100 * removed / model.params:.0f}",
-        "units": model.prune.target,
-        "criterion": model.prune.criterion,
+        "model_revision": json.dumps(model.name) if is_snapshot else None,
+        "before": billions(shape.params),
+        "after": billions(shape.params - removed),
+        "percent": f"{100 * removed / shape.params:.0f}",
     }
 
 
@@ -244,12 +227,12 @@ def _task(name: str, folder: Path) -> Values:
     return task if default in metrics or not metrics else task | {"metric": metrics[0]}
 
 
-def _training_values(request: Request, model: Model, tokens: int, removed: int) -> Values:
+def _training_values(request: Request, shape: Shape, tokens: int, removed: int) -> Values:
     """What the file says of scoring and recovery, but for how they fit on GPUs."""
-    positions = model.shape.context or 2**31
+    positions = shape.context or 2**31
     max_length = min(request.rows.max_length if request.rows else CALIBRATION_LENGTH, positions)
     rows = tokens / (max_length / 2)  # of about half of the longest row's tokens
-    rate = default_rate(model.params, removed / model.params)
+    rate = default_rate(shape.params, removed / shape.params)
     return {
         "tokens": f"{tokens:_}",
         "calibration_length": min(CALIBRATION_LENGTH, positions),
@@ -262,32 +245,38 @@ def _training_values(request: Request, model: Model, tokens: int, removed: int) 
     }
 
 
-def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> tuple[Values, Forecast]:
+def _on_gpus(values: Values, gpu: str, gpus: int, shape: Shape) -> Values:
+    """The values for so many GPUs of a kind, with a batch that they can divide."""
+    return values | {
+        "on_gpu": "",
+        "gpu": gpu,
+        "gpus": gpus,
+        "card": f"{GPUS[gpu].memory / GIB:.0f}",
+        "dtype": None if gpu in WITHOUT_BF16 else "bfloat16",
+        "checkpointing": "true" if shape.params > SMALL else None,
+        "batch_size": max(1, values["batch_size"] // gpus) * gpus,
+    }
+
+
+def _fitted(values: Values, shape: Shape, model: Path, folder: Path) -> tuple[Values, Forecast]:
     """The values with the first choice of each stage that fits on the GPUs, and their forecast.
 
     Raises InputError where none fits.
     """
-    rows = max(1, values["batch_size"] // gpus)  # of an optimizer step on each GPU
+    gpu, gpus = values["gpu"], values["gpus"]
     room = ROOM * GPUS[gpu].memory
-    values |= {"on_gpu": "", "gpu": gpu, "gpus": gpus, "batch_size": rows * gpus}
-    values |= {"card": f"{GPUS[gpu].memory / GIB:.0f}", "dtype": None if gpu in WITHOUT_BF16 else "bfloat16"}
-    values |= {"checkpointing": "true" if model.params > SMALL else None}
-    local = {"model": ModelSource(path=str(model.folder))}  # so that the hub is asked once
+    local = {"model": ModelSource(path=str(model))}  # so that the hub is asked once
 
     def run(choice: Values) -> Forecast:
-        return forecast(_config(render(values | choice), folder).model_copy(update=local), gpu, gpus)
+        config = _config(render(values | choice), folder)
+        return forecast(config.model_copy(update=local), gpu, gpus)
 
-    choices: dict[str, Iterable[Values]] = {
-        "prune": ({"calibration_batch": batch} for batch in BATCHES[2:]),
-        "evaluate": ({"evaluate_batch": batch} for batch in BATCHES),
-        "recover": _trainings(rows, gpus, values["lora_rate"]),
-    }
-    for stage in choices:
-        for choice in choices[stage]:
+    for stage in ("prune", "evaluate", "recover"):
+        for choice in _choices(stage, values):
             needed = _peak(run(choice), stage)
             if stage == "recover":
-                micro = rows // (choice["accumulation"] or 1)
-                needed += LOGITS * micro * values["max_length"] * model.shape.vocabulary
+                rows = values["batch_size"] // gpus // (choice["accumulation"] or 1)
+                needed += LOGITS * rows * values["max_length"] * shape.vocabulary
             if needed <= room:
                 break
         else:
@@ -298,33 +287,40 @@ def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> 
                 field="--gpu",
                 remedy=f"name a larger GPU ({larger}), give more --gpus, or start from a smaller model",
             )
-        values |= choice
+        values = values | choice
     return values, run({})
 
 
-def _trainings(rows: int, gpus: int, lora_rate: str) -> Iterator[Values]:
-    """Ways of training so many rows on each GPU, the cheapest in time first: adapters last, few passes first."""
-    shardings = (None, "fsdp") if gpus > 1 else (None,)
+def _choices(stage: str, values: Values) -> Iterator[Values]:
+    """What may be chosen for a stage, the fastest first: smaller batches; for recovery adapters last."""
+    if stage == "prune":
+        yield from ({"calibration_batch": batch} for batch in BATCHES[2:])
+        return
+    if stage == "evaluate":
+        yield from ({"evaluate_batch": batch} for batch in BATCHES)
+        return
+    rows = values["batch_size"] // values["gpus"]  # of an optimizer step on each GPU
+    adapter = {"lora": "{rank: 64}", "learning_rate": values["lora_rate"]}
+    shardings = (None, "fsdp") if values["gpus"] > 1 else (None,)
     accumulations = [number for number in range(1, rows + 1) if rows % number == 0]
-    adapter = {"lora": "{rank: 64}", "learning_rate": lora_rate}
     for weights, sharding, number in product(({}, adapter), shardings, accumulations):
         yield weights | {"sharding": sharding, "accumulation": number if number > 1 else None}
 
 
 def _peak(run: Forecast, stage: str) -> float:
     """Bytes on the fullest GPU in the steps of a stage."""
-    return max(step.memory for step in run.steps if stage_of(step.step) == stage)
+    return max(step.work.memory for step in run.steps if stage_of(step.step) == stage)
 
 
 def _estimates(run: Forecast, params: int, gpus: int) -> Values:
     """What the file says of the GPUs' and the host's memory, and of time."""
+    stages = ("prune", "recover", "evaluate")
+    peaks = [f"{stage} {_peak(run, stage) / GIB:.0f}" for stage in stages]
     processes = PROCESS * (gpus + 1)  # at most one for each GPU
     weights = 4 * params / GIB  # of a recovery each process reads them in float32, and one collects them again
-    hours = 1 + math.ceil(MARGIN * max(step.hours for step in run.steps))
     return {
-        "peaks": ", ".join(f"{stage} {_peak(run, stage) / GIB:.0f}" for stage in ("prune", "recover", "evaluate")),
+        "peaks": ", ".join(peaks),
         "gpu_hours": decimal_hours(run.gpu_hours),
         "memory": math.ceil(processes + weights),
         "recover_memory": math.ceil(processes + weights * (gpus + 1)),
-        "timeout": f"{3600 * hours:_}",
     }

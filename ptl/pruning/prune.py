@@ -11,8 +11,7 @@ import torch
 
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
-from ptl.data.own_answers import own_answers
-from ptl.data.sequences import IGNORED, Batch, calibration_batches, padded
+from ptl.data.sequences import IGNORED, Batch, calibration_batches
 from ptl.errors import InputError
 from ptl.model import checkpoint, checks
 from ptl.model.dimensions import (
@@ -54,9 +53,8 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or experts; write it to `dst`.
 
-    Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
-    answers (calibration.answers `self`) need the whole model. `taylor` keeps the hidden states of every layer, in host
-    memory; on a GPU it needs a layer and a batch of them.
+    Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
+    keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
@@ -141,10 +139,7 @@ def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> l
     """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     checks.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = checks.load_tokenizer(src)
-    if calibration.answers == "given":
-        batches = calibration_batches(calibration, tokenizer, seed)
-    else:
-        batches = padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
+    batches = calibration_batches(calibration, tokenizer, seed)
     if by_loss and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from ptl.config.recover import Distil
+from ptl.config.recover import RecoverStage
 from ptl.data.sequences import IGNORED
 from ptl.errors import InputError
 from ptl.model import checks, hub, pretrained
@@ -21,7 +21,7 @@ TEACHER = "recover.teacher"  # the field of the config, for errors
 def distil(
     src: Path,
     dst: Path,
-    settings: Distil,
+    settings: RecoverStage,
     job: RecoveryJob,
 ) -> RecoverReport:
     """Forward KL to the teacher mixed with the next-token loss, on the same tokens and batches as `cpt`.
@@ -34,7 +34,7 @@ def distil(
     return sft.train(src, dst, settings, job, _trainer(settings, teacher))
 
 
-def load_teacher(src: Path, settings: Distil, job: RecoveryJob) -> Any:
+def load_teacher(src: Path, settings: RecoverStage, job: RecoveryJob) -> Any:
     """The teacher in its stored dtype. Raises InputError for another vocabulary."""
     folder = job.teacher
     if settings.teacher:
@@ -76,7 +76,7 @@ def ce_and_kl(
     return ce, kl * temperature**2
 
 
-def _trainer(settings: Distil, teacher: Any) -> Any:
+def _trainer(settings: RecoverStage, teacher: Any) -> Any:
     from trl import SFTTrainer
 
     class DistilTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ptl.config.recover import Grpo, Reward
+from ptl.config.recover import RecoverStage, Reward
 from ptl.data import decontamination
 from ptl.data.sequences import chat_ids, padded_ids, prompt_rows
 from ptl.data.sources import SourceRow, fill, prompt_of
@@ -20,7 +20,7 @@ from ptl.recovery import training
 from ptl.recovery.job import Curve, RecoverReport, RecoveryJob
 from ptl.recovery.launch import world_size
 from ptl.recovery.rewards import REWARDS, TIMEOUTS, RewardValues, text_of
-from ptl.storage.training_files import last_complete
+from ptl.storage.local_files import last_complete
 
 # what is kept of a log
 LOGGED = (
@@ -35,7 +35,7 @@ LOGGED = (
 PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
 
 
-def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverReport:
+def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> RecoverReport:
     """Train by trl's GRPOTrainer for this iteration's part of the steps, or until the stage's tokens are used up."""
     from datasets import Dataset
     from trl import GRPOTrainer
@@ -96,7 +96,7 @@ def _logged(trainer: Any) -> tuple[Curve, list[dict[str, float]]]:
 
 
 def prompts(
-    settings: Grpo,
+    settings: RecoverStage,
     job: RecoveryJob,
     tokenizer: Any,
     positions: int | None,  # of the model; None: it has no limit
@@ -169,7 +169,7 @@ def reward_function(index: int, reward: Reward) -> Callable[..., RewardValues]:
 def guard(
     model: Any,
     tokenizer: Any,
-    settings: Grpo,
+    settings: RecoverStage,
     rows: Sequence[PromptRow],
     seed: int,
 ) -> float:
@@ -212,7 +212,7 @@ def _is_solved(row: PromptRow, answers: Sequence[str], rewards: Sequence[Reward]
 def _generate(
     model: Any,
     tokenizer: Any,
-    settings: Grpo,
+    settings: RecoverStage,
     batch_prompts: Sequence[Any],  # texts or chats
 ) -> list[list[str]]:
     """num_generations sampled answers to each prompt."""
@@ -249,7 +249,7 @@ def _prompt_ids(tokenizer: Any, prompt: Any, number: int = 0) -> list[int]:
     return chat_ids(tokenizer, prompt, number)
 
 
-def _arguments(settings: Grpo, job: RecoveryJob, steps: int) -> Any:
+def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
     from trl import GRPOConfig
 
     return GRPOConfig(

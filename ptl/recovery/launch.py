@@ -18,7 +18,7 @@ from typing import IO
 
 from pydantic import TypeAdapter
 
-from ptl.config.recover import RecoverStage, Stage
+from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
 from ptl.recovery.job import REPORT, RecoverReport, RecoveryJob
@@ -40,7 +40,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here(settings: Stage, machines: Machines) -> int:
+def processes_here(settings: RecoverStage, machines: Machines) -> int:
     """How many processes train on this machine: what the config says for each node, else one for each GPU."""
     import torch
 
@@ -49,12 +49,12 @@ def processes_here(settings: Stage, machines: Machines) -> int:
     return stands_for * settings.processes if settings.processes else gpus or stands_for
 
 
-def processes_of_all(settings: Stage, machines: Machines) -> int:
+def processes_of_all(settings: RecoverStage, machines: Machines) -> int:
     """How many processes train on all machines together."""
     return processes_here(settings, machines) * (1 if machines.rank is None else machines.count)
 
 
-def sequences_per_pass(settings: Stage, processes: int) -> int:
+def sequences_per_pass(settings: RecoverStage, processes: int) -> int:
     """Sequences of one forward pass in one process. Raises InputError where a batch cannot be divided like that."""
     parts = settings.accumulation * processes
     if settings.batch_size % parts:
@@ -138,7 +138,7 @@ def _launch(words: list[str], job: RecoveryJob) -> tuple[bool, list[str]]:
         raise
 
 
-def command(settings: Stage, machines: Machines) -> list[str]:
+def command(settings: RecoverStage, machines: Machines) -> list[str]:
     """The `accelerate launch` command for a stage on this machine."""
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     flags = f"--num_processes {processes_of_all(settings, machines)} --mixed_precision {precision} --dynamo_backend no"

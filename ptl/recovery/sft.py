@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptl.config.recover import Cpt, Distil, Lora, NextToken
+from ptl.config.recover import Lora, RecoverStage
 from ptl.data import decontamination
 from ptl.data.sequences import IGNORED, training_chunk
 from ptl.model import checkpoint, checks, experts
@@ -20,14 +20,14 @@ from ptl.recovery.job import RecoverReport, RecoveryJob
 def cpt(
     src: Path,
     dst: Path,
-    settings: Cpt,
+    settings: RecoverStage,
     job: RecoveryJob,
 ) -> RecoverReport:
     """Continual pre-training: next-token loss on the training data."""
     return train(src, dst, settings, job, sft_trainer())
 
 
-def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
+def train(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
     """Train `src` on exactly the stage's tokens by a kind of SFTTrainer and write the result to `dst`."""
     started = time.monotonic()
     tokens = job.budget.tokens
@@ -130,7 +130,7 @@ def _expert_parameters(model: Any) -> list[str]:
 
 
 def training_dataset(
-    tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: Any
+    tokenizer: Any, settings: RecoverStage, job: RecoveryJob, arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The tokenized sequences of the stage's budget, packed if the settings say so, and details for the report.
 
@@ -167,18 +167,13 @@ def training_dataset(
             "labels": [tokens.labels(settings.loss) for tokens in chunk],
         }
     )
-    if is_packed(settings):
+    if settings.packing:
         dataset = pack_dataset(dataset, settings.max_length, "bfd")
     # otherwise accelerate repeats sequences of the first batch, and the token count is no longer exact
     missing = -len(dataset) % (arguments.per_device_train_batch_size * arguments.world_size)
     if arguments.world_size > 1 and missing:
         dataset = _filled_up(dataset, missing, tokenizer.eos_token_id)
     return dataset, details
-
-
-def is_packed(settings: NextToken) -> bool:
-    """Whether several sequences are joined to one; a method with a loss of its own has no such setting."""
-    return isinstance(settings, Cpt) and settings.packing
 
 
 def _filled_up(dataset: Any, count: int, token: int) -> Any:
@@ -192,7 +187,7 @@ def _filled_up(dataset: Any, count: int, token: int) -> Any:
     return concatenate_datasets([dataset, empty])
 
 
-def sft_arguments(settings: NextToken, job: RecoveryJob) -> Any:
+def sft_arguments(settings: RecoverStage, job: RecoveryJob) -> Any:
     """trl's SFTConfig of a stage."""
     from trl import SFTConfig
 
@@ -201,7 +196,7 @@ def sft_arguments(settings: NextToken, job: RecoveryJob) -> Any:
         weight_decay=settings.weight_decay,
         num_train_epochs=1,
         max_length=settings.max_length,
-        packing=is_packed(settings),
+        packing=settings.packing,
         dataset_kwargs={"skip_prepare_dataset": True},  # the sequences come tokenized, truncated and packed
         train_sampling_strategy="sequential",  # they come shuffled, and in the same batches for any number of processes
         include_num_input_tokens_seen="non_padding",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ptl.config.recover import NextToken, Stage
+from ptl.config.recover import RecoverStage
 from ptl.errors import WorkError
 from ptl.log import INTERVAL
 from ptl.model import checkpoint, pretrained, safetensors_io
@@ -23,8 +23,7 @@ from ptl.model.families import family_of
 from ptl.model.safetensors_io import Entry, NewTensor
 from ptl.recovery import launch
 from ptl.recovery.job import Curve, RecoveryJob, StageBudget
-from ptl.storage.local_files import FULL
-from ptl.storage.training_files import COMPLETE, last_complete, step_of
+from ptl.storage.local_files import COMPLETE, FULL, last_complete, step_of
 
 LOGGING_STEPS = 10  # optimizer steps between logged losses, at most
 COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
@@ -43,7 +42,7 @@ def load(src: Path) -> Any:
 
 
 def learning_rate_curve(
-    settings: Stage,
+    settings: RecoverStage,
     budget: StageBudget,
     steps: int,  # of the optimizer, in this iteration
     carried: bool,  # whether the optimizer state comes from the last iteration
@@ -57,7 +56,7 @@ def learning_rate_curve(
     """
     warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
     begin, end = budget.interval
-    decay = settings.decay if isinstance(settings, NextToken) else 0.0
+    decay = 0.0 if settings.method == "grpo" else settings.decay
     if decay == "each":
         begin, end, decay = 0.0, 1.0, 1.0
 
@@ -71,7 +70,7 @@ def learning_rate_curve(
     return factor
 
 
-def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> torch.optim.AdamW:
+def optimizer_for(model: Any, settings: RecoverStage, state: Path | None = None) -> torch.optim.AdamW:
     """AdamW without weight decay on norms and biases; with `state`, it continues the last iteration's."""
     # with LoRA the adapters alone are trained
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -95,7 +94,7 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
     return optimizer
 
 
-def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
+def arguments(settings: RecoverStage, job: RecoveryJob) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     # FSDP recomputes activations itself (launch.command), and the Trainer refuses both
@@ -322,7 +321,7 @@ def _write_like(src: Path, dst: Path, parameters: Mapping[str, torch.Tensor]) ->
     return True
 
 
-def is_sharded(settings: Stage) -> bool:
+def is_sharded(settings: RecoverStage) -> bool:
     """Whether weights or optimizer state are spread over processes."""
     return settings.sharding != "none" and launch.world_size() > 1
 

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from ptl.config.recover import RecoverStage
 from ptl.errors import PtlError, explained_imports
 from ptl.processes import die_with_tied
@@ -21,7 +19,6 @@ from ptl.recovery.recover import RECOVERIES
 from ptl.storage import local_files
 
 POLL = 0.05  # seconds
-STAGE: TypeAdapter[RecoverStage] = TypeAdapter(RecoverStage)
 
 
 def main(job_file: Path) -> None:
@@ -30,8 +27,7 @@ def main(job_file: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         print("all training processes have started: importing libraries, loading the model", flush=True)
     fields = json.loads(job_file.read_text())
-    # by the class of its method; alone, its share of a chain's tokens does not add up to 1
-    settings = STAGE.validate_python(fields["settings"])
+    settings = RecoverStage.model_validate(fields["settings"])
     # the job's functions write to the launching process
     functions: dict[str, Any] = {"on_log": _print_metrics}
     if fields["stores_checkpoints"]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from dataclasses import asdict
 from typing import Any
 
 from ptl.config.dag import export_step
@@ -29,44 +27,21 @@ from ptl.report.result import (
     StepRow,
     Tracking,
 )
+from ptl.storage.store import Record
 
 STAGES = ("import", "prune", "recover", "evaluate", "export")
 LOOP = ("prune", "recover", "evaluate")
 MAX_CHANGED = 250  # regressions, and improvements, that a page shows: a megabyte at most
 MAX_TEXT = 600  # characters of a prompt or an answer
-NOT_MADE = "its step has left no record"
-OTHERWISE_MADE = "the run has made it with other settings before: restore them, or begin a new run"
+NOT_MADE = "the run has no record of it with these settings"
 
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A record as this module reads it: what the step reports, and the pointer to what it passed on."""
-
-    name: str
-    metadata: dict[str, Any]
-    pointer: dict[str, Any]
-
-    @property
-    def stage(self) -> str:
-        return str(self.metadata["stage"])
-
-    @property
-    def arm(self) -> str:
-        return str(self.metadata["arm"])
-
-
-Steps = dict[str, StepRecord]  # by the step's name, in the order of the report
-
-
-def steps_of(records: Mapping[str, Any]) -> Steps:
-    """Records by arm, iteration and stage: the arms run at the same time, so that no other order is always the same."""
-    steps = [StepRecord(name, record["metadata"], record["pointer"]) for name, record in records.items()]
-    steps.sort(key=lambda it: (it.arm == "control", it.metadata["iteration"], STAGES.index(it.stage), it.name))
-    return {step.name: step for step in steps}
+Records = Mapping[str, Record]  # by the step's name
+Metadata = dict[str, Any]  # of a record
+Outcomes = dict[str, tuple[list[int], list[int]]]  # task -> 0/1 of each item in two evaluations
 
 
 def build(
-    records: Mapping[str, Any],
+    records: Records,
     config: dict[str, Any],
     *,
     run_id: str = "",
@@ -80,169 +55,168 @@ def build(
 
     The record of an evaluation may carry its `items` in its metadata: paired comparisons and examples are made of them.
     """
-    steps = steps_of(records)
+    steps = _in_order(records)
     imported = steps["import-model"].metadata
-    params = imported["params"]
-    rows = _rows(steps, params)
-    final = _final(steps, params)
-    scored = [row for row in rows if row.arm == "loop" and row.digest == final.digest]
-    final_row = scored[-1] if scored else None
-    failed = _control_failed(steps, control_failed)
-    outcomes = {"dense": _outcomes(steps, "evaluate-0", final_row)}
-    outcomes["control"] = _outcomes(steps, "control-evaluate", final_row)
-    return Result(
+    # Of a control that was evaluated the score is in its record, whatever failed later.
+    failed = "" if "control-evaluate" in steps else _shortened(" ".join(control_failed.split())).rstrip(".")
+    result = Result(
         run_id=run_id,
         mlflow_run_id=mlflow_run_id,
         seed=config["seed"],
         versions=dict(sorted(imported["versions"].items())),
-        rows=rows,
-        final=final,
+        rows=_rows(steps),
+        final=_final(steps),
         name=config["name"],
         model=Source(**imported),
-        original_params=params,
+        original_params=imported["params"],
         host=imported["host"],
         started=imported["started"],
         wall_seconds=_wall_seconds(steps),
         confidence=Evaluate.confidence,
         mlflow=Tracking(url=mlflow_url, experiment_id=experiment_id),
-        steps=[_step_row(step) for step in steps.values()],
+        steps=[_step_row(name, step) for name, step in steps.items()],
         not_needed=_not_needed(steps, config["schedule"]["iterations"]),
         control_failed=failed,
-        not_finished=_not_finished(steps, failed),
-        speed=next((step.metadata["speed"] for step in _evaluations(steps) if step.metadata["speed"]), {}),
-        goal=_goal(imported.get("goal"), final_row),
+        not_finished=_missing(steps, {f"control-{stage}": 1 for stage in LOOP}, failed) if failed else [],
+        speed=next((metadata["speed"] for metadata in _evaluations(steps).values() if metadata["speed"]), {}),
+        goal=Goal(**imported["goal"]) if "goal" in imported else None,
         exports=[_export(Export(**export), steps, exports_failed or {}) for export in config.get("export", [])],
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
-        curves={name: step.metadata["curve"] for name, step in steps.items() if step.metadata.get("curve")},
-        paired=_paired(outcomes, [score.task for score in rows[0].scores.tasks], config["gate"]),
-        examples=_examples(steps, final_row, outcomes["dense"]),
+        paired={},
+        examples=None,
         settings=config,
     )
+    return _compared(result, steps)
 
 
-def _evaluations(steps: Steps, *arms: str) -> list[StepRecord]:
-    """The evaluate steps of these arms (the loop)."""
-    return [step for step in steps.values() if step.stage == "evaluate" and step.arm in (arms or ("loop",))]
+def _in_order(records: Records) -> dict[str, Record]:
+    """Records by arm, iteration and stage: the arms run at the same time, so that no other order is always the same."""
+
+    def position(name: str) -> tuple[bool, int, int, str]:
+        metadata = records[name].metadata
+        return metadata["arm"] == "control", metadata["iteration"], STAGES.index(metadata["stage"]), name
+
+    return {name: records[name] for name in sorted(records, key=position)}
 
 
-def _rows(steps: Steps, original: int) -> list[Row]:
-    """A row for each evaluation; `original` is the number of parameters of the dense model."""
-    removed = _removed_layers(steps)
+def _evaluations(steps: Records, arm: str = "loop") -> dict[str, Metadata]:
+    """The metadata of an arm's evaluate steps."""
+    named = {name: step.metadata for name, step in steps.items()}
+    return {
+        name: metadata for name, metadata in named.items() if metadata["stage"] == "evaluate" and metadata["arm"] == arm
+    }
+
+
+def _rows(steps: Records) -> list[Row]:
+    """A row for each evaluation."""
     rows = []
-    for step in _evaluations(steps, "loop", "control"):
-        scores, verdict = step.metadata["scores"], step.metadata["verdict"]
-        first = scores["tasks"][0]
-        # The dense model was neither pruned nor recovered.
-        recover = steps.get(step.name.replace("evaluate", "recover"))
-        row = Row(
-            arm=step.arm,
-            iteration=step.metadata["iteration"],
-            params=scores["params"],
-            **{key: first[key] for key in ("accuracy", "low", "high", "items", "task")},
-            recovery_tokens=recover.metadata["tokens"] if recover else 0,
-            verdict=verdict["decision"],
-            uri=step.metadata["checkpoint"]["uri"],
-            digest=step.metadata["checkpoint"]["digest"],
-            share_removed=_share_removed(scores["params"], original),
-            step=step.name,
-            reason=verdict["reason"],
-            numbers=verdict.get("numbers", {}),
-            removed_layers=removed.get(step.name.replace("evaluate", "prune"), []),
-            scores=scores,
-        )
-        rows.append(row)
+    for arm in ("loop", "control"):
+        # A prune step counts the layers that its input had; a row has the dense model's numbers.
+        layers = list(range(len(steps["evaluate-0"].metadata["scores"]["widths"])))
+        for name, evaluation in _evaluations(steps, arm).items():
+            # The dense model was neither pruned nor recovered.
+            prune = steps.get(name.replace("evaluate", "prune"))
+            indices = prune.metadata.get("removed_layers", ()) if prune else ()
+            removed = sorted(layers[index] for index in indices)
+            rows.append(_row(steps, name, removed))
+            # After a rejection the next iteration begins from what this one began from.
+            if evaluation["accepted"]["digest"] == evaluation["checkpoint"]["digest"]:
+                layers = [layer for layer in layers if layer not in removed]
     return rows
 
 
-def _removed_layers(steps: Steps) -> dict[str, list[int]]:
-    """What each prune step removed, in the dense model's numbers: a step counts the layers that its input had."""
-    num_layers = len(steps["evaluate-0"].metadata["scores"]["widths"])
-    remaining = {steps["import-model"].pointer["digest"]: list(range(num_layers))}  # by the checkpoint's digest
-    removed: dict[str, list[int]] = {}
-    for name, step in steps.items():
-        layers = remaining.get(step.pointer["parent_digest"])
-        if layers is None or step.stage not in ("prune", "recover"):
-            continue
-        # A recover step has none, but the next iteration begins from its checkpoint.
-        removed[name] = [layers[index] for index in sorted(step.metadata.get("removed_layers", ()))]
-        remaining[step.pointer["digest"]] = [layer for layer in layers if layer not in removed[name]]
-    return removed
+def _row(steps: Records, name: str, removed_layers: list[int]) -> Row:
+    evaluation = steps[name].metadata
+    scores, verdict = evaluation["scores"], evaluation["verdict"]
+    recover = steps.get(name.replace("evaluate", "recover"))
+    return Row(
+        arm=evaluation["arm"],
+        iteration=evaluation["iteration"],
+        params=scores["params"],
+        **{key: scores["tasks"][0][key] for key in ("accuracy", "low", "high", "items", "task")},
+        recovery_tokens=recover.metadata["tokens"] if recover else 0,
+        verdict=verdict["decision"],
+        uri=evaluation["checkpoint"]["uri"],
+        digest=evaluation["checkpoint"]["digest"],
+        share_removed=_share_removed(steps, scores["params"]),
+        step=name,
+        reason=verdict["reason"],
+        numbers=verdict.get("numbers", {}),
+        removed_layers=removed_layers,
+        scores=scores,
+    )
 
 
-def _final(steps: Steps, original: int) -> Final:
+def _final(steps: Records) -> Final:
     """What the last evaluation of the loop passed on."""
-    pointer = _evaluations(steps)[-1].metadata["accepted"]
-    return Final(**pointer, share_removed=_share_removed(pointer["params"], original))
+    pointer = list(_evaluations(steps).values())[-1]["accepted"]
+    return Final(**pointer, share_removed=_share_removed(steps, pointer["params"]))
 
 
-def _share_removed(params: int, original: int) -> float:
-    return round(1 - params / original, 6)
+def _share_removed(steps: Records, params: int) -> float:
+    return round(1 - params / steps["import-model"].metadata["params"], 6)
 
 
-def _step_row(step: StepRecord) -> StepRow:
-    return StepRow(**{**step.metadata.get("verdict", {}), **step.metadata, **step.pointer, "step": step.name})
+def _step_row(name: str, step: Record) -> StepRow:
+    verdict = step.metadata.get("verdict", {})
+    return StepRow(**{**verdict, **step.metadata, **asdict(step.pointer), "step": name})
 
 
-def _wall_seconds(steps: Steps) -> float:
+def _wall_seconds(steps: Records) -> float:
     """From the first start to the last end; a record has the times of the attempt that committed it."""
-    starts = [step.metadata["started"] for step in steps.values()]
-    ends = [step.metadata["started"] + step.metadata["whole_seconds"] for step in steps.values()]
-    return round(max(ends) - min(starts), 1)
+    all_metadata = [step.metadata for step in steps.values()]
+    last_end = max(metadata["started"] + metadata["whole_seconds"] for metadata in all_metadata)
+    return round(last_end - min(metadata["started"] for metadata in all_metadata), 1)
 
 
-def _control_failed(steps: Steps, reason: str) -> str:
-    """Why the control has no score, on one line; empty where its evaluation was committed, whatever failed later."""
-    if "control-evaluate" in steps:
-        return ""
-    return _shortened(" ".join(reason.split())).rstrip(".")
+def _missing(steps: Records, iterations: dict[str, int], reason: str) -> list[Missing]:
+    """Those of the steps (name -> iteration) that have no record."""
+    return [
+        Missing(step=name, iteration=iteration, reason=reason)
+        for name, iteration in iterations.items()
+        if name not in steps
+    ]
 
 
-def _not_finished(steps: Steps, control_failed: str) -> list[Missing]:
-    """Steps of a failed control without a record."""
-    names = [f"control-{stage}" for stage in LOOP if control_failed and f"control-{stage}" not in steps]
-    return [Missing(step=name, iteration=1, reason=control_failed) for name in names]
-
-
-def _not_needed(steps: Steps, num_iterations: int) -> list[Missing]:
+def _not_needed(steps: Records, num_iterations: int) -> list[Missing]:
     """Steps of the plan that passed their input through, with the reason from the gate's state at the loop's end."""
-    states = [step.metadata["accepted"]["gate"] for step in _evaluations(steps)]
+    states = [evaluation["accepted"]["gate"] for evaluation in _evaluations(steps).values()]
     reason = next((state["reason"] for state in states if state.get("stopped")), "its record was not found")
-    planned = [(f"{stage}-{iteration}", iteration) for iteration in range(1, num_iterations + 1) for stage in LOOP]
-    return [Missing(step=name, iteration=iteration, reason=reason) for name, iteration in planned if name not in steps]
+    planned = {f"{stage}-{number}": number for number in range(1, num_iterations + 1) for stage in LOOP}
+    return _missing(steps, planned, reason)
 
 
-def _goal(goal: dict[str, Any] | None, final: Row | None) -> Goal | None:
-    """The goal in the import's record with what the final checkpoint needs, by its own shapes."""
-    if not goal:
-        return None
-    asked = Goal(**goal)
-    if final is None:
-        return asked
-    # Keys and values of a layer are as many as before: heads are not pruned.
-    cached_numbers = asked.sequences * asked.tokens * asked.cached_numbers_per_layer * len(final.scores.widths)
-    return asked.model_copy(update={"final": (final.params + cached_numbers) * asked.itemsize})
-
-
-def _export(export: Export, steps: Steps, failed: Mapping[str, str]) -> ExportRow:
+def _export(export: Export, steps: Records, failed: Mapping[str, str]) -> ExportRow:
     """An export of the config with what its step reports, or why there is none."""
     name = export_step(export)
-    row = ExportRow(name=export.name, format=export.format, type=export.type, limit=export.limit, step=name)
+    row = ExportRow(
+        name=export.name,
+        format=export.format,
+        type=export.type,
+        limit=export.limit,
+        step=name,
+    )
     step = steps.get(name)
-    if step is None:
+    # The run may have made it with other settings before.
+    if step is None or step.metadata["export"] != {**export.model_dump(), "name": export.name}:
         return row.model_copy(update={"failed": failed.get(name) or NOT_MADE})
-    if step.metadata["export"] != {**export.model_dump(), "name": export.name}:
-        return row.model_copy(update={"failed": failed.get(name) or OTHERWISE_MADE})
-    return ExportRow(**{**step.metadata, **step.pointer, **row.model_dump(exclude_unset=True)})
+    return ExportRow(**{**step.metadata, **asdict(step.pointer), **row.model_dump(exclude_unset=True)})
 
 
-def _decontaminated(steps: Steps) -> Decontaminated | None:
+def _of_loop(steps: Records, field: str) -> list[Metadata]:
+    """The metadata of the loop's steps that report this field."""
+    all_metadata = [step.metadata for step in steps.values()]
+    return [metadata for metadata in all_metadata if metadata["arm"] == "loop" and field in metadata]
+
+
+def _decontaminated(steps: Records) -> Decontaminated | None:
     """The loop's counts; None where nothing was to be compared."""
-    in_loop = [step.metadata for step in steps.values() if step.arm == "loop" and "rows_compared" in step.metadata]
-    if not in_loop:
+    counts = _of_loop(steps, "rows_compared")
+    if not counts:
         return None
     # Each iteration reads the data from its start: the longest has read all that others have.
-    longest = max(in_loop, key=lambda counts: int(counts["rows_compared"]))
+    longest = max(counts, key=lambda metadata: int(metadata["rows_compared"]))
     return Decontaminated(
         rows=longest["rows_compared"],
         dropped=longest["rows_dropped"],
@@ -252,26 +226,46 @@ def _decontaminated(steps: Steps) -> Decontaminated | None:
     )
 
 
-def _sequences(steps: Steps) -> Sequences:
-    in_loop = [step.metadata for step in steps.values() if step.arm == "loop" and "cut_sequences" in step.metadata]
-    totals = {name: sum(counts[name] for counts in in_loop) for name in ("sequences", "cut_sequences")}
-    return Sequences(**totals, passes=max((counts["passes"] for counts in in_loop), default=None))
+def _sequences(steps: Records) -> Sequences:
+    counts = _of_loop(steps, "cut_sequences")
+    return Sequences(
+        sequences=sum(step["sequences"] for step in counts),
+        cut_sequences=sum(step["cut_sequences"] for step in counts),
+        passes=max((step["passes"] for step in counts), default=None),
+    )
 
 
-Outcomes = dict[str, tuple[list[int], list[int]]]  # task -> 0/1 of each item in two evaluations
+def _compared(result: Result, steps: Records) -> Result:
+    """The result with what follows from the final checkpoint's evaluation: goal, paired comparisons and examples."""
+    final = result.final_row
+    if final is None:
+        return result
+    goal = result.goal and result.goal.model_copy(update={"final": _needed_bytes(result.goal, final)})
+    dense = _outcomes(steps, "evaluate-0", final.step)
+    control = _outcomes(steps, "control-evaluate", final.step)
+    pairs = _paired({"dense": dense, "control": control}, result.tasks, result.settings["gate"])
+    examples = _examples(steps, final.step, dense) if dense else None
+    return result.model_copy(update={"goal": goal, "paired": pairs, "examples": examples})
 
 
-def _items(steps: Steps, name: str) -> list[Item]:
+def _needed_bytes(goal: Goal, final: Row) -> int:
+    """Weights and KV cache of the final checkpoint by its own shapes."""
+    # Keys and values of a layer are as many as before: heads are not pruned.
+    cached_numbers = goal.sequences * goal.tokens * goal.cached_numbers_per_layer * len(final.scores.widths)
+    return (final.params + cached_numbers) * goal.itemsize
+
+
+def _items(steps: Records, name: str) -> list[Item]:
     """The items of an evaluation; none where it has no record, or its record no items."""
     return steps[name].metadata.get("items", []) if name in steps else []
 
 
-def _outcomes(steps: Steps, reference: str, final: Row | None) -> Outcomes:
+def _outcomes(steps: Records, reference: str, final: str) -> Outcomes:
     """The items that a reference and the final checkpoint's evaluation have; none of a task that asked otherwise."""
     # Where no iteration passed, the dense model is the final one.
-    if final is None or final.step == reference:
+    if final == reference:
         return {}
-    before, after = _items(steps, reference), _items(steps, final.step)
+    before, after = _items(steps, reference), _items(steps, final)
     scored = {item["task"] for item in after}
     outcomes = {}
     for task in dict.fromkeys(item["task"] for item in before if item["task"] in scored):
@@ -287,55 +281,50 @@ def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str,
 
     The first task is tested as the gate tests it. The others share the significance level as in `ptl compare`.
     """
-    shared = gate["alpha"] / max(1, *(len(outcomes) for outcomes in by_reference.values()))
+    most = max(len(outcomes) for outcomes in by_reference.values())
     comparisons: dict[str, dict[str, Paired]] = {task: {} for task in tasks}
     for reference, outcomes in by_reference.items():
-        for task, pair in outcomes.items():
-            alpha = gate["alpha"] if task == tasks[0] else shared
-            comparisons[task][reference] = paired(*pair, gate["margin"], alpha)
+        for task, (before, after) in outcomes.items():
+            alpha = gate["alpha"] if task == tasks[0] else gate["alpha"] / most
+            comparisons[task][reference] = paired(before, after, gate["margin"], alpha)
     return comparisons
 
 
-def _examples(steps: Steps, final: Row | None, outcomes: Outcomes) -> Examples | None:
-    """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
-    if final is None or not outcomes:
-        return None
-    answers = {(item["task"], item["id"]): item for item in _items(steps, final.step)}
-    dense = [item for item in _items(steps, "evaluate-0") if item["task"] in outcomes]
-    compared = [(old, answers[old["task"], old["id"]]) for old in dense]
-    regressions = [_change(old, new) for old, new in compared if old["correct"] > new["correct"]]
-    improvements = [_change(old, new) for old, new in compared if old["correct"] < new["correct"]]
+def _examples(steps: Records, final: str, outcomes: Outcomes) -> Examples:
+    """Items whose outcome changed from the dense model to the final one."""
+    answers = {(item["task"], item["id"]): item for item in _items(steps, final)}
+    regressions: list[Change] = []
+    improvements: list[Change] = []
+    compared = 0
+    for old in _items(steps, "evaluate-0"):
+        if old["task"] not in outcomes:
+            continue
+        compared += 1
+        new = answers[old["task"], old["id"]]
+        if old["correct"] != new["correct"]:
+            changes = regressions if old["correct"] else improvements
+            changes.append(_change(old, new))
     return Examples(
-        step=final.step,
-        compared=len(compared),
+        step=final,
+        compared=compared,
         num_regressions=len(regressions),
         num_improvements=len(improvements),
-        regressions=_mixed(regressions)[:MAX_CHANGED],
-        improvements=_mixed(improvements)[:MAX_CHANGED],
+        regressions=regressions[:MAX_CHANGED],
+        improvements=improvements[:MAX_CHANGED],
     )
 
 
 def _change(old: Item, new: Item) -> Change:
-    texts = (old["prompt"], old["target"], old["answer"], new["answer"])
-    prompt, target, before, after = map(_shortened, texts)
     return Change(
         task=old["task"],
         id=old["id"],
-        prompt=prompt,
-        target=target,
-        before=before,
-        after=after,
+        prompt=_shortened(old["prompt"]),
+        target=_shortened(old["target"]),
+        before=_shortened(old["answer"]),
+        after=_shortened(new["answer"]),
         before_truncated=old["truncated"],
         after_truncated=new["truncated"],
     )
-
-
-def _mixed(changes: list[Change]) -> list[Change]:
-    """The first of each task, then the second of each, so that a handful has something of every task."""
-    by_task: dict[str, list[Change]] = defaultdict(list)
-    for change in changes:
-        by_task[change.task].append(change)
-    return [change for change in chain(*zip_longest(*by_task.values())) if change]
 
 
 def _shortened(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,21 @@ from ptl.address import runs_page
 from ptl.config.flat_settings import flat_settings
 from ptl.evaluation import speed_rows
 from ptl.report import numbers, sentences, tables, verdict
-from ptl.report.result import Change, Result
+from ptl.report.result import Result
 from ptl.report.tables import Table
 from ptl.units import billions, duration
 
-WIDE = 100  # columns of a terminal from which cells have space between them
 # Of the main table's rows in a terminal; `gate off` has its own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
-MAX_CELL = 160  # characters of a text in a Markdown table
 
 
 def render(result: Result, out: Path) -> None:
     """Write result.json, report.html, report.md and README.md (the model card): the same result, the same bytes."""
-    from ptl.report.plots import draw
+    from ptl.report import plots
 
     out.mkdir(parents=True, exist_ok=True)
     pages = {
-        "report.html": page("report.html.j2", result, html=True, pictures=draw(result)),
+        "report.html": page("report.html.j2", result, html=True, picture=plots.accuracy(result)),
         "report.md": page("report.j2", result, html=False),
         "README.md": f"---\n{_hub_metadata(result)}\n---\n{page('card.j2', result, html=False)}",
         "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
@@ -38,7 +35,7 @@ def render(result: Result, out: Path) -> None:
         (out / name).write_text(text, encoding="utf-8")
 
 
-def page(name: str, result: Result, *, html: bool, pictures: dict[str, str] | None = None) -> str:
+def page(name: str, result: Result, *, html: bool, picture: str = "") -> str:
     """A template with the result and the functions that make tables and sentences of it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -57,9 +54,9 @@ def page(name: str, result: Result, *, html: bool, pictures: dict[str, str] | No
         keep_trailing_newline=True,
     )
     env.globals |= {"tables": tables, "words": sentences, "verdict": verdict, "speed": speed_rows, "numbers": numbers}
-    env.filters |= {"duration": duration, "billions": billions, "date": _date, "one_line": _one_line, "split": _split}
+    env.filters |= {"duration": duration, "billions": billions, "date": _date}
     settings = {key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])}
-    return env.get_template(name).render(result=result, html=html, pictures=pictures or {}, settings=settings)
+    return env.get_template(name).render(result=result, html=html, picture=picture, settings=settings)
 
 
 def _markdown(text: Any) -> str:
@@ -72,19 +69,6 @@ def _markdown(text: Any) -> str:
 
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%d %B %Y, %H:%M UTC")
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_CELL else f"{line[:MAX_CELL]} […]"
-
-
-def _split(change: Change) -> tuple[str, str, str]:
-    """The lines in which both answers agree at their beginning, and the rest of each."""
-    before, after = change.before.strip().splitlines(), change.after.strip().splitlines()
-    pairs = zip(before, after, strict=False)
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return "\n".join(before[:same]), "\n".join(before[same:]), "\n".join(after[same:])
 
 
 def _hub_metadata(result: Result) -> str:
@@ -123,44 +107,44 @@ def _hub_name(source: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return source
     # The last folder alone is often `checkpoint`.
-    allowed = re.sub(r"[^\w.-]+", "-", "-".join(Path(source).parts[-2:]))
+    allowed = re.sub(
+        r"[^\w.-]+",
+        "-",
+        "-".join(Path(source).parts[-2:]),
+    )
     return allowed.strip("-.") or "unknown"
 
 
 def terminal_text(result: Result, report: str) -> str:
-    """The tables and how the report begins, and where it (`report` says it) and MLflow's page are."""
+    """The main table, how the report begins, and where it (`report` says it) and MLflow's page are."""
     from rich.console import Console
-    from rich.markup import escape
 
-    console = Console()
-    exports = [table for row in result.exports if not row.failed for table in tables.export(result, row)]
-    checks = [f"{label}: {text}" for label, text in sentences.checks(result)]
+    console = Console(markup=False, highlight=False)
     server = result.mlflow.url.rstrip("/")
     page = runs_page(server, result.mlflow.experiment_id, result.mlflow_run_id)
     with console.capture() as captured:
-        console.print(escape(f"{result.name} (seed {result.seed})"), style="italic")
-        for table in (tables.iterations(result), *tables.evidence(result), *exports):
-            _print_table(console, table)
-        for sentence in (verdict.first_line(result), *checks):
-            console.print(escape(sentence), highlight=False)
-        for line in (f"\nReport: {report}", f"MLflow: {page if server else 'run `ptl up --ui` and open its address'}"):
-            console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(f"{result.name} (seed {result.seed})", style="italic")
+        console.print(_terminal_table(tables.iterations(result)))
+        console.print(verdict.first_line(result))
+        for label, text in sentences.checks(result):
+            console.print(f"{label}: {text}")
+        # Addresses stay whole.
+        console.print(f"\nReport: {report}", soft_wrap=True)
+        console.print(f"MLflow: {page if server else 'run `ptl up --ui` and open its address'}", soft_wrap=True)
     return captured.get().rstrip()
 
 
-def _print_table(console: Any, table: Table) -> None:
+def _terminal_table(table: Table) -> Any:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table as View
+    from rich.text import Text
 
-    # In 80 columns the main table has just room.
-    view = View(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if console.width >= WIDE else 0))
+    # No padding: in 80 columns the main table has just room.
+    view = View(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for index, heading in enumerate(table.columns):
         is_number = 0 < index <= table.numbers
-        heading = escape("\n".join(heading.rsplit(" ", 1)) if is_number else heading)
         view.add_column(heading, justify="right" if is_number else "left", overflow="fold")
-    for position, row in enumerate(table.rows):
-        cells = [escape("\n".join([cell.text, *cell.details])) for cell in row]
-        kind = table.kinds[position].split()[-1] if table.kinds else ""
-        view.add_row(*cells, style=COLOURS.get(kind))
-    console.print(view)
+    for kind, row in zip(table.kinds, table.rows, strict=True):
+        cells = [Text("\n".join([cell.text, *cell.details])) for cell in row]
+        view.add_row(*cells, style=COLOURS.get(kind.split()[-1]))
+    return view

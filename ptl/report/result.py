@@ -211,7 +211,6 @@ class Result(BaseModel):
     exports: list[ExportRow]
     decontaminated: Decontaminated | None
     sequences: Sequences
-    curves: dict[str, list[tuple[int, float]]]  # of each recover step: tokens and loss
     paired: dict[str, dict[str, Paired]]  # task -> dense, control -> the final model against it, item by item
     examples: Examples | None
     settings: dict[str, Any]  # the effective config

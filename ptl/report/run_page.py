@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.config.recover import DataSource, TrainingData
-from ptl.config.run import Calibration, Evaluate, Task
+from ptl.config.run import Calibration
 from ptl.data.sources import local_file
-from ptl.evaluation import task_data, tasks
 from ptl.lineage import mlflow_client, mlflow_values
 from ptl.lineage.run_status import RESULT, TAG, StepRun
 from ptl.storage.manifest import file_digest
@@ -26,52 +24,50 @@ UNPINNED = "unpinned"  # digest of a data set on the hub without a revision: its
 DIGITS = 32  # of a digest; MLflow takes at most 36
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataSet:
     """One data set as MLflow shows it."""
 
-    context: str  # training, calibration, evaluation or decontamination
     name: str  # of the file, or the id on the hub
     digest: str  # of the file, or the revision on the hub
     kind: str  # local, s3 or hf
-    source: str  # path, URI or id, with the subset and split of a hub id
+    source: str  # path, URI or id
+    contexts: list[str]  # calibration, training, decontamination
 
 
-def data_sets(calibration: Calibration, training: TrainingData, evaluate: Evaluate) -> list[DataSet]:
-    """Every data set of a run, in the order of its config, without repetitions of context and source."""
-    named = [_data_set("calibration", calibration.data)]
-    named += [_data_set("training", source) for source in training.sources]
-    named += [_data_set("decontamination", source) for source in training.decontaminate.against]
-    for task in evaluate.tasks:
-        named += _benchmark(task, evaluate)
-    return list(dict.fromkeys(named))
+def data_sets(calibration: Calibration, training: TrainingData) -> list[DataSet]:
+    """Every data set of a run; MLflow keeps one entry for a name and digest."""
+    sources = [("calibration", calibration.data)]
+    sources += [("training", source) for source in training.sources]
+    sources += [("decontamination", source) for source in training.decontaminate.against]
+    named: dict[tuple[str, str], DataSet] = {}
+    for context, source in sources:
+        data_set = _data_set(source)
+        data_set = named.setdefault((data_set.name, data_set.digest), data_set)
+        if context not in data_set.contexts:
+            data_set.contexts.append(context)
+    return list(named.values())
 
 
-def _data_set(context: str, source: DataSource) -> DataSet:
-    address, path = source.source, local_file(source)
-    if path is not None:
-        kind = "s3" if address.startswith("s3://") else "local"
-        return DataSet(context, Path(address).name, file_digest(path)[:DIGITS], kind, address)
-    # On the hub the revision stands for the content.
-    name = _joined(address, source.subset, source.split)
-    return DataSet(context, address, (source.revision or UNPINNED)[:DIGITS], "hf", name)
-
-
-def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
-    """The scored split of a task, or of each member of a group; nothing where the harness is not installed."""
-    for spec in tasks.find(task.name) if tasks.can_find(task.name) else ():
-        splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
-        if spec.scored_split in splits:
-            file = splits[spec.scored_split].file
-            yield DataSet("evaluation", spec.name, file_digest(Path(file))[:DIGITS], "local", file)
-        elif spec.config.get("dataset_path"):
-            name = _joined(spec.config["dataset_path"], spec.config.get("dataset_name"), spec.scored_split)
-            yield DataSet("evaluation", spec.name, UNPINNED, "hf", name)
-
-
-def _joined(*parts: str | None) -> str:
-    """The parts of a hub id that are set, such as `org/chats test`."""
-    return " ".join(filter(None, parts))
+def _data_set(source: DataSource) -> DataSet:
+    path = local_file(source)
+    if path is None:
+        # On the hub the revision stands for the content.
+        return DataSet(
+            source.source,
+            (source.revision or UNPINNED)[:DIGITS],
+            "hf",
+            source.source,
+            [],
+        )
+    kind = "s3" if source.source.startswith("s3://") else "local"
+    return DataSet(
+        Path(source.source).name,
+        file_digest(path)[:DIGITS],
+        kind,
+        source.source,
+        [],
+    )
 
 
 def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DataSet] = ()) -> None:
@@ -83,27 +79,23 @@ def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Seq
         mlflow_values.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
             client.set_tag(run.parent_run_id, MLFLOW_GIT_COMMIT, revision)
-        # MLflow keeps one entry for a name and digest: its contexts are listed there.
-        grouped: dict[tuple[str, str], list[DataSet]] = defaultdict(list)
-        for data_set in data:
-            grouped[data_set.name, data_set.digest].append(data_set)
         # An earlier attempt may have logged them.
-        for entry in parent.inputs.dataset_inputs if parent.inputs else []:
-            grouped.pop((entry.dataset.name, entry.dataset.digest), None)
-        if grouped:
-            client.log_inputs(run.parent_run_id, datasets=[_dataset_input(same) for same in grouped.values()])
+        inputs = parent.inputs.dataset_inputs if parent.inputs else []
+        logged = [(entry.dataset.name, entry.dataset.digest) for entry in inputs]
+        new = [_dataset_input(data_set) for data_set in data if (data_set.name, data_set.digest) not in logged]
+        if new:
+            client.log_inputs(run.parent_run_id, datasets=new)
 
 
-def _dataset_input(same: list[DataSet]) -> DatasetInput:
-    """MLflow's entry for data sets of one name and digest."""
+def _dataset_input(data_set: DataSet) -> DatasetInput:
+    """MLflow's entry for a data set."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-    first = same[0]
     # As MLflow's own sources of these kinds are written.
-    source = json.dumps({"path" if first.kind == "hf" else "uri": first.source})
-    contexts = InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(data_set.context for data_set in same))
-    return DatasetInput(Dataset(first.name, first.digest, first.kind, source), [contexts])
+    source = json.dumps({"path" if data_set.kind == "hf" else "uri": data_set.source})
+    contexts = InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(data_set.contexts))
+    return DatasetInput(Dataset(data_set.name, data_set.digest, data_set.kind, source), [contexts])
 
 
 def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> None:

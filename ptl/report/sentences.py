@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptl.config.schedule import removal
 from ptl.data import decontamination
-from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
+from ptl.evaluation.paired import smallest_inferior_drop
 from ptl.report.numbers import margin, percent
 from ptl.report.result import Goal, Result, Row
 from ptl.report.verdict import beside_control
@@ -33,13 +33,11 @@ def _goal(goal: Goal) -> str:
     """What was asked and what was reached."""
     if goal.final is None:
         return "Whether the goal is reached is not known: the final checkpoint was not scored."
-    needed, dense, excess = (
-        memory_beside(number, goal.memory) for number in (goal.final, goal.dense, max(0, goal.final - goal.bytes))
-    )
+    needed, dense = memory_beside(goal.final, goal.memory), memory_beside(goal.dense, goal.memory)
     # Both sizes may be the same when rounded.
-    outcome, too_much = ("reached", "") if goal.is_reached else ("not reached", f" ({excess} too much)")
+    outcome = "reached" if goal.is_reached else "not reached"
     return (
-        f"Goal {outcome}: the final model needs {needed}{too_much} for weights and a KV cache for "
+        f"Goal {outcome}: the final model needs {needed} for weights and a KV cache for "
         f"{counted(goal.sequences, 'sequence')} of {goal.tokens:,} tokens in {goal.dtype}, the dense one {dense}; the "
         f"goal is {goal.memory}."
     )
@@ -52,11 +50,13 @@ def _gate(result: Result) -> str:
     if not settings["enabled"]:
         return "Off: no iteration was tested before the next began."
     verdicts = [row.verdict for row in result.rows]
-    accepted, rejected = (f"{counted(verdicts.count(word), 'iteration')} {word}" for word in ("accepted", "rejected"))
-    sentence = f"{accepted}, {rejected} (margin {margin(settings['margin'])})"
+    accepted = counted(verdicts.count("accepted"), "iteration")
+    rejected = counted(verdicts.count("rejected"), "iteration")
+    sentence = f"{accepted} accepted, {rejected} rejected (margin {margin(settings['margin'])})"
     if result.not_needed:
-        iterations = sorted({step.iteration for step in result.not_needed})
-        sentence += f"; not needed: {numbered('iteration', iterations)} ({result.not_needed[0].reason})"
+        first, last = result.not_needed[0], result.not_needed[-1]
+        iterations = range(first.iteration, last.iteration + 1)
+        sentence += f"; not needed: {numbered('iteration', iterations)} ({first.reason})"
     # Otherwise an accepted model may be one of which nothing can be said.
     return f"{sentence}." if settings["strict"] else f"{sentence}. Unclear ones are accepted: gate.strict is off."
 
@@ -83,7 +83,9 @@ def scored_too_little(result: Result) -> list[str]:
     limited = [task for task, settings in zip(result.tasks, asked, strict=True) if settings.get("limit")]
     if limited:
         sentences.append(f"Only the first items were scored of {', '.join(limited)} (limit in evaluate.tasks).")
-    return [*sentences, *(f"{warning}." for warning in result.amount.warnings())]
+    for warning in result.amount.warnings():
+        sentences.append(f"{warning}.")
+    return sentences
 
 
 def short_of_target(result: Result) -> str:
@@ -106,29 +108,19 @@ def _items(result: Result, task: str) -> str:
     drop = smallest_inferior_drop(pair.improvements, pair.items, pair.margin, pair.alpha)
     if drop is None or drop > pair.reference:
         return f"{items} are too few to show any drop, or the dense model solves too few of them."
-    sentence = f"With {items}, a drop below {drop * 100:.1f} points is not called worse."
-    if pair.verdict != "unclear":
-        return sentence
-    # How many items would have given a verdict.
-    factor = factor_to_decide(pair.regressions, pair.improvements, pair.items, pair.margin, pair.alpha)
-    return (
-        f"{sentence} If the same share of items changed, {factor} times as many would decide." if factor else sentence
-    )
+    return f"With {items}, a drop below {drop * 100:.1f} points is not called worse."
 
 
 def _token_limits(dense: Row, final: Row) -> list[str]:
     """Answers and prompts that were truncated, and code that ran out of time, of either model."""
     sentences = []
     for before, after in zip(dense.scores.tasks, final.scores.tasks, strict=True):
-        counts = {
-            "answers hit the token limit": (percent(before.truncated), percent(after.truncated)),
-            "prompts did not fit into the context": (percent(before.cut_prompts), percent(after.cut_prompts)),
-            "answers are wrong because their code ran out of time": (
-                f"{before.code_timeouts}",
-                f"{after.code_timeouts}",
-            ),
-        }
-        for words, (old, new) in counts.items():
-            if {old, new} - {percent(0), "0"}:
+        counts = (
+            ("answers hit the token limit", percent(before.truncated), percent(after.truncated)),
+            ("prompts did not fit into the context", percent(before.cut_prompts), percent(after.cut_prompts)),
+            ("answers are wrong because their code ran out of time", before.code_timeouts, after.code_timeouts),
+        )
+        for words, old, new in counts:
+            if old not in (0, "0.0 %") or new not in (0, "0.0 %"):
                 sentences.append(f"On {before.task}, {new} of the final model's {words} (dense: {old}).")
     return sentences

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from ptl.address import runs_page
 from ptl.evaluation import speed_rows
+from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
 from ptl.report import numbers
-from ptl.report.result import ExportRow, Result, Row
+from ptl.report.result import ExportedModel, ExportRow, Result, Row
 from ptl.report.verdict import Verdict, beside_control, of_pair
 from ptl.units import counted, duration, size
 
@@ -71,16 +71,32 @@ def details(result: Result) -> Table:
     tasks = result.tasks if len(result.tasks) > 1 else []
     rows = []
     for row in result.rows:
-        low, high = min(row.scores.widths), max(row.scores.widths)
-        shape = [f"FFN width {low:,}" if low == high else f"FFN width {low:,} to {high:,}"]
-        if row.scores.experts:
-            shape.append(f"{row.scores.experts} experts")
-        if row.removed_layers:
-            shape.append(f"removed layers {', '.join(map(str, row.removed_layers))}")
-        scores = map(numbers.score, row.scores.tasks) if tasks else ()
-        layers = Cell(f"{len(row.scores.widths)} layers", tuple(shape))
-        rows.append(_cells(row.label, layers, *scores, row.reason or row.verdict))
-    return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
+        scores = [numbers.score(task) for task in row.scores.tasks] if tasks else []
+        rows.append(
+            _cells(
+                row.label,
+                _shape(row),
+                *scores,
+                row.reason or row.verdict,
+            )
+        )
+    return Table(
+        ("Iteration", "Shape", *tasks, "Verdict"),
+        rows,
+        1 + len(tasks),
+    )
+
+
+def _shape(row: Row) -> Cell:
+    """The layers of a checkpoint, and their width."""
+    low, high = min(row.scores.widths), max(row.scores.widths)
+    details = [f"FFN width {low:,}" if low == high else f"FFN width {low:,} to {high:,}"]
+    if row.scores.experts:
+        details.append(f"{row.scores.experts} experts")
+    if row.removed_layers:
+        numbers = ", ".join(map(str, row.removed_layers))
+        details.append(f"removed layers {numbers}")
+    return Cell(f"{len(row.scores.widths)} layers", tuple(details))
 
 
 def evidence(result: Result) -> list[Table]:
@@ -102,19 +118,27 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
     rows = []
     for position, task in enumerate(reference.scores.tasks):
         setting = f"{numbers.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot"
-        before, after, difference = _score(task), NONE, NONE
+        after, difference = NONE, NONE
         if final is None:
             verdict = Verdict("unclear", "Final not scored")
         elif final is reference:
-            after, verdict = before, Verdict("none", "The same model")
+            after = _score(task)
+            verdict = Verdict("none", "The same model")
         else:
             scored = final.scores.tasks[position]
             pair = result.pair(key, task.task)
-            after, difference = _score(scored), _difference(task, scored, pair)
+            after = _score(scored)
+            difference = _difference(task, scored, pair)
             verdict = of_pair(pair, "the dense model") if key == "dense" else beside_control(pair, result.confidence)
-        rows.append([Cell(task.task, (setting,)), before, after, difference, Cell(verdict.text, kind=verdict.kind)])
+        name = Cell(task.task, (setting,))
+        rows.append([name, _score(task), after, difference, _verdict(verdict)])
     title = "Score" if key == "dense" else "Loop against one-shot pruning"
-    return Table((title, key.capitalize(), "Final", "Difference", "Verdict"), rows, 3)
+    columns = (title, key.capitalize(), "Final", "Difference", "Verdict")
+    return Table(columns, rows, 3)
+
+
+def _verdict(verdict: Verdict) -> Cell:
+    return Cell(verdict.text, kind=verdict.kind)
 
 
 def _score(task: TaskScore) -> Cell:
@@ -155,7 +179,14 @@ def _sizes(dense: Row, final: Row) -> Table:
         if key != "active_params" or dense.scores.experts:
             before, after = getattr(dense.scores, key), getattr(final.scores, key)
             change = 100 * (after / before - 1)
-            rows.append(_cells(label, printed(before), printed(after), f"{change:+.1f} %" if change else "the same"))
+            rows.append(
+                _cells(
+                    label,
+                    printed(before),
+                    printed(after),
+                    f"{change:+.1f} %" if change else "the same",
+                )
+            )
     return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
 
 
@@ -166,46 +197,83 @@ def export(result: Result, row: ExportRow) -> list[Table]:
     tasks = [task.task for task in row.models["final"].tasks]
     rows = []
     for name, exported in row.models.items():
-        for label, key, model in (
-            (name.capitalize(), name, scores[row.scored[name]]),
-            (f"{name.capitalize()}, {row.type}", f"{name}_export", exported),
-        ):
-            decode = row.speed.get("models", {}).get(key, [])
-            cells = (
-                label,
-                f"{size(model.bytes)} ({model.bytes / original:.2f}x)",
-                *map(numbers.score, model.tasks),
-                ", ".join(f"{task.items:,}" for task in model.tasks),
-                f"{decode[0]['decode_tokens_per_s']:,.0f}" if decode else NONE,
+        as_it_is = scores[row.scored[name]]
+        label = name.capitalize()
+        rows.append(_exported(row, name, label, as_it_is, original))
+        rows.append(
+            _exported(
+                row,
+                f"{name}_export",
+                f"{label}, {row.type}",
+                exported,
+                original,
             )
-            rows.append(_cells(*cells))
-    tables = [Table((row.name, "Weights", *tasks, "Items", "Tokens/s"), rows, len(tasks) + 3)]
-    pairs = []
-    for task, by_reference in row.pairs.items():
-        for reference in filter(by_reference.__contains__, REFERENCES):
-            pair, name = by_reference[reference], REFERENCES[reference]
-            verdict = of_pair(pair, name)
-            pairs.append(_cells(task, name, _comparison(pair), Cell(verdict.text, kind=verdict.kind)))
-    if pairs:
-        tables.append(Table(("Benchmark", f"Final, {row.type}, against", "Difference", "Verdict"), pairs, 0))
+        )
+    columns = (row.name, "Weights", *tasks, "Items", "Tokens/s")
+    tables = [Table(columns, rows, len(tasks) + 3)]
+    if row.pairs:
+        tables.append(_export_pairs(row))
     return tables
+
+
+def _exported(row: ExportRow, key: str, label: str, model: ExportedModel | Scores, original: int) -> list[Cell]:
+    """A model's weights beside the `original` bytes, its scores and its speed."""
+    speed = row.speed.get("models", {}).get(key)
+    return _cells(
+        label,
+        f"{size(model.bytes)} ({model.bytes / original:.2f}x)",
+        *[numbers.score(task) for task in model.tasks],
+        ", ".join(f"{task.items:,}" for task in model.tasks),
+        f"{speed[0]['decode_tokens_per_s']:,.0f}" if speed else NONE,
+    )
+
+
+def _export_pairs(row: ExportRow) -> Table:
+    rows = []
+    for task, by_reference in row.pairs.items():
+        for key, name in REFERENCES.items():
+            if key in by_reference:
+                pair = by_reference[key]
+                rows.append(_cells(task, name, _comparison(pair), _verdict(of_pair(pair, name))))
+    columns = ("Benchmark", f"Final, {row.type}, against", "Difference", "Verdict")
+    return Table(columns, rows, 0)
 
 
 def lineage(result: Result) -> Table:
     """Each step with its checkpoint, what that was made from, and its page in MLflow."""
-    url = result.mlflow.url.rstrip("/")
-    # The result may come from anywhere: `javascript:` would run in the page.
-    is_web_address = re.match(r"https?://", url)
     rows = []
     for step in result.steps:
-        link = runs_page(url, result.mlflow.experiment_id, step.run_id) if is_web_address else ""
-        run = Cell(step.run_id, kind="code", link=link) if step.run_id else NONE
-        checkpoints = _digest(step.digest), _digest(step.parent_digest)
-        rows.append(_cells(step.step, duration(step.seconds), f"{step.params:,}", *checkpoints, run))
-    missing = [(step, "not needed") for step in result.not_needed]
-    missing += [(step, "not finished") for step in result.not_finished]
-    rows += [_cells(step.step, NONE, NONE, f"{why}: {step.reason}", NONE, NONE) for step, why in missing]
-    return Table(("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run"), rows, 2)
+        time, params = duration(step.seconds), f"{step.params:,}"
+        rows.append(
+            _cells(
+                step.step, time, params, _digest(step.digest), _digest(step.parent_digest), _run(result, step.run_id)
+            )
+        )
+    for missing, why in ((result.not_needed, "not needed"), (result.not_finished, "not finished")):
+        rows += [
+            _cells(
+                step.step,
+                NONE,
+                NONE,
+                f"{why}: {step.reason}",
+                NONE,
+                NONE,
+            )
+            for step in missing
+        ]
+    columns = ("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run")
+    return Table(columns, rows, 2)
+
+
+def _run(result: Result, run_id: str) -> Cell:
+    """A step's run in MLflow with a link."""
+    url = result.mlflow.url.rstrip("/")
+    if not run_id:
+        return NONE
+    # The result may come from anywhere: `javascript:` would run in the page.
+    is_web_address = url.startswith(("http://", "https://"))
+    link = runs_page(url, result.mlflow.experiment_id, run_id) if is_web_address else ""
+    return Cell(run_id, kind="code", link=link)
 
 
 def _digest(digest: str) -> Cell:

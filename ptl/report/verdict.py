@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from ptl.config.rehearsal import is_rehearsal
-from ptl.evaluation.paired import Paired, can_fall
+from ptl.evaluation.paired import Paired
 from ptl.report.numbers import accuracy, is_share, margin, metric, percent
 from ptl.report.result import Result, Row
 from ptl.units import counted, listed
@@ -44,10 +44,13 @@ def overall(result: Result) -> Verdict:
         pair = result.pair("dense", task)
         items = f"{counted(pair.items, 'item')} of " if pair else ""
         benchmarks.setdefault(of_pair(pair, "the dense model"), []).append(f"{items}{task}")
-    verdicts = sorted(benchmarks, key=lambda verdict: WORST_FIRST.index(verdict.kind))
-    parts = [f"{verdict.text} on {listed(benchmarks[verdict])}" for verdict in verdicts]
-    text = "; ".join([parts[0], *(part[0].lower() + part[1:] for part in parts[1:])])
-    return Verdict(verdicts[0].kind, text)
+    worst, *others = sorted(benchmarks, key=lambda verdict: WORST_FIRST.index(verdict.kind))
+    text = f"{worst.text} on {listed(benchmarks[worst])}"
+    for verdict in others:
+        # It continues the sentence.
+        continued = verdict.text[0].lower() + verdict.text[1:]
+        text += f"; {continued} on {listed(benchmarks[verdict])}"
+    return Verdict(worst.kind, text)
 
 
 def of_pair(pair: Paired | None, reference: str) -> Verdict:
@@ -61,8 +64,6 @@ def of_pair(pair: Paired | None, reference: str) -> Verdict:
         return Verdict("good", f"Not worse than {reference} within {tolerated}")
     if pair.p_worse <= pair.alpha:
         return Verdict("unclear", f"The score fell, and whether by more than {tolerated} cannot be said")
-    if not can_fall(pair.reference, pair.margin):
-        return Verdict("unclear", f"Cannot be said, as {reference} solves too few to fall by more than {tolerated}")
     return Verdict("unclear", f"Cannot be said whether the score fell by more than {tolerated}")
 
 

@@ -74,7 +74,7 @@ def import_model(call: Call) -> None:
             step.run,
             flat_settings(to_jsonable_python({"model": model, **sections})),
             own_revision(),
-            run_page.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
+            run_page.data_sets(sections["calibration"], sections["training"]),
         )
         _name_earlier_runs(step.run, call.settings["earlier_runs"])
         # First: they are cheap, and a benchmark that does not load is known before the model is copied.

@@ -9,7 +9,7 @@ from typing import Any
 
 from ptl import __version__
 from ptl.config.base import Section
-from ptl.config.recover import DataSource, Distil
+from ptl.config.recover import DataSource, RecoverStage
 from ptl.config.run import Evaluate, ModelSource
 from ptl.data import sources
 from ptl.errors import InputError
@@ -53,7 +53,7 @@ def _files(settings: Any) -> Iterator[tuple[str, str]]:
             stat = path.stat()
             is_large = path.suffix == ".safetensors"
             yield str(path), f"{stat.st_size} {stat.st_mtime_ns}" if is_large else file_digest(path)
-    elif isinstance(settings, Distil):
+    elif isinstance(settings, RecoverStage) and settings.teacher:
         yield from ((str(path), file_digest(path)) for path in _files_in(settings.teacher))
     elif isinstance(settings, Section | dict):
         yield from _files(list(dict(settings).values()))

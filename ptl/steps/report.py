@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -39,9 +38,8 @@ def report(call: Call) -> None:
     with Step(call, key=None) as step:
         config = check(Config, _run_config(call.settings), "settings")
         records = _records(step, config)
-        as_dicts = {name: dataclasses.asdict(record) for name, record in records.items()}
         result = build(
-            as_dicts,
+            records,
             config.model_dump(mode="json"),
             **_surroundings(step, config),
         )

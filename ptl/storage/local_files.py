@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from ptl.errors import InputError, WorkError
 from ptl.storage.manifest import FILES, THREADS, Files, Progress, verify
 
+COMPLETE = "ptl-complete"  # marks a training checkpoint of the Trainer as written to its end
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
 
@@ -148,6 +149,19 @@ def check(root: str) -> None:
             field="store",
             remedy="make it writable or choose another",
         ) from error
+
+
+def last_complete(scratch: Path) -> Path | None:
+    """The newest training checkpoint that was written to its end; a kill may have left later ones half-written."""
+    # each is marked after all processes have written their parts
+    complete = [mark.parent for mark in scratch.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step in a training checkpoint's name."""
+    _, _, step = folder.name.rpartition("-")
+    return int(step)
 
 
 def no_space(error: OSError) -> WorkError:

@@ -176,22 +176,22 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress = silent
     def refusal(problem: str, remedy: str = f"restore it or {REMAKE}") -> WorkError:
         return WorkError(problem, field=name, remedy=remedy)
 
-    # What is cheap to see comes first: names and sizes, before any byte is read.
-    listed = {FILES, MLFLOW_META, *(file.path for file in files)}
+    paths = [file.path for file in files]
+    allowed = {FILES, MLFLOW_META, *paths}
     for entry in folder.rglob("*"):
         path = entry.relative_to(folder).as_posix()
         if entry.is_symlink():
             raise refusal(f"{path} is a symlink", "refused: a checkpoint holds regular files only")
-        if not entry.is_dir() and path not in listed:
+        if not entry.is_dir() and path not in allowed:
             raise refusal(f"{path} is not part of the checkpoint", f"remove it from {folder}")
+    # What is cheap to see comes first: sizes, before any byte is read.
     for file in files:
-        if not (folder / file.path).is_file():
+        copy = folder / file.path
+        if not copy.is_file():
             raise refusal(f"file {file.path} was deleted")
-        size = (folder / file.path).stat().st_size
+        size = copy.stat().st_size
         if size != file.size:
             raise refusal(f"file {file.path} has {size} bytes, {file.size} were published")
-    for file, actual in zip(files, hash_files(folder, [file.path for file in files], on_progress), strict=True):
+    for file, actual in zip(files, hash_files(folder, paths, on_progress), strict=True):
         if actual != file:
-            raise refusal(
-                f"digest differs in file {file.path}: its bytes are not the ones that were published",
-            )
+            raise refusal(f"digest differs in file {file.path}: its bytes are not the ones that were published")

@@ -29,7 +29,12 @@ def upload(folder: Path, location: str, paths: list[str], on_progress: Progress)
     bucket, prefix = split(location)
 
     def upload_file(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
-        return manager.upload(str(folder / path), bucket, f"{prefix}/{path}", subscribers=[counter])
+        return manager.upload(
+            str(folder / path),
+            bucket,
+            f"{prefix}/{path}",
+            subscribers=[counter],
+        )
 
     with explained(location):
         for _ in range(ATTEMPTS):
@@ -74,7 +79,12 @@ def _download(uri: str, files: Files, target: Path, name: str, on_progress: Prog
 
     def download(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
-        return manager.download(bucket, f"{prefix}/{path}", str(target / path), subscribers=[counter])
+        return manager.download(
+            bucket,
+            f"{prefix}/{path}",
+            str(target / path),
+            subscribers=[counter],
+        )
 
     def download_all() -> None:
         with explained(uri):

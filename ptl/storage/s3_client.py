@@ -138,7 +138,11 @@ def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = 
         problem, remedy = _SETTINGS_ERRORS.get(code(error), other)
     elif isinstance(error, NoCredentialsError | PartialCredentialsError):
         remedy = SET_KEYS
-    return kind(f"{uri} at {endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
+    return kind(
+        f"{uri} at {endpoint_url() or 'AWS'}: {problem}",
+        field=field,
+        remedy=remedy,
+    )
 
 
 def code(error: Any) -> str:

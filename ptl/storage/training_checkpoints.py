@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl.storage import store
-from ptl.storage.manifest import FILES, digest_of
+from ptl.storage.local_files import COMPLETE, last_complete, step_of
+from ptl.storage.manifest import FILES, digest_of, silent
 from ptl.storage.store import Pointer, Record
-from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
 NUM_KEPT = 2  # newest checkpoints whose files stay in the store
 
@@ -108,7 +108,7 @@ class TrainingCheckpoints:
         """Publish a folder, then commit its record: what that names is complete."""
         # a random suffix: a save that was killed before its record left a folder of the same number
         location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
-        files = store.publish(folder, location, on_progress=_silent)
+        files = store.publish(folder, location, on_progress=silent)
         record = Record(self.key, Pointer(location, digest_of(files)), metadata)
         store.commit(self.root, self.run, slot, record)
 
@@ -137,13 +137,9 @@ class TrainingCheckpoints:
 def _fetch(record: Record, target: Path) -> None:
     """Put the files of a record into the folder `target`, in place of what is there; one rename makes it complete."""
     download = target.with_name(f"{target.name}.fetched")
-    folder = store.fetch(record.pointer, download, on_progress=_silent)
+    folder = store.fetch(record.pointer, download, on_progress=silent)
     shutil.rmtree(target, ignore_errors=True)
     partial = target.with_name(f".{os.getpid()}.{target.name}")
     shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
     partial.rename(target)
     shutil.rmtree(download, ignore_errors=True)
-
-
-def _silent(_: int) -> None:
-    """No bar of progress: the training reports its own."""

@@ -249,7 +249,7 @@ def test_a_directory_of_another_run_is_refused(config, tmp_path):
     other.mkdir()
     (other / "config.yaml").write_text("name: other\n")
     done = ptl("run", config(), "--home", tmp_path / "home", "--run-dir", other)
-    assert done.returncode == 2 and "belongs to another run" in done.stderr
+    assert done.returncode == 2 and "holds no run that can be read" in done.stderr
     assert (other / "config.yaml").read_text() == "name: other\n"
 
 
@@ -303,7 +303,7 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
 
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):
     done = ptl("fetch", tmp_path, tmp_path / "out")
-    assert done.returncode == 2 and "holds no result.json" in done.stderr
+    assert done.returncode == 2 and "is no result.json of a run" in done.stderr
 
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, checkpoint, tmp_path):

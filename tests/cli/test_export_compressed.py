@@ -15,10 +15,8 @@ REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
-@pytest.mark.parametrize(
-    ("type", "calibrated", "config"), [("fp8", False, TINY), ("int8", True, TINY), ("int8", True, "tiny")]
-)
-def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, calibrated, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("type", "config"), [("fp8", TINY), ("int8", "tiny")])
+def test_the_configs_calibration_text_is_passed_on(type, config, tmp_path, monkeypatch):
     texts = []
 
     def write(src, dst, type, calibration, seed):
@@ -28,6 +26,6 @@ def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, calib
     monkeypatch.setattr(compressed_tensors, "write_compressed", write)
     command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", config]
     answer = CliRunner().invoke(app, [*map(str, command)])
-    assert texts == [load_config(TINY).calibration if calibrated else None] and answer.exit_code == 0
+    assert texts == [load_config(TINY).calibration] and answer.exit_code == 0
     size = (REASONER / "model.safetensors").stat().st_size
     assert "".join(answer.output.split()) == f"wrote{tmp_path / 'out'}:{size:,}bytesofweights"

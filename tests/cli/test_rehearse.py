@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl.cli import app, rehearsal
-from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.tables import table_text
 
@@ -30,7 +29,7 @@ def test_a_run_with_gate_and_reinforcement_learning_is_rehearsed(tmp_path):
 
     # Before the run, what is smaller; after it, what it has shown.
     assert re.search(r"schedule\.recovery_tokens +│ +480,000 │ +4,800 ", done.stdout)
-    assert "Not rehearsed: bfloat16 precision." in done.stdout
+    assert "Not rehearsed: recover.dtype=bfloat16." in done.stdout
     assert "ptl submit pipelines/prune_tune_loop/configs/tiny-gate.yaml --set schedule.iterations=1" in done.stdout
     result = json.loads((tmp_path / "latest/result.json").read_text())
     assert result["name"] == "tiny-gate-rehearsal" and result["not_needed"] == []
@@ -55,17 +54,8 @@ def test_cells_are_shown_as_they_are():
 
 def test_steps_without_work_are_named(tmp_path, capsys):
     skipped = [{"step": "prune-4", "iteration": 4, "reason": "target reached"}]
-    (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped, "control_failed": ""}))
+    (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped}))
     rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml", "--set", "seed=2"])
     printed = capsys.readouterr().out
     assert "Not rehearsed, because the loop had ended: prune-4." in printed
     assert "  ptl submit config.yaml --set seed=2\n" in printed
-
-
-def test_a_control_that_failed_is_an_error(tmp_path, capsys):
-    missing = [{"step": "control-recover", "iteration": 1, "reason": "no memory"}]
-    result = {"not_needed": [], "control_failed": "no memory", "not_finished": missing}
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(WorkError, match="the rehearsal: control-recover did not finish: no memory; fix it"):
-        rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml"])
-    assert "works" not in capsys.readouterr().out

@@ -146,10 +146,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (
             "recover",
             [{"method": "grpo", "max_length": 64}],
-            r"unknown field of grpo; did you mean recover\.max_completion_length\?$",
+            r"recover\.0: max_length is no field of grpo but of cpt and distil: remove it$",
         ),
         ("colour", "red", "remove it, or see `ptl validate --schema`"),
-        ("recover", [{"method": "cpt", "teacher": "x"}], r"teacher: unknown field of cpt; remove it, or see"),
+        ("recover", [{"method": "cpt", "teacher": "x"}], r"teacher is no field of cpt but of distil: remove it"),
         ("schedule.target", 1.5, "1.5: must be a share of the parameters to remove, below 1"),
         ("schedule.target", 40, "40: must be a share .* 1000 or more"),
         ("schedule.target", float("inf"), "inf: Input should be a finite number"),

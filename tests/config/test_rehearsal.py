@@ -81,20 +81,18 @@ def test_what_needs_a_gpu_is_replaced_and_named():
             {"method": "grpo"},
         ],
         evaluate={"backend": "vllm", "speed": {"repeats": 0}},
-        calibration={"answers": "self"},
         resources={"accelerator": "nvidia.com/gpu", "accelerators": 4},
     )
     rehearsed = rehearsal(run, gpus=0)
     assert rehearsed.evaluate.backend == "hf"
     assert left_out(run, rehearsed) == [
-        "calibration on the model's own answers",
-        "bfloat16 precision",
-        "4 processes",
-        "sharding by fsdp",
-        "evaluation by vllm",
+        "recover.dtype=bfloat16",
+        "recover.sharding=fsdp",
+        "evaluate.backend=vllm",
+        "recover.processes=4",
     ]
     # on the cluster, where the run itself will be, all of it is there
-    assert left_out(run, rehearsal(run, gpus=None)) == ["calibration on the model's own answers"]
+    assert left_out(run, rehearsal(run, gpus=None)) == []
 
 
 def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
@@ -106,9 +104,12 @@ def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
     assert rehearsed.recover[0].processes == rehearsed.evaluate.processes == 2
 
 
+LACKS = ["recover.processes=8"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "processes", "lacks"),
-    [(0, 1, ["8 processes"]), (1, 1, ["8 processes"]), (3, 2, ["8 processes"]), (8, 8, []), (16, 8, [])],
+    [(0, 1, LACKS), (1, 1, LACKS), (3, 2, LACKS), (8, 8, []), (16, 8, [])],
 )
 def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others(gpus, processes, lacks):
     resources = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
@@ -132,7 +133,7 @@ def test_one_process_alone_shards_nothing():
         recover=[{"method": "cpt", "batch_size": 25, "sharding": "fsdp"}], resources=resources | {"accelerators": 5}
     )
     rehearsed = rehearsal(run, gpus=3)
-    assert rehearsed.recover[0].processes == 1 and "sharding by fsdp" in left_out(run, rehearsed)
+    assert rehearsed.recover[0].processes == 1 and "recover.sharding=fsdp" in left_out(run, rehearsed)
 
 
 def test_a_batch_that_the_run_cannot_divide_is_not_hidden():

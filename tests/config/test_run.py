@@ -170,7 +170,7 @@ def test_overrides_are_checked_like_the_file():
 
 
 def test_initials_of_a_field_are_understood():
-    with pytest.raises(InputError, match=r"unknown field of cpt; did you mean recover\.learning_rate\?"):
+    with pytest.raises(InputError, match=r"unknown field; did you mean recover\.learning_rate\?"):
         load_config(TINY, {"recover.0.lr": 1e-4})
 
 

@@ -66,7 +66,7 @@ def test_the_short_forms_of_training_fit(schema, training):
         ("training", []),
         ("training", {**SOURCE, "decontaminate": True}),
         ("training", [{**SOURCE, "decontaminate": False}]),
-        ("recover", [{"method": "cpt", "temperature": 1}]),
+        ("recover", [{"method": "sft"}]),
         ("prune", {"criterion": "on"}),
     ],
 )
@@ -75,5 +75,5 @@ def test_a_wrong_value_does_not_fit(schema, part, value):
 
 
 @pytest.mark.parametrize("stage", [{}, {"learning_rate": 1e-4}, {"method": "distil", "mix": 0}, {"method": "grpo"}])
-def test_a_stage_fits_one_method(schema, stage):
+def test_a_stage_fits(schema, stage):
     assert problems(schema, "recover", [stage]) == []

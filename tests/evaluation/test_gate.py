@@ -54,15 +54,6 @@ def test_no_drop_is_shown_by_a_handful_of_items():
     assert paired.smallest_inferior_drop(0, 5, 0.0, 0.05) == 1.0  # 1/32
 
 
-def test_more_items_decide():
-    assert paired.verdict_of(6, 2, 500, 0.02, 0.05) == "not inferior"
-    assert paired.verdict_of(6, 1, 500, 0.02, 0.05) == "unclear"
-    factor = paired.factor_to_decide(6, 1, 500, 0.02, 0.05)
-    assert paired.verdict_of(6 * factor, factor, 500 * factor, 0.02, 0.05) == "not inferior"
-    # A drop of the margin itself is never decided.
-    assert paired.factor_to_decide(10, 0, 500, 0.02, 0.05) is None
-
-
 def test_bootstrap_covers_the_true_difference():
     rng = np.random.default_rng(1)
     misses = 0

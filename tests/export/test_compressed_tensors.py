@@ -106,7 +106,7 @@ def test_the_script_needs_nothing_of_ptl():
 
 
 def test_types_that_are_calibrated_need_text(tmp_path, mock_python):
-    with pytest.raises(InputError, match=r"^export: int8 needs text for calibration; give some, or take fp8"):
+    with pytest.raises(InputError, match=r"^--config: int8 needs text for calibration; give the run's config"):
         write_compressed(model(tmp_path), tmp_path / "out", "int8")
     assert not mock_python.exists()
 

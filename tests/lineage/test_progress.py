@@ -87,9 +87,10 @@ def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
     ]:
         parent = tracked(run, {"import-model": {}}, status)
         client.update_run(parent, name=name)
-    experiment = client.get_run(parent).info.experiment_id
+    experiment = client.get_experiment(client.get_run(parent).info.experiment_id).name
     assert progress.unfinished(experiment, "tiny") == ["new", "old"]
     assert progress.unfinished(experiment, "tiny-large") == ["other"]
+    assert progress.unfinished("there is none", "tiny") == []
 
 
 def test_closing_ends_what_is_running_and_nothing_else(tracked):

@@ -28,9 +28,9 @@ from ptl.lineage import registry, retention, tracking
 from ptl.local import servers
 from ptl.steps.call import Call
 from ptl.storage import s3, s3_client, store, training_checkpoints
+from ptl.storage.local_files import COMPLETE
 from ptl.storage.manifest import digest_of
 from ptl.storage.store import Pointer, Record
-from ptl.storage.training_files import COMPLETE
 from ptl.units import size
 
 pytestmark = pytest.mark.xdist_group("gc")

@@ -21,6 +21,7 @@ from packaging.version import Version
 
 import ptl
 from ptl.config import image_names
+from ptl.config.run import load_config, pairs
 from ptl.errors import InputError, WorkError
 from ptl.local import images
 
@@ -76,7 +77,6 @@ def test_optional_images_are_chosen_by_name():
 
 
 def test_with_digests_every_image_is_named_by_its_own():
-    from ptl.config.run import load_config
 
     config = load_config(CONFIGS / "tiny.yaml", {"images": SECTION})
     assert config.image_names()[1] == f"registry.example.com/team/ptl-recover:7@{DIGESTS['recover']}"
@@ -89,20 +89,18 @@ def test_with_digests_every_image_is_named_by_its_own():
             load_config(CONFIGS / "tiny.yaml", {"images.digests": digests})
 
 
-def test_a_file_of_images_may_have_more_than_a_run_needs_and_must_not_have_less(tmp_path):
-    from ptl.cli.configs import load
-
-    three, six = tmp_path / "three.json", tmp_path / "six.json"
-    three.write_text(json.dumps(SECTION))
-    six.write_text(json.dumps({**SECTION, "digests": ALL_DIGESTS}))
-    assert load(CONFIGS / "tiny.yaml", [], six).image_names() == load(CONFIGS / "tiny.yaml", [], three).image_names()
-    exports = ["export=[{format: gguf, type: q8_0}, {format: compressed-tensors, type: fp8}]"]
+def test_a_section_of_images_may_have_more_than_a_run_needs_and_must_not_have_less():
+    three = {"images": SECTION}
+    six = {"images": {**SECTION, "digests": ALL_DIGESTS}}
+    tiny = CONFIGS / "tiny.yaml"
+    assert load_config(tiny, six).image_names() == load_config(tiny, three).image_names()
+    exports = {"export": [{"format": "gguf", "type": "q8_0"}, {"format": "compressed-tensors", "type": "fp8"}]}
     needed = image_names.names("registry.example.com/team", "7", ALL_DIGESTS, optional=image_names.OPTIONAL[1:])
-    assert load(CONFIGS / "tiny.yaml", exports, six).image_names() == needed
+    assert load_config(tiny, exports | six).image_names() == needed
     command = "ptl images digests --with export-gguf --with export-compressed-tensors"
     named = f"images.digests has none of export-gguf, export-compressed-tensors: take what `{command}` prints"
     with pytest.raises(InputError, match=re.escape(named)):
-        load(CONFIGS / "tiny.yaml", exports, three)
+        load_config(tiny, exports | three)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +156,6 @@ def test_every_image_has_a_target_of_its_name_and_may_have_a_digest_in_a_config(
 def test_compiled_pipeline_names_exactly_these_images(tmp_path):
     yaml = pytest.importorskip("yaml")
     pipeline = pytest.importorskip("pipelines.prune_tune_loop.pipeline")
-    from ptl.config.run import load_config
 
     config = CONFIGS / "tiny.yaml"
     for overrides, wanted in (
@@ -459,11 +456,10 @@ esac
 """
 
 
-def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker, tmp_path):
+def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker):
     from typer.testing import CliRunner
 
     from ptl.cli.app import app
-    from ptl.cli.configs import load
 
     text = KNOWS
     for name, digest in (*DIGESTS.items(), ("gguf", ALL_DIGESTS["export-gguf"])):
@@ -476,8 +472,7 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker, t
     assert json.loads(answer.stdout) == {**SECTION, "digests": more}
     answer = CliRunner().invoke(app, command)
     assert json.loads(answer.stdout) == SECTION
-    (tmp_path / "images.json").write_text(answer.stdout)
-    config = load(CONFIGS / "onprem.yaml", ["seed=3"], tmp_path / "images.json")
+    config = load_config(CONFIGS / "onprem.yaml", pairs("--set", ["seed=3", f"images={answer.stdout}"]))
     assert config.images.model_dump() == SECTION and config.seed == 3
     # Built, and neither pushed nor pulled.
     with pytest.raises(InputError, match=re.escape("no digest of registry.example.com/team/ptl-prune:8; push it")):
@@ -486,27 +481,6 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker, t
         InputError, match=re.escape("ptl-export-compressed-tensors:7; push it first (`ptl images push --w")
     ):
         images.digests("registry.example.com/team", "7", ["export-gguf", "export-compressed-tensors"])
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [("", "has no digests"), ("{tag: x}", "has no digests"), ("{digests: {prune: x}}", "digests.prune: 'x'")],
-    ids=["empty", "tag", "digest"],
-)
-def test_a_wrong_file_of_images_is_named(tmp_path, text, named):
-    from ptl.cli.configs import load
-
-    (tmp_path / "images.json").write_text(text)
-    with pytest.raises(InputError, match=re.escape(named)) as caught:
-        load(CONFIGS / "tiny.yaml", [], tmp_path / "images.json")
-    assert "images.json" in str(caught.value)
-
-
-def test_a_missing_file_of_images_is_named():
-    from ptl.cli.configs import load
-
-    with pytest.raises(InputError, match=re.escape("--images: no file none.json; make it")):
-        load(CONFIGS / "tiny.yaml", [], Path("none.json"))
 
 
 def test_no_engine_and_no_docker_say_what_to_do(stub_docker, monkeypatch):
@@ -633,7 +607,6 @@ def compiled_claim(folder):
     """Where the compiled pipeline mounts storage.cache_claim for evaluate, and the variables of that step."""
     yaml = pytest.importorskip("yaml")
     pipeline = pytest.importorskip("pipelines.prune_tune_loop.pipeline")
-    from ptl.config.run import load_config
 
     config = load_config(CONFIGS / "tiny.yaml", {"storage.cache_claim": "claim"})
     pipeline.compile_pipeline(config, folder / "pipeline.yaml")

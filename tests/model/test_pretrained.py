@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import build, save
 
-from ptl.config.recover import DataSource, Distil, TrainingData
+from ptl.config.recover import DataSource, RecoverStage, TrainingData
 from ptl.config.run import Calibration, load_config
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
@@ -82,7 +82,7 @@ def test_every_command_refuses(own_code, plain, tmp_path):
     calibration = Calibration(data=DataSource(source="x.jsonl", format="text"), max_length=32)
     ways = [
         lambda: prune_checkpoint(own_code, tmp_path / "a", Prune(), calibration, unit="neurons", goal=20_000, seed=0),
-        lambda: load_teacher(plain, Distil(teacher=str(own_code)), job(tmp_path)),
+        lambda: load_teacher(plain, RecoverStage(method="distil", teacher=str(own_code)), job(tmp_path)),
     ]
     ways += [lambda: evaluate_checkpoint(own_code, tmp_path / "b", settings.evaluate, seed=0)]
     if "own" in (own_code / "config.json").read_text():

@@ -10,7 +10,6 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_models import batches, build_multimodal, logits, save
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
@@ -124,11 +123,6 @@ def test_weights_in_mistrals_own_format_are_not_downloaded(tmp_path, monkeypatch
     files = ["config.json", "consolidated.safetensors", "model-00001-of-00010.safetensors", "tekken.json"]
     patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
     assert list(filter_repo_objects(files, **patterns)) == [files[0], *files[2:]]
-
-
-def test_classes_are_those_of_transformers():
-    for model_type, name in text_tower.CLASSES.items():
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == name
 
 
 @pytest.mark.parametrize(

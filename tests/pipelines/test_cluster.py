@@ -270,7 +270,6 @@ def test_newer_backends_have_a_security_context(version, tmp_path):
         ({"storage.s3_secret": "Not A Name"}, "storage.s3_secret: 'Not A Name'"),
         ({"storage.s3_secret": "dots.are.no-label"}, "storage.s3_secret: 'dots.are.no-label'"),
         ({"storage.s3_secret": "ptl"}, "'ptl' names two things of different kinds"),
-        ({"storage.cache_claim": "shm"}, "'shm' is the name of a volume that each step's pod has already"),
         ({"resources.kfp": "2.13"}, "resources.kfp: '2.13'"),
     ],
 )

@@ -1,12 +1,10 @@
 """The forecast: sizes from the config alone, the known FLOP rules, and warnings where a run cannot fit."""
 
-import io
 import json
 import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ptl.config.dag import nodes
@@ -87,7 +85,7 @@ def warnings(settings, *arguments):
 
 def test_what_cannot_fit_is_said_with_a_remedy(large):
     (warning,) = warnings(config(large), "h100", 1)
-    assert warning.startswith("recover-1, recover-2, recover-3, recover-4 and control-recover: about 107 to 127 GiB")
+    assert warning.startswith("recover-1, recover-2, recover-3, recover-4 and control-recover: up to 127 GiB")
     assert warning.endswith(": 2 GPUs with recover.sharding: fsdp, or recover.lora")
     roomy = [{"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 32}]
     assert warnings(config(large, recover=roomy), "h100", 8) == []
@@ -166,8 +164,6 @@ def test_pruning_holds_a_layer_on_the_gpu_and_taylors_hidden_states_beside_it(la
     assert taylor.memory == paper.memory < 2 * shape_of(str(large)).params  # bytes: less than the weights
     assert paper.note == "" and taylor.note == "8.5 GiB of host memory"
     assert first_prune(prune={"target": "layers"}).note == ""  # their scores need no gradients
-    answering = first_prune(**{"calibration.answers": "self"})
-    assert answering.memory > 2 * shape_of(str(large)).params
 
 
 def test_more_gpus_and_faster_ones_take_less_time(large):
@@ -214,44 +210,6 @@ def test_every_step_of_the_dag_that_computes_is_forecast(large, changes):
     assert len(told.steps) == len(computing) and {step.step for step in told.steps} == computing
 
 
-def hours_of(told):
-    """Hours by step, and the sum of those named."""
-    hours = {step.step: step.hours for step in told.steps}
-    return hours, lambda *names: sum(hours[name] for name in names)
-
-
-def test_with_the_gate_off_only_the_last_evaluation_is_waited_for(large):
-    told = forecast(config(large), "h100", 1)
-    hours, total = hours_of(told)
-    trained = [f"{stage}-{i}" for i in (2, 3, 4) for stage in ("prune", "recover")]
-    path = ("prune-1", "recover-1", *trained, "evaluate-4")
-    assert told.critical_hours == pytest.approx(total(*path))
-    assert told.hours == pytest.approx(sum(hours.values())) and told.critical_hours < 0.6 * told.hours
-
-
-def test_with_the_gate_each_iteration_waits_for_its_verdict(large):
-    told = forecast(config(large, **{"gate.enabled": True}), "h100", 1)
-    hours, total = hours_of(told)
-    arm = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in ("prune", "recover", "evaluate")]
-    assert hours["evaluate-0"] < total("prune-1", "recover-1")  # beside which the dense model is scored
-    assert told.critical_hours == pytest.approx(total(*arm))
-
-
-def test_an_equal_control_beside_the_loop_costs_gpus_and_no_time(large):
-    """With one iteration both arms are the same work."""
-    once = {"schedule.iterations": 1}
-    told, without = (forecast(config(large, control=control, **once), "h100", 8) for control in (True, False))
-    assert told.critical_hours == pytest.approx(without.critical_hours)
-    assert told.hours > 1.5 * without.hours
-
-
-def test_a_control_after_the_loop_adds_its_hours(large):
-    changes = {"gate.enabled": True, "resources.control": "after"}
-    told = forecast(config(large, **changes), "h100", 8)
-    hours, _ = hours_of(told)
-    assert told.critical_hours == pytest.approx(told.hours - hours["evaluate-0"])  # the rest is in turn
-
-
 def test_gpu_hours_are_of_all_gpus_that_a_step_holds(large):
     given = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
     told = forecast(config(large, **given))
@@ -271,13 +229,10 @@ def test_an_evaluation_with_fewer_processes_than_gpus_takes_longer(large):
     assert hours[2] == pytest.approx(4 * hours[8], rel=0.02) and hours[None] == hours[8]
 
 
-def test_the_table_gives_both_times_and_fits_into_a_pipe(large):
+def test_the_table_fits_into_a_pipe(large):
     told = forecast(config(large, **NODES, recover=[LONG]), num_nodes=4)
-    console = Console(width=140, file=io.StringIO())
-    console.print(table(told))
-    printed = console.file.getvalue()
-    work, wall_clock = duration(3600 * told.hours), duration(3600 * told.critical_hours)
-    title = f"{work} of work ({decimal_hours(told.gpu_hours)} GPU-hours), {wall_clock} from start to end"
+    printed = table(told)
+    title = f"{duration(3600 * told.hours)} of work, {decimal_hours(told.gpu_hours)} GPU-hours"
     assert "8,030,261,248 parameters on 4 nodes of 8 x h100" in printed and title in " ".join(printed.split())
     (row,) = [line for line in printed.splitlines() if line.startswith("│ recover-1")]
     step = recovery_of(told)
@@ -297,7 +252,7 @@ def recovery_of(told):
 def test_nodes_come_from_the_config_or_the_command_line(large):
     asked = config(large, **NODES, **{"resources.steps": {"recover": {"nodes": 4}}}, recover=[LONG])
     told = forecast(asked)
-    assert (told.assumed.nodes, told.count) == (4, 8)
+    assert (told.assumed.nodes, told.assumed.gpus["recover"]) == (4, 8)
     held = {step.step: (step.gpus, step.nodes) for step in told.steps}
     assert (held["recover-1"], held["prune-1"], held["evaluate-0"]) == ((8, 4), (1, 1), (8, 1))
     assert recovery_of(told).gpu_hours == pytest.approx(32 * recovery_of(told).hours)
@@ -305,14 +260,6 @@ def test_nodes_come_from_the_config_or_the_command_line(large):
     assert recovery_of(forecast(asked, count=4)).gpus == 4
     one, four = (recovery_of(forecast(asked, num_nodes=nodes)) for nodes in (1, 4))
     assert four.hours == pytest.approx(one.hours / 4) and four.gpu_hours == pytest.approx(one.gpu_hours)
-
-
-def test_a_batch_that_nodes_cannot_divide_is_said_before_it_fails(large):
-    settings = config(large, **NODES, recover=[LONG | {"accumulation": 2}])
-    (warning,) = warnings(settings, "h100", None, 16)
-    assert "recover.batch_size=64 is no multiple of accumulation=2 times the 128 training processes" in warning
-    assert warning.endswith("set recover.batch_size=256")
-    assert warnings(settings, "h100", None, 4) == []
 
 
 # Qwen3-30B-A3B, as its config.json says it

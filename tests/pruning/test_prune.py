@@ -2,22 +2,17 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from tiny_models import batches, build, logits, save, word_calibration
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
 from ptl.config.schedule import EXPERT_CRITERIA, Prune
-from ptl.data import own_answers
-from ptl.data.own_answers import final_answer
-from ptl.data.sequences import padded
-from ptl.data.sources import read_rows
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError
 from ptl.model import checkpoint
 from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, resolve_multiple, width_for
 from ptl.model.families import FAMILIES
@@ -159,62 +154,6 @@ def test_a_bfloat16_checkpoint_stays_one(calibration, tmp_path):
     source = save(build("llama").bfloat16(), tmp_path / "half", "8KB")
     cut(source, calibration, tmp_path / "cut")
     assert {entry.dtype for entry in checkpoint.contents(tmp_path / "cut").values()} == {"BF16"}
-
-
-# ---- the model's own answers
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("3+4=7\n#### 7", "7"),
-        ("#### 1\n#### 1,234", "1234"),
-        (r"so \boxed{\frac{1}{2}} holds", r"\frac{1}{2}"),
-        ("it is 4, then -2.5.", "-2.5"),
-        ("no idea", ""),
-    ],
-)
-def test_what_a_text_concludes(text, answer):
-    assert final_answer(text) == answer
-
-
-def test_only_correct_answers_are_kept(tmp_path):
-    """On the tiny reasoner: its own answers to prompts of the training data, some of which are given wrongly."""
-    folder = Path("examples/tiny_reasoner/checkpoint")
-    data = DataSource(source="examples/tiny_reasoner/train.jsonl.gz", prompt="{question}\n", completion="{answer}")
-    rows = read_rows(data)[:24]
-    for number, row in enumerate(rows):
-        if number % 2:
-            row["answer"] = row["answer"].rsplit("####", 1)[0] + "#### 123456"
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = Calibration(
-        data=data.model_copy(update={"source": str(tmp_path / "rows.jsonl")}),
-        num_sequences=30,
-        batch_size=10,
-        answers="self",
-        max_length=200,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = own_answers.own_answers(folder, settings, tokenizer, seed=0)
-    assert 10 <= len(found) <= 12
-    texts = [tokenizer.decode(tokens.ids) for tokens in found]
-    assert all("####" in text and "123456" not in text for text in texts)
-    assert all(tokens.ids[-1] == tokenizer.eos_token_id for tokens in found)
-    batch = padded(found, 5)[0]
-    prompts = sum(tokens.prompt for tokens in sorted(found, key=lambda tokens: len(tokens.ids))[:5])
-    assert (batch["labels"] != -100).sum() + prompts == batch["attention_mask"].sum() and prompts > 5
-    assert batch["input_ids"].shape == batch["attention_mask"].shape and batch["attention_mask"].sum(dim=1).min() > 10
-
-
-def test_no_correct_answer_is_an_error(source, calibration, tmp_path):
-    rows = [{"prompt": "w5 w6", "completion": "w7"}]
-    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]))
-    data = DataSource(source=str(tmp_path / "p.jsonl"))
-    settings = calibration.model_copy(update={"data": data, "answers": "self"})
-    with pytest.raises(WorkError, match="none of the model's own answers to 1 prompts was correct"):
-        cut(source, settings, tmp_path / "cut")
-    with pytest.raises(InputError, match=r"calibration.answers: `self` needs prompts"):
-        cut(source, calibration.model_copy(update={"answers": "self"}), tmp_path / "cut")
 
 
 def test_the_report_is_plain_data(source, calibration, tmp_path):

@@ -8,13 +8,13 @@ import torch
 from recovering import DATA, DENSE, cut, recover, weights
 from safetensors.torch import save_file
 
-from ptl.config.recover import Grpo
+from ptl.config.recover import RecoverStage
 from ptl.data.checks import check_rewards
 from ptl.errors import InputError, WorkError
 from ptl.recovery import grpo
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.training import learning_rate_curve
-from ptl.storage.training_files import COMPLETE
+from ptl.storage.local_files import COMPLETE
 
 REWARDS = [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]
 STAGE = {
@@ -74,7 +74,9 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_weights(small, trained, 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
 def test_the_warm_up_leaves_no_step_without_training(steps):
-    curve = learning_rate_curve(Grpo(), StageBudget(None, (), 2, True, 0, (1, 2)), steps, carried=False)
+    curve = learning_rate_curve(
+        RecoverStage(method="grpo"), StageBudget(None, (), 2, True, 0, (1, 2)), steps, carried=False
+    )
     factors = [curve(step) for step in range(steps)]
     assert min(factors) > 0 and factors[steps // 2 :] == [1.0] * (steps - steps // 2)
     assert factors == sorted(factors)
@@ -108,7 +110,7 @@ def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, 
 
     tokenizer = AutoTokenizer.from_pretrained(small)
     positions = 256
-    stage = Grpo(**STAGE | {"steps": 6})
+    stage = RecoverStage(**STAGE | {"steps": 6})
     first, second = (grpo.prompts(stage, job(tmp_path, index, (1, 2)), tokenizer, positions) for index in (1, 2))
     assert (len(first), len(second)) == (2 * 16 // 4, 4 * 16 // 4)  # the control has the six steps at once
     assert [row["prompt"] for row in grpo.prompts(stage, job(tmp_path), tokenizer, positions)] == [
@@ -117,7 +119,7 @@ def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, 
     assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
     assert all(row["prompt"].endswith("?\n") and "####" in row["reference_0"] for row in first)
     with pytest.raises(InputError, match="an answer of 300 tokens"):
-        grpo.prompts(Grpo(**STAGE | {"max_completion_length": 300}), job(tmp_path), tokenizer, positions)
+        grpo.prompts(RecoverStage(**STAGE | {"max_completion_length": 300}), job(tmp_path), tokenizer, positions)
 
 
 @pytest.mark.slow
@@ -135,7 +137,7 @@ def test_prompts_need_no_completion(small, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"problem": "One plus one?", "solution": "2"}\n')
     prompts = {"source": str(path), "prompt": "{problem}"}
-    stage = Grpo(**STAGE | {"prompts": prompts, "rewards": [{"name": "math", "answer": "{solution}"}]})
+    stage = RecoverStage(**STAGE | {"prompts": prompts, "rewards": [{"name": "math", "answer": "{solution}"}]})
     positions = 256
     found = grpo.prompts(stage, job(tmp_path), AutoTokenizer.from_pretrained(small), positions)
     assert found[0] == {"prompt": "One plus one?", "reference_0": "2"} and len(found) == 16
@@ -145,7 +147,7 @@ def test_steps_are_shared_out_and_none_is_an_error(small, tmp_path):
     parts = [StageBudget(None, (), i, i == 3, 0, (1, 2, 4)).part(60) for i in (1, 2, 3)]
     assert parts == [(0, 8), (8, 17), (25, 35)] and StageBudget(None, (), 1, True, 0).part(60) == (0, 60)
     with pytest.raises(InputError, match="6 steps over 4 iterations leave none for iteration 1"):
-        grpo.prompts(Grpo(**STAGE | {"steps": 6}), job(tmp_path, 1, (1, 2, 4, 8)), None, None)
+        grpo.prompts(RecoverStage(**STAGE | {"steps": 6}), job(tmp_path, 1, (1, 2, 4, 8)), None, None)
 
 
 def test_a_reward_without_its_column_is_refused(small, tmp_path):
@@ -158,17 +160,19 @@ def test_prompts_and_rewards_are_checked_before_a_run(tmp_path):
     path.write_text('{"problem": "One plus one?", "solution": "2"}\n')
     prompts = {"source": str(path), "prompt": "{problem}"}
     right = [{"name": "math", "answer": "{solution}"}]
-    check_rewards([Grpo(prompts=prompts, rewards=right)], DATA)
-    check_rewards([Grpo(rewards=[{"name": "math", "answer": "{answer}"}])], DATA)  # the training data's prompts
+    check_rewards([RecoverStage(method="grpo", prompts=prompts, rewards=right)], DATA)
+    check_rewards(
+        [RecoverStage(method="grpo", rewards=[{"name": "math", "answer": "{answer}"}])], DATA
+    )  # the training data's prompts
     for change, said in (
         ({"prompts": prompts}, "lacks 'answer'"),
         ({"prompts": prompts | {"prompt": "{question}"}, "rewards": right}, "lacks 'question'"),
         ({"prompts": {"source": "none.jsonl"}}, r"no file none\.jsonl"),
     ):
         with pytest.raises(InputError, match=said):
-            check_rewards([Grpo(**change)], DATA)
+            check_rewards([RecoverStage(method="grpo", **change)], DATA)
     with pytest.raises(ValueError, match="no regular expression"):
-        Grpo(rewards=[*right, {"name": "format", "pattern": "("}])
+        RecoverStage(method="grpo", rewards=[*right, {"name": "format", "pattern": "("}])
 
 
 def test_the_source_keeps_its_generation_config(small, trained):

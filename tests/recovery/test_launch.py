@@ -8,7 +8,7 @@ import torch
 from conftest import free_port
 from recovering import DENSE, ROOT, cut, recover, weights
 
-from ptl.config.recover import Cpt
+from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.recovery import launch
 from ptl.recovery.machines import Machines
@@ -213,8 +213,13 @@ def test_a_machine_that_stands_for_all_has_their_processes(monkeypatch):
     node = Machines(2, 1, "node-0", 29500)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert (
-        counts(Cpt(), Machines()) == (1, 1) and counts(Cpt(), Machines(2)) == (2, 2) and counts(Cpt(), node) == (1, 2)
+        counts(RecoverStage(), Machines()) == (1, 1)
+        and counts(RecoverStage(), Machines(2)) == (2, 2)
+        and counts(RecoverStage(), node) == (1, 2)
     )
-    assert counts(Cpt(processes=3), Machines(2)) == (6, 6) and counts(Cpt(processes=3), node) == (3, 6)
+    assert counts(RecoverStage(processes=3), Machines(2)) == (6, 6) and counts(RecoverStage(processes=3), node) == (
+        3,
+        6,
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert counts(Cpt(), Machines(2)) == (4, 4) and counts(Cpt(), node) == (4, 8)
+    assert counts(RecoverStage(), Machines(2)) == (4, 4) and counts(RecoverStage(), node) == (4, 8)

@@ -17,7 +17,7 @@ import torch
 from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
 from transformers import AutoTokenizer
 
-from ptl.config.recover import Cpt, Recovery, TrainingData
+from ptl.config.recover import RecoverStage, Recovery, TrainingData
 from ptl.data.sequences import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.model import checkpoint
@@ -25,7 +25,7 @@ from ptl.recovery import sft, training
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import RECOVERIES, budgets_before
 from ptl.recovery.training import learning_rate_curve, optimizer_for
-from ptl.storage.training_files import COMPLETE, last_complete
+from ptl.storage.local_files import COMPLETE, last_complete
 
 CPT = {"method": "cpt"}
 
@@ -180,7 +180,7 @@ def test_the_optimizer_state_is_carried_through_pruning(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(second).float()
-    optimizer = optimizer_for(model, Cpt(), second / checkpoint.STATE)
+    optimizer = optimizer_for(model, RecoverStage(), second / checkpoint.STATE)
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         assert torch.equal(state["exp_avg"], after[f"exp_avg.{name}"]) and state["step"] == before["step"]
@@ -202,7 +202,7 @@ def test_the_optimizer_state_is_written_only_where_it_is_continued(small, tmp_pa
 
 def curve(iteration=1, weights=(1,), *, carried=False, steps=100, **settings):
     budget = StageBudget(1, (), iteration, iteration == len(weights), 0, weights)
-    factor = learning_rate_curve(Cpt(**settings), budget, steps, carried)
+    factor = learning_rate_curve(RecoverStage(**settings), budget, steps, carried)
     return [factor(step) for step in range(steps)]
 
 
@@ -380,8 +380,8 @@ def test_budgets_add_up_and_follow_each_other():
         ([{"share": 0.6}, {"share": 0.6}], "add up to 1.2"),
         ([{"share": 0.6}], "must add up to 1"),
         ([{"share": 1.0}, {}], "leaves nothing"),
-        ([{"method": "magic"}], "must be cpt, distil or grpo"),
-        ([{"method": "distil", "packing": True, "loss": "all"}], "unknown field of distil|Extra inputs"),
+        ([{"method": "magic"}], "Input should be 'cpt', 'distil' or 'grpo'"),
+        ([{"method": "distil", "packing": True, "loss": "all"}], "packing is no field of distil but of cpt"),
         ([{"method": "grpo", "batch_size": 9}], "multiple of num_generations"),
         ([{"method": "grpo", "rewards": [{"name": "format"}]}], "verifies the answer"),
     ],

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import json
 import random
 import re
@@ -10,10 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from run_records import DENSE, RUN, arm_records, curve, items, limits, record_of, reject, scores
+from run_records import DENSE, RUN, arm_records, items, limits, record_of, reject, scores
 
-from ptl.cli import results
-from ptl.errors import InputError
 from ptl.report import build as building
 from ptl.report import tables
 from ptl.report.build import build
@@ -86,8 +83,7 @@ def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
     assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
     assert "one-shot pruning reached 90.0 %." in text
     for part in ("127,872", "96.0 to 100.0", "1,600,000", "tiny_retention",
-                 "Training loss", "control-recover", "0.0003", "2.13.0", "Seed",
-                 "Speed compared with the dense model",
+                 "control-recover", "0.0003", "2.13.0", "Seed",
                  "Prefill, batch 1", "1.00 times as fast", "divided by the 64 (dense) and 50 (final)",
                  "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 times as fast Solved problem (ms)"):  # fmt: skip
         assert part in text, part
@@ -95,14 +91,14 @@ def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
 
 
 def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
-    records["import-model"]["metadata"]["model"] = NASTY
+    records["import-model"].metadata["model"] = NASTY
     settings["name"] = NASTY
     for record in records.values():
-        for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
+        for task in record.metadata.get("scores", {}).get("tasks", [])[:1]:
             task["task"] = NASTY
-        for item in record["metadata"].get("items", []):
+        for item in record.metadata.get("items", []):
             item["prompt"] = item["task"] = NASTY
-    records["evaluate-1"]["metadata"]["verdict"]["reason"] = NASTY
+    records["evaluate-1"].metadata["verdict"]["reason"] = NASTY
     written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
@@ -134,9 +130,8 @@ def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
     arms = [(row["arm"], row["iteration"]) for row in result["rows"]]
     assert arms == [("loop", i) for i in range(5)] + [("control", 1)]
     assert result["final"]["params"] == 127_872 and result["final"]["share_removed"] == pytest.approx(0.4, abs=1e-4)
-    assert result["final"]["digest"] == records["recover-4"]["pointer"]["digest"]
+    assert result["final"]["digest"] == records["recover-4"].pointer.digest
     assert (result["run_id"], result["mlflow_run_id"], result["seed"]) == ("run-1", "f" * 32, 7)
-    assert result["curves"].keys() == {f"recover-{i}" for i in (1, 2, 3, 4)} | {"control-recover"}
     changed = typed.examples
     assert (changed.compared, changed.num_regressions, changed.num_improvements) == (20, 2, 1)
     assert [(item.id, item.after) for item in changed.regressions] == [("2", "7"), ("11", "16")]
@@ -145,15 +140,15 @@ def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
 
 def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     reject(records, 3)
-    accepted = records["evaluate-2"]["pointer"]
+    accepted = dataclasses.asdict(records["evaluate-2"].pointer)
     gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "the loop ended in iteration 3: no smaller step left"}
-    records["evaluate-3"]["metadata"]["accepted"] = accepted | {"gate": gate}
+    records["evaluate-3"].metadata["accepted"] = accepted | {"gate": gate}
     for step in ("prune-4", "recover-4", "evaluate-4"):  # the loop had stopped: they leave no record
         del records[step]
     result = written(records, settings, tmp_path)
     assert [row.verdict for row in result.rows] == ["baseline", "accepted", "accepted", "rejected", "control"]
     # What was scored, not what the loop continues with.
-    assert result.rows[3].digest == records["recover-3"]["pointer"]["digest"]
+    assert result.rows[3].digest == records["recover-3"].pointer.digest
     assert result.final.digest == accepted["digest"] and result.final_row.iteration == 2
     assert [step.step for step in result.not_needed] == ["prune-4", "recover-4", "evaluate-4"]
     reason = "the loop ended in iteration 3: no smaller step left"
@@ -177,7 +172,7 @@ def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictur
 
 
 def test_a_better_control_is_not_hidden(records, settings):
-    records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.99, 122)
+    records["control-evaluate"].metadata["scores"] = scores(127_872, 0.99, 122)
     result = build(records, settings, **RUN)
     assert headline(result).endswith("; one-shot pruning reached 99.0 %.")  # without items nothing is tested
     pair = result.pair("dense")
@@ -193,25 +188,23 @@ def test_a_better_control_is_not_hidden(records, settings):
         assert is_better == ("ptl fetch run-1 DIR --arm control" in dict(checks(other))["Control"])
 
 
-def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_path):
+def test_a_run_without_control_items_and_speed(records, settings, tmp_path):
     few = {step: record for step, record in records.items() if "control" not in step}
     for record in few.values():
-        record["metadata"].pop("items", None)
-        record["metadata"].pop("curve", None)
-        record["metadata"]["speed"] = {}
-        if "scores" in record["metadata"]:
-            record["metadata"]["scores"] |= {"speed": [], "tasks": record["metadata"]["scores"]["tasks"][:1]}
+        record.metadata.pop("items", None)
+        record.metadata["speed"] = {}
+        if "scores" in record.metadata:
+            record.metadata["scores"] |= {"speed": [], "tasks": record.metadata["scores"]["tasks"][:1]}
     settings["evaluate"]["tasks"] = settings["evaluate"]["tasks"][:1]
     result = written(few, settings, tmp_path)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text)
     assert result.examples is None and "Answers that changed" not in text
-    assert "Speed compared" not in text
     assert headline(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
 
 
 def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_path, no_pictures):
-    records["evaluate-0"]["metadata"]["items"] = items({0, 1, 2})
-    records["evaluate-4"]["metadata"]["items"] = items(set(range(3, 20)))
+    records["evaluate-0"].metadata["items"] = items({0, 1, 2})
+    records["evaluate-4"].metadata["items"] = items(set(range(3, 20)))
     written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Regressions: 17<" in html and "Improvements: 3<" in html
@@ -221,34 +214,15 @@ def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_
 
 
 def test_changed_answers_are_side_by_side(records, settings, tmp_path, no_pictures):
-    before = records["evaluate-0"]["metadata"]["items"][11]
-    after = records["evaluate-4"]["metadata"]["items"][11]
+    before = records["evaluate-0"].metadata["items"][11]
+    after = records["evaluate-4"].metadata["items"][11]
     before.update(answer="1+1=2\n2+2=4\n#### 4", target="4")
     after.update(answer="1+1=2\n2+2=5\n5 is <b>five</b>", truncated=True)
     written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
-    assert 'Dense: right</p><pre><span class="soft">1+1=2</span>\n2+2=4\n#### 4</pre>' in html
-    answer = '<span class="soft">1+1=2</span>\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>'
-    assert f"Final: wrong, hit the token limit</p><pre>{answer}" in html
+    assert "Dense: right</p><pre>1+1=2\n2+2=4\n#### 4</pre>" in html
+    assert "Final: wrong, hit the token limit</p><pre>1+1=2\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>" in html
     assert "Dense: wrong 8 Final: right 7" in words(html)
-    row = "item 11 | 11 + 4 = | 4 | 1+1=2 2+2=4 #### 4 | 1+1=2 2+2=5 5 is &lt;b>five&lt;/b> (token limit) |"
-    assert row in (tmp_path / "report.md").read_text()
-
-
-def test_the_first_examples_are_of_every_task(records, settings):
-    second = [dict(item, task="tiny_retention") for item in items({5})]
-    records["evaluate-0"]["metadata"]["items"] = items(set()) + [dict(item, correct=1) for item in second]
-    records["evaluate-4"]["metadata"]["items"] = items(set(range(9))) + second
-    changed = [(item.task, item.id) for item in build(records, settings).examples.regressions]
-    assert changed[:3] == [("tiny_reasoner", "0"), ("tiny_retention", "5"), ("tiny_reasoner", "1")]
-
-
-def test_a_result_of_another_version_is_named(records, settings, tmp_path):
-    result = build(records, settings).model_dump(mode="json")
-    del result["examples"]["regressions"]
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match=r"or another version's .examples\.regressions: Field required"):
-        results._write_report(str(tmp_path / "result.json"), tmp_path / "pages")
 
 
 def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):
@@ -259,11 +233,8 @@ def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypat
 
 
 def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings, tmp_path, no_pictures):
-    chain = ["import-model", "prune-1", "recover-1", "prune-2", "recover-2"]
-    for parent, child in itertools.pairwise(chain):
-        records[child]["pointer"]["parent_digest"] = records[parent]["pointer"]["digest"]
-    records["prune-1"]["metadata"]["removed_layers"] = [1]
-    records["prune-2"]["metadata"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
+    records["prune-1"].metadata["removed_layers"] = [1]
+    records["prune-2"].metadata["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
     result = written(records, settings, tmp_path)
     assert [row.removed_layers for row in result.rows] == [[], [1], [2], [], [], []]
     assert "| 2 | 4 layers (FFN width 170; removed layers 2) | 98.6 %" in (tmp_path / "report.md").read_text()
@@ -271,9 +242,9 @@ def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings,
 
 def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, settings, tmp_path, no_pictures):
     for record in records.values():
-        if "scores" in record["metadata"]:
-            params = record["metadata"]["scores"]["params"]
-            record["metadata"]["scores"] |= {"experts": params // 10_000, "active_params": params - 100_000}
+        if "scores" in record.metadata:
+            params = record.metadata["scores"]["params"]
+            record.metadata["scores"] |= {"experts": params // 10_000, "active_params": params - 100_000}
     render(build(records, settings), tmp_path)
     page, text = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     assert "4 (final) 127,872 27,872 active" in words(page) and "127,872 (27,872 active)" in text
@@ -281,44 +252,25 @@ def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, setti
     assert "| dense | 4 layers (FFN width 256; 21 experts) |" in text
 
 
-def test_a_curve_of_one_point_is_drawn(records, settings):
-    from ptl.report.plots import draw
-
-    for name, record in records.items():
-        if record["metadata"]["stage"] == "recover":
-            record["metadata"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
-    svg = draw(build(records, settings))["loss"]
-    assert re.search(r"<use[^>]*var\(--loop\)", svg)  # a mark: a line of one point has no length
-    records["recover-1"]["metadata"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
-    assert not re.search(r"<use[^>]*var\(--loop\)", draw(build(records, settings))["loss"])
-
-
 def test_rows_that_were_left_out_are_said(records, settings):
     assert "Decontamination" not in dict(checks(build(records, settings)))
     for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
         counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": [],
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
-        records[name]["metadata"] |= counts
+        records[name].metadata.update(counts)
     sentence = "12 of 2,000 training rows were left out: they share text with a benchmark. "
     sentence += "7 of 500 benchmark items have too few words of their own to be found inside a row."
     assert dict(checks(build(records, settings)))["Decontamination"] == sentence
-    records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
+    records["recover-2"].metadata["not_compared"] = ["wikitext"]
     sentence += " Training rows were not compared with wikitext, whose items are not known."
     assert dict(checks(build(records, settings)))["Decontamination"] == sentence
 
 
 def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
-    records["evaluate-4"]["metadata"]["speed"] = {"reason": "the GPU does not hold both"}
+    records["evaluate-4"].metadata["speed"] = {"reason": "the GPU does not hold both"}
     result = written(records, settings, tmp_path)
     assert "Speed was not measured: the GPU does not hold both." in limits(result)
     assert "per solved problem" not in (tmp_path / "report.html").read_text()
-
-
-def test_numbers_on_the_axes_keep_their_digits():
-    from ptl.report.plots import inline
-
-    svg = inline('<svg viewBox="0 0 9 9"><path d="M 1.2345 6.789"/><text>1.025</text></svg>', "speed")
-    assert svg.endswith('<path d="M 1.2 6.7"/><text>1.025</text></svg>')
 
 
 def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_pictures):
@@ -330,7 +282,7 @@ def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_picture
 
 
 def test_paired_comparisons_from_the_items(records, settings):
-    records["control-evaluate"]["metadata"]["items"] = items({0, 1, 4, 5, 6, 7})
+    records["control-evaluate"].metadata["items"] = items({0, 1, 4, 5, 6, 7})
     result = build(records, settings)
     dense, control = result.pair("dense"), result.pair("control")
     assert (dense.regressions, dense.improvements, dense.difference) == (2, 1, pytest.approx(-0.05))
@@ -350,23 +302,21 @@ def test_a_gate_that_was_off_is_said(records, settings):
 def test_the_pages_say_worse_when_the_final_model_is(records, settings, tmp_path, no_pictures):
     settings["gate"]["enabled"] = False
     for step, wrong in (("evaluate-0", {3}), ("evaluate-4", set(range(18)))):
-        records[step]["metadata"]["items"] = items(wrong)
-        records[step]["metadata"]["scores"] = scores(
-            DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122
-        )
+        records[step].metadata["items"] = items(wrong)
+        records[step].metadata["scores"] = scores(DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122)
     written(records, settings, tmp_path)
     sentence = "Worse than the dense model on 20 items of tiny_reasoner; not tested on tiny_retention."
     for name in ("report.html", "report.md", "README.md"):
         assert sentence in (tmp_path / name).read_text().replace("\\_", "_"), name
-    records["evaluate-4"]["metadata"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
+    records["evaluate-4"].metadata["items"] = items({2, 11})  # 19 and 18 of 20: unclear
     assert overall(build(records, settings)).text.startswith("Cannot be said whether the score fell")
 
 
 def test_a_run_judged_by_perplexity(records, settings, tmp_path):
     """A run may be judged by a metric without intervals, where less is better."""
     for record in records.values():
-        for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
-            worse = 25.0 if record["metadata"]["arm"] == "control" else 20.0 + record["metadata"]["iteration"] / 2
+        for task in record.metadata.get("scores", {}).get("tasks", [])[:1]:
+            worse = 25.0 if record.metadata["arm"] == "control" else 20.0 + record.metadata["iteration"] / 2
             task.update(metric="word_perplexity,none", accuracy=worse, low=None, high=None, higher_is_better=False)
     result = written(records, settings, tmp_path)
     assert headline(result).endswith("took word_perplexity from 20 to 22; one-shot pruning reached 25.")
@@ -374,7 +324,7 @@ def test_a_run_judged_by_perplexity(records, settings, tmp_path):
 
 def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, tmp_path, no_pictures):
     for record in records.values():
-        for task in record["metadata"].get("scores", {}).get("tasks", [])[1:]:
+        for task in record.metadata.get("scores", {}).get("tasks", [])[1:]:
             task.update(task="wikitext", metric="word_perplexity", accuracy=21.53, low=None, high=None)
     written(records, settings, tmp_path)
     assert "4 4 layers FFN width 122 98.0 % (96.0 to 100.0) 21.53" in words((tmp_path / "report.html").read_text())
@@ -382,7 +332,7 @@ def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, 
 
 def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):
     written(records, settings, tmp_path, mlflow_url="http://127.0.0.1:5000/")
-    run = records["prune-1"]["pointer"]["run_id"]
+    run = records["prune-1"].pointer.run_id
     links = Page((tmp_path / "report.html").read_text()).loads
     assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}?workflowType=machine_learning" in links and len(
         links
@@ -408,7 +358,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     rated = ModelCard(card).data.eval_results
     assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
     assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
-    records["import-model"]["metadata"] |= {"model": "org/model-1", "license": "apache-2.0"}
+    records["import-model"].metadata.update({"model": "org/model-1", "license": "apache-2.0"})
     written(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert (data["base_model"], data["license"]) == ("org/model-1", "apache-2.0")
@@ -419,7 +369,6 @@ def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
     long = {"import-model": records["import-model"], "evaluate-0": records["evaluate-0"]}
     for i in range(1, 65):
         made = arm_records(f"-{i}", "loop", i, 213_000 - 1_000 * i, 0.98, 100_000, 250 - i)
-        made[f"recover-{i}"]["curve"] = curve(100_000, 1.2) * 50
         made[f"evaluate-{i}"]["scores"]["widths"] = [250 - i] * 64
         long |= {step: record_of(step, f) for step, f in made.items()}
     written(long, settings, tmp_path)
@@ -439,7 +388,7 @@ def test_the_terminal_table(records, settings, monkeypatch):
 def schedule_of(records: dict, starts: dict[str, float], seconds: float) -> dict:
     """Every step takes `seconds`; it starts at `starts[step]`, counted from the run's first."""
     for step, record in records.items():
-        record["metadata"] |= {"started": 1.76e9 + starts[step], "seconds": seconds, "whole_seconds": seconds}
+        record.metadata.update({"started": 1.76e9 + starts[step], "seconds": seconds, "whole_seconds": seconds})
     return records
 
 
@@ -489,7 +438,7 @@ def test_a_control_that_was_evaluated_did_finish(records, settings):
 def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path, no_pictures):
     result = written(records, settings, tmp_path)
     assert "read the ratio" not in (tmp_path / "report.html").read_text()
-    records["evaluate-4"]["metadata"]["speed"]["beside"] = ["control-recover", "evaluate-3"]
+    records["evaluate-4"].metadata["speed"]["beside"] = ["control-recover", "evaluate-3"]
     result = written(records, settings, tmp_path)
     assert result.speed["beside"] == ["control-recover", "evaluate-3"]
     warning = (
@@ -504,7 +453,11 @@ def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path,
 def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, settings, tmp_path, no_pictures):
     """Both arms run at once: steps overlap, and versions are numbered as they happen to be registered."""
     for iteration, version in ((1, "7"), (2, "3"), (3, "10"), (4, "2")):
-        records[f"evaluate-{iteration}"]["pointer"]["model_version"] = version
+        record = records[f"evaluate-{iteration}"]
+        records[record.step] = dataclasses.replace(
+            record, pointer=dataclasses.replace(record.pointer, model_version=version)
+        )
+        record.metadata["accepted"]["model_version"] = version
     draw = random.Random(5)
     starts = {step: draw.uniform(0, 900) for step in records}
     schedule_of(records, starts, 300.0)
@@ -521,17 +474,17 @@ def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, setting
     assert [step.step for step in result.steps] == expected
     assert [row.step for row in result.rows] == [step for step in expected if "evaluate" in step]
     assert result.final.model_version == "2" and result.final_row.iteration == 4
-    records |= {step: {**record, "metadata": record["metadata"] | {"started": 1.76e9 - starts[step]}}
-                for step, record in records.items()}  # fmt: skip
+    for step, record in records.items():
+        record.metadata["started"] = 1.76e9 - starts[step]
     assert [step.step for step in build(records, settings).steps] == expected
 
 
 def test_a_report_where_only_some_rows_have_an_interval(records, settings, tmp_path):
     """Of a metric that is no accuracy only a row whose items all score 0 or 1 has one."""
     for name, record in records.items():
-        if record["metadata"]["stage"] == "evaluate" and name != "evaluate-4":
-            record["metadata"]["scores"]["tasks"][0] |= {"low": None, "high": None}
-        record["metadata"].pop("items", None)
+        if record.metadata["stage"] == "evaluate" and name != "evaluate-4":
+            record.metadata["scores"]["tasks"][0] |= {"low": None, "high": None}
+        record.metadata.pop("items", None)
     result = written(records, settings, tmp_path)
     assert [row.low is None for row in result.rows].count(False) == 1
     assert "<figure>" in (tmp_path / "report.html").read_text()
@@ -539,6 +492,6 @@ def test_a_report_where_only_some_rows_have_an_interval(records, settings, tmp_p
 
 def test_a_rows_tokens_are_not_taken_for_the_loops(records, settings):
     assert dict(checks(build(records, settings)))["Control"] == "Recovery tokens: loop 3,000,000, control 3,000,000."
-    records["control-recover"]["metadata"]["tokens"] = 2
+    records["control-recover"].metadata["tokens"] = 2
     sentence = "Recovery tokens: loop 3,000,000, control 2."
     assert dict(checks(build(records, settings)))["Control"].startswith(sentence)

@@ -12,7 +12,7 @@ from run_records import scores
 from working import execute, fetch
 
 from ptl import processes
-from ptl.config.recover import DataSource, Distil
+from ptl.config.recover import DataSource, RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
@@ -266,7 +266,7 @@ def test_a_coordinator_takes_over_before_it_starts_nodes(begin, monkeypatch):
 
 def test_a_teacher_s_files_are_part_of_the_key(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    stages = {"recover": (Distil(teacher=str(tmp_path)),)}
+    stages = {"recover": (RecoverStage(method="distil", teacher=str(tmp_path)),)}
     before = key_of("sha256:parent", stages)
     os.utime(tmp_path / "model.safetensors", (1, 1))
     assert key_of("sha256:parent", stages) == before and len(before.files) == 1

@@ -9,9 +9,9 @@ from recovering import DATA, DENSE, cut, recover
 from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
+from ptl.storage.local_files import COMPLETE, last_complete
 from ptl.storage.store import Pointer, Record, digest
 from ptl.storage.training_checkpoints import TrainingCheckpoints
-from ptl.storage.training_files import COMPLETE, last_complete
 
 
 def folder(tmp_path, step):
