@@ -11,4 +11,10 @@ def doctor(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    run(step, experiment, {"settings": settings}, {}, {})
+    run(
+        step,
+        experiment,
+        {},
+        {},
+        settings=settings,
+    )

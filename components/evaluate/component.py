@@ -21,6 +21,16 @@ def evaluate(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values: dict = {"iterations": iterations, "target": target, "seed": seed, "registered_model": registered_model}
-    values |= {"prune": prune, "evaluate": evaluate, "gate": gate}
-    run(step, experiment, values, {"model": model, "fallback": fallback}, {"accepted": accepted, "metrics": metrics})
+    run(
+        step,
+        experiment,
+        {"model": model, "fallback": fallback},
+        {"accepted": accepted, "metrics": metrics},
+        iterations=iterations,
+        target=target,
+        prune=prune,
+        evaluate=evaluate,
+        gate=gate,
+        seed=seed,
+        registered_model=registered_model,
+    )

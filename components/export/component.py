@@ -20,6 +20,15 @@ def export(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values: dict = {"iterations": iterations, "seed": seed}
-    values |= {"export": export, "calibration": calibration, "evaluate": evaluate, "gate": gate}
-    run(step, experiment, values, {"model": model, "dense": dense}, {"out": out, "metrics": metrics})
+    run(
+        step,
+        experiment,
+        {"model": model, "dense": dense},
+        {"out": out, "metrics": metrics},
+        iterations=iterations,
+        export=export,
+        calibration=calibration,
+        evaluate=evaluate,
+        gate=gate,
+        seed=seed,
+    )

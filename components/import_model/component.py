@@ -29,9 +29,27 @@ def import_model(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values: dict = {"run_name": run_name, "earlier_runs": earlier_runs, "model": model, "revision": revision}
-    values |= {"iterations": iterations, "target": target, "cuts": cuts, "recovery_tokens": recovery_tokens}
-    values |= {"tokens": tokens, "seed": seed, "gated": gated}
-    values |= {"goal": goal, "prune": prune, "calibration": calibration, "training": training, "evaluate": evaluate}
-    values |= {"gate": gate, "exports": exports}
-    run(step, experiment, values, {}, {"out": out})
+    run(
+        step,
+        experiment,
+        {},
+        {"out": out},
+        run_name=run_name,
+        earlier_runs=earlier_runs,
+        model=model,
+        revision=revision,
+        iterations=iterations,
+        target=target,
+        goal=goal,
+        cuts=cuts,
+        recovery_tokens=recovery_tokens,
+        tokens=tokens,
+        prune=prune,
+        calibration=calibration,
+        training=training,
+        evaluate=evaluate,
+        gate=gate,
+        seed=seed,
+        gated=gated,
+        exports=exports,
+    )

@@ -18,6 +18,15 @@ def prune(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values: dict = {"iterations": iterations, "target": target, "cuts": cuts, "seed": seed}
-    values |= {"prune": prune, "calibration": calibration}
-    run(step, experiment, values, {"model": model}, {"out": out})
+    run(
+        step,
+        experiment,
+        {"model": model},
+        {"out": out},
+        iterations=iterations,
+        target=target,
+        cuts=cuts,
+        prune=prune,
+        calibration=calibration,
+        seed=seed,
+    )

@@ -18,6 +18,15 @@ def recover(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values: dict = {"iterations": iterations, "recovery_tokens": recovery_tokens, "tokens": tokens, "seed": seed}
-    values |= {"recover": recover, "training": training}
-    run(step, experiment, values, {"model": model}, {"out": out})
+    run(
+        step,
+        experiment,
+        {"model": model},
+        {"out": out},
+        iterations=iterations,
+        recovery_tokens=recovery_tokens,
+        tokens=tokens,
+        recover=recover,
+        training=training,
+        seed=seed,
+    )

@@ -30,8 +30,25 @@ def report(
 ) -> None:
     from ptl.steps.supervisor import run
 
-    values: dict = {"model": model, "revision": revision, "target": target, "recovery_tokens": recovery_tokens}
-    values |= {"seed": seed, "cuts": cuts, "tokens": tokens, "registered_model": registered_model}
-    values |= {"settings": settings, "goal": goal, "prune": prune, "calibration": calibration, "recover": recover}
-    values |= {"training": training, "evaluate": evaluate, "gate": gate}
-    run(step, experiment, values, {"final": final, "control": control}, {"html": html, "markdown": markdown})
+    run(
+        step,
+        experiment,
+        {"final": final, "control": control},
+        {"html": html, "markdown": markdown},
+        settings=settings,
+        model=model,
+        revision=revision,
+        target=target,
+        goal=goal,
+        recovery_tokens=recovery_tokens,
+        seed=seed,
+        cuts=cuts,
+        tokens=tokens,
+        prune=prune,
+        calibration=calibration,
+        recover=recover,
+        training=training,
+        evaluate=evaluate,
+        gate=gate,
+        registered_model=registered_model,
+    )

@@ -49,7 +49,7 @@ class PruneReport:
 
 
 def prune_checkpoint(
-    src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
+    src: Path, dst: Path, prune: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
 ) -> PruneReport:
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or experts; write it to `dst`.
 
@@ -64,10 +64,10 @@ def prune_checkpoint(
     selection = Selection(tuple(range(before.layers)), {})
     sequences = 0
     if goal < before.params:
-        count = _count(unit, before, settings, goal)
-        by_loss = unit == "neurons" and settings.criterion == "taylor"
+        count = _count(unit, before, prune, goal)
+        by_loss = unit == "neurons" and prune.criterion == "taylor"
         model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss))
-        selection = _SELECT[unit](model, before, settings.criterion, count, seed)
+        selection = _SELECT[unit](model, before, prune.criterion, count, seed)
         sequences = model.num_sequences
     write_pruned(src, dst, family, selection)
     # From the files that were written, not calculated
@@ -76,7 +76,7 @@ def prune_checkpoint(
     removed = bool(selection.experts or selection.neurons or removed_layers)
     return PruneReport(
         unit=unit if removed else "nothing",
-        criterion="max" if unit == "layers" else settings.criterion,
+        criterion="max" if unit == "layers" else prune.criterion,
         params_before=before.params,
         params=after.params,
         goal=goal,
@@ -84,7 +84,7 @@ def prune_checkpoint(
         widths=(after.width,) * after.layers,
         experts=after.experts or None,
         removed_layers=tuple(removed_layers),
-        width_multiple=_multiple(before, after, settings),
+        width_multiple=_multiple(before, after, prune),
         sequences=sequences,
         seconds=time.monotonic() - started,
     )

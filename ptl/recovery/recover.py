@@ -115,26 +115,17 @@ def _train_once(
     # not in the checkpoint: the next stage copies all files of its source
     report_file = out.with_name(f"{out.name}.json")
     if not report_file.is_file():
-        report = _stored_result(out, store) or _trained_result(src, out, stage, job, store)
+        report = store.fetch_result(out) if store is not None else None
+        if report is None:
+            report = json.dumps(dataclasses.asdict(_train(src, out, stage, job, store)))
+            if store is not None:
+                report = _handed_on(out, report, job, store)
         local_files.replace(report_file, report.encode())
     return REPORT.validate_json(report_file.read_bytes())
 
 
-def _stored_result(out: Path, store: CheckpointStore | None) -> str | None:
-    return store.fetch_result(out) if store is not None else None
-
-
-def _trained_result(
-    src: Path,
-    out: Path,
-    stage: RecoverStage,
-    job: RecoveryJob,
-    store: CheckpointStore | None,
-) -> str:
-    """Train an earlier stage; what the first machine has written reaches the others by the store."""
-    report = json.dumps(dataclasses.asdict(_train(src, out, stage, job, store)))
-    if store is None:
-        return report
+def _handed_on(out: Path, report: str, job: RecoveryJob, store: CheckpointStore) -> str:
+    """What the first machine has written reaches the others by the store; its report."""
     if job.machines.first:
         store.save_result(out, report)
         return report

@@ -85,6 +85,14 @@ class Call:
             output.path.write_text(pointer.dump())
             output.metadata.update(shown)
 
+    def dump(self) -> Metadata:
+        """The call as a step's process on another machine reads it, which has outputs of its own."""
+        settings = {"step": self.step, "experiment": self.experiment, **self.settings}
+        return {
+            "settings": settings,
+            "inputs": {name: pointer.dump() for name, pointer in self.inputs.items()},
+        }
+
     def section(self, kind: type[S], name: str) -> S:
         """A section of the config among the settings, checked. Raises InputError naming each wrong field."""
         return check(kind, self.settings[name], name)

@@ -11,16 +11,15 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
 from ptl.steps import trainjob
-from ptl.steps.call import Call
 from ptl.steps.kubernetes_api import Cluster, NoAnswerError
-from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodeFailure, NodePod
+from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodePod
 
 POLL = 2.0  # seconds
 LAST_LOG = 10  # seconds for the end of the first node's log
@@ -28,16 +27,21 @@ DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 
 
-def train(call: Call, begin: Callable[[], None]) -> None:
-    """Have the nodes do the step. Raises InputError or WorkError with the failing node's own error.
+def train(step: str, call: Json, begin: Callable[[], None]) -> None:
+    """Have the nodes do the step of this call. Raises InputError or WorkError with the failing node's own error.
 
     `begin` counts an attempt; following the TrainJob of an earlier one is none.
     """
-    step = call.step
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), _for_nodes(call))
+    job = trainjob.complete(
+        os.environ[trainjob.TEMPLATE],
+        name,
+        run,
+        cluster.own_pod(),
+        call,
+    )
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:
@@ -53,12 +57,6 @@ def train(call: Call, begin: Callable[[], None]) -> None:
             say(step, f"TrainJob {name} is deleted")
             cluster.delete(name)
             raise
-
-
-def _for_nodes(call: Call) -> Json:
-    """The step's call, with what its inputs' files hold."""
-    settings = {"step": call.step, "experiment": call.experiment, **call.settings}
-    return {"settings": settings, "inputs": {name: pointer.dump() for name, pointer in call.inputs.items()}}
 
 
 def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
@@ -87,77 +85,71 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 
 
 def _follow(cluster: Cluster, step: str, name: str) -> None:
-    """Wait for the end, with the first node's log; says what changes."""
+    """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
+    ended = threading.Event()
+    log = threading.Thread(
+        target=_copy_log,
+        args=(cluster, name, ended),
+        daemon=True,
+    )
+    log.start()
+    try:
+        condition, failed = _until_ended(cluster, step, name)
+    finally:
+        ended.set()
+    log.join(LAST_LOG)
+    if condition["type"] != "Complete":
+        raise _error(condition, failed, name)
+
+
+def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[NodePod]]:
+    """The condition with which a TrainJob has ended, and the pods that failed; says what changes until then."""
     last_state = ""
-    seen: dict[tuple[int, int], NodeFailure] = {}
-    logs: dict[str, _Log] = {}
+    failed: dict[tuple[int, int], NodePod] = {}  # by attempt and rank
     began = time.monotonic()
     while True:
         job = cluster.train_job(name)
-        pods = [trainjob.read_pod(pod) for pod in cluster.pods(name)]
+        if job is None:
+            raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
+        pods = cluster.nodes(name)
         for pod in pods:
             # A restart takes the pod away, with what it says.
             if pod.failure:
-                seen.setdefault((pod.attempt, pod.node), pod.failure)
-        _copy_logs(cluster, pods, logs)
-        state = _state(job, pods, list(seen.values()))
+                failed.setdefault((pod.attempt, pod.node), pod)
+        state = _state(job, pods, failed.values())
         if not pods and time.monotonic() - began > WITHOUT_PODS:
             state += f"; why: kubectl describe jobset {name}"
         if state != last_state:
             say(step, f"TrainJob {name}: {state}")
             last_state = state
-        if job is None:
-            raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
         condition = trainjob.ended(job)
         if condition is not None:
-            for log in logs.values():
-                log.thread.join(LAST_LOG)
-            if condition["type"] == "Complete":
-                return
-            raise _error(condition, list(seen.values()), name)
+            return condition, list(failed.values())
         time.sleep(POLL)
 
 
-class _Log:
-    """The log of a pod, copied into this step's own by a thread."""
-
-    def __init__(self, cluster: Cluster, pod: str) -> None:
-        self._cluster, self._pod = cluster, pod
-        self._last_line: float | None = None  # time.monotonic()
-        self.thread = threading.Thread()
-        self.start()
-
-    def start(self) -> None:
-        """Copy what was not copied yet; a line at the seam may come twice."""
-        since = None
-        if self._last_line is not None:
-            since = math.ceil(time.monotonic() - self._last_line)
-        self.thread = threading.Thread(target=self._copy, args=(since,), daemon=True)
-        self.thread.start()
-
-    def _copy(self, since: int | None) -> None:
+def _copy_log(cluster: Cluster, name: str, ended: threading.Event) -> None:
+    """Copy the first node's log into this step's own, also after a restart, which makes a pod of another name."""
+    last_line: dict[str, float] = {}  # time.monotonic(), by pod
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(POLL)
         # Whatever ends the connection, and whatever the client raises: a log is no reason to fail.
         with contextlib.suppress(Exception):
-            for line in self._cluster.log(self._pod, CONTAINER, since):
-                print(line, flush=True)
-                self._last_line = time.monotonic()
+            for pod in cluster.nodes(name):
+                is_new = pod.name not in last_line
+                if pod.node != 0 or not (pod.phase == "Running" or (is_new and pod.phase != "Pending")):
+                    continue
+                # What was not copied yet; a line at the seam may come twice.
+                since = None if is_new else math.ceil(time.monotonic() - last_line[pod.name])
+                last_line.setdefault(pod.name, time.monotonic())
+                for line in cluster.log(pod.name, CONTAINER, since):
+                    print(line, flush=True)
+                    last_line[pod.name] = time.monotonic()
 
 
-def _copy_logs(cluster: Cluster, pods: list[NodePod], logs: dict[str, _Log]) -> None:
-    """Follow the first node's log; a restart makes a pod of another name."""
-    for pod in pods:
-        if pod.node != 0 or pod.phase == "Pending":
-            continue
-        if pod.name not in logs:
-            logs[pod.name] = _Log(cluster, pod.name)
-        elif pod.phase == "Running" and not logs[pod.name].thread.is_alive():
-            logs[pod.name].start()
-
-
-def _state(job: Json | None, pods: list[NodePod], seen: list[NodeFailure]) -> str:
+def _state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
     """One line for people."""
-    if job is None:
-        return "gone"
     condition = trainjob.ended(job)
     if condition is not None:
         return str(condition["type"]).lower()
@@ -171,17 +163,17 @@ def _state(job: Json | None, pods: list[NodePod], seen: list[NodeFailure]) -> st
         state += f"; {obstacles[0]}"
     if not newest:
         return state
-    before = trainjob.cause([failure for failure in seen if failure.attempt < newest])
-    return f"{state}, restart {newest}" + (f" ({before})" if before else "")
+    before = trainjob.cause(pod for pod in failed if pod.attempt < newest)
+    return f"{state}, restart {newest}" + (f" ({before.error})" if before else "")
 
 
-def _error(condition: Json, seen: list[NodeFailure], name: str) -> InputError | WorkError:
+def _error(condition: Json, failed: Iterable[NodePod], name: str) -> InputError | WorkError:
     """The error of the node that failed first; Kubernetes' own words only where no node left any."""
-    cause = trainjob.cause(seen)
+    cause = trainjob.cause(failed)
     if cause is None:
         return WorkError(
             f"TrainJob {name} failed ({condition.get('reason')}): {condition.get('message')}",
             remedy="the log above has what its first node printed",
         )
     kind = InputError if cause.exit_code == InputError.exit_code else WorkError
-    return kind(str(cause))
+    return kind(cause.error)

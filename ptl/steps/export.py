@@ -7,13 +7,12 @@ from pathlib import Path
 
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate, Gate
-from ptl.errors import WorkError
 from ptl.evaluation import paired
 from ptl.log import say
 from ptl.steps.call import Call, Metadata
 from ptl.steps.reporting import accuracy
-from ptl.steps.step import Step, limit_threads
-from ptl.storage.store import Pointer, Record
+from ptl.steps.step import Step
+from ptl.storage.store import Record
 
 Items = list[Metadata]  # of an evaluation
 
@@ -24,71 +23,51 @@ def export(call: Call) -> None:
     The same is done to the dense model, whose form is not kept: what the form costs and what pruning costs are then
     separate numbers.
     """
-    form = call.section(Export, "export")
-    calibration = call.section(Calibration, "calibration")
-    evaluate = call.section(Evaluate, "evaluate")
-    gate = call.section(Gate, "gate")
     key = {
-        "export": form,
+        "export": call.section(Export, "export"),
         "dense": call.inputs["dense"].digest,
-        "calibration": calibration,
-        "evaluate": evaluate,
-        "gate": gate,
+        "calibration": call.section(Calibration, "calibration"),
+        "evaluate": call.section(Evaluate, "evaluate"),
+        "gate": call.section(Gate, "gate"),
         "seed": call.settings["seed"],
     }
     with Step(call, key=key) as step:
-        if step.record is None:
-            source = step.fetch(call.inputs["model"])
-            step.publish(_exported(step, source, form, calibration, evaluate, gate))
-        assert step.record is not None
-        metadata = step.record.metadata
-        call.outputs["metrics"].metadata.update({name: metadata[name] for name in ("accuracy", "bytes")})
+        record = step.record or step.publish(_exported(step, step.fetch_model()))
+        shown = {name: record.metadata[name] for name in ("accuracy", "bytes")}
+        call.outputs["metrics"].metadata.update(shown)
 
 
-def _exported(
-    step: Step,
-    source: Path,
-    form: Export,
-    calibration: Calibration,
-    evaluate: Evaluate,
-    gate: Gate,
-) -> Metadata:
+def _exported(step: Step, source: Path) -> Metadata:
     """Write and score both models' forms; what the record says of them."""
     from ptl.export import formats
 
-    call, folder = step.call, step.folder
+    settings, call, folder = step.settings, step.call, step.folder
+    form: Export = settings["export"]
     final, dense = call.inputs["model"], call.inputs["dense"]
-    limit_threads(final.params)
     # A run that ends with the dense model has one form only.
     folders = {"final": source} if final.digest == dense.digest else {"dense": step.fetch(dense), "final": source}
     # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
     made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
-    report, items = formats.write_and_score(folders, made, form, calibration, evaluate, call.settings["seed"])
+    report, items = formats.write_and_score(
+        folders, made, form, settings["calibration"], settings["evaluate"], settings["seed"]
+    )
     for note in report.notes:
         say(call.step, note)
-    scored = {"dense": _evaluation(step, dense), "final": _evaluation(step, final)}
+    iterations = call.settings["iterations"]
+    scored = {
+        "dense": step.evaluation_of(dense, iterations),
+        "final": step.evaluation_of(final, iterations),
+    }
+    model = report.models["final"]
     return {
         "params": final.params,
-        "bytes": report.models["final"]["bytes"],
-        **accuracy(report.models["final"]["tasks"][0]),
+        "bytes": model["bytes"],
+        **accuracy(model["tasks"][0]),
         "export": {**form.model_dump(), "name": form.name},
         **dataclasses.asdict(report),
         "scored": {name: record.step for name, record in scored.items()},
-        "pairs": _pairs(items, _references(step, scored, items["final"], form), gate),
+        "pairs": _pairs(items, _references(step, scored, items["final"], form), settings["gate"]),
     }
-
-
-def _evaluation(step: Step, checkpoint: Pointer) -> Record:
-    """The record of the loop's evaluation that scored a checkpoint."""
-    for iteration in range(step.call.settings["iterations"] + 1):
-        record = step.find(f"evaluate-{iteration}")
-        if record and record.metadata["checkpoint"]["digest"] == checkpoint.digest:
-            return record
-    raise WorkError(
-        f"no evaluation of this run has scored {checkpoint.uri}",
-        field="model",
-        remedy="start a new run, or restore the records of this one",
-    )
 
 
 def _references(step: Step, scored: dict[str, Record], exported: Items, form: Export) -> dict[str, Items]:

@@ -42,7 +42,7 @@ def give_up(call: Mapping[str, Any], failure: Failure, artifacts: Mapping[str, A
     if not dispensable:
         sys.exit(failure.exit_code)
     # The step ends as after a stop by the gate: a failed task would keep the report from being written.
-    pointer = Pointer.load(Path(call["inputs"]["model"]).read_text())
+    pointer = Pointer.load(call["inputs"]["model"])
     stopped = gate.State(stopped=True, reason=f"{step.step} failed: {failure.reason}")
     step.write(dataclasses.replace(pointer, gate=stopped.dump()))
     say(step.step, f"failed: {failure.reason}; the run continues without it")
@@ -67,7 +67,11 @@ def announce(step: Call, failure: Failure) -> None:
     url = os.environ.get(WEBHOOK)
     # Every pod that follows used-up attempts would post the same again.
     if url and not failure.exhausted:
-        _try(step.step, "the webhook", lambda: _post(url, step.step, failure.reason))
+        _try(
+            step.step,
+            "the webhook",
+            lambda: _post(url, step.step, failure.reason),
+        )
 
 
 def _fail_in_mlflow(step: Call, failure: Failure) -> None:

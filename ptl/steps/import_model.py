@@ -55,7 +55,11 @@ def import_model(call: Call) -> None:
         "gate": gate_settings,
     }
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
-    folder, dimensions = preflight.preflight(model.path, model.revision, *sections.values())
+    folder, dimensions = preflight.preflight(
+        model.path,
+        model.revision,
+        *sections.values(),
+    )
     assert dimensions is not None, "a step has torch"
     exports = [check(Export, export, "export") for export in call.settings["exports"]]
     # This step's image does not have llama.cpp.
@@ -108,8 +112,19 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     folder = empty_folder(BENCHMARK_ITEMS)
     number = write_items(folder, evaluate, seed)
     location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
-    pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id, step=BENCHMARK_ITEMS)
-    record = Record(key.digest, pointer, {"stage": BENCHMARK_ITEMS}, version=__version__, files=key.files)
+    pointer = Pointer(
+        location,
+        digest_of(store.publish(folder, location)),
+        run_id=run.run_id,
+        step=BENCHMARK_ITEMS,
+    )
+    record = Record(
+        key.digest,
+        pointer,
+        {"stage": BENCHMARK_ITEMS},
+        version=__version__,
+        files=key.files,
+    )
     store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
     shutil.rmtree(scratch(BENCHMARK_ITEMS), ignore_errors=True)
     say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")

@@ -55,10 +55,8 @@ def _files(settings: Any) -> Iterator[tuple[str, str]]:
             yield str(path), f"{stat.st_size} {stat.st_mtime_ns}" if is_large else file_digest(path)
     elif isinstance(settings, RecoverStage) and settings.teacher:
         yield from ((str(path), file_digest(path)) for path in _files_in(settings.teacher))
-    elif isinstance(settings, Section):
-        yield from _files(dict(settings))
-    elif isinstance(settings, dict):
-        yield from _files(list(settings.values()))
+    elif isinstance(settings, Section | dict):
+        yield from _files(list(dict(settings).values()))
     elif isinstance(settings, list | tuple):
         for value in settings:
             yield from _files(value)
@@ -115,5 +113,5 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
 def _changed(record: Record, key: Key) -> str:
     """Names of the files that have changed since a record was made, or were added or left out."""
-    before, now = record.files, key.files
-    return ", ".join(sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)))
+    changed = dict(record.files.items() ^ key.files.items())
+    return ", ".join(sorted(changed))

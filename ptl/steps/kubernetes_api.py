@@ -14,7 +14,7 @@ from typing import Any
 
 from ptl.errors import InputError, WorkError
 from ptl.preflight.in_cluster import NAMESPACE
-from ptl.steps.trainjob import GROUP, OF_JOB_SET, PLURAL, VERSION, Json
+from ptl.steps.trainjob import GROUP, OF_JOB_SET, PLURAL, VERSION, Json, NodePod, read_pod
 
 SECONDS = 30  # for one request
 PATIENCE = 600  # seconds without an answer of the API before we give up
@@ -66,19 +66,30 @@ class Cluster:
     def train_job(self, name: str) -> Json | None:
         """A TrainJob with its status; None where there is none."""
         get = self._jobs.get_namespaced_custom_object
-        job: Json | None = self._ask(get, *self._train_jobs, name, expected=NOT_FOUND)
+        job: Json | None = self._ask(
+            get,
+            *self._train_jobs,
+            name,
+            expected=NOT_FOUND,
+        )
         return job
 
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
         delete = self._jobs.delete_namespaced_custom_object
-        self._ask(delete, *self._train_jobs, name, expected=NOT_FOUND, propagation_policy="Foreground")
+        self._ask(
+            delete,
+            *self._train_jobs,
+            name,
+            expected=NOT_FOUND,
+            propagation_policy="Foreground",
+        )
 
-    def pods(self, name: str) -> list[Json]:
+    def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""
         selector = f"{OF_JOB_SET}={name}"
         listing = self._read(self._pods.list_namespaced_pod, self.namespace, label_selector=selector)
-        return list(listing["items"])
+        return [read_pod(pod) for pod in listing["items"]]
 
     def log(self, pod: str, container: str, since: int | None = None) -> Iterator[str]:
         """The lines that a container prints, until it ends or the connection does; of the last `since` seconds."""

@@ -33,25 +33,19 @@ def main() -> None:
             processes.handling_signals(processes.end_by_signal),
             tempfile.TemporaryDirectory(prefix="ptl-node-") as folder,
         ):
-            process.work(_with_files(call, Path(folder)))
+            process.work({**call, "outputs": {"out": f"{folder}/out"}})
     except Exception as error:
         failure = process.failure_of(error)
-        print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+        print(
+            f"error: {step}: {failure.reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         # Outside of Kubernetes there is nobody to read them.
         with contextlib.suppress(OSError):
             words = trainjob.last_words(failure.reason, failure.exit_code)
             Path(os.environ.get("PTL_TERMINATION_LOG", trainjob.TERMINATION_LOG)).write_text(words)
         sys.exit(failure.exit_code)
-
-
-def _with_files(call: trainjob.Json, folder: Path) -> trainjob.Json:
-    """The call as a step's process takes it: its inputs are files with pointers."""
-    inputs = {}
-    for name, pointer in call["inputs"].items():
-        file = folder / name
-        file.write_text(pointer)
-        inputs[name] = str(file)
-    return call | {"inputs": inputs, "outputs": {"out": str(folder / "out")}}
 
 
 if __name__ == "__main__":

@@ -46,20 +46,19 @@ def failure_of(error: Exception) -> Failure:
 
 @explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
-    """Read the inputs and do the step; the metadata of its outputs."""
+    """Do the step of a call, whose inputs are pointers' texts and whose outputs are files; the outputs' metadata."""
     from ptl.steps import table
     from ptl.steps.call import Call, Output
     from ptl.steps.step import scratch
     from ptl.storage.store import Pointer
 
     settings = dict(call["settings"])
-    # These two name the step; the other parameters are its settings. Of an artifact only the file is read: it holds the
-    # pointer.
+    # These two name the step; the other parameters are its settings.
     step = Call(
         settings.pop("step"),
         settings.pop("experiment"),
         settings,
-        {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()},
+        {name: Pointer.load(text) for name, text in call["inputs"].items()},
         {name: Output(Path(file)) for name, file in call["outputs"].items()},
     )
     # A step of an earlier command ends with it; one that does not must not write into the same folder.

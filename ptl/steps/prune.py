@@ -6,8 +6,8 @@ from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, removal
 from ptl.evaluation import gate
 from ptl.model import mlflow_flavor
-from ptl.steps.call import Call, iterations_until, schedule_of
-from ptl.steps.step import Step, limit_threads
+from ptl.steps.call import Call, Metadata, iterations_until, schedule_of
+from ptl.steps.step import Step
 
 
 def prune(call: Call) -> None:
@@ -15,29 +15,31 @@ def prune(call: Call) -> None:
     # After a stop by the gate there is nothing to prune.
     if call.stopped:
         return call.pass_through()
-    model = call.inputs["model"]
-    pruning = call.section(Prune, "prune")
-    calibration = call.section(Calibration, "calibration")
-    seed = call.settings["seed"]
-    schedule = schedule_of(call)
-    iteration = iterations_until(call.iteration, schedule, pruning)[-1]
-
-    # Parameters to end with: as planned, but a rejection may have halved the step.
-    removed_at_end = removal(model.original_params, schedule.target)
-    planned_goal = model.original_params - int(iteration.progress * removed_at_end)
-    goal = gate.goal(model.params, planned_goal, model.gate)
-
-    key = {"goal": goal, "unit": iteration.unit, "prune": pruning, "calibration": calibration, "seed": seed}
-    with Step(call, key=key) as step:
+    with Step(call, key=_arguments(call)) as step:
         if step.record is None:
             # torch is imported by the work alone: a step that was done before needs none.
             from ptl.pruning.prune import prune_checkpoint
 
-            limit_threads(model.params)
-            source = step.fetch(model)
-            report = prune_checkpoint(
-                source, step.folder, pruning, calibration, unit=iteration.unit, goal=goal, seed=seed
-            )
+            # What the result depends on is what the work is given.
+            report = prune_checkpoint(step.fetch_model(), step.folder, **step.settings)
             mlflow_flavor.write(step.folder)
             step.publish(report)
     return None
+
+
+def _arguments(call: Call) -> Metadata:
+    """Settings of the pruning, and how many parameters it leaves."""
+    model = call.inputs["model"]
+    pruning = call.section(Prune, "prune")
+    schedule = schedule_of(call)
+    iteration = iterations_until(call.iteration, schedule, pruning)[-1]
+    removed_at_end = removal(model.original_params, schedule.target)
+    planned = model.original_params - int(iteration.progress * removed_at_end)
+    return {
+        # As planned, but a rejection may have halved the step.
+        "goal": gate.goal(model.params, planned, model.gate),
+        "unit": iteration.unit,
+        "prune": pruning,
+        "calibration": call.section(Calibration, "calibration"),
+        "seed": call.settings["seed"],
+    }

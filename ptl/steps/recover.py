@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import check
@@ -18,7 +18,7 @@ from ptl.recovery import machines
 from ptl.recovery.job import Log, RecoveryJob, StageBudget, progress
 from ptl.steps import coordinator, reporting
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
-from ptl.steps.step import Step, is_coordinator, limit_threads, scratch
+from ptl.steps.step import Step, is_coordinator, scratch
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
@@ -50,12 +50,16 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            coordinator.train(call, partial(reporting.begin, step.run))
+            coordinator.train(
+                call.step,
+                call.dump(),
+                partial(reporting.begin, step.run),
+            )
             step.take_result_of_nodes()
         elif step.record is None:
             from ptl.recovery.recover import recover_checkpoint
 
-            source = step.fetch(call.inputs["model"])
+            source = step.fetch_model()
             job = _job(step, recovery, data, iteration, weights)
             report = recover_checkpoint(
                 source, step.folder, recovery, [planned.tokens for planned in iterations], job, stores
@@ -96,7 +100,6 @@ def _job(
     """What a training is given beside the model and its stages."""
     call = step.call
     tracking.tag(step.run, {"tokens": iteration.tokens})
-    limit_threads(call.inputs["model"].params)
     # Distillation learns from the model as it was before any pruning.
     distils = any(stage.method == "distil" for stage in recovery.stages)
     return RecoveryJob(
@@ -125,32 +128,34 @@ def _reporter(step: Step, tokens: int) -> Log:
 
 def _metadata(call: Call, report: RecoverReport) -> Metadata:
     """The report for the step's record, with what its stages counted of their data."""
-    counts = {**sequence_counts(call.step, report), **_decontaminated(call.step, report)}
-    return {"params": call.inputs["model"].params, **dataclasses.asdict(report), **counts}
-
-
-def _stage_details(report: RecoverReport, name: str) -> list[Any]:
-    """An entry of the details of each stage that has it."""
     # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
-    return [stage["details"][name] for stage in stages if name in stage["details"]]
+    details = [stage["details"] for stage in stages]
+    return {
+        "params": call.inputs["model"].params,
+        **dataclasses.asdict(report),
+        **sequence_counts(call.step, details),
+        **_decontaminated(call.step, details),
+    }
 
 
-def sequence_counts(step: str, report: RecoverReport) -> Metadata:
+def sequence_counts(step: str, stages: list[Metadata]) -> Metadata:
     """Sequences that were trained on, those that max_length cut, and passes so far: for metrics and log of the step."""
     # GRPO trains on prompts.
-    counts = {name: _stage_details(report, name) for name in ("sequences", "cut_sequences")}
-    if not counts["cut_sequences"]:
+    trained = [details for details in stages if "sequences" in details]
+    if not trained:
         return {}
-    totals = {name: sum(numbers) for name, numbers in counts.items()}
-    if totals["cut_sequences"]:
-        say(step, f"{totals['cut_sequences']:,} of {totals['sequences']:,} sequences were cut at recover.max_length")
-    return {**totals, "passes": max(_stage_details(report, "passes"))}
+    sequences = sum(details["sequences"] for details in trained)
+    cut = sum(details["cut_sequences"] for details in trained)
+    if cut:
+        say(step, f"{cut:,} of {sequences:,} sequences were cut at recover.max_length")
+    passes = max(details["passes"] for details in trained)
+    return {"sequences": sequences, "cut_sequences": cut, "passes": passes}
 
 
-def _decontaminated(step: str, report: RecoverReport) -> Metadata:
+def _decontaminated(step: str, stages: list[Metadata]) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
-    counts = _stage_details(report, "decontaminated")
+    counts = [details["decontaminated"] for details in stages if "decontaminated" in details]
     # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}

@@ -38,7 +38,11 @@ def report(call: Call) -> None:
     with Step(call, key=None) as step:
         config = check(Config, _run_config(call.settings), "settings")
         records = _records(step, config)
-        result = build(records, config.model_dump(mode="json"), **_surroundings(step, config))
+        result = build(
+            records,
+            config.model_dump(mode="json"),
+            **_surroundings(step, config),
+        )
         render(result, step.folder)
         final = call.inputs["final"]
         write_manifests(final, records, config, step.folder)
@@ -46,7 +50,11 @@ def report(call: Call) -> None:
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
         # import-model was not given all of the config.
         run_page.describe(step.run, flat_settings(config.model_dump(mode="json")))
-        run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
+        run_page.log_result(
+            step.run,
+            run_page.result_metrics(result),
+            first_line(result),
+        )
         _register_exports(step, records, final)
         _set_alias(step, records, final, result)
         _copy_pages(call, step.folder)
@@ -122,7 +130,12 @@ def write_manifests(final: Pointer, records: dict[str, Record], config: Config, 
     for export, format, uri in served:
         if uri.startswith("s3://"):
             gpus = 1 if format != "gguf" else int(bool(config.resources.accelerator))
-            manifest = kserve.inference_service(_service_name(config.name, export), uri, format, gpus)
+            manifest = kserve.inference_service(
+                _service_name(config.name, export),
+                uri,
+                format,
+                gpus,
+            )
             suffix = f"-{export}" if export else ""
             (folder / f"inference-service{suffix}.yaml").write_text(manifest)
 
@@ -146,7 +159,12 @@ def _register_exports(step: Step, records: dict[str, Record], final: Pointer) ->
             "parent_version": final.model_version or "the dense model",
             **score_tags(metadata["models"]["final"], record.pointer),
         }
-        registry.register(step.run, step.call.settings["registered_model"], record.pointer, tags)
+        registry.register(
+            step.run,
+            step.call.settings["registered_model"],
+            record.pointer,
+            tags,
+        )
 
 
 def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: Result) -> None:
@@ -159,7 +177,12 @@ def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: R
         return
     registered_model = step.call.settings["registered_model"]
     # Of a registry that was lost the pointer's version is out of date.
-    version = registry.register(step.run, registered_model, final, score_tags(scores, final))
+    version = registry.register(
+        step.run,
+        registered_model,
+        final,
+        score_tags(scores, final),
+    )
     alias = pair.verdict.replace(" ", "-")
     registry.set_alias(registered_model, alias, version)
     say(step.run.step, f"version {version} of {registered_model} has the alias {alias}")
@@ -180,7 +203,12 @@ def _commit_and_finish(step: Step, result: Result) -> None:
     """Record that the run has ended, in the store and in MLflow."""
     run, final = step.run, step.call.inputs["final"]
     # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
-    store.commit(run.root, run.run, run.step, Record("report", final, {"stage": "report"}))
+    store.commit(
+        run.root,
+        run.run,
+        run.step,
+        Record("report", final, {"stage": "report"}),
+    )
     tracking.finish(
         run,
         params={},

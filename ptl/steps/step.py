@@ -2,7 +2,7 @@
 
     with Step(call, key=settings) as step:       # finds the committed record, or opens an attempt
         if step.record is None:
-            source = step.fetch(call.inputs["model"])
+            source = step.fetch_model()
             ...                                  # fills step.folder
             step.publish(report)
 
@@ -39,7 +39,7 @@ from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of
 
-SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
+SMALL_MODEL = 5_000_000  # parameters below which more threads than one only wait for each other
 
 
 class Step:
@@ -64,7 +64,7 @@ class Step:
     ) -> None:
         self.call = call
         self.parent = call.inputs.get("model")
-        self._settings = key
+        self.settings: Any = key
         self._reads = reads
         self._title = title
         self._started = time.time()
@@ -87,12 +87,12 @@ class Step:
     def _open(self) -> None:
         """Find the record of an earlier attempt, take over that of an earlier run, or begin an attempt."""
         run = self.run
-        if self._settings is None:
+        if self.settings is None:
             self.folder = empty_folder(run.step)
             reporting.begin(run)
             return
-        self._settings = self._settings | {name: self.committed(name).pointer.digest for name in self._reads}
-        self.key = key_of(self.parent.digest if self.parent else "", self._settings)
+        self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
+        self.key = key_of(self.parent.digest if self.parent else "", self.settings)
         # Another command, an earlier pod or a retry may have finished the step.
         self.record = self.find(run.step, self.key.digest) or self._verified()
         if self.record is not None:
@@ -113,6 +113,15 @@ class Step:
             self.publish(earlier)
         elif not is_coordinator():
             reporting.begin(run)
+
+    def fetch_model(self) -> Path:
+        """The verified folder of what the step starts from, for work on it."""
+        import torch
+
+        assert self.parent is not None
+        if self.parent.params < SMALL_MODEL:
+            torch.set_num_threads(1)
+        return self.fetch(self.parent)
 
     def fetch(self, pointer: Pointer) -> Path:
         """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
@@ -164,13 +173,31 @@ class Step:
                 say(step, f"not taken over from run {run}: {error}")
                 continue
             # Without the list of files: the copy is published with one of its own.
-            shutil.copytree(folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
+            shutil.copytree(
+                folder,
+                self.folder,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns(FILES),
+            )
             say(step, f"taken over from run {run}: same inputs, same settings")
             tracking.tag(self.run, {"taken_over_from": run})
             return {name: value for name, value in record.metadata.items() if name != "started"}
         return None
 
-    def publish(self, report: Any) -> None:
+    def evaluation_of(self, checkpoint: Pointer, iterations: int) -> Record:
+        """The record of the loop's first evaluation of a checkpoint, among those of iterations 0 to `iterations`."""
+        for iteration in range(iterations + 1):
+            record = self.find(f"evaluate-{iteration}")
+            # One that passed its input through has none.
+            if record and record.metadata["checkpoint"]["digest"] == checkpoint.digest:
+                return record
+        raise WorkError(
+            f"no evaluation of this run has scored {checkpoint.uri}",
+            field="model",
+            remedy="start a new run, or restore the records of this one",
+        )
+
+    def publish(self, report: Any) -> Record:
         """Publish the folder, commit the record with this report of the work (a dataclass or JSON), tell MLflow.
 
         In this order: whatever kills the step, the next attempt finds all of it or does it again.
@@ -186,16 +213,33 @@ class Step:
             **(dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report),  # type: ignore[arg-type]
             "whole_seconds": elapsed,
         }
-        damaged = store.damaged(run.root, run.run, run.step, self.key.digest)
+        damaged = store.damaged(
+            run.root,
+            run.run,
+            run.step,
+            self.key.digest,
+        )
         pointer = self._repaired(damaged.pointer) if damaged else self._published(metadata)
-        record = Record(self.key.digest, pointer, metadata, version=__version__, files=self.key.files)
+        record = Record(
+            self.key.digest,
+            pointer,
+            metadata,
+            version=__version__,
+            files=self.key.files,
+        )
         # Another process may be first: then its record is the step's.
-        self.record = store.commit(run.root, run.run, run.step, record)
+        self.record = store.commit(
+            run.root,
+            run.run,
+            run.step,
+            record,
+        )
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
         shutil.rmtree(scratch("cache"), ignore_errors=True)
         committed = self.record.metadata
         say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
         self._report()
+        return self.record
 
     def take_result_of_nodes(self) -> None:
         """The record that other machines have committed. Raises InputError without one: it would be the same again."""
@@ -218,8 +262,17 @@ class Step:
             model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
         else:
             params = metadata["params"]
-            tags = {"step": run.step, "params": params, "digest_of_parent": parent.digest if parent else ""}
-            model_id, location = tracking.new_model(run, run.step, {"params": params}, tags)
+            tags = {
+                "step": run.step,
+                "params": params,
+                "digest_of_parent": parent.digest if parent else "",
+            }
+            model_id, location = tracking.new_model(
+                run,
+                run.step,
+                {"params": params},
+                tags,
+            )
         return Pointer(
             uri=location,
             digest=digest_of(store.publish(self.folder, location)),
@@ -236,7 +289,12 @@ class Step:
     def _verified(self) -> Record | None:
         """The record whose files a later step could not fetch, where they are intact now, as after an outage."""
         run = self.run
-        record = store.damaged(run.root, run.run, run.step, self.key.digest)
+        record = store.damaged(
+            run.root,
+            run.run,
+            run.step,
+            self.key.digest,
+        )
         if record is None:
             return None
         try:
@@ -245,7 +303,12 @@ class Step:
             say(run.step, f"done again, since its files are damaged: {damage}")
             return None
         say(run.step, "its files were verified")
-        return store.commit(run.root, run.run, run.step, dataclasses.replace(record, damaged=False))
+        return store.commit(
+            run.root,
+            run.run,
+            run.step,
+            dataclasses.replace(record, damaged=False),
+        )
 
     def _repaired(self, pointer: Pointer) -> Pointer:
         """Put the same bytes in the place of damaged files, to which all pointers stay right.
@@ -274,7 +337,7 @@ class Step:
             reporting.track_evaluation(self.run, self.call.iteration, parent, record.metadata)
         tracking.finish(
             self.run,
-            params=flat_settings(to_jsonable_python(self._settings)),
+            params=flat_settings(to_jsonable_python(self.settings)),
             metrics=reporting.metrics(record.metadata),
             inputs=[parent.model_id] if parent else [],
             # An evaluation makes no model.
@@ -305,11 +368,3 @@ def empty_folder(step: str) -> Path:
     folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     return folder
-
-
-def limit_threads(params: int) -> None:
-    """One thread for a model of few parameters: more only wait for each other."""
-    import torch
-
-    if params < SMALL_MODEL:
-        torch.set_num_threads(1)

@@ -65,11 +65,11 @@ Work = subprocess.Popen[bytes] | _Fork
 def run(
     step: str,
     experiment: str,
-    settings: dict[str, Any],
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
+    **settings: Any,
 ) -> None:
-    """The body of every component: its parameters, and its artifacts by name (None: one that the pipeline lacks).
+    """The body of every component: its artifacts by name (None: one that the pipeline lacks), and its parameters.
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
@@ -79,9 +79,10 @@ def run(
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
+    # Of an artifact only the file is read: it holds the pointer.
     call = {
         "settings": {"step": step, "experiment": experiment, **settings},
-        "inputs": {name: artifact.path for name, artifact in inputs.items() if artifact is not None},
+        "inputs": {name: Path(artifact.path).read_text() for name, artifact in inputs.items() if artifact},
         "outputs": {name: artifact.path for name, artifact in outputs.items()},
     }
     # The work's process reads its call from a file, and writes its outputs or its failure beside it.
@@ -99,7 +100,11 @@ def run(
         if error.errno not in local_files.FULL:
             raise
         failure = Failure(str(local_files.no_space(error)))
-    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+    print(
+        f"error: {step}: {failure.reason}",
+        file=sys.stderr,
+        flush=True,
+    )
     from ptl.steps.failure import give_up
 
     give_up(call, failure, outputs)
@@ -123,7 +128,13 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     failure_file = call.with_name("failure.json")
     failure_file.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
+    command = [
+        sys.executable,
+        "-m",
+        PROCESS,
+        str(call),
+        str(os.getpid()),
+    ]
     process: Work = _Fork(call) if forks else subprocess.Popen(command, start_new_session=True)
     try:
         with _ending_together(process):

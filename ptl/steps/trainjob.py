@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from ptl.errors import InputError
 
 Json = dict[str, Any]
 
@@ -79,46 +81,62 @@ def ended(job: Json) -> Json | None:
 
 
 @dataclass(frozen=True)
-class NodeFailure:
-    """How a node ended."""
-
-    attempt: int  # of all nodes
-    node: int
-    ended: str  # UTC, to sort by
-    reason: str
-    exit_code: int
-    explained: bool  # by the node itself
-
-    def __str__(self) -> str:
-        return f"node {self.node}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class NodePod:
     """The pod of a node, as far as a coordinator reads it."""
 
     name: str
     attempt: int  # how often the nodes were started before
-    node: int
+    node: int  # its rank
     phase: str
     obstacle: str  # why it does not start; empty where Kubernetes says nothing
-    failure: NodeFailure | None
+    failure: str  # why it failed; empty: it has not
+    explained: bool  # the failure, by the node itself or by Kubernetes
+    exit_code: int
+    ended: str  # UTC, to sort by
+
+    @property
+    def error(self) -> str:
+        """Which node failed, and why."""
+        return f"node {self.node}: {self.failure}"
 
 
 def read_pod(pod: Json) -> NodePod:
     """A pod by its labels and status, of which any part may be missing."""
     labels, status = pod["metadata"]["labels"], pod.get("status", {})
-    attempt = int(labels.get(ATTEMPT, 0))
     node = int(labels.get(INDEX, 0))
+    states = {container["name"]: container.get("state", {}) for container in status.get("containerStatuses", [])}
+    terminated = states.get(CONTAINER, {}).get("terminated", {})
     reason, message, _ = waiting(status) or ("", "", "")
+    failure, explained = _failure(status, terminated)
     return NodePod(
         name=pod["metadata"]["name"],
-        attempt=attempt,
+        attempt=int(labels.get(ATTEMPT, 0)),
         node=node,
         phase=status.get("phase", ""),
         obstacle=f"node {node}: {reason}: {message}".rstrip(": ") if reason else "",
-        failure=_failure(attempt, node, status),
+        failure=failure,
+        explained=explained,
+        exit_code=int(terminated.get("exitCode", 0)),
+        ended=terminated.get("finishedAt", ""),
     )
+
+
+def _failure(status: Json, terminated: Json) -> tuple[str, bool]:
+    """Why a node failed, empty where it has not, and whether the node or Kubernetes says so."""
+    if status.get("phase") == "Failed" and status.get("reason"):
+        # Evicted, for example, when a disk is full; the container may be gone.
+        return f"{status['reason']}: {status.get('message', '')}", True
+    exit_code = terminated.get("exitCode", 0)
+    if exit_code == 0:
+        return "", False
+    if terminated.get("reason") == "OOMKilled":
+        return "it was killed, as its memory was used up: raise resources.steps.recover.memory", True
+    message = (terminated.get("message") or "").strip()
+    # JSON as a node wrote it, where it had the time; else what it printed last.
+    try:
+        return str(json.loads(message)["reason"]), True
+    except (ValueError, TypeError, KeyError):
+        return message or f"its process ended with exit code {exit_code} and without a word", False
 
 
 def waiting(status: Json) -> tuple[str, str, str] | None:
@@ -136,40 +154,14 @@ def waiting(status: Json) -> tuple[str, str, str] | None:
     return None
 
 
-def _failure(attempt: int, node: int, status: Json) -> NodeFailure | None:
-    """How a node's pod or container failed; None where neither has."""
-    terminated: Json = {}
-    for container in status.get("containerStatuses", []):
-        if container["name"] == CONTAINER:
-            terminated = container.get("state", {}).get("terminated", {})
-    ended = str(terminated.get("finishedAt", ""))
-    if status.get("phase") == "Failed" and status.get("reason"):
-        # Evicted, for example, when a disk is full; the container may be gone.
-        reason = f"{status['reason']}: {status.get('message', '')}"
-        return NodeFailure(attempt, node, ended, reason, 1, explained=True)
-    exit_code = int(terminated.get("exitCode", 0))
-    if exit_code == 0:
-        return None
-    explained = True
-    message = (terminated.get("message") or "").strip()
-    if terminated.get("reason") == "OOMKilled":
-        reason = "it was killed, as its memory was used up: raise resources.steps.recover.memory"
-    else:
-        # JSON as a node wrote it, where it had the time; else what it printed last.
-        try:
-            reason = str(json.loads(message)["reason"])
-        except (ValueError, TypeError, KeyError):
-            reason = message or f"its process ended with exit code {exit_code} and without a word"
-            explained = False
-    return NodeFailure(attempt, node, ended, reason, exit_code, explained)
-
-
-def cause(seen: Sequence[NodeFailure]) -> NodeFailure | None:
+def cause(failed: Iterable[NodePod]) -> NodePod | None:
     """The failure that the others of the last attempt follow from: wrong input, then the first that says why."""
-    last_attempt = max((failure.attempt for failure in seen), default=0)
-    of_it = [failure for failure in seen if failure.attempt == last_attempt]
-    # exit code 2: a wrong input, on which all nodes agree
-    return min(of_it, key=lambda one: (one.exit_code != 2, not one.explained, one.ended, one.node), default=None)
+
+    def order(pod: NodePod) -> tuple[int, bool, bool, str, int]:
+        # exit code 2: a wrong input, on which all nodes agree
+        return -pod.attempt, pod.exit_code != InputError.exit_code, not pod.explained, pod.ended, pod.node
+
+    return min(failed, key=order, default=None)
 
 
 def last_words(reason: str, exit_code: int) -> str:

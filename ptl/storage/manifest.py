@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from ptl.errors import InputError, WorkError
 
 FILES = "ptl-files.json"  # next to the files that it lists, and written after all of them
@@ -133,6 +131,8 @@ def load_files(text: bytes, name: str) -> Files:
 
     `name` is what messages call the checkpoint.
     """
+    from pydantic import TypeAdapter
+
     try:
         listing = json.loads(text)
         # Other blocks have other digests: an old list cannot be compared with files.

@@ -534,7 +534,7 @@ def test_image_holds_its_own_packages_and_the_example(engine, name):
     code = """
 import getpass, json, os, sys
 from importlib.metadata import distributions
-import kfp.dsl.executor_main, mlflow, torch, ptl
+import kfp.dsl.executor_main, mlflow, torch, ptl, components.prune
 def writable(folder):
     try:
         open(os.path.join(folder, "probe"), "w").close()

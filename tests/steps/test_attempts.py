@@ -75,7 +75,7 @@ def go(tmp_path, monkeypatch, origin):
             (tmp_path / "model").write_text(pointer.dump())
             inputs["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
         try:
-            supervisor.run(step, "ptl-test", {}, inputs, {"out": out})
+            supervisor.run(step, "ptl-test", inputs, {"out": out})
         except SystemExit as end:
             return end.code, out.metadata
         return 0, out.metadata
@@ -204,7 +204,7 @@ supervisor.PROCESS = "failing_step"
 supervisor.forks = bool(os.environ.get("PTL_TEST_FORKS"))
 out = SimpleNamespace(path=sys.argv[1] + "/out", metadata={})
 try:
-    supervisor.run("prune-1", "e", {}, {}, {"out": out})
+    supervisor.run("prune-1", "e", {}, {"out": out})
 finally:
     heavy = {"torch", "transformers", "mlflow", "numpy"} & set(sys.modules)
     print("heavy:", sorted(heavy))

@@ -51,7 +51,7 @@ def train():
     assert is_coordinator()
     counted = []
     call = Call("recover-2", "experiment", {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {})
-    coordinator.train(call, lambda: counted.append(1))
+    coordinator.train(call.step, call.dump(), lambda: counted.append(1))
     return len(counted)
 
 

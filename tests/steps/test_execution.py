@@ -279,8 +279,9 @@ def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
     _, experiment = begin()
     for name in ("prune-1", "prune-2", "prune-3"):
         execute(Call(name, experiment), None, {}, Work())
-    run = Call("evaluate-1", experiment).start()
-    evaluate._withdraw_later(run, 1, 3)
+    step = Step(Call("evaluate-1", experiment), key={})
+    run = step.run = step.call.start()
+    evaluate._withdraw_later(step, 3)
     assert [bool(store.committed(run.root, run.run, f"prune-{i}")) for i in (1, 2, 3)] == [True, False, False]
 
 

@@ -158,9 +158,8 @@ def test_a_limit_takes_no_item_that_the_run_does_not_score(own, limit, expected)
     assert task.limit == expected
 
 
-def test_a_form_that_is_not_to_be_timed_says_so(run, writes):
+def test_a_form_that_is_not_timed_says_so(run, writes):
     assert run(run.dense)[0]["speed"] == {"reason": "a mock"}
-    assert run(run.dense, type="int8", speed=False)[0]["speed"] == {"reason": "speed is false in its entry"}
 
 
 def test_the_bytes_of_a_form_are_those_of_its_weights(run, writes):

@@ -61,8 +61,7 @@ def call_of(pointer, folder):
     data = DATA.model_dump(mode="json") | {"decontaminate": {"tasks": False}}
     settings = {"step": "recover-1", "experiment": "nodes", "iterations": 1, "recovery_tokens": TOKENS}
     settings |= {"tokens": "uniform", "recover": STAGES, "training": data, "seed": 0}
-    (folder / "model").write_text(pointer.dump())
-    call = {"settings": settings, "inputs": {"model": str(folder / "model")}}
+    call = {"settings": settings, "inputs": {"model": pointer.dump()}}
     path = folder / "call.json"
     path.write_text(json.dumps(call | {"outputs": {"out": str(folder / "out")}}))
     return path

@@ -108,14 +108,13 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
 
 
 def test_cut_sequences_of_all_stages_are_counted_and_said(capsys):
-    stages = [{"details": {"sequences": 40, "cut_sequences": 3, "passes": 0.5}}, {"details": {"rewards": []}}]
-    stages.append({"details": {"sequences": 60, "cut_sequences": 4, "passes": 2.5}})
-    chain = SimpleNamespace(details={"stages": stages})
+    chain = [{"sequences": 40, "cut_sequences": 3, "passes": 0.5}, {"rewards": []}]
+    chain.append({"sequences": 60, "cut_sequences": 4, "passes": 2.5})
     assert recover.sequence_counts("recover-1", chain) == {"sequences": 100, "cut_sequences": 7, "passes": 2.5}
     assert capsys.readouterr().out.endswith("recover-1: 7 of 100 sequences were cut at recover.max_length\n")
-    whole = SimpleNamespace(details={"sequences": 40, "cut_sequences": 0, "passes": 0.1})
+    whole = [{"sequences": 40, "cut_sequences": 0, "passes": 0.1}]
     assert recover.sequence_counts("recover-1", whole) == {"sequences": 40, "cut_sequences": 0, "passes": 0.1}
-    assert recover.sequence_counts("recover-1", SimpleNamespace(details={"rewards": []})) == {}
+    assert recover.sequence_counts("recover-1", [{"rewards": []}]) == {}
     assert capsys.readouterr().out == ""
 
 

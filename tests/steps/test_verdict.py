@@ -46,7 +46,7 @@ def items(folder, right):
 
 
 def loop(iterations, gate=RULE, **prune):
-    return evaluate.LoopSettings(iterations, 0.4, Prune(**prune), gate, "model")
+    return evaluate.Settings(Evaluate(tasks=[Task(name="t")]), gate, Prune(**prune), iterations, 0.4, 0)
 
 
 def decided(run, folder, right, params, iteration=1, **prune):
@@ -60,7 +60,7 @@ def decided(run, folder, right, params, iteration=1, **prune):
 
 def at_work(run, name, candidate, **inputs):
     """A step that has scored, and decides now."""
-    step = Step(Call(name, "ptl", {"seed": 0}, {"model": candidate, **inputs}), key={})
+    step = Step(Call(name, "ptl", {"seed": 0, "registered_model": "model"}, {"model": candidate, **inputs}), key={})
     step.run = run
     return step
 
@@ -147,7 +147,7 @@ def test_smallest_cuts_of_a_real_checkpoint():
 def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
     onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
     call = Call("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
-    assert evaluate.ends_the_loop(call, loop(1 if arm == "control" else 3), onward) == ends
+    assert evaluate.ends_the_loop(call, 1 if arm == "control" else 3, onward) == ends
 
 
 def test_why_speed_is_not_measured_is_told(run, monkeypatch):
