@@ -5,11 +5,11 @@ spec lets tasks share them, as its own merge of nested pipelines does. Tasks get
 server lists tasks by key and never by display name. And what the SDK writes twice for old backends is written once.
 """
 
+import ast
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 KEPT_COMMENTS = ("# PIPELINE", "# Name", "# Desc")
 OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")  # beside resourceCpuLimit and so on
 OLD_ACCELERATOR = ("count", "type")  # beside resourceCount and resourceType
-# With this variable KFP has no `component`, by which the image's own module of a step is decorated.
-KFP_RUNTIME = "_KFP_RUNTIME=true "
+# What KFP puts before a component's function. Ours name their types plainly (`Input[Model]`), so the star serves.
+KFP_IMPORTS = "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom typing import *\n"
+USED_IMPORTS = "\nfrom kfp.dsl import *\n"
 # Of a ConfigMap, Secret or claim the name is written twice: plain, and as a parameter that may come from another task.
 NAMED_TWICE = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMount"}
 
@@ -133,13 +134,14 @@ def _drop_old_resources(container: Json) -> None:
 
 
 def _shorten_command(container: Json) -> None:
-    """Name the component, which the image has, in the place of its source; drop what KFP's script does not need."""
-    *shell, script, source = container["command"]
-    component = container["args"][-1]  # of --function_to_execute
-    if find_spec(f"components.{component}"):
-        source = f"from components.{component} import {component}"
-    script = re.sub(r"\s*\n\s*", "\n", script.replace(KFP_RUNTIME, "")).strip()
-    container["command"] = [*shell, re.sub(r" {2,}", " ", script), source]
+    """Drop repeated blanks of KFP's script, and imports that the function does not need."""
+    command = container["command"]
+    for i, part in enumerate(command):
+        if part.startswith(KFP_IMPORTS):
+            # In the fewest characters that Python writes it with.
+            command[i] = USED_IMPORTS + ast.unparse(ast.parse(part.removeprefix(KFP_IMPORTS)))
+        else:
+            command[i] = re.sub(r" {2,}", " ", part)
 
 
 def _drop_name_parameters(settings: Json) -> None:

@@ -225,18 +225,6 @@ def test_no_task_takes_results_from_kfps_cache(tmp_path):
     assert not any(task["cachingOptions"] for task in tasks_of(compiled(TINY, tmp_path)).values())
 
 
-def test_a_task_names_its_component_in_the_place_of_its_source(tmp_path):
-    executors = spec_of(compiled(TINY, tmp_path))["deploymentSpec"]["executors"]
-    for executor in executors.values():
-        *_, source = executor["container"]["command"]
-        function = executor["container"]["args"][-1]
-        names = {}
-        exec(source, names)
-        # What KFP's executor calls; with _KFP_RUNTIME its package would not have what the components import.
-        assert names[function].python_func.__name__ == function and len(source) < 60
-        assert "_KFP_RUNTIME" not in str(executor)
-
-
 def test_tasks_of_one_kind_share_one_definition(tmp_path):
     spec = spec_of(compiled(TINY, tmp_path))
     assert len(spec["components"]) == len(spec["deploymentSpec"]["executors"]) == 5
