@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipelines.prune_tune_loop import pods, run_view
@@ -47,6 +48,7 @@ class Observer:
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     outage: str = ""  # why MLflow did not answer, which is reported once
     reads_pods: bool = True  # until they cannot be read
+    busy: datetime | None = None  # when a step was last seen running
     pods: Mapping[str, Pod] = field(default_factory=dict)  # that have not succeeded, by step
     announced: dict[str, Any] = field(default_factory=dict)  # what was last printed, by topic
     trainings: dict[str, float] = field(default_factory=dict)  # time of the last line of a training, by step
@@ -68,7 +70,17 @@ class Observer:
             selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
             return f"see `kubectl {command} {selection}` and {self.api.link(run.run_id)}"
 
-        return run_view.view(run, self.step_names, records, self.pods, where)
+        view = run_view.view(run, self.step_names, records, self.pods, where)
+        self._announce_idleness(run, view, where("describe workflows,pods"))
+        return view
+
+    def _announce_idleness(self, run: Any, view: RunView, where: str) -> None:
+        """What a step waits for only its pod knows."""
+        now = datetime.now(UTC)
+        if view.ended or self.reads_pods or any(step.state == "RUNNING" for step in view.steps):
+            self.busy = now
+        elif now - (self.busy or run.created_at) > timedelta(seconds=run_view.SOON):
+            self.announce_once("idle", True, f"no step is running, and pods cannot be read here: {where}")
 
     def _read_records(self, run: Any) -> Mapping[str, StepProgress] | None:
         # The first time all of MLflow's experiments are looked through.
