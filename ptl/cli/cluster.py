@@ -13,10 +13,9 @@ from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import warn
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
-from ptl.preflight import advice
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
 Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
@@ -102,10 +101,11 @@ def submit(
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
     extras.need("kfp", "submit")
     from pipelines.prune_tune_loop import submit as work
+    from ptl.preflight import preflight
 
     # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
-    warn(advice.warnings(run_config))
+    warn(preflight.warnings(run_config))
     _warn_of_local_files(run_config, config)
     run_config = shipped.as_in_images(run_config, config)
     if rehearse:
@@ -172,14 +172,12 @@ def doctor(
             "--local/--cluster", help="where the run is to go; default: a cluster if the environment names one"
         ),
     ] = None,
-    runner: Runner = "subprocess",
     home: Home = HOME,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
-    from ptl.export.formats import check_here
-    from ptl.local.images import missing
-    from ptl.preflight import doctor as work
+    from ptl.preflight import doctor as machine
+    from ptl.preflight import doctor_cluster
 
     run_config = load_config(config, pairs("--set", sets))
     if local is None:
@@ -187,17 +185,12 @@ def doctor(
         other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
-        findings = work.local(run_config, home=home, runner=runner, missing_images=missing, check_exports=check_here)
+        findings = machine.local(run_config, home)
     else:
         extras.need("kfp", "doctor")
-        findings = work.cluster(
-            run_config,
-            health=functools.partial(_health, server) if server.host else None,
-            namespace=server.namespace,
-            kubeflow_namespace=kubeflow_namespace,
-        )
-    for finding in findings:
-        _say(str(finding))
+        health = functools.partial(_health, server) if server.host else None
+        findings = doctor_cluster.cluster(run_config, health, server.namespace, kubeflow_namespace)
+    print(*findings, sep="\n", flush=True)
     raise typer.Exit(int(any(finding.state == "error" for finding in findings)))
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from ptl.config.rehearsal import changes, left_out, rehearsal
 from ptl.config.run import Config
 from ptl.local.run_directory import RunDir
-from ptl.preflight import gpus
 from ptl.tables import table_text
 
 
 def here(config: Config) -> tuple[Config, list[str]]:
     """The rehearsal of a run on this machine, which is announced; and what of the run it leaves out."""
-    return _announced(config, gpus.visible())
+    import torch
+
+    return _announced(config, torch.cuda.device_count())
 
 
 def on_cluster(config: Config) -> Config:
