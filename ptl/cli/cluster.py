@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.prune_tune_loop import follow, kfp_api
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import warn
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config.run import Config, load_config, pairs
-from ptl.errors import InputError
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
 Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
@@ -43,8 +44,6 @@ Wait = Annotated[
 Timeout = Annotated[
     float | None, typer.Option(min=0, help="longest time to wait, in seconds; the run continues after that")
 ]
-Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between two requests for the state")]
-
 
 _say = functools.partial(print, flush=True)
 
@@ -96,7 +95,6 @@ def submit(
     rehearse: Rehearse = False,
     wait: Wait = False,
     timeout: Timeout = None,
-    poll: Poll = 15,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
     extras.need("kfp", "submit")
@@ -109,7 +107,9 @@ def submit(
     _warn_of_local_files(run_config, config)
     run_config = shipped.as_in_images(run_config, config)
     if rehearse:
-        run_config = rehearsal.on_cluster(run_config)
+        run_config, left_out = rehearsal.announced(run_config, None)
+        rehearsal.print_left_out(left_out)
+        _say("Its numbers will mean nothing. When it has succeeded, submit without --rehearse.")
     run_config.check_batches_on_cluster()
     code = work.submit(
         run_config,
@@ -119,7 +119,6 @@ def submit(
         fresh=fresh,
         wait=wait,
         timeout=timeout,
-        poll=poll,
         say=_say,
     )
     raise typer.Exit(code)
@@ -137,29 +136,17 @@ def _warn_of_local_files(config: Config, file: Path) -> None:
 
 def status(server: Server, run_id: RunId) -> None:
     """Print a run and its steps as a table; exit code 1 if it failed or was canceled."""
-    from pipelines.prune_tune_loop import follow
-
     raise typer.Exit(follow.status(run_id, server, say=_say))
 
 
 def cancel(server: Server, run_id: RunId) -> None:
     """Cancel a run; its finished steps are kept, and `ptl retry` resumes from them."""
-    from pipelines.prune_tune_loop import follow
-
     raise typer.Exit(follow.cancel(run_id, server, say=_say))
 
 
-def retry(
-    server: Server,
-    run_id: RunId,
-    wait: Wait = False,
-    timeout: Timeout = None,
-    poll: Poll = 15,
-) -> None:
+def retry(server: Server, run_id: RunId, wait: Wait = False, timeout: Timeout = None) -> None:
     """Run the unfinished steps of a failed or canceled run again."""
-    from pipelines.prune_tune_loop import follow
-
-    raise typer.Exit(follow.retry(run_id, server, wait=wait, timeout=timeout, poll=poll, say=_say))
+    raise typer.Exit(follow.retry(run_id, server, wait=wait, timeout=timeout, say=_say))
 
 
 def doctor(
@@ -196,12 +183,6 @@ def doctor(
 
 def _health(server: Server) -> dict[str, Any]:
     """Kubeflow's version (`tag_name`) and mode (`multi_user`), asked as `ptl submit` asks."""
-    from pipelines.prune_tune_loop import kfp_api
-
-    request = kfp_api.connect(server).client._healthz_api.api_client.call_api  # the client's own record has no version
-    options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
+    api = kfp_api.connect(server).client._healthz_api  # the client's own record has no version
     with kfp_api.explained(server.host):
-        answer = request("/apis/v2beta1/healthz", "GET", **options)
-    if not isinstance(answer, dict):
-        raise InputError("the answer is not Kubeflow's", field=server.host, remedy="log in again if it is a login page")
-    return answer
+        return dict(json.loads(api.healthz_service_get_healthz(_preload_content=False).data))

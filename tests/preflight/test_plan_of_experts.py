@@ -67,6 +67,8 @@ def test_what_cannot_be_is_refused(small, changes, said):
 def test_prune_by_hand_removes_experts_where_the_config_does(small, tmp_path):
     settings = with_model(small, **{"schedule.target": 0.2, "calibration.num_sequences": 4})
     assert '"experts": 9' in ptl("prune", small, tmp_path / "one", "--config", TINY, *settings)
-    by_option = ptl("prune", small, tmp_path / "two", "--config", TINY, "--unit", "experts", "--target", 0.2)
+    by_option = ptl(
+        "prune", small, tmp_path / "two", "--config", TINY, "--set", "prune.target=experts", "--target", 0.2
+    )
     assert '"criterion": "reap"' in by_option
     assert checkpoint.num_params(tmp_path / "one") == checkpoint.num_params(tmp_path / "two")
