@@ -113,18 +113,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
-    # The sections that a model, its tokenizer or the data can contradict.
-    folder, dimensions = preflight.preflight(
-        config.model.path,
-        config.model.revision,
-        config.schedule,
-        config.prune,
-        config.calibration,
-        config.training,
-        config.evaluate,
-        config.gate,
-        config.recover,
-    )
+    folder, dimensions = preflight.preflight(config)
     if dimensions is not None:
         if config.export or config.evaluate.backend == "vllm":
             warnings += formats.context_notes(folder)

@@ -4,12 +4,11 @@ of settings that are allowed, and yet likely to waste a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from ptl.config.cluster import StepName
-from ptl.config.recover import RecoverStage, TrainingData
-from ptl.config.run import Calibration, Config, Evaluate, Gate
+from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule, plan
 from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
@@ -24,31 +23,21 @@ FAIR = 0.25  # an iteration whose share of the tokens is below this part of its 
 SOME_TOKENS = 10**9  # enough to divide
 
 
-def preflight(
-    path: str,
-    revision: str | None,
-    schedule: Schedule,
-    prune: Prune,
-    calibration: Calibration,
-    training: TrainingData,
-    evaluate: Evaluate,
-    gate: Gate,
-    recover: Sequence[RecoverStage] = (),
-) -> tuple[Path, ModelDimensions | None]:
+def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
 
     Where the recovery is not known yet (the import step), the first recover step checks it.
     """
-    check_data(calibration, training, recover)
-    check_rewards(recover, training)
-    check_tasks(evaluate)
+    check_data(config.calibration, config.training, config.recover)
+    check_rewards(config.recover, config.training)
+    check_tasks(config.evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
-    check_gate(evaluate, gate)
+    check_gate(config.evaluate, config.gate)
     # Only now a download, which may take an hour.
-    folder = hub.locate(path, revision)
-    dimensions = check_model(folder, schedule, prune)
+    folder = hub.locate(config.model.path, config.model.revision)
+    dimensions = check_model(folder, config.schedule, config.prune)
     if dimensions is not None:
-        check_settings(folder, calibration, training, evaluate, recover)
+        check_settings(folder, config.calibration, config.training, config.evaluate, config.recover)
     return folder, dimensions
 
 
