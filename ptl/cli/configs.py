@@ -17,7 +17,6 @@ from ptl.config import dag
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
-from ptl.tables import table_text
 from ptl.units import listed
 
 if TYPE_CHECKING:
@@ -40,15 +39,18 @@ def validate(
         ),
     ] = False,
 ) -> None:
-    """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
+    """Check a config, its data files and its model, and print what size it ends with; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
-    dimensions = checked(settings)
-    if dimensions is not None:
-        from ptl.preflight import target
+    dense = checked(settings)
+    if dense is None:
+        return
+    from ptl.preflight import target
 
-        if goal := target.sentence(settings):
-            print(goal)
-        _print_plan(target.with_number(settings), dimensions)
+    if goal := target.sentence(settings):
+        print(goal)
+    numbered = target.with_number(settings)
+    _, final = target.after_iterations(dense, numbered.schedule, settings.prune)[-1]
+    print(f"{settings.name}: {dense.params:,} parameters become {final.params:,}; `ptl plan` has every step")
 
 
 def plan(
@@ -152,27 +154,3 @@ def warn(warnings: list[str]) -> None:
     """Print warnings beside a command's output, each once."""
     for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def _print_plan(config: Config, dense: ModelDimensions) -> None:
-    from ptl.preflight.target import after_iterations
-
-    headings = ["Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"]
-    title = f"{config.name}: {dense.params:,} parameters"
-    # What is left of a mixture of experts; where layers go, prune decides it.
-    unit = config.prune.target
-    shows_experts = dense.experts and unit in ("experts", "neurons")
-    if dense.experts:
-        title += f" ({dense.active_params:,} active)"
-    if shows_experts:
-        headings += ["Active", unit.capitalize()]
-    rows, before = [], dense.params
-    for iteration, after in after_iterations(dense, config.schedule, config.prune):
-        removed = f"{before - after.params:,}"
-        row = [str(iteration.index), iteration.unit, removed, f"{after.params:,}", f"{iteration.tokens:,}"]
-        if shows_experts:
-            field = "experts" if unit == "experts" else "width"
-            row += [f"{after.active_params:,}", f"{getattr(after, field)} of {getattr(dense, field)}"]
-        rows.append(row)
-        before = after.params
-    print(table_text(title, headings, rows, numbers=headings))

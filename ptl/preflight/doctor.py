@@ -23,7 +23,6 @@ from ptl.preflight.in_cluster import DoubtError
 from ptl.storage import s3_client
 from ptl.units import size
 
-OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
 # Somebody waits, and a redirect leads to a login page.
 BRIEF = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -202,20 +201,10 @@ def disk(config: Config, home: Path) -> str:
     from ptl.preflight import forecast_model
 
     shape = forecast_model.shape_of(config.model.path, config.model.revision)
-    needed = checkpoint_bytes(config, shape.params, shape.itemsize)
+    needed = forecast_model.checkpoint_bytes(config, shape)
     free = shutil.disk_usage(home).free
     message = f"{home} has {size(free)} free; the checkpoints of a whole run are at most {size(needed)}"
     if free < needed:  # a run that stops for want of space can be resumed: no error
         remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
         raise DoubtError(message, remedy=remedy)
     return message
-
-
-def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
-    """The most that a run publishes: the model, and two of its size by each iteration and by the control.
-
-    All but the last iteration's hold the optimizer's state.
-    """
-    iterations = config.schedule.num_iterations
-    checkpoints = 1 + 2 * iterations + 2 * config.control
-    return params * (checkpoints * itemsize + 2 * (iterations - 1) * OPTIMIZER_STATE)

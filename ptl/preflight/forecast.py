@@ -27,6 +27,7 @@ from ptl.preflight.forecast_model import (
     Gpu,
     Shape,
     answering_memory,
+    checkpoint_bytes,
     decode_seconds,
     forward_flops,
     scoring_memory,
@@ -35,7 +36,7 @@ from ptl.preflight.forecast_model import (
     training_memory,
 )
 from ptl.tables import table_text
-from ptl.units import decimal_hours, duration
+from ptl.units import decimal_hours, duration, size
 
 REACHED = 0.35 * TERA  # FLOP/s of each TFLOP/s of a data sheet
 FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
@@ -52,7 +53,7 @@ class StepForecast:
     """One step."""
 
     step: str
-    params: int  # of the model that it makes or scores
+    model: ModelDimensions  # that it makes or scores
     tokens: int
     hours: float  # wall clock
     memory: float  # bytes on each GPU
@@ -60,6 +61,11 @@ class StepForecast:
     gpus: int  # that it holds, on each of its nodes
     nodes: int  # machines that it runs on
     note: str
+
+    @property
+    def params(self) -> int:
+        """Of the model."""
+        return self.model.params
 
     @property
     def gpu_hours(self) -> float:
@@ -143,23 +149,25 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
     config, dense = run.config, run.shape.dimensions
     schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
     models = {
-        arm: [dense, *(after for _, after in target.after_iterations(dense, schedule, config.prune))]
+        arm: [("", dense), *((it.unit, left) for it, left in target.after_iterations(dense, schedule, config.prune))]
         for arm, schedule in schedules.items()
     }
     for node in nodes(config):
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
         if stage not in run.gpus:
             continue  # minutes, without a GPU
-        model = models[arm][number]
+        unit, model = models[arm][number]
         if stage == "evaluate":
             tokens, seconds, note = _evaluation(model, run)
         elif stage == "prune":
-            tokens, seconds, note = _pruning(models[arm][number - 1], run)
+            tokens, seconds, note = _pruning(models[arm][number - 1][1], run)
+            field = "width" if unit == "neurons" else unit
+            note = f"{getattr(model, field)} of {getattr(dense, field)} {unit}{note}"
         else:
             tokens, seconds, note = _recovery(model, schedules[arm], number, run)
         yield StepForecast(
             step=node.name,
-            params=model.params,
+            model=model,
             tokens=tokens,
             hours=seconds / HOUR,
             memory=run.memory(stage, model),
@@ -178,7 +186,7 @@ def _pruning(before: ModelDimensions, run: Forecast) -> Work:
     flops = forward_flops(shape, before, tokens, calibration.max_length) * (3 if taylor else 1)
     # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
     host_memory = (before.layers + 2) * tokens * shape.hidden * shape.itemsize if taylor else 0
-    note = f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
+    note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
     return tokens, flops / (run.gpu.fp32 * REACHED), note
 
 
@@ -248,13 +256,15 @@ def devices(processes: int | None, count: int) -> int:
 
 def table(run: Forecast) -> str:
     """A forecast as a table."""
-    headings = ["Step", "Parameters", "Tokens", "GPUs", "GiB per GPU", "Hours", "Note"]
+    dense = run.shape.dimensions
+    headings = ["Step", "Parameters", "Active", "Tokens", "GPUs", "GiB per GPU", "Hours", "Note"]
     rows = []
     for step in run.steps:
         notes = [step.note] if step.fits else ["does not fit", step.note]
         row = [
             step.step,
             f"{step.params:,}",
+            f"{step.model.active_params:,}",
             f"{step.tokens:,}",
             f"{step.nodes} x {step.gpus}" if step.nodes > 1 else str(step.gpus),
             f"{step.memory / GIB:.1f}",
@@ -262,10 +272,13 @@ def table(run: Forecast) -> str:
             ", ".join(filter(None, notes)),
         ]
         rows.append(row)
+    if not dense.experts:  # every token meets all parameters
+        for cells in (headings, *rows):
+            del cells[2]
     machines = f"{run.nodes} nodes of " if run.nodes > 1 else ""
     title = (
-        f"{run.shape.params:,} parameters on {machines}{run.gpus['recover']} x {run.kind}: "
-        f"{duration(run.hours * HOUR)} of work, {decimal_hours(run.gpu_hours)} GPU-hours (estimates from data sheets, "
-        "without exports, queues and the start of pods)"
+        f"{dense.params:,} parameters on {machines}{run.gpus['recover']} x {run.kind}: {duration(run.hours * HOUR)} of "
+        f"work, {decimal_hours(run.gpu_hours)} GPU-hours, at most {size(checkpoint_bytes(run.config, run.shape))} of "
+        "checkpoints (estimates from data sheets, without exports, queues and the start of pods)"
     )
     return table_text(title, headings, rows, numbers=headings[1:-1])

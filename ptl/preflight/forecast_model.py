@@ -11,12 +11,13 @@ import math
 from dataclasses import dataclass
 
 from ptl.config.recover import RecoverStage
-from ptl.config.run import Calibration, Evaluate
+from ptl.config.run import Calibration, Config, Evaluate
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of
 from ptl.model.families import family_of
 
 GIB, TERA = 1 << 30, 1e12
+OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
 PROMPT_TOKENS, NEW_TOKENS = 512, 256  # of a prompt and of an answer, where nothing says how long they are
@@ -90,6 +91,16 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         itemsize=checkpoint.itemsize(folder),
         context=config.get("max_position_embeddings"),
     )
+
+
+def checkpoint_bytes(config: Config, shape: Shape) -> int:
+    """The most that a run publishes: the model, and two of its size by each iteration and by the control.
+
+    All but the last iteration's hold the optimizer's state.
+    """
+    iterations = config.schedule.num_iterations
+    checkpoints = 1 + 2 * iterations + 2 * config.control
+    return shape.params * (checkpoints * shape.itemsize + 2 * (iterations - 1) * OPTIMIZER_STATE)
 
 
 def forward_flops(shape: Shape, model: ModelDimensions, tokens: float, context: float) -> float:

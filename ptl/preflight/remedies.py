@@ -34,8 +34,8 @@ def warnings(run: Forecast) -> list[str]:
 
 
 def largest(run: Forecast, stage: str) -> ModelDimensions:
-    """The sizes of the largest model in a kind of step."""
-    return replace(run.shape.dimensions, params=max(step.params for step in run.of(stage)))
+    """The largest model in a kind of step."""
+    return max((step.model for step in run.of(stage)), key=lambda model: model.params)
 
 
 def _remedy(stage: str, run: Forecast) -> str:

@@ -238,7 +238,7 @@ def _fitted(values: Values, gpu: str, gpus: int, source: Path, folder: Path) -> 
             changes = remedies.smallest_change(stage, model, run, ROOM)
         if changes is None:
             raise InputError(
-                f"{stage} does not fit on {gpus} x {gpu}, with the smallest batches neither",
+                f"{stage} does not fit on {gpus} x {gpu}, even with the smallest batches",
                 field="--gpu",
                 remedy=f"name a larger GPU ({remedies.larger_gpus(stage, model, run, ROOM)}), give more --gpus, or "
                 "start from a smaller model",

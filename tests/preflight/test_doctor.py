@@ -12,6 +12,7 @@ import threading
 import uuid
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.local import servers
 from ptl.preflight import doctor, doctor_cluster, in_cluster
+from ptl.preflight.forecast_model import checkpoint_bytes
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -248,7 +250,8 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
 def test_disk(config, tmp_path, monkeypatch):
     """Two checkpoints an iteration and two of the control; all but the last two of the loop hold Adam's state."""
     two = config.model_copy(update={"schedule": config.schedule.model_copy(update={"iterations": 2})})
-    assert doctor.checkpoint_bytes(two, 1000, 2) == 2000 + 2 * 1000 * (2 + 8) + 2 * 2 * 1000 * 2
+    small = SimpleNamespace(params=1000, itemsize=2)
+    assert checkpoint_bytes(two, small) == 2000 + 2 * 1000 * (2 + 8) + 2 * 2 * 1000 * 2
     assert "free" in doctor.disk(config, tmp_path)
     full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
