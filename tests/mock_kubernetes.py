@@ -103,8 +103,9 @@ class MockKubernetes(MockServer):
             handler.send_response(200)
             handler.end_headers()
             self.log_requests.append(query)
-            for line in self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
-                handler.wfile.write(line.encode())
+            lines = self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])()
+            for number, line in enumerate(lines):
+                handler.wfile.write(f"2026-11-25T18:17:51.{number:09d}Z {line}".encode())
         else:
             _send(handler, *self.read(path, query))
 
@@ -274,7 +275,7 @@ class Processes:
             "PTL_TERMINATION_LOG": str(self.folder / f"words-{attempt}-{rank}"),
         }
         output = self.folder / f"log-{attempt}-{rank}"
-        self.cluster.logs[pod_name] = lambda: follow(output, lambda: self.nodes[rank].poll() is not None)
+        self.cluster.logs[pod_name] = lambda: output.read_text().splitlines(keepends=True)
         with output.open("w") as file:
             return subprocess.Popen(
                 trainer["command"],
@@ -283,14 +284,3 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-
-def follow(path, ended):
-    """Lines of a file as they come, until whoever writes it has ended."""
-    with path.open() as file:
-        while True:
-            last = ended()
-            yield from file
-            if last:
-                return
-            time.sleep(0.1)

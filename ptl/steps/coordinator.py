@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -19,10 +18,9 @@ from ptl.lineage import tracking
 from ptl.log import say
 from ptl.steps import trainjob
 from ptl.steps.kubernetes_api import Cluster, NoAnswerError
-from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodePod
+from ptl.steps.trainjob import OF_JOB_SET, Json, NodePod
 
 POLL = 2.0  # seconds
-LAST_LOG = 10  # seconds for the end of the first node's log
 DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 
@@ -35,13 +33,7 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    job = trainjob.complete(
-        os.environ[trainjob.TEMPLATE],
-        name,
-        run,
-        cluster.own_pod(),
-        call,
-    )
+    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), call)
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:
@@ -64,11 +56,10 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
     began = time.monotonic()
     said = False
     while (existing := cluster.train_job(name)) is not None:
-        deleted = "deletionTimestamp" in existing["metadata"]
-        if not deleted and trainjob.ended(existing) is None:
-            say(step, f"TrainJob {name} was started by an earlier attempt: it is followed")
-            return True
-        if not deleted:
+        if "deletionTimestamp" not in existing["metadata"]:
+            if trainjob.ended(existing) is None:
+                say(step, f"TrainJob {name} was started by an earlier attempt: it is followed")
+                return True
             # Of an attempt that was killed before it could delete it; this one begins anew.
             cluster.delete(name)
         if not said:
@@ -85,74 +76,58 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 
 
 def _follow(cluster: Cluster, step: str, name: str) -> None:
-    """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
-    ended = threading.Event()
-    log = threading.Thread(
-        target=_copy_log,
-        args=(cluster, name, ended),
-        daemon=True,
-    )
-    log.start()
-    try:
-        condition, failed = _until_ended(cluster, step, name)
-    finally:
-        ended.set()
-    log.join(LAST_LOG)
-    if condition["type"] != "Complete":
-        raise _error(condition, failed, name)
-
-
-def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[NodePod]]:
-    """The condition with which a TrainJob has ended, and the pods that failed; says what changes until then."""
+    """Wait for the end, with each change of state and the first node's log. Raises the error of the failing node."""
     last_state = ""
-    failed: dict[tuple[int, int], NodePod] = {}  # by attempt and rank
+    failed: dict[str, NodePod] = {}  # by the pod's name
+    copied: dict[str, tuple[str, float]] = {}
     began = time.monotonic()
-    while True:
+    condition = None
+    while condition is None:
         job = cluster.train_job(name)
         if job is None:
             raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
         pods = cluster.nodes(name)
+        # A restart takes the pod away, with what it says.
         for pod in pods:
-            # A restart takes the pod away, with what it says.
             if pod.failure:
-                failed.setdefault((pod.attempt, pod.node), pod)
-        state = _state(job, pods, failed.values())
+                failed.setdefault(pod.name, pod)
+        _copy_log(cluster, pods, copied)
+        condition = trainjob.ended(job)
+        state = _state(job, pods, failed.values()) if condition is None else condition["type"].lower()
         if not pods and time.monotonic() - began > WITHOUT_PODS:
             state += f"; why: kubectl describe jobset {name}"
         if state != last_state:
             say(step, f"TrainJob {name}: {state}")
             last_state = state
-        condition = trainjob.ended(job)
-        if condition is not None:
-            return condition, list(failed.values())
-        time.sleep(POLL)
+        if condition is None:
+            time.sleep(POLL)
+    if condition["type"] != "Complete":
+        raise _error(condition, failed.values(), name)
 
 
-def _copy_log(cluster: Cluster, name: str, ended: threading.Event) -> None:
-    """Copy the first node's log into this step's own, also after a restart, which makes a pod of another name."""
-    last_line: dict[str, float] = {}  # time.monotonic(), by pod
-    is_last = False
-    while not is_last:
-        is_last = ended.wait(POLL)
-        # Whatever ends the connection, and whatever the client raises: a log is no reason to fail.
-        with contextlib.suppress(Exception):
-            for pod in cluster.nodes(name):
-                is_new = pod.name not in last_line
-                if pod.node != 0 or not (pod.phase == "Running" or (is_new and pod.phase != "Pending")):
-                    continue
-                # What was not copied yet; a line at the seam may come twice.
-                since = None if is_new else math.ceil(time.monotonic() - last_line[pod.name])
-                last_line.setdefault(pod.name, time.monotonic())
-                for line in cluster.log(pod.name, CONTAINER, since):
-                    print(line, flush=True)
-                    last_line[pod.name] = time.monotonic()
+def _copy_log(cluster: Cluster, pods: list[NodePod], copied: dict[str, tuple[str, float]]) -> None:
+    """Print what is new of the first node's log, also after a restart, which makes a pod of another name.
+
+    `copied` has the time of each pod's last line, and time.monotonic() of its last copy.
+    """
+    # Whatever the client raises: a log is no reason to fail.
+    with contextlib.suppress(Exception):
+        for pod in pods:
+            if pod.node != 0 or pod.phase == "Pending":
+                continue
+            now = time.monotonic()
+            newest, copied_at = copied.get(pod.name, ("", None))
+            since = None if copied_at is None else math.ceil(now - copied_at) + 1
+            for line in cluster.log(pod.name, since):
+                printed_at, _, text = line.partition(" ")
+                if printed_at > newest:
+                    print(text, flush=True)
+                    newest = printed_at
+            copied[pod.name] = (newest, now)
 
 
 def _state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
     """One line for people."""
-    condition = trainjob.ended(job)
-    if condition is not None:
-        return str(condition["type"]).lower()
     if job["spec"].get("suspend"):
         return "suspended: it waits in its queue"
     newest = max((pod.attempt for pod in pods), default=0)
@@ -161,10 +136,10 @@ def _state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
     obstacles = [pod.obstacle for pod in pods if pod.obstacle]
     if obstacles:
         state += f"; {obstacles[0]}"
-    if not newest:
-        return state
-    before = trainjob.cause(pod for pod in failed if pod.attempt < newest)
-    return f"{state}, restart {newest}" + (f" ({before.error})" if before else "")
+    if newest:
+        before = trainjob.cause(pod for pod in failed if pod.attempt < newest)
+        state += f", restart {newest}" + (f" ({before.error})" if before else "")
+    return state
 
 
 def _error(condition: Json, failed: Iterable[NodePod], name: str) -> InputError | WorkError:

@@ -1,7 +1,7 @@
 """What a coordinator asks of the Kubernetes API: its own pod, a TrainJob, and the pods of its nodes.
 
 By the plain client, not by Kubeflow's TrainerClient, which hides the status code of a refusal and whose TrainJobs
-cannot have an owner.
+cannot have an owner. Answers are read as JSON: the client's own classes refuse one in which a field is missing.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from ptl.errors import InputError, WorkError
 from ptl.preflight.in_cluster import NAMESPACE
-from ptl.steps.trainjob import GROUP, OF_JOB_SET, PLURAL, VERSION, Json, NodePod, read_pod
+from ptl.steps.trainjob import API_VERSION, CONTAINER, OF_JOB_SET, PLURAL, Json, NodePod, read_pod
 
 SECONDS = 30  # for one request
 PATIENCE = 600  # seconds without an answer of the API before we give up
-CONFLICT, NOT_FOUND = 409, 404
+CONFLICT, NOT_FOUND, TOO_MANY = 409, 404, 429
+NODES = "resources.steps.recover.nodes"
 APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, Kubeflow Trainer)"
 
 
@@ -27,16 +28,14 @@ class NoAnswerError(WorkError):
 
 
 class Cluster:
-    """The namespace in which this pod runs."""
+    """The namespace in which this pod runs, with the rights of the pod's account."""
 
     def __init__(self) -> None:
         from kubernetes import client, config
 
-        # in a pod its account; elsewhere as kubectl does
-        self.namespace = "default"
         if NAMESPACE.is_file():
             config.load_incluster_config()
-            self.namespace = NAMESPACE.read_text().strip()
+            namespace = NAMESPACE.read_text().strip()
         else:
             kubeconfig = os.environ.get("KUBECONFIG")
             try:
@@ -44,75 +43,62 @@ class Cluster:
             except config.ConfigException as error:
                 raise InputError(
                     "this pod has no token of a service account, with which it would start its nodes",
-                    field="resources.steps.recover.nodes",
+                    field=NODES,
                     remedy="let Kubernetes mount it (automountServiceAccountToken), or train on one node",
                 ) from error
             _, active = config.list_kube_config_contexts(kubeconfig)
-            self.namespace = active["context"].get("namespace", self.namespace)
-        self._train_jobs = (GROUP, VERSION, self.namespace, PLURAL)
-        self._jobs = client.CustomObjectsApi()
-        self._pods = client.CoreV1Api()
+            namespace = active["context"].get("namespace", "default")
+        self._train_jobs = f"/apis/{API_VERSION}/namespaces/{namespace}/{PLURAL}"
+        self._pods = f"/api/v1/namespaces/{namespace}/pods"
+        self._call = partial(
+            client.ApiClient().call_api,
+            header_params={"Content-Type": "application/json"},
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _return_http_data_only=True,
+            _request_timeout=SECONDS,
+        )
 
     def own_pod(self) -> Json:
         """This pod. Raises InputError where its account may not read it."""
         name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
-        return self._read(self._pods.read_namespaced_pod, name, self.namespace)
+        return self._ask("GET", f"{self._pods}/{name}") or {}
 
     def create(self, job: Json) -> bool:
         """Create a TrainJob; False where one of its name exists. Raises InputError where it is refused."""
-        create = self._jobs.create_namespaced_custom_object
-        return self._ask(create, *self._train_jobs, job, expected=CONFLICT, job=job) is not None
+        return self._ask("POST", self._train_jobs, expected=CONFLICT, body=job) is not None
 
     def train_job(self, name: str) -> Json | None:
         """A TrainJob with its status; None where there is none."""
-        get = self._jobs.get_namespaced_custom_object
-        job: Json | None = self._ask(
-            get,
-            *self._train_jobs,
-            name,
-            expected=NOT_FOUND,
-        )
-        return job
+        return self._ask("GET", f"{self._train_jobs}/{name}", expected=NOT_FOUND)
 
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
-        delete = self._jobs.delete_namespaced_custom_object
-        self._ask(
-            delete,
-            *self._train_jobs,
-            name,
-            expected=NOT_FOUND,
-            propagation_policy="Foreground",
-        )
+        query = [("propagationPolicy", "Foreground")]
+        self._ask("DELETE", f"{self._train_jobs}/{name}", expected=NOT_FOUND, query=query)
 
     def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""
-        selector = f"{OF_JOB_SET}={name}"
-        listing = self._read(self._pods.list_namespaced_pod, self.namespace, label_selector=selector)
-        return [read_pod(pod) for pod in listing["items"]]
+        listing = self._ask("GET", self._pods, query=[("labelSelector", f"{OF_JOB_SET}={name}")])
+        return [read_pod(pod) for pod in (listing or {})["items"]]
 
-    def log(self, pod: str, container: str, since: int | None = None) -> Iterator[str]:
-        """The lines that a container prints, until it ends or the connection does; of the last `since` seconds."""
-        options = {"since_seconds": since} if since is not None else {}
-        response = self._pods.read_namespaced_pod_log(
-            pod, self.namespace, container=container, follow=True, _preload_content=False, **options
-        )
-        for line in response:
-            yield line.decode(errors="replace").rstrip("\n")
-
-    def _read(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Json:
-        """An object as the API has it: the client's own classes refuse one in which a field is missing."""
-        response = self._ask(request, *arguments, _preload_content=False, **options)
-        return dict(json.loads(response.data))
+    def log(self, pod: str, since: int | None) -> list[str]:
+        """The lines that a node has printed in the last `since` seconds (None: all), each with its time in front."""
+        query = [("container", CONTAINER), ("timestamps", "true")]
+        if since is not None:
+            query.append(("sinceSeconds", str(since)))
+        response = self._call(f"{self._pods}/{pod}/log", "GET", query_params=query)
+        return str(response.data.decode(errors="replace")).splitlines()
 
     def _ask(
         self,
-        request: Callable[..., Any],
-        *arguments: Any,
+        method: str,
+        path: str,
+        *,
         expected: int | None = None,
-        job: Json | None = None,
-        **options: Any,
-    ) -> Any:
+        query: list[tuple[str, str]] | None = None,
+        body: Json | None = None,
+    ) -> Json | None:
         """One request, again while nobody answers; None for the status `expected`. Raises NoAnswerError, InputError."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -120,14 +106,14 @@ class Cluster:
         began = time.monotonic()
         while True:
             try:
-                return request(*arguments, _request_timeout=SECONDS, **options)
+                return dict(json.loads(self._call(path, method, query_params=query, body=body).data))
             except (ApiException, HTTPError) as error:
                 status = getattr(error, "status", None)
                 if status is not None and status == expected:
                     return None
-                # an upgrade of the control plane, or a throttle
-                if status is not None and status < 500 and status != 429:
-                    raise _refused(error, job) from error
+                # An upgrade of the control plane and a throttle end by themselves.
+                if status is not None and status < 500 and status != TOO_MANY:
+                    raise _refused(error, body) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
                         f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
@@ -136,29 +122,24 @@ class Cluster:
                 time.sleep(5)
 
 
-def _refused(error: Any, job: Json | None = None) -> InputError:
+def _refused(error: Any, job: Json | None) -> InputError:
     """The error of a request that the API refuses, with what helps."""
     message = _message(error)
-    runtime = job["spec"]["runtimeRef"]["name"] if job else ""
-    if "not found: specified" in message:
+    if job and "not found: specified" in message:
         return InputError(
-            f"the TrainingRuntime {runtime!r} does not exist here",
+            f"the TrainingRuntime {job['spec']['runtimeRef']['name']!r} does not exist here",
             field="resources.steps.recover.runtime",
             remedy=f"{APPLY}, or name one that exists",
         )
-    if error.status == NOT_FOUND and job:
+    if job and error.status == NOT_FOUND:
         return InputError(
             "this cluster has no Kubeflow Trainer: it does not know TrainJobs",
-            field="resources.steps.recover.nodes",
+            field=NODES,
             remedy="install Kubeflow Trainer 2 (docs/install.md), or train on one node",
         )
-    # a quota and an admission webhook forbid too
+    # A quota and an admission webhook forbid too.
     if error.status == 401 or "forbidden: User" in message:
-        return InputError(
-            f"this step's account may not do that: {message}",
-            field="resources.steps.recover.nodes",
-            remedy=f"for its Role {APPLY}",
-        )
+        return InputError(f"this step's account may not do that: {message}", field=NODES, remedy=f"for its Role {APPLY}")
     return InputError(f"the cluster refuses it: {message}", field="resources.steps.recover")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptl import processes
 from ptl.address import without_login
-from ptl.errors import InputError, PtlError, explained_imports
+from ptl.errors import PtlError, explained_imports
 from ptl.steps.attempts import NO_SPACE, Failure, NoAttemptLeftError
 from ptl.storage import local_files
 
@@ -33,10 +33,7 @@ def main(path: Path, parent: int) -> None:
 def failure_of(error: Exception) -> Failure:
     """The failure of an attempt that ended with this error; one that is none of ours is printed with its traceback."""
     if isinstance(error, PtlError):
-        exhausted = isinstance(error, NoAttemptLeftError)
-        # Another attempt would find the same wrong input, or may not be made.
-        final = exhausted or isinstance(error, InputError)
-        return Failure(str(error), error.exit_code, final, exhausted)
+        return Failure(str(error), error.exit_code, isinstance(error, NoAttemptLeftError))
     # A bug, or a library.
     traceback.print_exc()
     if isinstance(error, OSError) and error.errno in local_files.FULL:

@@ -28,7 +28,7 @@ def begin(run: StepRun) -> None:
         last = f"; the last one failed: {reason}" if reason else ""
         raise attempts.NoAttemptLeftError(f"{error.problem}{last}", remedy=error.remedy) from None
     tracking.tag(run, {"attempt": attempt})
-    number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().attempts}"
+    number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().retries + 1}"
     say(run.step, f"started{number}")
 
 
