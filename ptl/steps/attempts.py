@@ -69,19 +69,19 @@ def claim(root: str, run: str, step: str) -> int:
     """
     from ptl.storage import store
 
-    own_launch = _launch()
-    attempt = {"launch": own_launch, "id": uuid.uuid4().hex}
+    launch = _launch()
+    own_id = uuid.uuid4().hex
     earlier: list[str | None] = []  # launches of the attempts before this one
     # Counted in the store: pods share nothing else, and a step's own process may die at any moment. Numbers are claimed
     # in order, each by one attempt: of two that begin together one gets the next number.
     while True:
+        # One that does not begin a launch continues the newest.
+        attempt = {"launch": launch or (earlier[-1] if earlier else None), "id": own_id}
         name = f"{step}.attempt-{len(earlier) + 1}"
         winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
-        if winner["id"] == attempt["id"]:
+        if winner["id"] == own_id:
             break
         earlier.append(winner["launch"])
-        if own_launch is None:  # this attempt continues the newest launch
-            attempt["launch"] = winner["launch"]
     number = earlier.count(attempt["launch"]) + 1
     allowed = policy().retries + 1
     if number > allowed:

@@ -78,7 +78,7 @@ class Call:
 
     def write(self, pointer: Pointer) -> None:
         """Make a pointer the model that this step hands on: the artifact's file; its uri is never touched."""
-        shown = {name: value for name, value in dataclasses.asdict(pointer).items() if name in SHOWN and value}
+        shown = {name: getattr(pointer, name) for name in SHOWN if getattr(pointer, name)}
         for name in self.outputs.keys() & set(MODELS):
             output = self.outputs[name]
             output.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +87,8 @@ class Call:
 
     def dump(self) -> Metadata:
         """The call as a step's process on another machine reads it, which has outputs of its own."""
-        settings = {"step": self.step, "experiment": self.experiment, **self.settings}
         return {
-            "settings": settings,
+            "settings": {"step": self.step, "experiment": self.experiment, **self.settings},
             "inputs": {name: pointer.dump() for name, pointer in self.inputs.items()},
         }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,14 @@ def leave_for_runner(step: str, failure: Failure) -> None:
 
 
 def announce(step: Call, failure: Failure) -> None:
-    """Report it in MLflow and to the webhook; what cannot be reached is a line in the log.
-
-    A step whose attempts are used up has posted to the webhook before.
-    """
+    """Report it in MLflow and to the webhook; what cannot be reached is a line in the log."""
     # What failed may be MLflow itself: waiting for it would only delay the webhook.
-    with mlflow_client.briefly():
-        _try(step.step, "MLflow", lambda: _fail_in_mlflow(step, failure))
-    url = os.environ.get(WEBHOOK)
-    # Every pod that follows used-up attempts would post the same again.
-    if url and not failure.exhausted:
-        _try(
-            step.step,
-            "the webhook",
-            lambda: _post(url, step.step, failure.reason),
-        )
+    with _no_reason_to_fail(step.step, "MLflow"), mlflow_client.briefly():
+        _fail_in_mlflow(step, failure)
+    # A step whose attempts are used up has posted before: every pod that follows would post the same again.
+    if os.environ.get(WEBHOOK) and not failure.exhausted:
+        with _no_reason_to_fail(step.step, "the webhook"):
+            _post(os.environ[WEBHOOK], step.step, failure.reason)
 
 
 def _fail_in_mlflow(step: Call, failure: Failure) -> None:
@@ -86,12 +80,7 @@ def _post(url: str, step: str, reason: str) -> None:
     import requests
 
     run = tracking.pipeline_run()
-    message = {
-        "text": f"ptl: run {run} failed in {step}: {reason}",
-        "run": run,
-        "step": step,
-        "reason": reason,
-    }
+    message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page
@@ -100,15 +89,15 @@ def _post(url: str, step: str, reason: str) -> None:
     if response.is_redirect:
         # It may lead to any server, and a POST that is redirected loses its body.
         raise WorkError(
-            f"it points to {address.page(response.headers['location'])}",
-            remedy=f"set {WEBHOOK} to that address",
+            f"it points to {address.page(response.headers['location'])}", remedy=f"set {WEBHOOK} to that address"
         )
 
 
-def _try(step: str, receiver: str, report: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _no_reason_to_fail(step: str, receiver: str) -> Iterator[None]:
     """Nothing that goes wrong with a report may hide the failure itself."""
     try:
-        report()
+        yield
     except Exception as error:
         message = str(error)
         url = os.environ.get(WEBHOOK)

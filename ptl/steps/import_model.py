@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -30,7 +29,7 @@ from ptl.revision import own_revision
 from ptl.steps import attempts
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, schedule_of
 from ptl.steps.key import key_of, withdraw_outdated
-from ptl.steps.step import Step, empty_folder, scratch
+from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
 from ptl.storage.store import Pointer, Record
@@ -42,9 +41,6 @@ def import_model(call: Call) -> None:
     from ptl.model.import_checkpoint import import_checkpoint
     from ptl.preflight import preflight
 
-    # What waits for what was compiled: a run parameter cannot switch the gate.
-    gate_settings = call.section(Gate, "gate")
-    gate.check_structure(gate_settings, call.settings["gated"])
     # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
     sections: dict[str, Any] = {
         "schedule": schedule_of(call),
@@ -52,14 +48,12 @@ def import_model(call: Call) -> None:
         "calibration": call.section(Calibration, "calibration"),
         "training": call.section(TrainingData, "training"),
         "evaluate": call.section(Evaluate, "evaluate"),
-        "gate": gate_settings,
+        "gate": call.section(Gate, "gate"),
     }
+    # What waits for what was compiled: a run parameter cannot switch the gate.
+    gate.check_structure(sections["gate"], call.settings["gated"])
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
-    folder, dimensions = preflight.preflight(
-        model.path,
-        model.revision,
-        *sections.values(),
-    )
+    folder, dimensions = preflight.preflight(model.path, model.revision, *sections.values())
     assert dimensions is not None, "a step has torch"
     exports = [check(Export, export, "export") for export in call.settings["exports"]]
     # This step's image does not have llama.cpp.
@@ -111,20 +105,10 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     withdraw_outdated(run, BENCHMARK_ITEMS, key)
     folder = empty_folder(BENCHMARK_ITEMS)
     number = write_items(folder, evaluate, seed)
-    location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
-    pointer = Pointer(
-        location,
-        digest_of(store.publish(folder, location)),
-        run_id=run.run_id,
-        step=BENCHMARK_ITEMS,
-    )
-    record = Record(
-        key.digest,
-        pointer,
-        {"stage": BENCHMARK_ITEMS},
-        version=__version__,
-        files=key.files,
-    )
+    location = fresh_location(run)
+    digest = digest_of(store.publish(folder, location))
+    pointer = Pointer(location, digest, run_id=run.run_id, step=BENCHMARK_ITEMS)
+    record = Record(key.digest, pointer, {"stage": BENCHMARK_ITEMS}, version=__version__, files=key.files)
     store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
     shutil.rmtree(scratch(BENCHMARK_ITEMS), ignore_errors=True)
     say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")

@@ -86,11 +86,8 @@ def withdraw_outdated(run: StepRun, step: str, key: Key) -> None:
         )
     reason = f"{_changed(record, key) or 'its input'} has changed since it was done"
     if store.committed(run.root, run.run, "report"):
-        raise InputError(
-            f"{reason}, and the run is finished",
-            field=field,
-            remedy="restore what has changed, or start a new run",
-        )
+        remedy = "restore what has changed, or start a new run"
+        raise InputError(f"{reason}, and the run is finished", field=field, remedy=remedy)
     say(step, f"{reason}: it is done again")
     store.withdraw(run.root, run.run, step)
 
@@ -100,8 +97,8 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
     On one machine that step has been done again by now. A cluster does not repeat what has succeeded.
     """
-    first = {"prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}.get(stage, run.step)
-    record = None if first == run.step else store.committed(run.root, run.run, first)
+    first = {"prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}.get(stage)
+    record = store.committed(run.root, run.run, first) if first and first != run.step else None
     changed = _changed(record, key) if record else ""
     if changed:
         raise InputError(
@@ -113,5 +110,4 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
 def _changed(record: Record, key: Key) -> str:
     """Names of the files that have changed since a record was made, or were added or left out."""
-    changed = dict(record.files.items() ^ key.files.items())
-    return ", ".join(sorted(changed))
+    return ", ".join(sorted(dict(record.files.items() ^ key.files.items())))

@@ -20,7 +20,10 @@ SECONDS = 30  # for one request
 PATIENCE = 600  # seconds without an answer of the API before we give up
 CONFLICT, NOT_FOUND, TOO_MANY = 409, 404, 429
 NODES = "resources.steps.recover.nodes"
-APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, Kubeflow Trainer)"
+REMEDY = (
+    "install Kubeflow Trainer 2 with its runtime and Role (manifests/components/trainer; docs/install.md, Kubeflow "
+    "Trainer), or train on one node"
+)
 
 
 class NoAnswerError(WorkError):
@@ -113,34 +116,15 @@ class Cluster:
                     return None
                 # An upgrade of the control plane and a throttle end by themselves.
                 if status is not None and status < 500 and status != TOO_MANY:
-                    raise _refused(error, body) from error
+                    raise InputError(
+                        f"the cluster refuses it: {_message(error)}", field=NODES, remedy=REMEDY
+                    ) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
                         f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
                         remedy="the TrainJob trains meanwhile, and a retry of the step finds it",
                     ) from error
                 time.sleep(5)
-
-
-def _refused(error: Any, job: Json | None) -> InputError:
-    """The error of a request that the API refuses, with what helps."""
-    message = _message(error)
-    if job and "not found: specified" in message:
-        return InputError(
-            f"the TrainingRuntime {job['spec']['runtimeRef']['name']!r} does not exist here",
-            field="resources.steps.recover.runtime",
-            remedy=f"{APPLY}, or name one that exists",
-        )
-    if job and error.status == NOT_FOUND:
-        return InputError(
-            "this cluster has no Kubeflow Trainer: it does not know TrainJobs",
-            field=NODES,
-            remedy="install Kubeflow Trainer 2 (docs/install.md), or train on one node",
-        )
-    # A quota and an admission webhook forbid too.
-    if error.status == 401 or "forbidden: User" in message:
-        return InputError(f"this step's account may not do that: {message}", field=NODES, remedy=f"for its Role {APPLY}")
-    return InputError(f"the cluster refuses it: {message}", field="resources.steps.recover")
 
 
 def _message(error: Any) -> str:
