@@ -17,6 +17,7 @@ from ptl.evaluation import gate
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
+from ptl.steps import attempts
 from ptl.storage.store import Pointer
 
 S = TypeVar("S", bound=Section)
@@ -96,8 +97,8 @@ class Call:
         """A section of the config among the settings, checked. Raises InputError naming each wrong field."""
         return check(kind, self.settings[name], name)
 
-    def start(self, title: str | None = None) -> StepRun:
-        """The step's run in MLflow; `title` names the pipeline run's own where there is none yet."""
+    def start(self) -> StepRun:
+        """The step's run in MLflow, below the pipeline run's own, which the first step makes and names."""
         return tracking.start(
             self.experiment,
             self.step,
@@ -105,7 +106,8 @@ class Call:
             iteration=self.iteration,
             # Without the variable the MLflow server decides where a new experiment keeps its artifacts.
             artifact_location=os.environ.get("PTL_ARTIFACT_ROOT"),
-            title=title,
+            # On one machine the run's id is its title.
+            title=self.settings.get("run_name") if attempts.on_a_cluster() else None,
         )
 
 

@@ -26,7 +26,6 @@ from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.report import run_page
 from ptl.revision import own_revision
-from ptl.steps import attempts
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, schedule_of
 from ptl.steps.key import key_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
@@ -60,9 +59,7 @@ def import_model(call: Call) -> None:
     check_exports(folder, [export for export in exports if export.format != "gguf"])
 
     goal = _goal(sections["schedule"], sections["prune"], folder)
-    # On one machine the run's id is its title.
-    title = call.settings["run_name"] if attempts.on_a_cluster() else None
-    with Step(call, key={"source": model, **goal}, title=title) as step:
+    with Step(call, key={"source": model, **goal}) as step:
         # When the run is resumed, also data that has changed.
         run_page.describe(
             step.run,

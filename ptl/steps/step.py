@@ -46,7 +46,7 @@ class Step:
     """One attempt of a step. What it starts from is the call's input `model`, if it has one.
 
     `key` is all that the result depends on beside that; None: the work is done each time. `reads` names records of
-    earlier steps whose files it depends on too. `title` names the pipeline run in MLflow where it is new.
+    earlier steps whose files it depends on too.
     """
 
     run: StepRun  # in MLflow
@@ -54,19 +54,16 @@ class Step:
     record: Record | None = None  # of the finished step
     folder: Path  # to fill, of this attempt alone
 
-    def __init__(
-        self, call: Call, *, key: Metadata | None, reads: Sequence[str] = (), title: str | None = None
-    ) -> None:
+    def __init__(self, call: Call, *, key: Metadata | None, reads: Sequence[str] = ()) -> None:
         self.call = call
         self.parent = call.inputs.get("model")
         self.settings: Any = key
         self._reads = reads
-        self._title = title
         self._started = time.time()
         self._damaged: Record | None = None  # a record of this key whose files are to be made again
 
     def __enter__(self) -> Step:
-        self.run = self.call.start(self._title)
+        self.run = self.call.start()
         try:
             self._open()
         except Exception as error:
