@@ -93,6 +93,19 @@ class Call:
             "inputs": {name: pointer.dump() for name, pointer in self.inputs.items()},
         }
 
+    @staticmethod
+    def load(call: Metadata) -> Call:
+        """The call that `dump` or the supervisor wrote, whose outputs are files. Raises InputError for no pointers."""
+        settings = dict(call["settings"])
+        # These two name the step; the other parameters are its settings.
+        return Call(
+            settings.pop("step"),
+            settings.pop("experiment"),
+            settings,
+            {name: Pointer.load(text) for name, text in call["inputs"].items()},
+            {name: Output(Path(file)) for name, file in call["outputs"].items()},
+        )
+
     def section(self, kind: type[S], name: str) -> S:
         """A section of the config among the settings, checked. Raises InputError naming each wrong field."""
         return check(kind, self.settings[name], name)

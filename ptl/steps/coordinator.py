@@ -41,7 +41,10 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
         try:
             # Another attempt of this very moment may be first: then its TrainJob is followed.
             if not follows and cluster.create(job):
-                say(step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes")
+                say(
+                    step,
+                    f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes",
+                )
             _follow(cluster, step, name)
         except NoAnswerError:
             raise  # it could not be deleted either

@@ -18,7 +18,7 @@ from ptl.lineage import mlflow_client, tracking
 from ptl.lineage.run_status import kubeflow_page
 from ptl.log import say
 from ptl.steps.attempts import Failure, on_a_cluster
-from ptl.steps.call import Call, Output
+from ptl.steps.call import Call
 from ptl.storage import local_files
 from ptl.storage.store import Pointer
 
@@ -31,9 +31,8 @@ def give_up(call: Mapping[str, Any], failure: Failure, artifacts: Mapping[str, A
 
     `call` is the step's as its process reads it, `artifacts` are Kubeflow's of its outputs.
     """
-    settings = call["settings"]
-    outputs = {name: Output(Path(artifact.path), artifact.metadata) for name, artifact in artifacts.items()}
-    step = Call(settings["step"], settings["experiment"], outputs=outputs)
+    # Without its inputs: one that is no pointer may be what failed.
+    step = Call.load({**call, "inputs": {}})
     # A run reaches its report without an export, and on a cluster without its control: on one machine somebody sees
     # that fail, and the same command resumes it.
     dispensable = step.arm == "export" or (step.arm == "control" and on_a_cluster())
@@ -43,9 +42,10 @@ def give_up(call: Mapping[str, Any], failure: Failure, artifacts: Mapping[str, A
     if not dispensable:
         sys.exit(failure.exit_code)
     # The step ends as after a stop by the gate: a failed task would keep the report from being written.
-    pointer = Pointer.load(call["inputs"]["model"])
     stopped = gate.State(stopped=True, reason=f"{step.step} failed: {failure.reason}")
-    step.write(dataclasses.replace(pointer, gate=stopped.dump()))
+    step.write(dataclasses.replace(Pointer.load(call["inputs"]["model"]), gate=stopped.dump()))
+    for name, artifact in artifacts.items():
+        artifact.metadata.update(step.outputs[name].metadata)
     say(step.step, f"failed: {failure.reason}; the run continues without it")
 
 
@@ -80,7 +80,12 @@ def _post(url: str, step: str, reason: str) -> None:
     import requests
 
     run = tracking.pipeline_run()
-    message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
+    message = {
+        "text": f"ptl: run {run} failed in {step}: {reason}",
+        "run": run,
+        "step": step,
+        "reason": reason,
+    }
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page

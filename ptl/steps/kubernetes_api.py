@@ -82,7 +82,11 @@ class Cluster:
 
     def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""
-        listing = self._ask("GET", self._pods, query=[("labelSelector", f"{OF_JOB_SET}={name}")])
+        listing = self._ask(
+            "GET",
+            self._pods,
+            query=[("labelSelector", f"{OF_JOB_SET}={name}")],
+        )
         return [read_pod(pod) for pod in (listing or {})["items"]]
 
     def log(self, pod: str, since: int | None) -> list[str]:

@@ -43,21 +43,12 @@ def failure_of(error: Exception) -> Failure:
 
 @explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
-    """Do the step of a call, whose inputs are pointers' texts and whose outputs are files; the outputs' metadata."""
+    """Do the step of a call as `Call.load` reads it; returns the metadata of its outputs."""
     from ptl.steps import table
-    from ptl.steps.call import Call, Output
+    from ptl.steps.call import Call
     from ptl.steps.step import scratch
-    from ptl.storage.store import Pointer
 
-    settings = dict(call["settings"])
-    # These two name the step; the other parameters are its settings.
-    step = Call(
-        settings.pop("step"),
-        settings.pop("experiment"),
-        settings,
-        {name: Pointer.load(text) for name, text in call["inputs"].items()},
-        {name: Output(Path(file)) for name, file in call["outputs"].items()},
-    )
+    step = Call.load(call)
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
     with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
         table.STEPS[step.stage](step)

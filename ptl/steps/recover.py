@@ -78,7 +78,13 @@ def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckp
     if run.root.startswith("file:") and not machines.is_node():
         return []
     return [
-        TrainingCheckpoints(run.root, run.run, f"{run.step}.{i}", step.key.digest, minutes)
+        TrainingCheckpoints(
+            run.root,
+            run.run,
+            f"{run.step}.{i}",
+            step.key.digest,
+            minutes,
+        )
         for i in range(len(recovery.stages))
     ]
 

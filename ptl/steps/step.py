@@ -119,7 +119,12 @@ class Step:
             say(run.step, f"done again, since its files are damaged: {damage}")
             return None
         say(run.step, "its files were verified")
-        return store.commit(run.root, run.run, run.step, dataclasses.replace(self._damaged, damaged=False))
+        return store.commit(
+            run.root,
+            run.run,
+            run.step,
+            dataclasses.replace(self._damaged, damaged=False),
+        )
 
     def take_over(self, key: str) -> Metadata | None:
         """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
@@ -152,7 +157,10 @@ class Step:
 
     def fetch(self, pointer: Pointer) -> Path:
         """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
-        print(f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}", flush=True)
+        print(
+            f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}",
+            flush=True,
+        )
         try:
             return store.fetch(pointer, scratch("cache"))
         except WorkError as error:
@@ -221,7 +229,10 @@ class Step:
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
         shutil.rmtree(scratch("cache"), ignore_errors=True)
         committed = self.record.metadata
-        say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
+        say(
+            run.step,
+            f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}",
+        )
         self._report()
         return self.record
 
