@@ -97,9 +97,11 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     from ptl.evaluation.evaluate import write_items
 
     key = key_of("", {"evaluate": evaluate, "seed": seed})
-    if store.committed(run.root, run.run, BENCHMARK_ITEMS, key.digest):
-        return
-    withdraw_outdated(run, BENCHMARK_ITEMS, key)
+    earlier = store.committed(run.root, run.run, BENCHMARK_ITEMS)
+    if earlier is not None:
+        if earlier.key == key.digest:
+            return
+        withdraw_outdated(run, earlier, key)
     folder = empty_folder(BENCHMARK_ITEMS)
     number = write_items(folder, evaluate, seed)
     location = fresh_location(run)

@@ -69,15 +69,12 @@ def _files_in(model: str | None) -> list[Path]:
     return [path for path in Path(model).iterdir() if path.is_file()]
 
 
-def withdraw_outdated(run: StepRun, step: str, key: Key) -> None:
-    """Withdraw this run's result of a step where it was made from other files or settings: it is made again.
+def withdraw_outdated(run: StepRun, record: Record, key: Key) -> None:
+    """Withdraw this run's result of a step, which was made from other files or settings: it is made again.
 
     Raises InputError where another version of ptl made it, or where the run is finished.
     """
-    record = store.committed(run.root, run.run, step)
-    if record is None:
-        return
-    field = f"step {step} of run {run.run}"
+    field = f"step {record.step} of run {run.run}"
     if record.version != __version__:
         raise InputError(
             f"done by ptl {record.version}, and this is ptl {__version__}",
@@ -88,8 +85,8 @@ def withdraw_outdated(run: StepRun, step: str, key: Key) -> None:
     if store.committed(run.root, run.run, "report"):
         remedy = "restore what has changed, or start a new run"
         raise InputError(f"{reason}, and the run is finished", field=field, remedy=remedy)
-    say(step, f"{reason}: it is done again")
-    store.withdraw(run.root, run.run, step)
+    say(record.step, f"{reason}: it is done again")
+    store.withdraw(run.root, run.run, record.step)
 
 
 def check_same_files(run: StepRun, stage: str, key: Key) -> None:

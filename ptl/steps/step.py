@@ -87,15 +87,17 @@ class Step:
         self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
         self.key = key_of(self.parent.digest if self.parent else "", self.settings)
         # Another command, an earlier pod or a retry may have finished the step.
-        self.record = self.find(run.step, self.key.digest) or self._verified()
-        if self.record is not None:
+        record = self.find(run.step) or self._verified()
+        if record is not None and record.key == self.key.digest:
+            self.record = record
             say(run.step, "done before: taken as it is")
             # It may have been killed between the record and MLflow.
             if machines.machines().first:
                 self._report()
             return
         check_same_files(run, self.call.stage, self.key)
-        withdraw_outdated(run, run.step, self.key)
+        if record is not None:
+            withdraw_outdated(run, record, self.key)
         self.folder = empty_folder(run.step)
         # A node's attempt is its coordinator's, which has looked for earlier results, and begins later.
         if machines.is_node():
