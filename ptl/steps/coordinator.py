@@ -33,7 +33,13 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), call)
+    job = trainjob.complete(
+        os.environ[trainjob.TEMPLATE],
+        name,
+        run,
+        cluster.own_pod(),
+        call,
+    )
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:

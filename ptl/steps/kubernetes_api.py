@@ -78,7 +78,12 @@ class Cluster:
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
         query = [("propagationPolicy", "Foreground")]
-        self._ask("DELETE", f"{self._train_jobs}/{name}", expected=NOT_FOUND, query=query)
+        self._ask(
+            "DELETE",
+            f"{self._train_jobs}/{name}",
+            expected=NOT_FOUND,
+            query=query,
+        )
 
     def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""
@@ -94,7 +99,11 @@ class Cluster:
         query = [("container", CONTAINER), ("timestamps", "true")]
         if since is not None:
             query.append(("sinceSeconds", str(since)))
-        response = self._call(f"{self._pods}/{pod}/log", "GET", query_params=query)
+        response = self._call(
+            f"{self._pods}/{pod}/log",
+            "GET",
+            query_params=query,
+        )
         return str(response.data.decode(errors="replace")).splitlines()
 
     def _ask(

@@ -48,7 +48,11 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            coordinator.train(call.step, call.dump(), partial(reporting.begin, step.run))
+            coordinator.train(
+                call.step,
+                call.dump(),
+                partial(reporting.begin, step.run),
+            )
             step.take_result_of_nodes()
         elif step.record is None:
             from ptl.recovery.recover import recover_checkpoint
@@ -96,7 +100,14 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
     tracking.tag(step.run, {"tokens": iteration.tokens})
     # Distillation learns from the model as it was before any pruning.
     distils = any(stage.method == "distil" for stage in recovery.stages)
-    budget = StageBudget(iteration.tokens, (), call.iteration, iteration.last, settings["seed"], settings["weights"])
+    budget = StageBudget(
+        iteration.tokens,
+        (),
+        call.iteration,
+        iteration.last,
+        settings["seed"],
+        settings["weights"],
+    )
     return RecoveryJob(
         data,
         budget,

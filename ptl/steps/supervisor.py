@@ -75,7 +75,11 @@ def run(
         if error.errno not in local_files.FULL:
             raise
         failure = Failure(str(local_files.no_space(error)))
-    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+    print(
+        f"error: {step}: {failure.reason}",
+        file=sys.stderr,
+        flush=True,
+    )
     from ptl.steps.failure import give_up
 
     give_up(call, failure, outputs)
