@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -10,18 +11,16 @@ MAX_DEPTH = 64  # a config has four levels; transformers copies it by recursion
 
 def loads(text: str | bytes) -> Any:
     """The value. Raises ValueError for what is no JSON, and for more than MAX_DEPTH levels."""
-    too_deep = ValueError(f"nested deeper than {MAX_DEPTH} levels")
-    try:
+    with contextlib.suppress(RecursionError):
         value = json.loads(text)
-    except RecursionError as error:
-        raise too_deep from error
-    # Level by level, not by recursion, which is what deep nesting would exhaust
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for container in level:
-            inner += container.values() if isinstance(container, dict) else container
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
+        if _depth(value) <= MAX_DEPTH:
             return value
-    raise too_deep
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _depth(value: Any) -> int:
+    """Levels of objects and lists."""
+    if not isinstance(value, dict | list):
+        return 0
+    items = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, items), default=0)

@@ -14,37 +14,32 @@ from ptl.errors import InputError
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 MAX_LINE = 2**26  # bytes of one row
-MAX_EXPANSION = 200  # bytes for a byte of the file; a gzip file of rows expands 3 to 20 times
+MAX_EXPANSION = 200  # bytes for a byte of the file; a gzip file of rows expands 3 to 20 times, a gzip bomb 1,000 times
 
 
 def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. Raises InputError with the config's `field`, the file's `name` and the line."""
     opener = gzip.open if path.suffix == ".gz" else open
     file_size = path.stat().st_size
-    # a gzip bomb expands 1,000 times
-    max_size = max(MAX_EXPANSION * file_size, MAX_LINE)
     number = size = rows = 0
     try:
-        # bytes, each line decoded for itself: an error of the encoding names its line
+        # Bytes, each line decoded for itself: an error of the encoding names its line.
         with opener(path, "rb") as file:
-            lines = iter(partial(file.readline, MAX_LINE), b"")
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+                location = f"{name}, line {number}"
                 size += len(line)
-                # a line of that length was not read to its end
-                if len(line) == MAX_LINE or size > max_size:
-                    sizes = f"{size:,} bytes so far from a file of {file_size:,} bytes"
+                # A line of that length was not read to its end.
+                if len(line) == MAX_LINE or size > max(MAX_EXPANSION * file_size, MAX_LINE):
                     raise InputError(
-                        f"{name}, line {number}: {sizes} are no rows of text",
+                        f"{location}: {size:,} bytes so far from a file of {file_size:,} bytes are no rows of text",
                         field=field,
                         remedy="correct the file",
                     )
-                # an empty line is no row, one at the end for example
+                # An empty line is no row, one at the end for example.
                 if line.strip():
                     rows += 1
-                    # only a file begins with a byte order mark
-                    encoding = "utf-8-sig" if number == 1 else "utf-8"
-                    yield _json_object(line, encoding, field, f"{name}, line {number}")
-    # a truncated or changed file
+                    yield _json_object(line, field, location)
+    # A truncated or changed file.
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
             f"{name} is damaged after line {number} ({error})",
@@ -55,11 +50,11 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
         raise InputError(f"{name} is empty", field=field, remedy="give a file with at least one row")
 
 
-def _json_object(line: bytes, encoding: str, field: str, location: str) -> dict[str, Any]:
+def _json_object(line: bytes, field: str, location: str) -> dict[str, Any]:
     remedy = "correct the line"
     try:
-        # without its end, where the decoder would see another line
-        row = json.loads(line.decode(encoding).rstrip())
+        # Without a byte order mark, and without its end, where the decoder would see another line.
+        row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise InputError(
             f"{location} is not in UTF-8",
@@ -67,7 +62,7 @@ def _json_object(line: bytes, encoding: str, field: str, location: str) -> dict[
             remedy="convert the file, for example: iconv -f latin1 -t utf-8 OLD > NEW",
         ) from error
     except (ValueError, RecursionError) as error:
-        # the decoder's own words have a second line number, always 1
+        # The decoder's own words have a second line number, always 1
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(f"{location} is not JSON ({reason})", field=field, remedy=remedy) from error
     if not isinstance(row, dict):

@@ -65,13 +65,20 @@ def images(
     # These two are set by the environment as for pip.
     ca: Annotated[
         Path | None,
-        typer.Option(envvar="PIP_CERT", help="CA bundle for a build's downloads, for example your organisation's"),
+        typer.Option(
+            envvar="PIP_CERT",
+            exists=True,
+            dir_okay=False,
+            help="CA bundle for a build's downloads, for example your organisation's",
+        ),
     ] = None,
     index: Annotated[
         str | None,
         typer.Option(envvar="PIP_INDEX_URL", help="package index for a build; default: PyPI", show_envvar=True),
     ] = None,
-    wheels: Annotated[Path | None, typer.Option(help="folder with local wheels for a build")] = None,
+    wheels: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="folder with local wheels for a build")
+    ] = None,
 ) -> None:
     """Print, build or push the steps' images, or print their digests as the section `images` of a config."""
     from ptl.config import image_names

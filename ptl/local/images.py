@@ -35,8 +35,8 @@ def build(
     `optional` are further ones, of image_names.OPTIONAL. `base_image` replaces the CUDA base; `cpu` takes the locks
     that leave the CUDA libraries out (docs/images.md says where their torch comes from). `ca` is a CA bundle and
     `index` the address of a package index, both only for the build's downloads; `wheels` is a folder of local wheels.
-    Raises InputError outside a checkout, for a missing file and for an image that has no CPU build, WorkError when no
-    engine answers or a build fails.
+    Raises InputError outside a checkout and for an image that has no CPU build, WorkError when no engine answers or a
+    build fails.
     """
     built = names(registry, tag, optional=optional)
     if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
@@ -74,16 +74,12 @@ def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -
     # `ca` and `index` as secrets: they are in no layer of an image.
     options = []
     if ca is not None:
-        if not ca.is_file():
-            raise InputError(f"no file {ca}", field="--ca", remedy="give your organisation's CA, a bundle in PEM")
         options += ["--set", f"*.secrets=id=ca,src={ca.absolute()}"]
     if index is not None:
         if not index.startswith(("http://", "https://")):
             raise InputError("must be an address, http:// or https://", field="--index")
         options += ["--set", "*.secrets=id=index,env=PIP_INDEX_URL"]
     if wheels is not None:
-        if not wheels.is_dir():
-            raise InputError(f"no folder {wheels}", field="--wheels", remedy="give a folder that holds wheels")
         options += ["--set", f"*.contexts.wheels={wheels.absolute()}"]
     return options
 

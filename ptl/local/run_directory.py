@@ -93,11 +93,10 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     # It names the run in the store.
     store.check_name("--run-dir", folder.name)
     old_config = _read_config(folder)
-    if old_config is None:
-        if _is_free(folder):
-            return False
-        problem = "is not empty and holds no run that can be read"
-    else:
+    problem = "is not empty and holds no run that can be read"
+    if old_config is None and _is_free(folder):
+        return False
+    if old_config is not None:
         differences = _differences(old_config, config)
         if not differences:
             return True

@@ -61,8 +61,8 @@ def up(
     `root/stack`. Raises InputError for a port in use, WorkError with the end of the log when a server does not start.
     """
     stack = folder(root)
-    s3_port = s3_port or _last_port(root, "s3") or S3_PORT
-    mlflow_port = mlflow_port or _last_port(root, "mlflow") or MLFLOW_PORT
+    s3_port = s3_port or _last_port(root, "s3", S3_PORT)
+    mlflow_port = mlflow_port or _last_port(root, "mlflow", MLFLOW_PORT)
     with processes.exclusive(stack / "lock", f"`ptl up` in {root}", wait=START_SECONDS):
         # MLflow's port is checked before S3 is started, which would be left running.
         _needs_start(root, "mlflow", mlflow_port)
@@ -195,31 +195,27 @@ def start(root: Path, name: str, command: list[str], env: Environment, port: int
     local_files.replace(note, json.dumps(asdict(service)).encode())
 
     deadline = time.monotonic() + START_SECONDS
-    while not answers(f"{address(port)}{health}"):
-        exit_code = process.poll()
-        if exit_code is not None:
-            problem = f"ended with code {exit_code}"
-        elif time.monotonic() > deadline:
-            problem = f"did not answer within {START_SECONDS} s"
-            _end(service)
-        else:
-            time.sleep(0.1)
-            continue
-        # Nothing is left of it but its log, whose end says what was wrong.
-        note.unlink(missing_ok=True)
-        log_end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        raise WorkError(f"{name} server {problem}; the end of {log}:\n{log_end}")
+    while process.poll() is None and time.monotonic() < deadline:
+        if answers(f"{address(port)}{health}"):
+            return
+        time.sleep(0.1)
+    problem = f"ended with code {process.returncode}"
+    if process.returncode is None:
+        problem = f"did not answer within {START_SECONDS} s"
+        _end(service)
+    # Nothing is left of it but its log, whose end says what was wrong.
+    note.unlink()
+    log_end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+    raise WorkError(f"{name} server {problem}; the end of {log}:\n{log_end}")
 
 
 def stop(root: Path, name: str) -> bool:
     """Stop a server (`s3` or `mlflow`); returns whether it ran."""
     service = _noted_service(root, name)
-    if service is None:
-        return False
-    was_alive = service.is_alive
-    if was_alive:
+    was_alive = service is not None and service.is_alive
+    if service is not None and was_alive:
         _end(service)
-    _note(root, name).unlink()
+    _note(root, name).unlink(missing_ok=True)
     return was_alive
 
 
@@ -234,9 +230,9 @@ def _end(service: Service) -> None:
         time.sleep(0.05)
 
 
-def _last_port(root: Path, name: str) -> int | None:
+def _last_port(root: Path, name: str, default: int) -> int:
     service = _noted_service(root, name)
-    return service.port if service else None
+    return service.port if service else default
 
 
 def address(port: int) -> str:

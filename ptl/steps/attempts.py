@@ -13,7 +13,7 @@ import re
 import uuid
 
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
-from ptl.errors import WorkError
+from ptl.errors import InputError, WorkError
 
 NO_SPACE = errno.ENOSPC  # exit code of a step's process that could not even write why it failed
 
@@ -30,20 +30,19 @@ class Policy:
     pause: float  # seconds before the first further attempt; doubled each time
     timeout: float | None  # seconds for one attempt
 
-    @property
-    def attempts(self) -> int:
-        """All attempts, the first one included."""
-        return self.retries + 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why an attempt failed, and whether another one may follow."""
+    """Why an attempt failed."""
 
     reason: str
     exit_code: int = 1
-    final: bool = False  # no attempt follows
     exhausted: bool = False  # earlier attempts have used all, and the last of them has reported why
+
+    @property
+    def final(self) -> bool:
+        """Whether no attempt follows: another one would find the same wrong input, or may not be made."""
+        return self.exhausted or self.exit_code == InputError.exit_code
 
 
 def policy() -> Policy:
@@ -70,21 +69,24 @@ def claim(root: str, run: str, step: str) -> int:
     """
     from ptl.storage import store
 
-    own_launch = _launch()
-    attempt = {"launch": own_launch, "id": uuid.uuid4().hex}
+    launch = _launch()
+    own_id = uuid.uuid4().hex
     earlier: list[str | None] = []  # launches of the attempts before this one
     # Counted in the store: pods share nothing else, and a step's own process may die at any moment. Numbers are claimed
     # in order, each by one attempt: of two that begin together one gets the next number.
     while True:
+        # One that does not begin a launch continues the newest.
+        attempt = {
+            "launch": launch or (earlier[-1] if earlier else None),
+            "id": own_id,
+        }
         name = f"{step}.attempt-{len(earlier) + 1}"
         winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
-        if winner["id"] == attempt["id"]:
+        if winner["id"] == own_id:
             break
         earlier.append(winner["launch"])
-        if own_launch is None:  # this attempt continues the newest launch
-            attempt["launch"] = winner["launch"]
     number = earlier.count(attempt["launch"]) + 1
-    allowed = policy().attempts
+    allowed = policy().retries + 1
     if number > allowed:
         raise NoAttemptLeftError(
             f"all {allowed} attempts were used (resources.retries: {allowed - 1})",

@@ -17,6 +17,7 @@ from ptl.evaluation import gate
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
+from ptl.steps import attempts
 from ptl.storage.store import Pointer
 
 S = TypeVar("S", bound=Section)
@@ -78,7 +79,7 @@ class Call:
 
     def write(self, pointer: Pointer) -> None:
         """Make a pointer the model that this step hands on: the artifact's file; its uri is never touched."""
-        shown = {name: value for name, value in dataclasses.asdict(pointer).items() if name in SHOWN and value}
+        shown = {name: getattr(pointer, name) for name in SHOWN if getattr(pointer, name)}
         for name in self.outputs.keys() & set(MODELS):
             output = self.outputs[name]
             output.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +88,30 @@ class Call:
 
     def dump(self) -> Metadata:
         """The call as a step's process on another machine reads it, which has outputs of its own."""
-        settings = {"step": self.step, "experiment": self.experiment, **self.settings}
         return {
-            "settings": settings,
+            "settings": {"step": self.step, "experiment": self.experiment, **self.settings},
             "inputs": {name: pointer.dump() for name, pointer in self.inputs.items()},
         }
+
+    @staticmethod
+    def load(call: Metadata) -> Call:
+        """The call that `dump` or the supervisor wrote, whose outputs are files. Raises InputError for no pointers."""
+        settings = dict(call["settings"])
+        # These two name the step; the other parameters are its settings.
+        return Call(
+            settings.pop("step"),
+            settings.pop("experiment"),
+            settings,
+            {name: Pointer.load(text) for name, text in call["inputs"].items()},
+            {name: Output(Path(file)) for name, file in call["outputs"].items()},
+        )
 
     def section(self, kind: type[S], name: str) -> S:
         """A section of the config among the settings, checked. Raises InputError naming each wrong field."""
         return check(kind, self.settings[name], name)
 
-    def start(self, title: str | None = None) -> StepRun:
-        """The step's run in MLflow; `title` names the pipeline run's own where there is none yet."""
+    def start(self) -> StepRun:
+        """The step's run in MLflow, below the pipeline run's own, which the first step makes and names."""
         return tracking.start(
             self.experiment,
             self.step,
@@ -106,7 +119,8 @@ class Call:
             iteration=self.iteration,
             # Without the variable the MLflow server decides where a new experiment keeps its artifacts.
             artifact_location=os.environ.get("PTL_ARTIFACT_ROOT"),
-            title=title,
+            # On one machine the run's id is its title.
+            title=self.settings.get("run_name") if attempts.on_a_cluster() else None,
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
-from ptl.config.goal import MemoryGoal
 from ptl.config.run import Evaluate, Gate
-from ptl.config.schedule import Prune, Schedule, plan, removal
+from ptl.config.schedule import Prune, plan, removal
 from ptl.evaluation import gate, paired, speed_rows, tasks
 from ptl.lineage import registry, tracking
 from ptl.log import say
@@ -24,18 +24,6 @@ from ptl.storage.store import Pointer, Record
 MANY_TRUNCATED = 0.2  # share of a task's answers
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What scores and verdict depend on, beside the checkpoints."""
-
-    evaluate: Evaluate
-    gate: Gate
-    prune: Prune
-    iterations: int
-    target: float | MemoryGoal  # of the schedule: a share to remove, or the parameters to end with
-    seed: int
-
-
 def evaluate(call: Call) -> None:
     """Score the checkpoint, and decide which one continues: it, or the `fallback` that its iteration began with.
 
@@ -44,48 +32,47 @@ def evaluate(call: Call) -> None:
     """
     if call.stopped:
         return call.pass_through()
-    settings = Settings(
-        evaluate=call.section(Evaluate, "evaluate"),
-        gate=call.section(Gate, "gate"),
-        prune=call.section(Prune, "prune"),
-        iterations=call.settings["iterations"],
-        target=schedule_of(call).target,
-        seed=call.settings["seed"],
-    )
     fallback = call.inputs.get("fallback")
+    gate_settings = call.section(Gate, "gate")
     if call.arm == "loop" and call.iteration:
         # The pipeline was compiled with a fallback for each iteration, or with none.
-        gate.check_structure(settings.gate, compiled=fallback is not None)
+        gate.check_structure(gate_settings, compiled=fallback is not None)
     key = {
-        **vars(settings),
+        "evaluate": call.section(Evaluate, "evaluate"),
+        "gate": gate_settings,
+        "prune": call.section(Prune, "prune"),
+        "iterations": call.settings["iterations"],
+        "target": schedule_of(call).target,
+        "seed": call.settings["seed"],
         "fallback": fallback and fallback.digest,
         "state": fallback and fallback.gate,
     }
     with Step(call, key=key) as step:
-        record = step.record or step.publish(_evaluated(step, step.fetch_model(), settings))
+        record = step.record or step.publish(_evaluated(step, step.fetch_model()))
         # Kubeflow shows them in its table of runs.
         call.outputs["metrics"].metadata.update(kubeflow_metrics(record.metadata, step.run))
     return None
 
 
-def _evaluated(step: Step, source: Path, settings: Settings) -> Metadata:
+def _evaluated(step: Step, source: Path) -> Metadata:
     """Scores, verdict and what the loop continues with."""
-    candidate = step.call.inputs["model"]
+    call, settings = step.call, step.settings
+    candidate = call.inputs["model"]
     # The scores depend on less than the verdict: another gate can take them over.
-    scores_key = key_of(candidate.digest, {"evaluate": settings.evaluate, "seed": settings.seed}).digest
-    scores = _scores(step, source, scores_key, settings)
-    if step.call.step == "evaluate-0":
+    scores_key = key_of(candidate.digest, {name: settings[name] for name in ("evaluate", "seed")}).digest
+    scores = _scores(step, source, scores_key)
+    if call.step == "evaluate-0":
         _warn_of_truncated_answers(scores)
     # The folder has the outcome of every item, which the gate compares.
-    verdict, accepted = decide(step, settings, scores)
+    verdict, accepted = decide(step, scores)
     speed = {}
-    if ends_the_loop(step.call, settings.iterations, accepted):
-        _withdraw_later(step, settings.iterations)
-        speed = speed_beside_dense(step, accepted, settings.evaluate)
+    if ends_the_loop(call, settings["iterations"], accepted):
+        _withdraw_later(step, settings["iterations"])
+        speed = speed_beside_dense(step, accepted, settings["evaluate"])
     return {
         "scores": scores,
         "checkpoint": dataclasses.asdict(candidate),
-        "smallest_cuts": cuts_of(source, settings.prune),
+        "smallest_cuts": cuts_of(source, settings["prune"]),
         "verdict": verdict,
         "accepted": dataclasses.asdict(accepted),
         "speed": speed,
@@ -100,25 +87,20 @@ def cuts_of(folder: Path, prune: Prune) -> dict[str, int]:
     return smallest_cuts(dimensions, prune.width_multiple)
 
 
-def _scores(step: Step, source: Path, key: str, settings: Settings) -> Metadata:
+def _scores(step: Step, source: Path, key: str) -> Metadata:
     """The scores of a checkpoint: those of an earlier run, or new ones. Their files are in the step's folder."""
     from ptl.evaluation.evaluate import evaluate_checkpoint
 
+    settings: Evaluate = step.settings["evaluate"]
     earlier = step.take_over(key)
     if earlier:
         scores = dict(earlier["scores"])
     else:
-        report = evaluate_checkpoint(
-            source,
-            step.folder,
-            settings.evaluate,
-            seed=settings.seed,
-            speed=False,
-        )
+        report = evaluate_checkpoint(source, step.folder, settings, seed=step.settings["seed"], speed=False)
         scores = dataclasses.asdict(report)
-    if settings.gate.enabled and scores["tasks"][0]["low"] is None:
+    if step.settings["gate"].enabled and scores["tasks"][0]["low"] is None:
         # The task's YAML did not say that it has no accuracy.
-        raise tasks.no_accuracy(settings.evaluate.tasks[0])
+        raise tasks.no_accuracy(settings.tasks[0])
     return scores
 
 
@@ -133,21 +115,19 @@ def _warn_of_truncated_answers(scores: Metadata) -> None:
             )
 
 
-def decide(step: Step, settings: Settings, scores: Metadata) -> tuple[Metadata, Pointer]:
+def decide(step: Step, scores: Metadata) -> tuple[Metadata, Pointer]:
     """The verdict on the checkpoint whose items are in the step's folder, and what the loop continues with."""
     call = step.call
     if call.iteration == 0:
         return {"decision": "baseline", "reason": ""}, call.inputs["model"]
     if call.arm == "control":
-        return {"decision": "control", "reason": ""}, _register(step, settings.prune, scores)
-    decision = _gate_decision(step, settings)
+        return {"decision": "control", "reason": ""}, _register(step, scores)
+    decision = _gate_decision(step)
     state = decision.state
     if state.stopped:
         # The steps that follow say this when they pass their input through.
         state = dataclasses.replace(state, reason=f"the loop ended in iteration {call.iteration}: {state.reason}")
-    accepted = call.inputs.get("fallback") or call.inputs["model"]
-    if decision.keep == "candidate":
-        accepted = _register(step, settings.prune, scores)
+    accepted = _register(step, scores) if decision.keep == "candidate" else call.inputs["fallback"]
     verdict = {
         "decision": decision.decision,
         "reason": decision.reason,
@@ -156,66 +136,57 @@ def decide(step: Step, settings: Settings, scores: Metadata) -> tuple[Metadata, 
     return verdict, dataclasses.replace(accepted, gate=state.dump())
 
 
-def _register(step: Step, prune: Prune, scores: Metadata) -> Pointer:
+def _register(step: Step, scores: Metadata) -> Pointer:
     """The candidate with the version that it has in MLflow's registry, whose tags say what it scored."""
     call = step.call
     candidate = call.inputs["model"]
     tags = {
         "step": call.step,
         "arm": call.arm,
-        "criterion": prune.criterion,
+        "criterion": step.settings["prune"].criterion,
         **score_tags(scores, candidate),
     }
-    version = registry.register(
-        step.run,
-        call.settings["registered_model"],
-        candidate,
-        tags,
-    )
+    version = registry.register(step.run, call.settings["registered_model"], candidate, tags)
     return dataclasses.replace(candidate, model_version=version)
 
 
-def _gate_decision(step: Step, settings: Settings) -> gate.Decision:
+def _gate_decision(step: Step) -> gate.Decision:
     """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
-    call = step.call
+    call, settings = step.call, step.settings
     candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
-    target_params = candidate.original_params - removal(candidate.original_params, settings.target)
+    decide = partial(
+        gate.decide,
+        settings["gate"],
+        params=candidate.params,
+        target_params=candidate.original_params - removal(candidate.original_params, settings["target"]),
+    )
     if fallback is None:
         # The next iteration has begun already, so that no verdict could change what it starts from.
-        state = gate.State.load(candidate.gate)
-        return gate.decide(settings.gate, state, params=candidate.params, target_params=target_params)
+        return decide(gate.State.load(candidate.gate))
     # The first iteration's parent is the dense model itself.
     parent = step.evaluation_of(fallback, call.iteration - 1)
-    return gate.decide(
-        settings.gate,
+    # After the last iteration none follows: the gate still asks what a smaller step could be.
+    iterations = plan(schedule_of(call), settings["prune"])
+    following = iterations[min(call.iteration, len(iterations) - 1)]
+    return decide(
         gate.State.load(fallback.gate),
-        params=candidate.params,
         parent_params=fallback.params,
-        target_params=target_params,
-        baseline=_compare(step, step.committed("evaluate-0"), settings.gate),
-        parent=_compare(step, parent, settings.gate),
+        baseline=_compare(step, step.committed("evaluate-0")),
+        parent=_compare(step, parent),
         # The least that the next iteration can remove; None where nothing can go.
-        smallest_cut=parent.metadata["smallest_cuts"].get(_next_unit(settings, call.iteration)),
+        smallest_cut=parent.metadata["smallest_cuts"].get(following.unit),
     )
 
 
-def _compare(step: Step, reference: Record, settings: Gate) -> paired.Paired:
+def _compare(step: Step, reference: Record) -> paired.Paired:
     """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
     from ptl.evaluation.evaluate import read_items
 
+    settings: Gate = step.settings["gate"]
     items = read_items(step.folder)
-    task = items[0]["task"]  # the first benchmark is the run's accuracy
-    outcomes = paired.match(step.fetch_items(reference), items, task)
+    # The first benchmark is the run's accuracy.
+    outcomes = paired.match(step.fetch_items(reference), items, items[0]["task"])
     return paired.paired(*outcomes, settings.margin, settings.alpha)
-
-
-def _next_unit(settings: Settings, iteration: int) -> str:
-    """What the iteration after this one removes: neurons, layers or experts."""
-    # The units of a plan do not depend on its tokens.
-    schedule = Schedule(iterations=settings.iterations, target=settings.target, recovery_tokens=0)
-    # After the last iteration none follows: the gate still asks what a smaller step could be.
-    following = min(iteration, settings.iterations - 1)
-    return plan(schedule, settings.prune)[following].unit
 
 
 def ends_the_loop(call: Call, iterations: int, accepted: Pointer) -> bool:
@@ -245,21 +216,15 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
 
     from ptl.evaluation.speed import side_by_side
 
-    # Speed is no reason to fail: the scores are there, and the report says why it is not.
     run = step.run
-    dense = step.find("import-model")
-    if dense is None:
-        return {"reason": "the record of import-model is missing"}
+    dense = step.committed("import-model").pointer
     if not settings.speed.repeats:
         return {"reason": "evaluate.speed.repeats is 0"}
-    if final.digest == dense.pointer.digest:
+    if final.digest == dense.digest:
         return {"reason": "the run ends with the dense model"}
     # In turns: what slows the machine down for a while slows both down.
     say(run.step, "measuring speed, the dense and the final model in turns")
-    folders = {
-        "dense": step.fetch(dense.pointer),
-        "final": step.fetch(final),
-    }
+    folders = {"dense": step.fetch(dense), "final": step.fetch(final)}
     # Other steps on this machine slow both models down; the report names them.
     beside = set(tracking.computing_beside(run))
     try:
@@ -267,11 +232,7 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
-    tracking.log_metrics(
-        run,
-        speed_rows.metrics(speed["models"]),
-        step.call.iteration,
-    )
+    tracking.log_metrics(run, speed_rows.metrics(speed["models"]), step.call.iteration)
     # What began or ended in between took its share as well.
     beside.update(tracking.computing_beside(run))
     return {**speed, "beside": sorted(beside)}

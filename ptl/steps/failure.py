@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ptl.lineage import mlflow_client, tracking
 from ptl.lineage.run_status import kubeflow_page
 from ptl.log import say
 from ptl.steps.attempts import Failure, on_a_cluster
-from ptl.steps.call import Call, Output
+from ptl.steps.call import Call
 from ptl.storage import local_files
 from ptl.storage.store import Pointer
 
@@ -30,9 +31,8 @@ def give_up(call: Mapping[str, Any], failure: Failure, artifacts: Mapping[str, A
 
     `call` is the step's as its process reads it, `artifacts` are Kubeflow's of its outputs.
     """
-    settings = call["settings"]
-    outputs = {name: Output(Path(artifact.path), artifact.metadata) for name, artifact in artifacts.items()}
-    step = Call(settings["step"], settings["experiment"], outputs=outputs)
+    # Without its inputs: one that is no pointer may be what failed.
+    step = Call.load({**call, "inputs": {}})
     # A run reaches its report without an export, and on a cluster without its control: on one machine somebody sees
     # that fail, and the same command resumes it.
     dispensable = step.arm == "export" or (step.arm == "control" and on_a_cluster())
@@ -42,9 +42,10 @@ def give_up(call: Mapping[str, Any], failure: Failure, artifacts: Mapping[str, A
     if not dispensable:
         sys.exit(failure.exit_code)
     # The step ends as after a stop by the gate: a failed task would keep the report from being written.
-    pointer = Pointer.load(call["inputs"]["model"])
     stopped = gate.State(stopped=True, reason=f"{step.step} failed: {failure.reason}")
-    step.write(dataclasses.replace(pointer, gate=stopped.dump()))
+    step.write(dataclasses.replace(Pointer.load(call["inputs"]["model"]), gate=stopped.dump()))
+    for name, artifact in artifacts.items():
+        artifact.metadata.update(step.outputs[name].metadata)
     say(step.step, f"failed: {failure.reason}; the run continues without it")
 
 
@@ -57,21 +58,14 @@ def leave_for_runner(step: str, failure: Failure) -> None:
 
 
 def announce(step: Call, failure: Failure) -> None:
-    """Report it in MLflow and to the webhook; what cannot be reached is a line in the log.
-
-    A step whose attempts are used up has posted to the webhook before.
-    """
+    """Report it in MLflow and to the webhook; what cannot be reached is a line in the log."""
     # What failed may be MLflow itself: waiting for it would only delay the webhook.
-    with mlflow_client.briefly():
-        _try(step.step, "MLflow", lambda: _fail_in_mlflow(step, failure))
-    url = os.environ.get(WEBHOOK)
-    # Every pod that follows used-up attempts would post the same again.
-    if url and not failure.exhausted:
-        _try(
-            step.step,
-            "the webhook",
-            lambda: _post(url, step.step, failure.reason),
-        )
+    with _no_reason_to_fail(step.step, "MLflow"), mlflow_client.briefly():
+        _fail_in_mlflow(step, failure)
+    # A step whose attempts are used up has posted before: every pod that follows would post the same again.
+    if os.environ.get(WEBHOOK) and not failure.exhausted:
+        with _no_reason_to_fail(step.step, "the webhook"):
+            _post(os.environ[WEBHOOK], step.step, failure.reason)
 
 
 def _fail_in_mlflow(step: Call, failure: Failure) -> None:
@@ -100,15 +94,15 @@ def _post(url: str, step: str, reason: str) -> None:
     if response.is_redirect:
         # It may lead to any server, and a POST that is redirected loses its body.
         raise WorkError(
-            f"it points to {address.page(response.headers['location'])}",
-            remedy=f"set {WEBHOOK} to that address",
+            f"it points to {address.page(response.headers['location'])}", remedy=f"set {WEBHOOK} to that address"
         )
 
 
-def _try(step: str, receiver: str, report: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _no_reason_to_fail(step: str, receiver: str) -> Iterator[None]:
     """Nothing that goes wrong with a report may hide the failure itself."""
     try:
-        report()
+        yield
     except Exception as error:
         message = str(error)
         url = os.environ.get(WEBHOOK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -27,10 +26,9 @@ from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.report import run_page
 from ptl.revision import own_revision
-from ptl.steps import attempts
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, schedule_of
 from ptl.steps.key import key_of, withdraw_outdated
-from ptl.steps.step import Step, empty_folder, scratch
+from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
 from ptl.storage.store import Pointer, Record
@@ -42,9 +40,6 @@ def import_model(call: Call) -> None:
     from ptl.model.import_checkpoint import import_checkpoint
     from ptl.preflight import preflight
 
-    # What waits for what was compiled: a run parameter cannot switch the gate.
-    gate_settings = call.section(Gate, "gate")
-    gate.check_structure(gate_settings, call.settings["gated"])
     # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
     sections: dict[str, Any] = {
         "schedule": schedule_of(call),
@@ -52,8 +47,10 @@ def import_model(call: Call) -> None:
         "calibration": call.section(Calibration, "calibration"),
         "training": call.section(TrainingData, "training"),
         "evaluate": call.section(Evaluate, "evaluate"),
-        "gate": gate_settings,
+        "gate": call.section(Gate, "gate"),
     }
+    # What waits for what was compiled: a run parameter cannot switch the gate.
+    gate.check_structure(sections["gate"], call.settings["gated"])
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
     folder, dimensions = preflight.preflight(Config.model_construct(model=model, recover=(), **sections))
     assert dimensions is not None, "a step has torch"
@@ -62,9 +59,7 @@ def import_model(call: Call) -> None:
     check_exports(folder, [export for export in exports if export.format != "gguf"])
 
     goal = _goal(sections["schedule"], sections["prune"], folder)
-    # On one machine the run's id is its title.
-    title = call.settings["run_name"] if attempts.on_a_cluster() else None
-    with Step(call, key={"source": model, **goal}, title=title) as step:
+    with Step(call, key={"source": model, **goal}) as step:
         # When the run is resumed, also data that has changed.
         run_page.describe(
             step.run,
@@ -102,25 +97,17 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     from ptl.evaluation.evaluate import write_items
 
     key = key_of("", {"evaluate": evaluate, "seed": seed})
-    if store.committed(run.root, run.run, BENCHMARK_ITEMS, key.digest):
-        return
-    withdraw_outdated(run, BENCHMARK_ITEMS, key)
+    earlier = store.committed(run.root, run.run, BENCHMARK_ITEMS)
+    if earlier is not None:
+        if earlier.key == key.digest:
+            return
+        withdraw_outdated(run, earlier, key)
     folder = empty_folder(BENCHMARK_ITEMS)
     number = write_items(folder, evaluate, seed)
-    location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
-    pointer = Pointer(
-        location,
-        digest_of(store.publish(folder, location)),
-        run_id=run.run_id,
-        step=BENCHMARK_ITEMS,
-    )
-    record = Record(
-        key.digest,
-        pointer,
-        {"stage": BENCHMARK_ITEMS},
-        version=__version__,
-        files=key.files,
-    )
+    location = fresh_location(run)
+    digest = digest_of(store.publish(folder, location))
+    pointer = Pointer(location, digest, run_id=run.run_id, step=BENCHMARK_ITEMS)
+    record = Record(key.digest, pointer, {"stage": BENCHMARK_ITEMS}, version=__version__, files=key.files)
     store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
     shutil.rmtree(scratch(BENCHMARK_ITEMS), ignore_errors=True)
     say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")

@@ -69,15 +69,12 @@ def _files_in(model: str | None) -> list[Path]:
     return [path for path in Path(model).iterdir() if path.is_file()]
 
 
-def withdraw_outdated(run: StepRun, step: str, key: Key) -> None:
-    """Withdraw this run's result of a step where it was made from other files or settings: it is made again.
+def withdraw_outdated(run: StepRun, record: Record, key: Key) -> None:
+    """Withdraw this run's result of a step, which was made from other files or settings: it is made again.
 
     Raises InputError where another version of ptl made it, or where the run is finished.
     """
-    record = store.committed(run.root, run.run, step)
-    if record is None:
-        return
-    field = f"step {step} of run {run.run}"
+    field = f"step {record.step} of run {run.run}"
     if record.version != __version__:
         raise InputError(
             f"done by ptl {record.version}, and this is ptl {__version__}",
@@ -86,13 +83,10 @@ def withdraw_outdated(run: StepRun, step: str, key: Key) -> None:
         )
     reason = f"{_changed(record, key) or 'its input'} has changed since it was done"
     if store.committed(run.root, run.run, "report"):
-        raise InputError(
-            f"{reason}, and the run is finished",
-            field=field,
-            remedy="restore what has changed, or start a new run",
-        )
-    say(step, f"{reason}: it is done again")
-    store.withdraw(run.root, run.run, step)
+        remedy = "restore what has changed, or start a new run"
+        raise InputError(f"{reason}, and the run is finished", field=field, remedy=remedy)
+    say(record.step, f"{reason}: it is done again")
+    store.withdraw(run.root, run.run, record.step)
 
 
 def check_same_files(run: StepRun, stage: str, key: Key) -> None:
@@ -100,8 +94,8 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
     On one machine that step has been done again by now. A cluster does not repeat what has succeeded.
     """
-    first = {"prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}.get(stage, run.step)
-    record = None if first == run.step else store.committed(run.root, run.run, first)
+    first = {"prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}.get(stage)
+    record = store.committed(run.root, run.run, first) if first and first != run.step else None
     changed = _changed(record, key) if record else ""
     if changed:
         raise InputError(
@@ -113,5 +107,4 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
 def _changed(record: Record, key: Key) -> str:
     """Names of the files that have changed since a record was made, or were added or left out."""
-    changed = dict(record.files.items() ^ key.files.items())
-    return ", ".join(sorted(changed))
+    return ", ".join(sorted(dict(record.files.items() ^ key.files.items())))

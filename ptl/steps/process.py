@@ -11,7 +11,7 @@ from typing import Any
 
 from ptl import processes
 from ptl.address import without_login
-from ptl.errors import InputError, PtlError, explained_imports
+from ptl.errors import PtlError, explained_imports
 from ptl.steps.attempts import NO_SPACE, Failure, NoAttemptLeftError
 from ptl.storage import local_files
 
@@ -33,10 +33,7 @@ def main(path: Path, parent: int) -> None:
 def failure_of(error: Exception) -> Failure:
     """The failure of an attempt that ended with this error; one that is none of ours is printed with its traceback."""
     if isinstance(error, PtlError):
-        exhausted = isinstance(error, NoAttemptLeftError)
-        # Another attempt would find the same wrong input, or may not be made.
-        final = exhausted or isinstance(error, InputError)
-        return Failure(str(error), error.exit_code, final, exhausted)
+        return Failure(str(error), error.exit_code, isinstance(error, NoAttemptLeftError))
     # A bug, or a library.
     traceback.print_exc()
     if isinstance(error, OSError) and error.errno in local_files.FULL:
@@ -46,23 +43,18 @@ def failure_of(error: Exception) -> Failure:
 
 @explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
-    """Do the step of a call, whose inputs are pointers' texts and whose outputs are files; the outputs' metadata."""
+    """Do the step of a call as `Call.load` reads it; returns the metadata of its outputs."""
     from ptl.steps import table
-    from ptl.steps.call import Call, Output
+    from ptl.steps.call import Call
     from ptl.steps.step import scratch
-    from ptl.storage.store import Pointer
 
-    settings = dict(call["settings"])
-    # These two name the step; the other parameters are its settings.
-    step = Call(
-        settings.pop("step"),
-        settings.pop("experiment"),
-        settings,
-        {name: Pointer.load(text) for name, text in call["inputs"].items()},
-        {name: Output(Path(file)) for name, file in call["outputs"].items()},
-    )
+    step = Call.load(call)
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
+    with processes.exclusive(
+        scratch(f"{step.step}.lock"),
+        f"step {step.step}",
+        wait=WAIT,
+    ):
         table.STEPS[step.stage](step)
     return {name: output.metadata for name, output in step.outputs.items()}
 

@@ -33,14 +33,12 @@ def recover(call: Call) -> None:
         return call.pass_through()
     schedule = schedule_of(call)
     iterations = iterations_until(call.iteration, schedule, Prune())  # what is pruned does not matter for the tokens
-    weights = token_weights(schedule)
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
-    iteration = iterations[-1]
     key = {
-        "tokens": iteration.tokens,
-        "weights": weights,
-        "skip": iteration.tokens_before,
+        "tokens": iterations[-1].tokens,
+        "weights": token_weights(schedule),
+        "skip": iterations[-1].tokens_before,
         "recover": recovery.stages,
         "training": data,
         "seed": call.settings["seed"],
@@ -60,10 +58,9 @@ def recover(call: Call) -> None:
             from ptl.recovery.recover import recover_checkpoint
 
             source = step.fetch_model()
-            job = _job(step, recovery, data, iteration, weights)
-            report = recover_checkpoint(
-                source, step.folder, recovery, [planned.tokens for planned in iterations], job, stores
-            )
+            tokens = [iteration.tokens for iteration in iterations]
+            job = _job(step, recovery, iterations[-1])
+            report = recover_checkpoint(source, step.folder, recovery, tokens, job, stores)
             # Of several nodes the first one has the files.
             if job.machines.first:
                 mlflow_flavor.write(step.folder)
@@ -85,26 +82,35 @@ def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckp
     if run.root.startswith("file:") and not machines.is_node():
         return []
     return [
-        TrainingCheckpoints(run.root, run.run, f"{run.step}.{i}", step.key.digest, minutes)
+        TrainingCheckpoints(
+            run.root,
+            run.run,
+            f"{run.step}.{i}",
+            step.key.digest,
+            minutes,
+        )
         for i in range(len(recovery.stages))
     ]
 
 
-def _job(
-    step: Step,
-    recovery: Recovery,
-    data: TrainingData,
-    iteration: Iteration,
-    weights: tuple[int, ...],
-) -> RecoveryJob:
+def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
     """What a training is given beside the model and its stages."""
-    call = step.call
+    call, settings = step.call, step.settings
+    data: TrainingData = settings["training"]
     tracking.tag(step.run, {"tokens": iteration.tokens})
     # Distillation learns from the model as it was before any pruning.
     distils = any(stage.method == "distil" for stage in recovery.stages)
+    budget = StageBudget(
+        iteration.tokens,
+        (),
+        call.iteration,
+        iteration.last,
+        settings["seed"],
+        settings["weights"],
+    )
     return RecoveryJob(
         data,
-        StageBudget(iteration.tokens, (), call.iteration, iteration.last, call.settings["seed"], weights),
+        budget,
         scratch(call.step) / f"training-{step.key.digest[:12]}",  # with other settings it starts anew
         _reporter(step, iteration.tokens),
         teacher=step.fetch(step.committed("import-model").pointer) if distils else None,
@@ -145,22 +151,20 @@ def sequence_counts(step: str, stages: list[Metadata]) -> Metadata:
     trained = [details for details in stages if "sequences" in details]
     if not trained:
         return {}
-    sequences = sum(details["sequences"] for details in trained)
-    cut = sum(details["cut_sequences"] for details in trained)
-    if cut:
-        say(step, f"{cut:,} of {sequences:,} sequences were cut at recover.max_length")
-    passes = max(details["passes"] for details in trained)
-    return {"sequences": sequences, "cut_sequences": cut, "passes": passes}
+    counts = {name: sum(details[name] for details in trained) for name in ("sequences", "cut_sequences")}
+    if counts["cut_sequences"]:
+        say(step, "{cut_sequences:,} of {sequences:,} sequences were cut at recover.max_length".format(**counts))
+    return counts | {"passes": max(details["passes"] for details in trained)}
 
 
 def _decontaminated(step: str, stages: list[Metadata]) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
     counts = [details["decontaminated"] for details in stages if "decontaminated" in details]
+    for stage_counts in counts:
+        say(step, decontamination.sentence(stage_counts))
     # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}
-    for stage_counts in counts:
-        say(step, decontamination.sentence(stage_counts))
     # Every stage compares its rows with the same items.
     most = decontamination.most(counts)
     return {

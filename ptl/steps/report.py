@@ -37,11 +37,16 @@ def report(call: Call) -> None:
 
     with Step(call, key=None) as step:
         config = check(Config, _run_config(call.settings), "settings")
+        settings = config.model_dump(mode="json")
         records = _records(step, config)
+        # A control that failed has passed its input on, with the reason in its gate's state.
+        control = call.inputs.get("control")
         result = build(
             records,
-            config.model_dump(mode="json"),
-            **_surroundings(step, config),
+            settings,
+            **tracking.links(step.run),
+            control_failed=gate.State.load(control.gate).reason if control else "",
+            exports_failed=tracking.errors_of(step.run, [dag.export_step(export) for export in config.export]),
         )
         render(result, step.folder)
         final = call.inputs["final"]
@@ -49,16 +54,26 @@ def report(call: Call) -> None:
         # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
         # import-model was not given all of the config.
-        run_page.describe(step.run, flat_settings(config.model_dump(mode="json")))
-        run_page.log_result(
-            step.run,
-            run_page.result_metrics(result),
-            first_line(result),
-        )
+        run_page.describe(step.run, flat_settings(settings))
+        run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
         _register_exports(step, records, final)
         _set_alias(step, records, final, result)
         _copy_pages(call, step.folder)
-        _commit_and_finish(step, result)
+        # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
+        store.commit(
+            step.run.root,
+            step.run.run,
+            step.run.step,
+            Record("report", final, {"stage": "report"}),
+        )
+        tracking.finish(
+            step.run,
+            params={},
+            metrics={"share_removed": result.final.share_removed, "params": result.final.params},
+            inputs=[final.model_id],  # MLflow shows the way to the final model
+            output=None,
+            step=0,
+        )
         shutil.rmtree(scratch("cache"), ignore_errors=True)  # what it has fetched
 
 
@@ -91,17 +106,6 @@ def _records(step: Step, config: Config) -> dict[str, Record]:
     return records
 
 
-def _surroundings(step: Step, config: Config) -> Metadata:
-    """What the pages show beside records and config: where MLflow has the run, and why steps have no record."""
-    # A control that failed has passed its input on, with the reason in its gate's state.
-    control = step.call.inputs.get("control")
-    return {
-        **tracking.links(step.run),
-        "control_failed": gate.State.load(control.gate).reason if control else "",
-        "exports_failed": tracking.errors_of(step.run, [dag.export_step(export) for export in config.export]),
-    }
-
-
 def _scores(records: dict[str, Record], checkpoint: Pointer) -> Metadata | None:
     """The scores of the loop's evaluation of a checkpoint; None where it has none."""
     for record in records.values():
@@ -125,24 +129,18 @@ def write_manifests(final: Pointer, records: dict[str, Record], config: Config, 
         served.append(("", "transformers", final.uri))
     for record in _exports(records):
         form, uri = record.metadata["export"], record.pointer.uri
-        is_gguf = form["format"] == "gguf"
-        served.append((form["name"], form["format"], f"{uri}/{gguf_name(form['type'])}" if is_gguf else uri))
-    for export, format, uri in served:
+        file = f"/{gguf_name(form['type'])}" if form["format"] == "gguf" else ""
+        served.append((f"-{form['name']}", form["format"], uri + file))
+    for suffix, format, uri in served:
         if uri.startswith("s3://"):
             gpus = 1 if format != "gguf" else int(bool(config.resources.accelerator))
-            manifest = kserve.inference_service(
-                _service_name(config.name, export),
-                uri,
-                format,
-                gpus,
-            )
-            suffix = f"-{export}" if export else ""
+            manifest = kserve.inference_service(_service_name(config.name, suffix), uri, format, gpus)
             (folder / f"inference-service{suffix}.yaml").write_text(manifest)
 
 
-def _service_name(config: str, export: str) -> str:
+def _service_name(config: str, suffix: str) -> str:
     """A name that KServe takes: letters, digits and dashes, a letter first; one of its own for each export."""
-    suffix = f"-{export}".replace("_", "-") if export else ""
+    suffix = suffix.replace("_", "-")
     if not config[0].isalpha():
         config = f"model-{config}"
     # What is too long is cut off before the export's name, by which services of one run differ.
@@ -159,12 +157,7 @@ def _register_exports(step: Step, records: dict[str, Record], final: Pointer) ->
             "parent_version": final.model_version or "the dense model",
             **score_tags(metadata["models"]["final"], record.pointer),
         }
-        registry.register(
-            step.run,
-            step.call.settings["registered_model"],
-            record.pointer,
-            tags,
-        )
+        registry.register(step.run, step.call.settings["registered_model"], record.pointer, tags)
 
 
 def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: Result) -> None:
@@ -177,12 +170,7 @@ def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: R
         return
     registered_model = step.call.settings["registered_model"]
     # Of a registry that was lost the pointer's version is out of date.
-    version = registry.register(
-        step.run,
-        registered_model,
-        final,
-        score_tags(scores, final),
-    )
+    version = registry.register(step.run, registered_model, final, score_tags(scores, final))
     alias = pair.verdict.replace(" ", "-")
     registry.set_alias(registered_model, alias, version)
     say(step.run.step, f"version {version} of {registered_model} has the alias {alias}")
@@ -197,23 +185,3 @@ def _copy_pages(call: Call, folder: Path) -> None:
         # result.json last: where it is, all other files are.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
             local_files.replace(Path(run_directory, path.name), path.read_bytes())
-
-
-def _commit_and_finish(step: Step, result: Result) -> None:
-    """Record that the run has ended, in the store and in MLflow."""
-    run, final = step.run, step.call.inputs["final"]
-    # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
-    store.commit(
-        run.root,
-        run.run,
-        run.step,
-        Record("report", final, {"stage": "report"}),
-    )
-    tracking.finish(
-        run,
-        params={},
-        metrics={"share_removed": result.final.share_removed, "params": result.final.params},
-        inputs=[final.model_id],  # MLflow shows the way to the final model
-        output=None,
-        step=0,
-    )

@@ -28,7 +28,7 @@ def begin(run: StepRun) -> None:
         last = f"; the last one failed: {reason}" if reason else ""
         raise attempts.NoAttemptLeftError(f"{error.problem}{last}", remedy=error.remedy) from None
     tracking.tag(run, {"attempt": attempt})
-    number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().attempts}"
+    number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().retries + 1}"
     say(run.step, f"started{number}")
 
 
@@ -41,9 +41,8 @@ def note_error(run: StepRun, error: Exception) -> None:
 
 def track_evaluation(run: StepRun, iteration: int, scored: Pointer, metadata: Metadata) -> None:
     """The scores and the verdict of an evaluation, on the pages of the pipeline run and of the step."""
-    scores = metadata["scores"]
-    first = scores["tasks"][0]
-    removed = scored.original_params - scores["params"]
+    first = metadata["scores"]["tasks"][0]
+    removed = scored.original_params - scored.params
     tracking.log_progress(
         run,
         removed,
@@ -57,30 +56,24 @@ def track_evaluation(run: StepRun, iteration: int, scored: Pointer, metadata: Me
     tags = {"verdict": metadata["verdict"]["decision"]}
     # `ptl status` and the run's page say where and why the loop ended.
     state = metadata["accepted"]["gate"]
-    if state.get("stopped") and state.get("reason"):
+    if state.get("stopped"):
         tags["loop_ended"] = state["reason"]
     tracking.tag(run, tags)
 
 
 def metrics(metadata: Metadata) -> dict[str, float]:
-    """The numbers of a step's metadata that MLflow shows."""
-    numbers = {
-        name: float(value)
-        for name, value in metadata.items()
-        if isinstance(value, int | float) and name not in NOT_METRICS
-    }
-    if "scores" not in metadata:
-        return numbers
-    # Of an evaluation: what the model costs, and each benchmark under its name.
-    scores = metadata["scores"]
-    numbers |= {name: float(scores[name]) for name in COSTS}
-    if scores["experts"]:
-        numbers["active_params"] = float(scores["active_params"])
-    for task in scores["tasks"]:
-        numbers |= {f"{task['task']}/{name}": float(value) for name, value in accuracy(task).items()}
-    # The first benchmark is the run's accuracy.
-    numbers["accuracy"] = float(scores["tasks"][0]["accuracy"])
-    return numbers
+    """The numbers of a step's metadata that MLflow shows; of an evaluation what the model costs, and each benchmark."""
+    shown = {name: value for name, value in metadata.items() if name not in NOT_METRICS}
+    scores = metadata.get("scores")
+    if scores:
+        shown |= {name: scores[name] for name in COSTS}
+        if scores["experts"]:
+            shown["active_params"] = scores["active_params"]
+        for task in scores["tasks"]:
+            shown |= {f"{task['task']}/{name}": value for name, value in accuracy(task).items()}
+        # The first benchmark is the run's accuracy.
+        shown["accuracy"] = scores["tasks"][0]["accuracy"]
+    return {name: float(value) for name, value in shown.items() if isinstance(value, int | float)}
 
 
 def accuracy(task: Metadata) -> dict[str, float]:
@@ -116,14 +109,16 @@ def kubeflow_metrics(metadata: Metadata, run: StepRun) -> Metadata:
 
 def summary(metadata: Metadata) -> str:
     """What a step has done, for its last line in the log."""
-    if metadata["stage"] == "evaluate":
-        first = metadata["scores"]["tasks"][0]
-        score = f"{first['metric']} {first['accuracy']:.3f}"
-        return f"{score} on {first['items']} items, {metadata['verdict']['decision']}"
-    if metadata["stage"] == "recover":
-        return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
-    if metadata["stage"] == "export":
-        task = metadata["models"]["final"]["tasks"][0]
-        return f"{size(metadata['bytes'])}, {task['metric']} {task['accuracy']:.3f} on {task['items']} items"
+    match metadata["stage"]:
+        case "evaluate":
+            return f"{_score(metadata['scores']['tasks'][0])}, {metadata['verdict']['decision']}"
+        case "recover":
+            return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
+        case "export":
+            return f"{size(metadata['bytes'])}, {_score(metadata['models']['final']['tasks'][0])}"
     # Of an import or a prune the size is what there is to say.
     return f"{metadata['params']:,} parameters"
+
+
+def _score(task: Metadata) -> str:
+    return f"{task['metric']} {task['accuracy']:.3f} on {task['items']} items"

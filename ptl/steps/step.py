@@ -46,7 +46,7 @@ class Step:
     """One attempt of a step. What it starts from is the call's input `model`, if it has one.
 
     `key` is all that the result depends on beside that; None: the work is done each time. `reads` names records of
-    earlier steps whose files it depends on too. `title` names the pipeline run in MLflow where it is new.
+    earlier steps whose files it depends on too.
     """
 
     run: StepRun  # in MLflow
@@ -54,23 +54,16 @@ class Step:
     record: Record | None = None  # of the finished step
     folder: Path  # to fill, of this attempt alone
 
-    def __init__(
-        self,
-        call: Call,
-        *,
-        key: Metadata | None,
-        reads: Sequence[str] = (),
-        title: str | None = None,
-    ) -> None:
+    def __init__(self, call: Call, *, key: Metadata | None, reads: Sequence[str] = ()) -> None:
         self.call = call
         self.parent = call.inputs.get("model")
         self.settings: Any = key
         self._reads = reads
-        self._title = title
         self._started = time.time()
+        self._damaged: Record | None = None  # a record of this key whose files are to be made again
 
     def __enter__(self) -> Step:
-        self.run = self.call.start(self._title)
+        self.run = self.call.start()
         try:
             self._open()
         except Exception as error:
@@ -94,15 +87,17 @@ class Step:
         self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
         self.key = key_of(self.parent.digest if self.parent else "", self.settings)
         # Another command, an earlier pod or a retry may have finished the step.
-        self.record = self.find(run.step, self.key.digest) or self._verified()
-        if self.record is not None:
+        record = self.find(run.step) or self._verified()
+        if record is not None and record.key == self.key.digest:
+            self.record = record
             say(run.step, "done before: taken as it is")
             # It may have been killed between the record and MLflow.
             if machines.machines().first:
                 self._report()
             return
         check_same_files(run, self.call.stage, self.key)
-        withdraw_outdated(run, run.step, self.key)
+        if record is not None:
+            withdraw_outdated(run, record, self.key)
         self.folder = empty_folder(run.step)
         # A node's attempt is its coordinator's, which has looked for earlier results, and begins later.
         if machines.is_node():
@@ -113,6 +108,45 @@ class Step:
             self.publish(earlier)
         elif not is_coordinator():
             reporting.begin(run)
+
+    def _verified(self) -> Record | None:
+        """The record whose files a later step could not fetch, where they are intact now, as after an outage."""
+        run = self.run
+        self._damaged = store.damaged(run.root, run.run, run.step, self.key.digest)
+        if self._damaged is None:
+            return None
+        try:
+            store.fetch(self._damaged.pointer, scratch("cache"))
+        except WorkError as damage:
+            say(run.step, f"done again, since its files are damaged: {damage}")
+            return None
+        say(run.step, "its files were verified")
+        return store.commit(
+            run.root,
+            run.run,
+            run.step,
+            dataclasses.replace(self._damaged, damaged=False),
+        )
+
+    def take_over(self, key: str) -> Metadata | None:
+        """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
+        step = self.run.step
+        for run in self.run.earlier:
+            try:
+                record = store.committed(self.run.root, run, step)
+                if record is None or key not in (record.key, record.metadata.get("scores_key")):
+                    continue
+                folder = store.fetch(record.pointer, scratch("cache"))
+            except WorkError as error:
+                # Damaged files of another run are no reason to fail: the step does the work itself.
+                say(step, f"not taken over from run {run}: {error}")
+                continue
+            # Without the list of files: the copy is published with one of its own.
+            shutil.copytree(folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
+            say(step, f"taken over from run {run}: same inputs, same settings")
+            tracking.tag(self.run, {"taken_over_from": run})
+            return {name: value for name, value in record.metadata.items() if name != "started"}
+        return None
 
     def fetch_model(self) -> Path:
         """The verified folder of what the step starts from, for work on it."""
@@ -125,7 +159,10 @@ class Step:
 
     def fetch(self, pointer: Pointer) -> Path:
         """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
-        print(f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}", flush=True)
+        print(
+            f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}",
+            flush=True,
+        )
         try:
             return store.fetch(pointer, scratch("cache"))
         except WorkError as error:
@@ -134,8 +171,7 @@ class Step:
                 raise
             with contextlib.suppress(PtlError):  # where the store does not answer, the error is that
                 store.mark_damaged(self.run.root, self.run.run, pointer)
-            again = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
-            remedy = f"{error.remedy}; or {again}" if error.remedy else again
+            remedy = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
             raise WorkError(error.problem, field=error.field, remedy=remedy) from error
 
     def fetch_items(self, record: Record) -> list[Metadata]:
@@ -159,31 +195,6 @@ class Step:
             )
         return record
 
-    def take_over(self, key: str) -> Metadata | None:
-        """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
-        step = self.run.step
-        for run in self.run.earlier:
-            try:
-                record = store.committed(self.run.root, run, step)
-                if record is None or key not in (record.key, record.metadata.get("scores_key")):
-                    continue
-                folder = store.fetch(record.pointer, scratch("cache"))
-            except WorkError as error:
-                # Damaged files of another run are no reason to fail: the step does the work itself.
-                say(step, f"not taken over from run {run}: {error}")
-                continue
-            # Without the list of files: the copy is published with one of its own.
-            shutil.copytree(
-                folder,
-                self.folder,
-                dirs_exist_ok=True,
-                ignore=shutil.ignore_patterns(FILES),
-            )
-            say(step, f"taken over from run {run}: same inputs, same settings")
-            tracking.tag(self.run, {"taken_over_from": run})
-            return {name: value for name, value in record.metadata.items() if name != "started"}
-        return None
-
     def evaluation_of(self, checkpoint: Pointer, iterations: int) -> Record:
         """The record of the loop's first evaluation of a checkpoint, among those of iterations 0 to `iterations`."""
         for iteration in range(iterations + 1):
@@ -202,42 +213,28 @@ class Step:
 
         In this order: whatever kills the step, the next attempt finds all of it or does it again.
         """
-        run = self.run
+        run, call = self.run, self.call
         elapsed = time.time() - self._started  # with the libraries' imports and the fetch of the parent
         metadata = {
-            "stage": self.call.stage,
-            "arm": self.call.arm,
-            "iteration": self.call.iteration,
+            "stage": call.stage,
+            "arm": call.arm,
+            "iteration": call.iteration,
             "started": self._started,
             "seconds": elapsed,  # a work that reports its own `seconds` leaves those out
             **(dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report),  # type: ignore[arg-type]
             "whole_seconds": elapsed,
         }
-        damaged = store.damaged(
-            run.root,
-            run.run,
-            run.step,
-            self.key.digest,
-        )
-        pointer = self._repaired(damaged.pointer) if damaged else self._published(metadata)
-        record = Record(
-            self.key.digest,
-            pointer,
-            metadata,
-            version=__version__,
-            files=self.key.files,
-        )
+        pointer = self._repaired(self._damaged.pointer) if self._damaged else self._published(metadata)
+        record = Record(self.key.digest, pointer, metadata, version=__version__, files=self.key.files)
         # Another process may be first: then its record is the step's.
-        self.record = store.commit(
-            run.root,
-            run.run,
-            run.step,
-            record,
-        )
+        self.record = store.commit(run.root, run.run, run.step, record)
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
         shutil.rmtree(scratch("cache"), ignore_errors=True)
         committed = self.record.metadata
-        say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
+        say(
+            run.step,
+            f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}",
+        )
         self._report()
         return self.record
 
@@ -258,25 +255,16 @@ class Step:
         if self.call.stage == "evaluate":
             # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
             assert parent is not None
-            params = metadata["scores"]["params"]
-            model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
+            params = parent.params
+            model_id, location = parent.model_id, fresh_location(run)
         else:
-            params = metadata["params"]
-            tags = {
-                "step": run.step,
-                "params": params,
-                "digest_of_parent": parent.digest if parent else "",
-            }
-            model_id, location = tracking.new_model(
-                run,
-                run.step,
-                {"params": params},
-                tags,
-            )
+            params = int(metadata["params"])
+            tags = {"step": run.step, "params": params, "digest_of_parent": parent.digest if parent else ""}
+            model_id, location = tracking.new_model(run, run.step, {"params": params}, tags)
         return Pointer(
             uri=location,
             digest=digest_of(store.publish(self.folder, location)),
-            params=int(params),
+            params=params,
             original_params=parent.original_params if parent else params,
             parent_digest=parent.digest if parent else "",
             run_id=run.run_id,
@@ -284,30 +272,6 @@ class Step:
             gate=parent.gate if parent else {},
             step=run.step,
             target_params=parent.target_params if parent else metadata.get("target_params", 0),
-        )
-
-    def _verified(self) -> Record | None:
-        """The record whose files a later step could not fetch, where they are intact now, as after an outage."""
-        run = self.run
-        record = store.damaged(
-            run.root,
-            run.run,
-            run.step,
-            self.key.digest,
-        )
-        if record is None:
-            return None
-        try:
-            store.fetch(record.pointer, scratch("cache"))
-        except WorkError as damage:
-            say(run.step, f"done again, since its files are damaged: {damage}")
-            return None
-        say(run.step, "its files were verified")
-        return store.commit(
-            run.root,
-            run.run,
-            run.step,
-            dataclasses.replace(record, damaged=False),
         )
 
     def _repaired(self, pointer: Pointer) -> Pointer:
@@ -329,22 +293,25 @@ class Step:
 
     def _report(self) -> None:
         """Report the record to MLflow, whose run of the step ends, and hand on its checkpoint; it may be repeated."""
-        record, parent = self.record, self.parent
+        record, parent, iteration = self.record, self.parent, self.call.iteration
         assert record is not None
-        evaluated = self.call.stage == "evaluate"
-        # First, since whoever watches the step reads its verdict as soon as it has finished.
-        if evaluated and parent is not None:
-            reporting.track_evaluation(self.run, self.call.iteration, parent, record.metadata)
+        output: str | None = record.pointer.model_id
+        pointer = record.pointer
+        if self.call.stage == "evaluate":
+            assert parent is not None
+            # First, since whoever watches the step reads its verdict as soon as it has finished.
+            reporting.track_evaluation(self.run, iteration, parent, record.metadata)
+            # An evaluation makes no model.
+            output, pointer = None, pointer_of(record.metadata["accepted"])
         tracking.finish(
             self.run,
             params=flat_settings(to_jsonable_python(self.settings)),
             metrics=reporting.metrics(record.metadata),
             inputs=[parent.model_id] if parent else [],
-            # An evaluation makes no model.
-            output=None if evaluated else record.pointer.model_id,
-            step=self.call.iteration,
+            output=output,
+            step=iteration,
         )
-        self.call.write(pointer_of(record.metadata["accepted"]) if evaluated else record.pointer)
+        self.call.write(pointer)
 
 
 def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
@@ -368,3 +335,8 @@ def empty_folder(step: str) -> Path:
     folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     return folder
+
+
+def fresh_location(run: StepRun) -> str:
+    """Where a step publishes files that are no model: in its own MLflow run."""
+    return f"{run.artifact_uri}/{uuid.uuid4().hex[:12]}"

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,9 @@ PROCESS = "ptl.steps.process"  # the module that does the work
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
 forks = False  # whether this process has imported what the work needs, so that a fork of it may do the work
 
-
-class _Fork:
-    """The work in a fork of this process, with what subprocess.Popen offers for it."""
-
-    def __init__(self, call: Path) -> None:
-        arguments = [PROCESS, str(call), str(os.getpid())]
-        self._process = multiprocessing.get_context("fork").Process(target=_work, args=(arguments,))
-        self._process.start()
-        self.pid = self._process.pid or 0
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(PROCESS, timeout or 0)
-        return self._process.exitcode
-
-
-def _work(arguments: list[str]) -> None:
-    """Be the process of the work, without what KFP's executor has done to this one."""
-    os.setsid()
-    logging.root.handlers.clear()
-    logging.root.setLevel(logging.WARNING)
-    sys.argv = arguments
-    runpy.run_module(PROCESS, run_name="__main__", alter_sys=True)
-
-
-Work = subprocess.Popen[bytes] | _Fork
+# Waits for the work, at most for a number of seconds; returns its exit code, negative for a signal, or raises
+# subprocess.TimeoutExpired.
+Wait = Callable[[float | None], int]
 
 
 def run(
@@ -127,24 +102,21 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     """Do the work once, in a process group of its own; None when it is done."""
     failure_file = call.with_name("failure.json")
     failure_file.unlink(missing_ok=True)
-    # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    command = [
-        sys.executable,
-        "-m",
-        PROCESS,
-        str(call),
-        str(os.getpid()),
-    ]
-    process: Work = _Fork(call) if forks else subprocess.Popen(command, start_new_session=True)
-    try:
-        with _ending_together(process):
-            exit_code = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
-    finally:
-        # A crash leaves launchers, workers and loaders behind, which hold the GPU and this process's output.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    group, wait = _start(call)
+    with processes.handling_signals(processes.end_by_signal):
+        # Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT.
+        try:
+            exit_code = wait(timeout)
+        except BaseException as end:
+            _signal_group(group, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                wait(GRACE)
+            if isinstance(end, subprocess.TimeoutExpired):
+                return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
+            raise
+        finally:
+            # A crash leaves launchers, workers and loaders behind, which hold the GPU and this process's output.
+            _signal_group(group, signal.SIGKILL)
     if exit_code == 0:
         return None
     if exit_code == NO_SPACE:
@@ -153,6 +125,38 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it wrote why, or while it did
         return Failure(**json.loads(failure_file.read_text()))
     return Failure(_unexplained(exit_code))
+
+
+def _start(call: Path) -> tuple[int, Wait]:
+    """Start the work: its process group, to which a signal reaches all of its processes, and how to wait for it."""
+    arguments = [PROCESS, str(call), str(os.getpid())]
+    if not forks:
+        popen = subprocess.Popen([sys.executable, "-m", *arguments], start_new_session=True)
+        return popen.pid, popen.wait
+    fork = multiprocessing.get_context("fork").Process(target=_be_work, args=(arguments,))
+    fork.start()
+
+    def wait(timeout: float | None) -> int:
+        fork.join(timeout)
+        if fork.exitcode is None:
+            raise subprocess.TimeoutExpired(PROCESS, timeout or 0)
+        return fork.exitcode
+
+    return fork.pid or 0, wait
+
+
+def _be_work(arguments: list[str]) -> None:
+    """Be the process of the work, without what KFP's executor has done to this one."""
+    os.setsid()
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    sys.argv = arguments
+    runpy.run_module(PROCESS, run_name="__main__", alter_sys=True)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def _unexplained(exit_code: int) -> str:
@@ -165,21 +169,3 @@ def _unexplained(exit_code: int) -> str:
         return f"its process was killed by {name}"
     remedy = "raise resources.memory, or lower the batch size" if on_a_cluster() else "free memory"
     return f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"
-
-
-@contextlib.contextmanager
-def _ending_together(process: Work) -> Iterator[None]:
-    """Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT."""
-    # Only while the work runs: afterwards this process ends as any other does.
-    with processes.handling_signals(processes.end_by_signal):
-        try:
-            yield
-        except BaseException:
-            # The group, not the process: launchers and workers have children of their own. SIGKILL to what remains
-            # after a while, or when the pod ends.
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
-            raise

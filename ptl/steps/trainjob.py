@@ -106,14 +106,14 @@ def read_pod(pod: Json) -> NodePod:
     node = int(labels.get(INDEX, 0))
     states = {container["name"]: container.get("state", {}) for container in status.get("containerStatuses", [])}
     terminated = states.get(CONTAINER, {}).get("terminated", {})
-    reason, message, _ = waiting(status) or ("", "", "")
+    obstacle = waiting(status)
     failure, explained = _failure(status, terminated)
     return NodePod(
         name=pod["metadata"]["name"],
         attempt=int(labels.get(ATTEMPT, 0)),
         node=node,
         phase=status.get("phase", ""),
-        obstacle=f"node {node}: {reason}: {message}".rstrip(": ") if reason else "",
+        obstacle=f"node {node}: {': '.join(filter(None, obstacle[:2]))}" if obstacle else "",
         failure=failure,
         explained=explained,
         exit_code=int(terminated.get("exitCode", 0)),
@@ -123,7 +123,7 @@ def read_pod(pod: Json) -> NodePod:
 
 def _failure(status: Json, terminated: Json) -> tuple[str, bool]:
     """Why a node failed, empty where it has not, and whether the node or Kubernetes says so."""
-    if status.get("phase") == "Failed" and status.get("reason"):
+    if status.get("phase") == "Failed" and "reason" in status:
         # Evicted, for example, when a disk is full; the container may be gone.
         return f"{status['reason']}: {status.get('message', '')}", True
     exit_code = terminated.get("exitCode", 0)
@@ -131,7 +131,7 @@ def _failure(status: Json, terminated: Json) -> tuple[str, bool]:
         return "", False
     if terminated.get("reason") == "OOMKilled":
         return "it was killed, as its memory was used up: raise resources.steps.recover.memory", True
-    message = (terminated.get("message") or "").strip()
+    message = terminated.get("message", "").strip()
     # JSON as a node wrote it, where it had the time; else what it printed last.
     try:
         return str(json.loads(message)["reason"]), True
@@ -171,5 +171,10 @@ def last_words(reason: str, exit_code: int) -> str:
     tail = len(reason)
     while len(words) > LONGEST_MESSAGE:
         tail //= 2
-        words = json.dumps({"reason": f"{reason[:HEAD]} [...] {reason[-tail:]}", "exit_code": exit_code})
+        words = json.dumps(
+            {
+                "reason": f"{reason[:HEAD]} [...] {reason[-tail:]}",
+                "exit_code": exit_code,
+            }
+        )
     return words

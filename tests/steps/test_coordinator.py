@@ -22,6 +22,7 @@ from ptl.errors import InputError, WorkError
 from ptl.recovery.machines import Machines, machines
 from ptl.steps import coordinator, kubernetes_api, trainjob
 from ptl.steps.call import Call
+from ptl.steps.key import key_of
 from ptl.steps.step import Step, is_coordinator
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record
@@ -372,7 +373,8 @@ def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(field, libra
 def test_a_node_takes_no_part_in_what_the_first_has_committed(monkeypatch):
     for name, value in {"NODE_RANK": "1", "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(f"PET_{name}", value)
-    monkeypatch.setattr(Call, "start", lambda call, title: SimpleNamespace(root="r", run="r", step=call.step))
-    monkeypatch.setattr(store, "committed", lambda *place: Record("k", POINTER))
+    monkeypatch.setattr(Call, "start", lambda call: SimpleNamespace(root="r", run="r", step=call.step))
+    record = Record(key_of(POINTER.digest, {}).digest, POINTER)
+    monkeypatch.setattr(store, "committed", lambda *place: record)
     with Step(Call("recover-1", "e", inputs={"model": POINTER}), key={}) as step:  # reports nothing to MLflow
         assert step.record is not None

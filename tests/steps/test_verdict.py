@@ -20,6 +20,7 @@ REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 CUT = "sha256:" + "c" * 64
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
 RULE = Gate(enabled=True)
+PRUNE = Prune()
 SCORES = {"tasks": [{"task": "t", "accuracy": 0.9, "low": 0.8, "high": 0.95, "items": 200}]}
 
 
@@ -45,22 +46,20 @@ def items(folder, right):
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def loop(iterations, gate=RULE, **prune):
-    return evaluate.Settings(Evaluate(tasks=[Task(name="t")]), gate, Prune(**prune), iterations, 0.4, 0)
-
-
 def decided(run, folder, right, params, iteration=1, **prune):
     folder.mkdir(exist_ok=True)
     items(folder, right)
     candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
-    step = at_work(run, f"evaluate-{iteration}", candidate, fallback=DENSE)
+    step = at_work(run, f"evaluate-{iteration}", candidate, Prune(**prune), fallback=DENSE)
     step.folder = folder
-    return evaluate.decide(step, loop(3, **prune), SCORES)
+    return evaluate.decide(step, SCORES)
 
 
-def at_work(run, name, candidate, **inputs):
+def at_work(run, name, candidate, prune=PRUNE, rule=RULE, **inputs):
     """A step that has scored, and decides now."""
-    step = Step(Call(name, "ptl", {"seed": 0, "registered_model": "model"}, {"model": candidate, **inputs}), key={})
+    schedule = {"iterations": 3, "target": 0.4}
+    call = Call(name, "ptl", {"seed": 0, "registered_model": "model"} | schedule, {"model": candidate, **inputs})
+    step = Step(call, key={"gate": rule, "prune": prune} | schedule)
     step.run = run
     return step
 
@@ -103,7 +102,7 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
 def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.registry, "register", lambda *given: "7")  # a mock of the registry
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    told, onward = evaluate.decide(at_work(run, "evaluate-1", candidate), loop(3, Gate()), SCORES)
+    told, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), SCORES)
     assert told == {
         "decision": "gate off",
         "reason": "the gate is off",
@@ -116,7 +115,7 @@ def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
     monkeypatch.setattr(evaluate.registry, "register", lambda *given: registered.append(given[1:]) or "8")
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    decision, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), loop(1), SCORES)
+    decision, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), SCORES)
     assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")
     ((name, checkpoint, tags),) = registered
     assert (name, checkpoint, tags["step"], tags["arm"]) == ("model", candidate, "control-evaluate", "control")
