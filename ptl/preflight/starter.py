@@ -213,7 +213,7 @@ def _data_values(request: Request, folder: Path) -> Values:
         **{name: json.dumps(value) for name, value in source.items()},
         "fill_in": None if request.rows else "",
         "tasks": json.dumps([_task(name, folder) for name in request.tasks] or [{"name": FILL_IN}]),
-        "allow_code": "true" if any(spec.runs_code for spec in specs) else None,
+        "allow_code": "true" if any(spec.unsafe_code for spec in specs) else None,
         "chat_template": "true" if source.get("format") == "messages" else None,
     }
 
