@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import types
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
         config |= {field: None for field in SPLITS if config.get(field) not in splits}
         # In place of dataset_path
         config |= {"dataset_kwargs": None, "custom_dataset": lambda **_: task_data.read_splits(splits)}
+    # The harness explains custom_dataset, which the user did not write.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     try:
         # Only this task: the index of all that the harness ships takes seconds.
         loaded = TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
