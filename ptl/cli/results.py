@@ -78,15 +78,15 @@ def export(
     """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
+    if (to, type) != ("gguf", "auto"):
+        check(Export, {"format": to, "type": type}, "--type")
     if to == "gguf":
         from ptl.export.formats import context_notes
-        from ptl.export.gguf import check_type, write_gguf
+        from ptl.export.gguf import write_gguf
 
-        check_type(type, "--type")
         notes = [*write_gguf(src, dst, type), *context_notes(src)]
         print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
     else:
-        check(Export, {"format": to, "type": type}, "--type")
         notes = _export_compressed(src, dst, type, config)
     for note in notes:
         print(f"note: {note}")
@@ -99,7 +99,7 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
 
     settings = load_config(config) if config else None
     calibration = settings.calibration if settings else None
-    compressed_tensors.write_compressed(src, dst, type, calibration, settings.seed if settings else 0)
+    compressed_tensors.write(src, dst, type, calibration, settings.seed if settings else 0)
     written = sum(path.stat().st_size for path in checkpoint.shards(dst))
     print(f"wrote {dst}: {written:,} bytes of weights")
     return context_notes(src)
