@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl.config.run import Evaluate, Task
+from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation import helpers, language_models, task_loading, tasks
 from ptl.evaluation.paired import Item
@@ -104,18 +104,15 @@ def write_items(dst: Path, settings: Evaluate, seed: int) -> int:
     lines: list[Item] = []
     number = 0
     for task in settings.tasks:
-        items = list(_unanswered(task, settings, seed))
+        name = tasks.score_name(task)
+        # The items of a task, or of all members of a group, as they are scored with this seed.
+        items = [
+            {"task": name, "prompt": prompt, "target": str(loaded.doc_to_target(doc))}
+            for loaded in task_loading.load_tasks(tasks.find(task.name), task, settings, seed).values()
+            for _, doc in loaded.doc_iterator(limit=task.limit)
+            if (prompt := str(loaded.doc_to_text(doc))).strip()
+        ]
         number += len(items)
-        lines += items or [{"task": tasks.score_name(task)}]
+        lines += items or [{"task": name}]
     _write_lines(dst, lines)
     return number
-
-
-def _unanswered(task: Task, settings: Evaluate, seed: int) -> Iterator[Item]:
-    """The items of a task, or of all members of a group, as they are scored with this seed."""
-    name = tasks.score_name(task)
-    for loaded in task_loading.load_tasks(tasks.find(task.name), task, settings, seed).values():
-        for _, doc in loaded.doc_iterator(limit=task.limit):
-            prompt = str(loaded.doc_to_text(doc))
-            if prompt.strip():
-                yield {"task": name, "prompt": prompt, "target": str(loaded.doc_to_target(doc))}

@@ -42,7 +42,7 @@ def score_task(
     """Score one task, or the pooled items of a group; no items where none is right or wrong."""
     specs = tasks.find(task.name)
     first = specs[0]
-    name = task.name if len(specs) > 1 else first.name
+    name = tasks.score_name(task)
     loaded = task_loading.load_tasks(specs, task, settings, seed)
     results = _run_harness(lm, loaded, task, settings)
 

@@ -140,15 +140,41 @@ def load_spec(path: Path, config: TaskConfig | None = None) -> Spec:
         raise _error(f"{path}: {field}: {str(first['input'])[:SHOWN]!r}: {first['msg']}") from error
 
 
+class Loader(yaml.SafeLoader):
+    """YAML with `!function` tags as text."""
+
+
+Loader.add_constructor(FUNCTIONS, lambda _, node: f"{FUNCTIONS} {node.value}")
+
+
 def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfig:
     """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read.
 
     All tags are under the key FUNCTIONS too: the harness imports a function also where a later field or the file that
     includes this one replaces it. The files are under FILES.
     """
-    if path in including:
-        raise _error(f"{path} includes itself")
-    config, functions = _read_file(path)
+    # Nor is a pipe read, which may never end.
+    if path in including or not path.is_file():
+        raise _error(
+            f"no task file {path}, or it includes itself",
+            "correct the path: in a config it is relative to the config's folder, in an option to this one",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _error(f"{path} cannot be read: {error}") from error
+    # The harness's own files are trusted, and some name a field twice.
+    if _is_of_the_harness(path):
+        config = yaml.load(text, Loader=Loader)
+    else:
+        config = yaml_text.load(text, str(path), Loader, field="evaluate.tasks")
+    if not isinstance(config, dict):
+        raise _error(f"{path} must hold a mapping, found {type(config).__name__}")
+    functions = [
+        f"{FUNCTIONS} {getattr(event, 'value', '')}"
+        for event in yaml.parse(text, Loader=Loader)
+        if getattr(event, "tag", None) == FUNCTIONS
+    ]
     # Paths are relative to the file that includes them.
     included = config.pop("include", [])
     names = included if isinstance(included, list) else [included]
@@ -163,34 +189,3 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
         merged |= inner
     # The including file wins; a function that it replaces is imported all the same.
     return {**merged, **config, FILES: files, FUNCTIONS: list(dict.fromkeys(functions))}
-
-
-def _read_file(path: Path) -> tuple[TaskConfig, list[str]]:
-    """One file without its includes, and the `!function` tags in it."""
-    functions: list[str] = []
-
-    # A class of its own: constructors belong to the class, and these note the tags of this file.
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def note_function(_loader: Any, node: yaml.Node) -> str:
-        functions.append(f"{FUNCTIONS} {node.value}")
-        return functions[-1]
-
-    Loader.add_constructor(FUNCTIONS, note_function)
-    # Nor is a pipe read, which may never end.
-    if not path.is_file():
-        remedy = "correct the path: in a config it is relative to the config's folder, in an option to this one"
-        raise _error(f"no task file {path}", remedy)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _error(f"{path} cannot be read: {error}") from error
-    # The harness's own files are trusted, and some name a field twice.
-    if _is_of_the_harness(path):
-        config = yaml.load(text, Loader=Loader)
-    else:
-        config = yaml_text.load(text, str(path), Loader, field="evaluate.tasks")
-    if not isinstance(config, dict):
-        raise _error(f"{path} must hold a mapping, found {type(config).__name__}")
-    return config, functions

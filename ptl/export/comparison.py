@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,13 @@ def _chat(tokenizer: Any) -> str:
         return ""
 
 
-def compare_logits(file: Path, src: Path, sequences: Sequence[Sequence[int]], bits: int) -> None:
+def small_sequences() -> list[list[int]]:
+    """Four sequences of 256 tokens of the small model, for `compare_logits`."""
+    generator = random.Random(0)
+    return [generator.choices(range(3, VOCABULARY), k=256) for _ in range(4)]
+
+
+def compare_logits(file: Path, src: Path, sequences: Iterable[Sequence[int]], bits: int) -> None:
     """Raise InputError where the GGUF file has other logits than its checkpoint `src` for these sequences of tokens.
 
     `bits` are those of the file's weights. The checkpoint is loaded in its own dtype.
@@ -141,17 +147,6 @@ def compare_logits(file: Path, src: Path, sequences: Sequence[Sequence[int]], bi
             field="export",
             remedy=f"{SERVE_ELSEWHERE}; where layers were removed, prune neurons instead",
         )
-
-
-def text_sequences(tokenizer: Any) -> list[list[int]]:
-    """The tokens of TEXTS, for `compare_logits`."""
-    return [tokens for text in TEXTS if (tokens := tokenizer.encode(text))]
-
-
-def small_sequences() -> list[list[int]]:
-    """Four sequences of 256 tokens of the small model, for `compare_logits`."""
-    generator = random.Random(0)
-    return [generator.choices(range(3, VOCABULARY), k=256) for _ in range(4)]
 
 
 def write_small(src: Path, dst: Path) -> Path:

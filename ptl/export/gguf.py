@@ -105,7 +105,7 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
         partial = Path(folder) / "model.gguf"
         _convert(src, partial, ["--outtype", outtype], pre_tokenizer)
-        sequences = comparison.text_sequences(pretrained.tokenizer(src))
+        sequences = filter(None, map(pretrained.tokenizer(src).encode, comparison.TEXTS))
         comparison.compare_logits(partial, src, sequences, 32 if is_32_bits else 16)
         if type in FTYPES:
             partial = _quantize(partial, type)

@@ -507,7 +507,7 @@ def test_equal_evaluations_give_equal_bytes(tmp_path, monkeypatch):
     "task, message",
     [
         ({"name": "gsm8k_cott"}, "close names: .*gsm8k_cot"),
-        ({"name": "nowhere/task.yaml"}, "no task file .*nowhere/task.yaml; .* relative to the config's folder"),
+        ({"name": "nowhere/task.yaml"}, "no task file .*nowhere/task.yaml, .*; .* relative to the config's folder"),
         ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; set the task's `metric` to one .*: exact_match"),
         ({"name": "humaneval"}, r"no metric 'exact_match' \(the default of `metric`\); .*: pass@1"),
         ({"name": "FILL-IN"}, "FILL-IN is still to be filled in; name a task"),
