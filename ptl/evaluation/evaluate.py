@@ -81,7 +81,9 @@ def score_tasks(
 
 def _write_lines(dst: Path, items: Iterable[Item]) -> None:
     dst.mkdir(parents=True, exist_ok=True)
-    (dst / ITEMS).write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    with (dst / ITEMS).open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
 def read_items(path: Path) -> list[Item]:

@@ -78,8 +78,12 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             # Of the text, the prompt, and what may follow it. The last token has no other after it.
-            texts = [(prompt + choice)[-self.max_length - 1 :] for _, prompt, choice in requests]
-            return loglikelihoods(model, texts, [len(choice) for *_, choice in requests], context_length)
+            texts = []
+            lengths = []
+            for _, prompt, choice in requests:
+                texts.append((prompt + choice)[-self.max_length - 1 :])
+                lengths.append(len(choice))
+            return loglikelihoods(model, texts, lengths, context_length)
 
     cache_templates()
     lm = GGUFModel(

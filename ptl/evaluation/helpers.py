@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -22,6 +23,8 @@ from ptl import cuda
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.processes import die_with
+
+ENDING = 10.0  # seconds in which a helper that is ended may clean up
 
 
 class AnswerNote(NamedTuple):
@@ -76,6 +79,8 @@ class Helper:
     def close(self) -> None:
         """End the process, also while it works on a share that nobody needs any more."""
         self._process.terminate()
+        self._process.join(ENDING)
+        self._process.kill()
         self._process.join()
         self._connection.close()
 
@@ -90,8 +95,9 @@ class Helper:
 
 def _answer_requests(connection: Connection, src: Path, settings: Evaluate, number: int, parent: int) -> None:
     """A helper's process: answer requests until it is ended."""
-    # Ctrl-C reaches every process of the command: the one that evaluates ends this one.
+    # Ctrl-C reaches every process of the command: the one that evaluates ends this one, whose libraries then clean up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     die_with(parent)
     # Before torch is imported. On CPUs one thread each: helpers share the cores.
     os.environ[cuda.VISIBLE] = visible_gpu(number, os.environ)
@@ -124,15 +130,13 @@ def visible_gpu(number: int, environment: Mapping[str, str]) -> str:
 
 
 def processes_for(settings: Evaluate) -> int:
-    """How many processes answer: what the config says, else one for each GPU; with vLLM always one.
+    """How many processes answer: what the config says, else one for each GPU; vLLM has one in any case.
 
     Raises InputError for more processes than GPUs, of machines that have any.
     """
     import torch
 
     gpus = torch.cuda.device_count()
-    if settings.backend == "vllm":
-        return 1
     if settings.processes is None:
         return max(1, gpus)
     if 0 < gpus < settings.processes:

@@ -63,8 +63,10 @@ def noted_hflm() -> Any:
 
         def note(self, tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
             """`stop` are the texts at which the harness ends an answer; `ended`: by a token."""
-            text = "" if ended else self.tok_decode(tokens)
-            return AnswerNote(len(tokens), truncated=not ended and not any(sequence in text for sequence in stop))
+            if not ended:
+                text = self.tok_decode(tokens)
+                ended = any(sequence in text for sequence in stop)
+            return AnswerNote(len(tokens), truncated=not ended)
 
         def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
             ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)

@@ -28,9 +28,8 @@ Timer = Callable[[int, int], Times]  # one repeat with a batch size, in which th
 def measure_in_turns(timers: Mapping[str, Timer], settings: Speed) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of models side by side: name -> one row for each batch size.
 
-    Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
-    whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
-    No repeats, no rows.
+    Rows: batch, prefill_tokens_per_s, decode_tokens_per_s. Tokens are counted over the whole batch. The models take
+    turns in every repeat, so that a busy machine hits all alike; the median is reported. No repeats, no rows.
     """
     rows: dict[str, list[Measurement]] = {name: [] for name in timers}
     for batch in settings.batch_sizes if settings.repeats else ():
@@ -51,9 +50,6 @@ def measure_in_turns(timers: Mapping[str, Timer], settings: Speed) -> dict[str, 
                     "batch": batch,
                     "prefill_tokens_per_s": batch * Speed.prompt_tokens / prefill,
                     "decode_tokens_per_s": batch * Speed.new_tokens / decode,
-                    "prefill_s": prefill,
-                    "decode_s": decode,
-                    "repeats": settings.repeats,
                 }
             )
     return rows

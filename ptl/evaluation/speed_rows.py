@@ -30,9 +30,8 @@ def rows(speed: Metadata) -> list[Row]:
     for phase in PHASES:
         for old, new in zip(dense["speed"], final["speed"], strict=True):
             before, after = (row[f"{phase}_tokens_per_s"] for row in (old, new))
-            measures.append(
-                _row(f"{phase.capitalize()}, batch {old['batch']} (tokens/s)", before, after, after / before)
-            )
+            label = f"{phase.capitalize()}, batch {old['batch']} (tokens/s)"
+            measures.append(_row(label, before, after, after / before))
     # Seconds: less is faster. None where a model solved nothing.
     before, after = dense["seconds_per_solved"], final["seconds_per_solved"]
     if before and after:
@@ -42,9 +41,12 @@ def rows(speed: Metadata) -> list[Row]:
 
 
 def _row(label: str, dense: float, final: float, times: float) -> Row:
+    return label, _digits(dense), _digits(final), f"{times:.2f} times as fast"
+
+
+def _digits(value: float) -> str:
     """Three significant digits below 1,000, whole numbers above."""
-    values = [f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}" for value in (dense, final)]
-    return label, values[0], values[1], f"{times:.2f} times as fast"
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
 def disturbance(speed: Metadata) -> str:

@@ -11,7 +11,7 @@ from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.evaluation import task_yaml
 from ptl.evaluation.task_data import local_splits
-from ptl.evaluation.task_yaml import FUNCTIONS, Metric, Spec, load_spec
+from ptl.evaluation.task_yaml import FUNCTIONS, Spec, load_spec
 
 FIELD = "evaluate.tasks"
 ALLOW_CODE = "evaluate.allow_code"
@@ -77,10 +77,14 @@ def score_name(task: Task) -> str:
 
 def hub_data(settings: Evaluate) -> list[str]:
     """Data sets of the hub that the tasks name, each once; of tasks that can be looked up here."""
-    specs = [spec for task in settings.tasks if can_find(task.name) for spec in find(task.name)]
-    names = dict.fromkeys(spec.dataset_path for spec in specs)
-    # A path, or how `datasets` reads files (json).
-    return [name for name in names if name and "/" in name and not Path(name).exists()]
+    names: dict[str, None] = {}
+    for task in settings.tasks:
+        for spec in find(task.name) if can_find(task.name) else ():
+            name = spec.dataset_path or ""
+            # Others are a path, or how `datasets` reads files (json).
+            if "/" in name and not Path(name).exists():
+                names[name] = None
+    return list(names)
 
 
 def files(settings: Evaluate) -> set[Path]:
@@ -124,10 +128,14 @@ def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
 def is_accuracy(spec: Spec, metric: str) -> bool:
     """Whether each item is right or wrong by this metric, as far as the task's YAML can tell: a mean, no perplexity."""
     name, _ = choose_metric(spec, metric)
+    if name in NO_ACCURACY:
+        return False
     # What the task's YAML says of the metric; a default metric of the harness is a mean.
-    entry = next((entry for entry in spec.metric_list or () if entry.name == name), Metric(metric=name))
-    is_mean = entry.aggregation in ("mean", "nanmean") or entry.aggregation.startswith(FUNCTIONS)
-    return is_mean and entry.higher_is_better and name not in NO_ACCURACY
+    for entry in spec.metric_list or ():
+        if entry.name == name:
+            is_mean = entry.aggregation in ("mean", "nanmean") or entry.aggregation.startswith(FUNCTIONS)
+            return is_mean and entry.higher_is_better
+    return True
 
 
 def check_tasks(settings: Evaluate) -> None:

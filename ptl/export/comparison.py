@@ -122,7 +122,6 @@ def compare_logits(file: Path, src: Path, sequences: Iterable[Sequence[int]], bi
 
     `bits` are those of the file's weights. The checkpoint is loaded in its own dtype.
     """
-    import numpy as np
     import torch
 
     runtime = LlamaModel(file)
@@ -130,15 +129,17 @@ def compare_logits(file: Path, src: Path, sequences: Iterable[Sequence[int]], bi
     is_exact = bits == 32 and model.dtype == torch.float32
     difference = total = 0.0
     for tokens in sequences:
-        there = LlamaContext(runtime, 1, len(tokens)).append([Part(0, tokens, len(tokens))])  # [tokens, vocabulary]
         with torch.inference_mode():
-            here = model(torch.tensor([tokens])).logits[0].float().numpy()
+            here = model(torch.tensor([tokens])).logits[0].double()  # [tokens, vocabulary]
+        logits = LlamaContext(runtime, 1, len(tokens)).append([Part(0, tokens, len(tokens))])
+        there = torch.from_numpy(logits).double()
         # The converter may leave out tokens that the tokenizer does not have.
         size = min(there.shape[-1], here.shape[-1])
+        there, here = there[:, :size], here[:, :size]
         # The same number may be added to all logits of a token.
-        there, here = (logits[:, :size] - logits[:, :size].mean(-1, keepdims=True) for logits in (there, here))
-        difference += float(np.square(there - here, dtype=np.float64).sum())
-        total += float(np.square(here, dtype=np.float64).sum())
+        there, here = there - there.mean(-1, keepdim=True), here - here.mean(-1, keepdim=True)
+        difference += float((there - here).square().sum())
+        total += float(here.square().sum())
     share = (difference / total) ** 0.5
     if not share <= (TOLERANCE_32 if is_exact else TOLERANCE_16):  # also where it is no number
         raise InputError(

@@ -39,13 +39,17 @@ def check_exports(src: Path, exports: Iterable[Export]) -> list[str]:
     UnusableError where a format cannot be made on this machine. Takes about ten seconds for GGUF.
     """
     # Of GGUF no type makes a difference.
-    distinct = {(export.format, "" if export.format == "gguf" else export.type): export for export in exports}
-    return [note for export in distinct.values() for note in module_of(export.format).check(src, export.type)]
+    distinct = {export.format if export.format == "gguf" else export.name: export for export in exports}
+    notes = []
+    for export in distinct.values():
+        notes += module_of(export.format).check(src, export.type)
+    return notes
 
 
 def installation_checks(exports: Iterable[Export]) -> list[Check]:
     """For each format a check that raises UnusableError where it cannot be made on this machine."""
-    return [module_of(format).check_installed for format in dict.fromkeys(export.format for export in exports)]
+    formats = dict.fromkeys(export.format for export in exports)
+    return [module_of(format).check_installed for format in formats]
 
 
 def check_here(exports: Iterable[Export], src: Path | None) -> None:

@@ -121,7 +121,8 @@ def _convert(src: Path, file: Path, options: list[str], pre_tokenizer: str) -> l
     if converted.returncode == 0 and file.is_file():
         _, _, names = converted.stdout.partition(converter.UNKNOWN)
         return names.split("\n")[0].split()
-    quoted = "\n".join((converted.stderr or converted.stdout).strip().splitlines()[-QUOTED_LINES:])
+    lines = (converted.stderr or converted.stdout).strip().splitlines()
+    quoted = "\n".join(lines[-QUOTED_LINES:])
     raise WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")
 
 
