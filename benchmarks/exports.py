@@ -33,7 +33,7 @@ from ptl.config.run import Evaluate, Speed
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation.gguf import gguf_speed
 from ptl.evaluation.language_models import language_model
-from ptl.export.formats import FORMATS
+from ptl.export.formats import module_of
 from ptl.model import checkpoint
 from ptl.model.checks import load_tokenizer
 
@@ -89,7 +89,7 @@ def made(name: str, form: str, data: Path) -> Path:
         partial = dst.with_name(f"{dst.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        FORMATS[FORMS[form].format]().write(src, partial, FORMS[form].type, subject(data).calibration, SEED)
+        module_of(FORMS[form].format).write(src, partial, FORMS[form].type, subject(data).calibration, SEED)
         partial.rename(dst)
     return dst
 
@@ -103,7 +103,7 @@ def measure(name: str, form: str, data: Path) -> Row:
     if form == PLAIN:
         lm = language_model(src, settings)
     else:
-        lm = FORMATS[FORMS[form].format]().language_model(folder, src, settings, SEED)
+        lm = module_of(FORMS[form].format).language_model(folder, src, settings, SEED)
     lm.start_notes()
     return {
         "model": name,

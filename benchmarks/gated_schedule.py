@@ -131,7 +131,7 @@ def decide(
 
 def scored(config: Config, folder: Path, out: Path) -> list[dict[str, Any]]:
     """The items of the gate's benchmark, as a checkpoint answers them."""
-    evaluate_checkpoint(folder, out, config.evaluate, seed=config.seed, speed=False)
+    evaluate_checkpoint(folder, out, config.evaluate, seed=config.seed)
     return read_items(out)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl.config.run import Evaluate, Task
+from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation import helpers, language_models, task_loading, tasks
 from ptl.evaluation.paired import Item
 from ptl.evaluation.scoring import TaskScore, score_task
-from ptl.evaluation.speed import measure_speed
 from ptl.model import checks, cost, pretrained
 
 ITEMS = "items.jsonl"
@@ -31,42 +30,34 @@ class Scores:
     bytes: int  # of the weight files
     flops_per_token: int  # of a forward pass, without attention
     kv_bytes_per_token: int
-    speed: list[dict[str, Any]]  # rows of speed.measure_speed
     widths: list[int]  # FFN width of each layer, or of each of its experts
     experts: int  # in each layer; 0: a dense model
     seconds: float = 0.0  # of the whole evaluation
 
 
-def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, speed: bool = True) -> Scores:
+def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) -> Scores:
     """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
 
-    Without `speed` its rows stay empty, and the files have nothing that was timed: equal models give equal bytes.
+    The files have nothing that was timed: equal models give equal bytes.
     A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
     (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
     and for a checkpoint that is not supported before the model is loaded.
     """
     started = time.monotonic()
     tasks.check_tasks(settings)
-    static = cost.from_config(src)
+    static = asdict(cost.from_config(src))
+    del static["attention_flops"]
     pretrained.skeleton(src)
     checks.load_tokenizer(src)
 
     lm = language_models.language_model(src, settings, seed, helpers.processes_for(settings))
     scores, items = score_tasks(lm, settings, seed)
-    rows = measure_speed({"": lm.model}, settings.speed, seed)[""] if speed else []
-    result = Scores(
-        tasks=scores,
-        params=static.params,
-        active_params=static.active_params,
-        bytes=static.bytes,
-        flops_per_token=static.flops_per_token,
-        kv_bytes_per_token=static.kv_bytes_per_token,
-        speed=rows,
-        widths=static.widths,
-        experts=static.experts,
-        seconds=time.monotonic() - started,
-    )
-    _write_files(dst, result, items, timed=speed)
+    result = Scores(tasks=scores, **static, seconds=time.monotonic() - started)
+    _write_lines(dst, items)
+    raw = asdict(result)
+    for record in (raw, *raw["tasks"]):
+        del record["seconds"]
+    (dst / SCORES).write_text(json.dumps(raw, indent=2) + "\n")
     return result
 
 
@@ -88,18 +79,11 @@ def score_tasks(
     return tuple(scores), items
 
 
-def _write_files(dst: Path, scores: Scores, items: list[Item], timed: bool) -> None:
-    raw = asdict(scores)
-    if not timed:
-        for record in (raw, *raw["tasks"]):
-            del record["seconds"]
-    _write_lines(dst, items)
-    (dst / SCORES).write_text(json.dumps(raw, indent=2) + "\n")
-
-
 def _write_lines(dst: Path, items: Iterable[Item]) -> None:
     dst.mkdir(parents=True, exist_ok=True)
-    (dst / ITEMS).write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    with (dst / ITEMS).open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
 def read_items(path: Path) -> list[Item]:
@@ -122,18 +106,15 @@ def write_items(dst: Path, settings: Evaluate, seed: int) -> int:
     lines: list[Item] = []
     number = 0
     for task in settings.tasks:
-        items = list(_unanswered(task, settings, seed))
+        name = tasks.score_name(task)
+        # The items of a task, or of all members of a group, as they are scored with this seed.
+        items = [
+            {"task": name, "prompt": prompt, "target": str(loaded.doc_to_target(doc))}
+            for loaded in task_loading.load_tasks(tasks.find(task.name), task, settings, seed).values()
+            for _, doc in loaded.doc_iterator(limit=task.limit)
+            if (prompt := str(loaded.doc_to_text(doc))).strip()
+        ]
         number += len(items)
-        lines += items or [{"task": tasks.score_name(task)}]
+        lines += items or [{"task": name}]
     _write_lines(dst, lines)
     return number
-
-
-def _unanswered(task: Task, settings: Evaluate, seed: int) -> Iterator[Item]:
-    """The items of a task, or of all members of a group, as they are scored with this seed."""
-    name = tasks.score_name(task)
-    for loaded in task_loading.load_tasks(tasks.find(task.name), task, settings, seed).values():
-        for _, doc in loaded.doc_iterator(limit=task.limit):
-            prompt = str(loaded.doc_to_text(doc))
-            if prompt.strip():
-                yield {"task": name, "prompt": prompt, "target": str(loaded.doc_to_target(doc))}

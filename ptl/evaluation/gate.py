@@ -6,7 +6,7 @@ The statistics behind a verdict are in ptl/evaluation/paired.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ptl.config.run import Gate
@@ -28,14 +28,7 @@ class State:
 
     @staticmethod
     def load(raw: Mapping[str, Any]) -> State:
-        """From a pointer; {} is the state at the start. Raises InputError for fields that are not known."""
-        unknown = sorted(set(raw) - {field.name for field in fields(State)})
-        if unknown:
-            raise InputError(
-                f"unknown fields {unknown} in the pointer, which another version of ptl wrote",
-                field="gate",
-                remedy="continue the run with that version",
-            )
+        """From a pointer; {} is the state at the start."""
         return State(**raw)
 
     def dump(self) -> dict[str, Any]:
@@ -60,16 +53,13 @@ class Decision:
 
 def check_structure(settings: Gate, compiled: bool) -> None:
     """Raise InputError where a run's parameter switches the gate: what waits for what was compiled for `compiled`."""
-    if settings.enabled == compiled:
-        return
-    switch = "false, but this pipeline was compiled with the gate on"
-    if settings.enabled:
-        switch = "true, but this pipeline was compiled with the gate off"
-    raise InputError(
-        f"{switch}, which decides what its steps wait for",
-        field="gate.enabled",
-        remedy="set gate.enabled in the config, and compile and submit it again",
-    )
+    if settings.enabled != compiled:
+        value, other = ("true", "off") if settings.enabled else ("false", "on")
+        raise InputError(
+            f"{value}, but this pipeline was compiled with the gate {other}, which decides what its steps wait for",
+            field="gate.enabled",
+            remedy="set gate.enabled in the config, and compile and submit it again",
+        )
 
 
 def goal(current_params: int, planned_goal: int, state: Mapping[str, Any]) -> int:
@@ -108,34 +98,20 @@ def decide(
         return Decision(GATE_OFF, "the gate is off", numbers, state)
     assert baseline is not None and parent is not None and parent_params is not None, "the gate needs the parent"
     # Both must hold: many small losses against the parent add up to a large one against the dense model.
-    numbers["parent_params"] = parent_params
-    numbers["baseline"] = asdict(baseline)
-    numbers["parent"] = asdict(parent)
-    for name, pair in (("baseline", baseline), ("parent", parent)):
+    pairs = {"baseline": baseline, "parent": parent}
+    numbers |= {"parent_params": parent_params, **{name: asdict(pair) for name, pair in pairs.items()}}
+    for name, pair in pairs.items():
         if pair.fails(settings.strict):
             numbers["smallest_cut"] = smallest_cut
-            removed = parent_params - params
-            after = _state_after_rejection(settings, state, removed, smallest_cut)
-            return _rejected(f"{describe(pair)} against the {name}", numbers, after)
-    return _accepted(f"{describe(baseline)} against the baseline", numbers, state)
-
-
-def _accepted(reason: str, numbers: dict[str, Any], state: State) -> Decision:
-    """Accepted: the row of rejections ends, the cap doubles, and at the target the loop stops."""
+            after = _state_after_rejection(settings, state, parent_params - params, smallest_cut)
+            consequence = f"{after.reason}: stopped" if after.stopped else f"next cut at most {after.cap:,} parameters"
+            return Decision("rejected", f"{describe(pair)} against the {name}; {consequence}", numbers, after)
+    reason = f"{describe(baseline)} against the baseline"
     cap = None if state.cap is None else 2 * state.cap
-    if numbers["params"] > numbers["target_params"]:
+    if params > target_params:
         return Decision("accepted", reason, numbers, State(cap))
     # Smaller than the target is not asked for.
-    reached = State(cap, stopped=True, reason=REACHED)
-    return Decision("accepted", f"{reason}; {REACHED}", numbers, reached)
-
-
-def _rejected(reason: str, numbers: dict[str, Any], after: State) -> Decision:
-    """Rejected: the next iteration begins with the parent again, with a smaller step."""
-    consequence = f"next cut at most {after.cap:,} parameters"
-    if after.stopped:
-        consequence = f"{after.reason}: stopped"
-    return Decision("rejected", f"{reason}; {consequence}", numbers, after)
+    return Decision("accepted", f"{reason}; {REACHED}", numbers, State(cap, stopped=True, reason=REACHED))
 
 
 def _state_after_rejection(
@@ -149,8 +125,7 @@ def _state_after_rejection(
     cap = removed // 2
     reason = ""  # why the loop stops
     if rejections >= settings.max_rejections:
-        in_a_row = "s in a row" if rejections > 1 else ""
-        reason = f"{rejections} rejection{in_a_row}"
+        reason = f"{rejections} rejections in a row"
     elif smallest_cut is None:
         reason = "no smaller step left (nothing is left to cut)"
     elif cap < max(1, smallest_cut):

@@ -1,4 +1,4 @@
-"""Helper processes of an evaluation: each has the model on a GPU of its own, and answers a share of the requests.
+"""How an evaluation's requests are answered: noted, and divided among processes with the model on a GPU of their own.
 
 The harness stays in one process, and so does all that depends on the order of the items. Its own way of using several
 GPUs (accelerate) gives each process its own items, whose few-shot examples are then drawn in another order: prompts
@@ -7,19 +7,24 @@ would depend on the number of GPUs, and scores could not be compared item by ite
 
 from __future__ import annotations
 
+import contextlib
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from multiprocessing.connection import Pipe
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptl import cuda
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
-from ptl.processes import Environment, tied
+from ptl.processes import die_with
+
+ENDING = 10.0  # seconds in which a helper that is ended may clean up
 
 
 class AnswerNote(NamedTuple):
@@ -29,58 +34,54 @@ class AnswerNote(NamedTuple):
     truncated: bool  # by the token limit
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What a helper has answered."""
 
-    answers: list[Any] = field(default_factory=list)  # in the order of its requests
-    notes: Mapping[str, AnswerNote] = field(default_factory=dict)  # by prompt
-    cut_prompts: int = 0
-    error: str = ""  # why there is nothing else
+    answers: list[Any]  # in the order of its requests
+    notes: Mapping[str, AnswerNote]  # by prompt
+    cut_prompts: int
 
 
 class Helper:
     """A process with the model on GPU `number` of this step; its first share, when it has loaded it, is empty."""
 
     def __init__(self, src: Path, settings: Evaluate, number: int) -> None:
+        spawn = get_context("spawn")  # a forked process cannot use CUDA
         self._number = number
-        self._connection, theirs = Pipe()
-        self._process = subprocess.Popen(
-            # Ends with this process, however that ends.
-            tied([sys.executable, "-m", "ptl.evaluation.language_models", str(theirs.fileno())]),
-            pass_fds=[theirs.fileno()],
-            env=_environment(number, os.environ),
-        )
+        self._connection, theirs = spawn.Pipe()
+        work = (theirs, src, settings, number, os.getpid())
+        self._process = spawn.Process(target=_answer_requests, args=work, daemon=True)
+        self._process.start()
         theirs.close()
-        self._connection.send((src, settings))
 
     def ask(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
         """Have requests of one kind answered: generate_until, loglikelihood or loglikelihood_rolling."""
-        try:
+        with contextlib.suppress(OSError):  # it has ended: `share` says so
             self._connection.send((method, arguments))
-        except OSError as error:
-            raise self._failed("it has ended") from error
 
     def share(self) -> Share:
         """Wait for the answers. Raises WorkError where the helper has failed."""
         try:
-            share: Share = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._failed(f"exit code {self._process.wait()}") from error
-        if share.error:
-            raise self._failed(share.error)
+            share: Share | str = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            self.check()
+            raise
+        if isinstance(share, str):  # its error
+            raise self._failed(share)
         return share
 
     def check(self) -> None:
         """Raise WorkError where the process has ended: it waits for requests until it is closed."""
-        if self._process.poll() is not None:
-            self.share()  # has its own error, where it could send one
-            raise self._failed(f"exit code {self._process.returncode}")
+        if not self._process.is_alive():
+            raise self._failed(f"exit code {self._process.exitcode}")
 
     def close(self) -> None:
         """End the process, also while it works on a share that nobody needs any more."""
         self._process.terminate()
-        self._process.wait()
+        self._process.join(ENDING)
+        self._process.kill()
+        self._process.join()
         self._connection.close()
 
     def _failed(self, reason: str) -> WorkError:
@@ -92,16 +93,50 @@ class Helper:
         )
 
 
+def _answer_requests(connection: Connection, src: Path, settings: Evaluate, number: int, parent: int) -> None:
+    """A helper's process: answer requests until it is ended."""
+    # Ctrl-C reaches every process of the command: the one that evaluates ends this one, whose libraries then clean up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    die_with(parent)
+    # Before torch is imported. On CPUs one thread each: helpers share the cores.
+    os.environ[cuda.VISIBLE] = visible_gpu(number, os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    from lm_eval.api.instance import Instance
+
+    from ptl.evaluation.language_models import language_model
+
+    try:
+        model = language_model(src, settings)
+        connection.send(Share([], {}, 0))
+        while True:
+            method, arguments = connection.recv()
+            model.start_notes()
+            requests = [Instance(method, {}, request, 0) for request in arguments]
+            answers = getattr(model, method)(requests, disable_tqdm=True)
+            connection.send(Share(answers, model.notes, model.cut_prompts))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        raise
+
+
+def visible_gpu(number: int, environment: Mapping[str, str]) -> str:
+    """The `number`-th of the GPUs that a process with this environment sees; empty where it has no such GPU."""
+    devices = cuda.listed(environment)
+    if devices is None:
+        return str(number)
+    return devices[number] if number < len(devices) else ""
+
+
 def processes_for(settings: Evaluate) -> int:
-    """How many processes answer: what the config says, else one for each GPU; with vLLM always one.
+    """How many processes answer: what the config says, else one for each GPU; vLLM has one in any case.
 
     Raises InputError for more processes than GPUs, of machines that have any.
     """
     import torch
 
     gpus = torch.cuda.device_count()
-    if settings.backend == "vllm":
-        return 1
     if settings.processes is None:
         return max(1, gpus)
     if 0 < gpus < settings.processes:
@@ -113,9 +148,74 @@ def processes_for(settings: Evaluate) -> int:
     return settings.processes
 
 
-def _environment(number: int, environment: Mapping[str, str]) -> Environment:
-    """A helper sees one GPU, the `number`-th of those that this process sees; none where this process sees none."""
-    devices = cuda.listed(environment)
-    device = str(number) if devices is None else devices[number] if number < len(devices) else ""
-    # On CPUs one thread each: helpers share the cores.
-    return {"OMP_NUM_THREADS": "1", **environment, cuda.VISIBLE: device}
+def divided(requests: Sequence[tuple[Any, ...]], processes: int) -> list[list[int]]:
+    """The positions of each process's requests; all requests of one context go to the same process.
+
+    The harness reads a context once for all choices of a single token (MMLU has four). Two processes would read it
+    twice.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    process_of: dict[Hashable, int] = {}  # by context
+    for position, request in enumerate(requests):
+        # Requests without a context have nothing in common, and may be half of a task's.
+        context = request[0] or position
+        process = process_of.setdefault(context, len(process_of) % processes)
+        shares[process].append(position)
+    return shares
+
+
+def _divided(name: str) -> Callable[..., Any]:
+    """A method of the harness's model: its requests are divided among all processes, its time goes to `seconds`."""
+
+    def run(self: AnswerNotes, requests: list[Any], **options: Any) -> Any:
+        started = time.perf_counter()
+        own, *others = divided([request.args for request in requests], 1 + len(self.helpers))
+        asked = [(helper, positions) for helper, positions in zip(self.helpers, others, strict=True) if positions]
+        for helper, positions in asked:
+            helper.ask(name, [requests[position].args for position in positions])
+        # It ends on the CPU: the GPU has finished too.
+        own_answers = getattr(super(AnswerNotes, self), name)([requests[i] for i in own], **options)
+        answers = dict(zip(own, own_answers, strict=True))  # by position
+        for helper, positions in asked:
+            share = helper.share()
+            answers.update(zip(positions, share.answers, strict=True))
+            self.notes.update(share.notes)
+            self.cut_prompts += share.cut_prompts
+        self.seconds += time.perf_counter() - started
+        return [answers[position] for position in range(len(requests))]
+
+    return run
+
+
+class AnswerNotes:
+    """To be mixed into a model of the harness: notes its time and how every answer ended; may have helpers."""
+
+    helpers: Sequence[Helper] = ()
+
+    def close(self) -> None:
+        """End the helpers."""
+        for helper in self.helpers:
+            helper.close()
+        self.helpers = ()
+
+    def check_helpers(self) -> None:
+        """Raise WorkError where one has ended; called between batches, so that the others need not be finished."""
+        for helper in self.helpers:
+            helper.check()
+
+    def start_notes(self) -> None:
+        """Forget what was noted, and take the place of the harness's cache hook."""
+        self.cache_hook = self
+        self.notes: dict[str, AnswerNote] = {}  # by prompt
+        self.seconds = 0.0  # spent in the model, over all requests
+        self.cut_prompts = 0  # prompts whose beginning did not fit into the context
+        self.pending: deque[AnswerNote] = deque()  # notes whose prompts the cache hook has yet to name
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """The harness's cache hook: called once for each answer, in the order of the batch."""
+        if attr == "generate_until":
+            self.notes[req[0]] = self.pending.popleft()
+
+    generate_until = _divided("generate_until")
+    loglikelihood = _divided("loglikelihood")
+    loglikelihood_rolling = _divided("loglikelihood_rolling")

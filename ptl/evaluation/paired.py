@@ -108,14 +108,16 @@ def paired(
     changes = Counter(zip(reference, candidate, strict=True))
     regressions = changes[1, 0]
     improvements = changes[0, 1]
+    accuracy = sum(reference) / items
     low, high = paired_bootstrap(regressions, improvements, items, alpha)
     p_different, p_worse = mcnemar(regressions, improvements)
     verdict = verdict_of(regressions, improvements, items, margin, alpha)
-    if not can_fall(sum(reference) / items, margin) and low <= 0:
+    # An accuracy that is not above the margin cannot fall by more than it.
+    if accuracy <= margin and low <= 0:
         verdict = "unclear"
     return Paired(
         items=items,
-        reference=sum(reference) / items,
+        reference=accuracy,
         candidate=sum(candidate) / items,
         regressions=regressions,
         improvements=improvements,
@@ -130,47 +132,25 @@ def paired(
     )
 
 
-def can_fall(reference: float, margin: float) -> bool:
-    """Whether an accuracy is above the margin: otherwise no model can be worse than it by more than the margin."""
-    return reference > margin
-
-
-def verdict_of(
-    regressions: int,
-    improvements: int,
-    items: int,
-    margin: float,
-    alpha: float,
-) -> Verdict:
+def verdict_of(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> Verdict:
     """The verdict that the counts allow, for a reference that can fall by more than the margin."""
-    if _is_inferior(regressions, improvements, items, margin, alpha):
+    _, p_worse = mcnemar(regressions, improvements)
+    if regressions - improvements > margin * items and p_worse <= alpha:
         return "inferior"
     low, _ = paired_bootstrap(regressions, improvements, items, alpha)
-    if low > -margin:
-        return "not inferior"
-    return "unclear"
-
-
-def _is_inferior(
-    regressions: int,
-    improvements: int,
-    items: int,
-    margin: float,
-    alpha: float,
-) -> bool:
-    net_regressions = regressions - improvements
-    _, p_worse = mcnemar(regressions, improvements)
-    return net_regressions > margin * items and p_worse <= alpha
+    return "not inferior" if low > -margin else "unclear"
 
 
 def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: float) -> float | None:
     """The smallest drop of the accuracy that is called inferior where as many items improve; None: no drop is."""
     # Each further regression makes the drop larger and p smaller.
     regressions = range(items - improvements + 1)
-    fewest = bisect_left(regressions, True, key=lambda count: _is_inferior(count, improvements, items, margin, alpha))
-    if fewest == len(regressions):
-        return None
-    return (fewest - improvements) / items
+
+    def is_inferior(count: int) -> bool:
+        return verdict_of(count, improvements, items, margin, alpha) == "inferior"
+
+    fewest = bisect_left(regressions, True, key=is_inferior)
+    return None if fewest == len(regressions) else (fewest - improvements) / items
 
 
 def match(
@@ -179,42 +159,27 @@ def match(
     task: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """Outcomes of two evaluations, item by item, of one task or all. Raises InputError for other items or prompts."""
-    old = _items_by_key(reference, task)
-    new = _items_by_key(candidate, task)
+    old, new = (
+        {(item["task"], item["id"]): item for item in items if task in (None, item["task"])}
+        for items in (reference, candidate)
+    )
+    problem = remedy = ""
     if not old or not new:
-        raise InputError(
-            "no items with a 0/1 outcome",
-            field="compare",
-            remedy="evaluate a task that has an accuracy",
+        problem, remedy = "no items with a 0/1 outcome", "evaluate a task that has an accuracy"
+    elif others := old.keys() ^ new.keys():
+        problem = (
+            f"different items ({len(old)} and {len(new)}; for example {' item '.join(min(others))} is in one only)"
         )
-    if old.keys() != new.keys():
-        its_task, its_id = min(old.keys() ^ new.keys())
-        example = f"for example {its_task} item {its_id} is in one only"
-        raise InputError(
-            f"different items ({len(old)} and {len(new)}; {example})",
-            field="compare",
-            remedy="evaluate both with the same tasks and the same limit",
-        )
-    for (its_task, its_id), item in old.items():
-        # An item that was asked in another way is another item.
-        if item["prompt_digest"] != new[its_task, its_id]["prompt_digest"]:
-            raise InputError(
-                f"the prompts of {its_task} item {its_id} differ",
-                field="compare",
-                remedy="evaluate both with the same task version, few-shot examples, seed and chat template",
-            )
+        remedy = "evaluate both with the same tasks and the same limit"
+    # An item that was asked in another way is another item.
+    elif changed := [key for key in old if old[key]["prompt_digest"] != new[key]["prompt_digest"]]:
+        problem = f"the prompts of {' item '.join(changed[0])} differ"
+        remedy = "evaluate both with the same task version, few-shot examples, seed and chat template"
+    if problem:
+        raise InputError(problem, field="compare", remedy=remedy)
     before = [int(item["correct"]) for item in old.values()]
     after = [int(new[key]["correct"]) for key in old]
     return before, after
-
-
-def _items_by_key(items: Sequence[Item], task: str | None) -> dict[tuple[str, str], Item]:
-    """(task, id) -> item, of one task or all."""
-    by_key = {}
-    for item in items:
-        if task in (None, item["task"]):
-            by_key[item["task"], item["id"]] = item
-    return by_key
 
 
 def describe(pair: Paired) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +42,18 @@ def score_task(
     """Score one task, or the pooled items of a group; no items where none is right or wrong."""
     specs = tasks.find(task.name)
     first = specs[0]
-    is_group = len(specs) > 1
     name = tasks.score_name(task)
-
     loaded = task_loading.load_tasks(specs, task, settings, seed)
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose_metric(first, task.metric)
-    samples = _samples(results, loaded, extraction)
+    # Every sample is logged once for each filter that extracts an answer.
+    samples = [
+        (loaded[member], sample)
+        for member in loaded
+        for sample in results["samples"][member]
+        if sample["filter"] == extraction
+    ]
     values = [sample[metric] for _, sample in samples]
     # Right and wrong answers; or a metric of the whole task.
     items: list[Item] = []
@@ -60,7 +63,7 @@ def score_task(
         accuracy = correct / len(values)
         low, high = wilson(correct, len(values), settings.confidence)
         items = [_item_record(name, harness_task, sample, metric, lm.notes) for harness_task, sample in samples]
-    elif is_group:
+    elif len(specs) > 1:
         raise InputError(
             f"the group {task.name!r} has no accuracy to pool",
             field="evaluate.tasks",
@@ -69,37 +72,25 @@ def score_task(
     else:
         accuracy = float(results["results"][first.name][f"{metric},{extraction}"])
 
-    # The version, direction and examples of a group are those of its members.
+    # The direction and examples of a group are those of its members.
     notes = lm.notes.values()
-    directions = results["higher_is_better"][first.name]
-    versions = {str(results["versions"][spec.name]) for spec in specs}
     score = TaskScore(
         task=name,
-        version=", ".join(sorted(versions)),
+        version=", ".join(sorted({str(results["versions"][spec.name]) for spec in specs})),
         metric=f"{metric},{extraction}",
         accuracy=accuracy,
         low=low,
         high=high,
         items=len(values),
         num_fewshot=int(results["n-shot"][first.name]),
-        truncated=_mean([note.truncated for note in notes]),
-        higher_is_better=bool(directions.get(metric, True)),
+        truncated=sum(note.truncated for note in notes) / max(len(notes), 1),
+        higher_is_better=bool(results["higher_is_better"][first.name].get(metric, True)),
         code_timeouts=sum(harness_task.code_eval.timeouts for harness_task in loaded.values()),
-        answer_tokens=_mean([note.tokens for note in notes]),
+        answer_tokens=sum(note.tokens for note in notes) / max(len(notes), 1),
         cut_prompts=lm.cut_prompts / len(values),
         seconds=lm.seconds,
     )
     return score, items
-
-
-def _samples(results: Any, loaded: dict[str, Any], extraction: str) -> list[tuple[Any, Any]]:
-    """(the harness's task, sample) of every item."""
-    samples = []
-    for member, harness_task in loaded.items():
-        # Every sample is logged once for each filter that extracts an answer.
-        logged = results["samples"][member]
-        samples += [(harness_task, sample) for sample in logged if sample["filter"] == extraction]
-    return samples
 
 
 def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate) -> Any:
@@ -120,10 +111,6 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
         fewshot_as_multiturn=settings.chat_template,
         confirm_run_unsafe_code=settings.allow_code,
     )
-
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / max(len(values), 1)
 
 
 def _item_record(
@@ -162,12 +149,11 @@ def _likeliest(likelihoods: list[float], harness_task: Any, doc: Any, metric: st
     if harness_task.get_config("output_type") != "multiple_choice":
         return likelihoods.index(max(likelihoods))
     choices = harness_task.doc_to_choice(doc)
-    conditional = likelihoods[: len(choices)]
-    compared = conditional
-    if metric in ("acc_norm", "acc_bytes"):  # per character, per byte
+    # Of acc_mutual_info, those without the question follow.
+    compared, alone = likelihoods[: len(choices)], likelihoods[len(choices) :]
+    if metric == "acc_mutual_info":
+        compared = [value - without for value, without in zip(compared, alone, strict=True)]
+    elif metric in ("acc_norm", "acc_bytes"):  # per character, per byte
         texts = choices if metric == "acc_norm" else map(str.encode, choices)
-        compared = [value / len(text) for value, text in zip(conditional, texts, strict=True)]
-    elif metric == "acc_mutual_info":
-        without_question = likelihoods[len(choices) :]
-        compared = [value - alone for value, alone in zip(conditional, without_question, strict=True)]
+        compared = [value / len(text) for value, text in zip(compared, texts, strict=True)]
     return compared.index(max(compared))

@@ -19,101 +19,69 @@ from ptl.model import cost
 PREFILL_SECONDS = 0.1  # a prompt is read for that long in every repeat ...
 PREFILL_PASSES = 20  # ... but no more often than that
 
-Models = Mapping[str, Any]  # by name: of transformers, or of the harness
+Models = Mapping[str, Any]  # by name: of the harness
 Measurement = dict[str, Any]  # the speed of one model at one batch size
 Times = tuple[float, float]  # seconds of one repeat: reading the prompts, generating the new tokens
-Timer = Callable[[int], Times]  # one repeat, in which the prompts are read this number of times
+Timer = Callable[[int, int], Times]  # one repeat with a batch size, in which the prompts are read this number of times
 
 
-def measure_speed(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
-    """Prefill and decode speed of models of transformers, as of `measure_in_turns`; the prompts are random tokens."""
-    import torch
-
-    def timer(model: Any, batch: int) -> Timer:
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch, settings.prompt_tokens)
-        prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-        return partial(_time_once, model, prompts.to(model.device), settings.new_tokens)
-
-    return measure_in_turns({name: partial(timer, model) for name, model in models.items()}, settings)
-
-
-def measure_in_turns(
-    models: Mapping[str, Callable[[int], Timer]],  # by name: the timer for a batch size
-    settings: Speed,
-) -> dict[str, list[Measurement]]:
+def measure_in_turns(timers: Mapping[str, Timer], settings: Speed) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of models side by side: name -> one row for each batch size.
 
-    Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
-    whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
-    Exactly `new_tokens` are generated. No repeats, no rows.
+    Rows: batch, prefill_tokens_per_s, decode_tokens_per_s. Tokens are counted over the whole batch. The models take
+    turns in every repeat, so that a busy machine hits all alike; the median is reported. No repeats, no rows.
     """
-    rows: dict[str, list[Measurement]] = {name: [] for name in models}
+    rows: dict[str, list[Measurement]] = {name: [] for name in timers}
     for batch in settings.batch_sizes if settings.repeats else ():
-        times = _times_in_turns({name: timer(batch) for name, timer in models.items()}, settings.repeats)
-        for name, repeats in times.items():
-            prefill, decode = (statistics.median(seconds) for seconds in zip(*repeats, strict=True))
+        passes = {}
+        # The first turn warms up. One pass of a small model is shorter than the system's own pauses: a short prompt is
+        # read several times in a repeat.
+        for name, time_once in timers.items():
+            prefill, _ = time_once(batch, 1)
+            passes[name] = min(PREFILL_PASSES, 1 + int(PREFILL_SECONDS / max(prefill, 1e-9)))
+        turns = [
+            {name: time_once(batch, passes[name]) for name, time_once in timers.items()}
+            for _ in range(settings.repeats)
+        ]
+        for name in timers:
+            prefill, decode = (statistics.median(turn[name][phase] for turn in turns) for phase in (0, 1))
             rows[name].append(
                 {
                     "batch": batch,
-                    "prefill_tokens_per_s": batch * settings.prompt_tokens / prefill,
-                    "decode_tokens_per_s": batch * settings.new_tokens / decode,
-                    "prefill_s": prefill,
-                    "decode_s": decode,
-                    "repeats": settings.repeats,
+                    "prefill_tokens_per_s": batch * Speed.prompt_tokens / prefill,
+                    "decode_tokens_per_s": batch * Speed.new_tokens / decode,
                 }
             )
     return rows
 
 
-def _times_in_turns(timers: Mapping[str, Timer], repeats: int) -> dict[str, list[Times]]:
-    """The times of every repeat, by model."""
-    passes = {}
-    # The first turn warms up. One pass of a small model is shorter than the system's own pauses: a short prompt is
-    # read several times in a repeat.
-    for name, time_once in timers.items():
-        prefill, _ = time_once(1)
-        passes[name] = min(PREFILL_PASSES, 1 + int(PREFILL_SECONDS / max(prefill, 1e-9)))
-    times: dict[str, list[Times]] = {name: [] for name in timers}
-    for _ in range(repeats):
-        for name, time_once in timers.items():
-            times[name].append(time_once(passes[name]))
-    return times
-
-
-def _time_once(
-    model: Any,
-    prompts: Any,  # int64 [batch, prompt_tokens]
-    new_tokens: int,
-    passes: int,
-) -> Times:
-    """Seconds for the prompts, the mean of `passes`, and for `new_tokens` greedy steps after them with the KV cache."""
+def _time_once(model: Any, seed: int, batch: int, passes: int) -> Times:
+    """Seconds for random prompts, the mean of `passes`, and for the greedy steps after them with the KV cache."""
     import torch
 
     # transformers 5.24 renamed the argument; the old name goes in 5.40
     parameters = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in parameters else "past_key_values"
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, Speed.prompt_tokens)
+    prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
 
-    def wait() -> None:
+    def now() -> float:
         if model.device.type == "cuda":  # it works on after a call has returned
             torch.cuda.synchronize()
+        return time.perf_counter()
 
     with torch.inference_mode():
-        wait()
-        started = time.perf_counter()
+        started = now()
         # Only the last position's logits: as when the answer begins.
         for _ in range(passes):
             out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
-        wait()
-        filled = time.perf_counter()
+        filled = now()
         # One token for each sequence at a time, after the cache of all before it.
-        for _ in range(new_tokens):
-            past = {cache: out.past_key_values}
-            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **past)
+        for _ in range(Speed.new_tokens):
             token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
-        wait()
-        ended = time.perf_counter()
+            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache: out.past_key_values})
+        ended = now()
     return (filled - started) / passes, ended - filled
 
 
@@ -126,8 +94,8 @@ def side_by_side(
     """Speed of several checkpoints (dense, compact) in one process, taking turns; all of them are in memory at once.
 
     Returns how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
-    `models`: name -> params, speed (rows of measure_speed), solved, answer_tokens and seconds_per_solved. The last is
-    the median over the repeats of the seconds in the model for `items` of the first task, divided by its right
+    `models`: name -> params, speed (rows of measure_in_turns), solved, answer_tokens and seconds_per_solved. The last
+    is the median over the repeats of the seconds in the model for `items` of the first task, divided by its right
     answers, so that longer answers count; None where it solved none, or where the task has no accuracy.
     """
     import torch
@@ -137,7 +105,7 @@ def side_by_side(
     gc.collect()
     torch.cuda.empty_cache()  # without a GPU it does nothing
     models = {name: language_models.language_model(folder, settings, seed) for name, folder in folders.items()}
-    rows = measure_speed({name: lm.model for name, lm in models.items()}, settings.speed, seed)
+    rows = measure_in_turns({name: partial(_time_once, lm.model, seed) for name, lm in models.items()}, settings.speed)
     runs = _solve_in_turns(models, settings, seed)
     measured = {
         name: {"params": cost.from_config(folder).params, "speed": rows[name], **_solving_speed(runs[name])}
@@ -152,8 +120,8 @@ def side_by_side(
         "task": scores[0].task if scores else "",
         "items": scores[0].items if scores else 0,
         "batch_size": settings.batch_size,
-        "prompt_tokens": settings.speed.prompt_tokens,
-        "new_tokens": settings.speed.new_tokens,
+        "prompt_tokens": Speed.prompt_tokens,
+        "new_tokens": Speed.new_tokens,
         "repeats": settings.speed.repeats,
         "models": measured,
         "seconds": time.monotonic() - started,
@@ -165,15 +133,17 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     runs: dict[str, list[TaskScore]] = {name: [] for name in models}
     task = settings.tasks[0]
     specs = tasks.find(task.name)
-    # A group's limit is that of each member.
-    limit = min(settings.speed.items // len(specs), task.limit or settings.speed.items)
     # Without right answers no problem is solved.
-    if not limit or not all(tasks.is_accuracy(spec, task.metric) for spec in specs):
+    if not all(tasks.is_accuracy(spec, task.metric) for spec in specs):
         return runs
+    # A group's limit is that of each member.
+    limit = max(1, min(Speed.items // len(specs), task.limit or Speed.items))
     first_items = task.model_copy(update={"limit": limit})
     for _ in range(settings.speed.repeats):
         for name, lm in models.items():
             score, _ = score_task(lm, first_items, settings, seed=seed)
+            if score.low is None:  # which the task's YAML did not say
+                return runs
             runs[name].append(score)
     return runs
 
@@ -183,7 +153,7 @@ def _solving_speed(runs: list[TaskScore]) -> dict[str, Any]:
     if not runs:
         return {"seconds_per_solved": None, "solved": 0, "answer_tokens": 0.0}
     last = runs[-1]
-    solved = round(last.accuracy * last.items) if last.low is not None else 0  # only of an accuracy
+    solved = round(last.accuracy * last.items)
     seconds = statistics.median(run.seconds for run in runs)
     return {
         "seconds_per_solved": seconds / solved if solved else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 Metadata = dict[str, Any]  # of speed.side_by_side; {"reason": ...} where nothing was measured
@@ -19,46 +18,35 @@ SOLVING = (
 )
 
 
-@dataclass(frozen=True)
-class SpeedRow:
-    """One measure of both models."""
-
-    kind: str  # prefill, decode or solved
-    label: str  # for a reader, without the unit
-    dense: float  # in `unit`
-    final: float  # in `unit`
-    unit: str  # tokens/s, s or ms
-    times: float  # how many times as fast the final one is, above 1 where it is faster
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """Label with unit, dense, final and speed-up, formatted."""
-        return f"{self.label} ({self.unit})", _digits(self.dense), _digits(self.final), f"{self.times:.2f} x"
+Row = tuple[str, str, str, str]  # label with its unit, dense, final, how many times as fast the final model is
 
 
-def _digits(value: float) -> str:
-    """Three significant digits below 1,000, whole numbers above."""
-    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
-
-
-def rows(speed: Metadata) -> list[SpeedRow]:
-    """One for each measure; none where nothing was measured."""
+def rows(speed: Metadata) -> list[Row]:
+    """One for each measure, formatted; none where nothing was measured."""
     if "models" not in speed:
         return []
     dense, final = speed["models"]["dense"], speed["models"]["final"]
     measures = []
     for phase in PHASES:
-        field = f"{phase}_tokens_per_s"
         for old, new in zip(dense["speed"], final["speed"], strict=True):
-            label = f"{phase.capitalize()}, batch {old['batch']}"
-            measures.append(SpeedRow(phase, label, old[field], new[field], "tokens/s", new[field] / old[field]))
+            before, after = (row[f"{phase}_tokens_per_s"] for row in (old, new))
+            label = f"{phase.capitalize()}, batch {old['batch']} (tokens/s)"
+            measures.append(_row(label, before, after, after / before))
     # Seconds: less is faster. None where a model solved nothing.
     before, after = dense["seconds_per_solved"], final["seconds_per_solved"]
     if before and after:
         scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
-        times = before / after
-        measures.append(SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times))
+        measures.append(_row(f"Solved problem ({unit})", before * scale, after * scale, before / after))
     return measures
+
+
+def _row(label: str, dense: float, final: float, times: float) -> Row:
+    return label, _digits(dense), _digits(final), f"{times:.2f} times as fast"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits below 1,000, whole numbers above."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
 def disturbance(speed: Metadata) -> str:

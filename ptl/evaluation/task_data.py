@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError
-from ptl.evaluation.task_yaml import Spec
+from ptl.evaluation.task_yaml import SPLITS, Spec
 from ptl.json_lines import read_json_lines
 
 Row = dict[str, Any]
@@ -58,20 +58,18 @@ def local_splits(
     and every task once `data_dir` is given. Raises InputError that names a missing file which the task needs: that of
     the scored split, and that of the few-shot examples where they are not part of the task.
     """
-    config = spec.config
-    data_files = (config.get("dataset_kwargs") or {}).get("data_files")
+    data_files = (spec.dataset_kwargs or {}).get("data_files")
     # The YAML has local files of its own.
-    if config.get("dataset_path") == "json" and isinstance(data_files, dict):
+    if spec.dataset_path == "json" and isinstance(data_files, dict):
         return {split: LocalFile(_data_file(spec, str(file))) for split, file in data_files.items()}
     # Nobody names files, or a function of the task makes its data.
-    if data_dir is None or "custom_dataset" in config:
+    if data_dir is None or spec.custom_dataset is not None:
         return {}
     # Under the names of LOCAL, or by task and split.
     needed = _needed_splits(spec, num_fewshot)
     splits = {}
-    known_files = LOCAL.get(spec.name, {})
-    for split in spec.splits:
-        local = known_files.get(split, LocalFile(f"{spec.name}/{split}.jsonl"))
+    for split in filter(None, (getattr(spec, field) for field in SPLITS)):
+        local = LOCAL.get(spec.name, {}).get(split, LocalFile(f"{spec.name}/{split}.jsonl"))
         path = Path(data_dir, local.file)
         if path.is_file():
             splits[split] = LocalFile(str(path.resolve()), local.row)
@@ -85,29 +83,22 @@ def local_splits(
 
 def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
     """The scored split, and that of the few-shot examples where the task has no examples of its own."""
-    config = spec.config
-    if not spec.scored_split:
-        raise InputError(
-            f"the task {spec.name!r} names no test or validation split",
-            field="evaluate.tasks",
-        )
-    needed = {spec.scored_split}
+    scored = spec.test_split or spec.validation_split
+    if not scored:
+        raise InputError(f"the task {spec.name!r} names no test or validation split", field="evaluate.tasks")
     # The split of the examples, as the harness chooses it.
-    shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
-    examples = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
+    shots = spec.num_fewshot if num_fewshot is None else num_fewshot
+    examples = spec.fewshot_split or spec.training_split or spec.validation_split
     # Some tasks write their examples down.
-    own_examples = "samples" in (config.get("fewshot_config") or {})
-    if shots and examples and not own_examples:
-        needed.add(examples)
-    return needed
+    own_examples = "samples" in (spec.fewshot_config or {})
+    return {scored, examples} if shots and examples and not own_examples else {scored}
 
 
 def _data_file(spec: Spec, file: str) -> str:
     """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
     for folder in (Path(), *spec.path.parents):
-        path = folder / file
-        if path.is_file():
-            return str(path.resolve())
+        if (folder / file).is_file():
+            return str((folder / file).resolve())
     neither = f"which is neither in the working directory nor in a folder above {spec.path}"
     raise InputError(f"the task {spec.name!r} reads {file}, {neither}", field="evaluate.tasks")
 
@@ -118,13 +109,10 @@ def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
 
     data_sets = {}
     for split, local in splits.items():
-        path = Path(local.file)
-        raw: Iterable[Row]
-        if path.suffix == ".parquet":
-            raw = Dataset.from_parquet(str(path))
+        if local.file.endswith(".parquet"):
+            raw = Dataset.from_parquet(local.file)
         else:
-            raw = read_json_lines(path, "evaluate.data_dir", str(path))
+            raw = read_json_lines(Path(local.file), "evaluate.data_dir", local.file)
         # None: a row of another split of the same file.
-        rows = map(local.row, raw)
-        data_sets[split] = Dataset.from_list([row for row in rows if row is not None])
+        data_sets[split] = Dataset.from_list([row for row in map(local.row, raw) if row is not None])
     return data_sets

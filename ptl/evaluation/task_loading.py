@@ -42,29 +42,13 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
 
     Its attribute `code_eval` counts the answers whose code has run out of time.
     """
-    tasks.check_code(spec, settings.allow_code)
-    code_eval = CodeEval()
-    config = _read_config(spec, task, settings, code_eval)
-    loaded = _load_harness_task(spec, config)
-    code_eval.timeouts = 0  # the harness's modules try their metric when they are imported
-    loaded.code_eval = code_eval
-    # The config's overrides; few-shot examples are drawn with the run's seed.
-    if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
-        loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
-    if task.num_fewshot is not None:
-        loaded.set_config("num_fewshot", task.num_fewshot)
-    elif loaded.get_config("num_fewshot") is None:  # neither the config nor the task says
-        loaded.set_config("num_fewshot", 0)
-    loaded.set_fewshot_seed(seed)
-    return loaded
-
-
-def _read_config(spec: Spec, task: Task, settings: Evaluate, code_eval: CodeEval) -> dict[str, Any]:
-    """The task's YAML as the harness reads it, with local files in place of the hub's data set."""
+    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    tasks.check_code(spec, settings.allow_code)
+    code_eval = CodeEval()
     # Reading the YAML imports its functions, and with them what scores code.
-    with _in_place_of_evaluate(spec, code_eval) if spec.runs_code else contextlib.nullcontext():
+    with _in_place_of_evaluate(spec, code_eval) if spec.unsafe_code else contextlib.nullcontext():
         config: dict[str, Any] = load_yaml(spec.path)
     splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
     if splits:
@@ -72,23 +56,22 @@ def _read_config(spec: Spec, task: Task, settings: Evaluate, code_eval: CodeEval
         config |= {field: None for field in SPLITS if config.get(field) not in splits}
         # In place of dataset_path
         config |= {"dataset_kwargs": None, "custom_dataset": lambda **_: task_data.read_splits(splits)}
-    return config
-
-
-def _load_harness_task(spec: Spec, config: dict[str, Any]) -> Any:
-    from lm_eval.tasks import TaskManager
-
     # The harness explains custom_dataset, which the user did not write.
-    logger = logging.getLogger("lm_eval.api.task")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     try:
         # Only this task: the index of all that the harness ships takes seconds.
-        return TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
+        loaded = TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise WorkError(f"the task {spec.name!r} did not load: {error}", field="evaluate.tasks") from error
-    finally:
-        logger.setLevel(level)
+    code_eval.timeouts = 0  # the harness's modules try their metric when they are imported
+    loaded.code_eval = code_eval
+    # The config's overrides; few-shot examples are drawn with the run's seed.
+    if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
+        loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
+    shots = loaded.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+    loaded.set_config("num_fewshot", shots or 0)
+    loaded.set_fewshot_seed(seed)
+    return loaded
 
 
 def cache_templates() -> None:
@@ -120,12 +103,12 @@ class CodeEval:
         if k not in (None, [1]):
             problem = f"pass@k with k={k} is not supported"
             raise InputError(problem, field="evaluate.tasks", remedy="use a task with pass@1")
-        shares = []  # of the candidates that pass, by problem
+        passed = []
         for tests, candidates in zip(references, predictions, strict=True):
             outcomes = [runner.run_tests(candidate, tests) for candidate in candidates]
             self.timeouts += sum(outcome.status == "timeout" for outcome in outcomes)
-            shares.append(sum(outcome.passed for outcome in outcomes) / len(outcomes))
-        return {"pass@1": sum(shares) / len(shares)}, {}
+            passed += [outcome.passed for outcome in outcomes]
+        return {"pass@1": sum(passed) / len(passed)}, {}
 
 
 @contextlib.contextmanager
@@ -140,13 +123,15 @@ def _in_place_of_evaluate(spec: Spec, code_eval: CodeEval) -> Iterator[None]:
     runner.require_support()
     substitute = types.ModuleType("evaluate")
     substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
-    # The real module may be loaded already, by others who need it; the task's own has the metric of an earlier load.
-    before = {name: module for name, module in sys.modules.items() if name == "evaluate"}
+    # The task's own module has the metric of an earlier load.
     for name in [name for name in sys.modules if name.startswith(f"lm_eval.tasks.{spec.path.parent.name}.")]:
         del sys.modules[name]
+    # The real module may be loaded already, by others who need it.
+    real = sys.modules.get("evaluate")
     sys.modules["evaluate"] = substitute
     try:
         yield
     finally:
         del sys.modules["evaluate"]
-        sys.modules.update(before)
+        if real is not None:
+            sys.modules["evaluate"] = real

@@ -7,14 +7,13 @@ what a file names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
 from ptl.config import yaml_text
 from ptl.errors import InputError
@@ -30,76 +29,88 @@ DEFAULT_METRICS = {
     "multiple_choice": ["acc", "acc_norm"],
     "generate_until": ["exact_match"],
 }
+SHOWN = 80  # characters of a wrong value, in an error
 
 TaskConfig = dict[str, Any]  # the fields of a task's YAML
 
 
-@dataclass(frozen=True)
-class Spec:
-    """One task of the harness: its YAML and what it says, with `!function` tags as text."""
+class Metric(BaseModel):
+    """An entry of `metric_list`."""
 
-    name: str  # in the harness, or in the user's file
+    metric: str  # a metric of the harness, or a function that computes it
+    aggregation: str = "mean"
+    higher_is_better: bool = True
+    hf_evaluate: bool = False  # fetch it from the hub
+
+    @property
+    def name(self) -> str:
+        """Its name in the results; those of a function's result, a dict, may be others (HumanEval's pass@1)."""
+        name = self.metric.removeprefix(f"{FUNCTIONS} ").rpartition(".")[2]
+        return "pass@1" if name == "pass_at_k" else name
+
+
+class Extraction(BaseModel):
+    """An entry of `filter_list`: a way in which an answer is extracted."""
+
+    name: str
+
+
+class Spec(BaseModel):
+    """One task of the harness: the fields of its YAML that are read here, with `!function` tags as text."""
+
+    name: str = Field(alias="task")
     path: Path  # of the YAML
-    config: TaskConfig  # with its includes
+    files: list[Path] = Field(alias=FILES)  # the YAML and what it includes
+    functions: list[str] = Field([], alias=FUNCTIONS)  # of all these files
+    class_name: Any = Field(None, alias="class")  # of a class in place of the harness's
+    output_type: Literal["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"] = (
+        "generate_until"
+    )
+    metric_list: list[Metric] | None = None
+    filter_list: list[Extraction] | None = None
+    unsafe_code: bool = False  # scoring runs what the model wrote
+    num_fewshot: int | None = None
+    fewshot_config: dict[str, Any] | None = None
+    custom_dataset: Any = None  # a function that makes the data
+    dataset_path: str | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    test_split: str | None = None
+    validation_split: str | None = None
+    fewshot_split: str | None = None
+    training_split: str | None = None
 
     @property
     def metrics(self) -> list[str]:
-        """Names of its metrics. A function's result may be a dict, whose keys are metrics too (HumanEval's pass@1)."""
-        entries = self.config.get("metric_list")
-        if entries is None:
-            return DEFAULT_METRICS[self.config.get("output_type", "generate_until")]
-        return [metric_name(entry) for entry in entries]
+        """Names of its metrics."""
+        if self.metric_list is None:
+            return DEFAULT_METRICS[self.output_type]
+        return [metric.name for metric in self.metric_list]
 
     @property
     def filters(self) -> list[str]:
         """Names of the ways in which an answer is extracted; the first one counts unless the metric names another."""
-        return [entry["name"] for entry in self.config.get("filter_list") or [{"name": "none"}]]
+        return [entry.name for entry in self.filter_list or ()] or ["none"]
 
     @property
-    def scored_split(self) -> str:
-        """The split whose items are scored; empty where the YAML names none."""
-        return self.config.get("test_split") or self.config.get("validation_split") or ""
-
-    @property
-    def files(self) -> set[Path]:
-        """The YAML and what it includes; where these name functions, all Python beside them too."""
-        files = {Path(path) for path in self.config[FILES]}
-        if FUNCTIONS in self.config:
-            files |= {module for path in files for module in path.parent.glob("*.py")}
-        return files
-
-    @property
-    def splits(self) -> list[str]:
-        """All splits that the YAML names, each once."""
-        return list(dict.fromkeys(name for field in SPLITS if (name := self.config.get(field))))
-
-    @property
-    def runs_code(self) -> bool:
-        """Whether scoring runs what the model wrote."""
-        return bool(self.config.get("unsafe_code"))
+    def is_shipped(self) -> bool:
+        """Whether it is one that the harness ships, which is trusted."""
+        return _is_of_the_harness(self.path)
 
 
 def _error(problem: str, remedy: str = "") -> InputError:
     return InputError(problem, field="evaluate.tasks", remedy=remedy)
 
 
-def metric_name(entry: dict[str, Any]) -> str:
-    """The metric's name in the results, from its entry in metric_list."""
-    name = str(entry["metric"]).removeprefix(f"{FUNCTIONS} ").rpartition(".")[2]
-    return "pass@1" if name == "pass_at_k" else name
-
-
 @cache
 def harness_folder() -> Path | None:
     """The folder of the tasks that the harness ships; None where it is not installed."""
     package = find_spec("lm_eval")
-    return Path(str(package.origin)).parent / "tasks" if package else None
+    return (Path(str(package.origin)).parent / "tasks").resolve() if package else None
 
 
-def is_of_the_harness(path: Path) -> bool:
-    """Whether the file is one that the harness ships."""
+def _is_of_the_harness(path: Path) -> bool:
     root = harness_folder()
-    return root is not None and path.resolve().is_relative_to(root.resolve())
+    return root is not None and path.resolve().is_relative_to(root)
 
 
 @cache
@@ -116,43 +127,24 @@ def task_index() -> dict[str, Path]:
     return paths
 
 
-def load_spec(path: Path) -> Spec:
-    """The task of a user's own file. Raises InputError where it is not a single task of the harness."""
-    if not path.is_file():
-        raise _error(
-            f"no task file {path}",
-            "correct the path: in a config it is relative to the config's folder, in an option to this one",
-        )
-    config = read_yaml(path.resolve())
+def load_spec(path: Path, config: TaskConfig | None = None) -> Spec:
+    """The task of a file, which may have been read. Raises InputError where it is not a single task of the harness."""
+    config = read_yaml(path.resolve()) if config is None else config
     if not isinstance(config.get("task"), str):
         raise _error(f"{path} has no `task: NAME`", "give a single task of lm-eval")
-    # Only the first is reported.
-    for problem in _wrong_fields(config):
-        raise _error(f"{path} {problem}")
-    return Spec(config["task"], path.resolve(), config)
+    try:
+        return Spec.model_validate({**config, "path": path.resolve()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise _error(f"{path}: {field}: {str(first['input'])[:SHOWN]!r}: {first['msg']}") from error
 
 
-def _wrong_fields(config: TaskConfig) -> Iterator[str]:
-    """What is wrong with the fields of a task's YAML that we read: not what the harness takes there."""
-    output_type = config.get("output_type", "generate_until")
-    if not isinstance(output_type, str) or output_type not in DEFAULT_METRICS:
-        yield f"has output_type={output_type!r}; it must be one of {', '.join(DEFAULT_METRICS)}"
-    # The harness goes through both and takes the key from each entry.
-    for field, key in (("metric_list", "metric"), ("filter_list", "name")):
-        entries = config.get(field, [{key: ""}])
-        named = isinstance(entries, list) and [
-            isinstance(entry, dict) and type(entry.get(key)) is str for entry in entries
-        ]
-        if entries is not None and not (named and all(named)):
-            yield f"must have a list in {field}, each entry with a `{key}`"
-    # These may be null or left out.
-    for fields, kind, name in (
-        (("dataset_kwargs", "fewshot_config"), dict, "a mapping"),
-        (SPLITS, str, "a split's name"),
-    ):
-        for field in fields:
-            if not isinstance(config.get(field) or kind(), kind):
-                yield f"must have {name} in {field}"
+class Loader(yaml.SafeLoader):
+    """YAML with `!function` tags as text."""
+
+
+Loader.add_constructor(FUNCTIONS, lambda _, node: f"{FUNCTIONS} {node.value}")
 
 
 def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfig:
@@ -161,53 +153,39 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     All tags are under the key FUNCTIONS too: the harness imports a function also where a later field or the file that
     includes this one replaces it. The files are under FILES.
     """
-    if path in including:
-        raise _error(f"{path} includes itself")
-    config, functions = _read_file(path)
+    # Nor is a pipe read, which may never end.
+    if path in including or not path.is_file():
+        raise _error(
+            f"no task file {path}, or it includes itself",
+            "correct the path: in a config it is relative to the config's folder, in an option to this one",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _error(f"{path} cannot be read: {error}") from error
+    # The harness's own files are trusted, and some name a field twice.
+    if _is_of_the_harness(path):
+        config = yaml.load(text, Loader=Loader)
+    else:
+        config = yaml_text.load(text, str(path), Loader, field="evaluate.tasks")
+    if not isinstance(config, dict):
+        raise _error(f"{path} must hold a mapping, found {type(config).__name__}")
+    functions = [
+        f"{FUNCTIONS} {getattr(event, 'value', '')}"
+        for event in yaml.parse(text, Loader=Loader)
+        if getattr(event, "tag", None) == FUNCTIONS
+    ]
     # Paths are relative to the file that includes them.
     included = config.pop("include", [])
     names = included if isinstance(included, list) else [included]
     if not all(isinstance(name, str) for name in names):
         raise _error(f"{path}: include must be the path of a YAML file, or a list of them")
     merged: TaskConfig = {}
-    files = [str(path)]
+    files = [path]
     for name in names:
         inner = read_yaml((path.parent / name).resolve(), including | {path})
-        functions += inner.pop(FUNCTIONS, ())
+        functions += inner[FUNCTIONS]
         files += inner[FILES]
         merged |= inner
     # The including file wins; a function that it replaces is imported all the same.
-    merged |= {**config, FILES: files}
-    if functions:
-        merged[FUNCTIONS] = list(dict.fromkeys(functions))
-    return merged
-
-
-def _read_file(path: Path) -> tuple[TaskConfig, list[str]]:
-    """One file without its includes, and the `!function` tags in it."""
-    functions: list[str] = []
-
-    # A class of its own: constructors belong to the class, and these note the tags of this file.
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def note_function(_loader: Any, node: yaml.Node) -> str:
-        functions.append(f"{FUNCTIONS} {node.value}")
-        return functions[-1]
-
-    Loader.add_constructor(FUNCTIONS, note_function)
-    # Nor is a pipe read, which may never end.
-    if not path.is_file():
-        raise _error(f"{path} is no file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _error(f"{path} cannot be read: {error}") from error
-    # The harness's own files are trusted, and some name a field twice.
-    if is_of_the_harness(path):
-        config = yaml.load(text, Loader=Loader)
-    else:
-        config = yaml_text.load(text, f"evaluate.tasks: {path}", Loader)
-    if not isinstance(config, dict):
-        raise _error(f"{path} must hold a mapping, found {type(config).__name__}")
-    return config, functions
+    return {**merged, **config, FILES: files, FUNCTIONS: list(dict.fromkeys(functions))}

@@ -11,7 +11,7 @@ from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.evaluation import task_yaml
 from ptl.evaluation.task_data import local_splits
-from ptl.evaluation.task_yaml import FUNCTIONS, Spec
+from ptl.evaluation.task_yaml import FUNCTIONS, Spec, load_spec
 
 FIELD = "evaluate.tasks"
 ALLOW_CODE = "evaluate.allow_code"
@@ -46,35 +46,27 @@ def find(name: str) -> list[Spec]:
             remedy="name a task, for example gsm8k (`lm_eval ls tasks` lists all), or give the path of a task YAML",
         )
     if is_path(name):
-        return [task_yaml.load_spec(Path(name))]
-    return list(_members(name, name))
-
-
-def _members(name: str, group: str) -> Iterator[Spec]:
-    """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
+        return [load_spec(Path(name))]
     paths = task_yaml.task_index()
     if name not in paths:
-        close = difflib.get_close_matches(name, paths, n=8, cutoff=0.5)
-        problem = f"{name!r} is no task of lm-evaluation-harness"
+        close = ", ".join(difflib.get_close_matches(name, paths, n=8, cutoff=0.5))
         raise InputError(
-            f"{problem}; close names: {', '.join(close)}" if close else problem,
+            f"{name!r} is no task of lm-evaluation-harness; close names: {close or 'none'}",
             field=FIELD,
             remedy="`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML",
         )
     config = task_yaml.read_yaml(paths[name])
     if "group" not in config:
-        yield Spec(name, paths[name], config)
-        return
+        return [load_spec(paths[name], config)]
     members = config["task"]
     # A subgroup may be written out in the YAML, and a tag stands for all tasks that have it.
     if not isinstance(members, list) or not all(isinstance(member, str) and member in paths for member in members):
         raise InputError(
-            f"the tasks of the group {group!r} are not all named in its YAML ({name} has a tag or a subgroup there)",
+            f"the tasks of the group {name!r} are not all named in its YAML (it has a tag or a subgroup there)",
             field=FIELD,
             remedy="name its tasks one by one (`lm_eval ls tasks` lists them)",
         )
-    for member in members:
-        yield from _members(member, group)
+    return [spec for member in members for spec in find(member)]
 
 
 def score_name(task: Task) -> str:
@@ -85,10 +77,14 @@ def score_name(task: Task) -> str:
 
 def hub_data(settings: Evaluate) -> list[str]:
     """Data sets of the hub that the tasks name, each once; of tasks that can be looked up here."""
-    specs = [spec for task in settings.tasks if can_find(task.name) for spec in find(task.name)]
-    names = dict.fromkeys(spec.config.get("dataset_path") for spec in specs)
-    # A path, or how `datasets` reads files (json).
-    return [name for name in names if name and "/" in name and not Path(name).exists()]
+    names: dict[str, None] = {}
+    for task in settings.tasks:
+        for spec in find(task.name) if can_find(task.name) else ():
+            name = spec.dataset_path or ""
+            # Others are a path, or how `datasets` reads files (json).
+            if "/" in name and not Path(name).exists():
+                names[name] = None
+    return list(names)
 
 
 def files(settings: Evaluate) -> set[Path]:
@@ -96,11 +92,16 @@ def files(settings: Evaluate) -> set[Path]:
     paths: set[Path] = set()
     for task in settings.tasks:
         # What the harness ships, or fetches from the hub, is no file of the user's.
-        if is_path(task.name) or settings.data_dir:
-            for spec in find(task.name):
-                splits = local_splits(spec, settings.data_dir, task.num_fewshot)
-                paths |= {Path(split.file) for split in splits.values()}
-                paths |= spec.files if is_path(task.name) else set()
+        if not is_path(task.name) and not settings.data_dir:
+            continue
+        for spec in find(task.name):
+            splits = local_splits(spec, settings.data_dir, task.num_fewshot)
+            paths |= {Path(split.file) for split in splits.values()}
+            if is_path(task.name):
+                paths |= {*spec.files}
+            # Functions may be of any Python beside the files that name them.
+            if is_path(task.name) and spec.functions:
+                paths |= {module for path in spec.files for module in path.parent.glob("*.py")}
     return paths
 
 
@@ -130,11 +131,10 @@ def is_accuracy(spec: Spec, metric: str) -> bool:
     if name in NO_ACCURACY:
         return False
     # What the task's YAML says of the metric; a default metric of the harness is a mean.
-    for entry in spec.config.get("metric_list") or []:
-        if task_yaml.metric_name(entry) == name:
-            aggregation = str(entry.get("aggregation", "mean"))
-            is_mean = aggregation in ("mean", "nanmean") or aggregation.startswith(FUNCTIONS)
-            return is_mean and entry.get("higher_is_better", True) is not False
+    for entry in spec.metric_list or ():
+        if entry.name == name:
+            is_mean = entry.aggregation in ("mean", "nanmean") or entry.aggregation.startswith(FUNCTIONS)
+            return is_mean and entry.higher_is_better
     return True
 
 
@@ -151,7 +151,7 @@ def check_tasks(settings: Evaluate) -> None:
         for spec in find(task.name) if can_find(task.name) else ():
             choose_metric(spec, task.metric)
             # lm_eval itself would warn and ignore the number.
-            if task.num_fewshot and spec.config.get("num_fewshot") == 0:
+            if task.num_fewshot and spec.num_fewshot == 0:
                 raise InputError(
                     f"num_fewshot={task.num_fewshot}, but the task {spec.name!r} says it has no few-shot examples",
                     field=FIELD,
@@ -181,7 +181,7 @@ def no_accuracy(task: Task) -> InputError:
 
 def check_code(spec: Spec, allow_code: bool) -> None:
     """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
-    code = list(_own_code(spec))
+    code = [] if spec.is_shipped else list(_own_code(spec))
     if code and not allow_code:
         raise InputError(
             f"{spec.path} has {', '.join(code[:3])}: code that would run with all rights of the step, outside the "
@@ -190,13 +190,13 @@ def check_code(spec: Spec, allow_code: bool) -> None:
             remedy=f"read it, and set {ALLOW_CODE}: true to have it run",
         )
     # What the model writes.
-    if spec.runs_code and not allow_code:
+    if spec.unsafe_code and not allow_code:
         raise InputError(
             f"the task {spec.name!r} runs code that the model wrote",
             field=ALLOW_CODE,
             remedy=f"set {ALLOW_CODE}: true to have it run in the sandbox",
         )
-    if spec.runs_code and spec.path.parent.name not in CODE_FOLDERS:
+    if spec.unsafe_code and spec.path.parent.name not in CODE_FOLDERS:
         raise InputError(
             f"the task {spec.name!r} runs model-written code by means of its own, outside the sandbox",
             field=FIELD,
@@ -206,13 +206,10 @@ def check_code(spec: Spec, allow_code: bool) -> None:
 
 def _own_code(spec: Spec) -> Iterator[str]:
     """What of a user's task file is code: `!function` tags, a class in place of the harness's, metrics from the hub."""
-    if task_yaml.is_of_the_harness(spec.path):  # which is trusted
-        return
-    yield from spec.config.get(FUNCTIONS, ())
-    if spec.config.get("class"):
-        yield f"class: {spec.config['class']}"
-    for entry in spec.config.get("metric_list") or []:
-        name = str(entry["metric"])
+    yield from spec.functions
+    if spec.class_name:
+        yield f"class: {spec.class_name}"
+    for entry in spec.metric_list or ():
         # The harness would fetch a metric that it does not have as code from the hub.
-        if entry.get("hf_evaluate") or (name not in METRICS and not name.startswith(FUNCTIONS)):
-            yield f"metric_list: {name} (from the hub)"
+        if entry.hf_evaluate or (entry.metric not in METRICS and not entry.metric.startswith(FUNCTIONS)):
+            yield f"metric_list: {entry.metric} (from the hub)"

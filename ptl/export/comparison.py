@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ TEXTS = (
 )
 # What few prompts have in them, and common tokenizers do in another way than llama.cpp: differences are noted.
 RARE_TEXTS = (" 7 left", "so{eos}7", "{eos} so", "Zoe\u0308", "नमस्ते", "ΑΒΓ ŞIĞ")
-NUM_RANDOM_TEXTS = 300
-MAX_TOKENS = 24  # of a random text
 
 # Of logits: root mean square of the differences over that of the logits. llama.cpp keeps keys and values in 16 bits:
 # equal models of 32 bits differ by about .001, and by .028 and more where one of them computes something else.
@@ -58,12 +55,11 @@ def compare_tokens(vocabulary: Path, tokenizer: Any, names: Sequence[str]) -> tu
     file has the right one, which then is "". Raises InputError with a text and both lists of tokens where they differ.
     The notes name rare texts whose tokens differ, and characters that are dropped.
     """
-    texts = [*TEXTS, *_random_texts(tokenizer)] if names else list(TEXTS)
     problems = []
     for name in names or [""]:
         try:  # also a name that this llama.cpp does not have, or has for other vocabularies
             model = LlamaModel(vocabulary, vocabulary_only=True, pre_tokenizer=name)
-            return name, _compare_texts(model, tokenizer, texts)
+            return name, _compare_texts(model, tokenizer)
         except InputError as error:
             problems.append(error.problem)
     raise InputError(
@@ -74,7 +70,7 @@ def compare_tokens(vocabulary: Path, tokenizer: Any, names: Sequence[str]) -> tu
     )
 
 
-def _compare_texts(model: LlamaModel, tokenizer: Any, texts: list[str]) -> list[str]:
+def _compare_texts(model: LlamaModel, tokenizer: Any) -> list[str]:
     if model.lacks_bytes():
         raise InputError(
             "the vocabulary has no tokens of bytes (byte_fallback), without which llama.cpp ends the process at the "
@@ -82,7 +78,7 @@ def _compare_texts(model: LlamaModel, tokenizer: Any, texts: list[str]) -> list[
             field="export",
         )
     notes: list[str] = []
-    for text in texts:
+    for text in TEXTS:
         if _is_known(tokenizer, text):
             checked_tokens(model, tokenizer, text, special=True)
         elif not notes:
@@ -115,25 +111,17 @@ def _chat(tokenizer: Any) -> str:
         return ""
 
 
-def _random_texts(tokenizer: Any) -> Iterator[str]:
-    """Texts of random tokens: word ends, spaces and signs in every neighbourhood that the vocabulary allows."""
-    special = set(tokenizer.all_special_ids)
-    tokens = [token for token in range(len(tokenizer)) if token not in special]
+def small_sequences() -> list[list[int]]:
+    """Four sequences of 256 tokens of the small model, for `compare_logits`."""
     generator = random.Random(0)
-    for _ in range(NUM_RANDOM_TEXTS):
-        chosen = generator.choices(tokens, k=generator.randint(1, MAX_TOKENS))
-        pieces = [tokenizer.decode([token]) for token in chosen]
-        text = unicodedata.normalize("NFC", "".join(piece for piece in pieces if "\ufffd" not in piece))
-        # What RARE_TEXTS have is left out.
-        yield "".join(char for char in text if unicodedata.category(char)[0] != "M").strip(" ")
+    return [generator.choices(range(3, VOCABULARY), k=256) for _ in range(4)]
 
 
-def compare_logits(file: Path, src: Path, sequences: Sequence[Sequence[int]], bits: int) -> None:
+def compare_logits(file: Path, src: Path, sequences: Iterable[Sequence[int]], bits: int) -> None:
     """Raise InputError where the GGUF file has other logits than its checkpoint `src` for these sequences of tokens.
 
     `bits` are those of the file's weights. The checkpoint is loaded in its own dtype.
     """
-    import numpy as np
     import torch
 
     runtime = LlamaModel(file)
@@ -141,15 +129,17 @@ def compare_logits(file: Path, src: Path, sequences: Sequence[Sequence[int]], bi
     is_exact = bits == 32 and model.dtype == torch.float32
     difference = total = 0.0
     for tokens in sequences:
-        there = LlamaContext(runtime, 1, len(tokens)).append([Part(0, tokens, len(tokens))])  # [tokens, vocabulary]
         with torch.inference_mode():
-            here = model(torch.tensor([tokens])).logits[0].float().numpy()
+            here = model(torch.tensor([tokens])).logits[0].double()  # [tokens, vocabulary]
+        logits = LlamaContext(runtime, 1, len(tokens)).append([Part(0, tokens, len(tokens))])
+        there = torch.from_numpy(logits).double()
         # The converter may leave out tokens that the tokenizer does not have.
         size = min(there.shape[-1], here.shape[-1])
+        there, here = there[:, :size], here[:, :size]
         # The same number may be added to all logits of a token.
-        there, here = (logits[:, :size] - logits[:, :size].mean(-1, keepdims=True) for logits in (there, here))
-        difference += float(np.square(there - here, dtype=np.float64).sum())
-        total += float(np.square(here, dtype=np.float64).sum())
+        there, here = there - there.mean(-1, keepdim=True), here - here.mean(-1, keepdim=True)
+        difference += float((there - here).square().sum())
+        total += float(here.square().sum())
     share = (difference / total) ** 0.5
     if not share <= (TOLERANCE_32 if is_exact else TOLERANCE_16):  # also where it is no number
         raise InputError(
@@ -158,17 +148,6 @@ def compare_logits(file: Path, src: Path, sequences: Sequence[Sequence[int]], bi
             field="export",
             remedy=f"{SERVE_ELSEWHERE}; where layers were removed, prune neurons instead",
         )
-
-
-def text_sequences(tokenizer: Any) -> list[list[int]]:
-    """The tokens of TEXTS, for `compare_logits`."""
-    return [tokens for text in TEXTS if (tokens := tokenizer.encode(text))]
-
-
-def small_sequences() -> list[list[int]]:
-    """Four sequences of 256 tokens of the small model, for `compare_logits`."""
-    generator = random.Random(0)
-    return [generator.choices(range(3, VOCABULARY), k=256) for _ in range(4)]
 
 
 def write_small(src: Path, dst: Path) -> Path:

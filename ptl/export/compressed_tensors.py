@@ -27,7 +27,6 @@ INSTALL = (
     f"run `make llmcompressor` in a checkout, set {PYTHON} to a Python with `pip install llmcompressor`, or use "
     "`--runner docker`"
 )
-METHOD = "compressed-tensors"  # quant_method in config.json
 # By type: the preset of compressed-tensors
 SCHEMES = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
 CALIBRATED = ("int8", "w4a16")  # by GPTQ
@@ -89,20 +88,16 @@ def group_size(src: Path, type: str, width: int | None = None) -> int | None:
         if all(length % size == 0 for length in rows.values()):
             return size
     smallest = GROUP_SIZES[-1]
-    odd = {name: length for name, length in rows.items() if length % smallest}
-    named = ", ".join(f"{name}={length}" for name, length in odd.items())
-    remedy = "take fp8 or int8"
-    # Pruning changes no other size.
-    if list(odd) == ["intermediate_size"]:
-        remedy = f"prune with prune.width_multiple: {GROUP_SIZES[0]}, or {remedy}"
+    named = ", ".join(f"{name}={length}" for name, length in rows.items() if length % smallest)
     raise InputError(
         f"w4a16 has groups of {', '.join(map(str, GROUP_SIZES))} weights, and no multiple of {smallest} is {named}",
         field="export",
-        remedy=remedy,
+        # Pruning changes no other size.
+        remedy=f"take fp8 or int8, or for intermediate_size prune with prune.width_multiple: {GROUP_SIZES[0]}",
     )
 
 
-def write_compressed(
+def write(
     src: Path,
     dst: Path,
     type: str,
@@ -117,24 +112,24 @@ def write_compressed(
     """
     family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
     check(src, type)
-    if type in CALIBRATED and calibration is None:
-        raise InputError(
-            f"{type} needs text for calibration",
-            field="--config",
-            remedy="give the run's config, or take fp8",
-        )
     python = interpreter()
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as scratch:
         partial = Path(scratch) / "checkpoint"
-        options = ["--scheme", SCHEMES[type]]
-        if size := group_size(src, type):
-            options += ["--group-size", str(size)]
-        if type in CALIBRATED and calibration is not None:
+        options = {"scheme": SCHEMES[type], "group_size": group_size(src, type), "sequences": None}
+        if type in CALIBRATED:
+            if calibration is None:
+                raise InputError(
+                    f"{type} needs text for calibration",
+                    field="--config",
+                    remedy="give the run's config, or take fp8",
+                )
+            # The sequences that pruning calibrates with: both environments then have the same tokens.
+            rows = data.calibration_rows(calibration, checks.load_tokenizer(src), seed)
             sequences = Path(scratch) / "sequences.jsonl"
-            write_sequences(sequences, calibration, checks.load_tokenizer(src), seed)
-            options += ["--sequences", str(sequences)]
-        _run([str(python), "-I", "-u", quantize.__file__, str(src), str(partial), *options])
+            sequences.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
+            options["sequences"] = str(sequences)
+        _run([str(python), "-I", "-u", quantize.__file__, str(src), str(partial), json.dumps(options)])
         for path in checkpoint.shards(partial):
             path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
         # config.json says what was done; this file has YAML tags that name Python objects.
@@ -143,12 +138,6 @@ def write_compressed(
         checkpoint.copy_companions(src, partial)
         partial.rename(dst)
     return []
-
-
-def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:
-    """The sequences that pruning calibrates with, as JSON Lines: both environments then have the same tokens."""
-    rows = data.calibration_rows(settings, tokenizer, seed)
-    path.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
 
 
 def interpreter() -> Path:
@@ -170,42 +159,25 @@ def _run(command: Sequence[str]) -> None:
     environment = {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
-        processes.tied([*command]),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        encoding="utf-8",
-        errors="replace",
+        processes.tied([*command]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
     ) as process:
-        assert process.stdout
-        for line in process.stdout:
+        for line in process.stdout or ():
             print(line, end="", flush=True)
             last_lines.append(line)
     if process.returncode:
-        raise WorkError(
-            f"llmcompressor ended with {process.returncode}: {''.join(last_lines).strip()}",
-            field="export",
-        )
+        output = "".join(last_lines).strip()
+        raise WorkError(f"llmcompressor ended with {process.returncode}: {output}", field="export")
 
 
 def language_model(folder: Path, _src: Path, settings: Evaluate, seed: int) -> Any:
-    """The harness's model for an export. Raises InputError where the folder is none.
+    """The harness's model for an export.
 
     transformers expands the weights when it loads them or before the first token, so that neither its speed nor its
     memory is that of the runtime.
     """
-    quantization = checkpoint.read_config(folder).get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        raise InputError(
-            f"config.json in {folder} has no quantization_config of {METHOD}",
-            field="export",
-            remedy="evaluate a checkpoint with float weights as such",
-        )
-    extras.need_all(["evaluate"], "export")
-    checks.load_tokenizer(folder)
     return language_models.language_model(folder, settings, seed, helpers.processes_for(settings))
 
 
 def speed(*_: Any) -> dict[str, Any]:
-    """Not measured, as of `Format.speed`."""
+    """Not measured, as `ptl.export.formats` says."""
     return {"reason": "transformers unpacks the weights, so that its speed says nothing of vLLM's"}

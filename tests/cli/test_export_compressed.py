@@ -24,7 +24,7 @@ def test_the_configs_calibration_text_is_passed_on(type, config, tmp_path, monke
         shutil.copytree(src, dst)
         return []
 
-    monkeypatch.setattr(compressed_tensors, "write_compressed", write)
+    monkeypatch.setattr(compressed_tensors, "write", write)
     command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", config]
     answer = CliRunner().invoke(app, [*map(str, command)])
     assert texts == [load_config(TINY).calibration] and answer.exit_code == 0

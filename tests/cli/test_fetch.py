@@ -331,7 +331,9 @@ def test_compare_by_name(here, tmp_path):
         here.directory,
     ]
     for reference, candidate in zip(files, last, strict=True):
-        assert " 100.0% 1 -10.0 0.5 unclear 10 90.0% 0 (-30.0 to" in ptl("compare", reference, candidate)
+        assert "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to" in ptl(
+            "compare", reference, candidate
+        )
 
 
 def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, tmp_path, monkeypatch):
@@ -417,7 +419,9 @@ def test_fetch_and_compare_from_a_laptop(cluster, tmp_path):
         assert same and more == ["README.md"] * card, what
     ptl("fetch", cluster.id, tmp_path / "control", "--arm", "control")
     assert holds(tmp_path / "control", cluster.directory / "control-recover") == (True, [])
-    assert " 100.0% 1 -10.0 0.5 unclear 10 90.0% 0 (-30.0 to" in ptl("compare", f"{cluster.id}:evaluate-0", cluster.id)
+    assert "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to" in ptl(
+        "compare", f"{cluster.id}:evaluate-0", cluster.id
+    )
 
 
 def test_the_servers_of_ptl_up_are_reached_by_home(cluster, running, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,17 +35,28 @@ class Recorder:
         return type("Out", (), {"logits": torch.zeros(*input_ids.shape, 11), "past_key_values": past})
 
 
+def measured(models, **settings):
+    timers = {model.name: partial(speed._time_once, model, 0) for model in models}
+    return speed.measure_in_turns(timers, Speed(**settings))
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(Speed, "prompt_tokens", 5)
+    monkeypatch.setattr(Speed, "new_tokens", 3)
+
+
 def test_models_take_turns_and_the_cache_is_used(monkeypatch):
     monkeypatch.setattr(speed, "PREFILL_SECONDS", 0)
     calls = []
-    models = {name: Recorder(name, calls) for name in ("dense", "compact")}
-    rows = speed.measure_speed(models, Speed(batch_sizes=(1, 2), prompt_tokens=5, new_tokens=3, repeats=2))
+    models = [Recorder(name, calls) for name in ("dense", "compact")]
+    rows = measured(models, batch_sizes=(1, 2), repeats=2)
     one = [((5,), None), ((1,), "past"), ((1,), "past"), ((1,), "past")]
     expected = [
-        (name, (batch, *shape), cache)
+        (model.name, (batch, *shape), cache)
         for batch in (1, 2)
         for _ in range(3)  # one to warm up
-        for name in models
+        for model in models
         for shape, cache in one
     ]
     assert calls == expected
@@ -54,7 +65,7 @@ def test_models_take_turns_and_the_cache_is_used(monkeypatch):
 
 def test_a_short_prompt_is_read_several_times():
     calls = []
-    speed.measure_speed({"m": Recorder("m", calls)}, Speed(batch_sizes=(1,), prompt_tokens=5, new_tokens=1, repeats=1))
+    measured([Recorder("m", calls)], batch_sizes=(1,), repeats=1)
     prefills = [cache for _, shape, cache in calls if shape == (1, 5)]
     assert 3 <= len(prefills) <= 1 + speed.PREFILL_PASSES  # one to warm up
     assert set(prefills) == {None}
@@ -62,16 +73,13 @@ def test_a_short_prompt_is_read_several_times():
 
 def test_no_repeats_measure_nothing():
     calls = []
-    assert speed.measure_speed({"m": Recorder("m", calls)}, Speed(repeats=0)) == {"m": []}
+    assert measured([Recorder("m", calls)], repeats=0) == {"m": []}
     assert calls == []
 
 
-def test_speed_is_the_median_of_the_repeats(monkeypatch):
+def test_speed_is_the_median_of_the_repeats():
     taken = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 6.0)])
-    monkeypatch.setattr(speed, "_time_once", lambda *_, **__: next(taken))
-    model = Recorder("", [])
-    (row,) = speed.measure_speed({"m": model}, Speed(batch_sizes=(4,), repeats=3))["m"]
-    assert row["prefill_s"] == statistics.median([1, 3, 2])
+    (row,) = speed.measure_in_turns({"m": lambda *_: next(taken)}, Speed(batch_sizes=(4,), repeats=3))["m"]
     assert row["prefill_tokens_per_s"] == 4 * Speed.prompt_tokens / 2
     assert row["decode_tokens_per_s"] == 4 * Speed.new_tokens / 4
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ptl.errors import InputError
 from ptl.export.comparison import TEXTS
 from ptl.export.converter import UNKNOWN
-from ptl.export.gguf import check_config, check_tokenizer, write_gguf
+from ptl.export.gguf import check, check_config, check_tokenizer, write_gguf
 from ptl.model.llama_runtime import LlamaModel
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("converter_in_process")]
@@ -269,4 +269,4 @@ def test_a_config_that_llama_cpp_computes_otherwise_is_refused(case, tmp_path):
 def test_a_config_that_the_converter_does_not_take_is_refused(case, tmp_path):
     config, reason = NOT_CONVERTED[case]
     with pytest.raises(InputError, match=f"(?s){reason}"):
-        check_config(config_only(tmp_path / "model", config))
+        check(config_only(tmp_path / "model", config))

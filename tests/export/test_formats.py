@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gguf_files import needs_llama_cpp
@@ -11,7 +12,7 @@ from tiny_models import build, build_multimodal, save
 from ptl.config.export import Export
 from ptl.errors import InputError
 from ptl.export import formats, gguf
-from ptl.export.compressed_tensors import write_compressed
+from ptl.export.compressed_tensors import write as write_compressed
 from ptl.export.formats import check_exports, context_notes, layer_warnings
 from ptl.export.gguf import write_gguf
 
@@ -39,11 +40,11 @@ def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(variant, t
 
 def test_gguf_is_checked_once_for_all_its_types(monkeypatch):
     asked = []
-    record = formats.Format(lambda *given: asked.append(given) or ["a note"], *[lambda *_: None] * 4)
-    monkeypatch.setattr(formats, "FORMATS", {"gguf": lambda: record, "compressed-tensors": lambda: record})
+    module = SimpleNamespace(check=lambda *given: asked.append(given) or ["a note"])
+    monkeypatch.setattr(formats, "module_of", lambda _: module)
     q4 = Export(format="gguf", type="q4_0")
     assert check_exports(Path("m"), [GGUF, FP8, q4]) == ["a note"] * 2
-    assert asked == [(Path("m"), "fp8"), (Path("m"), "q4_0")]
+    assert asked == [(Path("m"), "q4_0"), (Path("m"), "fp8")]
 
 
 @needs_llama_cpp

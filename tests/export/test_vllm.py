@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ptl import extras
 from ptl.errors import InputError
-from ptl.export.compressed_tensors import write_compressed
+from ptl.export.compressed_tensors import write as write_compressed
 from ptl.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]

@@ -155,6 +155,6 @@ def test_the_recovered_mixture_is_evaluated_with_its_active_parameters(small, tm
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
     settings = Evaluate(tasks=[{"name": str(TASK), "limit": 4, "max_new_tokens": 8}], batch_size=2)
-    scores = evaluate_checkpoint(small, tmp_path, settings, seed=0, speed=False)
+    scores = evaluate_checkpoint(small, tmp_path, settings, seed=0)
     assert scores.experts == 4 and scores.active_params < scores.params == checkpoint.num_params(small)
     assert scores.tasks[0].items == 4 and (tmp_path / "items.jsonl").read_text().count("\n") == 4

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import uuid
+from types import SimpleNamespace
 
 import pytest
 from run_records import scores
@@ -106,8 +107,8 @@ def writes(monkeypatch):
             raise InputError("a width of 80", field="export")
 
     written.refused = None
-    record = formats.Format(check, nothing, write, nothing, nothing)
-    monkeypatch.setitem(formats.FORMATS, FORM["format"], lambda: record)
+    module = SimpleNamespace(check=check, write=write, language_model=nothing, speed=nothing)
+    monkeypatch.setattr(formats, "module_of", lambda _: module)
     outcomes = [item("0", 1), item("1", 0)]
 
     def score(_lm, settings, _seed):
