@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import itertools
 import json
-import stat
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,23 +190,6 @@ def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):
     assert read_rows(source) == [{"prompt": "c", "completion": "d"}]
     with pytest.raises(InputError, match="no object s3://"):
         read_rows(DataSource(source=f"{s3.root}/none.jsonl"))
-
-
-def test_copies_of_data_are_in_a_cache_of_the_user_alone(tmp_path, monkeypatch):
-    """The defect: a folder in the temporary one, where another user could put a copy of an s3:// file first."""
-    from datasets import Dataset
-
-    monkeypatch.delenv("PTL_SCRATCH", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "a.parquet")
-    source = DataSource(source=str(tmp_path / "a.parquet"), format="text")
-    check_rows(source)
-    folder = tmp_path / "cache/ptl"
-    assert any(folder.rglob("*.arrow")) and stat.S_IMODE(folder.stat().st_mode) == 0o700
-    somebody_else = folder.stat().st_uid + 1
-    monkeypatch.setattr("os.getuid", lambda: somebody_else)
-    with pytest.raises(InputError, match="belongs to user"):
-        check_rows(source)
 
 
 WRONG_BYTES = {
@@ -568,15 +550,8 @@ def test_messages_need_a_chat_template(chatty):
     with pytest.raises(InputError, match="no list in column 'chat'"):
         tokenize(SourceRow({"messages": chat}, source.model_copy(update={"messages": "chat"})), chatty, 64)
     chatty.chat_template = None
-    with pytest.raises(InputError, match="needs a chat template"):
+    with pytest.raises(InputError, match="chat_template is not set"):
         tokenize(SourceRow({"messages": chat}, source), chatty, 64)
-
-
-def test_a_tokenizer_without_eos_is_an_error():
-    broken = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
-    broken.eos_token = None
-    with pytest.raises(InputError, match="no EOS token"):
-        tokenize(SourceRow({"prompt": "a", "completion": "b"}, DataSource(source="a.jsonl")), broken, 64)
 
 
 @pytest.mark.parametrize(
