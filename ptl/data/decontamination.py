@@ -36,7 +36,7 @@ INVISIBLE = re.compile(
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")  # of JSON, once or more; LaTeX's are changed in both texts
 THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[,'\u2019])(?=\d{3}(?!\d))")  # 1,000, and LaTeX's 1{,}000 and 1,\!000
 # What a line begins with, `Question 1:`, `2.` or `(A)`, and ends with, `Answer:`.
-LABEL = re.compile(r"^\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d{1,4}[.)]\s|\w[.)]\s)(?=.*\w)")
+LABEL = re.compile(r"^(?:\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d{1,4}[.)]\s|\w[.)]\s)(?=.*\w))+")
 END_LABEL = re.compile(r"\s\w+\s*:\s*$")
 COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
@@ -94,11 +94,17 @@ class Filter:
     def _leaks(self, row: SourceRow) -> bool:
         """Whether a row shares text with a benchmark; counted for each of them."""
         columns = texts(row)
-        question = _lines(_question(columns))
-        # Prompt and answer are joined, since an item may begin in the one and end in the other.
-        words = _joined(map(_words, _lines("\n".join(columns))))
+        question = _lines(_normal(_question(columns)))
         lines = [_joined(map(_words, question)), *map(_words, question)]
-        leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words, lines)]
+        # Prompt and answer are joined, since an item may begin in the one and end in the other; a label between them
+        # is in the way, and what looks like one may be words of the item.
+        normal = _normal("\n".join(columns))
+        versions = {_words(normal), _joined(map(_words, _lines(normal)))}
+        leaked = [
+            benchmark
+            for benchmark in self.benchmarks.values()
+            if any(benchmark.shares(words, lines) for words in versions)
+        ]
         for benchmark in leaked:
             benchmark.dropped += 1
         self.dropped += bool(leaked)
@@ -236,7 +242,7 @@ def _benchmark(items: Sequence[Item]) -> Benchmark:
 
 def _without_template(prompts: Iterable[str]) -> list[list[Line]]:
     """The lines of each text, and which words of them many texts do not share."""
-    text_lines = [_lines(prompt) for prompt in prompts]
+    text_lines = [_lines(_normal(prompt)) for prompt in prompts]
     beginnings = _shared_beginnings([[_words(line) for line in lines] for lines in text_lines])
     endings = _shared_beginnings([[_words(line)[::-1] for line in lines] for lines in text_lines])
 
@@ -306,9 +312,9 @@ def _question(columns: Item) -> str:
     return columns[0] or columns[1]
 
 
-def _lines(text: str) -> list[str]:
-    """The lines of a text, normalised and without labels."""
-    return [END_LABEL.sub("", LABEL.sub("", line)) for line in _normal(text).splitlines()]
+def _lines(normal: str) -> list[str]:
+    """The lines of a text without labels."""
+    return [END_LABEL.sub("", LABEL.sub("", line)) for line in normal.splitlines()]
 
 
 def _words(normal: str) -> Words:
