@@ -47,7 +47,7 @@ def prune(
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
-    from ptl.model import checkpoint
+    from ptl.model import cost
     from ptl.preflight.target import resolved
     from ptl.pruning.prune import prune_checkpoint
 
@@ -60,7 +60,7 @@ def prune(
     if unit is None:
         unit = "experts" if settings.prune.target == "experts" else "neurons"
     _check_folders(src, dst)
-    params = checkpoint.num_params(src)
+    params = cost.from_config(src).params
     schedule = resolved(settings.schedule, settings.prune.model_copy(update={"target": unit}), src)
     goal = params - removal(params, schedule.target)
     with writing(dst) as out:

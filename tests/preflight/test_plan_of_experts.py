@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from ptl.cli.app import app
 from ptl.errors import InputError
-from ptl.model import checkpoint
+from ptl.model import cost
 
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -69,4 +69,4 @@ def test_prune_by_hand_removes_experts_where_the_config_does(small, tmp_path):
     assert '"experts": 9' in ptl("prune", small, tmp_path / "one", "--config", TINY, *settings)
     by_option = ptl("prune", small, tmp_path / "two", "--config", TINY, "--unit", "experts", "--target", 0.2)
     assert '"criterion": "reap"' in by_option
-    assert checkpoint.num_params(tmp_path / "one") == checkpoint.num_params(tmp_path / "two")
+    assert cost.from_config(tmp_path / "one").params == cost.from_config(tmp_path / "two").params
