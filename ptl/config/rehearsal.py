@@ -46,12 +46,12 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     settings = config.model_dump()
     if gpus is not None:
         _fit_machine(settings, config, gpus)
-    settings["name"] = config.name[: LONGEST_NAME - len(SUFFIX)].rstrip("-") + SUFFIX
+    settings["name"] = _renamed(config.name, LONGEST_NAME)
     # Its numbers are not beside those of real runs, and its models take no alias from theirs.
     storage = settings["storage"]
     storage["experiment"] += SUFFIX
     if storage["registered_model"] is not None:  # the default is the config's name, which has the suffix
-        storage["registered_model"] = storage["registered_model"][: LONGEST_MODEL - len(SUFFIX)] + SUFFIX
+        storage["registered_model"] = _renamed(storage["registered_model"], LONGEST_MODEL)
     calibration = settings["calibration"]
     calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
     for task in settings["evaluate"]["tasks"]:
@@ -66,6 +66,10 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     _shrink_stages(settings, config, max(1, gpus_of_node))
     # Fields that were set one by one must fit together.
     return check(Config, settings, "the rehearsal")
+
+
+def _renamed(name: str, longest: int) -> str:
+    return name[: longest - len(SUFFIX)].rstrip("-") + SUFFIX
 
 
 def is_rehearsal(settings: Mapping[str, Any]) -> bool:

@@ -53,21 +53,18 @@ class Benchmark:
     """The text of a benchmark that is searched for in training rows, and how many were dropped for it."""
 
     items: int  # all of them
-    ngrams: set[Words]  # of long questions and answers
-    short_texts: dict[Words, list[Words]]  # by `_key`
+    searched: dict[Words, list[Words]]  # n-grams of long texts, and short texts as a whole; by `_key`
     short: int = 0  # items whose own words are too few to be found inside a row
     dropped: int = 0  # training rows
 
     def shares(self, words: Words, lines: Iterable[Words] = ()) -> bool:
         """Whether a training row has text of this benchmark; `lines` are those of its question."""
-        if any(words[run] in self.ngrams for run in _runs(words, NGRAM)):
-            return True
         for run in _runs(words, SHORTEST):
-            for text in self.short_texts.get(words[run], ()):
+            for text in self.searched.get(words[run], ()):
                 if words[run.start : run.start + len(text)] == text:
                     return True
         # An item of few words is often a line of its own, such as one below `Q:`.
-        return any(line in self.short_texts for line in lines if _size(line) < SHORTEST)
+        return any(line in self.searched for line in lines if _size(line) < SHORTEST)
 
     def counts(self) -> dict[str, int]:
         """For the report."""
@@ -225,14 +222,14 @@ def _benchmark(items: Sequence[Item]) -> Benchmark:
     # An answer is searched for only if it is long: short ones are the answers of many questions.
     answers = _without_template({answer for _, answer in items})
     sentences = _sentences(questions)
-    short_texts = {_joined(line.own for line in lines) for lines in questions}
+    searched = {_joined(line.own for line in lines) for lines in questions}
+    searched.update(*map(_own_ngrams, questions + answers))
     for lines in sentences:
-        short_texts.update(*(line.searched() for line in lines[:1]))
-        short_texts.update(line.own for line in lines[1:] if _size(line.own) >= SHORTEST)
-    benchmark = Benchmark(len(items), set().union(*map(_own_ngrams, questions + answers)), defaultdict(list))
-    for text in short_texts:
-        if 0 < _size(text) < NGRAM:
-            benchmark.short_texts[_key(text)].append(text)
+        searched.update(*(line.searched() for line in lines[:1]))
+        searched.update(line.own for line in lines[1:] if _size(line.own) >= SHORTEST)
+    benchmark = Benchmark(len(items), defaultdict(list))
+    for text in filter(None, searched):
+        benchmark.searched[_key(text)].append(text)
     for lines, count in zip(sentences, prompts.values(), strict=True):
         # A copy is planted between other words.
         copy = lines[0].shortest_copy() if lines else ()
