@@ -29,11 +29,7 @@ def on_cluster(config: Config) -> Config:
 
 def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]:
     rehearsed = rehearsal(config, num_gpus)
-    rows = []
-    for change in changes(config, rehearsed):
-        before = ", ".join(map(_text, change.run))
-        after = ", ".join(map(_text, change.rehearsal))
-        rows.append([change.field, before, after])
+    rows = [[field, _text(before), _text(after)] for field, before, after in changes(config, rehearsed)]
     title = f"Rehearsal of {config.name}: every step, with less work"
     print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
     return rehearsed, left_out(config, rehearsed)

@@ -33,7 +33,6 @@ Decay = Annotated[
 ]
 
 _COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
-_WIDTH = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
 
 
 def columns_of(template: str) -> list[str]:
@@ -46,13 +45,10 @@ def columns_of(template: str) -> list[str]:
     for _, name, spec, conversion in parts:
         if name is None:  # the text after the last column
             continue
-        if not _COLUMN.fullmatch(name):
+        if spec or conversion or not _COLUMN.fullmatch(name):
             raise ValueError(
                 f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
             )
-        is_plain = "{" not in (spec or "") and not _WIDTH.search(spec or "")
-        if not is_plain or conversion not in (None, "r", "s", "a"):
-            raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
         columns.append(name)
     return columns
 
@@ -330,34 +326,37 @@ class Recovery(Section):
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:
-        total = sum(stage.share or 0 for stage in self.stages)
-        is_divided = any(stage.share is None and stage.method != "grpo" for stage in self.stages)
-        # As floats, decimal fractions do not add up exactly.
-        if is_divided and total > 1 - TOLERANCE:
+        shares = [stage.share for stage in self.stages if stage.share is not None]
+        total = sum(shares)
+        others = self._stages_without_share()
+        # as floats, decimal fractions do not add up exactly
+        if others and total > 1 - TOLERANCE:
             raise ValueError(f"the shares of the stages add up to {total:g}, which leaves nothing for the others")
-        if total and not is_divided and abs(total - 1) > TOLERANCE:
+        if shares and not others and abs(total - 1) > TOLERANCE:
             raise ValueError(f"the shares of the stages add up to {total:g}; they must add up to 1")
         return self
 
-    def _shares(self) -> list[Fraction | None]:
-        """Of each stage; those without one divide the rest. None: grpo, which needs no tokens, its steps limit it."""
-        # As fractions: 0.1 as a float is a little more than a tenth.
-        given = [None if stage.share is None else Fraction(str(stage.share)) for stage in self.stages]
-        divided = [share is None and stage.method != "grpo" for stage, share in zip(self.stages, given, strict=True)]
-        equal = (1 - sum(filter(None, given), Fraction(0))) / max(1, sum(divided))
-        return [equal if is_divided else share for share, is_divided in zip(given, divided, strict=True)]
+    def _stages_without_share(self) -> list[RecoverStage]:
+        """The stages that divide what the shares leave; grpo needs no tokens of its own, its steps limit it."""
+        return [stage for stage in self.stages if stage.share is None and stage.method != "grpo"]
 
     def budgets(self, tokens: int) -> tuple[int | None, ...]:
         """Tokens of each stage; they add up to `tokens`. None: a grpo stage that only its steps limit."""
+        # as fractions: 0.1 as a float is a little more than a tenth
+        rest = 1 - sum((Fraction(str(stage.share or 0)) for stage in self.stages), Fraction(0))
+        num_others = len(self._stages_without_share())
         budgets: list[int | None] = []
         share_so_far = Fraction(0)
         spent = 0
-        for share in self._shares():
-            if share is None:
+        for stage in self.stages:
+            if stage.share is not None:
+                share_so_far += Fraction(str(stage.share))
+            elif stage.method != "grpo":
+                share_so_far += rest / num_others
+            else:
                 budgets.append(None)
                 continue
-            share_so_far += share
-            # Rounding the sum, not each share, keeps the total exact.
+            # rounding the sum, not each share, keeps the total exact
             end = min(tokens, round(share_so_far * tokens))
             budgets.append(end - spent)
             spent = end

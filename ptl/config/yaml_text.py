@@ -37,14 +37,11 @@ def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *
         raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field)
     try:
         loader = kind(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _check(node)  # before any of its aliases is expanded
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node)  # before any of its aliases is expanded
+        return loader.construct_document(node)
     except InputError as error:  # of a line
         raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
     except RecursionError as error:

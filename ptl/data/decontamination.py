@@ -49,37 +49,37 @@ Item = tuple[str, str]  # prompt and right answer of a benchmark's item, or prom
 
 
 @dataclass
-class Benchmark:
-    """The text of a benchmark that is searched for in training rows, and how many were dropped for it."""
-
-    items: int  # all of them
-    searched: dict[Words, list[Words]]  # n-grams of long texts, and short texts as a whole; by `_key`
-    short: int = 0  # items whose own words are too few to be found inside a row
-    dropped: int = 0  # training rows
-
-    def shares(self, words: Words, lines: Iterable[Words] = ()) -> bool:
-        """Whether a training row has text of this benchmark; `lines` are those of its question."""
-        for run in _runs(words, SHORTEST):
-            for text in self.searched.get(words[run], ()):
-                if words[run.start : run.start + len(text)] == text:
-                    return True
-        # An item of few words is often a line of its own, such as one below `Q:`.
-        return any(line in self.searched for line in lines if _size(line) < SHORTEST)
-
-    def counts(self) -> dict[str, int]:
-        """For the report."""
-        return {"items": self.items, "short": self.short, "dropped": self.dropped}
-
-
-@dataclass
 class Filter:
     """Decides which rows to leave out, and counts them."""
 
-    benchmarks: dict[str, Benchmark]
     not_compared: list[str]  # benchmarks whose items are not known
-    dropped: int = 0
+    # N-grams of long texts of benchmarks, and short texts as a whole; by `_key`
+    searched: dict[Words, list[Words]] = field(default_factory=lambda: defaultdict(list))
+    items: int = 0  # of all benchmarks
+    short: int = 0  # of these, whose own words are too few to be found inside a row
+    dropped: int = 0  # rows
     examples: list[str] = field(default_factory=list)  # text of dropped rows
     decisions: dict[tuple[DataSource, int], bool] = field(default_factory=dict)  # whether a row stays
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Search for a benchmark's items too."""
+        prompts = Counter(prompt for prompt, _ in items)
+        questions = _without_template(prompts)
+        # An answer is searched for only if it is long: short ones are the answers of many questions.
+        answers = _without_template({answer for _, answer in items})
+        sentences = _sentences(questions)
+        searched = {_joined(line.own for line in lines) for lines in questions}
+        searched.update(*map(_own_ngrams, questions + answers))
+        for lines in sentences:
+            searched.update(*(line.searched() for line in lines[:1]))
+            searched.update(line.own for line in lines[1:] if _size(line.own) >= SHORTEST)
+        for text in filter(None, searched):
+            self.searched[_key(text)].append(text)
+        self.items += len(items)
+        for lines, count in zip(sentences, prompts.values(), strict=True):
+            # A copy is planted between other words.
+            copy = lines[0].shortest_copy() if lines else ()
+            self.short += 0 if self._is_in(("", *copy, "")) else count
 
     def keeps(self, row: SourceRow) -> bool:
         """Whether a training row stays. A row that comes up again, after an epoch, is counted once."""
@@ -89,38 +89,39 @@ class Filter:
         return self.decisions[key]
 
     def _leaks(self, row: SourceRow) -> bool:
-        """Whether a row shares text with a benchmark; counted for each of them."""
+        """Whether a row shares text with a benchmark; counted."""
         columns = texts(row)
-        question = _lines(_normal(_question(columns)))
-        lines = [_joined(map(_words, question)), *map(_words, question)]
         # Prompt and answer are joined, since an item may begin in the one and end in the other; a label between them
         # is in the way, and what looks like one may be words of the item.
         normal = _normal("\n".join(columns))
         versions = {_words(normal), _joined(map(_words, _lines(normal)))}
-        leaked = [
-            benchmark
-            for benchmark in self.benchmarks.values()
-            if any(benchmark.shares(words, lines) for words in versions)
-        ]
-        for benchmark in leaked:
-            benchmark.dropped += 1
-        self.dropped += bool(leaked)
-        if leaked and len(self.examples) < MAX_EXAMPLES:
+        question = [_words(line) for line in _lines(_normal(_question(columns)))]
+        # An item of few words is often a line of its own, such as one below `Q:`.
+        lines = [words for words in (_joined(question), *question) if _size(words) < SHORTEST]
+        if not any(map(self._is_in, versions)) and self.searched.keys().isdisjoint(lines):
+            return False
+        self.dropped += 1
+        if len(self.examples) < MAX_EXAMPLES:
             excerpt = _question(columns).strip()[:200]
             self.examples.append(f"{row.source.source} row {row.number}: {excerpt}")
-        return bool(leaked)
+        return True
+
+    def _is_in(self, words: Words) -> bool:
+        """Whether a text that is searched for is in these words."""
+        for run in _runs(words, SHORTEST):
+            for text in self.searched.get(words[run], ()):
+                if words[run.start : run.start + len(text)] == text:
+                    return True
+        return False
 
     def report(self) -> dict[str, Any]:
         """What was compared and dropped, for the step's metadata; see `sentence`."""
-        benchmarks = self.benchmarks.values()
-        items = sum(benchmark.items for benchmark in benchmarks)
         return {
             # with no items, no row was compared
-            "rows": len(self.decisions) if items else 0,
-            "dropped": self.dropped,  # a row that shares text with two benchmarks counts once
-            "items": items,
-            "short": sum(benchmark.short for benchmark in benchmarks),
-            "benchmarks": {name: benchmark.counts() for name, benchmark in self.benchmarks.items()},
+            "rows": len(self.decisions) if self.items else 0,
+            "dropped": self.dropped,
+            "items": self.items,
+            "short": self.short,
             "not_compared": self.not_compared,
             "examples": self.examples,
         }
@@ -135,8 +136,7 @@ def sentence(report: dict[str, Any]) -> str:
     """A report's counts in words: never that no row was left out where nothing could be compared."""
     rows = f"{report['rows']:,} training rows"
     dropped = report["dropped"]
-    items = report["items"]
-    short = report["short"]
+    items, short = report["items"], report["short"]
     parts = []
     if dropped:
         parts.append(f"{dropped:,} of {rows} were left out: they share text with a benchmark")
@@ -160,19 +160,18 @@ def build(settings: Decontaminate, benchmark_items: Path | None) -> Filter | Non
     """
     if not settings.tasks and not settings.against:
         return None
-    items: dict[str, list[Item]] = {}
+    tasks: dict[str, list[Item]] = {}
     if settings.tasks:
-        items = _read_items(benchmark_items) if benchmark_items else {"evaluate.tasks": []}
+        tasks = _read_items(benchmark_items) if benchmark_items else {"evaluate.tasks": []}
     # Also tasks whose items have no prompt, such as perplexity.
-    not_compared = [name for name, pairs in items.items() if not pairs]
+    leak_filter = Filter(not_compared=[name for name, items in tasks.items() if not items])
+    for items in tasks.values():
+        leak_filter.add(items)
     for source in settings.against:
-        name = " ".join(filter(None, (source.source, source.subset, source.split)))
-        # The same rows may be named again, for other columns.
-        if name in items:
-            name += f" ({len(items)})"
+        rows = map(texts, numbered_rows(source))
         # Where the answer begins in a text is not known: all of it is both.
-        items[name] = [(_question(columns), columns[1]) for columns in map(texts, numbered_rows(source))]
-    return Filter({name: _benchmark(pairs) for name, pairs in items.items() if pairs}, not_compared)
+        leak_filter.add([(_question(columns), columns[1]) for columns in rows])
+    return leak_filter
 
 
 def _read_items(folder: Path) -> dict[str, list[Item]]:
@@ -215,28 +214,6 @@ class Line:
         return {self.own, self.words} | wider
 
 
-def _benchmark(items: Sequence[Item]) -> Benchmark:
-    """What of a benchmark's items is searched for in rows."""
-    prompts = Counter(prompt for prompt, _ in items)
-    questions = _without_template(prompts)
-    # An answer is searched for only if it is long: short ones are the answers of many questions.
-    answers = _without_template({answer for _, answer in items})
-    sentences = _sentences(questions)
-    searched = {_joined(line.own for line in lines) for lines in questions}
-    searched.update(*map(_own_ngrams, questions + answers))
-    for lines in sentences:
-        searched.update(*(line.searched() for line in lines[:1]))
-        searched.update(line.own for line in lines[1:] if _size(line.own) >= SHORTEST)
-    benchmark = Benchmark(len(items), defaultdict(list))
-    for text in filter(None, searched):
-        benchmark.searched[_key(text)].append(text)
-    for lines, count in zip(sentences, prompts.values(), strict=True):
-        # A copy is planted between other words.
-        copy = lines[0].shortest_copy() if lines else ()
-        benchmark.short += 0 if benchmark.shares(("", *copy, "")) else count
-    return benchmark
-
-
 def _without_template(prompts: Iterable[str]) -> list[list[Line]]:
     """The lines of each text, and which words of them many texts do not share."""
     text_lines = [_lines(_normal(prompt)) for prompt in prompts]
@@ -263,21 +240,27 @@ def _shared_beginnings(text_lines: Sequence[Sequence[Words]]) -> set[Words]:
         length = len(next(iter(longest))) + 1
         counts: Counter[Words] = Counter()
         for lines in text_lines:
+            continued = [line for line in lines if len(line) >= length and line[: length - 1] in longest]
             # A line that comes twice in a text counts once.
-            counts.update({line[:length] for line in lines if len(line) >= length and line[: length - 1] in longest})
+            counts.update({line[:length] for line in continued})
         longest = {words for words, count in counts.items() if count >= many}
     return shared
 
 
 def _num_shared(words: Words, beginnings: set[Words]) -> int:
     """How many of the first words are a shared beginning."""
-    return max(length for length in range(len(words) + 1) if words[:length] in beginnings)
+    length = 0
+    while length < len(words) and words[: length + 1] in beginnings:
+        length += 1
+    return length
 
 
 def _own_ngrams(lines: Sequence[Line]) -> set[Words]:
     """The n-grams of a text whose words are its own but for a quarter."""
     words = _joined(line.words for line in lines)
-    own = [line.begin <= position < line.end for line in lines for position in range(len(line.words))]
+    own: list[bool] = []
+    for line in lines:
+        own += [line.begin <= position < line.end for position in range(len(line.words))]
     return {words[run] for run in _runs(words, NGRAM) if own[run].count(False) <= NGRAM / 4}
 
 
@@ -295,13 +278,13 @@ def _sentences(questions: Sequence[Sequence[Line]]) -> list[list[Line]]:
     # Several templates may ask the same question.
     distinct = {frozenset(line.own for line in lines) for lines in candidates}
     counts = Counter(itertools.chain.from_iterable(distinct))
-    return [
-        sorted(
-            [line for line in lines if counts[line.own] == 1],
-            key=lambda line: not (line.complete and _size(line.words) >= SHORTEST),
-        )
-        for lines in candidates
-    ]
+    unique = [[line for line in lines if counts[line.own] == 1] for lines in candidates]
+    return [sorted(lines, key=_is_fragment) for lines in unique]
+
+
+def _is_fragment(line: Line) -> bool:
+    """Whether a line is a formula, a table or the end of another one."""
+    return not line.complete or _size(line.words) < SHORTEST
 
 
 def _question(columns: Item) -> str:
@@ -324,16 +307,16 @@ def _joined(parts: Iterable[Words]) -> Words:
 
 def _normal(text: str) -> str:
     """A text without what hides a copy: escapes, case and forms of letters, invisible characters, commas in numbers."""
-    unescaped = html.unescape(
-        ESCAPE.sub(
-            lambda escape: chr(int(escape[1], 16)) if escape[1] else " ",
-            text,
-        )
-    )
+    unescaped = html.unescape(ESCAPE.sub(_unescaped, text))
     # case folding can undo the normalisation, hence it is between two
     folded = unicodedata.normalize("NFKC", unescaped).casefold()
     visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", folded))
     return THOUSANDS.sub("", visible)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """The character of an escape of JSON; a line or a tab as a space."""
+    return chr(int(escape[1], 16)) if escape[1] else " "
 
 
 def _key(words: Words) -> Words:

@@ -174,10 +174,7 @@ def fill(template: str, row: SourceRow) -> str:
         is_endless = isinstance(value, float) and not math.isfinite(value)
         if is_endless or isinstance(value, list | dict | bytes | None):
             raise row.error(f" holds {_kind(value)} for {{{name}}}, which is no text", f"{LEAVE_OUT}, or {PART}")
-    try:
-        text = template.format_map(row.columns)
-    except (ValueError, TypeError) as error:
-        raise row.error(f" has a value that the template's format does not take ({error})", CORRECT) from error
+    text = template.format_map(row.columns)
     _check_unicode(text, row)
     return text
 

@@ -229,9 +229,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
-    # Any damage to its structure is reported in the same way.
-    try:
-        weight_map = json_input.loads(path.read_bytes())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint_error(f"{path} is not an index of shards ({error})") from error
+    weight_map = json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise checkpoint_error(f"{path} must hold a weight_map")
+    return {name: str(file) for name, file in weight_map.items()}

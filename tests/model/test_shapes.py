@@ -249,7 +249,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 def test_deep_json_in_a_checkpoint_names_the_file(folders, tmp_path):
     folder = changed(folders("llama"), tmp_path)
     (folder / checkpoint.INDEX).write_text(DEEP)
-    assert f"{checkpoint.INDEX} is not an index of shards (nested deeper" in refusal(folder, "llama")
+    assert f"{checkpoint.INDEX} is not valid JSON (nested deeper" in refusal(folder, "llama")
     (folder / checkpoint.INDEX).unlink()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(len(DEEP).to_bytes(8, "little") + DEEP.encode())
