@@ -102,9 +102,13 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
     for stage in stages:
         length = "max_completion_length" if stage.method == "grpo" else "max_length"
         checks.check_positions(folder, {f"recover.{length}": getattr(stage, length)})
+        if stage.method != "distil":
+            continue
         # A teacher reads the same sequences, and numbers tokens in the same way; of a hub id only small files are read.
-        own = hub.locate(stage.teacher, None, hub.SMALL_FILES, field=TEACHER) if stage.teacher else teacher
-        if stage.method == "distil" and own is not None:
+        own, name = teacher, stage.teacher
+        if name:
+            own = hub.locate(name, None, hub.SMALL_FILES, field=TEACHER)
+        if own is not None:
             of_teacher = checks.load_tokenizer(own, TEACHER)
             checks.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
-            checks.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), stage.teacher or str(own))
+            checks.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))

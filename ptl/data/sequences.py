@@ -114,7 +114,11 @@ def calibration_rows(settings: Calibration, tokenizer: Any, seed: int) -> list[T
     rows = read_rows(settings.data)
     # None twice.
     picked = itertools.islice(order(len(rows), seed), min(settings.num_sequences, len(rows)))
-    return [tokenize(SourceRow(rows[i], settings.data, i + 1), tokenizer, settings.max_length) for i in picked]
+    sequences = []
+    for i in picked:
+        row = SourceRow(rows[i], settings.data, i + 1)
+        sequences.append(tokenize(row, tokenizer, settings.max_length))
+    return sequences
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
@@ -206,7 +210,8 @@ def prompt_rows(
     # without a filter no row is read but those that are picked
     kept: Sequence[int] = range(len(rows))
     if leak_filter is not None:
-        kept = [i for i, columns in enumerate(rows) if leak_filter.keeps(SourceRow(columns, source, i + 1))]
+        numbered = (SourceRow(columns, source, number) for number, columns in enumerate(rows, 1))
+        kept = [row.number - 1 for row in numbered if leak_filter.keeps(row)]
     if not kept:
         raise InputError(
             f"each of the {len(rows)} rows of {source.source} is dropped",
