@@ -68,13 +68,6 @@ class Task(Section):
     max_new_tokens: Positive | None = None
     """tokens of the longest answer; default: as the task says, otherwise 256"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_a_name(cls, raw: Any) -> Any:
-        if isinstance(raw, str):
-            raise ValueError(f"must be a mapping: write {{name: {raw}}}")
-        return raw
-
 
 class Speed(Section):
     """How speed is measured: the dense and the final model take turns in one process at the end of the loop."""

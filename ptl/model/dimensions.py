@@ -101,7 +101,7 @@ def _mixture(
 ) -> dict[str, Any]:
     """What a mixture of experts has besides."""
     of_experts = {name: tensor for name, tensor in layers[0].items() if name in (*FUSED, *BIASES)}
-    of_router = {name: tensor for name, tensor in layers[0].items() if experts.has_router(name)}
+    of_router = {name: tensor for name, tensor in layers[0].items() if experts.is_router(name.removesuffix(".weight"))}
     number = len(of_experts[DOWN])
     return {
         "experts": number,

@@ -161,7 +161,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ),
         ("prune.width_multiple", "wide", r"'wide': must be a whole number of 1 or more, or auto$"),
         ("recover", [{"decay": 2}], r"decay: 2: must be a share from 0 to 1, or each$"),
-        ("evaluate.tasks", ["gsm8k"], r"evaluate\.tasks\.0: 'gsm8k': must be a mapping: write \{name: gsm8k\}$"),
+        ("evaluate.tasks", ["gsm8k"], r"evaluate\.tasks\.0: 'gsm8k': must be a section, a mapping of its fields$"),
         ("evaluate.tasks", "gsm8k", r"evaluate\.tasks: 'gsm8k': must be a list"),
         ("evaluate.tasks.7.name", "gsm8k", r"7 is no entry of a list of 1; number its entries from 0"),
         ("images.tag", 1.0, r"images\.tag: 1\.0: must be text: put it in quotes, .* --set 'FIELD=\"VALUE\"'"),
