@@ -75,7 +75,7 @@ class Experts:
         listed = config.get("mlp_only_layers") or ()
         step = config.get("decoder_sparse_step") or 1
         dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
-        if not self.lists_dense_layers or not dense:
+        if not self.lists_dense_layers or (not listed and step == 1):
             return {}
         return {
             "mlp_only_layers": dense,
