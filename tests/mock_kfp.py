@@ -105,7 +105,8 @@ class MockKubeflow(MockServer):
 
     def create_run(self, body, **_):
         made = {**body, "run_id": f"run-{len(self.runs)}", "state": "PENDING", "looks": 0}
-        made["state_history"] = [{"state": "PENDING", "update_time": "2026-01-01T00:00:00Z"}]
+        made["created_at"] = "2026-01-01T00:00:00Z"
+        made["state_history"] = [{"state": "PENDING", "update_time": made["created_at"]}]
         self.runs.append(made)
         return 200, _shown(made)
 
