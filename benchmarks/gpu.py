@@ -10,8 +10,9 @@
   lm-evaluation-harness (HFLM), the same items and batch size; loading the model does not count.
 
 MFU is the model's FLOPs per second (6 per weight of the linear layers and token, and attention's; recomputed
-activations do not count) over the peak of the GPU's data sheet (ptl/preflight/gpus.py; --peak for others). Every part
-has a process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything as JSON.
+activations do not count) over the peak of the GPU's data sheet (ptl/preflight/forecast_model.py; --peak for others).
+Every part has a process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything
+as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch
 
 import ptl
 from ptl.preflight import forecast_model
-from ptl.preflight.gpus import GPUS
+from ptl.preflight.forecast_model import GPUS, TERA
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 import prune_scale
@@ -207,7 +208,7 @@ def peak_flops(name: str, dtype: str, peak: float | None) -> float | None:
     if peak is not None or name not in DRIVER_NAMES:
         return peak
     card = GPUS[DRIVER_NAMES[name]]
-    return card.bf16 if dtype == "bfloat16" else card.fp32
+    return TERA * (card.bf16 if dtype == "bfloat16" else card.fp32)
 
 
 def versions() -> dict[str, str]:

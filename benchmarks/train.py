@@ -42,7 +42,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, vocabulary
     "135M": (576, 1536, 30, 9, 3, 49152),
     "1B": (2048, 8192, 16, 32, 8, 128256),
 }
-LOGGED = 10  # optimizer steps between two logs, the default; those before the first do not count
+WARMUP = 10  # first optimizer steps, which do not count
 
 
 def make(shape: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> int:
@@ -65,12 +65,12 @@ def make(shape: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int
     return cost.from_config(folder).params
 
 
-def product(src: Path, settings: RecoverStage, job: RecoveryJob) -> float:
-    """Tokens per second of the recover step's own training."""
+def product(src: Path, settings: RecoverStage, job: RecoveryJob, warmup: int = WARMUP) -> float:
+    """Tokens per second of the recover step's own training, without its first steps."""
     marks: list[tuple[float, float]] = []
 
     def on_log(metrics: dict[str, float], step: int) -> None:
-        if "loss" in metrics:
+        if "loss" in metrics and step >= warmup:
             marks.append((time.perf_counter(), metrics["num_input_tokens_seen"]))
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +82,7 @@ def product(src: Path, settings: RecoverStage, job: RecoveryJob) -> float:
     return (last - first) / (ended - began)
 
 
-def bare(src: Path, settings: RecoverStage, job: RecoveryJob, logged: int = LOGGED) -> float:
+def bare(src: Path, settings: RecoverStage, job: RecoveryJob, warmup: int = WARMUP) -> float:
     """The same batches through a loop of a dozen lines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32).to(device).train()
@@ -93,7 +93,7 @@ def bare(src: Path, settings: RecoverStage, job: RecoveryJob, logged: int = LOGG
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     seen, began = 0, 0.0
     for step, begin in enumerate(range(0, len(dataset), settings.batch_size)):
-        if step == logged:  # as in `product`, those before the first log do not count
+        if step == warmup:
             _wait()
             seen, began = 0, time.perf_counter()
         rows = dataset[begin : begin + settings.batch_size]

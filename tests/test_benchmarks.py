@@ -13,7 +13,7 @@ import power
 import train
 
 from ptl.preflight import forecast_model
-from ptl.preflight.gpus import GPUS
+from ptl.preflight.forecast_model import GPUS
 
 TINY = ["--shape", "0.5M", "--steps", "4", "--warmup", "2", "--length", "32", "--batch-size", "2", "--items", "4"]
 TINY += ["--new-tokens", "4", "--sequences", "4", "--repeats", "1", "--eval-batch-size", "4", "--dtype", "float32"]

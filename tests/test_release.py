@@ -255,7 +255,7 @@ def test_in_an_empty_folder_the_wheel_compiles_what_the_checkout_compiles(releas
 @pytest.mark.slow
 def test_in_an_empty_folder_the_wheel_has_its_other_commands(installed, tmp_path):
     assert "127,552" in python(installed, tmp_path, "-m", "ptl", "validate", "tiny")
-    assert json.loads(python(installed, tmp_path, "-m", "ptl", "schema"))["title"] == "Config"
+    assert json.loads(python(installed, tmp_path, "-m", "ptl", "validate", "--schema"))["title"] == "Config"
     code = "import ptl.cli, pipelines, components.prune.component; print(pipelines.__file__, ptl.__file__)"
     files = python(installed, tmp_path, "-c", code).split()
     assert len(files) == 2 and all(Path(file).is_relative_to(installed) for file in files)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.prune_tune_loop import follow, kfp_api
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import warn
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config.run import Config, load_config, pairs
-from ptl.errors import InputError
-from ptl.preflight import advice
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
 Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
@@ -44,8 +44,6 @@ Wait = Annotated[
 Timeout = Annotated[
     float | None, typer.Option(min=0, help="longest time to wait, in seconds; the run continues after that")
 ]
-Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between two requests for the state")]
-
 
 _say = functools.partial(print, flush=True)
 
@@ -97,19 +95,21 @@ def submit(
     rehearse: Rehearse = False,
     wait: Wait = False,
     timeout: Timeout = None,
-    poll: Poll = 15,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
     extras.need("kfp", "submit")
     from pipelines.prune_tune_loop import submit as work
+    from ptl.preflight import preflight
 
     # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
-    warn(advice.warnings(run_config))
+    warn(preflight.warnings(run_config))
     _warn_of_local_files(run_config, config)
     run_config = shipped.as_in_images(run_config, config)
     if rehearse:
-        run_config = rehearsal.on_cluster(run_config)
+        run_config, left_out = rehearsal.announced(run_config, None)
+        rehearsal.print_left_out(left_out)
+        _say("Its numbers will mean nothing. When it has succeeded, submit without --rehearse.")
     run_config.check_batches_on_cluster()
     code = work.submit(
         run_config,
@@ -119,7 +119,6 @@ def submit(
         fresh=fresh,
         wait=wait,
         timeout=timeout,
-        poll=poll,
         say=_say,
     )
     raise typer.Exit(code)
@@ -137,29 +136,17 @@ def _warn_of_local_files(config: Config, file: Path) -> None:
 
 def status(server: Server, run_id: RunId) -> None:
     """Print a run and its steps as a table; exit code 1 if it failed or was canceled."""
-    from pipelines.prune_tune_loop import follow
-
     raise typer.Exit(follow.status(run_id, server, say=_say))
 
 
 def cancel(server: Server, run_id: RunId) -> None:
     """Cancel a run; its finished steps are kept, and `ptl retry` resumes from them."""
-    from pipelines.prune_tune_loop import follow
-
     raise typer.Exit(follow.cancel(run_id, server, say=_say))
 
 
-def retry(
-    server: Server,
-    run_id: RunId,
-    wait: Wait = False,
-    timeout: Timeout = None,
-    poll: Poll = 15,
-) -> None:
+def retry(server: Server, run_id: RunId, wait: Wait = False, timeout: Timeout = None) -> None:
     """Run the unfinished steps of a failed or canceled run again."""
-    from pipelines.prune_tune_loop import follow
-
-    raise typer.Exit(follow.retry(run_id, server, wait=wait, timeout=timeout, poll=poll, say=_say))
+    raise typer.Exit(follow.retry(run_id, server, wait=wait, timeout=timeout, say=_say))
 
 
 def doctor(
@@ -172,14 +159,12 @@ def doctor(
             "--local/--cluster", help="where the run is to go; default: a cluster if the environment names one"
         ),
     ] = None,
-    runner: Runner = "subprocess",
     home: Home = HOME,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
-    from ptl.export.formats import check_here
-    from ptl.local.images import missing
-    from ptl.preflight import doctor as work
+    from ptl.preflight import doctor as machine
+    from ptl.preflight import doctor_cluster
 
     run_config = load_config(config, pairs("--set", sets))
     if local is None:
@@ -187,28 +172,17 @@ def doctor(
         other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
-        findings = work.local(run_config, home=home, runner=runner, missing_images=missing, check_exports=check_here)
+        findings = machine.local(run_config, home)
     else:
         extras.need("kfp", "doctor")
-        findings = work.cluster(
-            run_config,
-            health=functools.partial(_health, server) if server.host else None,
-            namespace=server.namespace,
-            kubeflow_namespace=kubeflow_namespace,
-        )
-    for finding in findings:
-        _say(str(finding))
+        health = functools.partial(_health, server) if server.host else None
+        findings = doctor_cluster.cluster(run_config, health, server.namespace, kubeflow_namespace)
+    print(*findings, sep="\n", flush=True)
     raise typer.Exit(int(any(finding.state == "error" for finding in findings)))
 
 
 def _health(server: Server) -> dict[str, Any]:
     """Kubeflow's version (`tag_name`) and mode (`multi_user`), asked as `ptl submit` asks."""
-    from pipelines.prune_tune_loop import kfp_api
-
-    request = kfp_api.connect(server).client._healthz_api.api_client.call_api  # the client's own record has no version
-    options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
+    api = kfp_api.connect(server).client._healthz_api  # the client's own record has no version
     with kfp_api.explained(server.host):
-        answer = request("/apis/v2beta1/healthz", "GET", **options)
-    if not isinstance(answer, dict):
-        raise InputError("the answer is not Kubeflow's", field=server.host, remedy="log in again if it is a login page")
-    return answer
+        return dict(json.loads(api.healthz_service_get_healthz(_preload_content=False).data))

@@ -17,7 +17,6 @@ from ptl.config import dag
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
-from ptl.tables import table_text
 from ptl.units import listed
 
 if TYPE_CHECKING:
@@ -40,17 +39,18 @@ def validate(
         ),
     ] = False,
 ) -> None:
-    """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
+    """Check a config, its data files and its model, and print what size it ends with; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
-    dimensions = checked(settings)
-    if dimensions is None:
+    dense = checked(settings)
+    if dense is None:
         return
     from ptl.preflight import target
 
-    goal = target.sentence(settings)
-    if goal:
+    if goal := target.sentence(settings):
         print(goal)
-    _print_plan(target.with_number(settings), dimensions)
+    numbered = target.with_number(settings)
+    _, final = target.after_iterations(dense, numbered.schedule, settings.prune)[-1]
+    print(f"{settings.name}: {dense.params:,} parameters become {final.params:,}; `ptl plan` has every step")
 
 
 def plan(
@@ -64,29 +64,16 @@ def plan(
         int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
     ] = None,
 ) -> None:
-    """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) from the model's config, without weights."""
-    from ptl.data import training_amount
-    from ptl.export.formats import layer_warnings
+    """Forecast every step (parameters, tokens, GPU memory, hours) from the model's config, without weights."""
     from ptl.model import hub
-    from ptl.preflight import advice, forecast, remedies
+    from ptl.preflight import forecast, preflight, remedies
 
     settings = load_config(config, pairs("--set", sets))
-    run_forecast = forecast.forecast(settings, gpu, count, nodes)
-    print(forecast.table(run_forecast))
-    amount = training_amount.planned(settings, run_forecast.params - min(step.params for step in run_forecast.steps))
-    if amount.sentence:
-        print(amount.sentence)
-    warnings = [
-        *advice.warnings(settings),
-        *advice.model_warnings(run_forecast.assumed.config, run_forecast.assumed.shape.dimensions),
-        *remedies.warnings(run_forecast),
-        *amount.warnings(),
-    ]
-    if settings.export:
-        folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
-        warnings += layer_warnings(folder, settings.export, settings.prune.target)
-    for warning in warnings:
-        print(f"warning: {warning}")
+    run = forecast.forecast(settings, gpu, count, nodes)
+    print(forecast.table(run))
+    folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
+    of_model = _planned(run.config, folder, run.shape.dimensions)
+    warn([*preflight.warnings(settings), *remedies.warnings(run), *of_model])
 
 
 def compile(
@@ -115,95 +102,55 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     from ptl.evaluation import language_models
     from ptl.export import formats
     from ptl.model import pretrained
-    from ptl.preflight import advice, preflight
+    from ptl.preflight import preflight, target
 
     # Before a model is downloaded.
     checks: list[extras.Check] = [
         partial(language_models.check_backend, config.evaluate),
         *formats.installation_checks(config.export),
     ]
-    warnings = [*advice.warnings(config), *extras.not_checked(checks, excused)]
+    warnings = [*preflight.warnings(config), *extras.not_checked(checks, excused)]
     if not pretrained.can_build():
         warnings.append("not checked: the model and what it can do of the config (without transformers or torch)")
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
-    # The sections that a model, its tokenizer or the data can contradict.
-    folder, dimensions = preflight.preflight(
-        config.model.path,
-        config.model.revision,
-        config.schedule,
-        config.prune,
-        config.calibration,
-        config.training,
-        config.evaluate,
-        config.gate,
-        config.recover,
-    )
+    folder, dimensions = preflight.preflight(config)
     if dimensions is not None:
-        warnings += _check_with_model(config, folder, dimensions, excused)
-    warn(list(dict.fromkeys(warnings)))
+        if config.export or config.evaluate.backend == "vllm":
+            warnings += formats.context_notes(folder)
+
+        def check_exports() -> None:
+            warnings.extend(formats.check_exports(folder, config.export))
+
+        warnings += extras.not_checked([check_exports], excused)
+        warnings += _planned(target.with_number(config), folder, dimensions)
+    warn(warnings)
     return dimensions
 
 
-def _check_with_model(
-    config: Config,
-    folder: Path,
-    dimensions: ModelDimensions,
-    excused: type[UnusableError] | tuple[()],
-) -> list[str]:
-    """What a model's own files allow: prints how much text there is for it, and returns warnings."""
+def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
+    """Print how much text there is for what the plan removes of a model; returns warnings of the plan.
+
+    Of `folder` only config.json is read.
+    """
     from ptl.data import training_amount
     from ptl.export import formats
-    from ptl.preflight import advice, target
+    from ptl.preflight import preflight, target
 
-    is_served = config.export or config.evaluate.backend == "vllm"
-    notes = formats.context_notes(folder) if is_served else []
-
-    def check_exports() -> None:
-        notes.extend(formats.check_exports(folder, config.export))
-
-    unchecked = extras.not_checked([check_exports], excused)
-    numbered = target.with_number(config)
-    _, final = target.after_iterations(dimensions, numbered.schedule, config.prune)[-1]
-    amount = training_amount.planned(config, dimensions.params - final.params)
+    _, final = target.after_iterations(dense, config.schedule, config.prune)[-1]
+    amount = training_amount.planned(config, dense.params - final.params)
     if amount.sentence:
         print(amount.sentence)
     return [
-        *unchecked,
-        *notes,
+        *preflight.model_warnings(config, dense),
         *formats.layer_warnings(folder, config.export, config.prune.target),
-        *advice.model_warnings(numbered, dimensions),
         *formats.width_warnings(folder, config.export, final.width),
         *amount.warnings(),
     ]
 
 
 def warn(warnings: list[str]) -> None:
-    """Print warnings beside a command's output."""
-    for warning in warnings:
+    """Print warnings beside a command's output, each once."""
+    for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
-    from ptl.preflight import target as sizes
-
-    before = dimensions.params
-    active = f" ({dimensions.active_params:,} active)" if dimensions.experts else ""
-    headings = ["Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"]
-    # What is left of a mixture of experts; where layers go, prune decides it.
-    target = config.prune.target
-    shows_experts = dimensions.experts and target in ("experts", "neurons")
-    if shows_experts:
-        headings[4:4] = ["Active", target.capitalize()]
-    rows = []
-    for iteration, after in sizes.after_iterations(dimensions, config.schedule, config.prune):
-        row = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
-        if shows_experts:
-            field = "experts" if target == "experts" else "width"
-            left = f"{getattr(after, field)} of {getattr(dimensions, field)}"
-            row += [f"{after.active_params:,}", left]
-        row.append(f"{iteration.tokens:,}")
-        rows.append(row)
-        before = after.params
-    print(table_text(f"{config.name}: {dimensions.params:,} parameters{active}", headings, rows, numbers=headings))

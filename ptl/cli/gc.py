@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, defaultdict
+from collections import Counter
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
@@ -64,11 +65,8 @@ def _hold(stack: contextlib.ExitStack, home: Path, run_ids: set[str]) -> None:
 
 def _print_list(stored: list[StoredFiles]) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
-    # The oldest first, in each run too.
-    by_run: dict[str, list[StoredFiles]] = defaultdict(list)
-    for files in sorted(stored, key=attrgetter("changed")):
-        by_run[files.run].append(files)
-    for run_id, run_files in by_run.items():
+    # The oldest first in each run.
+    for run_id, run_files in groupby(sorted(stored, key=attrgetter("run", "changed")), attrgetter("run")):
         print(f"  run {run_id}")
         kept_bytes: Counter[str] = Counter()  # by reason
         for files in run_files:

@@ -10,7 +10,6 @@ import typer
 
 from ptl import __version__, extras, processes
 from ptl.cli.options import HOME, Home
-from ptl.errors import InputError
 from ptl.local import servers
 
 
@@ -30,8 +29,6 @@ def up(
 ) -> None:
     """Start a real S3 and a real MLflow server on loopback, and print the environment variables to use them."""
     home = home.absolute()
-    if ui and stop:
-        raise InputError("they exclude each other", field="--ui and --stop", remedy="end --ui by Ctrl-C")
     if stop:
         print("stopped:", ", ".join(servers.down(home)) or "nothing was running")
         return

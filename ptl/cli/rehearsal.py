@@ -10,25 +10,15 @@ from typing import Any
 from ptl.config.rehearsal import changes, left_out, rehearsal
 from ptl.config.run import Config
 from ptl.local.run_directory import RunDir
-from ptl.preflight import gpus
 from ptl.tables import table_text
 
 
-def here(config: Config) -> tuple[Config, list[str]]:
-    """The rehearsal of a run on this machine, which is announced; and what of the run it leaves out."""
-    return _announced(config, gpus.visible())
+def announced(config: Config, gpus: int | None) -> tuple[Config, list[str]]:
+    """The rehearsal of a run, whose differences are printed, and what of the run it leaves out.
 
-
-def on_cluster(config: Config) -> Config:
-    """The rehearsal of a run where the run itself will be; it is announced with all that it leaves out."""
-    rehearsed, not_rehearsed = _announced(config, None)
-    _print_left_out(not_rehearsed)
-    print("Its numbers will mean nothing. When it has succeeded, submit without --rehearse.")
-    return rehearsed
-
-
-def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]:
-    rehearsed = rehearsal(config, num_gpus)
+    `gpus` are those of this machine; None: where the run itself will be, on a cluster.
+    """
+    rehearsed = rehearsal(config, gpus)
     rows = [[field, _text(before), _text(after)] for field, before, after in changes(config, rehearsed)]
     title = f"Rehearsal of {config.name}: every step, with less work"
     print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
@@ -36,11 +26,7 @@ def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "default"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+    return f"{value:,}" if type(value) is int else "default" if value is None else str(value)
 
 
 def options(sets: Sequence[str]) -> list[str]:
@@ -55,11 +41,12 @@ def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequenc
     print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
     if skipped:
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
-    _print_left_out(not_rehearsed)
+    print_left_out(not_rehearsed)
     print("Next, the run itself: here by the same command without --rehearse, on Kubeflow by")
     print(f"  ptl submit {shlex.join(arguments)}")
 
 
-def _print_left_out(parts: Sequence[str]) -> None:
+def print_left_out(parts: Sequence[str]) -> None:
+    """Say what of a run its rehearsal does not try."""
     if parts:
         print(f"Not rehearsed: {', '.join(parts)}.")

@@ -78,31 +78,22 @@ def export(
     """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
-    if to == "gguf":
-        from ptl.export.formats import context_notes
-        from ptl.export.gguf import check_type, write_gguf
-
-        check_type(type, "--type")
-        notes = [*write_gguf(src, dst, type), *context_notes(src)]
-        print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
-    else:
-        check(Export, {"format": to, "type": type}, "--type")
-        notes = _export_compressed(src, dst, type, config)
-    for note in notes:
-        print(f"note: {note}")
-
-
-def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> list[str]:
-    from ptl.export import compressed_tensors
+    from ptl.export import compressed_tensors, gguf
     from ptl.export.formats import context_notes
     from ptl.model import checkpoint
 
-    settings = load_config(config) if config else None
-    calibration = settings.calibration if settings else None
-    compressed_tensors.write_compressed(src, dst, type, calibration, settings.seed if settings else 0)
-    written = sum(path.stat().st_size for path in checkpoint.shards(dst))
-    print(f"wrote {dst}: {written:,} bytes of weights")
-    return context_notes(src)
+    if to == "gguf":
+        gguf.check_type(type, "--type")
+        notes = gguf.write_gguf(src, dst, type)
+    else:
+        check(Export, {"format": to, "type": type}, "--type")
+        settings = load_config(config) if config else None
+        calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
+        notes = compressed_tensors.write_compressed(src, dst, type, calibration, seed)
+    written = [dst] if dst.is_file() else checkpoint.shards(dst)
+    print(f"wrote {dst}: {sum(path.stat().st_size for path in written):,} bytes")
+    for note in [*notes, *context_notes(src)]:
+        print(f"note: {note}")
 
 
 def _write_report(source: str, folder: Path) -> None:

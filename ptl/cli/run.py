@@ -64,7 +64,9 @@ def run(
         checked(settings, () if runner == "subprocess" else extras.UnusableError)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
-            settings, left_out = rehearsal.here(settings)
+            import torch
+
+            settings, left_out = rehearsal.announced(settings, torch.cuda.device_count())
         if runner == "docker":
             # With --s3 the address is not known yet, only that it will be a server's.
             containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -41,10 +41,6 @@ def prune(
     target: Annotated[
         float | None, typer.Option(help="share of the parameters of SRC to remove, or number to end with")
     ] = None,
-    unit: Annotated[
-        Literal["neurons", "layers", "experts"] | None,
-        typer.Option(help="what to remove; default: experts where the config removes them, else neurons"),
-    ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
     from ptl.model import cost
@@ -54,14 +50,11 @@ def prune(
     overrides = pairs("--set", sets)
     if target is not None:
         overrides["schedule.target"] = target
-    if unit is not None:
-        overrides["prune.target"] = unit
     settings = load_config(config, overrides)
-    if unit is None:
-        unit = "experts" if settings.prune.target == "experts" else "neurons"
+    unit = settings.prune.target.partition("_")[0]  # of neurons_then_layers the first
     _check_folders(src, dst)
     params = cost.from_config(src).params
-    schedule = resolved(settings.schedule, settings.prune.model_copy(update={"target": unit}), src)
+    schedule = resolved(settings.schedule, settings.prune, src)
     goal = params - removal(params, schedule.target)
     with writing(dst) as out:
         report = prune_checkpoint(
@@ -111,9 +104,6 @@ def recover(
         # A training of other inputs is left alone: its weights must not become this one's.
         key = _training_key(src, settings, num_tokens, benchmark_items)
         scratch = out.with_name(f"training-{key[:12]}")
-        for folder in out.parent.glob("training-*"):
-            if folder != scratch:
-                print(f"{folder} is not resumed: it belongs to another source, other settings or other data")
         on_log = progress(on_terminal(sys.stdout), num_tokens)
         job = RecoveryJob(settings.training, budget, scratch, on_log, benchmark_items=benchmark_items)
         report = recover_checkpoint(src, out, Recovery(stages=settings.recover), [num_tokens], job)

@@ -69,15 +69,6 @@ def installation_checks(exports: Iterable[Export]) -> list[Check]:
     return [FORMATS[format]().check_installed for format in dict.fromkeys(export.format for export in exports)]
 
 
-def check_here(exports: Iterable[Export], src: Path | None) -> None:
-    """Raise InputError for an export that cannot be made on this machine, or of the checkpoint if there is one."""
-    exports = list(exports)
-    for check in installation_checks(exports):
-        check()
-    if src is not None:
-        check_exports(src, exports)
-
-
 def width_warnings(src: Path, exports: Iterable[Export], width: int) -> list[str]:
     """A warning of each export that could not be made of the checkpoint once it is pruned to this FFN width."""
     from ptl.export import compressed_tensors

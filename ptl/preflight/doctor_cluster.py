@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import yaml
 
 from ptl.config.cluster import TRAINED
 from ptl.config.image_names import with_options
-from ptl.config.run import Config
+from ptl.config.run import Config, check
 from ptl.errors import InputError
 from ptl.preflight import in_cluster
-from ptl.preflight.finding import DoubtError, Finding, as_finding
-from ptl.preflight.in_cluster import NoSuchObjectError
+from ptl.preflight.doctor import Finding, as_finding, step_environment, tracking_and_store
+from ptl.preflight.in_cluster import DoubtError, NoSuchObjectError
 
 OLDEST = "2.14"  # release of Kubeflow Pipelines
 CONTROLLER = "workflow-controller-configmap"  # Argo's, in the namespace of Kubeflow
@@ -28,8 +28,43 @@ INSTALL = "docs/install.md, Kubeflow Trainer"
 Health = Callable[[], dict[str, Any]]  # Kubeflow's answer: tag_name, multi_user. Raises PtlError
 
 
+def cluster(config: Config, health: Health | None, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
+    """What a run on Kubeflow needs: images in a registry, a backend of the right version, objects of the namespace.
+
+    MLflow and the store are tried from here where this environment says how; the steps have their own addresses and
+    credentials, so what is not set here is a warning.
+    """
+    findings = [*tracking_and_store(config, elsewhere=True), as_finding("images", images, config)]
+    if health is None:
+        message = "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set"
+        remedy = "give the address of the API; `ptl submit` needs it too"
+        findings.append(Finding("Kubeflow", "warning", message, remedy))
+    else:
+        findings.append(as_finding("Kubeflow", kubeflow, config, health))
+        # Where nobody names a profile, pods start beside Kubeflow, unless it has several users.
+        if namespace is None and findings[-1].state != "error" and health().get("multi_user") is False:
+            namespace = kubeflow_namespace
+    return [*findings, *objects(config, namespace, kubeflow_namespace)]
+
+
+def task(settings: dict[str, Any], experiment: str) -> None:
+    """The work of the optional first step of a pipeline. Raises InputError that names every error."""
+    config = check(Config, settings, "settings")
+    # The run's parameter wins over the config's value.
+    storage = config.storage.model_copy(update={"experiment": experiment})
+    findings = step_environment(config.model_copy(update={"storage": storage}))
+    # A local runner, which names the run by PTL_RUN_ID, trains without Kubeflow Trainer.
+    if os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID"):
+        findings += trainer_in_step(config)
+    # All findings go to the step's log, the errors into its message too.
+    print(*findings, sep="\n", flush=True)
+    lines = "\n".join(str(finding) for finding in findings if finding.state == "error")
+    if lines:
+        raise InputError(f"doctor:\n{lines}")  # of the input: another attempt would find the same
+
+
 def images(config: Config) -> str:
-    """The steps' images are in the registry, from which the cluster pulls them."""
+    """The steps' images are in the registry, from which the cluster pulls them; asked by the docker command's login."""
     names = config.image_names()
     listed = ", ".join(names)
     options = with_options(config.optional_images())
@@ -43,29 +78,24 @@ def images(config: Config) -> str:
             "hold the images already (kind load), set resources.image_pull_policy: Never",
         )
     for name in names:
-        _check_pullable(name, options)
+        try:
+            command = ["docker", "manifest", "inspect", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            reason = done.stderr.strip()[:200] if done.returncode else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = f"docker gave no answer ({type(error).__name__})"
+        if re.search("no such manifest|manifest.unknown", reason, re.IGNORECASE):
+            raise InputError(
+                f"{name} is not in the registry, or hidden from this login",
+                remedy=f"ptl images build{options}, then ptl images push{options}, with this registry and tag; or "
+                "correct images.registry",
+            )
+        if reason:
+            raise DoubtError(
+                f"{name} was not checked: {reason}",
+                remedy="log in (docker login), and make sure that resources.image_pull_secrets names a Secret for it",
+            )
     return f"{listed} can be pulled"
-
-
-def _check_pullable(name: str, options: str) -> None:
-    """Ask the registry with the login of the docker command. `options` are for building the run's images."""
-    try:
-        command = ["docker", "manifest", "inspect", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        reason = done.stderr.strip()[:200] if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = f"docker gave no answer ({type(error).__name__})"
-    if re.search("no such manifest|manifest.unknown", reason, re.IGNORECASE):
-        raise InputError(
-            f"{name} is not in the registry, or hidden from this login",
-            remedy=f"ptl images build{options}, then ptl images push{options}, with this registry and tag; or correct "
-            "images.registry",
-        )
-    if reason:
-        raise DoubtError(
-            f"{name} was not checked: {reason}",
-            remedy="log in (docker login), and make sure that resources.image_pull_secrets names a Secret for it",
-        )
 
 
 def kubeflow(config: Config, health: Health) -> str:
@@ -74,9 +104,8 @@ def kubeflow(config: Config, health: Health) -> str:
     release = re.match(r"v?(\d+)\.(\d+)", version)
     if release is None:  # a build of somebody's own may have any tag
         raise DoubtError(f"answers, with version {version!r}", remedy=f"make sure that it is {OLDEST} or newer")
-    number = tuple(map(int, release.groups()))
     # An older backend refuses fields that it does not know.
-    if number < config.resources.kfp_release:
+    if (int(release[1]), int(release[2])) < config.resources.kfp_release:
         raise InputError(
             f"it is {version}, the YAML is compiled for {config.resources.kfp} and newer",
             remedy=f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{release[1]}.'
@@ -91,25 +120,24 @@ def objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> l
     if namespace is None:
         remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow"
         return [policy, Finding("objects", "warning", "not checked: the namespace of the run is not known", remedy)]
-    storage = config.storage
+    storage, secrets = config.storage, config.resources.image_pull_secrets
     # Without the former no run works; without the latter one may: a cloud identity needs no keys, a public model no
     # token, and without a bundle the steps trust the public CAs.
-    needed = [("configmap", storage.config_map), ("persistentvolumeclaim", storage.cache_claim)]
-    needed += [("secret", name) for name in config.resources.image_pull_secrets]
-    optional = [("configmap", storage.ca_config_map), ("secret", storage.s3_secret)]
-    optional += [("secret", storage.mlflow_secret), ("secret", storage.hf_secret)]
-    core = f"/api/v1/namespaces/{namespace}"
+    needed = {"configmap": [storage.config_map], "persistentvolumeclaim": [storage.cache_claim], "secret": secrets}
+    optional = {
+        "configmap": [storage.ca_config_map],
+        "secret": [storage.s3_secret, storage.mlflow_secret, storage.hf_secret],
+    }
     findings = [policy]
-    for missing, names in ((InputError, needed), (DoubtError, optional)):
-        for kind, name in names:
-            if name is not None:
-                remedy = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
-                check = partial(_exists, f"{core}/{kind}s/{name}", missing, f"is not in {namespace}", remedy)
-                findings.append(as_finding(f"{kind} {name}", check))
+    for missing, kinds in ((InputError, needed), (DoubtError, optional)):
+        for kind, name in [(kind, name) for kind, names in kinds.items() for name in names if name is not None]:
+            path = f"/api/v1/namespaces/{namespace}/{kind}s/{name}"
+            remedy = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
+            findings.append(as_finding(f"{kind} {name}", _exists, path, f"is not in {namespace}", remedy, missing))
     return [*findings, *trainer(config, namespace)]
 
 
-def _exists(path: str, missing: type[InputError], problem: str, remedy: str) -> str:
+def _exists(path: str, problem: str, remedy: str, missing: type[InputError] = InputError) -> str:
     try:
         in_cluster.read(path)
     except NoSuchObjectError as error:
@@ -124,9 +152,11 @@ def retry_policy(kubeflow_namespace: str) -> str:
     section = yaml.safe_load((config_map.get("data") or {}).get("workflowDefaults", ""))
     for key in ("spec", "templateDefaults", "retryStrategy"):
         section = (section or {}).get(key)
-    policy = (section or {}).get("retryPolicy") or "OnFailure"  # Argo's own default
-    if section is None or policy in ONLY_DELETED_PODS:
-        return f"{policy if section else 'no default'}: failed attempts are repeated in the step's pod"
+    if not section:
+        return "no default: failed attempts are repeated in the step's pod"
+    policy = section.get("retryPolicy", "OnFailure")  # Argo's own default
+    if policy in ONLY_DELETED_PODS:
+        return f"{policy}: failed attempts are repeated in the step's pod"
     raise DoubtError(
         f"{policy} (limit {section.get('limit', 'none')}) is the default for every template, so the cluster repeats a "
         "failed step at every level of the DAG: with a limit of 2, one was started 36 times. Attempts are counted in "
@@ -145,9 +175,9 @@ def trainer(config: Config, namespace: str) -> list[Finding]:
     remedy = f"install Kubeflow Trainer 2.3 ({INSTALL}), or remove resources.steps.recover.nodes"
     make = f"make it ({INSTALL}), or set resources.steps.recover.runtime"
     return [
-        as_finding("Kubeflow Trainer", _exists, TRAINER_API, InputError, absent, remedy),
-        as_finding("JobSet", _exists, "/apis/jobset.x-k8s.io", InputError, absent, remedy),
-        as_finding(f"trainingruntime {name}", _exists, path, InputError, f"is not in {namespace}", make),
+        as_finding("Kubeflow Trainer", _exists, TRAINER_API, absent, remedy),
+        as_finding("JobSet", _exists, "/apis/jobset.x-k8s.io", absent, remedy),
+        as_finding(f"trainingruntime {name}", _exists, path, f"is not in {namespace}", make),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What each step of a run will need, from the model's config alone: tokens, FLOPs, GPU memory and hours.
+"""What each step of a run will need, from the model's config alone: tokens, GPU memory and hours.
 
 Estimates, not measurements: a share of the data sheets' peak, without waiting for other GPUs, pods or queues. What a
 step really takes on the machines that it will run on, a rehearsal measures (`--rehearse`).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
 from ptl.config.recover import RecoverStage, Recovery
@@ -18,9 +19,15 @@ from ptl.errors import InputError
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import target
 from ptl.preflight.forecast_model import (
-    CONTEXT,
+    GIB,
+    GPUS,
+    NEW_TOKENS,
     PROMPT_TOKENS,
+    TERA,
+    Gpu,
     Shape,
+    answering_memory,
+    checkpoint_bytes,
     decode_seconds,
     forward_flops,
     scoring_memory,
@@ -28,51 +35,17 @@ from ptl.preflight.forecast_model import (
     shape_of,
     training_memory,
 )
-from ptl.preflight.gpus import GIB, GPUS, Gpu
 from ptl.tables import table_text
-from ptl.units import decimal_hours, duration
+from ptl.units import decimal_hours, duration, size
 
-PEAK_SHARE = 0.35  # of the data sheet's FLOP/s that is reached
+REACHED = 0.35 * TERA  # FLOP/s of each TFLOP/s of a data sheet
 FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 HOUR = 3600  # seconds
-ITEMS = {  # of tasks' test splits
-    "gsm8k": 1319,
-    "gsm8k_cot": 1319,
-    "minerva_math500": 500,
-    "humaneval": 164,
-    "mbpp": 500,
-}
-UNKNOWN_ITEMS, NEW_TOKENS = 1000, 256  # where a task does not say
+# Of tasks' test splits.
+ITEMS = {"gsm8k": 1319, "gsm8k_cot": 1319, "minerva_math500": 500, "humaneval": 164, "mbpp": 500}
+UNKNOWN_ITEMS = 1000
 
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What all steps of a forecast share."""
-
-    config: Config
-    shape: Shape
-    gpu: Gpu
-    gpus: Mapping[str, int]  # that a step holds on a node, by its kind: prune, recover, evaluate
-    nodes: int  # of a recovery
-
-    def training(self, stage: RecoverStage) -> int:
-        """GPUs that train together in a stage."""
-        return devices(stage.processes, self.gpus["recover"]) * self.nodes
-
-    def fits(self, memory: float) -> bool:
-        """Whether so many bytes fit on a GPU."""
-        return memory <= FULL * self.gpu.memory
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step computes."""
-
-    tokens: int
-    flops: float
-    seconds: float
-    memory: float  # bytes on each GPU
-    note: str = ""
+Work = tuple[int, float, str]  # tokens, seconds, and a note for the user
 
 
 @dataclass(frozen=True)
@@ -80,16 +53,19 @@ class StepForecast:
     """One step."""
 
     step: str
-    params: int  # of the model that it makes or scores
-    work: Work
+    model: ModelDimensions  # that it makes or scores
+    tokens: int
+    hours: float  # wall clock
+    memory: float  # bytes on each GPU
+    fits: bool  # whether the memory is enough
     gpus: int  # that it holds, on each of its nodes
     nodes: int  # machines that it runs on
-    fits: bool  # whether the memory is enough
+    note: str
 
     @property
-    def hours(self) -> float:
-        """Wall clock of the whole step."""
-        return self.work.seconds / HOUR
+    def params(self) -> int:
+        """Of the model."""
+        return self.model.params
 
     @property
     def gpu_hours(self) -> float:
@@ -99,16 +75,23 @@ class StepForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A whole run."""
+    """A whole run on some machines."""
 
-    gpu: str  # kind
-    assumed: Assumptions
-    steps: tuple[StepForecast, ...]
+    config: Config  # with a number as its target
+    shape: Shape
+    kind: str  # of GPU
+    gpus: Mapping[str, int]  # that a step holds on a node, by its kind: prune, recover, evaluate
+    nodes: int  # of a recovery
 
     @property
-    def params(self) -> int:
-        """Of the dense model."""
-        return self.assumed.shape.params
+    def gpu(self) -> Gpu:
+        """The GPU's data sheet."""
+        return GPUS[self.kind]
+
+    @cached_property
+    def steps(self) -> tuple[StepForecast, ...]:
+        """Each step that computes, in the DAG's order."""
+        return tuple(_steps(self))
 
     @property
     def hours(self) -> float:
@@ -120,143 +103,136 @@ class Forecast:
         """Of all GPUs that the steps hold."""
         return sum(step.gpu_hours for step in self.steps)
 
+    def of(self, stage: str) -> list[StepForecast]:
+        """The steps of a kind: prune, recover or evaluate."""
+        return [step for step in self.steps if stage_of(step.step) == stage]
+
+    def training(self, stage: RecoverStage) -> int:
+        """GPUs that train together in a stage."""
+        return devices(stage.processes, self.gpus["recover"]) * self.nodes
+
+    def answering(self) -> int:
+        """GPUs that work in an evaluation; vLLM takes all."""
+        evaluate = self.config.evaluate
+        return devices(None if evaluate.backend == "vllm" else evaluate.processes, self.gpus["evaluate"])
+
+    def memory(self, stage: str, model: ModelDimensions) -> float:
+        """Bytes on each GPU in a kind of step; of a recovery's stages the hungriest decides."""
+        if stage == "prune":
+            return scoring_memory(self.shape, self.config.calibration)
+        if stage == "evaluate":
+            return answering_memory(self.shape, model, self.config.evaluate, self.answering())
+        return max(training_memory(self.shape, model, each, self.training(each)) for each in self.config.recover)
+
+    def fits(self, stage: str, model: ModelDimensions, share: float) -> bool:
+        """Whether a kind of step takes at most a share of each GPU's memory."""
+        return self.memory(stage, model) <= share * self.gpu.gib * GIB
+
 
 def forecast(config: Config, gpu: str = "h100", count: int | None = None, num_nodes: int | None = None) -> Forecast:
     """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
 
-    `num_nodes`: machines of a recovery, in place of the config's. Raises InputError for an unknown GPU, a model whose
-    config cannot be had, or a target that leaves nothing.
+    `num_nodes`: machines of a recovery, in place of the config's. Raises InputError for an unknown GPU or a model whose
+    config cannot be had, and its `steps` for a target that leaves nothing.
     """
     if gpu not in GPUS:
         raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
     config = target.with_number(config)
     shape = shape_of(config.model.path, config.model.revision)
-    gpus = {stage: _gpus(config, stage, count) for stage in ("prune", "recover", "evaluate")}
-    assumed = Assumptions(
-        config,
-        shape,
-        GPUS[gpu],
-        gpus,
-        num_nodes or config.resources.nodes_of("recover"),
-    )
-    return Forecast(gpu, assumed, tuple(_steps(assumed)))
+    # A config without accelerators, for machines without GPUs, is forecast with one for each step.
+    held = config.resources.model_copy(update={"accelerators": count or config.resources.accelerators or 1})
+    gpus = {stage: held.accelerators_of(stage) for stage in ("prune", "recover", "evaluate")}
+    return Forecast(config, shape, gpu, gpus, num_nodes or config.resources.nodes_of("recover"))
 
 
-def _gpus(config: Config, stage: str, count: int | None) -> int:
-    """GPUs that a kind of step holds while it runs, by the config; `count` takes the place of `resources.accelerators`.
-
-    A config without accelerators, for machines without GPUs, is forecast with one for each step.
-    """
-    resources = config.resources
-    accelerators = count or resources.accelerators or 1
-    return resources.model_copy(update={"accelerators": accelerators}).accelerators_of(stage)
-
-
-def _steps(assumed: Assumptions) -> Iterator[StepForecast]:
-    """What each step that computes takes, in the DAG's order."""
-    config = assumed.config
+def _steps(run: Forecast) -> Iterator[StepForecast]:
+    config, dense = run.config, run.shape.dimensions
     schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
-    dense = assumed.shape.dimensions
     models = {
-        arm: [dense, *(after for _, after in target.after_iterations(dense, schedule, config.prune))]
+        arm: [("", dense), *((it.unit, left) for it, left in target.after_iterations(dense, schedule, config.prune))]
         for arm, schedule in schedules.items()
     }
     for node in nodes(config):
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
-        if stage not in assumed.gpus:
+        if stage not in run.gpus:
             continue  # minutes, without a GPU
-        model = models[arm][number]
+        unit, model = models[arm][number]
         if stage == "evaluate":
-            work = evaluation(model, assumed)
+            tokens, seconds, note = _evaluation(model, run)
         elif stage == "prune":
-            work = _pruning(models[arm][number - 1], assumed)
+            tokens, seconds, note = _pruning(models[arm][number - 1][1], run)
+            field = "width" if unit == "neurons" else unit
+            note = f"{getattr(model, field)} of {getattr(dense, field)} {unit}{note}"
         else:
-            work = _recovery(model, schedules[arm], number, assumed)
-        machines = assumed.nodes if stage == "recover" else 1
+            tokens, seconds, note = _recovery(model, schedules[arm], number, run)
         yield StepForecast(
-            node.name,
-            model.params,
-            work,
-            assumed.gpus[stage],
-            machines,
-            assumed.fits(work.memory),
+            step=node.name,
+            model=model,
+            tokens=tokens,
+            hours=seconds / HOUR,
+            memory=run.memory(stage, model),
+            fits=run.fits(stage, model, FULL),
+            gpus=run.gpus[stage],
+            nodes=run.nodes if stage == "recover" else 1,
+            note=note,
         )
 
 
-def _pruning(before: ModelDimensions, assumed: Assumptions) -> Work:
+def _pruning(before: ModelDimensions, run: Forecast) -> Work:
     """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back."""
-    shape, calibration, prune = assumed.shape, assumed.config.calibration, assumed.config.prune
+    shape, calibration, prune = run.shape, run.config.calibration, run.config.prune
     taylor = prune.criterion == "taylor" and prune.target != "layers"
     tokens = calibration.num_sequences * calibration.max_length
     flops = forward_flops(shape, before, tokens, calibration.max_length) * (3 if taylor else 1)
     # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
     host_memory = (before.layers + 2) * tokens * shape.hidden * shape.itemsize if taylor else 0
-    return Work(
-        tokens=tokens,
-        flops=flops,
-        seconds=flops / (assumed.gpu.fp32 * PEAK_SHARE),
-        memory=scoring_memory(shape, calibration),
-        note=f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else "",
-    )
+    note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
+    return tokens, flops / (run.gpu.fp32 * REACHED), note
 
 
-def evaluation(model: ModelDimensions, assumed: Assumptions) -> Work:
+def _evaluation(model: ModelDimensions, run: Forecast) -> Work:
     """Generation, the items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
-    shape, gpu, evaluate = assumed.shape, assumed.gpu, assumed.config.evaluate
-    # vLLM divides the model itself, over all GPUs.
-    processes = None if evaluate.backend == "vllm" else evaluate.processes
-    gpus = devices(processes, assumed.gpus["evaluate"])
-    tokens = longest = 0
-    flops = seconds = 0.0
-    note = ""
-    for task in evaluate.tasks:
+    shape, gpu, gpus = run.shape, run.gpu, run.answering()
+    rows = run.config.evaluate.batch_size
+    tokens, seconds, note = 0, 0.0, ""
+    for task in run.config.evaluate.tasks:
         items = task.limit or ITEMS.get(task.name)
         if items is None:
             items = UNKNOWN_ITEMS
             note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"
         new_tokens = task.max_new_tokens or NEW_TOKENS
         length = PROMPT_TOKENS + new_tokens
-        longest = max(longest, length)
         tokens += items * length
-
         # All prompts are read at once, then each batch answers token by token.
         prefill = forward_flops(shape, model, items * PROMPT_TOKENS, PROMPT_TOKENS)
-        flops += prefill + forward_flops(shape, model, items * new_tokens, length)
-        batches = math.ceil(items / gpus / evaluate.batch_size)  # of each GPU
-        seconds += prefill / (gpu.bf16 * PEAK_SHARE * gpus)
-        seconds += batches * new_tokens * decode_seconds(shape, model, evaluate.batch_size, shape.itemsize, length, gpu)
-
-    memory = float(model.params * shape.itemsize + evaluate.batch_size * longest * shape.kv_bytes)  # weights and cache
-    memory = CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
-    return Work(tokens, flops, seconds, memory, note)
+        seconds += prefill / (gpu.bf16 * REACHED * gpus)
+        batches = math.ceil(items / gpus / rows)  # of each GPU
+        seconds += batches * new_tokens * decode_seconds(shape, model, rows, shape.itemsize, length, gpu)
+    return tokens, seconds, note
 
 
-def _recovery(model: ModelDimensions, schedule: Schedule, number: int, assumed: Assumptions) -> Work:
-    """All stages of the recovery of iteration `number`; the hungriest decides the memory. `schedule`: of the arm."""
-    tokens = 0
-    flops = seconds = memory = 0.0
-    recovery = Recovery(stages=assumed.config.recover)
-    iteration = plan(schedule, assumed.config.prune)[number - 1]
+def _recovery(model: ModelDimensions, schedule: Schedule, number: int, run: Forecast) -> Work:
+    """All stages of the recovery of iteration `number`; `schedule` is that of the arm."""
+    tokens, seconds = 0, 0.0
+    recovery = Recovery(stages=run.config.recover)
+    iteration = plan(schedule, run.config.prune)[number - 1]
     for stage, budget in zip(recovery.stages, recovery.budgets(iteration.tokens), strict=True):
-        gpus = assumed.training(stage)
+        gpus = run.training(stage)
         read = float(budget or 0)
         if stage.method == "grpo":
             context = sequence_length(stage)
             if budget is None:  # it ends with its steps, shared out as tokens are; each answer is of full length
                 shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
-                steps = plan(shared, assumed.config.prune)[number - 1].tokens
+                steps = plan(shared, run.config.prune)[number - 1].tokens
                 read = float(steps * stage.batch_size * context)
             # Its answers, a batch at a time.
             rows, new_tokens = stage.batch_size / gpus, stage.max_completion_length
-            each = decode_seconds(assumed.shape, model, rows, 4, new_tokens, assumed.gpu)
+            each = decode_seconds(run.shape, model, rows, 4, new_tokens, run.gpu)
             seconds += read / context / stage.batch_size * new_tokens * each
-        work = _training_flops(stage, model, read, assumed.shape)
-        peak = assumed.gpu.bf16 if stage.dtype == "bfloat16" else assumed.gpu.fp32
+        peak = run.gpu.bf16 if stage.dtype == "bfloat16" else run.gpu.fp32
+        seconds += _training_flops(stage, model, read, run.shape) / (peak * REACHED * gpus)
         tokens += int(read)
-        flops += work
-        seconds += work / (peak * PEAK_SHARE * gpus)
-        memory = max(memory, training_memory(assumed.shape, model, stage, gpus))
-    return Work(tokens, flops, seconds, memory)
+    return tokens, seconds, ""
 
 
 def _training_flops(stage: RecoverStage, model: ModelDimensions, tokens: float, shape: Shape) -> float:
@@ -280,26 +256,29 @@ def devices(processes: int | None, count: int) -> int:
 
 def table(run: Forecast) -> str:
     """A forecast as a table."""
-    headings = ["Step", "Parameters", "Tokens", "FLOPs", "GPUs", "GiB per GPU", "Hours", "Note"]
+    dense = run.shape.dimensions
+    headings = ["Step", "Parameters", "Active", "Tokens", "GPUs", "GiB per GPU", "Hours", "Note"]
     rows = []
     for step in run.steps:
-        notes = [] if step.fits else ["does not fit"]
+        notes = [step.note] if step.fits else ["does not fit", step.note]
         row = [
             step.step,
             f"{step.params:,}",
-            f"{step.work.tokens:,}",
-            f"{step.work.flops:.1e}",
+            f"{step.model.active_params:,}",
+            f"{step.tokens:,}",
             f"{step.nodes} x {step.gpus}" if step.nodes > 1 else str(step.gpus),
-            f"{step.work.memory / GIB:.1f}",
+            f"{step.memory / GIB:.1f}",
             decimal_hours(step.hours),
-            ", ".join([*notes, step.work.note]).strip(", "),
+            ", ".join(filter(None, notes)),
         ]
         rows.append(row)
-    machines = f"{run.assumed.nodes} nodes of " if run.assumed.nodes > 1 else ""
-    gpus = max(1, run.assumed.gpus["recover"])  # on each node
+    if not dense.experts:  # every token meets all parameters
+        for cells in (headings, *rows):
+            del cells[2]
+    machines = f"{run.nodes} nodes of " if run.nodes > 1 else ""
     title = (
-        f"{run.params:,} parameters on {machines}{gpus} x {run.gpu}: "
-        f"{duration(run.hours * HOUR)} of work, {decimal_hours(run.gpu_hours)} GPU-hours (estimates from data sheets, "
-        "without exports, queues and the start of pods)"
+        f"{dense.params:,} parameters on {machines}{run.gpus['recover']} x {run.kind}: {duration(run.hours * HOUR)} of "
+        f"work, {decimal_hours(run.gpu_hours)} GPU-hours, at most {size(checkpoint_bytes(run.config, run.shape))} of "
+        "checkpoints (estimates from data sheets, without exports, queues and the start of pods)"
     )
     return table_text(title, headings, rows, numbers=headings[1:-1])

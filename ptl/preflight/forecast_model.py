@@ -1,4 +1,4 @@
-"""What a model costs by its config alone: FLOPs, GPU memory and seconds to generate.
+"""What a model costs by its config alone: FLOPs, GPU memory and seconds to generate, on GPUs by their data sheets.
 
 FLOPs: 2 per weight and token forward, 6 with backward (Kaplan et al. 2020, 2001.08361, section 2.1), attention's
 products added. Activations: Korthikanti et al. 2022 (2205.05198), equation 2 without the attention matrix, which is
@@ -11,15 +11,43 @@ import math
 from dataclasses import dataclass
 
 from ptl.config.recover import RecoverStage
-from ptl.config.run import Calibration
+from ptl.config.run import Calibration, Config, Evaluate
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of
 from ptl.model.families import family_of
-from ptl.preflight.gpus import Gpu
 
+GIB, TERA = 1 << 30, 1e12
+OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
-PROMPT_TOKENS = 512  # of a prompt, where nothing says how long it is
+PROMPT_TOKENS, NEW_TOKENS = 512, 256  # of a prompt and of an answer, where nothing says how long they are
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet. float32 is without TF32, which torch uses for matrix products only where it is set."""
+
+    gib: float  # of memory
+    bf16: float  # dense TFLOP/s
+    fp32: float  # the same in float32
+    bandwidth: float  # TB/s of the memory
+
+
+# NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in
+# the memory itself the driver shows up to 6 % less, for which forecast.FULL leaves room.
+GPUS = {
+    "t4": Gpu(16, 8.1, 8.1, 0.32),  # Turing has no bf16; its 65 TFLOP/s are fp16
+    "l4": Gpu(24, 121, 30.3, 0.3),
+    "a10": Gpu(24, 125, 31.2, 0.6),
+    "rtx4090": Gpu(24, 165, 82.6, 1.008),
+    "a100-40": Gpu(40, 312, 19.5, 1.555),
+    "l40s": Gpu(48, 362, 91.6, 0.864),
+    "a100-80": Gpu(80, 312, 19.5, 2.039),  # SXM; the PCIe card has 1.935 TB/s
+    "h100": Gpu(80, 989, 67, 3.35),  # SXM
+    "h100-pcie": Gpu(80, 756, 51, 2.0),
+    "h200": Gpu(141, 989, 67, 4.8),
+    "b200": Gpu(180, 2250, 80, 8.0),  # HGX, 1,000 W
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +93,16 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     )
 
 
+def checkpoint_bytes(config: Config, shape: Shape) -> int:
+    """The most that a run publishes: the model, and two of its size by each iteration and by the control.
+
+    All but the last iteration's hold the optimizer's state.
+    """
+    iterations = config.schedule.num_iterations
+    checkpoints = 1 + 2 * iterations + 2 * config.control
+    return shape.params * (checkpoints * shape.itemsize + 2 * (iterations - 1) * OPTIMIZER_STATE)
+
+
 def forward_flops(shape: Shape, model: ModelDimensions, tokens: float, context: float) -> float:
     """FLOPs of a forward pass of a pruned model over `tokens`, each looking back over half of `context` on average."""
     weights = 2 * (model.active_params - shape.lookup)
@@ -78,24 +116,26 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
     unused = (1 - model.experts_per_token / model.experts) ** rows if model.experts else 0.0
     read = model.params - unused * model.experts * model.params_per_expert
     cache = rows * context * shape.kv_bytes  # bytes
-    return (read * itemsize + cache) / (gpu.bandwidth * DECODE_SHARE)
+    return (read * itemsize + cache) / (gpu.bandwidth * TERA * DECODE_SHARE)
 
 
 def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     """Bytes on the GPU of a prune step: one layer, or embeddings and head; all hidden states once, a batch at work."""
     model = shape.dimensions
-    weights = (
-        max(
-            model.params_per_layer,
-            model.params - model.layers * model.params_per_layer,
-        )
-        * shape.itemsize
-    )
+    outside = model.params - model.layers * model.params_per_layer  # of the layers
+    weights = max(model.params_per_layer, outside) * shape.itemsize
     hidden_states = calibration.num_sequences * calibration.max_length * shape.hidden * shape.itemsize
     batch = activations(shape, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
     return weights + hidden_states + max(batch, logits) + CONTEXT
+
+
+def answering_memory(shape: Shape, model: ModelDimensions, evaluate: Evaluate, gpus: int) -> float:
+    """Bytes on each of `gpus` in an evaluation: weights, and the cache of a batch; vLLM divides both."""
+    length = PROMPT_TOKENS + max(task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks)
+    memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.kv_bytes
+    return CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
 
 
 def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, gpus: int) -> float:
@@ -112,8 +152,9 @@ def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, g
     rows = math.ceil(stage.batch_size / (stage.accumulation * gpus))
     tokens = rows * sequence_length(stage)
     memory += activations(shape, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
+    # In float32: logits and their gradient, and those of the teacher.
+    memory += (3 if stage.method == "distil" else 2) * 4.0 * tokens * shape.vocabulary
     if stage.method == "distil":
-        memory += 3 * 4.0 * tokens * shape.vocabulary  # logits of both models and their gradient
         memory += shape.params * shape.itemsize  # the teacher
     if stage.method == "grpo":
         memory += tokens * shape.kv_bytes  # the cache while it generates

@@ -6,32 +6,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ptl.preflight.finding import DoubtError
+from ptl.errors import InputError
 
 SECONDS = 15
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # in a pod with a token
 
 
-class NotSeenError(DoubtError):
-    """The cluster did not answer with the object."""
+class DoubtError(InputError):
+    """A run may work nevertheless, or it could not be checked: to the doctor a warning."""
 
 
-class NoSuchObjectError(NotSeenError):
+class NoSuchObjectError(DoubtError):
     """The cluster has no object of that name."""
 
 
 def read(path: str) -> dict[str, Any]:
-    """What the Kubernetes API says at a path. Raises NotSeenError."""
+    """What the Kubernetes API says at a path. Raises DoubtError."""
     return dict(_call("GET", path))
 
 
 def objects(path: str, **selectors: str) -> list[dict[str, Any]]:
-    """The objects at a path. Raises NotSeenError."""
+    """The objects at a path. Raises DoubtError."""
     return list(_call("GET", path, query=list(selectors.items()))["items"])
 
 
 def may(namespace: str, verb: str, group: str, resource: str) -> bool:
-    """Whether this account has a right. Raises NotSeenError."""
+    """Whether this account has a right. Raises DoubtError."""
     attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
     review = {
         "apiVersion": "authorization.k8s.io/v1",
@@ -65,7 +65,7 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
             _request_timeout=SECONDS,
         )
     except (config.ConfigException, client.ApiException, HTTPError) as error:
-        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else NotSeenError
+        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else DoubtError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         remedy = "check the kubeconfig, or the rights of the account"
         raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error

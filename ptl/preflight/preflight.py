@@ -1,13 +1,15 @@
-"""What a run needs of its model, data and tasks, checked before any work and without weights in memory."""
+"""What a run needs of its model, data and tasks, checked before any work and without weights in memory; and warnings
+of settings that are allowed, and yet likely to waste a run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from ptl.config.recover import RecoverStage, TrainingData
-from ptl.config.run import Calibration, Config, Evaluate, Gate
-from ptl.config.schedule import Prune, Schedule
+from ptl.config.cluster import StepName
+from ptl.config.run import Config
+from ptl.config.schedule import Prune, Schedule, plan
 from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
@@ -15,61 +17,46 @@ from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
 from ptl.preflight import target
+from ptl.units import numbered
+
+FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
+SOME_TOKENS = 10**9  # enough to divide
 
 
-def preflight(
-    path: str,
-    revision: str | None,
-    schedule: Schedule,
-    prune: Prune,
-    calibration: Calibration,
-    training: TrainingData,
-    evaluate: Evaluate,
-    gate: Gate,
-    recover: Sequence[RecoverStage] = (),
-) -> tuple[Path, ModelDimensions | None]:
+def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
 
     Where the recovery is not known yet (the import step), the first recover step checks it.
     """
-    check_data_and_tasks(calibration, training, evaluate, gate, recover)
-    # Only now a download, which may take an hour.
-    folder = hub.locate(path, revision)
-    dimensions = check_model(folder, schedule, prune)
-    if dimensions is not None:
-        check_settings(folder, calibration, training, evaluate, recover)
-    return folder, dimensions
-
-
-def check_data_and_tasks(
-    calibration: Calibration,
-    training: TrainingData,
-    evaluate: Evaluate,
-    gate: Gate,
-    recover: Sequence[RecoverStage],
-) -> None:
-    """Check what does not depend on the model: data files, rewards, benchmarks, and that the gate can decide."""
-    check_data(calibration, training, recover)
-    check_rewards(recover, training)
-    check_tasks(evaluate)
+    check_data(config.calibration, config.training, config.recover)
+    check_rewards(config.recover, config.training)
+    check_tasks(config.evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
-    check_gate(evaluate, gate)
+    check_gate(config.evaluate, config.gate)
+    # Only now a download, which may take an hour.
+    folder = hub.locate(config.model.path, config.model.revision)
+    dimensions = check_model(folder, config.schedule, config.prune)
+    if dimensions is not None:
+        check_settings(folder, config.calibration, config.training, config.evaluate, config.recover)
+    return folder, dimensions
 
 
 def hub_data_not_asked_for(config: Config) -> list[str]:
     """Data sets of the hub that it could not be asked for. Raises InputError that names the field of an unknown one."""
-    fields: dict[tuple[str, str | None], str] = {}
-    for field, source in named_sources(config.calibration, config.training, config.recover).items():
-        if local_file(source, field) is None:
-            fields.setdefault((source.source, source.revision), f"{field}.source")
-    for name in [] if config.evaluate.data_dir else hub_data(config.evaluate):
-        fields.setdefault((name, None), "evaluate.tasks")
+    sources = named_sources(config.calibration, config.training, config.recover)
+    fields = {
+        (source.source, source.revision): f"{field}.source"
+        for field, source in sources.items()
+        if local_file(source, field) is None
+    }
+    if not config.evaluate.data_dir:
+        fields |= {(name, None): "evaluate.tasks" for name in hub_data(config.evaluate)}
     not_asked: list[str] = []
     for (name, revision), field in fields.items():
         # One try is enough where there is no connection.
         if not_asked or not hub.has_dataset(name, revision, field):
             not_asked.append(name)
-    return list(dict.fromkeys(not_asked))
+    return not_asked
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions | None:
@@ -88,3 +75,75 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     # What the config will do to it.
     target.after_iterations(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions
+
+
+def warnings(config: Config) -> list[str]:
+    """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
+    of_the_gate = [*_starved_iterations(config), *_undecayed(config)] if config.gate.enabled else []
+    return [*_idle_accelerators(config), *of_the_gate]
+
+
+def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
+    """Iterations that find nothing left to remove, as an earlier one was rounded below their goal.
+
+    `model` has the dense model's sizes, and the schedule's target is a number.
+    """
+    before = model.params
+    idle = []
+    for iteration, after in target.after_iterations(model, config.schedule, config.prune):
+        if after.params == before:
+            idle.append(iteration.index)
+        before = after.params
+    if not idle:
+        return []
+    return [
+        f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its share: "
+        f"{config.prune.target} go in whole, and widths by multiples (prune.width_multiple="
+        f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
+    ]
+
+
+def _idle_accelerators(config: Config) -> Iterator[str]:
+    """Accelerators that a recovery or an evaluation holds and cannot use."""
+    training = [stage.processes for stage in config.recover]
+    # None: one for each accelerator.
+    processes: dict[StepName, int | None] = {
+        "recover": None if None in training else max(filter(None, training)),
+        "evaluate": config.evaluate.processes,
+    }
+    for step, used in processes.items():
+        held = config.resources.accelerators_of(step)
+        if used is not None and held > used:
+            yield (
+                f"resources.accelerators: {step} holds {held} and uses {used}: set "
+                f"resources.steps.{step}.accelerators, or raise {step}.processes"
+            )
+
+
+def _starved_iterations(config: Config) -> list[str]:
+    """The gate judges right after each iteration, so recovery must not come iterations after the damage."""
+    # As if there were many tokens: steps of GRPO alone are shared out in the same way.
+    schedule = config.schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
+    for iteration in plan(schedule, config.prune):
+        trained = iteration.tokens / SOME_TOKENS  # share of the recovery
+        if trained >= FAIR * iteration.cut:
+            continue
+        # The first one is enough: the remedy is the same for all.
+        return [
+            f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
+            f"{iteration.index} removes {100 * float(iteration.cut):.0f} % of what goes in all and gets "
+            f"{100 * trained:.1f} % of the recovery; the gate judges it right then, and a rejection halves the cuts "
+            "that follow: set schedule.tokens=uniform"
+        ]
+    return []
+
+
+def _undecayed(config: Config) -> list[str]:
+    """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
+    decays = [stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"]
+    if not decays or config.schedule.num_iterations == 1:
+        return []
+    return [
+        f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, and a "
+        "loop that the gate stops ends with such a model: set decay: each in every stage of recover"
+    ]

@@ -1,131 +1,119 @@
-"""Steps that do not fit on their GPUs, and what makes them fit: applied and forecast before it is named."""
+"""What makes a step fit on its GPUs: forecast before `ptl plan` names it, and before `ptl init` writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import product
 from typing import Any
 
-from ptl.config.dag import stage_of
 from ptl.config.recover import Lora
 from ptl.model.dimensions import ModelDimensions
-from ptl.preflight.forecast import Assumptions, Forecast, evaluation
-from ptl.preflight.forecast_model import scoring_memory, training_memory
-from ptl.preflight.gpus import GIB, GPUS
+from ptl.preflight.forecast import FULL, Forecast
+from ptl.preflight.forecast_model import GIB, GPUS
 from ptl.units import listed
 
-# That are tried for a model that does not fit: GPUs of a node, and then nodes of as many.
-COUNTS, NODES = (2, 4, 8), (2, 4, 8, 16, 32, 64)
-# What makes a kind of step smaller on the same GPUs, as a config says it: words, and fields of the section (of
-# `recover` in every stage). Accumulation: one row at a time, at the most.
-CHANGES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "prune": ("calibration", {"a smaller calibration.batch_size": {"batch_size": 1}}),
-    "recover": (
-        "recover",
-        {
-            "recover.gradient_checkpointing: true": {"gradient_checkpointing": True},
-            "a larger recover.accumulation": {"accumulation": 1 << 30},
-            "recover.sharding: fsdp": {"sharding": "fsdp"},
-        },
-    ),
-    "evaluate": (
-        "evaluate",
-        {
-            "a smaller evaluate.batch_size": {"batch_size": 1},
-            "evaluate.backend: vllm (with evaluate.speed.repeats: 0), which divides the model among the GPUs": {
-                "backend": "vllm"
-            },
-        },
-    ),
-}
+# Nodes, and GPUs of each, that are tried for a model that does not fit.
+MACHINES = ((1, 2), (1, 4), (1, 8), (2, 8), (4, 8), (8, 8), (16, 8), (32, 8), (64, 8))
+BATCHES = (64, 32, 16, 8, 4, 2, 1)
+
+Changes = dict[str, Any]  # of a config, by section and field; of `recover` in every stage
 
 
 def warnings(run: Forecast) -> list[str]:
     """A sentence for each kind of step that does not fit: the remedy is the same for all of a kind."""
     sentences = []
-    has = f"{run.gpu} has {run.assumed.gpu.memory / GIB:.0f} GiB"
-    for stage in CHANGES:
-        large = [step for step in run.steps if stage_of(step.step) == stage and not step.fits]
-        if not large:
-            continue
-        needed = max(step.work.memory for step in large)
-        largest = replace(run.assumed.shape.dimensions, params=max(step.params for step in large))
-        sentences.append(
-            f"{listed([step.step for step in large])}: up to {needed / GIB:.0f} GiB on each GPU, {has}: "
-            + _remedy(stage, largest, run.assumed)
-        )
+    for stage in run.gpus:
+        large = [step for step in run.of(stage) if not step.fits]
+        if large:
+            sentences.append(
+                f"{listed([step.step for step in large])}: up to {max(step.memory for step in large) / GIB:.0f} GiB "
+                f"on each GPU, {run.kind} has {run.gpu.gib:.0f} GiB: {_remedy(stage, run)}"
+            )
     return sentences
 
 
-def _remedy(stage: str, model: ModelDimensions, assumed: Assumptions) -> str:
-    """The fewest changes with which a step of such a model fits; else with more GPUs, or a larger GPU."""
-    remedies = []
-    for words, larger in _machines(stage, assumed):
-        changes = _smallest_change(stage, model, larger)
+def largest(run: Forecast, stage: str) -> ModelDimensions:
+    """The largest model in a kind of step."""
+    return max((step.model for step in run.of(stage)), key=lambda model: model.params)
+
+
+def _remedy(stage: str, run: Forecast) -> str:
+    """The fewest changes with which all steps of a kind fit; else with more GPUs, or a larger GPU."""
+    model = largest(run, stage)
+    tries = ((words, smallest_change(stage, model, machines)) for words, machines in _machines(stage, run))
+    remedies = [_sentence(words, changes) for words, changes in tries if changes is not None][:1]
+    if stage == "recover" and all(each.method != "grpo" and each.lora is None for each in run.config.recover):
+        changes = smallest_change(stage, model, changed(run, {"recover.lora": Lora()}))
         if changes is not None:
-            remedies.append(" with ".join(filter(None, [words, changes])))
-            break
-    stages = assumed.config.recover
-    trains_all = all(each.method != "grpo" and each.lora is None for each in stages)
-    if stage == "recover" and trains_all:
-        changes = _smallest_change(stage, model, _changed(assumed, "recover", {"lora": Lora()}))
-        if changes is not None:
-            remedies.append(" with ".join(filter(None, ["recover.lora", changes])))
+            remedies.append(_sentence("recover.lora", changes))
     if remedies:
         return ", or ".join(remedies)
-    kinds = [
-        kind for kind, gpu in GPUS.items() if _smallest_change(stage, model, replace(assumed, gpu=gpu)) is not None
-    ]
-    return f"no setting makes it fit: take a larger GPU ({', '.join(kinds)})" if kinds else "no setting makes it fit"
+    kinds = larger_gpus(stage, model, run)
+    return f"no setting makes it fit: take a larger GPU ({kinds})" if kinds else "no setting makes it fit"
 
 
-def _smallest_change(stage: str, model: ModelDimensions, assumed: Assumptions) -> str | None:
-    """The first smallest set of changes that is enough, in words; empty where nothing must change; None: none is."""
-    section, changes = CHANGES[stage]
-    for count in range(len(changes) + 1):
-        for names in combinations(changes, count):
-            smaller = assumed
-            for name in names:
-                smaller = _changed(smaller, section, changes[name])
-            if smaller.fits(_memory(stage, model, smaller)):
-                return " and ".join(names)
-    return None
+def _sentence(words: str, changes: Changes) -> str:
+    settings = " and ".join(f"{field}: {str(value).lower()}" for field, value in changes.items())
+    return " with ".join(filter(None, [words, settings]))
 
 
-def _changed(assumed: Assumptions, section: str, fields: dict[str, Any]) -> Assumptions:
-    """The same with other fields of a section of the config; of `recover`, in every stage."""
-    value = getattr(assumed.config, section)
-    if isinstance(value, tuple):
-        changed: Any = tuple(stage.model_copy(update=fields) for stage in value)
-    else:
-        changed = value.model_copy(update=fields)
-    return replace(assumed, config=assumed.config.model_copy(update={section: changed}))
+def _machines(stage: str, run: Forecast) -> Iterator[tuple[str, Forecast]]:
+    """The machines as they are, then more GPUs for a kind of step, in words; pruning takes one GPU."""
+    yield "", run
+    held = run.gpus[stage]
+    for nodes, gpus in MACHINES if stage == "recover" else MACHINES[: 0 if stage == "prune" else 3]:
+        if nodes > run.nodes or (gpus > held and (nodes == run.nodes or stage == "evaluate")):
+            gpus = max(gpus, held)
+            words = f"{gpus} GPUs" if nodes == 1 else f"resources.steps.recover.nodes: {nodes} (of {gpus} GPUs)"
+            yield words, replace(run, gpus={**run.gpus, stage: gpus}, nodes=nodes)
 
 
-def _memory(stage: str, model: ModelDimensions, assumed: Assumptions) -> float:
-    """Bytes on each GPU in a kind of step."""
+def smallest_change(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> Changes | None:
+    """The first of the smallest changes with which a step takes at most a share of a GPU's memory.
+
+    Empty where nothing must change; None where none is enough.
+    """
+    fields = _settings(stage, run)
+    choices = product(*((None, *values) for values in fields.values()))
+    every = ({field: value for field, value in zip(fields, choice, strict=True) if value} for choice in choices)
+    return next(
+        (changes for changes in sorted(every, key=len) if changed(run, changes).fits(stage, model, share)), None
+    )
+
+
+def larger_gpus(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> str:
+    """The kinds of GPU on which a step would fit; empty where it would on none."""
+    fitting = (kind for kind in GPUS if smallest_change(stage, model, replace(run, kind=kind), share) is not None)
+    return ", ".join(fitting)
+
+
+def _settings(stage: str, run: Forecast) -> dict[str, list[Any]]:
+    """What makes a kind of step smaller on the same GPUs: the field that costs least comes last, its values first."""
+    config = run.config
     if stage == "prune":
-        return scoring_memory(assumed.shape, assumed.config.calibration)
+        return {"calibration.batch_size": [rows for rows in BATCHES if rows < config.calibration.batch_size]}
     if stage == "evaluate":
-        return evaluation(model, assumed).memory
-    stages = assumed.config.recover
-    return max(training_memory(assumed.shape, model, each, assumed.training(each)) for each in stages)
+        batches = [rows for rows in BATCHES if rows < config.evaluate.batch_size]
+        return {"evaluate.backend": ["vllm"], "evaluate.batch_size": batches}
+    # A batch is divided evenly among forward passes and GPUs.
+    passes = [
+        number
+        for number in range(2, max(each.batch_size for each in config.recover) + 1)
+        if all(each.batch_size % (number * run.training(each)) == 0 for each in config.recover)
+    ]
+    return {"recover.sharding": ["fsdp"], "recover.accumulation": passes, "recover.gradient_checkpointing": [True]}
 
 
-def _machines(stage: str, assumed: Assumptions) -> Iterator[tuple[str, Assumptions]]:
-    """The machines as they are, then larger groups of GPUs for a kind of step, in words; pruning takes one GPU."""
-    yield "", assumed
-    if stage == "prune":
-        return
-    held = assumed.gpus[stage]
-    for count in COUNTS:
-        if count > held and (stage != "recover" or assumed.nodes == 1):
-            yield f"{count} GPUs", replace(assumed, gpus={**assumed.gpus, stage: count})
-    if stage != "recover":
-        return
-    node = max(held, COUNTS[-1])
-    for count in NODES:
-        if count > assumed.nodes:
-            words = f"resources.steps.recover.nodes: {count} (of {node} GPUs)"
-            yield words, replace(assumed, gpus={**assumed.gpus, stage: node}, nodes=count)
+def changed(run: Forecast, changes: Changes) -> Forecast:
+    """The same run with other settings."""
+    config = run.config
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        before: Any = getattr(config, section)
+        if section == "recover":
+            after: Any = tuple(stage.model_copy(update={field: value}) for stage in before)
+        else:
+            after = before.model_copy(update={field: value})
+        config = config.model_copy(update={section: after})
+    return replace(run, config=config)

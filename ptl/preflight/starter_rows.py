@@ -14,10 +14,14 @@ from ptl.errors import InputError
 
 FIELD = "--data"
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
-# Columns that need no option: a chat, a pair, a text.
-KNOWN = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
 QUESTION = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}  # in the words of a benchmark
-TEMPLATES = {KNOWN[1]: {"prompt": "{prompt}", "completion": "{completion}"}, KNOWN[2]: QUESTION}
+# Columns that need no option: a chat, a pair, a text. Fields of a source that are not here are as by default.
+KNOWN = {
+    ("messages",): {"format": "messages"},
+    ("prompt", "completion"): {"prompt": "{prompt}", "completion": "{completion}"},
+    ("question", "answer"): QUESTION,
+    ("text",): {"format": "text", "text": "{text}"},
+}
 
 Row = Mapping[str, Any]
 
@@ -51,17 +55,18 @@ def read(name: str, columns: str | None) -> Rows:
 
 def settings_of(row: Row, columns: str | None) -> dict[str, str]:
     """Format and templates for rows with such columns. Raises InputError that names --columns."""
-    known = next((names for names in KNOWN if row.keys() >= set(names)), ())
-    names = tuple(columns.split(",")) if columns else known
-    if not 1 <= len(names) <= 2 or not row.keys() >= set(names):
+    present = row.keys()
+    names = tuple(columns.split(",")) if columns else next((known for known in KNOWN if present >= set(known)), ())
+    if not 1 <= len(names) <= 2 or not present >= set(names):
         raise InputError(
             f"{columns or 'missing'}; the rows have {', '.join(sorted(row))}",
             field="--columns",
             remedy="give --columns PROMPT,COMPLETION, or the one column of chats (role and content) or of texts",
         )
+    if names in KNOWN:
+        return KNOWN[names]
     if len(names) == 2:
-        prompt, completion = names
-        return TEMPLATES.get(names, {"prompt": f"{{{prompt}}}\n", "completion": f"{{{completion}}}"})
+        return {"prompt": f"{{{names[0]}}}\n", "completion": f"{{{names[1]}}}"}
     if isinstance(row[names[0]], list):
         return {"format": "messages", "messages": names[0]}
     return {"format": "text", "text": f"{{{names[0]}}}"}

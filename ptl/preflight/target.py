@@ -53,12 +53,11 @@ def params(goal: MemoryGoal, prune: Prune, folder: Path) -> int:
     """
     shape = shape_of(str(folder))
     model = shape.dimensions
-    check_unit(model.experts, model.narrowable, prune.target)
-    cache = goal.sequences * _tokens(goal, shape) * shape.cached_numbers
+    cache = _cached(goal, shape)
     excess = model.params + cache - goal.bytes // goal.itemsize  # numbers
     if excess <= 0:
         raise InputError(
-            f"the dense model reaches {_described(goal, shape)} already: it needs {_needed(goal, shape)}",
+            f"the dense model reaches {goal.memory} already: it needs {_needed(goal, shape)}",
             field="schedule.target.memory",
             remedy="lower it, or give a share of the parameters to remove",
         )
@@ -67,8 +66,8 @@ def params(goal: MemoryGoal, prune: Prune, folder: Path) -> int:
         excess = layers * model.params_per_layer
     if excess >= model.params:
         raise InputError(
-            f"{_described(goal, shape)} cannot be reached: the dense model needs {_needed(goal, shape)}, most of it "
-            "for the KV cache, which only layers take with them",
+            f"{goal.memory} cannot be reached: the dense model needs {_needed(goal, shape)}, most of it for the KV "
+            "cache, which only layers take with them",
             field="schedule.target.memory",
             remedy="raise it, lower sequences or tokens, or remove layers (prune.target=layers)",
         )
@@ -81,7 +80,7 @@ def record(goal: MemoryGoal, folder: Path) -> dict[str, Any]:
     return {
         "memory": goal.memory,
         "bytes": goal.bytes,
-        "dense": _numbers(goal, shape) * goal.itemsize,
+        "dense": (shape.params + _cached(goal, shape)) * goal.itemsize,
         "sequences": goal.sequences,
         "tokens": _tokens(goal, shape),
         "dtype": goal.dtype,
@@ -97,10 +96,10 @@ def sentence(config: Config) -> str:
         return ""
     folder = hub.locate(config.model.path, config.model.revision, ["config.json"])
     shape = shape_of(str(folder))
-    most = params(goal, config.prune, folder)
     return (
-        f"schedule.target: {_described(goal, shape)}: at most {most:,} parameters; the dense model needs "
-        f"{_needed(goal, shape)}"
+        f"schedule.target: {goal.memory} for weights and a KV cache for {counted(goal.sequences, 'sequence')} of "
+        f"{_tokens(goal, shape):,} tokens in {goal.dtype}: at most {params(goal, config.prune, folder):,} parameters; "
+        f"the dense model needs {_needed(goal, shape)}"
     )
 
 
@@ -124,8 +123,7 @@ def after_iterations(
     for iteration in plan(schedule, prune):
         goal = model.params - int(iteration.progress * total)
         if iteration.unit == "neurons":
-            width = width_for(remaining, goal, prune.width_multiple)
-            remaining = with_width(remaining, width)
+            remaining = with_width(remaining, width_for(remaining, goal, prune.width_multiple))
         elif iteration.unit == "experts":
             remaining = with_experts(remaining, experts_for(remaining, goal))
         else:
@@ -160,16 +158,11 @@ def _tokens(goal: MemoryGoal, shape: Shape) -> int:
     return goal.tokens
 
 
-def _numbers(goal: MemoryGoal, shape: Shape) -> int:
-    """Numbers in the dense model's weights and KV cache."""
-    return shape.params + goal.sequences * _tokens(goal, shape) * shape.cached_numbers
-
-
-def _described(goal: MemoryGoal, shape: Shape) -> str:
-    cache = f"a KV cache for {counted(goal.sequences, 'sequence')} of {_tokens(goal, shape):,} tokens"
-    return f"{goal.memory} for weights and {cache} in {goal.dtype}"
+def _cached(goal: MemoryGoal, shape: Shape) -> int:
+    """Numbers in the dense model's KV cache."""
+    return goal.sequences * _tokens(goal, shape) * shape.cached_numbers
 
 
 def _needed(goal: MemoryGoal, shape: Shape) -> str:
     """What the dense model needs, in the unit of the goal."""
-    return memory_beside(_numbers(goal, shape) * goal.itemsize, goal.memory)
+    return memory_beside((shape.params + _cached(goal, shape)) * goal.itemsize, goal.memory)

@@ -16,7 +16,7 @@ from ptl.config.export import Export
 from ptl.config.flat_settings import flat_settings
 from ptl.config.goal import MemoryGoal
 from ptl.config.recover import TrainingData
-from ptl.config.run import Calibration, Evaluate, Gate, ModelSource, check
+from ptl.config.run import Calibration, Config, Evaluate, Gate, ModelSource, check
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import WorkError
 from ptl.evaluation import gate
@@ -55,11 +55,7 @@ def import_model(call: Call) -> None:
         "gate": gate_settings,
     }
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
-    folder, dimensions = preflight.preflight(
-        model.path,
-        model.revision,
-        *sections.values(),
-    )
+    folder, dimensions = preflight.preflight(Config.model_construct(model=model, recover=(), **sections))
     assert dimensions is not None, "a step has torch"
     exports = [check(Export, export, "export") for export in call.settings["exports"]]
     # This step's image does not have llama.cpp.

@@ -19,7 +19,7 @@ from ptl.steps.report import report
 
 def doctor(call: Call) -> None:
     """Try out MLflow, the store and the accelerators. Raises InputError that names every fault."""
-    from ptl.preflight.doctor import task
+    from ptl.preflight.doctor_cluster import task
 
     task(call.settings["settings"], call.experiment)
 

@@ -22,10 +22,11 @@ def test_the_configs_calibration_text_is_passed_on(type, config, tmp_path, monke
     def write(src, dst, type, calibration, seed):
         texts.append(calibration)
         shutil.copytree(src, dst)
+        return []
 
     monkeypatch.setattr(compressed_tensors, "write_compressed", write)
     command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", config]
     answer = CliRunner().invoke(app, [*map(str, command)])
     assert texts == [load_config(TINY).calibration] and answer.exit_code == 0
     size = (REASONER / "model.safetensors").stat().st_size
-    assert "".join(answer.output.split()) == f"wrote{tmp_path / 'out'}:{size:,}bytesofweights"
+    assert "".join(answer.output.split()) == f"wrote{tmp_path / 'out'}:{size:,}bytes"

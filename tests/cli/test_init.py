@@ -23,7 +23,7 @@ from ptl.errors import InputError
 from ptl.evaluation.tasks import check_tasks
 from ptl.preflight import starter, starter_rows
 from ptl.preflight.forecast import forecast
-from ptl.preflight.gpus import GPUS
+from ptl.preflight.forecast_model import GPUS
 
 ROOT = Path(__file__).parents[2]
 REASONER = ROOT / "examples/tiny_reasoner"
@@ -108,7 +108,7 @@ def test_on_one_gpu_an_adapter(ptl, qwen3_8b):
 def test_each_kind_of_gpu_gets_what_fits_or_a_remedy_that_works(gpu, ptl, qwen3_8b):
     code, said = ptl("init", qwen3_8b, "--gpu", gpu, "--gpus", 2)
     if code:
-        gpu = re.match(r"error: --gpu: .*name a larger GPU \((\w+)", said)[1]
+        gpu = re.match(r"error: --gpu: .*name a larger GPU \(([\w-]+)", said)[1]
         code, said = ptl("init", qwen3_8b, "--gpu", gpu, "--gpus", 2)
     config = load_config("qwen3-8b.yaml")
     assert all(step.fits for step in forecast(config, gpu).steps), said

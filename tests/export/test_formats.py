@@ -26,7 +26,7 @@ GGUF, FP8 = Export(format="gguf", type="q8_0"), Export(format="compressed-tensor
         ("gpt_oss", "experts", [], ""),
         ("cohere2", "layers", [FP8], ""),
         ("cohere2", "layers", [GGUF], "llama.cpp may know the attention of a layer of cohere2 by its number"),
-        ("smollm3", "auto", [GGUF], "llama.cpp may know"),
+        ("smollm3", "neurons_then_layers", [GGUF], "llama.cpp may know"),
         ("llama", "layers", [GGUF], ""),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from recovering import DATA, DENSE, ROOT, SOURCE, recover
 
 from ptl.config.recover import Recovery
-from ptl.config.run import Calibration, Evaluate, load_config
+from ptl.config.run import Calibration, Evaluate, ModelSource, load_config
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model.checkpoint import CHAT_TEMPLATES
@@ -67,8 +67,9 @@ def no_weights(monkeypatch):
 
 def validate(model, *stages, calibration=TINY.calibration, evaluate=TINY.evaluate, training=TINY.training):
     """What `ptl validate` does."""
-    sections = (TINY.schedule, TINY.prune, calibration, training, evaluate, TINY.gate)
-    preflight(str(model), None, *sections, Recovery(stages=stages).stages if stages else TINY.recover)
+    changed = {"model": ModelSource(path=str(model)), "calibration": calibration, "evaluate": evaluate}
+    recovery = Recovery(stages=stages).stages if stages else TINY.recover
+    preflight(TINY.model_copy(update={**changed, "training": training, "recover": recovery}))
 
 
 def prune(model, tmp_path, calibration=SCORED):

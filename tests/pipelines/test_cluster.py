@@ -199,7 +199,7 @@ def test_one_kind_of_step_can_ask_for_something_else(tmp_path):
     _, container, kubernetes = found["recover-2"]
     assert container["resources"]["accelerator"]["resourceCount"] == "8"
     assert container["resources"]["resourceMemoryLimit"] == "900Gi" and variables(container)["PTL_TIMEOUT"] == "68"
-    assert kubernetes["activeDeadlineSeconds"] == str(4 * 90 + 30 + 60 + 120)
+    assert kubernetes["activeDeadlineSeconds"] == str(4 * 90 + 60 + 120 + 240)
     assert found["control-recover"][1] == container
     assert found["prune-2"][1]["resources"]["accelerator"]["resourceCount"] == "1"
     assert found["evaluate-2"][1]["resources"]["accelerator"]["resourceCount"] == "2"

