@@ -19,10 +19,7 @@ def announced(config: Config, gpus: int | None) -> tuple[Config, list[str]]:
     `gpus` are those of this machine; None: where the run itself will be, on a cluster.
     """
     rehearsed = rehearsal(config, gpus)
-    rows = [
-        [change.field, ", ".join(map(_text, change.run)), ", ".join(map(_text, change.rehearsal))]
-        for change in changes(config, rehearsed)
-    ]
+    rows = [[field, _text(before), _text(after)] for field, before, after in changes(config, rehearsed)]
     title = f"Rehearsal of {config.name}: every step, with less work"
     print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
     return rehearsed, left_out(config, rehearsed)

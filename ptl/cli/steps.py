@@ -43,7 +43,7 @@ def prune(
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
-    from ptl.model import checkpoint
+    from ptl.model import cost
     from ptl.preflight.target import resolved
     from ptl.pruning.prune import prune_checkpoint
 
@@ -53,7 +53,7 @@ def prune(
     settings = load_config(config, overrides)
     unit = settings.prune.target.partition("_")[0]  # of neurons_then_layers the first
     _check_folders(src, dst)
-    params = checkpoint.num_params(src)
+    params = cost.from_config(src).params
     schedule = resolved(settings.schedule, settings.prune, src)
     goal = params - removal(params, schedule.target)
     with writing(dst) as out:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from ptl.config.base import Positive, Section, one_error
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
@@ -24,6 +24,11 @@ Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Accelerator = Annotated[
     Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")],
     one_error("must be a Kubernetes resource with the domain of its vendor, for example nvidia.com/gpu"),
+]
+
+RegisteredModel = Annotated[
+    Annotated[str, Field(max_length=250, pattern=r"^[^/:'\"`]+$")],
+    one_error("must be a name that MLflow's registry takes: up to 250 characters, without / : and quotes"),
 ]
 
 TRAINED = "recover"  # the kind of step that several nodes can do together
@@ -196,7 +201,7 @@ class Storage(Section):
 
     experiment: str = Field("ptl", min_length=1)
     """MLflow experiment"""
-    registered_model: str | None = Field(None, min_length=1, max_length=250)
+    registered_model: RegisteredModel | None = None
     """name in the MLflow registry, without / : and quotes; default: the config's name"""
 
     # Where the pods get addresses and credentials; a name that is null is not mounted.
@@ -229,10 +234,3 @@ class Storage(Section):
                 "holds: rename the ConfigMap, Secret or claim"
             )
         return self
-
-    @field_validator("registered_model")
-    @classmethod
-    def _name_that_mlflow_takes(cls, name: str | None) -> str | None:
-        if name and set(name) & set("/:'\"`"):
-            raise ValueError("has a character that a name in MLflow's registry cannot have (/ : or a quote); remove it")
-        return name

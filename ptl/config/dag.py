@@ -14,8 +14,9 @@ from ptl.config.export import Export
 from ptl.config.run import Config
 
 Arm = Literal["loop", "control", "export"]
-_NAME = re.compile(r"(control-)?(doctor|import|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?")
-_EXPORT = re.compile(r"export-[a-z0-9-]+")
+_NAME = re.compile(
+    r"(control-)?(?:(doctor|import|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?|(export)-[a-z0-9-]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,11 @@ def iteration_of(name: str) -> int:
 
 def _name_parts(name: str) -> tuple[str, ...]:
     """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
-    if _EXPORT.fullmatch(name):
-        return "", "export", ""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is no step")
-    return match.groups(default="")
+    control, stage, number, export = match.groups(default="")
+    return control, stage or export, number
 
 
 def export_step(export: Export) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 
 from ptl import __version__
 from ptl.errors import InputError
@@ -33,15 +33,13 @@ def image(step: str, registry: str = "", tag: str | None = None, digest: str | N
     """The image of a step: `[<registry>/]ptl-<image>:<tag>[@<digest>]`.
 
     `step` is a key of IMAGE_OF; `registry` is a host with an optional path and without scheme, or empty for the local
-    engine's own images; without a tag it is the package's version. With a digest the tag is only for readers: engines
-    take the bytes that the digest names. Raises InputError for anything that the image reference grammar refuses.
+    engine's own images. Without a tag it is the package's version; with a digest the
+    tag is only for readers: engines take the bytes that the digest names. Raises
+    InputError for anything that the image reference grammar refuses.
     """
     if tag is None:
         tag = __version__
     # Checked before a build or a compile: the engine's own messages name neither option.
-    if step not in IMAGE_OF:
-        steps = ", ".join(IMAGE_OF)
-        raise InputError(f"{step!r} has no image; steps are {steps}", field="step")
     if registry and not _REGISTRY.fullmatch(registry):
         raise InputError(
             f"{registry!r} is not a registry",
@@ -55,22 +53,14 @@ def image(step: str, registry: str = "", tag: str | None = None, digest: str | N
             field="tag",
             remedy="use up to 128 letters, digits, '_', '.' and '-'",
         )
-    name = f"ptl-{IMAGE_OF[step]}:{tag}"
-    if registry:
-        name = f"{registry}/{name}"
+    name = f"{registry}/" if registry else ""
+    name += f"ptl-{IMAGE_OF[step]}:{tag}"
     return f"{name}@{digest}" if digest else name
 
 
-def names(
-    registry: str = "",
-    tag: str | None = None,
-    digests: Mapping[str, str] | None = None,
-    *,
-    optional: Iterable[str] = (),
-) -> list[str]:
-    """The three images, in the order of IMAGES, and `optional` ones, of OPTIONAL; `digests` are by image."""
-    known = digests or {}
-    return [image(step, registry, tag, known.get(IMAGE_OF[step])) for step in (*IMAGES, *optional)]
+def names(registry: str = "", tag: str | None = None, *, optional: Iterable[str] = ()) -> list[str]:
+    """The three images, in the order of IMAGES, and `optional` ones, of OPTIONAL."""
+    return [image(step, registry, tag) for step in (*IMAGES, *optional)]
 
 
 def chosen(optional: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ FOLDER = "folder"  # key of pydantic's context: validation takes relative paths 
 # What is always a file and never the name of something on the hub or of the harness.
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".csv", ".txt", ".yaml", ".yml")
 FILL_IN = "FILL-IN"  # what a user must replace in a config of `ptl init`; no file, data set or task has that name
-LONGEST, LONGEST_NAME = 4096, 255  # bytes of a path and of each part of it, as Linux has them
+LONGEST = 4096  # characters of a path
 
 
 class Typed(str):
@@ -29,29 +29,16 @@ def typed(value: Any) -> Any:
 
 
 def _from_working_directory(value: Any) -> Any:
-    if isinstance(value, Typed) and value:
-        return _locate(value, Path.cwd())
-    return value
+    return _locate(value, Path.cwd()) if isinstance(value, Typed) and value else value
 
 
 def _absolute_path(value: str, info: ValidationInfo) -> str:
     """A local path made absolute; names on the hub and addresses of a store stay as they are."""
-    if info.context:
-        return _locate(value, info.context[FOLDER])
-    _check_length(value)
-    return value
-
-
-def _absolute_folder(value: str, info: ValidationInfo) -> str:
-    """What is a local folder, whatever its name looks like."""
     # Without a context nothing is located: a step reads what the command has made absolute.
-    if info.context and not value.startswith(("/", "~")):
-        value = f"./{value}"
-    return _absolute_path(value, info)
+    return _locate(value, info.context[FOLDER]) if info.context else value
 
 
 def _locate(value: str, folder: Path) -> str:
-    _check_length(value)
     if "://" in value:
         return value
     # Functions of os.path, since those of Path raise for an unknown user, or where the whole path is too long.
@@ -63,16 +50,6 @@ def _locate(value: str, folder: Path) -> str:
     return value
 
 
-def _check_length(value: str) -> None:
-    """Refuse a text that no path can be, for which the system's own answers differ."""
-    encoded = value.encode(errors="surrogatepass")
-    longest_name = max(encoded.split(b"/"), key=len)
-    if len(encoded) > LONGEST or len(longest_name) > LONGEST_NAME:
-        raise ValueError(f"longer than {LONGEST} bytes, or a name in it than {LONGEST_NAME}; give a path or a name")
-    if "\0" in value:
-        raise ValueError("has a NUL, which no path can have; remove it")
-
-
 def _relative(value: str, info: SerializationInfo) -> str:
     """A path below the context's folder as seen from there: a compiled pipeline is the same on every machine."""
     folder = info.context and info.context[FOLDER]
@@ -82,7 +59,12 @@ def _relative(value: str, info: SerializationInfo) -> str:
     return value
 
 
-# The order counts: texts of the command line are located first, all others by the validators below.
-Text = Annotated[str, Field(min_length=1), BeforeValidator(_from_working_directory), PlainSerializer(_relative, str)]
-Location = Annotated[Text, AfterValidator(_absolute_path)]  # a local path, or a name on the hub or of the harness
-Folder = Annotated[Text, AfterValidator(_absolute_folder)]
+# A local path, or a name on the hub or of the harness. The order counts: texts of the command line are located first,
+# all others by the last validator.
+Location = Annotated[
+    str,
+    Field(min_length=1, max_length=LONGEST, pattern=r"^[^\x00]*$"),
+    BeforeValidator(_from_working_directory),
+    PlainSerializer(_relative, str),
+    AfterValidator(_absolute_path),
+]

@@ -33,7 +33,6 @@ Decay = Annotated[
 ]
 
 _COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
-_WIDTH = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
 
 
 def columns_of(template: str) -> list[str]:
@@ -46,13 +45,10 @@ def columns_of(template: str) -> list[str]:
     for _, name, spec, conversion in parts:
         if name is None:  # the text after the last column
             continue
-        if not _COLUMN.fullmatch(name):
+        if spec or conversion or not _COLUMN.fullmatch(name):
             raise ValueError(
                 f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
             )
-        is_plain = "{" not in (spec or "") and not _WIDTH.search(spec or "")
-        if not is_plain or conversion not in (None, "r", "s", "a"):
-            raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
         columns.append(name)
     return columns
 
@@ -134,20 +130,16 @@ class TrainingData(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, raw: Any) -> Any:
-        if isinstance(raw, DataSource):
-            return {"sources": [raw.model_dump()]}
         if isinstance(raw, list | tuple):
             return {"sources": raw}
         if not isinstance(raw, dict):
             return raw
-        # `decontaminate` may be beside the fields of the one source
+        # `decontaminate` may be beside the fields of the one source.
         section = dict(raw)
         decontaminate = section.pop("decontaminate", None)
         if "sources" not in section:
             section = {"sources": [section]}
-        if decontaminate is not None:
-            section["decontaminate"] = decontaminate
-        return section
+        return section if decontaminate is None else section | {"decontaminate": decontaminate}
 
 
 class Lora(Section):

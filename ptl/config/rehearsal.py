@@ -8,9 +8,9 @@ nor a guard. Pure and torch-free.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ptl.config.cluster import TRAINED
 from ptl.config.flat_settings import flat_settings
@@ -32,13 +32,12 @@ NOT_REHEARSED = ("recover.dtype", "recover.sharding", "evaluate.processes", "eva
 NEVER = 1e-300  # a significance level that no fall of the accuracy reaches
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A field that has another value in the rehearsal."""
 
-    field: str  # dotted, without the indices of lists
-    run: tuple[Any, ...]  # its values; several of a list's entries
-    rehearsal: tuple[Any, ...]
+    field: str  # dotted
+    run: Any  # its value; None: unset
+    rehearsal: Any
 
 
 def rehearsal(config: Config, gpus: int | None) -> Config:
@@ -46,12 +45,12 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     settings = config.model_dump()
     if gpus is not None:
         _fit_machine(settings, config, gpus)
-    settings["name"] = config.name[: LONGEST_NAME - len(SUFFIX)].rstrip("-") + SUFFIX
+    settings["name"] = _renamed(config.name, LONGEST_NAME)
     # Its numbers are not beside those of real runs, and its models take no alias from theirs.
     storage = settings["storage"]
     storage["experiment"] += SUFFIX
     if storage["registered_model"] is not None:  # the default is the config's name, which has the suffix
-        storage["registered_model"] = storage["registered_model"][: LONGEST_MODEL - len(SUFFIX)] + SUFFIX
+        storage["registered_model"] = _renamed(storage["registered_model"], LONGEST_MODEL)
     calibration = settings["calibration"]
     calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
     for task in settings["evaluate"]["tasks"]:
@@ -66,6 +65,10 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     _shrink_stages(settings, config, max(1, gpus_of_node))
     # Fields that were set one by one must fit together.
     return check(Config, settings, "the rehearsal")
+
+
+def _renamed(name: str, longest: int) -> str:
+    return name[: longest - len(SUFFIX)].rstrip("-") + SUFFIX
 
 
 def is_rehearsal(settings: Mapping[str, Any]) -> bool:
@@ -140,30 +143,20 @@ def _processes(stage: RecoverStage, requested: int, gpus: int) -> int | None:
 
 
 def changes(config: Config, rehearsed: Config) -> list[Change]:
-    """Every field in which the two differ, in the order of the config; entries of lists are taken together."""
+    """Every field in which the two differ, in the order of the config."""
     run = flat_settings(config.model_dump(mode="json"))
     shrunk = flat_settings(rehearsed.model_dump(mode="json"))
-    together: dict[str, list[tuple[Any, Any]]] = {}
-    for name in dict.fromkeys([*shrunk, *run]):
-        field = ".".join(part for part in name.split(".") if not part.isdecimal())
-        together.setdefault(field, []).append((run.get(name), shrunk.get(name)))
-    differences = []
-    for field, values in together.items():
-        before, after = zip(*values, strict=True)
-        if before != after:
-            differences.append(Change(field, tuple(dict.fromkeys(before)), tuple(dict.fromkeys(after))))
-    return differences
+    names = dict.fromkeys([*shrunk, *run])
+    return [Change(name, run.get(name), shrunk.get(name)) for name in names if run.get(name) != shrunk.get(name)]
 
 
 def left_out(config: Config, rehearsed: Config) -> list[str]:
     """What of the run is not rehearsed: it needs GPUs that are not there."""
-    parts = [
-        f"{change.field}={value}"
-        for change in changes(config, rehearsed)
-        if change.field in NOT_REHEARSED
-        for value in change.run
-        if value is not None and value not in change.rehearsal
-    ]
+    parts = []
+    for name, value, _ in changes(config, rehearsed):
+        field = re.sub(r"\.\d+", "", name)
+        if field in NOT_REHEARSED and value is not None:
+            parts.append(f"{field}={value}")
     # By default there is one process for each GPU.
     requested = config.resources.accelerators_of(TRAINED)
     for before, after in zip(config.recover, rehearsed.recover, strict=True):

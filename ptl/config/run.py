@@ -13,7 +13,7 @@ from ptl.config import errors, image_names, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
-from ptl.config.paths import FOLDER, Folder, Location, typed
+from ptl.config.paths import FOLDER, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
     DataSource,
@@ -68,13 +68,6 @@ class Task(Section):
     max_new_tokens: Positive | None = None
     """tokens of the longest answer; default: as the task says, otherwise 256"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_a_name(cls, raw: Any) -> Any:
-        if isinstance(raw, str):
-            raise ValueError(f"must be a mapping: write {{name: {raw}}}")
-        return raw
-
 
 class Speed(Section):
     """How speed is measured: the dense and the final model take turns in one process at the end of the loop."""
@@ -111,7 +104,7 @@ class Evaluate(Section):
     """apply the tokenizer's chat template to each item"""
 
     # What a task may read and run.
-    data_dir: Folder | None = None
+    data_dir: Location | None = None
     """read the tasks' data from files in this folder instead of the hub"""
     allow_code: bool = False
     """allow model-written code (humaneval, mbpp), in the sandbox only, and functions of a task YAML, outside it"""

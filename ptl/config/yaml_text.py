@@ -37,14 +37,11 @@ def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *
         raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field)
     try:
         loader = kind(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _measure(node, {}, depth=1)  # before any of its aliases is expanded
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node)  # before any of its aliases is expanded
+        return loader.construct_document(node)
     except InputError as error:  # of a line
         raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
     except RecursionError as error:
@@ -53,34 +50,26 @@ def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *
         raise InputError(f"{where} is not valid YAML: {error}", field=field) from error
 
 
-def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """Values in a node and its height in levels, with its aliases expanded.
-
-    Each is visited once, however many aliases name it. Raises InputError that begins with a line.
-    """
-    if id(node) in known:
-        return known[id(node)]
-    line = f"line {node.start_mark.line + 1}"
-    if depth > DEPTH:  # also where an anchor holds itself
-        raise InputError(f"{line} is nested more than {DEPTH} deep")
-    children: list[yaml.Node] = []
-    if isinstance(node, yaml.ScalarNode):
-        _check_scalar(node, line)
-    elif isinstance(node, yaml.MappingNode):
-        _check_keys(node, line)
-        children = [child for pair in node.value for child in pair]
-    else:
-        children = node.value
-    values = height = 1
-    for child in children:
-        child_values, child_height = _measure(child, known, depth + 1)
-        values += child_values
-        height = max(height, 1 + child_height)
-    # Only aliases bring a node that was read as a small one above these.
-    if values > VALUES or height > DEPTH:
-        raise InputError(f"{line} holds more than {VALUES:,} values, or more than {DEPTH} levels, by its aliases")
-    known[id(node)] = values, height
-    return values, height
+def _check(root: yaml.Node) -> None:
+    """Raise InputError that begins with a line. What an alias names counts again each time, but only up to VALUES."""
+    visited, waiting = 0, [(root, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        visited += 1
+        line = f"line {node.start_mark.line + 1}"
+        if depth > DEPTH:  # also where an anchor holds itself
+            raise InputError(f"{line} is nested more than {DEPTH} deep")
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node, line)
+        elif isinstance(node, yaml.MappingNode):
+            _check_keys(node, line)
+            children = [child for pair in node.value for child in pair]
+        else:
+            children = node.value
+        waiting += [(child, depth + 1) for child in children]
+        if visited + len(waiting) > VALUES:
+            raise InputError(f"{line} holds more than {VALUES:,} values, or its aliases do")
 
 
 def _check_scalar(node: yaml.ScalarNode, line: str) -> None:

@@ -104,26 +104,11 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
         checks.check_positions(folder, {f"recover.{length}": getattr(stage, length)})
         if stage.method != "distil":
             continue
-        # A teacher reads the same sequences, and numbers tokens in the same way.
-        original = _teacher_files(stage.teacher) if stage.teacher else teacher
-        if original is not None:
-            checks.check_positions(original, {"recover.max_length (for recover.teacher)": stage.max_length})
-            of_teacher = checks.load_tokenizer(original, TEACHER)
-            checks.compare_vocabularies(
-                tokenizer.get_vocab(),
-                of_teacher.get_vocab(),
-                stage.teacher or str(original),
-            )
-
-
-def _teacher_files(teacher: str) -> Path:
-    """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
-    folder = hub.locate(teacher, None, hub.SMALL_FILES, field=TEACHER)
-    # A local path that does not exist is only seen here.
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"no config.json in {folder}",
-            field=TEACHER,
-            remedy="give the folder of a checkpoint, or a hub id",
-        )
-    return folder
+        # A teacher reads the same sequences, and numbers tokens in the same way; of a hub id only small files are read.
+        own, name = teacher, stage.teacher
+        if name:
+            own = hub.locate(name, None, hub.SMALL_FILES, field=TEACHER)
+        if own is not None:
+            of_teacher = checks.load_tokenizer(own, TEACHER)
+            checks.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
+            checks.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))

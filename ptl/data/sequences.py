@@ -41,12 +41,6 @@ class Tokens:
 
 def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
     """One row as tokens, ended by EOS and truncated to max_length."""
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no EOS token, so no answer could end",
-            field="model.path",
-            remedy="set eos_token and save it",
-        )
     encode = _chat_tokens if row.source.format == "messages" else _text_tokens
     prompt, ids = encode(row, tokenizer)
     # a prompt that fills max_length leaves no completion
@@ -91,19 +85,13 @@ def chat_ids(
     """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise InputError(
-            "`messages` needs a chat template, and the tokenizer has none",
-            field="data.format",
-            remedy="use another format",
-        )
     try:
         encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
         raise InputError(
             f"row {number}: the model's chat template does not take it ({error})",
             field="data.messages",
-            remedy="correct the row",
+            remedy="correct the row, or use another format",
         ) from error
     return list(encoded["input_ids"])
 
@@ -124,10 +112,13 @@ def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> lis
 def calibration_rows(settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
     """As many rows of the calibration data as the settings say, drawn with the seed, or all of them."""
     rows = read_rows(settings.data)
-    # none twice
+    # None twice.
     picked = itertools.islice(order(len(rows), seed), min(settings.num_sequences, len(rows)))
-    drawn = [SourceRow(rows[i], settings.data, i + 1) for i in picked]
-    return [tokenize(row, tokenizer, settings.max_length) for row in drawn]
+    sequences = []
+    for i in picked:
+        row = SourceRow(rows[i], settings.data, i + 1)
+        sequences.append(tokenize(row, tokenizer, settings.max_length))
+    return sequences
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
@@ -143,7 +134,7 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
         batch = padded_ids([tokens.ids for tokens in group], 0, "right")
         # padding carries no loss
         labels = [tokens.labels("completion") for tokens in group]
-        batches.append({**batch, "labels": _pad(labels, IGNORED, "right")})
+        batches.append(batch | {"labels": _pad(labels, IGNORED, "right")})
     return batches
 
 
@@ -219,7 +210,8 @@ def prompt_rows(
     # without a filter no row is read but those that are picked
     kept: Sequence[int] = range(len(rows))
     if leak_filter is not None:
-        kept = [i for i, columns in enumerate(rows) if leak_filter.keeps(SourceRow(columns, source, i + 1))]
+        numbered = (SourceRow(columns, source, number) for number, columns in enumerate(rows, 1))
+        kept = [row.number - 1 for row in numbered if leak_filter.keeps(row)]
     if not kept:
         raise InputError(
             f"each of the {len(rows)} rows of {source.source} is dropped",

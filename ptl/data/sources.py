@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -21,7 +19,6 @@ from ptl.config.paths import FILL_IN
 from ptl.config.recover import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
-from ptl.storage import local_files
 from ptl.storage.manifest import file_digest
 
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
@@ -93,7 +90,11 @@ def _load(source: DataSource, field: str) -> Any:
     else:
         rows = _from_parquet(path, setting)
     if len(rows) == 0:
-        raise InputError(f"{source.source} is empty", field=setting, remedy="give a source with at least one row")
+        raise InputError(
+            f"{source.source} is empty",
+            field=setting,
+            remedy="give a source with at least one row",
+        )
     return rows
 
 
@@ -122,7 +123,7 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     chat = row.columns.get(column)
     if not isinstance(chat, list) or not chat:
         raise row.error(
-            f" has no list in column {column!r} (columns there: {_names(row)})",
+            f" has no list in column {column!r} ({_names(row)})",
             "name the column that holds the chat: messages: COLUMN",
         )
     for position, message in enumerate(chat, 1):
@@ -139,9 +140,15 @@ def _check_message(message: Any, position: int, row: SourceRow) -> None:
     """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
     turn = message if isinstance(message, dict) else {}
     if "from" in turn and "value" in turn:
-        raise row.error(f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT)
+        raise row.error(
+            f": message {position} has `from` and `value` (ShareGPT), no role and content",
+            SHAREGPT,
+        )
     if not isinstance(turn.get("role"), str):
-        raise row.error(f": message {position} is no object with a role and a content", CORRECT)
+        raise row.error(
+            f": message {position} is no object with a role and a content",
+            CORRECT,
+        )
     content = turn.get("content")
     calls_tools = content is None and turn.get("tool_calls")  # and needs no text
     if not isinstance(content, str) and not calls_tools:
@@ -157,7 +164,10 @@ def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
     chat, answer = turns(row)
     if not answer:
         role = chat[-1]["role"]
-        raise row.error(f" ends with a turn of role {role!r}, so that there is no answer to learn from", LEAVE_OUT)
+        raise row.error(
+            f" ends with a turn of role {role!r}, so that there is no answer to learn from",
+            LEAVE_OUT,
+        )
     return chat, answer
 
 
@@ -172,27 +182,9 @@ def prompt_of(row: SourceRow) -> Any:
     return read(row)[0]
 
 
-def bare(row: SourceRow) -> SourceRow:
-    """The row with the columns of its templates alone, without the words around them (`Question: `)."""
-    source = row.source
-    templates = {name: _without_words(getattr(source, name)) for name in ("text", "prompt", "completion")}
-    return replace(row, source=source.model_copy(update=templates))
-
-
-@cache
-def _without_words(template: str) -> str:
-    columns = []
-    for _, name, spec, conversion in Formatter().parse(template):
-        if name is not None:
-            # as it was written: {number:.2f} stays rounded
-            conversion = f"!{conversion}" if conversion else ""
-            columns.append(f"{{{name}{conversion}:{spec}}}")
-    return " ".join(columns)
-
-
 def fill(template: str, row: SourceRow) -> str:
     """A template over the columns of a row. Raises InputError that names the column that is not there or no text."""
-    # first each value for itself: format_map would write None and [1, 2] into the text
+    # First each value for itself: format_map would write None and [1, 2] into the text.
     for name in _template_columns(template):
         value = _value(name, row)
         is_endless = isinstance(value, float) and not math.isfinite(value)
@@ -201,10 +193,7 @@ def fill(template: str, row: SourceRow) -> str:
                 f" holds {_kind(value)} for {{{name}}}, which is no text",
                 f"{LEAVE_OUT}, or {PART}",
             )
-    try:
-        text = template.format_map(row.columns)
-    except (ValueError, TypeError) as error:
-        raise row.error(f" has a value that the template's format does not take ({error})", CORRECT) from error
+    text = template.format_map(row.columns)
     _check_unicode(text, row)
     return text
 
@@ -214,21 +203,21 @@ def _value(name: str, row: SourceRow) -> Any:
     column, bracket, keys = name.partition("[")
     if column not in row.columns:
         raise row.error(
-            f" lacks {column!r}, which a template names (columns there: {_names(row)})", "correct the template"
+            f" lacks {column!r}, which a template names ({_names(row)})",
+            "correct the template",
         )
     try:
         return Formatter().get_field(name, (), row.columns)[0]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        whole = _kind(row.columns[column])
         raise row.error(
-            f" has {whole} in {column!r}, with no part {bracket}{keys}, which a template names",
+            f" has {_kind(row.columns[column])} in {column!r}, with no part {bracket}{keys}, which a template names",
             f"correct the template: {{{column}}} is the whole value",
         ) from error
 
 
 def _names(row: SourceRow) -> str:
     """The columns that a row has, for an error about one that it lacks."""
-    return ", ".join(sorted(row.columns))
+    return f"columns there: {', '.join(sorted(row.columns))}"
 
 
 def _check_unicode(text: str, row: SourceRow) -> None:
@@ -285,13 +274,11 @@ def _from_parquet(path: Path, setting: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache(setting) / "parquet"))
-        # a damaged text would only be noticed in the row that has it
+        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache()))
+        # A damaged text would only be noticed in the row that has it.
         rows.data.table.validate(full=True)
-    except (InputError, MemoryError):
-        raise
     except Exception as error:  # of a damaged file, the libraries raise a dozen kinds
-        if isinstance(error, OSError) and error.errno in (*local_files.FULL, errno.EACCES):  # of the cache
+        if getattr(error, "errno", None):  # of the cache's disk
             raise
         raise InputError(
             f"{path} is no readable Parquet file ({type(error).__name__}: {error})",
@@ -307,12 +294,12 @@ def _from_s3(uri: str, setting: str) -> Path:
 
     bucket, key = s3_client.split(uri)
     digest = hashlib.sha256(f"{uri} {_etag(uri, setting)}".encode()).hexdigest()
-    target = _cache(setting) / digest[:32] / Path(key).name
+    target = _cache() / digest[:32] / Path(key).name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # another process may download the same object
+        # Another process may download the same object.
         partial = target.with_name(f".{os.getpid()}.{target.name}")
-        with _explained(uri, setting):
+        with s3_client.explained(uri):
             s3_client.client().download_file(bucket, key, str(partial))
         partial.rename(target)
     return target
@@ -320,63 +307,52 @@ def _from_s3(uri: str, setting: str) -> Path:
 
 def _etag(uri: str, setting: str) -> str:
     """What S3 names an object's content by."""
+    from botocore.exceptions import ClientError
+
     from ptl.storage import s3_client
 
     bucket, key = s3_client.split(uri)
-    with _explained(uri, setting):
-        tag = s3_client.client().head_object(Bucket=bucket, Key=key).get("ETag")
-    if tag:
-        return str(tag)
-    # as from a web page in place of the server
-    raise InputError(f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
-
-
-@contextmanager
-def _explained(uri: str, setting: str) -> Iterator[None]:
-    """Errors of S3 about a source."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    from ptl.storage import s3_client
-
-    try:
-        yield
-    except (ClientError, BotoCoreError) as error:
-        if isinstance(error, ClientError) and s3_client.is_missing(error):
-            raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
-        raise s3_client.error_for(InputError, error, uri, field=setting) from error
-
-
-def _cache(setting: str) -> Path:
-    """Downloaded and converted files, which another step on the same machine may use again: the run's or the user's."""
-    if scratch := os.environ.get("PTL_SCRATCH"):
-        return Path(scratch, "ptl-data")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ptl"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # whoever can write here decides what a model is trained on
-        owner = folder.lstat().st_uid
-        if owner != os.getuid():
-            raise PermissionError(f"it belongs to user {owner}")
-        folder.chmod(0o700)
-    except OSError as error:
+    with s3_client.explained(uri):
+        try:
+            answer = s3_client.client().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if not s3_client.is_missing(error):
+                raise
+            raise InputError(
+                f"no object {uri}",
+                field=setting,
+                remedy=f"give {FILE_KINDS}",
+            ) from error
+    # As from a web page in place of the server.
+    if "ETag" not in answer:
         raise InputError(
-            f"{folder}, for copies of data, cannot be used ({error})",
-            field=setting,
-            remedy="remove it, or set XDG_CACHE_HOME to a folder of your own",
-        ) from error
-    return folder
+            f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
+        )
+    return answer["ETag"]
+
+
+def _cache() -> Path:
+    """Downloaded and converted files, which another step on the same machine may use again: the run's or the user's."""
+    from datasets import config
+
+    folder = os.environ.get("PTL_SCRATCH") or config.HF_DATASETS_CACHE
+    return Path(folder, "ptl-data")
 
 
 def _from_hub(source: DataSource, setting: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
+        return datasets.load_dataset(
+            source.source,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+        )
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        parts = {"subset": source.subset, "split": source.split, "revision": source.revision}
-        chosen = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
         raise InputError(
-            f"dataset {source.source!r} ({chosen}) cannot be loaded: {type(error).__name__}: {error}",
+            f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
+            f"cannot be loaded: {type(error).__name__}: {error}",
             field=setting,
             remedy=f"check the id, HF_TOKEN and the connection, or give {FILE_KINDS}",
         ) from error

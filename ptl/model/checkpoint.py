@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -14,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import json_input
 from ptl.errors import InputError
 from ptl.model import safetensors_io
-from ptl.model.families import family_of
-from ptl.model.safetensors_io import ITEM_BYTES, Entries, Entry, NewTensor
+from ptl.model.safetensors_io import Entries, Entry, NewTensor
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +22,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
 MLFLOW_FILES = ("MLmodel", "registered_model_meta")  # what mlflow_flavor writes, and MLflow itself
-DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
 MISTRAL_CONFIG = "params.json"  # beside config.json in Mistral's repositories; vLLM may prefer it
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
@@ -64,22 +60,16 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def shards(folder: Path) -> list[Path]:
     """The weight files, in order. Raises InputError for pickles, missing shards and paths that leave the folder."""
-    index = folder / INDEX
-    if not index.is_file():
-        return [_single_file(folder)]
-    names = sorted(set(_weight_map(folder).values()))
-    for name in names:
-        # A name with a folder in it could point to any file on the machine.
-        if Path(name).name != name or not (folder / name).is_file():
-            raise checkpoint_error(f"{index} names {name!r}, which is no file beside it")
-    return [folder / name for name in names]
-
-
-def _single_file(folder: Path) -> Path:
-    """The only weight file of a checkpoint without an index."""
-    weights = folder / WEIGHTS
+    index, weights = folder / INDEX, folder / WEIGHTS
+    if index.is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            # A name with a folder in it could point to any file on the machine.
+            if Path(name).name != name or not (folder / name).is_file():
+                raise checkpoint_error(f"{index} names {name!r}, which is no file beside it")
+        return [folder / name for name in names]
     if weights.is_file():
-        return weights
+        return [weights]
     pickle = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
     if pickle:
         raise checkpoint_error(
@@ -104,43 +94,25 @@ def contents(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def num_params(folder: Path) -> int:
-    """Parameters of a checkpoint; an output layer that is the embeddings counts once, also where both are stored.
-
-    Raises InputError for a family that is not supported.
-    """
-    config = read_config(folder)
-    family = family_of(config)
-    left_out = {"lm_head.weight"} if family.is_tied(config) else set()
-    params = 0
-    for name, entry in contents(folder).items():
-        if family.is_read(name, config) and name not in left_out:
-            params += math.prod(entry.shape)
-    return params
-
-
 def itemsize(folder: Path) -> int:
     """Bytes of a number in the model as transformers loads it: in the config's dtype, else in that of the weights."""
+    import torch
+
     config = read_config(folder)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
-        return DTYPES[dtype]
+        return int(getattr(torch, dtype).itemsize)
     # Of a hub id perhaps only config.json has been downloaded.
     entries = contents(folder) if any(folder.glob("*.safetensors")) else {}
-    sizes = [ITEM_BYTES[entry.dtype] for entry in entries.values()]
-    return max(sizes, default=DTYPES["bfloat16"])
+    dtypes = safetensors_io.dtypes()
+    sizes = [dtypes[entry.dtype].itemsize for entry in entries.values()]
+    return max(sizes, default=torch.bfloat16.itemsize)
 
 
 def check_tied(entries: Entries) -> None:
     """Raise InputError where a tied output layer is stored with other values: transformers would then not tie it."""
     output = entries.get("lm_head.weight")
-    embeddings = entries.get("model.embed_tokens.weight")
-    if output is None or embeddings is None:
-        return
-    # Compared in chunks: an output layer can have gigabytes.
-    output_chunks = safetensors_io.byte_chunks(output)
-    embedding_chunks = safetensors_io.byte_chunks(embeddings)
-    if not all(map(operator.eq, output_chunks, embedding_chunks)):
+    if output is not None and not safetensors_io.are_equal(output, entries["model.embed_tokens.weight"]):
         raise checkpoint_error(
             f"{output.path} holds an output layer (lm_head.weight) that differs from the embeddings, but config.json "
             "ties them",
@@ -185,17 +157,10 @@ def rewrite(src: Path, dst: Path, changed: Callable[[Entry], NewTensor | None]) 
         write_index(dst, weight_map, total_bytes)
 
 
-def write_index(
-    folder: Path,
-    weight_map: dict[str, str],
-    total_size: int,  # bytes
-) -> None:
-    """The index of a checkpoint with several shards."""
-    index = {
-        "metadata": {"total_size": total_size},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    write_json(folder / INDEX, index)
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """The index of a checkpoint with several shards; `total_size` in bytes."""
+    metadata = {"total_size": total_size}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -218,8 +183,7 @@ def check_links(folder: Path) -> None:
         if path.is_symlink() and not any(map(target.is_relative_to, allowed)):
             link = folder / path.relative_to(root)
             raise checkpoint_error(
-                f"{link} is a link to {target}, outside of that folder",
-                "copy the file there in its place",
+                f"{link} is a link to {target}, outside of that folder", "copy the file in its place"
             )
 
 
@@ -230,24 +194,13 @@ def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> Non
     """
     check_links(src)
     # The caller writes the weights, and with them the index and the config; manifests would be out of date.
-    weights = {path.name for path in shards(src)}
-    excluded_names = weights | {
-        INDEX,
-        "config.json",
-        MISTRAL_CONFIG,
-        STATE,
-        "ptl-files.json",
-        *MLFLOW_FILES,
-        *excluded,
-    }
-    for path in sorted(src.iterdir()):
+    excluded_names = {INDEX, "config.json", MISTRAL_CONFIG, "ptl-files.json", *MLFLOW_FILES, *excluded}
+    for path in [*src.iterdir(), *src.glob(f"{CHAT_TEMPLATES}/*.jinja")]:
         is_excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
-        if not is_excluded and path.is_file():
-            shutil.copyfile(path, dst / path.name)
-    for path in sorted((src / CHAT_TEMPLATES).glob("*.jinja")):
-        copy = dst / CHAT_TEMPLATES / path.name
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        if path.is_file() and not is_excluded:
+            copy = dst / path.relative_to(src)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -267,8 +220,7 @@ def check_finite(paths: Iterable[Path]) -> None:
             # Integers are always finite.
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise checkpoint_error(
-                    f"tensor {name} in {path} holds NaN or infinite values",
-                    "use a checkpoint without them",
+                    f"tensor {name} in {path} holds NaN or infinite values", "use another checkpoint"
                 )
 
 
@@ -277,9 +229,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
-    # Any damage to its structure is reported in the same way.
-    try:
-        weight_map = json_input.loads(path.read_bytes())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint_error(f"{path} is not an index of shards ({error})") from error
+    weight_map = json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise checkpoint_error(f"{path} must hold a weight_map")
+    return {name: str(file) for name, file in weight_map.items()}

@@ -12,17 +12,7 @@ from ptl.model import checkpoint, pretrained, text_tower
 
 def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
-    pretrained.config(folder, field)  # transformers reads it too: what is wrong with it is no fault of the tokenizer
-    try:
-        tokenizer = pretrained.tokenizer(folder, field)
-    except (InputError, ModuleNotFoundError):  # the latter: without transformers
-        raise
-    except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
-        raise checkpoint.checkpoint_error(
-            f"the tokenizer of {folder} cannot be read ({str(error)[:300]})",
-            "fetch the checkpoint again, or save a tokenizer beside the weights: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
-        ) from error
+    tokenizer = pretrained.tokenizer(folder, field)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{folder}: the tokenizer has no EOS token, so no answer could end",

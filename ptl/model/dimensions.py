@@ -69,20 +69,20 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
 
 def dimensions_of(model: ModelShapes) -> ModelDimensions:
     """What pruning changes in a model: counted in its first layer that can be removed, and times such layers."""
-    layers = model.layers()
-    dense_layers = tuple(i for i, layer in enumerate(layers) if model.family.experts and DOWN not in layer)
+    layers, experts = model.layers(), model.family.experts
+    dense_layers = tuple(i for i, layer in enumerate(layers) if experts and DOWN not in layer)
     removable = [layer for i, layer in enumerate(layers) if i not in dense_layers]
     width = getattr(model.config, model.family.width_field)
     neurons = {name: tensor for name, tensor in removable[0].items() if _has_neurons(model.family, name)}
-    dense = ModelDimensions(
+    return ModelDimensions(
         params=model.params,
         layers=len(layers),
         width=width,
         params_per_neuron=len(removable) * shapes.count(neurons) // width,
         params_per_layer=shapes.count(removable[0]),
+        dense_layers=dense_layers,
+        **(_mixture(experts, model.config, removable, is_uniform=not dense_layers) if experts else {}),
     )
-    experts = model.family.experts
-    return _with_mixture(dense, experts, model.config, removable, dense_layers) if experts else dense
 
 
 def _has_neurons(family: Family, name: str) -> bool:
@@ -92,29 +92,27 @@ def _has_neurons(family: Family, name: str) -> bool:
     return family.has_neurons(*name.rsplit(".", 1))
 
 
-def _with_mixture(
-    dense: ModelDimensions,
+def _mixture(
     experts: Experts,
     config: Any,  # transformers' own
-    removable: list[dict[str, Tensor]],  # layers that have experts
-    dense_layers: tuple[int, ...],
-) -> ModelDimensions:
-    """Add what a mixture of experts has besides."""
-    of_experts = {name: tensor for name, tensor in removable[0].items() if name in (*FUSED, *BIASES)}
-    of_router = {name: tensor for name, tensor in removable[0].items() if experts.has_router(name)}
+    layers: list[dict[str, Tensor]],  # those that have experts
+    *,
+    is_uniform: bool,  # whether no other layer has one MLP in their place
+) -> dict[str, Any]:
+    """What a mixture of experts has besides."""
+    of_experts = {name: tensor for name, tensor in layers[0].items() if name in (*FUSED, *BIASES)}
+    of_router = {name: tensor for name, tensor in layers[0].items() if experts.is_router(name.removesuffix(".weight"))}
     number = len(of_experts[DOWN])
-    return replace(
-        dense,
-        experts=number,
-        experts_per_token=config.num_experts_per_tok,
-        params_per_expert=len(removable) * shapes.count(of_experts | of_router) // number,
-        params_per_route=len(removable) * shapes.count(of_router) // number,
-        fewest_experts=config_fields.fewest_experts(config),
-        expert_groups=getattr(config, "n_group", 1),
-        dense_layers=dense_layers,
-        # Not where a shared expert has the width too, or where layers and experts differ
-        narrowable=not dense_layers and not experts.transposed and not getattr(config, "n_shared_experts", 0),
-    )
+    return {
+        "experts": number,
+        "experts_per_token": config.num_experts_per_tok,
+        "params_per_expert": len(layers) * shapes.count(of_experts | of_router) // number,
+        "params_per_route": len(layers) * shapes.count(of_router) // number,
+        "fewest_experts": config_fields.fewest_experts(config),
+        "expert_groups": getattr(config, "n_group", 1),
+        # Not where a shared expert has the width too, or where layers and experts differ.
+        "narrowable": is_uniform and not experts.transposed and not getattr(config, "n_shared_experts", 0),
+    }
 
 
 def resolve_multiple(
@@ -137,11 +135,7 @@ def resolve_multiple(
     return least
 
 
-def width_for(
-    dimensions: ModelDimensions,
-    goal: int,  # parameters
-    multiple: Multiple,
-) -> int:
+def width_for(dimensions: ModelDimensions, goal: int, multiple: Multiple) -> int:
     """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
 
     Raises InputError when fewer neurons than one multiple would be left.
@@ -154,12 +148,10 @@ def width_for(
     step = resolve_multiple(dimensions.width, width, multiple, dimensions.least_multiple)
     width -= width % step
     if width < step:
-        without_ffn = dimensions.params - dimensions.width * per_neuron
-        least = without_ffn + step * per_neuron
+        least = with_width(dimensions, step)
         raise InputError(
-            f"{goal:,} parameters cannot be reached by neurons: "
-            f"all but the FFNs are {without_ffn:,}, and "
-            f"prune.width_multiple={step} needs at least {least:,}",
+            f"{goal:,} parameters cannot be reached by neurons: prune.width_multiple={step} needs at least "
+            f"{least.params:,}",
             field="schedule.target",
             remedy="let schedule.target remove less, or lower prune.width_multiple",
         )
@@ -216,10 +208,7 @@ def check_unit(experts: int, narrowable: bool, unit: str) -> None:
         )
 
 
-def experts_for(
-    dimensions: ModelDimensions,
-    goal: int,  # parameters
-) -> int:
+def experts_for(dimensions: ModelDimensions, goal: int) -> int:
     """The most experts in each layer with which the model has at most `goal` parameters.
 
     Raises InputError where fewer would be left than each token is sent to, or than its groups of experts need.

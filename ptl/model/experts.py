@@ -70,20 +70,13 @@ class Experts:
         """Whether a part belongs to the router."""
         return part in (self.router_part, f"{self.block}.gate", self.router_vector)
 
-    def has_router(self, name: str) -> bool:
-        """Whether a layer's tensor belongs to the router, by its name in transformers' memory."""
-        return name in (f"{self.router_part}.weight", self.router_vector)
-
     def dense_config(self, config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
         """The fields of Qwen's configs by which `layers` are of the same kind once they are numbered without gaps."""
         listed = config.get("mlp_only_layers") or ()
         step = config.get("decoder_sparse_step") or 1
+        dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
         if not self.lists_dense_layers or (not listed and step == 1):
             return {}
-        dense = []
-        for number, layer in enumerate(layers):
-            if layer in listed or (layer + 1) % step:
-                dense.append(number)
         return {
             "mlp_only_layers": dense,
             "decoder_sparse_step": 1,

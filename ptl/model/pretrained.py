@@ -6,13 +6,12 @@ transformers asks on the terminal where it needs such code (`auto_map` in a JSON
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl import json_input
 from ptl.errors import InputError
 
 MODEL = "model.path"  # the field of the config that names the checkpoint
@@ -23,8 +22,15 @@ def config(folder: Path, field: str = MODEL) -> Any:
     """The config of a checkpoint. Raises InputError where it needs code of its own, or transformers refuses a field."""
     from transformers import AutoConfig
 
-    with _naming_config(f"config.json in {folder}", field):
-        return _load(AutoConfig.from_pretrained, folder, field)
+    with _explained(f"config.json in {folder}", field):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def config_with_defaults(content: Mapping[str, Any]) -> Any:
+    """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**copy.deepcopy(dict(content)))  # transformers writes into nested fields
 
 
 def can_build() -> bool:
@@ -44,7 +50,7 @@ def skeleton(folder: Path, dtype: Any = None, field: str = MODEL, *, buffers: bo
     text_config = config(folder, field).get_text_config()
     # accelerate's keeps buffers, and makes each parameter on the CPU first.
     without_weights = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
-    with _naming_config(f"config.json in {folder}", field), without_weights:
+    with _explained(f"config.json in {folder}", field), without_weights:
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype or text_config.dtype, trust_remote_code=False)
 
 
@@ -53,38 +59,41 @@ def skeleton_of_config(content: Mapping[str, Any], source: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _naming_config(source, MODEL), torch.device("meta"):
+    with _explained(source, MODEL), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config_with_defaults(content), trust_remote_code=False)
 
 
+def tokenizer(folder: Path, field: str = MODEL) -> Any:
+    """The tokenizer of a checkpoint. Raises InputError where it cannot be read or needs code of its own."""
+    from transformers import AutoTokenizer
+
+    config(folder, field)  # transformers reads it too: what is wrong with it is no fault of the tokenizer
+    with _explained(f"the tokenizer of {folder}", field):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 @contextmanager
-def _naming_config(source: str, field: str) -> Iterator[None]:
-    """Turn whatever transformers raises over a config.json into an InputError."""
+def _explained(source: str, field: str) -> Iterator[None]:
+    """Turn whatever transformers raises over the small files of a checkpoint into an InputError."""
     try:
         yield
-    except (InputError, ImportError, OSError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # a dozen kinds: a field is checked where the model first needs it
+        if getattr(error, "errno", None):  # of the disk
+            raise
+        if "trust_remote_code" in str(error):  # transformers has no error of its own for it
+            raise InputError(
+                f"{source} needs code of its own, which is never run",
+                field=field,
+                remedy="use a checkpoint that transformers loads without trust_remote_code",
+            ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]  # on one line
         raise InputError(
             f"transformers cannot read {source} ({reason})",
             field=field,
             remedy="correct it, or fetch the checkpoint again",
         ) from error
-
-
-def config_with_defaults(content: Mapping[str, Any]) -> Any:
-    """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**copy.deepcopy(dict(content)))  # transformers writes into nested fields
-
-
-def tokenizer(folder: Path, field: str = MODEL) -> Any:
-    """The tokenizer of a checkpoint. Raises InputError where it needs code of its own."""
-    from transformers import AutoTokenizer
-
-    return _load(AutoTokenizer.from_pretrained, folder, field)
 
 
 def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
@@ -102,7 +111,8 @@ def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
             remedy="of a multimodal checkpoint give the text model, which `ptl import-model` saves",
         )
     skeleton(folder, field=field)
-    return for_generation(_load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    return for_generation(model)
 
 
 def for_generation(model: Any) -> Any:
@@ -114,32 +124,3 @@ def for_generation(model: Any) -> Any:
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False
     return model
-
-
-def _load(
-    load: Callable[..., Any],
-    folder: Path,
-    field: str,
-    **options: Any,
-) -> Any:
-    """Call a from_pretrained; InputError where it fails because it would have to run the checkpoint's code."""
-    try:
-        return load(folder, trust_remote_code=False, **options)
-    except ValueError as error:  # transformers has no error of its own for it
-        for name in ("config.json", "tokenizer_config.json"):
-            if _names_code(folder / name):
-                raise InputError(
-                    f"{folder} needs code of its own (auto_map in {name}), which is never run",
-                    field=field,
-                    remedy="use a checkpoint that transformers loads without trust_remote_code",
-                ) from error
-        raise
-
-
-def _names_code(path: Path) -> bool:
-    """Whether a JSON file of a checkpoint names Python classes in files beside it."""
-    try:
-        content = json_input.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and bool(content.get("auto_map"))

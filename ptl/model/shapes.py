@@ -71,29 +71,23 @@ class ModelShapes:
     @property
     def attention_width(self) -> int:
         """Numbers of a token's queries and of what its heads give, in all layers; 2 FLOPs each per token of context."""
-        width = 0
-        for layer in self.layers():
-            values = layer["self_attn.o_proj.weight"].shape[1]
-            queries = values
-            for name in ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight"):
-                if name in layer:
-                    queries = layer[name].shape[0]
-            width += queries + values
-        return width
+        config = self.config
+        queries = getattr(config, "qk_head_dim", self._head_size)
+        values = getattr(config, "v_head_dim", self._head_size)
+        return int(config.num_hidden_layers * config.num_attention_heads * (queries + values))
 
     @property
     def cached_numbers(self) -> int:
         """Numbers of a token in the KV cache, in all layers; a sliding window limits the tokens, not these."""
-        numbers = 0
-        for layer in self.layers():
-            rows = {name: tensor.shape[0] for name, tensor in layer.items()}
-            if "self_attn.kv_a_proj_with_mqa.weight" in rows:  # latent attention: from these it computes both
-                numbers += rows["self_attn.kv_a_proj_with_mqa.weight"]
-            elif "self_attn.qkv_proj.weight" in rows:
-                numbers += rows["self_attn.qkv_proj.weight"] - layer["self_attn.o_proj.weight"].shape[1]
-            else:
-                numbers += rows["self_attn.k_proj.weight"] + rows["self_attn.v_proj.weight"]
-        return numbers
+        config = self.config
+        if hasattr(config, "kv_lora_rank"):  # latent attention: from these it computes both
+            return int(config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim))
+        return int(config.num_hidden_layers * 2 * config.num_key_value_heads * self._head_size)
+
+    @property
+    def _head_size(self) -> int:
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def count(tensors: Mapping[str, Tensor]) -> int:

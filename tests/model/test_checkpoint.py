@@ -158,7 +158,7 @@ def test_an_index_that_is_wrong_about_a_tensor_is_refused(sharded):
 @pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', "{}"])
 def test_a_malformed_index_is_refused(sharded, text):
     (sharded / checkpoint.INDEX).write_text(text)
-    refused(sharded, "is not an index of shards")
+    refused(sharded, checkpoint.INDEX, "fetch the checkpoint again")
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):

@@ -198,7 +198,7 @@ def test_sizes_are_those_of_the_real_model(variant, model, source):
     body = model_dimensions(source, family)
     assert body == dimensions_of(shapes.of_config(config, family, "config.json"))
     layer = model.get_decoder().layers[expert_layers(model)[0]]
-    assert body.params == num_parameters(model) == checkpoint.num_params(source)
+    assert body.params == num_parameters(model) == cost.from_config(source).params
     assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
     in_experts, in_router = (
         sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in (layer.mlp.experts, router(layer))
@@ -290,7 +290,7 @@ def test_layers_that_guess_further_tokens_are_left_behind(tmp_path):
     weights = dict(checkpoint.tensors(source / checkpoint.WEIGHTS))
     checkpoint.write_shard(source / checkpoint.WEIGHTS, weights | extra)
     changed(source, num_nextn_predict_layers=1)
-    assert model_dimensions(source, family) == plain and checkpoint.num_params(source) == plain.params
+    assert model_dimensions(source, family) == plain and cost.from_config(source).params == plain.params
     write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}))
     assert checkpoint.contents(tmp_path / "cut").keys() == weights.keys()
     assert checkpoint.read_config(tmp_path / "cut")["num_nextn_predict_layers"] == 0
