@@ -54,7 +54,10 @@ class LayerwiseModel:
         self.causal_lm = causal_lm
         self.decoder = causal_lm.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
-        self.batches = [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]
+        self.batches: list[Batch] = []
+        for batch in batches:
+            on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            self.batches.append(on_device)
         # What the decoder gives each layer besides the hidden states, by batch; known once `embed` has run
         self.layer_arguments: dict[int, list[Arguments]] = {}
 

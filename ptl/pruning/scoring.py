@@ -45,8 +45,11 @@ def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
     """Hidden states [B, T, H] before each layer and after the last one, of each batch, in host memory."""
     inputs = [[states.cpu() for states in model.embed()]]
     for i, _ in layers_in_turn(model, "taylor, forwards"):
-        # A batch at a time on the GPU, where there is one
-        outputs = [model.run(i, b, states.to(model.device)).cpu() for b, states in enumerate(inputs[-1])]
+        outputs = []
+        for b, states in enumerate(inputs[-1]):
+            # A batch at a time on the GPU, where there is one
+            output = model.run(i, b, states.to(model.device))
+            outputs.append(output.cpu())
         inputs.append(outputs)
     return inputs
 

@@ -56,7 +56,17 @@ def build(
     """
     imported = steps["import-model"].metadata
     # Of a control that was evaluated the score is in its record, whatever failed later.
-    failed = "" if "control-evaluate" in steps else _shortened(" ".join(control_failed.split())).rstrip(".")
+    if "control-evaluate" in steps:
+        control_failed = ""
+    one_line = " ".join(control_failed.split())
+    failed = _shortened(one_line).rstrip(".")
+    control_steps = {f"control-{stage}": 1 for stage in LOOP}
+    step_rows = []
+    for name, step in steps.items():
+        fields = step.metadata | asdict(step.pointer) | {"step": name}
+        step_rows.append(StepRow(**fields))
+    measured = [metadata["speed"] for metadata in _evaluations(steps).values() if metadata["speed"]]
+    exports = [Export(**export) for export in config.get("export", [])]
     result = Result(
         run_id=run_id,
         mlflow_run_id=mlflow_run_id,
@@ -72,13 +82,13 @@ def build(
         wall_seconds=_wall_seconds(steps),
         confidence=Evaluate.confidence,
         mlflow=Tracking(url=mlflow_url, experiment_id=experiment_id),
-        steps=[StepRow(**{**step.metadata, **asdict(step.pointer), "step": name}) for name, step in steps.items()],
+        steps=step_rows,
         not_needed=_not_needed(steps, config["schedule"]["iterations"]),
         control_failed=failed,
-        not_finished=_missing(steps, {f"control-{stage}": 1 for stage in LOOP}, failed) if failed else [],
-        speed=next((metadata["speed"] for metadata in _evaluations(steps).values() if metadata["speed"]), {}),
+        not_finished=_missing(steps, control_steps, failed) if failed else [],
+        speed=measured[0] if measured else {},
         goal=Goal(**imported["goal"]) if "goal" in imported else None,
-        exports=[_export(Export(**export), steps, exports_failed or {}) for export in config.get("export", [])],
+        exports=[_export(export, steps, exports_failed or {}) for export in exports],
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
         paired={},
@@ -90,10 +100,12 @@ def build(
 
 def _evaluations(steps: Records, arm: str = "loop") -> dict[str, Metadata]:
     """The metadata of an arm's evaluate steps."""
-    named = {name: step.metadata for name, step in steps.items()}
-    return {
-        name: metadata for name, metadata in named.items() if metadata["stage"] == "evaluate" and metadata["arm"] == arm
-    }
+    of_arm = {}
+    for name, step in steps.items():
+        metadata = step.metadata
+        if (metadata["stage"], metadata["arm"]) == ("evaluate", arm):
+            of_arm[name] = metadata
+    return of_arm
 
 
 def _rows(steps: Records) -> list[Row]:
@@ -117,12 +129,17 @@ def _rows(steps: Records) -> list[Row]:
 def _row(steps: Records, name: str, removed_layers: list[int]) -> Row:
     evaluation = steps[name].metadata
     scores, verdict = evaluation["scores"], evaluation["verdict"]
+    first = scores["tasks"][0]
     recover = steps.get(name.replace("evaluate", "recover"))
     return Row(
         arm=evaluation["arm"],
         iteration=evaluation["iteration"],
         params=scores["params"],
-        **{key: scores["tasks"][0][key] for key in ("accuracy", "low", "high", "items", "task")},
+        accuracy=first["accuracy"],
+        low=first["low"],
+        high=first["high"],
+        items=first["items"],
+        task=first["task"],
         recovery_tokens=recover.metadata["tokens"] if recover else 0,
         verdict=verdict["decision"],
         uri=evaluation["checkpoint"]["uri"],
@@ -161,9 +178,16 @@ def _missing(steps: Records, iterations: dict[str, int], reason: str) -> list[Mi
 
 def _not_needed(steps: Records, num_iterations: int) -> list[Missing]:
     """Steps of the plan that passed their input through, with the reason from the gate's state at the loop's end."""
-    states = [evaluation["accepted"]["gate"] for evaluation in _evaluations(steps).values()]
-    reason = next((state["reason"] for state in states if state.get("stopped")), "its record was not found")
-    planned = {f"{stage}-{number}": number for number in range(1, num_iterations + 1) for stage in LOOP}
+    reason = "its record was not found"
+    for evaluation in _evaluations(steps).values():
+        state = evaluation["accepted"]["gate"]
+        if state.get("stopped"):
+            reason = state["reason"]
+            break
+    planned = {}
+    for number in range(1, num_iterations + 1):
+        for stage in LOOP:
+            planned[f"{stage}-{number}"] = number
     return _missing(steps, planned, reason)
 
 

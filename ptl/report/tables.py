@@ -93,7 +93,10 @@ def evidence(result: Result) -> list[Table]:
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
         tables.append(_sizes(dense, final))
-    speeds = [_cells(*row.cells[:3], f"{row.times:.2f} times as fast") for row in speed_rows.rows(result.speed)]
+    speeds = []
+    for row in speed_rows.rows(result.speed):
+        times = f"{row.times:.2f} times as fast"
+        speeds.append(_cells(*row.cells[:3], times))
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
     if control is not None:
@@ -179,8 +182,10 @@ def export(result: Result, row: ExportRow) -> list[Table]:
     rows = []
     for name, exported in row.models.items():
         label = name.capitalize()
-        rows.append(_exported(row, name, label, scores[row.scored[name]], original))
-        rows.append(_exported(row, f"{name}_export", f"{label}, {row.type}", exported, original))
+        as_it_is = scores[row.scored[name]]
+        rows.append(_exported(row, name, label, as_it_is, original))
+        in_format = f"{label}, {row.type}"
+        rows.append(_exported(row, f"{name}_export", in_format, exported, original))
     columns = (row.name, "Weights", *tasks, "Items", "Tokens/s")
     tables = [Table(columns, rows, len(tasks) + 3)]
     if row.pairs:
@@ -215,10 +220,19 @@ def lineage(result: Result) -> Table:
     """Each step with its checkpoint, what that was made from, and its page in MLflow."""
     rows = []
     for step in result.steps:
-        digests = map(_digest, (step.digest, step.parent_digest))
-        rows.append(_cells(step.step, duration(step.seconds), f"{step.params:,}", *digests, _run(result, step.run_id)))
+        cells = _cells(
+            step.step,
+            duration(step.seconds),
+            f"{step.params:,}",
+            _digest(step.digest),
+            _digest(step.parent_digest),
+            _run(result, step.run_id),
+        )
+        rows.append(cells)
     for missing, why in ((result.not_needed, "not needed"), (result.not_finished, "not finished")):
-        rows += [_cells(step.step, NONE, NONE, f"{why}: {step.reason}", NONE, NONE) for step in missing]
+        for absent in missing:
+            reason = f"{why}: {absent.reason}"
+            rows.append(_cells(absent.step, NONE, NONE, reason, NONE, NONE))
     columns = ("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run")
     return Table(columns, rows, 2)
 
