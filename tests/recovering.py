@@ -41,6 +41,11 @@ def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, dat
     return recover_checkpoint(src, dst, recovery, [*earlier, tokens], job, stores)
 
 
+def losses(log):
+    """Tokens seen and loss at each log that has a loss."""
+    return [(metrics["num_input_tokens_seen"], metrics["loss"]) for _, metrics in log if "loss" in metrics]
+
+
 def weights(folder):
     from ptl.model import checkpoint
 

@@ -95,7 +95,7 @@ def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_
         states = model.embed()
         for i in range(len(model.layers)):
             with model.layer(i):
-                states = model.run_batches(i, states)
+                states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         expected = []
         whole.get_decoder().norm.register_forward_pre_hook(lambda _norm, arguments: expected.append(arguments[0]))

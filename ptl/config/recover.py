@@ -266,8 +266,7 @@ class RecoverStage(Section):
     )
     """grpo: parts of an answer's reward, added up by weight"""
     guard_prompts: NonNegativeInt = 32
-    """grpo: prompts on which pass@num_generations is measured before training; one at least must be solved; 0: no
-    check"""
+    """grpo: training stops if none of the first so many prompts is solved; 0: no check"""
 
     @model_validator(mode="before")
     @classmethod

@@ -82,6 +82,7 @@ def _changes_by_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [B, E, F].
 
+    The router's weight is part of the gradient.
     Memory: the batch's activations in all experts of the layer, which the backward pass needs.
     """
     visits: list[tuple[Routed, Tensor]] = []
@@ -106,11 +107,6 @@ def _changes_by_gradient(
         members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
         changes[:, routed.expert] = members.float() @ of_tokens
     return by_input, changes
-
-
-def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
-    """First-order change of the loss when the neuron is zeroed; the router's weight is part of the gradient."""
-    return first_order_scores(model, _changes_by_gradient)
 
 
 @torch.no_grad()
@@ -147,7 +143,7 @@ CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
     "max": partial(_by_output_change, join=_max),
     "mean": partial(_by_output_change, join=_mean),
     "weight": _by_weights,
-    "taylor": _by_gradients,
+    "taylor": partial(first_order_scores, backwards=_changes_by_gradient),
     "random": _random,
 }
 

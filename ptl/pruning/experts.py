@@ -138,7 +138,7 @@ def observe(model: LayerwiseModel) -> dict[int, Observed]:
     for i, layer in layers_in_turn(model, "scoring experts, by layer"):
         experts = experts_of(layer)
         if experts is None:
-            states = model.run_batches(i, states)
+            states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
             continue
         observed = layers[i] = Observed(experts.num_experts)
         for b, hidden in enumerate(states):

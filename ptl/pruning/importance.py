@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ptl.model.families import Family
 from ptl.pruning.expert_neurons import expert_neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations, sequences
-from ptl.pruning.scoring import JoinedScores, NeuronScores, column_norms, first_order_scores
+from ptl.pruning.scoring import NeuronScores, column_norms, first_order_scores
 
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _by_output_change(
     _seed: int,
     *,
     score: Callable[[Tensor, Tensor], Tensor],  # changes [T, F] of a sequence, their units [F] or [] -> float32 [F]
-    join: str,  # of the sequences: "max" or "mean"
+    join: Callable[[Tensor, Tensor], Tensor],  # of the sequences: torch.maximum, or torch.add for their mean
 ) -> NeuronScores:
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
 
@@ -54,13 +54,13 @@ def _by_output_change(
             units = torch.ones((), device=model.device)  # these changes are lengths already
         else:
             units = column_norms(_down_projection(layer, family)) * scale  # [F]; a neuron's change is its activation
-        total = JoinedScores(join)
+        total = torch.zeros(())  # a score is never negative
         for b, hidden in enumerate(states):
             states[b], *observed = run_with_activations(model, i, b, hidden)
             for sequence in sequences(model, b, *observed):
                 changes = change_of(*sequence) if change_of else sequence[0]  # [T, F]
-                total.add(score(changes, units))
-        scores.append(total.result())
+                total = join(total, score(changes, units).cpu())
+        scores.append(total / model.num_sequences if join is torch.add else total)
     return scores
 
 
@@ -79,11 +79,6 @@ def _changes_by_gradient(
         of_tokens = value.float() * slope.float()  # [T, F]
         changes.append(of_tokens.sum(dim=0))
     return by_input, changes
-
-
-def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
-    """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771)."""
-    return first_order_scores(model, _changes_by_gradient)
 
 
 @torch.no_grad()
@@ -111,10 +106,10 @@ def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
 
 # By their names in the setting prune.criterion; each takes the model and a seed
 CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
-    "max": partial(_by_output_change, score=_max, join="max"),
-    "mean": partial(_by_output_change, score=_mean, join="mean"),
+    "max": partial(_by_output_change, score=_max, join=torch.maximum),
+    "mean": partial(_by_output_change, score=_mean, join=torch.add),
     "weight": _by_weights,
-    "taylor": _by_gradients,
+    "taylor": partial(first_order_scores, backwards=_changes_by_gradient),
     "random": _random,
 }
 
@@ -135,13 +130,13 @@ def layer_scores(model: LayerwiseModel) -> Tensor:
     scores = []
     states = model.embed()  # [B, T, H] of each batch
     for i, _ in layers_in_turn(model, "scoring layers"):
-        total = JoinedScores("max")
+        total = torch.zeros(())
         for b, hidden in enumerate(states):
             states[b] = model.run(i, b, hidden)
             for before, after in sequences(model, b, hidden, states[b]):
                 movement = after.float() - before.float()  # [T, H]
-                total.add(movement.norm(dim=-1).mean())
-        scores.append(total.result())
+                total = torch.maximum(total, movement.norm(dim=-1).mean().cpu())
+        scores.append(total)
     return torch.stack(scores)
 
 

@@ -54,7 +54,10 @@ class LayerwiseModel:
         self.causal_lm = causal_lm
         self.decoder = causal_lm.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
-        self.batches = [_on_device(batch, self.device) for batch in batches]
+        self.batches: list[Batch] = []
+        for batch in batches:
+            on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            self.batches.append(on_device)
         # What the decoder gives each layer besides the hidden states, by batch; known once `embed` has run
         self.layer_arguments: dict[int, list[Arguments]] = {}
 
@@ -84,18 +87,9 @@ class LayerwiseModel:
         # Layers of older families return a tuple.
         return output[0] if isinstance(output, tuple) else output
 
-    def run_batches(self, index: int, states: States) -> States:
-        """Hidden states [B, T, H] of all batches through a layer that is in memory."""
-        return [self.run(index, batch, hidden) for batch, hidden in enumerate(states)]
-
     def tokens(self, batch: int) -> Tensor:
         """Non-padding tokens of each sequence: int64 [B]."""
         return self.batches[batch]["attention_mask"].sum(dim=1)
-
-    def predicted(self, batch: int) -> Tensor:
-        """Tokens of each sequence that count in `loss`: int64 [B]; the first token is predicted from nothing."""
-        targets = self.batches[batch]["labels"][:, 1:]  # [B, T - 1]
-        return (targets != IGNORED).sum(dim=1)
 
     @property
     def num_sequences(self) -> int:
@@ -151,10 +145,7 @@ class LayerwiseModel:
 
     def _embeddings(self) -> dict[str, nn.Module]:
         """The modules around the layers, by the prefix of their tensors; the output projection is left to `head`."""
-        return {
-            "model.embed_tokens": self.decoder.embed_tokens,
-            "model.norm": self.decoder.norm,
-        }
+        return {"model.embed_tokens": self.decoder.embed_tokens, "model.norm": self.decoder.norm}
 
     @contextmanager
     def _loaded(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -164,13 +155,8 @@ class LayerwiseModel:
         for prefix, module in modules.items():
             for name, parameter in module.named_parameters():
                 value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts, parameter)
-                set_module_tensor_to_device(
-                    module,
-                    name,
-                    self.device,
-                    value,
-                    clear_cache=False,  # it would take longer than the transfer
-                )
+                # clearing the cache would take longer than the transfer
+                set_module_tensor_to_device(module, name, self.device, value, clear_cache=False)
         try:
             yield
         finally:
@@ -229,14 +215,6 @@ def sequences(
         yield tuple(tensor[row, :length] for tensor in tensors)
 
 
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def _inputs(batch: Batch) -> Arguments:
     """The model's arguments for a batch."""
-    return {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "use_cache": False,
-    }
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}

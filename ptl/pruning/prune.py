@@ -20,7 +20,6 @@ from ptl.model.dimensions import (
     experts_for,
     layers_for,
     model_dimensions,
-    resolve_multiple,
     width_for,
 )
 from ptl.model.families import family_of
@@ -43,7 +42,6 @@ class PruneReport:
     widths: tuple[int, ...]
     experts: int | None  # that stay in each layer; None: a dense model
     removed_layers: tuple[int, ...]  # their numbers in the source
-    width_multiple: int  # what widths were rounded down to
     sequences: int  # calibration sequences scored; 0: none were needed
     seconds: float  # wall-clock time
 
@@ -84,7 +82,6 @@ def prune_checkpoint(
         widths=(after.width,) * after.layers,
         experts=after.experts or None,
         removed_layers=tuple(removed_layers),
-        width_multiple=_multiple(before, after, prune),
         sequences=sequences,
         seconds=time.monotonic() - started,
     )
@@ -126,13 +123,6 @@ def _experts(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str,
 
 # By the unit that an iteration removes; each takes the model, its dimensions, a criterion, how many stay, and a seed
 _SELECT = {"neurons": _neurons, "layers": _layers, "experts": _experts}
-
-
-def _multiple(before: ModelDimensions, after: ModelDimensions, settings: Prune) -> int:
-    """What widths were rounded down to; those of a mixture may be as they were."""
-    if before.experts and after.width == before.width:
-        return 1
-    return resolve_multiple(before.width, after.width, settings.width_multiple, least=before.least_multiple)
 
 
 def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:

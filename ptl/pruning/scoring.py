@@ -17,9 +17,10 @@ Backwards = Callable[[LayerwiseModel, int, int, Tensor, Tensor], tuple[Tensor, I
 
 
 @torch.enable_grad()
-def first_order_scores(model: LayerwiseModel, backwards: Backwards) -> NeuronScores:
+def first_order_scores(model: LayerwiseModel, _seed: int, *, backwards: Backwards) -> NeuronScores:
     """Mean over the sequences of the size of the loss's first-order change when a neuron is zeroed.
 
+    Source: Molchanov et al. 2019, arXiv 1906.10771.
     Runs backwards layer by layer, each forward pass done again. Host memory: the hidden states of every layer, that is
     (layers + 1) x tokens x hidden size. A GPU holds one layer, and the states of one batch.
     """
@@ -28,14 +29,14 @@ def first_order_scores(model: LayerwiseModel, backwards: Backwards) -> NeuronSco
     gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
     scores = []
     for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
-        total = JoinedScores("mean")
+        total = torch.zeros(())
         for b, states in enumerate(inputs.pop()):
             hidden = states.to(model.device).detach().requires_grad_()  # [B, T, H]
             gradient, changes = backwards(model, i, b, hidden, gradients[b].to(model.device))
             gradients[b] = gradient.cpu()
             for change in changes:
-                total.add(change.abs())
-        scores.append(total.result())
+                total = total + change.abs().cpu()
+        scores.append(total / model.num_sequences)
     return scores[::-1]
 
 
@@ -44,8 +45,11 @@ def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
     """Hidden states [B, T, H] before each layer and after the last one, of each batch, in host memory."""
     inputs = [[states.cpu() for states in model.embed()]]
     for i, _ in layers_in_turn(model, "taylor, forwards"):
-        # A batch at a time on the GPU, where there is one
-        outputs = [model.run(i, b, states.to(model.device)).cpu() for b, states in enumerate(inputs[-1])]
+        outputs = []
+        for b, states in enumerate(inputs[-1]):
+            # A batch at a time on the GPU, where there is one
+            output = model.run(i, b, states.to(model.device))
+            outputs.append(output.cpu())
         inputs.append(outputs)
     return inputs
 
@@ -73,22 +77,3 @@ def column_norms(weight: Tensor) -> Tensor:
         row_squares = rows.float().square()  # [ROWS, F]
         squares += row_squares.sum(dim=0)
     return squares.sqrt_()
-
-
-class JoinedScores:
-    """Running `max` or `mean` over sequences of the scores of each unit."""
-
-    def __init__(self, join: str) -> None:
-        self.join = join
-        self.value = torch.zeros(())  # a score is never negative
-        self.count = 0  # sequences
-
-    def add(self, scores: Tensor) -> None:
-        """Take in the scores [units] of one sequence."""
-        combine = torch.add if self.join == "mean" else torch.maximum
-        self.value = combine(self.value, scores.detach().cpu())
-        self.count += 1
-
-    def result(self) -> Tensor:
-        """The joined scores: float32 [units]."""
-        return self.value / self.count if self.join == "mean" else self.value

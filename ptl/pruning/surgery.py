@@ -164,17 +164,13 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         pruned[family.extra_layers] = 0
     if family.experts is not None and len(selection.layers) < depth:
         pruned |= family.experts.dense_config(config, selection.layers)
-    # config.json has one width for all layers.
-    if selection.neurons:
-        widths = {kept.shape[-1] for kept in selection.neurons.values()}
-        assert len(widths) == 1, f"widths differ between layers: {widths}"
-        pruned[family.width_field] = widths.pop()
-    # As it has one number of experts.
-    if selection.experts and family.experts is not None:
-        counts = {len(kept) for kept in selection.experts.values()}
-        assert len(counts) == 1, f"numbers of experts differ between layers: {counts}"
+    # The selection has one width, or one number of experts, for all layers, as config.json does.
+    for kept in selection.neurons.values():
+        pruned[family.width_field] = kept.shape[-1]
+    for kept in selection.experts.values():
+        assert family.experts is not None
         names = [name for name in family.experts.counts if name in config] or family.experts.counts[:1]
-        pruned |= dict.fromkeys(names, counts.pop())
+        pruned |= dict.fromkeys(names, len(kept))
     return pruned
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,25 +11,14 @@ import torch
 
 from ptl.config.recover import RecoverStage, Reward
 from ptl.data import decontamination
-from ptl.data.sequences import chat_ids, padded_ids, prompt_rows
-from ptl.data.sources import SourceRow, fill, prompt_of
+from ptl.data.sequences import chat_ids, prompt_rows
+from ptl.data.sources import fill, prompt_of
 from ptl.errors import InputError, WorkError
 from ptl.model import checkpoint, checks
 from ptl.recovery import training
-from ptl.recovery.job import Curve, RecoverReport, RecoveryJob
+from ptl.recovery.job import RecoverReport, RecoveryJob
 from ptl.recovery.launch import world_size
-from ptl.recovery.rewards import REWARDS, TIMEOUTS, RewardValues, text_of
-from ptl.storage.local_files import last_complete
-
-# what is kept of a log
-LOGGED = (
-    "reward",
-    "frac_reward_zero_std",  # share of groups without a difference to learn from
-    "completions/mean_length",  # tokens
-    "completions/clipped_ratio",  # share of answers that max_completion_length ended
-    "kl",
-    TIMEOUTS,  # share of answers whose code ran out of time
-)
+from ptl.recovery.rewards import REWARDS, RewardValues, text_of
 
 PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
 
@@ -40,7 +28,6 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    started = time.monotonic()
     tokenizer = checks.load_tokenizer(src)
     # rows that share text with a benchmark's items are left out
     leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
@@ -52,9 +39,6 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     details: dict[str, Any] = {"processes": world_size()}
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()
-    # a training that is resumed has passed the guard
-    if settings.guard_prompts and last_complete(job.scratch) is None:
-        details["pass_at_k"] = guard(model, tokenizer, settings, rows, job.budget.seed)
     # the iteration's part of the run's steps
     _, steps = job.budget.part(settings.steps)
     curve = training.learning_rate_curve(settings, job.budget, steps, carried=False)
@@ -64,35 +48,9 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
         args=_arguments(settings, job, steps),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[training.watch(job), _token_limit(job.budget.tokens)],
+        callbacks=[training.watch(job), _limits(settings, job.budget.tokens)],
     )
-    resumed_at = training.run(trainer, job.scratch, steps)
-    training.save(trainer, src, dst, sharded=training.is_sharded(settings))
-    points, details["rewards"] = _logged(trainer)
-    return RecoverReport(
-        method=settings.method,
-        tokens=int(trainer.state.num_input_tokens_seen),
-        steps=trainer.state.global_step,
-        curve=points,
-        resumed_at=resumed_at,
-        seconds=time.monotonic() - started,
-        details=details,
-    )
-
-
-def _logged(trainer: Any) -> tuple[Curve, list[dict[str, float]]]:
-    """The loss and the rewards at each log of a trainer."""
-    points = []
-    rewards = []
-    for entry in trainer.state.log_history:
-        # the last entry sums up the training
-        if "reward" not in entry:
-            continue
-        tokens = int(entry["num_tokens"])
-        if "loss" in entry:
-            points.append((tokens, float(entry["loss"])))
-        rewards.append({"tokens": tokens} | {name: float(entry[name]) for name in LOGGED if name in entry})
-    return tuple(points), rewards
+    return training.run(trainer, src, dst, settings, job, steps, details)
 
 
 def prompts(
@@ -106,7 +64,6 @@ def prompts(
 
     Raises InputError for an iteration without a step, and for a prompt that leaves no room for an answer.
     """
-    source = settings.prompt_source(job.data)
     steps_before, steps = job.budget.part(settings.steps)
     if not steps:
         raise InputError(
@@ -118,7 +75,7 @@ def prompts(
     # an optimizer step takes several answers to each of its prompts
     per_step = settings.batch_size // settings.num_generations
     picked = prompt_rows(
-        source,
+        settings.prompt_source(job.data),
         seed=job.budget.seed,
         skip=steps_before * per_step,
         count=steps * per_step,
@@ -127,27 +84,21 @@ def prompts(
     rows = []
     for row in picked:
         prompt = prompt_of(row)
-        prompt_row = {"prompt": prompt}
-        for i, reward in enumerate(settings.rewards):
-            prompt_row[_reference(i)] = fill(reward.reference_template, row)
-        rows.append(prompt_row)
-        if positions is not None:
-            num_prompt = len(_prompt_ids(tokenizer, prompt, row.number))
-            _check_length(row, num_prompt, settings.max_completion_length, positions)
+        references = {_reference(i): fill(reward.reference_template, row) for i, reward in enumerate(settings.rewards)}
+        rows.append({"prompt": prompt, **references})
+        if positions is None:
+            continue
+        is_text = isinstance(prompt, str)
+        ids = tokenizer(prompt)["input_ids"] if is_text else chat_ids(tokenizer, prompt, row.number)
+        length = len(ids) + settings.max_completion_length
+        if length > positions:
+            raise InputError(
+                f"prompt {row.number} of {row.source.source} and an answer of {settings.max_completion_length} "
+                f"tokens are {length} tokens, the model has {positions} positions",
+                field="recover.max_completion_length",
+                remedy="lower it, or leave such prompts out",
+            )
     return rows
-
-
-def _check_length(row: SourceRow, num_prompt: int, num_answer: int, positions: int) -> None:
-    """Raise InputError where a prompt and the longest answer, in tokens, are more than the model's positions."""
-    length = num_prompt + num_answer
-    if length <= positions:
-        return
-    raise InputError(
-        f"prompt {row.number} of {row.source.source} and an answer of {num_answer} tokens are {length} tokens, "
-        f"the model has {positions} positions",
-        field="recover.max_completion_length",
-        remedy="lower it, or leave such prompts out",
-    )
 
 
 def _reference(reward_index: int) -> str:
@@ -164,89 +115,6 @@ def reward_function(index: int, reward: Reward) -> Callable[..., RewardValues]:
 
     score.__name__ = reward.name  # in the names of trl's metrics
     return score
-
-
-def guard(
-    model: Any,
-    tokenizer: Any,
-    settings: RecoverStage,
-    rows: Sequence[PromptRow],
-    seed: int,
-) -> float:
-    """pass@k on a sample: the share of prompts with a right answer among num_generations. Raises WorkError at zero.
-
-    Without one right answer no group has a difference to learn from, and training would stay at zero reward.
-    """
-    sample = rows[: settings.guard_prompts]
-    # as many answers at once as training generates
-    per_batch = max(1, settings.batch_size // settings.num_generations)
-    num_solved = 0
-    torch.manual_seed(seed)
-    for begin in range(0, len(sample), per_batch):
-        batch = sample[begin : begin + per_batch]
-        answers = _generate(model, tokenizer, settings, [row["prompt"] for row in batch])
-        for row, group in zip(batch, answers, strict=True):
-            num_solved += _is_solved(row, group, settings.rewards)
-    if num_solved == 0:
-        raise WorkError(
-            f"the model solves none of {len(sample)} prompts in {settings.num_generations} tries each, "
-            "so GRPO would learn nothing from them",
-            field="recover",
-            remedy="recover by cpt or distil first (recover: [{method: cpt}, {method: grpo}]), prune less, "
-            "or give easier prompts",
-        )
-    return num_solved / len(sample)
-
-
-def _is_solved(row: PromptRow, answers: Sequence[str], rewards: Sequence[Reward]) -> bool:
-    """Whether one of the answers to a prompt is right by one of the rewards; a right format is not enough."""
-    for i, reward in enumerate(rewards):
-        references = [row[_reference(i)]] * len(answers)
-        # None: the reference cannot be read
-        if reward.name != "format" and any(REWARDS[reward.name](answers, references, reward)):
-            return True
-    return False
-
-
-@torch.no_grad()
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    settings: RecoverStage,
-    batch_prompts: Sequence[Any],  # texts or chats
-) -> list[list[str]]:
-    """num_generations sampled answers to each prompt."""
-    k = settings.num_generations
-    # not every tokenizer has a pad token; the mask says where the padding is
-    pad_token = tokenizer.pad_token_id
-    if pad_token is None:
-        pad_token = tokenizer.eos_token_id
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in batch_prompts]
-    batch = padded_ids(ids, pad_token, "left")  # [batch, width]
-    width = batch["input_ids"].shape[1]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generated = model.to(device).generate(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        do_sample=True,
-        temperature=settings.temperature,
-        top_k=0,
-        max_new_tokens=settings.max_completion_length,
-        num_return_sequences=k,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad_token,
-    )  # [batch * k, width + answer]
-    # the answers to one prompt are next to each other
-    answers = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-    return [answers[begin : begin + k] for begin in range(0, len(answers), k)]
-
-
-def _prompt_ids(tokenizer: Any, prompt: Any, number: int = 0) -> list[int]:
-    """Tokens of a text or a chat; `number` is its row's, for errors."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
-    return chat_ids(tokenizer, prompt, number)
 
 
 def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
@@ -267,15 +135,35 @@ def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
     )
 
 
-def _token_limit(tokens: int | None) -> Any:
-    """A callback that ends training with the step that uses up the budget; None: there is no limit."""
+def _limits(settings: RecoverStage, tokens: int | None) -> Any:
+    """A callback that ends training with the step that uses up the tokens, if any, and where no prompt is solved."""
     from transformers import TrainerCallback
 
-    class TokenLimit(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    prompts_per_step = settings.batch_size // settings.num_generations
+    # a right format is not enough
+    names = [f"rewards/{reward.name}/mean" for reward in settings.rewards if reward.name != "format"]
+
+    class Limits(TrainerCallback):  # type: ignore[misc,unused-ignore]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if tokens is not None and state.num_input_tokens_seen >= tokens:
                 control.should_training_stop = True
                 # so that the curve ends with the last step
                 control.should_log = True
 
-    return TokenLimit()
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen = state.global_step * prompts_per_step
+            is_late = seen >= settings.guard_prompts or state.global_step >= state.max_steps
+            if not (settings.guard_prompts and is_late):
+                return
+            # without one right answer no group has a difference to learn from; None: no reference could be read
+            if any((entry.get(name) or 0) > 0 for entry in state.log_history for name in names):
+                return
+            raise WorkError(
+                f"the model solves none of {seen} prompts in {settings.num_generations} tries each, "
+                "so GRPO learns nothing from them",
+                field="recover",
+                remedy="recover by cpt or distil first (recover: [{method: cpt}, {method: grpo}]), prune less, "
+                "or give easier prompts",
+            )
+
+    return Limits()

@@ -14,11 +14,10 @@ from ptl.config.recover import TrainingData
 from ptl.recovery.machines import ALONE, Machines
 
 Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
-Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)
 
 
 class CheckpointStore(Protocol):
-    """Where the training checkpoints of one stage outlive the machine."""
+    """Where the training checkpoints of one stage outlive the machine; it goes to the training processes by pickle."""
 
     def save_if_due(self, folder: Path) -> None:
         """Store a complete training checkpoint, if the last one was stored long enough ago."""
@@ -47,17 +46,14 @@ class StageBudget:
     @property
     def interval(self) -> tuple[float, float]:
         """The shares of the run's recovery that are done before and after this iteration."""
-        assert self.iteration <= len(self.weights)
         total = sum(self.weights)
         return sum(self.weights[: self.iteration - 1]) / total, sum(self.weights[: self.iteration]) / total
 
     def part(self, total: int) -> tuple[int, int]:
         """Of `total` for the run, how much earlier iterations had and how much this one has."""
-        until_this = self.weights[: self.iteration]
-        before_this = self.weights[: self.iteration - 1]
         # rounding the sums, not each part, keeps the total exact
-        end = total * sum(until_this) // sum(self.weights)
-        begin = total * sum(before_this) // sum(self.weights)
+        begin = total * sum(self.weights[: self.iteration - 1]) // sum(self.weights)
+        end = total * sum(self.weights[: self.iteration]) // sum(self.weights)
         return begin, end - begin
 
 
@@ -70,7 +66,7 @@ class RecoveryJob:
     scratch: Path  # training checkpoints
     on_log: Log
     teacher: Path | None = None  # the original model, for distillation
-    save_checkpoint: Callable[[Path], None] | None = None  # gets the folder of each complete training checkpoint
+    store: CheckpointStore | None = None  # where training checkpoints outlive the machine; None: nowhere
     benchmark_items: Path | None = None  # folder of ptl.evaluation.evaluate.write_items: what is not to be trained on
     keep_optimizer_state: bool = False  # a later recovery continues with it
     machines: Machines = ALONE  # that train together
@@ -83,13 +79,12 @@ class RecoverReport:
     method: str  # cpt, distil or grpo; of a chain joined by +
     tokens: int  # trained on
     steps: int  # of the optimizer
-    curve: Curve  # at each log
     resumed_at: int  # optimizer step of the training checkpoint that was resumed; 0: from the start
-    seconds: float  # wall clock, without those of an attempt that died
     details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # wall clock, without those of an attempt that died
 
 
-REPORT = TypeAdapter(RecoverReport)  # reads what dataclasses.asdict and json.dumps wrote; JSON has no tuples
+REPORT = TypeAdapter(RecoverReport)
 
 
 def progress(show: log.Show, tokens: int) -> Log:

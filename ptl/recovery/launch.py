@@ -1,14 +1,16 @@
 """Training in several processes: `accelerate launch` runs ptl.recovery.worker, once for each device.
 
-The job goes to the processes as JSON. What they print comes back: metrics, and training checkpoints to be stored, on
-lines that begin with METRICS and CHECKPOINT; the first process leaves its report, and whichever fails first its error,
-in a file. On several machines each launches its own processes; one that stands for all launches those of all.
+The job goes to the processes by pickle. What they print comes back, metrics on lines that begin with METRICS; the first
+process leaves its report, and whichever fails first its error, in a file. On several machines each launches its own
+processes; one that stands for all launches those of all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -16,20 +18,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
-from pydantic import TypeAdapter
-
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
-from ptl.recovery.job import REPORT, RecoverReport, RecoveryJob
+from ptl.recovery.job import REPORT, Log, RecoverReport, RecoveryJob
 from ptl.recovery.machines import Machines
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
-CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint
-HANDOVER = "checkpoint.handover"  # a file in `scratch`, until the launching process has stored the checkpoint
 REPORT_FILE = "report.json"  # in `scratch`
 ERROR_FILE = "error.json"  # in `scratch`
-JOB = TypeAdapter(RecoveryJob)  # all but its functions crosses to the processes as JSON
 LAST_LINES = 30  # of a failed training, in its error
 RENDEZVOUS = 1800  # seconds that machines wait for each other: some fetch their checkpoint later
 GRACE = 10  # seconds between SIGTERM and SIGKILL
@@ -66,13 +63,6 @@ def sequences_per_pass(settings: RecoverStage, processes: int) -> int:
     return settings.batch_size // parts
 
 
-def check(settings: RecoverStage, machines: Machines) -> None:
-    """Raise InputError where the stage cannot be divided among its processes; called before any work."""
-    # one of the processes that were launched knows their number from the environment
-    launched = world_size()
-    sequences_per_pass(settings, launched if launched > 1 else processes_of_all(settings, machines))
-
-
 def can_shard() -> bool:
     """Whether weights and optimizer state can be spread over processes: accelerate does so on GPUs only."""
     import torch
@@ -85,24 +75,15 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     if not can_shard():
         settings = settings.model_copy(update={"sharding": "none"})
     job.scratch.mkdir(parents=True, exist_ok=True)
-    job_file = job.scratch / "job.json"
-    report_file = job.scratch / REPORT_FILE
-    error_file = job.scratch / ERROR_FILE
+    job_file, report_file, error_file = (job.scratch / name for name in ("job.pickle", REPORT_FILE, ERROR_FILE))
     # of an earlier attempt
     report_file.unlink(missing_ok=True)
     error_file.unlink(missing_ok=True)
-    # all that a process needs, in JSON's types
-    fields = {
-        "src": str(src),
-        "dst": str(dst),
-        "settings": settings.model_dump(mode="json"),
-        "job": JOB.dump_python(job, mode="json", exclude={"on_log", "save_checkpoint"}),
-        "stores_checkpoints": job.save_checkpoint is not None,
-    }
-    job_file.write_text(json.dumps(fields))
+    # all but the log, which the processes print
+    job_file.write_bytes(pickle.dumps((src, dst, settings, dataclasses.replace(job, on_log=print))))
     here, total = processes_here(settings, job.machines), processes_of_all(settings, job.machines)
     print(f"starting {here} of {total} training processes, which wait for each other", flush=True)
-    succeeded, printed = _launch([*command(settings, job.machines), str(job_file)], job)
+    succeeded, printed = _launch([*command(settings, job.machines), str(job_file)], job.on_log)
     if succeeded and report_file.is_file():
         return REPORT.validate_json(report_file.read_bytes())
     if error_file.is_file():
@@ -113,7 +94,7 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     raise WorkError(f"training in {total} processes failed{_reason(printed)}", field="recover")
 
 
-def _launch(words: list[str], job: RecoveryJob) -> tuple[bool, list[str]]:
+def _launch(words: list[str], on_log: Log) -> tuple[bool, list[str]]:
     """Start the processes and follow them to their end; whether all succeeded, and what they printed."""
     process = subprocess.Popen(
         tied(words),  # ends with this process, however that ends
@@ -125,10 +106,10 @@ def _launch(words: list[str], job: RecoveryJob) -> tuple[bool, list[str]]:
     assert process.stdout is not None
     try:
         with process.stdout as lines:
-            printed = _follow(lines, job)
+            printed = _follow(lines, on_log)
         return process.wait() == 0, printed
     except BaseException:
-        # a log or a store that fails ends the training too: on SIGTERM a launcher ends its processes
+        # a log that fails ends the training too: on SIGTERM a launcher ends its processes
         process.terminate()
         try:
             process.wait(GRACE)
@@ -161,17 +142,13 @@ def command(settings: RecoverStage, machines: Machines) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "-m", "ptl.recovery.worker"]
 
 
-def _follow(lines: IO[str], job: RecoveryJob) -> list[str]:
-    """Pass on what the training prints, its metrics and its checkpoints; returns the other lines."""
+def _follow(lines: IO[str], on_log: Log) -> list[str]:
+    """Pass on what the training prints, and its metrics; returns the other lines."""
     printed: list[str] = []
     for line in lines:
         if line.startswith(METRICS):
             metrics, step = json.loads(line.removeprefix(METRICS))
-            job.on_log(metrics, step)
-        elif line.startswith(CHECKPOINT) and job.save_checkpoint is not None:
-            job.save_checkpoint(Path(json.loads(line.removeprefix(CHECKPOINT))))
-            # the training waits until this file is gone
-            (job.scratch / HANDOVER).unlink()
+            on_log(metrics, step)
         elif line.strip():  # a message begins with an empty line
             printed.append(line)
             print(line, end="", flush=True)
@@ -182,13 +159,9 @@ def _reason(printed: list[str]) -> str:
     """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
     # where the launcher begins to report on the processes that it stopped, not on why the first one died
     of_training = list(takewhile(lambda line: "torch/distributed/elastic" not in line, printed))
-    of_launcher = "".join(printed[len(of_training) :])
-    _, _, root_cause = of_launcher.partition("Root Cause")
+    _, _, root_cause = "".join(printed[len(of_training) :]).partition("Root Cause")
     killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)
-    signal = ""
-    if killed:
-        signal = f": a process was killed by {killed[1]}"
-        if killed[1] == "SIGKILL":
-            signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
-    last_lines = "".join(of_training[-LAST_LINES:])
-    return f"{signal}:\n{last_lines}"
+    signal = f": a process was killed by {killed[1]}" if killed else ""
+    if "SIGKILL" in signal:
+        signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
+    return f"{signal}:\n{''.join(of_training[-LAST_LINES:])}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ def recover_checkpoint(
     recovery: Recovery,
     iteration_tokens: Sequence[int],  # of the iterations up to this one
     job: RecoveryJob,
-    stores: Sequence[CheckpointStore] = (),  # one for each stage; none: training checkpoints stay on this machine
+    stores: Sequence[CheckpointStore] = (),  # one for each stage; none: they stay on this machine
 ) -> RecoverReport:
     """Run the stages one after another, on the tokens of this iteration in all, and write the result to `dst`.
 
@@ -46,8 +45,14 @@ def recover_checkpoint(
     stages = recovery.stages
     budgets = recovery.budgets(iteration_tokens[-1])
     for stage, tokens in zip(stages, budgets, strict=True):
-        launch.check(stage, job.machines)
-        _check_budget(stage, tokens, iteration_tokens[-1], job.budget.iteration)
+        launch.sequences_per_pass(stage, launch.processes_of_all(stage, job.machines))
+        if tokens is not None and tokens < MIN_TOKENS:
+            raise InputError(
+                f"{iteration_tokens[-1]} tokens for iteration {job.budget.iteration} leave {tokens or 'none'} "
+                f"for {stage.method}, which needs {MIN_TOKENS}",
+                field="schedule.recovery_tokens",
+                remedy="raise it, or set schedule.tokens=uniform",
+            )
     # of later stages too, before the first one trains
     checks.check_recovery_data(stages, job.data)
     checks.check_stages(src, stages, job.teacher)
@@ -66,30 +71,13 @@ def recover_checkpoint(
             scratch=folder if len(stages) > 1 else job.scratch,
             # after the run's last training nothing continues from it
             keep_optimizer_state=not (is_last_stage and job.budget.last),
+            store=stores[i] if stores else None,
         )
-        store = stores[i] if stores else None
         out = dst if is_last_stage else folder.with_name(f"{folder.name}-out")
         train = _train if is_last_stage else _train_once
-        reports.append(train(src, out, stage, stage_job, store))
+        reports.append(train(src, out, stage, stage_job))
         src = out  # the next stage trains what this one writes
     return reports[0] if len(reports) == 1 else _joined(reports)
-
-
-def _check_budget(
-    stage: RecoverStage,
-    tokens: int | None,  # None: it needs none
-    total: int,  # tokens of the iteration
-    iteration: int,
-) -> None:
-    """Raise InputError for a stage that gets too few of the iteration's tokens."""
-    if tokens is None or tokens >= MIN_TOKENS:
-        return
-    raise InputError(
-        f"{total} tokens for iteration {iteration} leave {tokens or 'none'} for {stage.method}, "
-        f"which needs {MIN_TOKENS}",
-        field="schedule.recovery_tokens",
-        remedy="raise it, or set schedule.tokens=uniform",
-    )
 
 
 def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: int) -> tuple[int, ...]:
@@ -104,29 +92,23 @@ def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: i
     return tuple(budget for budget in earlier if budget)
 
 
-def _train_once(
-    src: Path,
-    out: Path,
-    stage: RecoverStage,
-    job: RecoveryJob,
-    store: CheckpointStore | None,
-) -> RecoverReport:
+def _train_once(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob) -> RecoverReport:
     """A chain's earlier stage, which an attempt that died later may have finished, here or on another machine."""
     # not in the checkpoint: the next stage copies all files of its source
     report_file = out.with_name(f"{out.name}.json")
     if not report_file.is_file():
-        report = store.fetch_result(out) if store is not None else None
+        report = job.store.fetch_result(out) if job.store else None
         if report is None:
-            report = json.dumps(dataclasses.asdict(_train(src, out, stage, job, store)))
-            if store is not None:
-                report = _handed_on(out, report, job, store)
+            report = REPORT.dump_json(_train(src, out, stage, job)).decode()
+            if job.store:
+                report = _handed_on(out, report, job.machines.first, job.store)
         local_files.replace(report_file, report.encode())
     return REPORT.validate_json(report_file.read_bytes())
 
 
-def _handed_on(out: Path, report: str, job: RecoveryJob, store: CheckpointStore) -> str:
+def _handed_on(out: Path, report: str, is_first: bool, store: CheckpointStore) -> str:
     """What the first machine has written reaches the others by the store; its report."""
-    if job.machines.first:
+    if is_first:
         store.save_result(out, report)
         return report
     # the training has ended, so the first machine is storing it; if it dies, this one is ended too
@@ -135,24 +117,18 @@ def _handed_on(out: Path, report: str, job: RecoveryJob, store: CheckpointStore)
     return stored
 
 
-def _train(
-    src: Path,
-    out: Path,
-    stage: RecoverStage,
-    job: RecoveryJob,
-    store: CheckpointStore | None,
-) -> RecoverReport:
+def _train(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob) -> RecoverReport:
     """One stage in as many processes as it asks for."""
+    started = time.monotonic()
     # left by an attempt that died, whose training checkpoints are in job.scratch
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    if store is not None:
-        store.restore(job.scratch)
-        job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
-    # a process that was launched trains itself
-    if launch.processes_of_all(stage, job.machines) > 1 and launch.world_size() == 1:
-        return launch.run(src, out, stage, job)
-    return RECOVERIES[stage.method](src, out, stage, job)
+    if job.store is not None:
+        job.store.restore(job.scratch)
+    in_processes = launch.processes_of_all(stage, job.machines) > 1
+    method = launch.run if in_processes else RECOVERIES[stage.method]
+    report = method(src, out, stage, job)
+    return dataclasses.replace(report, seconds=time.monotonic() - started)
 
 
 def _after(reports: Sequence[RecoverReport], on_log: Log) -> Log:
@@ -170,19 +146,12 @@ def _after(reports: Sequence[RecoverReport], on_log: Log) -> Log:
 
 def _joined(reports: Sequence[RecoverReport]) -> RecoverReport:
     """The report of a chain: tokens and steps add up; the stages' own reports are among the details."""
-    # tokens are counted on from stage to stage
-    curve: list[tuple[int, float]] = []
-    tokens_before = 0
-    for report in reports:
-        curve += [(tokens_before + tokens, loss) for tokens, loss in report.curve]
-        tokens_before += report.tokens
     # the earlier stages of a resumed chain are finished, and report their own attempts
     return RecoverReport(
         method="+".join(report.method for report in reports),
-        tokens=tokens_before,
+        tokens=sum(report.tokens for report in reports),
         steps=sum(report.steps for report in reports),
-        curve=tuple(curve),
         resumed_at=next((report.resumed_at for report in reports if report.resumed_at), 0),
-        seconds=sum(report.seconds for report in reports),
         details={"stages": [dataclasses.asdict(report) for report in reports]},
+        seconds=sum(report.seconds for report in reports),
     )

@@ -16,7 +16,6 @@ LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
 Texts = Sequence[str]
 LogMetric = Callable[[str, float], None]  # trl's, by name and value of a batch
-TIMEOUTS = "code_timeouts"
 
 
 def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
@@ -68,7 +67,7 @@ def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: L
 
     outcomes = run_many(zip(map(program, answers), references, strict=True))
     if log_metric:
-        log_metric(TIMEOUTS, sum(outcome.status == "timeout" for outcome in outcomes) / len(outcomes))
+        log_metric("code_timeouts", sum(outcome.status == "timeout" for outcome in outcomes) / len(outcomes))
     return [float(outcome.passed) for outcome in outcomes]
 
 

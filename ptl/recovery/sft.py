@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,6 @@ def cpt(
 
 def train(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
     """Train `src` on exactly the stage's tokens by a kind of SFTTrainer and write the result to `dst`."""
-    started = time.monotonic()
-    tokens = job.budget.tokens
-    assert tokens is not None  # only grpo trains without a budget
     tokenizer = checks.load_tokenizer(src)
     arguments = sft_arguments(settings, job)
     # before the weights are read: a wrong row is reported at once
@@ -58,18 +54,8 @@ def train(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, traine
         optimizers=(None if sharded else training.optimizer_for(model, settings, state), None),
         callbacks=[training.watch(job)],
     )
-    resumed_at = training.run(trainer, job.scratch, steps)
     keeps_state = carries_state and job.keep_optimizer_state
-    training.save(trainer, src, dst, with_state=keeps_state, sharded=sharded)
-    return RecoverReport(
-        method=settings.method,
-        tokens=tokens,
-        steps=trainer.state.global_step,
-        curve=training.curve_of(trainer, tokens),
-        resumed_at=resumed_at,
-        seconds=time.monotonic() - started,
-        details=details,
-    )
+    return training.run(trainer, src, dst, settings, job, steps, details, with_state=keeps_state)
 
 
 def sft_trainer() -> Any:

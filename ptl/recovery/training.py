@@ -22,11 +22,12 @@ from ptl.model.experts import stored_tensors
 from ptl.model.families import family_of
 from ptl.model.safetensors_io import Entry, NewTensor
 from ptl.recovery import launch
-from ptl.recovery.job import Curve, RecoveryJob, StageBudget
+from ptl.recovery.job import RecoverReport, RecoveryJob, StageBudget
 from ptl.storage.local_files import COMPLETE, FULL, last_complete, step_of
 
 LOGGING_STEPS = 10  # optimizer steps between logged losses, at most
 COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
+LOWER_RATE = "lower recover.learning_rate"
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 # torch and safetensors wrap the operating system's error in their own
 NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
@@ -128,7 +129,6 @@ def watch(job: RecoveryJob) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        last_logged: int | None = None  # optimizer step; None: this process has logged none
         last_passed = -math.inf  # time of the last metrics that were passed on
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -155,85 +155,49 @@ def watch(job: RecoveryJob) -> Any:
                 job.on_log(metrics, state.global_step)
 
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            step = state.global_step
             # a checkpoint that is marked complete is one to resume from
-            check_finite(model, step, args.output_dir)
+            check_finite(model, state.global_step, job.scratch)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # each process writes a part of the checkpoint
             if not state.is_world_process_zero:
                 return
-            folder = Path(args.output_dir) / f"checkpoint-{step}"
+            folder = job.scratch / f"checkpoint-{state.global_step}"
             (folder / COMPLETE).touch()
-            if job.save_checkpoint is not None:
-                job.save_checkpoint(folder)
+            if job.store is not None:
+                job.store.save_if_due(folder)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             # the Trainer logs texts too
             metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-            step = state.global_step
             loss = metrics.get("loss", 0.0)
             if not math.isfinite(loss):
-                # the loss is a mean over all steps since the last log
-                first_step = max(1, step - args.logging_steps + 1)
-                if self.last_logged is not None:
-                    first_step = self.last_logged + 1
-                raise _loss_error(loss, first_step, step, args.output_dir)
-            self.last_logged = step
+                # before any weight has changed, a lower rate would not help
+                remedy = "check the checkpoint's weights (ptl evaluate)" if state.global_step == 1 else LOWER_RATE
+                problem = f"the mean loss since the last log is {loss}"
+                raise _not_finite(problem, state.global_step, job.scratch, remedy)
             self.pass_on(metrics, args, state)
 
     return Watch()
 
 
-def _loss_error(
-    loss: float,
-    first_step: int,
-    step: int,
-    scratch: str,
-) -> WorkError:
-    """An error about a loss that is no number, which came up between two steps."""
-    problem = f"the loss is {loss}"
-    # a lower learning rate would not help
-    if step == 1:
-        return WorkError(
-            f"{problem} at optimizer step 1, before any weight has changed: the model itself computes it",
-            field="recover",
-            remedy="check its weights (ptl evaluate), or use a sound checkpoint",
-        )
-    return _not_finite(problem, first_step, step, scratch)
-
-
-def check_finite(model: Any, step: int, scratch: str) -> None:
+def check_finite(model: Any, step: int, scratch: Path) -> None:
     """Raise WorkError for weights that are no numbers."""
     for parameter in model.parameters():
         finite = parameter.isfinite().all()
         if hasattr(finite, "full_tensor"):  # FSDP: spread over GPUs
             finite = finite.full_tensor()
         if not finite:
-            raise _not_finite("a weight is NaN or infinite", step, step, scratch)
+            raise _not_finite("a weight is NaN or infinite", step, scratch)
 
 
-def _not_finite(
-    problem: str,
-    first_step: int,  # of those in which it came up
-    step: int,  # the last of them
-    scratch: str,  # with the training checkpoints
-) -> WorkError:
-    steps = f"at optimizer step {step}"
-    if first_step < step:
-        steps = f"in optimizer steps {first_step} to {step}"
-    return WorkError(
-        f"{problem} {steps}; {_last_good(Path(scratch))}",
-        field="recover",
-        remedy="lower recover.learning_rate",
-    )
+def _not_finite(problem: str, step: int, scratch: Path, remedy: str = LOWER_RATE) -> WorkError:
+    return WorkError(f"{problem} at optimizer step {step}; {_last_good(scratch)}", field="recover", remedy=remedy)
 
 
 def _last_good(scratch: Path) -> str:
     """The training checkpoint to resume from, for an error."""
     last = last_complete(scratch)
-    if last is None:
-        return "no training checkpoint was written yet"
-    return f"the last good training checkpoint is kept in {last}"
+    return f"the last good training checkpoint is {last}" if last else "no training checkpoint was written yet"
 
 
 def logging_steps(steps: int) -> int:
@@ -241,21 +205,37 @@ def logging_steps(steps: int) -> int:
     return max(1, min(LOGGING_STEPS, steps // 10))
 
 
-def run(trainer: Any, scratch: Path, steps: int) -> int:
-    """Train, resuming from the newest complete checkpoint in `scratch`; returns its optimizer step, 0 without one."""
+def run(
+    trainer: Any,
+    src: Path,
+    dst: Path,
+    settings: RecoverStage,
+    job: RecoveryJob,
+    steps: int,
+    details: dict[str, Any],
+    *,
+    with_state: bool = False,  # write the optimizer's, for the next iteration
+) -> RecoverReport:
+    """Train, resuming from the newest complete checkpoint in `job.scratch`, and write the result to `dst`."""
     from transformers import PrinterCallback
 
     trainer.args.logging_steps = logging_steps(steps)
     trainer.remove_callback(PrinterCallback)  # `watch` passes the metrics on
-    last = last_complete(scratch)
-    with reported_full_disk("training checkpoints", scratch, scratch):
+    last = last_complete(job.scratch)
+    with _reported_full_disk(job.scratch):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    return step_of(last) if last else 0
+        save(trainer, src, dst, job.scratch, with_state=with_state)
+    state = trainer.state
+    tokens = state.num_input_tokens_seen
+    # sequences fill the budget exactly, but for the empty ones in the last batch of several processes
+    if settings.method != "grpo" and job.budget.tokens is not None:
+        tokens = job.budget.tokens
+    return RecoverReport(settings.method, tokens, state.global_step, step_of(last) if last else 0, details)
 
 
 @contextmanager
-def reported_full_disk(files: str, folder: Path, scratch: Path) -> Iterator[None]:
-    """Turn a full disk into a WorkError: for which files there was no space, and what `scratch` has to resume from."""
+def _reported_full_disk(scratch: Path) -> Iterator[None]:
+    """Turn a full disk into a WorkError that says what `scratch` has to resume from."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -263,7 +243,7 @@ def reported_full_disk(files: str, folder: Path, scratch: Path) -> Iterator[None
         if not is_wrapped and getattr(error, "errno", None) not in FULL:
             raise
         raise WorkError(
-            f"no space left for {files} in {folder}; {_last_good(scratch)}",
+            f"no space left while training in {scratch}; {_last_good(scratch)}",
             field="recover",
             remedy="free some space (or raise recover.save_steps) and run the same command again to resume",
         ) from error
@@ -273,29 +253,36 @@ def save(
     trainer: Any,
     src: Path,
     dst: Path,
+    scratch: Path,
     *,
-    with_state: bool = False,  # the optimizer's, for the next iteration
-    sharded: bool = False,  # whether the weights are spread over processes
+    with_state: bool = False,
 ) -> None:
     """Write an ordinary checkpoint of the same tensors as `src`; config and tokenizer files are those of the source."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    step = trainer.state.global_step
-    scratch = trainer.args.output_dir
-    check_finite(model, step, scratch)
-    if sharded:
-        # all processes take part in it
-        model = _gathered(trainer, src, dst.with_name(f"{dst.name}.gathered"))
+    # weights that are spread over processes: all take part in it, and the first one gets them
+    parameters = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return
-    with reported_full_disk("the trained checkpoint", dst, Path(scratch)):
-        if with_state:
-            checkpoint.write_shard(dst / checkpoint.STATE, _optimizer_state(model, trainer.optimizer))
-        if hasattr(model, "merge_and_unload"):  # LoRA
-            model = model.merge_and_unload()
-        if not _write_like(src, dst, model.state_dict()):
-            raise _not_finite("a weight is NaN or infinite", step, step, scratch)
-        shutil.copyfile(src / "config.json", dst / "config.json")
-        checkpoint.copy_companions(src, dst)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapters = getattr(model, "peft_config", {}).get("default")
+    if adapters is not None:
+        parameters = _merged(src, adapters, parameters)
+    if not _write_like(src, dst, parameters):
+        raise _not_finite("a weight is NaN or infinite", trainer.state.global_step, scratch)
+    if with_state:
+        checkpoint.write_shard(dst / checkpoint.STATE, _optimizer_state(model, trainer.optimizer))
+    shutil.copyfile(src / "config.json", dst / "config.json")
+    checkpoint.copy_companions(src, dst)
+
+
+def _merged(src: Path, adapters: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of a model whose LoRA adapters have been added to its weights."""
+    from peft import get_peft_model
+
+    # a new one: of weights that are spread over GPUs the trainer's own model has a part only
+    model = get_peft_model(load(src), adapters)
+    model.load_state_dict(parameters)
+    merged: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
+    return merged
 
 
 def _write_like(src: Path, dst: Path, parameters: Mapping[str, torch.Tensor]) -> bool:
@@ -338,31 +325,6 @@ def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
     return Curved
 
 
-def _gathered(trainer: Any, src: Path, folder: Path) -> Any:
-    """The complete model, on the first process, from weights that are spread over all; None on the others."""
-    adapters = getattr(trainer.model, "peft_config", {}).get("default")
-    if adapters is not None:
-        return _gathered_with_adapters(trainer, src, adapters)
-    trainer.save_model(str(folder))
-    if not trainer.is_world_process_zero():
-        return None
-    model = pretrained.causal_lm(folder, torch.float32)
-    shutil.rmtree(folder)
-    return model
-
-
-def _gathered_with_adapters(trainer: Any, src: Path, adapters: Any) -> Any:
-    """The same of a model with adapters, which peft does not find where activations are recomputed."""
-    from peft import get_peft_model
-
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    if not trainer.is_world_process_zero():
-        return None
-    model = get_peft_model(pretrained.causal_lm(src, torch.float32), adapters)
-    model.load_state_dict(state)
-    return model
-
-
 def _optimizer_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """Adam's state by `<kind>.<parameter>`, each in its parameter's shape, and the step: float32 []."""
     adam = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
@@ -373,13 +335,3 @@ def _optimizer_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         for kind in ADAM_STATE:
             tensors[f"{kind}.{name}"] = state[kind].contiguous()
     return tensors
-
-
-def curve_of(trainer: Any, tokens: int) -> Curve:
-    """Tokens seen, `tokens` at most, and loss at each log of a trainer."""
-    # at most: without the empty sequences of several processes
-    return tuple(
-        (min(int(entry["num_input_tokens_seen"]), tokens), float(entry["loss"]))
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    )

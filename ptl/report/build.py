@@ -29,19 +29,18 @@ from ptl.report.result import (
 )
 from ptl.storage.store import Record
 
-STAGES = ("import", "prune", "recover", "evaluate", "export")
 LOOP = ("prune", "recover", "evaluate")
 MAX_CHANGED = 250  # regressions, and improvements, that a page shows: a megabyte at most
 MAX_TEXT = 600  # characters of a prompt or an answer
 NOT_MADE = "the run has no record of it with these settings"
 
-Records = Mapping[str, Record]  # by the step's name
+Records = Mapping[str, Record]  # by the step's name, in the order of the DAG
 Metadata = dict[str, Any]  # of a record
 Outcomes = dict[str, tuple[list[int], list[int]]]  # task -> 0/1 of each item in two evaluations
 
 
 def build(
-    records: Records,
+    steps: Records,
     config: dict[str, Any],
     *,
     run_id: str = "",
@@ -55,10 +54,19 @@ def build(
 
     The record of an evaluation may carry its `items` in its metadata: paired comparisons and examples are made of them.
     """
-    steps = _in_order(records)
     imported = steps["import-model"].metadata
     # Of a control that was evaluated the score is in its record, whatever failed later.
-    failed = "" if "control-evaluate" in steps else _shortened(" ".join(control_failed.split())).rstrip(".")
+    if "control-evaluate" in steps:
+        control_failed = ""
+    one_line = " ".join(control_failed.split())
+    failed = _shortened(one_line).rstrip(".")
+    control_steps = {f"control-{stage}": 1 for stage in LOOP}
+    step_rows = []
+    for name, step in steps.items():
+        fields = step.metadata | asdict(step.pointer) | {"step": name}
+        step_rows.append(StepRow(**fields))
+    measured = [metadata["speed"] for metadata in _evaluations(steps).values() if metadata["speed"]]
+    exports = [Export(**export) for export in config.get("export", [])]
     result = Result(
         run_id=run_id,
         mlflow_run_id=mlflow_run_id,
@@ -74,13 +82,13 @@ def build(
         wall_seconds=_wall_seconds(steps),
         confidence=Evaluate.confidence,
         mlflow=Tracking(url=mlflow_url, experiment_id=experiment_id),
-        steps=[_step_row(name, step) for name, step in steps.items()],
+        steps=step_rows,
         not_needed=_not_needed(steps, config["schedule"]["iterations"]),
         control_failed=failed,
-        not_finished=_missing(steps, {f"control-{stage}": 1 for stage in LOOP}, failed) if failed else [],
-        speed=next((metadata["speed"] for metadata in _evaluations(steps).values() if metadata["speed"]), {}),
+        not_finished=_missing(steps, control_steps, failed) if failed else [],
+        speed=measured[0] if measured else {},
         goal=Goal(**imported["goal"]) if "goal" in imported else None,
-        exports=[_export(Export(**export), steps, exports_failed or {}) for export in config.get("export", [])],
+        exports=[_export(export, steps, exports_failed or {}) for export in exports],
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
         paired={},
@@ -90,22 +98,14 @@ def build(
     return _compared(result, steps)
 
 
-def _in_order(records: Records) -> dict[str, Record]:
-    """Records by arm, iteration and stage: the arms run at the same time, so that no other order is always the same."""
-
-    def position(name: str) -> tuple[bool, int, int, str]:
-        metadata = records[name].metadata
-        return metadata["arm"] == "control", metadata["iteration"], STAGES.index(metadata["stage"]), name
-
-    return {name: records[name] for name in sorted(records, key=position)}
-
-
 def _evaluations(steps: Records, arm: str = "loop") -> dict[str, Metadata]:
     """The metadata of an arm's evaluate steps."""
-    named = {name: step.metadata for name, step in steps.items()}
-    return {
-        name: metadata for name, metadata in named.items() if metadata["stage"] == "evaluate" and metadata["arm"] == arm
-    }
+    of_arm = {}
+    for name, step in steps.items():
+        metadata = step.metadata
+        if (metadata["stage"], metadata["arm"]) == ("evaluate", arm):
+            of_arm[name] = metadata
+    return of_arm
 
 
 def _rows(steps: Records) -> list[Row]:
@@ -129,12 +129,17 @@ def _rows(steps: Records) -> list[Row]:
 def _row(steps: Records, name: str, removed_layers: list[int]) -> Row:
     evaluation = steps[name].metadata
     scores, verdict = evaluation["scores"], evaluation["verdict"]
+    first = scores["tasks"][0]
     recover = steps.get(name.replace("evaluate", "recover"))
     return Row(
         arm=evaluation["arm"],
         iteration=evaluation["iteration"],
         params=scores["params"],
-        **{key: scores["tasks"][0][key] for key in ("accuracy", "low", "high", "items", "task")},
+        accuracy=first["accuracy"],
+        low=first["low"],
+        high=first["high"],
+        items=first["items"],
+        task=first["task"],
         recovery_tokens=recover.metadata["tokens"] if recover else 0,
         verdict=verdict["decision"],
         uri=evaluation["checkpoint"]["uri"],
@@ -158,11 +163,6 @@ def _share_removed(steps: Records, params: int) -> float:
     return round(1 - params / steps["import-model"].metadata["params"], 6)
 
 
-def _step_row(name: str, step: Record) -> StepRow:
-    verdict = step.metadata.get("verdict", {})
-    return StepRow(**{**verdict, **step.metadata, **asdict(step.pointer), "step": name})
-
-
 def _wall_seconds(steps: Records) -> float:
     """From the first start to the last end; a record has the times of the attempt that committed it."""
     all_metadata = [step.metadata for step in steps.values()]
@@ -172,36 +172,34 @@ def _wall_seconds(steps: Records) -> float:
 
 def _missing(steps: Records, iterations: dict[str, int], reason: str) -> list[Missing]:
     """Those of the steps (name -> iteration) that have no record."""
-    return [
-        Missing(step=name, iteration=iteration, reason=reason)
-        for name, iteration in iterations.items()
-        if name not in steps
-    ]
+    missing = {name: iteration for name, iteration in iterations.items() if name not in steps}
+    return [Missing(step=name, iteration=iteration, reason=reason) for name, iteration in missing.items()]
 
 
 def _not_needed(steps: Records, num_iterations: int) -> list[Missing]:
     """Steps of the plan that passed their input through, with the reason from the gate's state at the loop's end."""
-    states = [evaluation["accepted"]["gate"] for evaluation in _evaluations(steps).values()]
-    reason = next((state["reason"] for state in states if state.get("stopped")), "its record was not found")
-    planned = {f"{stage}-{number}": number for number in range(1, num_iterations + 1) for stage in LOOP}
+    reason = "its record was not found"
+    for evaluation in _evaluations(steps).values():
+        state = evaluation["accepted"]["gate"]
+        if state.get("stopped"):
+            reason = state["reason"]
+            break
+    planned = {}
+    for number in range(1, num_iterations + 1):
+        for stage in LOOP:
+            planned[f"{stage}-{number}"] = number
     return _missing(steps, planned, reason)
 
 
 def _export(export: Export, steps: Records, failed: Mapping[str, str]) -> ExportRow:
     """An export of the config with what its step reports, or why there is none."""
-    name = export_step(export)
-    row = ExportRow(
-        name=export.name,
-        format=export.format,
-        type=export.type,
-        limit=export.limit,
-        step=name,
-    )
-    step = steps.get(name)
+    step = export_step(export)
+    asked = {**export.model_dump(), "name": export.name}
+    record = steps.get(step)
     # The run may have made it with other settings before.
-    if step is None or step.metadata["export"] != {**export.model_dump(), "name": export.name}:
-        return row.model_copy(update={"failed": failed.get(name) or NOT_MADE})
-    return ExportRow(**{**step.metadata, **asdict(step.pointer), **row.model_dump(exclude_unset=True)})
+    if record is None or record.metadata["export"] != asked:
+        return ExportRow(**asked, step=step, failed=failed.get(step) or NOT_MADE)
+    return ExportRow(**{**record.metadata, **asdict(record.pointer), **asked, "step": step})
 
 
 def _of_loop(steps: Records, field: str) -> list[Metadata]:
@@ -293,24 +291,17 @@ def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str,
 def _examples(steps: Records, final: str, outcomes: Outcomes) -> Examples:
     """Items whose outcome changed from the dense model to the final one."""
     answers = {(item["task"], item["id"]): item for item in _items(steps, final)}
-    regressions: list[Change] = []
-    improvements: list[Change] = []
-    compared = 0
-    for old in _items(steps, "evaluate-0"):
-        if old["task"] not in outcomes:
-            continue
-        compared += 1
-        new = answers[old["task"], old["id"]]
-        if old["correct"] != new["correct"]:
-            changes = regressions if old["correct"] else improvements
-            changes.append(_change(old, new))
+    compared = [item for item in _items(steps, "evaluate-0") if item["task"] in outcomes]
+    changes = [(old, answers[old["task"], old["id"]]) for old in compared]
+    regressions = [(old, new) for old, new in changes if old["correct"] and not new["correct"]]
+    improvements = [(old, new) for old, new in changes if new["correct"] and not old["correct"]]
     return Examples(
         step=final,
-        compared=compared,
+        compared=len(compared),
         num_regressions=len(regressions),
         num_improvements=len(improvements),
-        regressions=regressions[:MAX_CHANGED],
-        improvements=improvements[:MAX_CHANGED],
+        regressions=[_change(*change) for change in regressions[:MAX_CHANGED]],
+        improvements=[_change(*change) for change in improvements[:MAX_CHANGED]],
     )
 
 

@@ -47,38 +47,39 @@ def accuracy(result: Result) -> str:
 
 def _draw(figure: Any, result: Result) -> None:
     """Marks with their intervals; the dense model is at the left."""
-    from matplotlib.lines import Line2D
-
     axis = figure.subplots()
     axis.margins(0.08, 0.12)
-    by_kind: dict[str, list[Row]] = {kind: [] for kind in MARKS}
-    for row in result.rows:
-        by_kind[_kind(row)].append(row)
-    keys = []
-    for kind, rows in by_kind.items():
-        colour, marker = MARKS[kind]
+    for kind, (colour, marker) in MARKS.items():
+        rows = [row for row in result.rows if _kind(row) == kind]
+        # Rounding may put a score a little outside of its interval; one without has a bar of no length.
+        below = [0.0 if row.low is None else max(0.0, row.accuracy - row.low) for row in rows]
+        above = [0.0 if row.high is None else max(0.0, row.high - row.accuracy) for row in rows]
         if rows:
-            _draw_marks(axis, colour, marker, rows)
-            keys.append(Line2D([], [], marker=marker, color=colour, linestyle="", label=kind))
+            axis.errorbar(
+                *_points(rows),
+                yerr=[below, above],
+                fmt=marker,
+                color=colour,
+                label=kind,
+                zorder=3,
+            )
     # A thin line through what the loop accepted, and a ring around the final checkpoint.
-    path = by_kind["dense"] + by_kind["loop"]
-    axis.plot(
-        [row.params for row in path],
-        [row.accuracy for row in path],
-        color=LOOP,
-        linewidth=1.2,
-        alpha=0.55,
-    )
-    final = result.final_row
-    if final is not None:
-        axis.plot(final.params, final.accuracy, "o", color="none", markersize=13, markeredgecolor=LOOP)
+    path = [row for row in result.rows if _kind(row) in ("dense", "loop")]
+    axis.plot(*_points(path), color=LOOP, linewidth=1.2, alpha=0.55)
+    if result.final_row is not None:
+        ring = _points([result.final_row])
+        axis.plot(*ring, marker="o", color="none", markersize=13, markeredgecolor=LOOP)
     # A task's scores are all shares, or none is.
     if all(is_share(row.first) for row in result.rows):
         axis.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.4g} %")
     axis.invert_xaxis()
     axis.xaxis.set_major_formatter(lambda value, _: billions(int(value)))
     axis.set_xlabel("parameters (fewer to the right)")
-    figure.legend(handles=keys, loc="outside upper left", ncols=4)
+    figure.legend(loc="outside upper left", ncols=4)
+
+
+def _points(rows: list[Row]) -> tuple[list[int], list[float]]:
+    return [row.params for row in rows], [row.accuracy for row in rows]
 
 
 def _kind(row: Row) -> str:
@@ -88,28 +89,3 @@ def _kind(row: Row) -> str:
     if row.verdict == "rejected":
         return "rejected"
     return "loop" if row.iteration else "dense"
-
-
-def _draw_marks(axis: Any, colour: str, marker: str, rows: list[Row]) -> None:
-    """Marks of one kind with their intervals; a score without one has a bar of no length."""
-    from matplotlib.transforms import ScaledTranslation
-
-    scores = [row.accuracy for row in rows]
-    # Rounding may put a score a little outside of its interval.
-    below = [0.0 if row.low is None else max(0.0, row.accuracy - row.low) for row in rows]
-    above = [0.0 if row.high is None else max(0.0, row.high - row.accuracy) for row in rows]
-    params = [row.params for row in rows]
-    bars = axis.errorbar(
-        params,
-        scores,
-        yerr=[below, above],
-        fmt=marker,
-        color=colour,
-        elinewidth=1.3,
-        zorder=3,
-    )
-    if colour == CONTROL:
-        # It ends at the loop's size: a few points to the right, its interval stays apart from the loop's.
-        aside = ScaledTranslation(7 / 72, 0, axis.figure.dpi_scale_trans)
-        for line in bars.get_children():
-            line.set_transform(axis.transData + aside)

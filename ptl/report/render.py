@@ -16,6 +16,7 @@ from ptl.report.result import Result
 from ptl.report.tables import Table
 from ptl.units import billions, duration
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # what the hub's metadata allows; a path on a disk is left out
 # Of the main table's rows in a terminal; `gate off` has its own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
 
@@ -80,7 +81,7 @@ def _hub_metadata(result: Result) -> str:
     scored = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_hub_name(task.task),
+            dataset_type=task.task,
             dataset_name=task.task,
             metric_type=numbers.metric(task),  # the hub does not know the filter
             metric_name=task.metric,
@@ -88,31 +89,19 @@ def _hub_metadata(result: Result) -> str:
         )
         for task in scores
     ]
+    sources = [source["source"] for source in result.settings["training"]["sources"]]
     data = ModelCardData(
         model_name=result.name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=_hub_name(result.model.model),
+        base_model=result.model.model if HUB_ID.fullmatch(result.model.model) else None,
         tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
         license=result.model.license or None,
-        datasets=[_hub_name(source["source"]) for source in result.settings["training"]["sources"]] or None,
+        datasets=list(filter(HUB_ID.fullmatch, sources)) or None,
         metrics=list(dict.fromkeys(map(numbers.metric, scores))) or None,
         eval_results=scored or None,
     )
     return data.to_yaml()
-
-
-def _hub_name(source: str) -> str:
-    """A hub id as it is; of a local path the last two parts, in the form the hub's metadata allows."""
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        return source
-    # The last folder alone is often `checkpoint`.
-    allowed = re.sub(
-        r"[^\w.-]+",
-        "-",
-        "-".join(Path(source).parts[-2:]),
-    )
-    return allowed.strip("-.") or "unknown"
 
 
 def terminal_text(result: Result, report: str) -> str:
@@ -145,6 +134,6 @@ def _terminal_table(table: Table) -> Any:
         is_number = 0 < index <= table.numbers
         view.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     for kind, row in zip(table.kinds, table.rows, strict=True):
-        cells = [Text("\n".join([cell.text, *cell.details])) for cell in row]
+        cells = [Text(cell.text) for cell in row]
         view.add_row(*cells, style=COLOURS.get(kind.split()[-1]))
     return view

@@ -58,7 +58,7 @@ class Final(BaseModel):
 
 
 class StepRow(BaseModel):
-    """A finished step: its checkpoint, how long it worked, and what it decided."""
+    """A finished step: its checkpoint, and how long it worked."""
 
     step: str
     arm: str
@@ -67,13 +67,10 @@ class StepRow(BaseModel):
     seconds: float  # of work
     params: int
     tokens: int = 0  # of a recovery
-    decision: str = ""  # of an evaluation
     uri: str
     digest: str
     parent_digest: str
     run_id: str  # of the step in MLflow
-    model_id: str
-    model_version: str
 
 
 class Missing(BaseModel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ptl.lineage.run_status import RESULT, TAG, StepRun
 from ptl.storage.manifest import file_digest
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import Dataset, DatasetInput
 
     from ptl.report.result import Result
 
@@ -24,53 +23,43 @@ UNPINNED = "unpinned"  # digest of a data set on the hub without a revision: its
 DIGITS = 32  # of a digest; MLflow takes at most 36
 
 
-@dataclass
-class DataSet:
-    """One data set as MLflow shows it."""
+def data_sets(calibration: Calibration, training: TrainingData) -> list[DatasetInput]:
+    """Every data set of a run as MLflow shows it, with what it is for."""
+    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-    name: str  # of the file, or the id on the hub
-    digest: str  # of the file, or the revision on the hub
-    kind: str  # local, s3 or hf
-    source: str  # path, URI or id
-    contexts: list[str]  # calibration, training, decontamination
-
-
-def data_sets(calibration: Calibration, training: TrainingData) -> list[DataSet]:
-    """Every data set of a run; MLflow keeps one entry for a name and digest."""
-    sources = [("calibration", calibration.data)]
-    sources += [("training", source) for source in training.sources]
-    sources += [("decontamination", source) for source in training.decontaminate.against]
-    named: dict[tuple[str, str], DataSet] = {}
-    for context, source in sources:
-        data_set = _data_set(source)
-        data_set = named.setdefault((data_set.name, data_set.digest), data_set)
-        if context not in data_set.contexts:
-            data_set.contexts.append(context)
-    return list(named.values())
+    uses = {
+        "calibration": [calibration.data],
+        "training": training.sources,
+        "decontamination": training.decontaminate.against,
+    }
+    found: dict[str, DatasetInput] = {}
+    for use, sources in uses.items():
+        for source in sources:
+            data_set = _data_set(source)
+            tag = InputTag(MLFLOW_DATASET_CONTEXT, use)
+            if data_set.source in found:
+                earlier = found[data_set.source].tags[0].value
+                tag = InputTag(MLFLOW_DATASET_CONTEXT, earlier if use in earlier else f"{earlier}, {use}")
+            found[data_set.source] = DatasetInput(data_set, [tag])
+    return list(found.values())
 
 
-def _data_set(source: DataSource) -> DataSet:
+def _data_set(source: DataSource) -> Dataset:
+    """A file by its digest, or an id on the hub, where the revision stands for the content."""
+    from mlflow.entities import Dataset
+
+    # As MLflow's own sources of these kinds are written.
     path = local_file(source)
     if path is None:
-        # On the hub the revision stands for the content.
-        return DataSet(
-            source.source,
-            (source.revision or UNPINNED)[:DIGITS],
-            "hf",
-            source.source,
-            [],
-        )
+        digest = source.revision or UNPINNED
+        return Dataset(source.source, digest[:DIGITS], "hf", json.dumps({"path": source.source}))
     kind = "s3" if source.source.startswith("s3://") else "local"
-    return DataSet(
-        Path(source.source).name,
-        file_digest(path)[:DIGITS],
-        kind,
-        source.source,
-        [],
-    )
+    name = Path(source.source).name
+    return Dataset(name, file_digest(path)[:DIGITS], kind, json.dumps({"uri": source.source}))
 
 
-def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DataSet] = ()) -> None:
+def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DatasetInput] = ()) -> None:
     """Give the pipeline run parameters (`ptl.<name>`), the commit and data sets. What it has already stays as it is."""
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
@@ -79,23 +68,8 @@ def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Seq
         mlflow_values.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
             client.set_tag(run.parent_run_id, MLFLOW_GIT_COMMIT, revision)
-        # An earlier attempt may have logged them.
-        inputs = parent.inputs.dataset_inputs if parent.inputs else []
-        logged = [(entry.dataset.name, entry.dataset.digest) for entry in inputs]
-        new = [_dataset_input(data_set) for data_set in data if (data_set.name, data_set.digest) not in logged]
-        if new:
-            client.log_inputs(run.parent_run_id, datasets=new)
-
-
-def _dataset_input(data_set: DataSet) -> DatasetInput:
-    """MLflow's entry for a data set."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-    # As MLflow's own sources of these kinds are written.
-    source = json.dumps({"path" if data_set.kind == "hf" else "uri": data_set.source})
-    contexts = InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(data_set.contexts))
-    return DatasetInput(Dataset(data_set.name, data_set.digest, data_set.kind, source), [contexts])
+        if data:
+            client.log_inputs(run.parent_run_id, datasets=list(data))
 
 
 def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> None:

@@ -50,10 +50,9 @@ def iterations(result: Result) -> Table:
     rows, kinds = [], []
     for row in result.rows:
         is_final = row is result.final_row
-        active = (f"{row.scores.active_params:,} active",) if row.scores.experts else ()
-        cells = (
+        cells = _cells(
             f"{row.label} (final)" if is_final else row.label,
-            Cell(f"{row.params:,}", active),
+            f"{row.params:,}",
             numbers.percent(row.share_removed),
             numbers.accuracy(row.first),
             numbers.interval(row.first),
@@ -61,7 +60,7 @@ def iterations(result: Result) -> Table:
             f"{row.recovery_tokens:,}",
             row.verdict,
         )
-        rows.append(_cells(*cells))
+        rows.append(cells)
         kinds.append(f"{'final ' if is_final else ''}{row.arm} {row.verdict}")
     return Table(columns, rows, 6, tuple(kinds))
 
@@ -71,32 +70,21 @@ def details(result: Result) -> Table:
     tasks = result.tasks if len(result.tasks) > 1 else []
     rows = []
     for row in result.rows:
-        scores = [numbers.score(task) for task in row.scores.tasks] if tasks else []
-        rows.append(
-            _cells(
-                row.label,
-                _shape(row),
-                *scores,
-                row.reason or row.verdict,
-            )
-        )
-    return Table(
-        ("Iteration", "Shape", *tasks, "Verdict"),
-        rows,
-        1 + len(tasks),
-    )
+        scores = map(numbers.score, row.scores.tasks if tasks else [])
+        rows.append(_cells(row.label, _shape(row), *scores, row.reason or row.verdict))
+    return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
 
 
 def _shape(row: Row) -> Cell:
-    """The layers of a checkpoint, and their width."""
+    """The layers of a checkpoint, their width and their experts."""
     low, high = min(row.scores.widths), max(row.scores.widths)
-    details = [f"FFN width {low:,}" if low == high else f"FFN width {low:,} to {high:,}"]
+    width = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    shape = [f"FFN width {width}"]
     if row.scores.experts:
-        details.append(f"{row.scores.experts} experts")
+        shape += [f"{row.scores.experts} experts", f"{row.scores.active_params:,} active"]
     if row.removed_layers:
-        numbers = ", ".join(map(str, row.removed_layers))
-        details.append(f"removed layers {numbers}")
-    return Cell(f"{len(row.scores.widths)} layers", tuple(details))
+        shape.append(f"removed layers {', '.join(map(str, row.removed_layers))}")
+    return Cell(f"{len(row.scores.widths)} layers", tuple(shape))
 
 
 def evidence(result: Result) -> list[Table]:
@@ -169,24 +157,17 @@ def _comparison(pair: Paired) -> Cell:
 def _sizes(dense: Row, final: Row) -> Table:
     measures = {
         "params": ("Parameters", "{:,}".format),
-        "active_params": ("Active parameters", "{:,}".format),
+        **({"active_params": ("Active parameters", "{:,}".format)} if dense.scores.experts else {}),
         "bytes": ("Weights", size),
         "kv_bytes_per_token": ("KV cache per token", size),
         "flops_per_token": ("FLOPs per token", "{:,}".format),
     }
     rows = []
     for key, (label, printed) in measures.items():
-        if key != "active_params" or dense.scores.experts:
-            before, after = getattr(dense.scores, key), getattr(final.scores, key)
-            change = 100 * (after / before - 1)
-            rows.append(
-                _cells(
-                    label,
-                    printed(before),
-                    printed(after),
-                    f"{change:+.1f} %" if change else "the same",
-                )
-            )
+        before, after = getattr(dense.scores, key), getattr(final.scores, key)
+        change = 100 * (after / before - 1)
+        difference = f"{change:+.1f} %" if change else "the same"
+        rows.append(_cells(label, printed(before), printed(after), difference))
     return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
 
 
@@ -197,18 +178,11 @@ def export(result: Result, row: ExportRow) -> list[Table]:
     tasks = [task.task for task in row.models["final"].tasks]
     rows = []
     for name, exported in row.models.items():
-        as_it_is = scores[row.scored[name]]
         label = name.capitalize()
+        as_it_is = scores[row.scored[name]]
         rows.append(_exported(row, name, label, as_it_is, original))
-        rows.append(
-            _exported(
-                row,
-                f"{name}_export",
-                f"{label}, {row.type}",
-                exported,
-                original,
-            )
-        )
+        in_format = f"{label}, {row.type}"
+        rows.append(_exported(row, f"{name}_export", in_format, exported, original))
     columns = (row.name, "Weights", *tasks, "Items", "Tokens/s")
     tables = [Table(columns, rows, len(tasks) + 3)]
     if row.pairs:
@@ -243,24 +217,19 @@ def lineage(result: Result) -> Table:
     """Each step with its checkpoint, what that was made from, and its page in MLflow."""
     rows = []
     for step in result.steps:
-        time, params = duration(step.seconds), f"{step.params:,}"
-        rows.append(
-            _cells(
-                step.step, time, params, _digest(step.digest), _digest(step.parent_digest), _run(result, step.run_id)
-            )
+        cells = _cells(
+            step.step,
+            duration(step.seconds),
+            f"{step.params:,}",
+            _digest(step.digest),
+            _digest(step.parent_digest),
+            _run(result, step.run_id),
         )
+        rows.append(cells)
     for missing, why in ((result.not_needed, "not needed"), (result.not_finished, "not finished")):
-        rows += [
-            _cells(
-                step.step,
-                NONE,
-                NONE,
-                f"{why}: {step.reason}",
-                NONE,
-                NONE,
-            )
-            for step in missing
-        ]
+        for absent in missing:
+            reason = f"{why}: {absent.reason}"
+            rows.append(_cells(absent.step, NONE, NONE, reason, NONE, NONE))
     columns = ("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run")
     return Table(columns, rows, 2)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from ptl.sandbox.protocol import TEXT, Tagged, decode, encode, receive, send
 
+_ENDED = "the candidate's process ended before the tests were complete"  # its parent knows the exit code
+
 
 class _GoneError(BaseException):
     """The candidate's process ended or broke the protocol. A BaseException, so that no test swallows it by accident."""
@@ -111,10 +113,6 @@ class Checker:
             self.broken = (status, detail)
         return _GoneError(detail)
 
-    def process_gone(self) -> _GoneError:
-        """The same for a process that ended; its parent knows its exit code."""
-        return self.gone("the candidate's process ended before the tests were complete", status="gone")
-
     def require_unbroken(self) -> None:
         """Raise again what a test has swallowed."""
         if self.broken is not None:
@@ -126,7 +124,7 @@ class Checker:
         try:
             return receive(self.incoming)
         except EOFError:
-            raise self.process_gone() from None
+            raise self.gone(_ENDED, "gone") from None
         except Exception as error:
             raise self.gone(f"unreadable answer of the candidate: {type(error).__name__}") from None
 
@@ -135,7 +133,7 @@ class Checker:
         try:
             send(self.outgoing, message)
         except BrokenPipeError:
-            raise self.process_gone() from None
+            raise self.gone(_ENDED, "gone") from None
 
     def decode(self, data: Any) -> Any:
         """Return the value that the candidate sent; whatever is wrong with it ends the run."""

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import types
-from collections import Counter, OrderedDict, deque, namedtuple
+from collections import namedtuple
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ MAX_FRAME = 32 << 20  # bytes of one message
 TEXT = 1500  # characters of an error's text
 
 Tagged = dict[str, Any]  # a value or handle with its tag
-Build = Callable[[list[Any]], Any]  # the value of which these are the parts
 
 _HEADER = struct.Struct("<I")  # length of the JSON that follows
 _CHUNK = 1 << 20  # bytes of one read
@@ -29,26 +28,10 @@ _CHUNK = 1 << 20  # bytes of one read
 class _Codec(NamedTuple):
     """How values of one type travel."""
 
-    module: str  # of the type, which may not be imported yet
+    module: str  # of the type, which is imported at the first use: both children start faster
     parts: Callable[[Any], Any]  # of a value, simpler values
-    build: Build
-
-
-def _star(function: Callable[..., Any]) -> Build:
-    def build(arguments: list[Any]) -> Any:
-        return function(*arguments)
-
-    return build
-
-
-def _star_later(module: str, path: str) -> Build:
-    """As `_star`, with a function of a module that is imported at the first use: both children start faster."""
-
-    def build(arguments: list[Any]) -> Any:
-        function = attrgetter(path)(__import__(module))
-        return function(*arguments)
-
-    return build
+    build: str  # in the module: what is called with the parts
+    takes_list: bool = False  # whether it takes them as one list
 
 
 def _pairs(value: Any) -> list[list[Any]]:
@@ -67,49 +50,29 @@ def _hex_text(value: int) -> list[Any]:
     return [hex(value), 16]
 
 
-def _array_parts(value: Any) -> list[Any]:
-    return [value.typecode, value.tolist()]
-
-
-def _namedtuple_parts(value: Any) -> list[Any]:
-    return [type(value).__name__, list(value._fields), list(value)]
-
-
-def _build_namedtuple(parts: list[Any]) -> Any:
-    name, fields, items = parts
-    return namedtuple(name, fields)(*items)  # which itself refuses names that are no identifiers
-
-
-def _build_counter(pairs: list[Any]) -> Counter[Any]:
-    return Counter(dict(pairs))
-
-
 # By the type's name, which is its tag.
 _CODECS = {
-    "int": _Codec("builtins", _hex_text, _star(int)),  # of more than 64 bits
-    "bytes": _Codec("builtins", _latin_text, _star(bytes)),
-    "bytearray": _Codec("builtins", _latin_text, _star(bytearray)),
-    "complex": _Codec("builtins", attrgetter("real", "imag"), _star(complex)),
-    "range": _Codec("builtins", attrgetter("start", "stop", "step"), _star(range)),
-    "slice": _Codec("builtins", attrgetter("start", "stop", "step"), _star(slice)),
-    "tuple": _Codec("builtins", list, tuple),
-    "set": _Codec("builtins", list, set),
-    "frozenset": _Codec("builtins", list, frozenset),
-    "dict": _Codec("builtins", _pairs, dict),
-    "deque": _Codec("collections", list, deque),
-    "defaultdict": _Codec("collections", _pairs, dict),  # its factory is a function and stays where it is
-    "OrderedDict": _Codec("collections", _pairs, OrderedDict),
-    "Counter": _Codec("collections", _pairs, _build_counter),
-    "Decimal": _Codec("decimal", _text, _star_later("decimal", "Decimal")),
-    "Fraction": _Codec("fractions", _text, _star_later("fractions", "Fraction")),
-    "date": _Codec("datetime", _text, _star_later("datetime", "date.fromisoformat")),
-    "time": _Codec("datetime", _text, _star_later("datetime", "time.fromisoformat")),
-    "datetime": _Codec("datetime", _text, _star_later("datetime", "datetime.fromisoformat")),
-    "timedelta": _Codec(
-        "datetime", attrgetter("days", "seconds", "microseconds"), _star_later("datetime", "timedelta")
-    ),
-    "array": _Codec("array", _array_parts, _star_later("array", "array")),
-    "namedtuple": _Codec("", _namedtuple_parts, _build_namedtuple),  # known by its form
+    "int": _Codec("builtins", _hex_text, "int"),  # of more than 64 bits
+    "bytes": _Codec("builtins", _latin_text, "bytes"),
+    "bytearray": _Codec("builtins", _latin_text, "bytearray"),
+    "complex": _Codec("builtins", attrgetter("real", "imag"), "complex"),
+    "range": _Codec("builtins", attrgetter("start", "stop", "step"), "range"),
+    "slice": _Codec("builtins", attrgetter("start", "stop", "step"), "slice"),
+    "tuple": _Codec("builtins", list, "tuple", True),
+    "set": _Codec("builtins", list, "set", True),
+    "frozenset": _Codec("builtins", list, "frozenset", True),
+    "dict": _Codec("builtins", _pairs, "dict", True),
+    "deque": _Codec("collections", list, "deque", True),
+    "defaultdict": _Codec("collections", lambda value: [None, _pairs(value)], "defaultdict"),  # its factory stays
+    "OrderedDict": _Codec("collections", _pairs, "OrderedDict", True),
+    "Counter": _Codec("collections", lambda value: [dict(value)], "Counter"),
+    "Decimal": _Codec("decimal", _text, "Decimal"),
+    "Fraction": _Codec("fractions", _text, "Fraction"),
+    "date": _Codec("datetime", _text, "date.fromisoformat"),
+    "time": _Codec("datetime", _text, "time.fromisoformat"),
+    "datetime": _Codec("datetime", _text, "datetime.fromisoformat"),
+    "timedelta": _Codec("datetime", attrgetter("days", "seconds", "microseconds"), "timedelta"),
+    "array": _Codec("array", lambda value: [value.typecode, value.tolist()], "array"),
 }
 
 
@@ -154,9 +117,13 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
         return value
     if kind is list:
         return [encode(item, refer) for item in value]
-    tag = _tag_of(kind)
-    if tag is not None:
-        return {"t": tag, "v": [encode(part, refer) for part in _CODECS[tag].parts(value)]}
+    name = kind.__name__
+    codec = _CODECS.get(name)
+    if codec is not None and codec.module == kind.__module__:
+        return {"t": name, "v": [encode(part, refer) for part in codec.parts(value)]}
+    if kind.__bases__ == (tuple,) and hasattr(kind, "_fields"):
+        parts = [name, list(value._fields), list(value)]
+        return {"t": "namedtuple", "v": [encode(part, refer) for part in parts]}
     if isinstance(value, types.ModuleType):
         return {"t": "module", "v": value.__name__}
     # Asked for its name only if it is surely a class: any other object may run code of its own for that.
@@ -165,15 +132,6 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
         if getattr(builtins, name, None) is value:
             return {"t": "builtin", "v": name}
     return refer(value)
-
-
-def _tag_of(kind: type) -> str | None:
-    """The tag of the codec for a type, if there is one."""
-    codec = _CODECS.get(kind.__name__)
-    if codec is not None and codec.module == kind.__module__:
-        return kind.__name__
-    is_namedtuple = kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
-    return "namedtuple" if is_namedtuple else None
 
 
 def decode(data: Any, resolve: Callable[[Tagged], Any]) -> Any:
@@ -186,10 +144,15 @@ def decode(data: Any, resolve: Callable[[Tagged], Any]) -> Any:
     tag = data["t"]
     content = data.get("v")
     codec = _CODECS.get(tag)
-    if codec is not None:
+    if codec is not None or tag == "namedtuple":
         if not isinstance(content, list):
             raise ValueError(f"the content of a {tag} is no list")
-        return codec.build([decode(part, resolve) for part in content])
+        parts = [decode(part, resolve) for part in content]
+        if codec is None:
+            name, fields, items = parts
+            return namedtuple(name, fields)(*items)  # which itself refuses names that are no identifiers
+        build = attrgetter(codec.build)(__import__(codec.module))
+        return build(parts) if codec.takes_list else build(*parts)
     if tag == "builtin":
         builtin = getattr(builtins, str(content))
         if not isinstance(builtin, type):  # a function such as eval must not come from the candidate

@@ -19,8 +19,9 @@ What it cannot guarantee
 - Metadata stays visible: `os.stat` works on any path (existence, size, times), and so do pid, uid, host name and the
   names, not the content, in the standard library's folder.
 - A hole in the kernel's Landlock or seccomp, or in Python's own JSON parser and types that decode answers, is a hole.
-- `memory_bytes` and `cpu_s` hold per process, the checker's included. The total of scratch files is polled every
-  50 ms, so a burst can pass the limit for that long, and deleted but open files (64 at most) are not in the total.
+- `memory_bytes` and `cpu_s` hold per process, the checker's included. The sizes of scratch files and of what is
+  printed are polled every 50 ms, so a burst can pass their limits for that long (each file ends at `file_bytes`), and
+  deleted but open files (64 at most) are not in the total.
 
 What candidates and tests cannot do here: asyncio and sockets, subprocesses, threads, subclassing a candidate's class in
 the tests, comparing with `is`, `in` on the candidate's own container types, `with` on its objects, capturing what the
@@ -33,8 +34,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
-import shutil
+import select
 import signal
 import subprocess
 import sys
@@ -56,7 +56,6 @@ _POLL_S = 0.05  # seconds between two checks of what has no kernel limit
 _EXIT_S = 0.2  # seconds for the candidate's own end, whose exit code says why
 _DETAIL = 2000  # characters
 _REPORT = 65536  # bytes that the checker may report
-_CHUNK = 65536  # bytes of one read
 _MAX_FILES = 64  # in the scratch folder
 # Stub packages: the children import three files of this folder, and nothing of an __init__ or of site-packages.
 _BOOT = """
@@ -94,27 +93,6 @@ class Outcome:
     detail: str  # may quote the candidate: show it as text, never act on it
 
 
-@dataclass(frozen=True)
-class _Children:
-    """The two processes, and the reading ends of their pipes."""
-
-    candidate: Process
-    checker: Process
-    output: FileIO  # what both print
-    report: FileIO  # of the checker alone
-
-
-@dataclass
-class _Observation:
-    """What the parent has seen of the two children."""
-
-    output: bytes = b""  # its beginning
-    output_size: int = 0  # bytes in all
-    report: bytes = b""
-    status: str = ""  # set by the parent when it ends the run: stronger than any report
-    detail: str = ""
-
-
 def require_support() -> None:
     """Raise WorkError where this kernel cannot confine a process."""
     reason = lockdown.missing_support()
@@ -133,17 +111,21 @@ def run_tests(candidate: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Ou
     require_support()
     if len(candidate) > _MAX_SOURCE:
         return Outcome(False, "failed", f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}")
-    scratch = tempfile.mkdtemp(prefix="ptl-sandbox-")
-    try:
-        with _running_children(candidate, tests, limits, scratch) as children:
-            observation = _observe(children, limits, scratch)
+    with tempfile.TemporaryDirectory(prefix="ptl-sandbox-") as folder:
+        output = Path(folder, "output")  # beside the scratch folder: nobody can read it
+        scratch = Path(folder, "scratch")
+        scratch.mkdir()
+        with _running_children(candidate, tests, limits, scratch, output) as (suspect, report):
+            lines, limit = _follow(report, limits, scratch, output)
             # The exit code is of use only where the candidate's process ended first.
-            is_over = observation.status or b'"passed"' in observation.report
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                children.candidate.wait(0 if is_over else _EXIT_S)
-        return _judge(observation, children.candidate.returncode, limits)
-    finally:
-        shutil.rmtree(scratch)  # flat: the children can make no folder or link
+            if not limit and b'"gone"' in lines[-1]:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    suspect.wait(_EXIT_S)
+        with output.open("rb") as file:
+            printed = file.read(_DETAIL).decode("utf-8", "replace")
+    if limit:
+        return _not_passed(*limit, printed)
+    return _judge(lines, suspect.returncode, printed, limits)
 
 
 def run_many(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
@@ -154,22 +136,24 @@ def run_many(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) 
 
 
 @contextlib.contextmanager
-def _running_children(candidate: str, tests: str, limits: Limits, scratch: str) -> Iterator[_Children]:
-    """Start both processes; they are dead and their pipes closed when the block ends."""
+def _running_children(
+    candidate: str, tests: str, limits: Limits, scratch: Path, output: Path
+) -> Iterator[tuple[Process, FileIO]]:
+    """Start both processes; yields the candidate's and the report. They are dead when the block ends."""
     with contextlib.ExitStack() as stack:
-        # Both children print to the same pipe; only the checker has the one of the report.
+        # Both children print to the same file, which they cannot read; only the checker has the pipe of the report.
+        printed = stack.enter_context(FileIO(output, "a"))
         questions, to_candidate = _open_pipe(stack)
         answers, to_checker = _open_pipe(stack)
-        output, to_output = _open_pipe(stack)
         report, to_report = _open_pipe(stack)
-        suspect = _start_child("candidate", candidate, [questions, to_checker], to_output, limits, scratch)
+        suspect = _start_child("candidate", candidate, [questions, to_checker], printed, limits, scratch)
         stack.callback(_kill, suspect)
-        checker = _start_child("checker", tests, [answers, to_candidate, to_report], to_output, limits, scratch)
+        checker = _start_child("checker", tests, [answers, to_candidate, to_report], printed, limits, scratch)
         stack.callback(_kill, checker)
         # Else no pipe would end when a child does.
-        for end in (questions, to_candidate, answers, to_checker, to_output, to_report):
+        for end in (questions, to_candidate, answers, to_checker, to_report):
             end.close()
-        yield _Children(suspect, checker, output, report)
+        yield suspect, report
 
 
 def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
@@ -189,7 +173,7 @@ def _start_child(
     pipes: list[FileIO],
     output: FileIO,
     limits: Limits,
-    scratch: str,
+    scratch: Path,
 ) -> Process:
     """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
     descriptors = [pipe.fileno() for pipe in pipes]
@@ -223,83 +207,45 @@ def _start_child(
     return child
 
 
-def _observe(children: _Children, limits: Limits, scratch: str) -> _Observation:
-    """Read both pipes until the checker's end of the report closes or a limit is passed."""
-    observation = _Observation()
+def _follow(report: FileIO, limits: Limits, scratch: Path, output: Path) -> tuple[list[bytes], tuple[str, str] | None]:
+    """The lines that the checker reports until it ends, or the limit that was passed before: status and detail."""
+    received = b""
     deadline = time.monotonic() + limits.wall_s
-    next_poll = time.monotonic() + _POLL_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(children.output, selectors.EVENT_READ)
-        selector.register(children.report, selectors.EVENT_READ)
-        while not observation.status:
-            pause = min(deadline, next_poll) - time.monotonic()
-            events = selector.select(max(0.0, pause))
-            ready = [key.fileobj for key, _ in events]
-            # The output first: a limit that it passes is stronger than the report.
-            if children.output in ready and not _take_output(observation, children, limits):
-                selector.unregister(children.output)
-            if children.report in ready and not _take_report(observation, children, limits):
-                break
-            now = time.monotonic()
-            if observation.status:
-                break
-            if now >= deadline:
-                observation.status = "timeout"
-                observation.detail = f"not done after {limits.wall_s} s"
-            elif now >= next_poll:
-                next_poll = now + _POLL_S
-                _poll_files(observation, limits, scratch)
-    return observation
+    poll = select.poll()
+    poll.register(report, select.POLLIN)
+    while True:
+        chunk = os.read(report.fileno(), _REPORT) if poll.poll(1000 * _POLL_S) else None
+        # A limit that was passed is stronger than the report.
+        limit = _passed_limit(limits, scratch, output)
+        if limit is None and chunk != b"" and time.monotonic() >= deadline:
+            limit = "timeout", f"not done after {limits.wall_s} s"
+        if limit or chunk == b"":
+            return received.splitlines() or [b""], limit
+        received = (received + (chunk or b""))[:_REPORT]
 
 
-def _take_output(observation: _Observation, children: _Children, limits: Limits) -> bool:
-    """Read what was printed; False where both children have closed their output."""
-    chunk = os.read(children.output.fileno(), limits.output_bytes + _CHUNK)
-    observation.output_size += len(chunk)
-    observation.output = (observation.output + chunk)[:_DETAIL]
-    if observation.output_size > limits.output_bytes:
-        observation.status = "output_limit"
-        observation.detail = f"printed more than {limits.output_bytes} bytes"
-    return bool(chunk)
-
-
-def _take_report(observation: _Observation, children: _Children, limits: Limits) -> bool:
-    """Read what the checker reports; False where it has ended."""
-    chunk = os.read(children.report.fileno(), _CHUNK)
-    observation.report = (observation.report + chunk)[:_REPORT]
-    if not chunk:
-        # What was printed before the report counts, so that the outcome does not depend on which was read first.
-        os.set_blocking(children.output.fileno(), False)
-        with contextlib.suppress(BlockingIOError):
-            _take_output(observation, children, limits)
-    return bool(chunk)
-
-
-def _poll_files(observation: _Observation, limits: Limits, scratch: str) -> None:
-    """The scratch folder's total, which no kernel limit covers."""
+def _passed_limit(limits: Limits, scratch: Path, output: Path) -> tuple[str, str] | None:
+    """The limit that what was printed or the files together exceed, which no kernel limit covers."""
+    if output.stat().st_size > limits.output_bytes:
+        return "output_limit", f"printed more than {limits.output_bytes} bytes"
     sizes = []
     # Flat: the children can make no folder.
     for entry in os.scandir(scratch):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             sizes.append(entry.stat(follow_symlinks=False).st_size)
-    num_bytes = sum(sizes)
-    if num_bytes > limits.file_bytes or len(sizes) > _MAX_FILES:
-        observation.status = "file_limit"
-        observation.detail = f"{len(sizes)} files of {num_bytes} bytes; allowed are {_MAX_FILES} of {limits.file_bytes}"
+    if sum(sizes) > limits.file_bytes or len(sizes) > _MAX_FILES:
+        text = f"{len(sizes)} files of {sum(sizes)} bytes; allowed are {_MAX_FILES} of {limits.file_bytes}"
+        return "file_limit", text
+    return None
 
 
-def _judge(observation: _Observation, exit_code: int, limits: Limits) -> Outcome:
-    """Turn what was seen into the outcome; WorkError where a child could not be locked down."""
-    printed = observation.output.decode("utf-8", "replace")
-    if observation.status:
-        return _not_passed(observation.status, observation.detail, printed)
-    lines = observation.report.splitlines()
-    if not lines:
+def _judge(lines: list[bytes], exit_code: int, printed: str, limits: Limits) -> Outcome:
+    """Turn the checker's report into the outcome; WorkError where a child could not be locked down."""
+    if not lines[0]:
         raise _setup_error(printed or "no message")
     # The first line says that the lock-down is done, the second how the tests ended.
     if len(lines) < 2:
         return _not_passed("killed", "the tests' own process ended early (memory or CPU limit?)", printed)
-
     verdict: dict[str, str] = json.loads(lines[1])
     status = verdict["status"]
     detail = verdict["detail"]

@@ -182,7 +182,7 @@ def test_a_stream_computes_what_the_whole_model_does(model, source):
     with torch.no_grad():
         for i in ALL:
             with stream.layer(i):
-                states = stream.run_batches(i, states)
+                states = [stream.run(i, b, hidden) for b, hidden in enumerate(states)]
         with stream.head():
             loss = stream.loss(0, 0, states[0][:1])
     batch = batches()[0]

@@ -167,7 +167,6 @@ def test_a_stream_computes_what_the_whole_model_does(model, source):
     given = batches()
     given[0]["labels"][:, :4] = -100  # a prompt
     stream = LayerwiseModel(source, family_at(source), given)
-    assert stream.predicted(0).tolist() == [8, 5, 8]
     states = stream.embed()
     with torch.no_grad():
         for i in ALL:

@@ -75,11 +75,6 @@ def test_config_counts_of_leading_layers():
     assert beyond["max_window_layers"] >= beyond["num_hidden_layers"]
 
 
-def test_widths_must_be_uniform():
-    with pytest.raises(AssertionError, match="widths differ"):
-        prune_config({"num_hidden_layers": 2}, LLAMA, Selection((0, 1), {0: KEPT, 1: KEPT[:2]}))
-
-
 def test_adam_moments_are_cut_with_the_weights(tmp_path):
     model = build("llama")
     source = save(model, tmp_path / "source")

@@ -51,14 +51,13 @@ def test_steps_move_the_weights_and_what_matters_is_logged(small, trained):
     before, after = weights(small), weights(dst)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
-    assert report.steps == 4 and 0 < report.details["pass_at_k"] <= 1
+    assert report.steps == 4
     rewards = [metrics for _, metrics in log if "reward" in metrics]
     assert len(rewards) == 4
     for metrics in rewards:
         assert {"frac_reward_zero_std", "completions/mean_length", "kl", "rewards/final_answer/mean"} <= metrics.keys()
         assert 0 <= metrics["reward"] <= 1
-    assert [entry["tokens"] for entry in report.details["rewards"]] == [tokens for tokens, _ in report.curve]
-    assert report.tokens == report.curve[-1][0] > 0
+    assert report.tokens == rewards[-1]["num_tokens"] > 0
 
 
 @pytest.mark.slow
@@ -123,9 +122,9 @@ def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, 
 
 
 @pytest.mark.slow
-def test_zero_reward_is_refused_before_training(small, tmp_path):
+def test_zero_reward_ends_training(small, tmp_path):
     """A reference that no answer equals stands for a model that solves nothing."""
-    rewards = [{"name": "final_answer", "answer": "#### 123456"}]
+    rewards = [{"name": "final_answer", "answer": "#### 123456"}, {"name": "format"}]
     with pytest.raises(WorkError, match=r"solves none of 8 prompts in 4 tries.*recover by cpt or distil first"):
         recover(small, tmp_path / "out", STAGE | {"rewards": rewards})
     assert not list(tmp_path.glob("out.training/checkpoint-*"))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
+from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, losses, recover, weights
 from transformers import AutoTokenizer
 
 from ptl.config.recover import RecoverStage, Recovery, TrainingData
@@ -43,12 +43,12 @@ def straight(small, tmp_path_factory):
 
 
 def test_two_steps_move_the_weights_and_the_loss_is_finite(small, tmp_path):
-    report = recover(small, tmp_path / "out", CPT, tokens=500)
+    report = recover(small, tmp_path / "out", CPT, tokens=500, log=(log := []))
     before, after = weights(small), weights(tmp_path / "out")
     assert before.keys() == after.keys() and report.steps >= 2
     assert report.details["passes"] == report.details["sequences"] / 10_000  # rows
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert all(math.isfinite(loss) for _, loss in report.curve)
+    assert all(math.isfinite(loss) for _, loss in losses(log))
 
 
 def test_sequences_that_were_cut_are_counted(small, tmp_path):
@@ -58,15 +58,15 @@ def test_sequences_that_were_cut_are_counted(small, tmp_path):
 
 def test_an_iteration_shorter_than_logging_steps_has_a_curve(small, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "logging_steps", lambda _: 100)
-    report = recover(small, tmp_path / "out", CPT, tokens=500)
-    ((tokens, loss),) = report.curve
+    report = recover(small, tmp_path / "out", CPT, tokens=500, log=(log := []))
+    ((tokens, loss),) = losses(log)
     assert report.steps > 1 and tokens == 500 and 0 < loss < 10
 
 
 def test_tokens_are_exact_and_counted_while_training(straight):
     _, report, log = straight
-    assert report.tokens == 1500 and report.curve[-1][0] == 1500
-    seen = [metrics["num_input_tokens_seen"] for _, metrics in log if "loss" in metrics]
+    assert report.tokens == 1500 and losses(log)[-1][0] == 1500
+    seen = [tokens for tokens, _ in losses(log)]
     assert seen == sorted(seen) and len(seen) == report.steps == math.ceil(report.details["sequences"] / 4)
 
 
@@ -92,9 +92,9 @@ def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sft, "sft_trainer", lambda: SFTTrainer)
     for change in ({}, {"accumulation": 2}):
-        report = recover(small, tmp_path / f"out{len(change)}", CPT | change)
-        mine = [loss for _, loss in straight[1].curve]
-        assert [loss for _, loss in report.curve] == pytest.approx(mine, rel=1e-4)
+        recover(small, tmp_path / f"out{len(change)}", CPT | change, log=(log := []))
+        mine = [loss for _, loss in losses(straight[2])]
+        assert [loss for _, loss in losses(log)] == pytest.approx(mine, rel=1e-4)
 
 
 def test_the_result_is_an_ordinary_checkpoint(small, straight):
@@ -157,8 +157,8 @@ def test_a_chain_keeps_the_dtype(small, tmp_path):
 
 @pytest.mark.slow
 def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
-    report = recover(small, tmp_path / "out", CPT | {"packing": True, "loss": "all"})
-    assert report.tokens == report.curve[-1][0] == 1500
+    report = recover(small, tmp_path / "out", CPT | {"packing": True, "loss": "all"}, log=(log := []))
+    assert report.tokens == losses(log)[-1][0] == 1500
     assert report.steps == 4 < math.ceil(report.details["sequences"] / 4)  # 14 or so rows of 128 tokens, 4 to a step
 
 
@@ -318,8 +318,8 @@ def test_a_chain_runs_its_stages_on_their_own_budgets(small, tmp_path):
     first, second = report.details["stages"]
     assert (first["tokens"], second["tokens"]) == (250, 751) and report.tokens == 1001
     assert report.method == "cpt+cpt" and report.steps == first["steps"] + second["steps"]
-    assert [tokens for tokens, _ in report.curve] == sorted(tokens for tokens, _ in report.curve)
-    assert report.curve[-1][0] == 1001 and [step for step, _ in log] == sorted(step for step, _ in log)
+    assert losses(log) == sorted(losses(log), key=lambda point: point[0])
+    assert losses(log)[-1][0] == 1001 and [step for step, _ in log] == sorted(step for step, _ in log)
 
 
 @pytest.mark.slow
@@ -356,9 +356,9 @@ def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(small, tmp_path,
     tokenizer = AutoTokenizer.from_pretrained(small)
     whole = training_chunk(DATA, tokenizer, SHORT["max_length"], seed=0, earlier=(), budget=2000)[1]
     budget = len(whole.ids) + 1
-    report = recover(small, tmp_path / "out", stage | {"batch_size": 1}, tokens=budget, teacher=DENSE)
+    report = recover(small, tmp_path / "out", stage | {"batch_size": 1}, tokens=budget, teacher=DENSE, log=(log := []))
     assert report.tokens == budget and report.steps == 2
-    assert report.curve[0] == (1, 0.0) and report.curve[1][1] > 0
+    assert losses(log)[0] == (1, 0.0) and losses(log)[1][1] > 0
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "out").values())
 
 
@@ -405,7 +405,7 @@ def damaged(src, dst, change):
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_and_names_the_step(small, tmp_path):
     broken = damaged(small, tmp_path / "broken", lambda w: w | {"model.norm.weight": w["model.norm.weight"] * 1e38})
-    with pytest.raises(WorkError, match=r"optimizer step 1, before any weight has changed: .*a sound checkpoint"):
+    with pytest.raises(WorkError, match=r"loss .* is nan at optimizer step 1; .*check the checkpoint's weights"):
         recover(broken, tmp_path / "out", CPT)
     assert not (tmp_path / "out/model.safetensors").exists()
 
@@ -419,13 +419,12 @@ def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(small, tmp_pa
     out.mkdir()
     trainer = SimpleNamespace(
         model=model,
-        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
+        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped, get_state_dict=torch.nn.Module.state_dict),
         state=SimpleNamespace(global_step=7),
-        args=SimpleNamespace(output_dir=str(tmp_path)),
         is_world_process_zero=lambda: True,
     )
     with pytest.raises(WorkError, match="a weight is NaN or infinite at optimizer step 7"):
-        training.save(trainer, half, out)
+        training.save(trainer, half, out, tmp_path)
     assert not list(out.iterdir())
 
 
@@ -433,11 +432,11 @@ def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(small, tmp_pa
 def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
     """A mock of the learning-rate curve, which explodes after the second step; the loss is no number in the fourth."""
     monkeypatch.setattr(training, "learning_rate_curve", lambda *args: lambda step: 1.0 if step < 2 else 1e38)
-    with pytest.raises(WorkError, match=r"at optimizer step 4; the last good .* is kept in .*/checkpoint-2; lower"):
+    with pytest.raises(WorkError, match=r"at optimizer step 4; the last good .* is .*/checkpoint-2; lower"):
         recover(small, tmp_path / "exact", CPT)
     assert last_complete(tmp_path / "exact.training").name == "checkpoint-2"
     assert not (tmp_path / "exact/model.safetensors").exists()
-    with pytest.raises(WorkError, match=r"in optimizer steps 1 to 5; no training checkpoint was"):
+    with pytest.raises(WorkError, match=r"at optimizer step 5; no training checkpoint was"):
         monkeypatch.setattr(training, "logging_steps", lambda _: 5)
         recover(small, tmp_path / "coarse", CPT | {"save_steps": 100})
 
@@ -447,11 +446,11 @@ def test_a_checkpoint_with_nan_weights_is_not_marked_complete(small, tmp_path):
     for folder in (good, bad):
         folder.mkdir()
     callback = training.watch(RecoveryJob(DATA, StageBudget(1, (), 1, True, 0), tmp_path, lambda metrics, step: None))
-    model, arguments = torch.nn.Linear(2, 2), SimpleNamespace(output_dir=str(tmp_path))
-    callback.on_save(arguments, SimpleNamespace(global_step=2, is_world_process_zero=True), None, model=model)
+    model = torch.nn.Linear(2, 2)
+    callback.on_save(None, SimpleNamespace(global_step=2, is_world_process_zero=True), None, model=model)
     model.weight.data[0, 0] = float("nan")
     with pytest.raises(WorkError, match="a weight is NaN or infinite at optimizer step 4"):
-        callback.on_save(arguments, SimpleNamespace(global_step=4, is_world_process_zero=True), None, model=model)
+        callback.on_save(None, SimpleNamespace(global_step=4, is_world_process_zero=True), None, model=model)
     assert last_complete(tmp_path) == good
 
 
@@ -469,12 +468,12 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(small, straight, 
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
     done = subprocess.run([sys.executable, "-c", limit + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "no space left for training checkpoints" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and "no space left while training" in done.stderr, done.stderr[-2000:]
     last = last_complete(tmp_path / "out.training")
     if not earlier:
         assert last is None and "no training checkpoint was written yet" in done.stderr
         return
-    assert last.name == "checkpoint-4" and "is kept in" in done.stderr
+    assert last.name == "checkpoint-4" and "the last good training checkpoint is" in done.stderr
     report = recover(small, dst, CPT, scratch=tmp_path / "out.training")  # there is space again
     assert report.resumed_at == 4
     assert (dst / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
@@ -487,7 +486,7 @@ def test_a_disk_that_is_full_at_the_end_still_has_the_training_checkpoint(small,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "copy_companions", full)
-    said = r"for the trained checkpoint in .*/out; the last good .* is kept in .*/out\.training/checkpoint-\d"
+    said = r"no space left .*; the last good .* is .*/out\.training/checkpoint-\d"
     with pytest.raises(WorkError, match=said):
         recover(small, tmp_path / "out", CPT)
 

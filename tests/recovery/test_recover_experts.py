@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from recovering import DATA, DENSE, recover, weights
+from recovering import DATA, DENSE, losses, recover, weights
 from tiny_models import build
 from transformers import AutoTokenizer
 
@@ -51,13 +51,13 @@ def taught(stage, teacher):
 
 @pytest.mark.parametrize("stage", [CPT, DISTIL])
 def test_two_steps_move_experts_and_routers_and_the_loss_is_finite(small, tmp_path, stage):
-    report = recover(small, tmp_path / "out", taught(stage, small), tokens=500)
+    report = recover(small, tmp_path / "out", taught(stage, small), tokens=500, log=(log := []))
     before, after = weights(small), weights(tmp_path / "out")
     assert before.keys() == after.keys() and report.steps >= 2
     # A router's correction follows no gradient.
     trained = [name for name in before if not name.endswith("e_score_correction_bias")]
     assert all(not torch.equal(before[name], after[name]) for name in trained)
-    assert all(math.isfinite(loss) for _, loss in report.curve)
+    assert all(math.isfinite(loss) for _, loss in losses(log))
     assert (tmp_path / "out/config.json").read_text() == (small / "config.json").read_text()
 
 
@@ -84,13 +84,13 @@ def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(small, 
     """The loss that is logged has it added; the auxiliary loss is about the number of experts of a token."""
     if not has_router_loss(small):
         pytest.skip("transformers has none for this family")
-    losses = {}
+    first = {}
     for coefficient in (0.0, 1.0):
         source = with_coefficient(small, tmp_path / f"{coefficient}", coefficient)
-        report = recover(source, tmp_path / f"{coefficient}-out", taught(stage, small), tokens=500)
-        losses[coefficient] = report.curve[0][1]
+        recover(source, tmp_path / f"{coefficient}-out", taught(stage, small), tokens=500, log=(log := []))
+        first[coefficient] = losses(log)[0][1]
     experts_per_token = checkpoint.read_config(small)["num_experts_per_tok"]
-    assert losses[1.0] - losses[0.0] == pytest.approx(experts_per_token, rel=0.3)
+    assert first[1.0] - first[0.0] == pytest.approx(experts_per_token, rel=0.3)
 
 
 def test_lora_adapts_attention_experts_and_routers(small, tmp_path):
@@ -117,8 +117,8 @@ def test_a_step_of_grpo_moves_the_routers(small, tmp_path):
 def test_the_optimizer_state_follows_the_experts_that_stay(small, tmp_path):
     recover(small, tmp_path / "once", CPT | {"carry_moments": True}, tokens=500, last=False)
     pruned = cut(tmp_path / "once", tmp_path / "pruned", experts=3)
-    report = recover(pruned, tmp_path / "twice", CPT | {"carry_moments": True}, tokens=500, earlier=(500,))
-    assert (pruned / checkpoint.STATE).is_file() and all(math.isfinite(loss) for _, loss in report.curve)
+    recover(pruned, tmp_path / "twice", CPT | {"carry_moments": True}, tokens=500, earlier=(500,), log=(log := []))
+    assert (pruned / checkpoint.STATE).is_file() and all(math.isfinite(loss) for _, loss in losses(log))
 
 
 def narrow(source, folder, width):
@@ -133,9 +133,9 @@ def narrow(source, folder, width):
 @pytest.mark.parametrize("stage", [CPT, DISTIL], ids=["cpt", "distil"])
 def test_two_steps_move_narrow_experts_and_the_loss_is_finite(small, tmp_path, stage):
     pruned = narrow(small, tmp_path / "narrow", width=16)
-    report = recover(pruned, tmp_path / "out", taught(stage, small), tokens=500)
+    report = recover(pruned, tmp_path / "out", taught(stage, small), tokens=500, log=(log := []))
     before, after = weights(pruned), weights(tmp_path / "out")
-    assert report.steps >= 2 and all(math.isfinite(loss) for _, loss in report.curve)
+    assert report.steps >= 2 and all(math.isfinite(loss) for _, loss in losses(log))
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
     sizes = model_dimensions(tmp_path / "out", FAMILIES[checkpoint.read_config(small)["model_type"]])
     assert (sizes.width, sizes.experts) == (16, 4)
@@ -145,8 +145,8 @@ def test_two_steps_move_narrow_experts_and_the_loss_is_finite(small, tmp_path, s
 def test_the_optimizer_state_follows_the_neurons_that_stay(small, tmp_path):
     recover(small, tmp_path / "once", CPT | {"carry_moments": True}, tokens=500, last=False)
     pruned = narrow(tmp_path / "once", tmp_path / "narrow", width=16)
-    report = recover(pruned, tmp_path / "twice", CPT | {"carry_moments": True}, tokens=500, earlier=(500,))
-    assert (pruned / checkpoint.STATE).is_file() and all(math.isfinite(loss) for _, loss in report.curve)
+    recover(pruned, tmp_path / "twice", CPT | {"carry_moments": True}, tokens=500, earlier=(500,), log=(log := []))
+    assert (pruned / checkpoint.STATE).is_file() and all(math.isfinite(loss) for _, loss in losses(log))
 
 
 def test_the_recovered_mixture_is_evaluated_with_its_active_parameters(small, tmp_path):

@@ -383,6 +383,25 @@ def run():
     assert outcome.passed, outcome
 
 
+def test_what_the_tests_print_cannot_be_read_by_the_candidate():
+    code = """
+import os
+def attack():
+    denied = 0
+    for action in (
+        lambda: os.read(1, 9), lambda: os.pread(1, 9, 0), lambda: open("../output").read(),
+        lambda: os.open("/proc/self/fd/1", os.O_RDONLY), lambda: os.listdir(".."),
+    ):
+        try:
+            action()
+        except OSError:
+            denied += 1
+    return denied
+"""
+    outcome = run_tests(code, "print('NEEDLE')\nassert attack() == 5, attack()")
+    assert outcome.passed, outcome
+
+
 # -------------------------------------------------------------------------------- attacks on resources: they are ended
 
 

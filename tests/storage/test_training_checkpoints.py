@@ -141,7 +141,7 @@ def test_another_machine_resumes_to_the_same_bytes(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_several_processes_store_their_checkpoints_and_another_machine_resumes(tmp_path, monkeypatch):
-    """The processes hand them to the one that launched them; a mock of `launch.run` is the machine that dies."""
+    """The first process stores them; a mock of `launch.run` is the machine that dies."""
     small = cut(DENSE, tmp_path / "cut", 130_000)
     stage = {"method": "cpt", "processes": 2}
     checkpoints = TrainingCheckpoints(f"file://{tmp_path}/art", "run", "recover-1.0", "key", 0)
