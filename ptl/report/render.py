@@ -105,7 +105,7 @@ def _hub_metadata(result: Result) -> str:
 
 
 def terminal_text(result: Result, report: str) -> str:
-    """The main table, how the report begins, and where it (`report` says it) and MLflow's page are."""
+    """The main table and that of each export, how the report begins, and where it (`report`) and MLflow's page are."""
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)
@@ -114,6 +114,9 @@ def terminal_text(result: Result, report: str) -> str:
     with console.capture() as captured:
         console.print(f"{result.name} (seed {result.seed})", style="italic")
         console.print(_terminal_table(tables.iterations(result)))
+        for export in result.exports:
+            if not export.failed:
+                console.print(_terminal_table(tables.export(result, export)[0]))
         console.print(verdict.first_line(result))
         for label, text in sentences.checks(result):
             console.print(f"{label}: {text}")

@@ -3,7 +3,7 @@
 from run_records import DENSE, RUN, export, record_of
 
 from ptl.report.build import build
-from ptl.report.render import render
+from ptl.report.render import render, terminal_text
 from ptl.report.sentences import checks
 
 EXPORT = {"format": "gguf", "type": "q8_0"}
@@ -37,6 +37,7 @@ def test_an_export_is_shown_beside_the_models_and_their_own_exports(records, set
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "within the margin of 2 points" in html
     assert "scored on the first" not in html + markdown
     assert STEP in [step.step for step in result.steps]
+    assert "gguf-q8_0" in terminal_text(result, "") and "3,210" in terminal_text(result, "")
 
 
 def test_an_export_that_was_scored_on_fewer_items_says_how_many(records, settings, no_pictures, tmp_path):
@@ -55,6 +56,7 @@ def test_an_export_that_was_not_made_is_named_with_the_reason(records, settings,
     result, html, markdown = pages(records, settings, tmp_path, exports_failed={STEP: "InputError: no quantizer"})
     assert all("Not made: InputError: no quantizer." in page for page in (html, markdown))
     assert dict(checks(result))["Export gguf-q8_0"] == "Not made: InputError: no quantizer."
+    assert "no quantizer" in terminal_text(result, "")
 
 
 def test_an_export_that_was_made_with_other_settings_is_not_shown_as_these(records, settings):
