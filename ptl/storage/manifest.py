@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ptl.errors import InputError, WorkError
+from ptl.errors import WorkError
 
 FILES = "ptl-files.json"  # next to the files that it lists, and written after all of them
 MLFLOW_META = "registered_model_meta"  # MLflow writes it into a folder from which it loads a registered version
@@ -53,23 +53,15 @@ def digest_of(files: Iterable[File]) -> str:
 
 
 def scan(folder: Path) -> list[str]:
-    """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}", field="checkpoint", remedy="give the folder that holds the files")
+    """Relative paths of all files under `folder`, sorted. Raises WorkError for symlinks and the like."""
     paths = []
     for entry in sorted(folder.rglob("*")):
+        path = entry.relative_to(folder).as_posix()
         # What a link leads to may change, or be on no other machine.
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise InputError(
-                f"{entry} is not a regular file",
-                field="checkpoint",
-                remedy="put a copy of the file in its place",
-            )
-        path = entry.relative_to(folder).as_posix()
+            raise WorkError(f"{path} is not a regular file", field=str(folder), remedy="put a copy of it in its place")
         if entry.is_file() and path not in (FILES, MLFLOW_META):
             paths.append(path)
-    if not paths:
-        raise InputError(f"{folder} holds no files", field="checkpoint")
     return paths
 
 
@@ -140,23 +132,13 @@ def load_files(text: bytes, name: str) -> Files:
         if (version, block) != (FORMAT, BLOCK):
             raise ValueError(f"format {version} is not the one of this version of ptl, {FORMAT}")
         files = TypeAdapter(Files).validate_python(listing["files"])
-        _check_files(files)
+        # Others may have written the list: a reader must not leave the folder.
+        for file in files:
+            if not _is_inside(file.path):
+                raise ValueError(f"{file.path!r} is outside of the checkpoint")
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
     return files
-
-
-def _check_files(files: Files) -> None:
-    """Others may have written the list: a reader must not leave the folder, nor compare blocks that cannot be."""
-    for file in files:
-        if not _is_inside(file.path):
-            raise ValueError(f"{file.path!r} is outside of the checkpoint")
-        digests = len(file.blocks)
-        if file.size < 0 or digests != len(_starts(file.size)):
-            raise ValueError(f"{digests} digests for {file.size} bytes")
-    # Two entries would write one file at the same time.
-    if len({file.path for file in files}) != len(files):
-        raise ValueError("a file is named twice")
 
 
 def _is_inside(path: str) -> bool:
@@ -177,19 +159,14 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress = silent
         return WorkError(problem, field=name, remedy=remedy)
 
     paths = [file.path for file in files]
-    allowed = {FILES, MLFLOW_META, *paths}
-    for entry in folder.rglob("*"):
-        path = entry.relative_to(folder).as_posix()
-        if entry.is_symlink():
-            raise refusal(f"{path} is a symlink", "refused: a checkpoint holds regular files only")
-        if not entry.is_dir() and path not in allowed:
+    present = scan(folder)
+    for path in set(present).symmetric_difference(paths):
+        if path in present:
             raise refusal(f"{path} is not part of the checkpoint", f"remove it from {folder}")
+        raise refusal(f"file {path} was deleted")
     # What is cheap to see comes first: sizes, before any byte is read.
     for file in files:
-        copy = folder / file.path
-        if not copy.is_file():
-            raise refusal(f"file {file.path} was deleted")
-        size = copy.stat().st_size
+        size = (folder / file.path).stat().st_size
         if size != file.size:
             raise refusal(f"file {file.path} has {size} bytes, {file.size} were published")
     for file, actual in zip(files, hash_files(folder, paths, on_progress), strict=True):

@@ -178,7 +178,9 @@ def test_where_pods_cannot_be_read_a_wait_without_a_running_step_says_once_where
     """As for a service account without the right; the recorded run is older than a minute."""
     run = world.play("run-pending", "run-pending", "run-pending")
     assert watch(timeout=0.03) == 4
-    where = f"`kubectl describe workflows,pods -n kubeflow -l pipeline/runid={run}` and {world.url}/#/runs/details/{run}"
+    where = (
+        f"`kubectl describe workflows,pods -n kubeflow -l pipeline/runid={run}` and {world.url}/#/runs/details/{run}"
+    )
     idle = [text for text in said if text.startswith("no step is running")]
     assert idle == [f"no step is running, and pods cannot be read here: see {where}"]
 
