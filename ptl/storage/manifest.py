@@ -16,7 +16,6 @@ FILES = "ptl-files.json"  # next to the files that it lists, and written after a
 MLFLOW_META = "registered_model_meta"  # MLflow writes it into a folder from which it loads a registered version
 FORMAT = 2  # of the list
 BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
-CHUNK = 64 << 10  # bytes read and hashed at once; from 128 KiB on the allocator maps fresh memory for each
 THREADS = 8  # blocks at once
 
 REMAKE = "run the step that made this checkpoint again"
@@ -69,34 +68,20 @@ def hash_files(folder: Path, paths: Iterable[str], on_progress: Progress = silen
     """Sizes and digests of these files of a folder; `on_progress` gets the bytes of each block."""
 
     def hash_block(path: str, start: int) -> str:
-        digest, size = _sha256_of(folder / path, start)
-        on_progress(size)
-        return digest
+        with (folder / path).open("rb") as source:
+            source.seek(start)
+            data = source.read(BLOCK)
+        on_progress(len(data))
+        return hashlib.sha256(data).hexdigest()
 
     # hashlib releases the interpreter's lock for large data, so that threads serve.
     hashing = []
     with ThreadPoolExecutor(THREADS) as pool:
         for path in paths:
             size = (folder / path).stat().st_size
-            hashing.append((path, size, [pool.submit(hash_block, path, start) for start in _starts(size)]))
+            starts = range(0, max(size, 1), BLOCK)
+            hashing.append((path, size, [pool.submit(hash_block, path, start) for start in starts]))
     return tuple(File(path, size, tuple(block.result() for block in blocks)) for path, size, blocks in hashing)
-
-
-def _starts(size: int) -> range:
-    """Where the blocks of a file of so many bytes begin."""
-    return range(0, max(size, 1), BLOCK)
-
-
-def _sha256_of(path: Path, start: int) -> tuple[str, int]:
-    """Hex sha256 and size of the block of a file that begins at `start`."""
-    hasher = hashlib.sha256()
-    left = BLOCK
-    with path.open("rb", buffering=0) as source:
-        source.seek(start)
-        while left and (data := source.read(min(CHUNK, left))):
-            hasher.update(data)
-            left -= len(data)
-    return hasher.hexdigest(), BLOCK - left
 
 
 def file_digest(path: Path) -> str:

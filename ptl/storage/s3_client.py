@@ -77,7 +77,6 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     import boto3
     from botocore.config import Config
 
-    endpoint = endpoint_url()
     config = Config(
         # The newer modes share a quota between all requests of a client, so that a restart ends every transfer.
         retries={"mode": "legacy", "total_max_attempts": attempts},
@@ -89,14 +88,7 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     # A session of its own: the default one is not safe between threads.
     session = boto3.session.Session()
     region = os.environ.get("AWS_REGION")  # which boto3 itself does not read
-    try:
-        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    except ValueError as error:
-        raise InputError(
-            f"{endpoint!r} is not an address",
-            field="MLFLOW_S3_ENDPOINT_URL",
-            remedy="write http://host:port",
-        ) from error
+    return session.client("s3", endpoint_url=endpoint_url(), region_name=region, config=config)
 
 
 def endpoint_url() -> str | None:
@@ -107,15 +99,14 @@ def endpoint_url() -> str | None:
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
-    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 
-    own = (BotoCoreError, ClientError, ResponseParserError, Boto3Error)
+    transfer = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
     try:
         yield
-    except (*own, RetriesExceededError, S3DownloadFailedError, S3ValidationError) as error:
+    except (BotoCoreError, ClientError, ResponseParserError, *transfer) as error:
         raise error_for(WorkError, error, uri) from error
 
 

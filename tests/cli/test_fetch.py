@@ -202,8 +202,6 @@ def test_a_version_of_others_is_refused(here, tmp_path):
 
 
 def test_arm_is_checked(here, tmp_path):
-    with pytest.raises(InputError, match="--arm: 'both' must be one of loop, control"):
-        ptl("fetch", here.id, tmp_path / "out", "--arm", "both")
     with pytest.raises(InputError, match=r"--arm: .* names one checkpoint"):
         ptl("fetch", f"models:/{here.name}@best", tmp_path / "out", "--arm", "control")
     result = json.loads((here.directory / "result.json").read_text())

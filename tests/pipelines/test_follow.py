@@ -412,7 +412,7 @@ def test_a_retry_that_is_refused_says_which_runs_can_be_retried(world, said, tra
         follow.retry("run", Server(host=world.url))
     parent = tracked(world.play("run-failed-step"), {})
     world.answers = [("POST", ":retry", "post-retry-succeeded")]
-    with pytest.raises(InputError, match=r"run: run cannot be retried: .*Workflow must be Failed/Error to retry"):
+    with pytest.raises(InputError, match=r"409 .*Workflow must be Failed/Error to retry"):
         follow.retry("run", Server(host=world.url), say=said.append)
     assert MlflowClient().get_run(parent).info.status == "FAILED"
 
