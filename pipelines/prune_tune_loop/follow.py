@@ -183,8 +183,11 @@ def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, ef
         if run.state in states or (is_late and run.state in effects):
             return run
         if is_late:
-            problem = f"the request was answered, but after {SETTLING:.0f} s {run_id} is {run.state} as before"
-            raise WorkError(problem, field="run", remedy=LOGIN_AGAIN)
+            raise WorkError(
+                f"the request was answered, but after {SETTLING:.0f} s {run_id} is {run.state} as before",
+                field="run",
+                remedy=LOGIN_AGAIN,
+            )
         time.sleep(poll)
 
 
@@ -202,8 +205,11 @@ def retry(
     run_id = run_id_of(api, reference)
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
-        problem = f"{run_id} is {run.state}"
-        raise InputError(problem, field="run", remedy="only a run that failed or was canceled can be retried")
+        raise InputError(
+            f"{run_id} is {run.state}",
+            field="run",
+            remedy="only a run that failed or was canceled can be retried",
+        )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
     observer.settle(observer.look(run))

@@ -81,8 +81,11 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
         name = folder.resolve().name
     # Both become parts of addresses.
     if not (store.is_name(name) and store.is_name(step or name)):
-        problem = f"{reference!r} is neither a folder nor the name of a run"
-        raise InputError(problem, field="run", remedy=f"give {FORMS}")
+        raise InputError(
+            f"{reference!r} is neither a folder nor the name of a run",
+            field="run",
+            remedy=f"give {FORMS}",
+        )
     with connected() as client:
         # It may be the id of an MLflow run, of the parent or of a step.
         if re.fullmatch("[0-9a-f]{32}", name):
@@ -170,8 +173,11 @@ def result(reference: str) -> Result:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        problem = f"{path} is no result.json of a run ({error!r})"
-        raise InputError(problem, field="run", remedy=f"give {FORMS}") from error
+        raise InputError(
+            f"{path} is no result.json of a run ({error!r})",
+            field="run",
+            remedy=f"give {FORMS}",
+        ) from error
 
 
 def _result_of(run: PipelineRun) -> Result:
@@ -192,8 +198,11 @@ def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
     record = store.committed(run.root, run.id, step)
     if record is None or ("evaluate" in step) != evaluation:
         kind = "evaluates" if evaluation else "makes a checkpoint"
-        problem = f"run {run.id} has no finished step {step!r} that {kind}"
-        raise InputError(problem, field="step", remedy=f"it has {run.finished}")
+        raise InputError(
+            f"run {run.id} has no finished step {step!r} that {kind}",
+            field="step",
+            remedy=f"it has {run.finished}",
+        )
     return record.pointer
 
 
@@ -218,8 +227,11 @@ def _final_evaluation(result: Result, run: str) -> str:
     for row in reversed(result["rows"]):
         if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]:
             return str(row["step"])
-    problem = f"the final checkpoint of run {run} was not scored"
-    raise InputError(problem, field="compare", remedy=f"name a step: {run}:evaluate-0")
+    raise InputError(
+        f"the final checkpoint of run {run} was not scored",
+        field="compare",
+        remedy=f"name a step: {run}:evaluate-0",
+    )
 
 
 def _card(run: PipelineRun, digest: str) -> bytes | None:
@@ -257,8 +269,11 @@ def _version(client: MlflowClient, reference: str, name: str, alias: str | None,
     if found is not None:
         return found
     known = ", ".join(f"{other} (version {number})" for other, number in aliases.items())
-    problem = f"this MLflow has no {reference}"
-    raise InputError(problem, field="models", remedy=f"aliases of {name}: {known or 'none'}")
+    raise InputError(
+        f"this MLflow has no {reference}",
+        field="models",
+        remedy=f"aliases of {name}: {known or 'none'}",
+    )
 
 
 def _published(uri: str) -> Checkpoint:
@@ -267,6 +282,9 @@ def _published(uri: str) -> Checkpoint:
     uri = uri.rstrip("/")
     listing = store.read(f"{uri}/{FILES}")
     if listing is None:
-        problem = f"no checkpoint at {uri}: it holds no {FILES}"
-        raise InputError(problem, field="uri", remedy="give the folder that a step published")
+        raise InputError(
+            f"no checkpoint at {uri}: it holds no {FILES}",
+            field="uri",
+            remedy="give the folder that a step published",
+        )
     return Checkpoint(store.Pointer(uri, digest_of(load_files(listing, uri))), uri)

@@ -214,8 +214,11 @@ def delete(uri: str, *, below: str) -> None:
     Records and MLflow say which folder, and others may have written those: raises WorkError for any other URI.
     """
     if not is_below(uri, below):
-        problem = f"{uri!r} is not a plain folder below {below}"
-        raise WorkError(problem, field="store", remedy="nothing was deleted: who wrote that URI?")
+        raise WorkError(
+            f"{uri!r} is not a plain folder below {below}",
+            field="store",
+            remedy="nothing was deleted: who wrote that URI?",
+        )
     _backend(uri).delete(uri, below)
 
 

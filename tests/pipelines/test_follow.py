@@ -330,7 +330,7 @@ def test_cancel_of_a_run_that_has_ended_meanwhile(world, said):
     assert "has ended before (SUCCEEDED)" in said[-1]
     world.play("run-running")
     world.answers = [("POST", ":terminate", "post-terminate-unknown")]
-    with pytest.raises(InputError, match=r"404 not found; .*\(Run 0{8}-[0-]* not found\)"):
+    with pytest.raises(InputError, match=r"404 .*; check the id.*\(Run 0{8}-[0-]* not found\)"):
         follow.cancel("run", Server(host=world.url), say=said.append)
 
 
@@ -429,7 +429,7 @@ def test_after_a_retry_an_old_failure_is_not_the_steps_state(world, said, status
 
 
 def test_an_unknown_run(world, status):
-    with pytest.raises(InputError, match=r"404 not found; check the id.*\(Run 0{8}-[0-]* not found\)"):
+    with pytest.raises(InputError, match=r"404 .*; check the id.*\(Run 0{8}-[0-]* not found\)"):
         status("00000000-0000-0000-0000-000000000000")
 
 
