@@ -72,13 +72,12 @@ class Observer:
         if records is None and self.is_read and run.state not in ENDED:
             records = {}  # the first step makes them
         view = run_view.view(run, self.step_names, records, self.pods, where)
-        # What a step waits for only its pod knows.
+        # Of pods that cannot be read, or that a quota refuses, only the workflow says more.
         now = datetime.now(UTC)
-        if view.ended or self.reads_pods or any(step.state == "RUNNING" for step in view.steps):
+        if view.ended or any(step.state in ("PENDING", "RUNNING") for step in view.steps):
             self.busy = now
         elif now - (self.busy or run.created_at or now) > timedelta(seconds=run_view.SOON):
-            text = f"no step is running, and pods cannot be read here: {where('describe workflows,pods')}"
-            self.announce_once("idle", text)
+            self.announce_once("idle", f"no step is seen running: {where('describe workflows,pods')}")
         return view
 
     def _read_records(self, run: Any) -> None:

@@ -1,8 +1,5 @@
 """Steps whose pods cannot start, run or have failed: what Kubernetes says of them. Read as JSON: any field may miss."""
 
-import base64
-import gzip
-import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +29,6 @@ REMEDIES = {
     "SchedulingGated": "it waits in the queue of resources.queue",
     "FailedMount": VOLUME,
     "FailedAttachVolume": VOLUME,
-    "exceeded quota": "ask for less (resources.steps.{stage}), or have the namespace's quota raised",
 }
 
 
@@ -57,12 +53,11 @@ class Pod:
         """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
         if self.is_driver or self.container not in ("", "main"):
             return ""
-        kind = "exceeded quota" if "exceeded quota" in self.message else self.reason
-        return REMEDIES.get(kind, "").format(stage=stage)
+        return REMEDIES.get(self.reason, "").format(stage=stage)
 
 
 def read(namespace: str, run_id: str) -> dict[str, Pod]:
-    """The pods of a run by step; where there is none the workflow says why, as with a quota.
+    """The pods of a run by step.
 
     Raises errors of any kind: a kubeconfig and its login plugins are the user's own.
     """
@@ -74,10 +69,6 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
         if task:
             pod = _pod(entry, f"{api}/events", is_driver=bool(task[2]))
             pods[task[1]] = max(pod, pods.get(task[1], pod), key=lambda pod: pod.created)
-    if not pods:
-        path = f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
-        for workflow in in_cluster.objects(path, labelSelector=run):
-            pods |= _without_pod(workflow["status"])
     return pods
 
 
@@ -119,19 +110,3 @@ def _ended(status: Json) -> Reason:
         if container["name"] == "main" and end.get("reason") not in (None, "Completed", "Error"):
             return end["reason"], end.get("message", ""), "main"
     return "", "", ""
-
-
-def _without_pod(status: Json) -> dict[str, Pod]:
-    """Tasks whose pods Kubernetes does not accept for now: Argo keeps them pending and asks again."""
-    nodes = status.get("nodes", {})
-    packed = status.get("compressedNodes")  # in a workflow of more than 1 MiB
-    if packed:
-        nodes = json.loads(gzip.decompress(base64.b64decode(packed)))
-    pods = {}
-    for node in nodes.values():
-        task = TASK.search(node["name"])
-        message = node.get("message", "")
-        if task and message and node["phase"] == "Pending":
-            started = datetime.fromisoformat(node["startedAt"])
-            pods[task[1]] = Pod(started, message=message[:LONG])
-    return pods

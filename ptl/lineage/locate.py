@@ -268,11 +268,10 @@ def _version(client: MlflowClient, reference: str, name: str, alias: str | None,
     found: ModelVersion | None = if_there(client.get_model_version, name, str(number)) if number else None
     if found is not None:
         return found
-    known = ", ".join(f"{other} (version {number})" for other, number in aliases.items())
     raise InputError(
         f"this MLflow has no {reference}",
         field="models",
-        remedy=f"aliases of {name}: {known or 'none'}",
+        remedy=f"aliases of {name}: {', '.join(aliases) or 'none'}",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ LONGEST = 6000  # characters of a parameter
 Tags = dict[str, str]
 Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
 Metrics = dict[str, float]
-
-log = logging.getLogger(__name__)
 
 
 def ptl_keys(values: Values) -> Tags:
@@ -32,20 +29,11 @@ def set_tags(client: MlflowClient, run_id: str, tags: Tags) -> None:
 
 
 def add_params(client: MlflowClient, run: Run, params: Values) -> None:
-    """Give a run the parameters `ptl.<name>` that it has not yet.
-
-    MLflow never changes a parameter: what was logged first stays, and a warning says so.
-    """
+    """Give a run the parameters `ptl.<name>` that it has not yet: MLflow never changes one."""
     from mlflow.entities import Param
 
     known = run.data.params
-    new = []
-    for key, text in ptl_keys(params).items():
-        value = text[:LONGEST]  # as it was shortened when it was logged
-        if key not in known:
-            new.append(Param(key, value))
-        elif known[key] != value:
-            log.warning("%s: %s was %s in an earlier attempt, now %s", run.info.run_name, key, known[key], value)
+    new = [Param(key, text[:LONGEST]) for key, text in ptl_keys(params).items() if key not in known]
     client.log_batch(run.info.run_id, params=new)
 
 

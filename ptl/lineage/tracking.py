@@ -155,7 +155,7 @@ def finish(
     """
     run_id = step_run.run_id
     with mlflow_client.connected() as client:
-        existing = _existing_models(client, step_run, [*inputs, output or ""])
+        existing = mlflow_objects.existing_models(client, [*inputs, *([output] if output else [])])
         inputs = [model for model in inputs if model in existing]
         output = output if output in existing else None
         run = client.get_run(run_id)
@@ -171,16 +171,6 @@ def finish(
             mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
         _end(client, step_run, "FINISHED", "")
-
-
-def _existing_models(client: MlflowClient, step_run: StepRun, models: list[str]) -> set[str]:
-    """Those that MLflow has; a warning names those that it has lost."""
-    named = set(filter(None, models))
-    existing = mlflow_objects.existing_models(client, named)
-    if named - existing:
-        missing = ", ".join(sorted(named - existing))
-        say(step_run.step, f"warning: MLflow has lost {missing}: left out of the lineage of this run")
-    return existing
 
 
 def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
@@ -279,17 +269,13 @@ def log_progress(
 
     MLflow's tables show the value with the largest x-coordinate, which is the most pruned model's.
     """
-    parent_id = step_run.parent_run_id
     # The control has charts of its own: both arms end at the same size.
     arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
     points = {f"by_removed/{arm}{name}": value for name, value in values.items() if value is not None}
+    # A point that an earlier attempt has logged is drawn in the same place.
     with mlflow_client.connected() as client:
-        for chart, value in points.items():
-            # An earlier attempt may have logged the point.
-            logged = [(point.step, point.value) for point in client.get_metric_history(parent_id, chart)]
-            if (removed, value) not in logged:
-                mlflow_values.log_metrics(client, parent_id, {chart: value}, removed)
+        mlflow_values.log_metrics(client, step_run.parent_run_id, points, removed)
 
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:
