@@ -28,7 +28,6 @@ OWN_POD = "loop-abcde-coordinator-1"
 JOBS = rf"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
 PODS = rf"/api/v1/namespaces/{NAMESPACE}/pods"
 EVENTS = rf"/api/v1/namespaces/{NAMESPACE}/events"
-WORKFLOWS = rf"/apis/argoproj.io/v1alpha1/namespaces/{NAMESPACE}/workflows"
 
 
 def recorded(name):
@@ -81,7 +80,7 @@ class MockKubernetes(MockServer):
         self.outage = 0  # answers of 503 to come
         self.log_requests = []  # their options
         self.own_env = []  # of the coordinator's pod
-        self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
+        self.of_run = {PODS: [], EVENTS: []}  # objects of a pipeline run, and the events of its pods
         self.asked = []  # paths of the requests for these
         super().__init__()
 
