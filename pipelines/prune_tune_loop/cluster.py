@@ -118,7 +118,8 @@ def _labels(queue: str | None) -> dict[str, str]:
 
 def _variables(storage: Storage) -> dict[str, str]:
     """Names of the S3 Secret's keys, where they are not the usual ones, as in KFP's own Secret; the hub's folder."""
-    names = dict(zip(mounts.S3_KEYS, (storage.s3_access_key, storage.s3_secret_key), strict=True))
+    keys = (storage.s3_access_key, storage.s3_secret_key)
+    names = dict(zip(mounts.S3_KEYS, keys, strict=True))
     variables = {variable: name for variable, name in names.items() if name != mounts.S3_KEYS[variable]}
     if not storage.s3_secret:
         variables = {}

@@ -128,7 +128,11 @@ def _upload_pipeline(api: Api, config: Config) -> Any:
         name = f"{__version__}-{digest[:12]}"
 
         def upload() -> str:
-            version = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
+            version = api.client.upload_pipeline_version(
+                str(path),
+                name,
+                pipeline_id=pipeline_id,
+            )
             return required(version, "pipeline_version_id")
 
         def find() -> list[str]:

@@ -255,7 +255,11 @@ def _registered(reference: str) -> Checkpoint:
     digest = version.tags.get("ptl.digest")
     if digest is None:
         raise InputError(f"{reference} has no tag ptl.digest, so ptl did not register it", field="models")
-    pointer = store.Pointer(str(version.source), digest, int(version.tags.get("ptl.params", 0)))
+    pointer = store.Pointer(
+        str(version.source),
+        digest,
+        int(version.tags.get("ptl.params", 0)),
+    )
     card = _card(run, digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
 
@@ -265,7 +269,9 @@ def _version(client: MlflowClient, reference: str, name: str, alias: str | None,
     model = if_there(client.get_registered_model, name)
     aliases = model.aliases if model else {}
     number = version or aliases.get(alias)
-    found: ModelVersion | None = if_there(client.get_model_version, name, str(number)) if number else None
+    found: ModelVersion | None = None
+    if number:
+        found = if_there(client.get_model_version, name, str(number))
     if found is not None:
         return found
     raise InputError(

@@ -66,8 +66,8 @@ def inventory(names: list[str], given_up: list[str], older_than: float) -> list[
             if name not in known:
                 existing = ", ".join(sorted(known)) or "none"
                 raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
-        names = sorted(set(names) or known)
-        experiments = [_experiment_files(client, known[name], given_up, older_than) for name in names]
+        chosen = [known[name] for name in sorted(set(names) or known)]
+        experiments = [_experiment_files(client, experiment, given_up, older_than) for experiment in chosen]
     return [experiment for experiment in experiments if experiment.stored]
 
 
@@ -81,9 +81,8 @@ def _experiment_files(
     location = experiment.artifact_location.rstrip("/")
     root = records_root(location)
     ids = [experiment.experiment_id]
-    runs = {
-        parent.data.tags["ptl.run"] for parent in pages(client.search_runs, experiment_ids=ids, filter_string=PARENT)
-    }
+    parents = pages(client.search_runs, experiment_ids=ids, filter_string=PARENT)
+    runs = {parent.data.tags["ptl.run"] for parent in parents}
     if given_up:
         runs &= set(given_up)
     files = ExperimentFiles(experiment.name, location, [])
@@ -131,7 +130,13 @@ def _checkpoints(location: str, models: list[LoggedModel]) -> Iterator[StoredFil
         is_ours = model.artifact_location == uri and store.is_below(uri, location) and "ptl.run" in model.tags
         if is_ours and model.model_id in folders:
             step = model.tags.get("ptl.step", model.name)
-            yield StoredFiles(model.tags["ptl.run"], step, (uri,), *folders[model.model_id], model_id=model.model_id)
+            yield StoredFiles(
+                model.tags["ptl.run"],
+                step,
+                (uri,),
+                *folders[model.model_id],
+                model_id=model.model_id,
+            )
 
 
 def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[StoredFiles]:
@@ -144,7 +149,13 @@ def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[Sto
             groups[run, match["step"]].append(path)
     for (run, step), paths in groups.items():
         sizes, times = zip(*(folders[path] for path in paths), strict=True)
-        yield StoredFiles(run, step, tuple(f"{root}/{path}" for path in paths), sum(sizes), max(times))
+        yield StoredFiles(
+            run,
+            step,
+            tuple(f"{root}/{path}" for path in paths),
+            sum(sizes),
+            max(times),
+        )
 
 
 def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict[str, str]:

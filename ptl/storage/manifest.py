@@ -58,7 +58,11 @@ def scan(folder: Path) -> list[str]:
         path = entry.relative_to(folder).as_posix()
         # What a link leads to may change, or be on no other machine.
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise WorkError(f"{path} is not a regular file", field=str(folder), remedy="put a copy of it in its place")
+            raise WorkError(
+                f"{path} is not a regular file",
+                field=str(folder),
+                remedy="put a copy of it in its place",
+            )
         if entry.is_file() and path not in (FILES, MLFLOW_META):
             paths.append(path)
     return paths
@@ -80,7 +84,8 @@ def hash_files(folder: Path, paths: Iterable[str], on_progress: Progress = silen
         for path in paths:
             size = (folder / path).stat().st_size
             starts = range(0, max(size, 1), BLOCK)
-            hashing.append((path, size, [pool.submit(hash_block, path, start) for start in starts]))
+            blocks = [pool.submit(hash_block, path, start) for start in starts]
+            hashing.append((path, size, blocks))
     return tuple(File(path, size, tuple(block.result() for block in blocks)) for path, size, blocks in hashing)
 
 

@@ -100,7 +100,12 @@ def _transfer(
         futures = {}
         for path in paths:
             file = str(folder / path)
-            futures[path] = move(fileobj=file, bucket=bucket, key=f"{prefix}/{path}", subscribers=[counter])
+            futures[path] = move(
+                fileobj=file,
+                bucket=bucket,
+                key=f"{prefix}/{path}",
+                subscribers=[counter],
+            )
         for path, future in futures.items():
             try:
                 future.result()
