@@ -25,6 +25,7 @@ FIELD_VARIABLES = {
 }
 PART_OF = {"app.kubernetes.io/part-of": "ptl"}  # the network policies select it
 QUEUE = "kueue.x-k8s.io/queue-name"
+Json = dict[str, Any]
 # What a coordinator takes: it imports MLflow and S3's client, takes over what an earlier run has made, or waits.
 COORDINATOR_CPU = "1"
 COORDINATOR_MEMORY = "4Gi"
@@ -33,46 +34,48 @@ COORDINATOR_MEMORY = "4Gi"
 def configure(task: Any, stage: str, config: Config) -> Any:
     """Give a task of this stage everything it needs on a cluster."""
     resources = config.resources
+    own = resources.of_step(stage)
     # A result taken from another run's cache has no record in this run: repeated steps take the store's records.
     task.set_caching_options(False)
     # The pod then only starts a TrainJob and follows it; on one machine the step does the work of all nodes itself.
     coordinates = resources.nodes_of(stage) > 1
     if coordinates:
-        task.set_env_variable(machines.NODES, str(resources.of_step(stage).nodes))
+        task.set_env_variable(machines.NODES, str(own.nodes))
         task.set_env_variable(trainjob.TEMPLATE, train_job(config, task.container_spec.image))
         _request(task, COORDINATOR_CPU, COORDINATOR_MEMORY)
     else:
-        _set_compute(task, stage, resources)
+        accelerators = resources.accelerators_of(stage)
+        if accelerators:
+            task.set_accelerator_type(resources.accelerator)
+            task.set_accelerator_limit(accelerators)
+        _request(task, own.cpu or resources.cpu, own.memory or resources.memory)
+        # Shared memory is common to the accelerated stages only; any stage may ask for its own.
+        shm = resources.shm if own.shm is None and stage in ACCELERATED else own.shm
+        if shm:
+            kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=shm)
     _set_placement(task, stage, resources, waits_for_nodes=coordinates)
     _set_attempts(task, stage, resources)
-    _set_environment(task, config.storage)
-    _mount_volumes(task, config.storage)
+    for variable, path in FIELD_VARIABLES.items():
+        kubernetes.use_field_path_as_env(task, variable, path)
+    for variable, value in _variables(config.storage).items():
+        task.set_env_variable(variable, value)
+    # All optional: a pod that misses one starts and says so, instead of hanging before its container exists.
+    for kind, name, folder in _volumes(config.storage):
+        if kind == "secret":
+            kubernetes.use_secret_as_volume(task, name, folder, optional=True)
+        elif kind == "configMap":
+            kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
+        else:
+            kubernetes.mount_pvc(task, name, folder)
     return task
-
-
-def _set_compute(task: Any, stage: str, resources: Resources) -> None:
-    own = resources.of_step(stage)
-    # Shared memory is common to the accelerated stages only; any stage may ask for its own.
-    accelerators = resources.accelerators_of(stage)
-    shm = own.shm
-    if shm is None and stage in ACCELERATED:
-        shm = resources.shm
-    if accelerators:
-        task.set_accelerator_type(resources.accelerator)
-        task.set_accelerator_limit(accelerators)
-    _request(task, own.cpu or resources.cpu, own.memory or resources.memory)
-    if shm:
-        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=shm)
 
 
 def _request(task: Any, cpu: str | None, memory: str | None) -> None:
     """Requests equal limits, as in a pod of the class Guaranteed, which is evicted last."""
     if cpu:
-        task.set_cpu_request(cpu)
-        task.set_cpu_limit(cpu)
+        task.set_cpu_request(cpu).set_cpu_limit(cpu)
     if memory:
-        task.set_memory_request(memory)
-        task.set_memory_limit(memory)
+        task.set_memory_request(memory).set_memory_limit(memory)
 
 
 def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
@@ -88,12 +91,7 @@ def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
         task.set_env_variable("PTL_TIMEOUT", str(timeout))
     if resources.retries is not None:
         task.set_env_variable("PTL_RETRIES", str(resources.retries))
-    task.set_retry(
-        resources.attempts - 1,
-        backoff_duration=f"{resources.retry_wait}s",
-        backoff_factor=2.0,
-        backoff_max_duration=f"{window}s",
-    )
+    task.set_retry(resources.attempts - 1, f"{resources.retry_wait}s", 2.0, f"{window}s")
 
 
 def _set_placement(task: Any, stage: str, resources: Resources, *, waits_for_nodes: bool) -> None:
@@ -118,21 +116,13 @@ def _labels(queue: str | None) -> dict[str, str]:
     return PART_OF | ({QUEUE: queue} if queue else {})
 
 
-def _set_environment(task: Any, storage: Storage) -> None:
-    for variable, path in FIELD_VARIABLES.items():
-        kubernetes.use_field_path_as_env(task, variable, path)
-    for variable, value in _variables(storage).items():
-        task.set_env_variable(variable, value)
-
-
 def _variables(storage: Storage) -> dict[str, str]:
     """Names of the S3 Secret's keys, where they are not the usual ones, as in KFP's own Secret; the hub's folder."""
-    variables = {}
-    if storage.s3_secret:
-        names = (storage.s3_access_key, storage.s3_secret_key)
-        for (variable, usual), name in zip(mounts.S3_KEYS.items(), names, strict=True):
-            if name != usual:
-                variables[variable] = name
+    keys = (storage.s3_access_key, storage.s3_secret_key)
+    names = dict(zip(mounts.S3_KEYS, keys, strict=True))
+    variables = {variable: name for variable, name in names.items() if name != mounts.S3_KEYS[variable]}
+    if not storage.s3_secret:
+        variables = {}
     if storage.cache_claim:
         variables["HF_HOME"] = mounts.HF_HOME
     return variables
@@ -150,32 +140,27 @@ def _volumes(storage: Storage) -> list[tuple[str, str, str]]:
         storage.config_map: mounts.CONFIG,
         storage.ca_config_map: mounts.CA,
     }
-    volumes = [("secret", name, folder) for name, folder in secrets.items() if name]
-    volumes += [("configMap", name, folder) for name, folder in config_maps.items() if name]
-    if storage.cache_claim:
-        volumes.append(("persistentVolumeClaim", storage.cache_claim, mounts.CACHE))
-    return volumes
-
-
-def _mount_volumes(task: Any, storage: Storage) -> None:
-    """All optional: a pod that misses one starts and says so, instead of hanging before its container exists."""
-    for kind, name, folder in _volumes(storage):
-        if kind == "secret":
-            kubernetes.use_secret_as_volume(task, name, folder, optional=True)
-        elif kind == "configMap":
-            kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
-        else:
-            kubernetes.mount_pvc(task, name, folder)
+    volumes = [("secret", name, folder) for name, folder in secrets.items()]
+    volumes += [("configMap", name, folder) for name, folder in config_maps.items()]
+    volumes.append(("persistentVolumeClaim", storage.cache_claim, mounts.CACHE))
+    return [(kind, name, folder) for kind, name, folder in volumes if name]
 
 
 def train_job(config: Config, image: str) -> str:
     """The TrainJob of a recover step, as JSON, as far as the config says it."""
     resources = config.resources
     own = resources.of_step(TRAINED)
-    node_name = {"fieldRef": {"fieldPath": FIELD_VARIABLES["PTL_NODE"]}}
-    variables: list[dict[str, Any]] = [{"name": "PTL_NODE", "valueFrom": node_name}]
+    variables: list[Json] = [
+        {"name": "PTL_NODE", "valueFrom": {"fieldRef": {"fieldPath": FIELD_VARIABLES["PTL_NODE"]}}}
+    ]
     for name, value in _variables(config.storage).items():
         variables.append({"name": name, "value": value})
+    amounts = {
+        "cpu": own.cpu or resources.cpu,
+        "memory": own.memory or resources.memory,
+        resources.accelerator: str(resources.accelerators_of(TRAINED) or ""),
+    }
+    requested = {name: amount for name, amount in amounts.items() if name and amount}
     trainer = {
         "image": image,
         "command": ["python", "-m", "ptl.steps.node"],
@@ -183,46 +168,36 @@ def train_job(config: Config, image: str) -> str:
         "numNodes": own.nodes,
         # one, which starts a process for each accelerator
         "numProcPerNode": 1,
-        "resourcesPerNode": _resources(resources),
+        "resourcesPerNode": {"requests": requested, "limits": requested},
     }
     # A runtime of one's own may lack them: the network policies select the one, and a sidecar would intercept NCCL.
     pod_labels = {**PART_OF, "sidecar.istio.io/inject": "false"}
     pod = {"metadata": {"labels": pod_labels}, "spec": _pod(config)}
     job_patch = {"name": trainjob.JOB, "template": {"spec": {"template": pod}}}
     job_set = {"spec": {"replicatedJobs": [job_patch]}}
-    job: dict[str, Any] = {
-        "apiVersion": trainjob.API_VERSION,
-        "kind": "TrainJob",
-        "metadata": {"labels": _labels(resources.queue)},
-        "spec": {
-            "runtimeRef": {"apiGroup": trainjob.GROUP, "kind": "TrainingRuntime", "name": own.runtime},
-            "trainer": trainer,
-            "runtimePatches": [{"manager": trainjob.MANAGER, "trainingRuntimeSpec": {"template": job_set}}],
-        },
+    spec: Json = {
+        "runtimeRef": {"apiGroup": trainjob.GROUP, "kind": "TrainingRuntime", "name": own.runtime},
+        "trainer": trainer,
+        "runtimePatches": [{"manager": trainjob.MANAGER, "trainingRuntimeSpec": {"template": job_set}}],
     }
     if resources.timeout_of(TRAINED) is not None:
         # A coordinator that is killed cannot delete it.
-        job["spec"]["activeDeadlineSeconds"] = resources.window(TRAINED)
+        spec["activeDeadlineSeconds"] = resources.window(TRAINED)
+    job = {
+        "apiVersion": trainjob.API_VERSION,
+        "kind": "TrainJob",
+        "metadata": {"labels": _labels(resources.queue)},
+        "spec": spec,
+    }
     return json.dumps(job, separators=(",", ":"))
 
 
-def _resources(resources: Resources) -> dict[str, Any]:
-    """What each node requests, which is also its limit."""
-    own = resources.of_step(TRAINED)
-    amounts = {"cpu": own.cpu or resources.cpu, "memory": own.memory or resources.memory}
-    accelerators = resources.accelerators_of(TRAINED)
-    if accelerators and resources.accelerator:
-        amounts[resources.accelerator] = str(accelerators)
-    requested = {name: amount for name, amount in amounts.items() if amount}
-    return {"requests": requested, "limits": requested}
-
-
-def _pod(config: Config) -> dict[str, Any]:
+def _pod(config: Config) -> Json:
     """Placement, user and volumes of a node, as in the pods of the other steps."""
-    resources, storage = config.resources, config.storage
-    volumes: list[dict[str, Any]] = []
+    resources = config.resources
+    volumes: list[Json] = []
     volume_mounts = []
-    for kind, name, folder in _volumes(storage):
+    for kind, name, folder in _volumes(config.storage):
         sources = {
             "secret": {"secretName": name, "optional": True},
             "configMap": {"name": name, "optional": True},
@@ -230,22 +205,14 @@ def _pod(config: Config) -> dict[str, Any]:
         }
         volumes.append({"name": name, kind: sources[kind]})
         volume_mounts.append({"name": name, "mountPath": folder})
-    pod: dict[str, Any] = {
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": resources.run_as_user,
-            "runAsGroup": resources.run_as_group,
-        },
+    user = {"runAsNonRoot": True, "runAsUser": resources.run_as_user, "runAsGroup": resources.run_as_group}
+    taints = [{"operator": taint.operator, **taint.model_dump(exclude_none=True)} for taint in resources.tolerations]
+    pod = {
+        "securityContext": user,
         "volumes": volumes,
         "containers": [{"name": trainjob.CONTAINER, "volumeMounts": volume_mounts}],
+        "tolerations": taints,
+        "nodeSelector": dict(sorted(resources.node_selector.items())),
+        "imagePullSecrets": [{"name": name} for name in resources.image_pull_secrets],
     }
-    if resources.tolerations:
-        pod["tolerations"] = []
-        for taint in resources.tolerations:
-            toleration = {"operator": taint.operator, **taint.model_dump(exclude_none=True)}
-            pod["tolerations"].append(toleration)
-    if resources.node_selector:
-        pod["nodeSelector"] = dict(sorted(resources.node_selector.items()))
-    if resources.image_pull_secrets:
-        pod["imagePullSecrets"] = [{"name": name} for name in resources.image_pull_secrets]
-    return pod
+    return {field: value for field, value in pod.items() if value}

@@ -9,7 +9,6 @@ import ast
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,80 +29,65 @@ NAMED_TWICE = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMou
 Json = dict[str, Any]  # an object of the compiled YAML
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a compiled YAML that are rewritten, each in place."""
-
-    documents: list[Any]  # the pipeline spec, and where a task has Kubernetes settings a second one with them
-    tasks: Json  # by key
-    components: Json  # by name
-    executors: Json  # by label
-    settings: Json  # Kubernetes settings, by label of the executor
-
-
-def _parse(text: str) -> Parts:
-    documents = list(yaml.load_all(text, Loader))
-    spec = documents[0]
-    settings = {}
-    for platforms in documents[1:]:
-        settings = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    return Parts(
-        documents=documents,
-        tasks=spec["root"]["dag"]["tasks"],
-        components=spec["components"],
-        executors=spec["deploymentSpec"]["executors"],
-        settings=settings,
-    )
-
-
 def compact(path: Path) -> None:
     """Rewrite a compiled YAML in place."""
     text = path.read_text()
-    parts = _parse(text)
-    for executor in parts.executors.values():
+    documents = list(yaml.load_all(text, Loader))
+    tasks, components, executors = _parts(documents)
+    settings = {}  # of Kubernetes, by label of the executor: a second document, where there are any
+    for platforms in documents[1:]:
+        settings = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for executor in executors.values():
         container = executor["container"]
-        _drop_old_resources(container)
-        _shorten_command(container)
-    for volumes in parts.settings.values():
+        _drop_old_resources(container.get("resources", {}))
+        container["command"] = [_shortened(part) for part in container["command"]]
+    for volumes in settings.values():
         _drop_name_parameters(volumes)
-    # Executors first: components are equal only once they refer to the same executor.
-    kept_executors = _share_executors(parts.executors, parts.settings)
-    for component in parts.components.values():
+    # Executors first: components are equal only once they refer to the same executor. What runs and where it runs: both
+    # must be equal.
+    definitions = {label: [executor, settings.get(label)] for label, executor in executors.items()}
+    kept_executors = _share(definitions)
+    for label in executors.keys() - definitions.keys():
+        del executors[label]
+        settings.pop(label, None)
+    for component in components.values():
         component["executorLabel"] = kept_executors[component["executorLabel"]]
-    kept_components = _share(parts.components)
-    for task in parts.tasks.values():
-        reference = task["componentRef"]
-        reference["name"] = kept_components[reference["name"]]
-    _name_by_step(parts.tasks)
-    lines = text.splitlines(keepends=True)
-    comments = [line for line in lines if line.startswith(KEPT_COMMENTS)]
-    path.write_text("".join(comments) + yaml.safe_dump_all(parts.documents, sort_keys=True))
+    kept_components = _share(components)
+    for task in tasks.values():
+        task["componentRef"]["name"] = kept_components[task["componentRef"]["name"]]
+    _name_by_step(tasks)
+    comments = [line for line in text.splitlines(keepends=True) if line.startswith(KEPT_COMMENTS)]
+    path.write_text("".join(comments) + yaml.safe_dump_all(documents, sort_keys=True))
 
 
 def local_copy(text: str, order: Sequence[str]) -> str:
     """The same pipeline for KFP's local runners: a component for each task, one after another in `order`."""
-    parts = _parse(text)
-    shared = dict(parts.components)
-    parts.components.clear()
-    for name, task in parts.tasks.items():
+    documents = list(yaml.load_all(text, Loader))
+    tasks, components, executors = _parts(documents)
+    shared = dict(components)
+    components.clear()
+    for name, task in tasks.items():
         # They name the folder of a task's outputs after its component (executor_input_utils.py): tasks that share one
         # overwrite each other's, and whoever reads an earlier output, as the control does, gets the latest.
-        reference = task["componentRef"]
         own_component = f"comp-{name}"
-        parts.components[own_component] = shared[reference["name"]]
-        reference["name"] = own_component
+        components[own_component] = shared[task["componentRef"]["name"]]
+        task["componentRef"]["name"] = own_component
         # They would repeat a step that has used its attempts.
         task.pop("retryPolicy", None)
         # They run tasks one by one, and independent ones in an order of their own.
         before = order[: order.index(name)]
-        dependencies = task.get("dependentTasks", [])
-        task["dependentTasks"] = sorted({*dependencies, *before[-1:]})
+        task["dependentTasks"] = sorted({*task.get("dependentTasks", []), *before[-1:]})
     # A cluster's volumes are not there, whatever the environment says of them.
-    for executor in parts.executors.values():
+    for executor in executors.values():
         container = executor["container"]
-        variables = container.get("env", [])
-        container["env"] = [variable for variable in variables if variable["name"].startswith("PTL_")]
-    return str(yaml.safe_dump_all(parts.documents, sort_keys=True))
+        container["env"] = [entry for entry in container.get("env", []) if entry["name"].startswith("PTL_")]
+    return str(yaml.safe_dump_all(documents, sort_keys=True))
+
+
+def _parts(documents: list[Any]) -> tuple[Json, Json, Json]:
+    """The tasks, components and executors of a pipeline, each of which is rewritten in place."""
+    spec = documents[0]
+    return spec["root"]["dag"]["tasks"], spec["components"], spec["deploymentSpec"]["executors"]
 
 
 def _name_by_step(tasks: Json) -> None:
@@ -124,49 +108,31 @@ def _name_by_step(tasks: Json) -> None:
             output["producerTask"] = steps[output["producerTask"]]
 
 
-def _drop_old_resources(container: Json) -> None:
-    """Drop the fields of `resources` that have a successor beside them."""
-    resources = container.get("resources", {})
+def _drop_old_resources(resources: Json) -> None:
+    """Drop the fields that have a successor beside them."""
     for field in OLD_RESOURCES:
         resources.pop(field, None)
     for field in OLD_ACCELERATOR:
         resources.get("accelerator", {}).pop(field, None)
 
 
-def _shorten_command(container: Json) -> None:
-    """Drop repeated blanks of KFP's script, and imports that the function does not need."""
-    command = container["command"]
-    for i, part in enumerate(command):
-        if part.startswith(KFP_IMPORTS):
-            # In the fewest characters that Python writes it with.
-            command[i] = USED_IMPORTS + ast.unparse(ast.parse(part.removeprefix(KFP_IMPORTS)))
-        else:
-            command[i] = re.sub(r" {2,}", " ", part)
+def _shortened(part: str) -> str:
+    """A part of a command without repeated blanks of KFP's script, and imports that the function does not need."""
+    if part.startswith(KFP_IMPORTS):
+        # In the fewest characters that Python writes it with.
+        return USED_IMPORTS + ast.unparse(ast.parse(part.removeprefix(KFP_IMPORTS)))
+    return re.sub(r" {2,}", " ", part)
 
 
 def _drop_name_parameters(settings: Json) -> None:
     """Keep the plain name, which every backend reads (driver/k8s.go), of what is named in two ways."""
     for kind in NAMED_TWICE & settings.keys():
         for volume in settings[kind]:
-            parameters = [field for field in volume if field.endswith("NameParameter")]
-            for parameter in parameters:
+            for parameter in [field for field in volume if field.endswith("NameParameter")]:
                 value = volume[parameter].get("runtimeValue", {})
                 plain_name = volume.get(parameter.removesuffix("Parameter"))
                 if value.get("constant") in (plain_name, volume.get("constant")):
                     del volume[parameter]
-
-
-def _share_executors(executors: Json, settings: Json) -> dict[str, str]:
-    """Drop repeated executors; returns, for every label, the label that is kept."""
-    # What runs and where it runs: both must be equal.
-    definitions: Json = {}
-    for label, executor in executors.items():
-        definitions[label] = [executor, settings.get(label)]
-    kept = _share(definitions)
-    for label in executors.keys() - definitions.keys():
-        del executors[label]
-        settings.pop(label, None)
-    return kept
 
 
 def _share(definitions: Json) -> dict[str, str]:

@@ -3,14 +3,12 @@
 import math
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipelines.prune_tune_loop import pods, run_view
 from pipelines.prune_tune_loop.kfp_api import (
-    CONFLICT,
     LOGIN_AGAIN,
     Api,
     RefusedError,
@@ -25,7 +23,7 @@ from pipelines.prune_tune_loop.run_view import CANCELED, ENDED, RunView
 from ptl import address, processes
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import locate, progress
-from ptl.lineage.progress import RunProgress, StepProgress
+from ptl.lineage.progress import RunProgress
 from ptl.log import Show
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
@@ -46,18 +44,18 @@ class Observer:
     show: Show
     step_names: list[str] = field(default_factory=list)
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
-    outage: str = ""  # why MLflow did not answer, which is reported once
+    is_read: bool = True  # whether MLflow has always answered
     reads_pods: bool = True  # until they cannot be read
     busy: datetime | None = None  # when a step was last seen running
     pods: Mapping[str, Pod] = field(default_factory=dict)  # that have not succeeded, by step
-    announced: dict[str, Any] = field(default_factory=dict)  # what was last printed, by topic
+    announced: dict[str, str] = field(default_factory=dict)  # what was last printed, by topic
     trainings: dict[str, float] = field(default_factory=dict)  # time of the last line of a training, by step
 
     def look(self, run: Any) -> RunView:
         """A run as Kubeflow has just described it, with its records in MLflow and what Kubernetes says of its pods."""
         # The names are those of the run's pipeline version, which does not change.
         self.step_names = self.step_names or run_view.step_names(self.api, run)
-        records = self._read_records(run)
+        self._read_records(run)
         namespace = self.api.namespace or "kubeflow"
         if self.reads_pods and run.state in ("PENDING", "RUNNING", "FAILED"):
             # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only reasons are missing.
@@ -70,31 +68,27 @@ class Observer:
             selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
             return f"see `kubectl {command} {selection}` and {self.api.link(run.run_id)}"
 
+        records = self.records.steps if self.records else None
+        if records is None and self.is_read and run.state not in ENDED:
+            records = {}  # the first step makes them
         view = run_view.view(run, self.step_names, records, self.pods, where)
-        self._announce_idleness(run, view, where("describe workflows,pods"))
+        # Of pods that cannot be read, or that a quota refuses, only the workflow says more.
+        now = datetime.now(UTC)
+        if view.ended or any(step.state in ("PENDING", "RUNNING") for step in view.steps):
+            self.busy = now
+        elif now - (self.busy or run.created_at or now) > timedelta(seconds=run_view.SOON):
+            self.announce_once("idle", f"no step is seen running: {where('describe workflows,pods')}")
         return view
 
-    def _announce_idleness(self, run: Any, view: RunView, where: str) -> None:
-        """What a step waits for only its pod knows."""
-        now = datetime.now(UTC)
-        if view.ended or self.reads_pods or any(step.state == "RUNNING" for step in view.steps):
-            self.busy = now
-        elif now - (self.busy or run.created_at) > timedelta(seconds=run_view.SOON):
-            self.announce_once("idle", True, f"no step is running, and pods cannot be read here: {where}")
-
-    def _read_records(self, run: Any) -> Mapping[str, StepProgress] | None:
+    def _read_records(self, run: Any) -> None:
         # The first time all of MLflow's experiments are looked through.
         experiment_ids = [self.records.experiment_id] if self.records else None
         try:
             self.records = progress.read(run.run_id, experiment_ids) or self.records
         except PtlError as error:
-            if not self.outage:
-                self.show(f"the steps' own records are not read: {error}")
-            self.outage = str(error)
-        if self.records:
-            return self.records.steps
-        # The first step makes them.
-        return None if self.outage or run.state in ENDED else {}
+            self.is_read = False
+            if "records" not in self.announced:
+                self.announce_once("records", f"the steps' own records are not read: {error}")
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -103,31 +97,28 @@ class Observer:
         status = MLFLOW_STATUS.get(view.state, "FAILED")
         reasons = {step.name: step.reason for step in view.steps}
         try:
-            was_running = progress.close(self.records, status, view.reason, reasons)
-            if was_running:
+            if progress.close(self.records, status, view.reason, reasons):
                 self.show(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
             self.show(f"MLflow: the run could not be closed: {error}")
 
     def announce(self, view: RunView) -> None:
         """Print each change of a run that is waited for as one line, and nothing twice."""
+        now = time.monotonic()
         for step in view.steps:
             if step.state not in QUIET:
-                value = (step.state, step.attempt, step.reason)
-                self.announce_once(step.name, value, step.change)
-            now = time.monotonic()
-            last_line = self.trainings.get(step.name, -math.inf)
-            if step.training and now - last_line >= TRAINING:
+                self.announce_once(step.name, step.change)
+            training = step.record.training
+            if training and step.state == "RUNNING" and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
                 self.trainings[step.name] = now
-                topic = f"training of {step.name}"
-                self.announce_once(topic, step.training, f"{step.name}: {step.training}")
-        self.announce_once("hint", view.hint_to_cancel, view.hint_to_cancel)
+                self.announce_once(f"training of {step.name}", f"{step.name}: {training}")
+        self.announce_once("hint", view.hint_to_cancel)
 
-    def announce_once(self, topic: str, value: Any, text: str) -> None:
-        """Print a text if the value of its topic has changed."""
-        if self.announced.get(topic) != value and text:
+    def announce_once(self, topic: str, text: str) -> None:
+        """Print the text of a topic if it has changed."""
+        if text and self.announced.get(topic) != text:
             self.show(text)
-        self.announced[topic] = value
+        self.announced[topic] = text
 
 
 def status(reference: str, server: Server, *, say: Show = print) -> int:
@@ -137,17 +128,16 @@ def status(reference: str, server: Server, *, say: Show = print) -> int:
     run = get_run(api, run_id)
     observer = Observer(api, say)
     view = observer.look(run)
-    if observer.records is None and not observer.outage:
+    if observer.records is None and observer.is_read:
         say("MLflow has no records of this run, or none yet")
     say(view.table)
     # Reasons are longer than a cell of the table.
     reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
-    for reason in reasons:
-        say(reason)
     if view.state == "FAILED" and not reasons:
-        say(f"{view.name}: {view.reason}")
-    if view.hint_to_cancel:
-        say(view.hint_to_cancel)
+        reasons = [f"{view.name}: {view.reason}"]
+    for line in [*reasons, view.hint_to_cancel]:
+        if line:
+            say(line)
     observer.settle(view)
     say(f"{view.name}: {view.state}  {api.link(run_id)}")
     return FAILED if view.state in ("FAILED", CANCELED) else DONE
@@ -158,43 +148,42 @@ def cancel(reference: str, server: Server, *, say: Show = print, poll: float = 2
     api = connect(server)
     run_id = run_id_of(api, reference)
     run = get_run(api, run_id)
-    has_ended_before = run.state in ENDED
-    if not has_ended_before:
+    is_asked = False
+    if run.state not in ENDED:
         try:
             with explained(api.host):
                 api.client.terminate_run(run_id)
+            is_asked = True
         except RefusedError:
             # 400: it has ended meanwhile.
-            has_ended_before = get_run(api, run_id).state in ENDED
-            if not has_ended_before:
+            if get_run(api, run_id).state not in ENDED:
                 raise
-        # The answer is empty, as a proxy's may be: only the run's state shows that the request has come to the server.
-        run = _await_state(api, run_id, (*ENDED, "CANCELING"), poll, "does not end")
-        with suppress(WorkError):  # it ends later: what is RUNNING in MLflow can be closed after that only
-            run = _await_state(api, run_id, ENDED, poll, "has not ended")
+        # It may end later: what is RUNNING in MLflow can be closed after that only.
+        run = _await_state(api, run_id, ENDED, poll, (*ENDED, "CANCELING"))
     observer = Observer(api, say)
     view = observer.look(run)
     observer.settle(view)
-    if has_ended_before:
-        say(f"{view.name}: has ended before ({view.state})")
-    elif view.ended:
-        say(f"{view.name}: {view.state}")
-    else:
+    if not view.ended:
         say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
+    else:
+        say(f"{view.name}: {view.state}" if is_asked else f"{view.name}: has ended before ({view.state})")
     return DONE
 
 
-def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, problem: str) -> Any:
-    """The run, once a request has had its effect. Raises WorkError where it has none."""
+def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, effects: Collection[str]) -> Any:
+    """The run in one of these states, or in one of `effects` once the time for it is over; else WorkError.
+
+    The server's answer to a request is empty, as a proxy's may be: only the run's state shows that it has arrived.
+    """
     deadline = time.monotonic() + SETTLING
     while True:
         run = get_run(api, run_id)
-        if run.state in states:
+        is_late = time.monotonic() > deadline
+        if run.state in states or (is_late and run.state in effects):
             return run
-        if time.monotonic() > deadline:
+        if is_late:
             raise WorkError(
-                f"{run_id} {problem}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
-                "before",
+                f"the request was answered, but after {SETTLING:.0f} s {run_id} is {run.state} as before",
                 field="run",
                 remedy=LOGIN_AGAIN,
             )
@@ -223,18 +212,9 @@ def retry(
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
     observer.settle(observer.look(run))
-    try:
-        with explained(api.host):
-            api.client._run_api.run_service_retry_run(run_id)
-    except RefusedError as error:
-        if error.status != CONFLICT:
-            raise
-        raise InputError(
-            f"{run_id} cannot be retried: {error}",
-            field="run",
-            remedy=f"`ptl status {run_id}` shows its state",
-        ) from error
-    _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), "does not run again")
+    with explained(api.host):
+        api.client._run_api.run_service_retry_run(run_id)
+    _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), ())
     # The run itself is under way, whatever MLflow answers.
     if observer.records is not None:
         try:
@@ -256,7 +236,7 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
     with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
         observer = Observer(api, say)
         last_answer = time.monotonic()
-        deadline = last_answer + (math.inf if timeout is None else timeout)
+        deadline = math.inf if timeout is None else last_answer + timeout
         while True:
             # Another pause would end after the deadline.
             is_last_look = time.monotonic() + poll > deadline
@@ -265,21 +245,19 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
             except WorkError as error:
                 if time.monotonic() - last_answer > OUTAGE:
                     raise
-                if is_last_look:
-                    say(f"not seen to finish in {timeout:.0f} s: {error}")
-                    return TIMEOUT
-                observer.announce_once("outage", str(error), f"still waiting: {error}")
-                time.sleep(poll)
-                continue
-            last_answer = time.monotonic()
-            observer.announced.pop("outage", None)  # the next one is a new one
-            view = observer.look(run)
-            observer.announce(view)
-            if view.ended:
-                observer.settle(view)
-                return _exit_code(view, is_gated, say)
+                late = f"not seen to finish in {timeout or 0:.0f} s: {error}"
+                observer.announce_once("outage", f"still waiting: {error}")
+            else:
+                last_answer = time.monotonic()
+                observer.announced.pop("outage", None)  # the next one is a new one
+                view = observer.look(run)
+                observer.announce(view)
+                if view.ended:
+                    observer.settle(view)
+                    return _exit_code(view, is_gated, say)
+                late = f"not finished after {timeout or 0:.0f} s ({view.state}); it continues: `ptl status {run_id}`"
             if is_last_look:
-                say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
+                say(late)
                 return TIMEOUT
             time.sleep(poll)
 
@@ -293,23 +271,22 @@ def _exit_code(view: RunView, is_gated: bool, say: Show) -> int:
         reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
         say(f"{view.name}: {view.state}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
+    outcome, code = "", DONE
     try:
         result = Result.model_validate(locate.result(view.run_id))
     except (PtlError, ValueError) as error:  # no answer, or another version's result
         if is_gated:
             raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
         say(f"its result cannot be read: {error}")
-        say(f"{view.name}: SUCCEEDED")
-        return DONE
-    result.mlflow.url = address.mlflow_ui()  # the steps' own may be one within the cluster
-    report = f"`ptl fetch {view.run_id} DIR --report` writes it; in MLflow it is an artifact, report/report.html"
-    say(terminal_text(result, report))
-    if not result.settings.get("gate", {}).get("enabled", is_gated):
-        say(f"{view.name}: SUCCEEDED")
-        return DONE
-    # The control has no gate.
-    last = [row for row in result.rows if row.arm == "loop"][-1]
-    passed = last.verdict == "accepted"
-    reason = f"iteration {last.iteration} {last.verdict}, {result.final.share_removed:.1%} removed"
-    say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")
-    return DONE if passed else GATE
+    else:
+        result.mlflow.url = address.mlflow_ui()  # the steps' own may be one within the cluster
+        report = f"`ptl fetch {view.run_id} DIR --report` writes it; in MLflow it is an artifact, report/report.html"
+        say(terminal_text(result, report))
+        if result.settings.get("gate", {}).get("enabled", is_gated):
+            # The control has no gate.
+            last = [row for row in result.rows if row.arm == "loop"][-1]
+            code = DONE if last.verdict == "accepted" else GATE
+            outcome = f", gate {'not ' if code else ''}passed: iteration {last.iteration} {last.verdict}, "
+            outcome += f"{result.final.share_removed:.1%} removed"
+    say(f"{view.name}: SUCCEEDED{outcome}")
+    return code

@@ -139,7 +139,7 @@ def run_id_of(api: Api, reference: str) -> str:
         return reference
     with explained(api.host):
         answer = api.client.list_runs(filter=by_name(reference), namespace=api.namespace)
-    ids = [run.run_id for run in answer.runs or [] if run.display_name == reference]
+        ids = ids_of(answer.runs, reference, "run_id")
     if len(ids) > 1:
         raise InputError(
             f"{len(ids)} runs have the name {reference}",
@@ -149,8 +149,13 @@ def run_id_of(api: Api, reference: str) -> str:
     return ids[0] if ids else reference
 
 
+def ids_of(entries: Any, display_name: str, field: str) -> list[str]:
+    """The ids of those that have the name: an answer that ignored the filter lists others too."""
+    return [required(entry, field) for entry in entries or [] if entry.display_name == display_name]
+
+
 def by_name(display_name: str) -> str:
-    """A filter of the API's lists (backend/api/v2beta1/filter.proto); an answer that ignores it lists others too."""
+    """A filter of the API's lists (backend/api/v2beta1/filter.proto)."""
     predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": display_name}
     return json.dumps({"predicates": [predicate]})
 
@@ -186,19 +191,13 @@ def explained(host: str) -> Iterator[None]:
         ) from error
 
 
-# By HTTP status: what it means, and the remedy.
-REFUSALS = {
-    401: ("not logged in", "set KFP_TOKEN or --token-file to a token that is valid now"),
-    403: (
-        "not allowed",
-        "the account needs the rights of manifests/base/runs/rbac.yaml in this namespace (in multi-user Kubeflow give "
-        "--namespace)",
-    ),
-    404: (
-        "not found",
-        "check the id, the --namespace, and that --host ends where the API begins (for Kubeflow behind its dashboard: "
-        "https://HOST/pipeline)",
-    ),
+# By HTTP status.
+REMEDIES = {
+    401: "set KFP_TOKEN or --token-file to a token that is valid now",
+    403: "the account needs the rights of manifests/base/runs/rbac.yaml in this namespace (in multi-user Kubeflow give "
+    "--namespace)",
+    404: "check the id, the --namespace, and that --host ends where the API begins (for Kubeflow behind its dashboard: "
+    "https://HOST/pipeline)",
 }
 
 
@@ -206,24 +205,20 @@ def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | 
     chain = _server_message(error)
     reason = re.split("[Ee]rror: ", chain)[-1]  # without the functions that it went through
     status = error.status or 0
+    problem, remedy = f"{status} {reason}", ""
     if 300 <= status < 400:
         target = address.page(urljoin(host, error.headers.get("Location", "")))
-        return RefusedError(
-            f"{status} it points to {target}, where no token is sent",
-            status,
-            field=server_name,
-            remedy=f"{LOGIN_AGAIN}, or give that address as --host if it is the server's own",
-        )
+        problem = f"{status} it points to {target}, where no token is sent"
+        remedy = f"{LOGIN_AGAIN}, or give that address as --host if it is the server's own"
     # The server answers 500 for a version that is not there.
-    if status == 500 and "ResourceNotFoundError: " in chain:
-        return RefusedError(reason, NOT_FOUND, field=server_name, remedy="it was deleted")
-    if status == 0 or status >= 500 or status == TOO_MANY_REQUESTS:
+    elif status == 500 and "ResourceNotFoundError: " in chain:
+        status, problem, remedy = NOT_FOUND, reason, "it was deleted"
+    elif status == 0 or status >= 500 or status == TOO_MANY_REQUESTS:
         return WorkError(f"{status} {chain}", field=server_name, remedy="is it healthy?")
-    # 401 and the like do not say what to do about them.
-    if status in REFUSALS:
-        meaning, remedy = REFUSALS[status]
-        return RefusedError(f"{status} {meaning}", status, field=server_name, remedy=f"{remedy} ({reason})")
-    return RefusedError(f"{status} {reason}", status, field=server_name)
+    elif status in REMEDIES:
+        # A proxy's own answer is a page: HTTP's word says more.
+        problem, remedy = f"{status} {error.reason}", f"{REMEDIES[status]} ({reason})"
+    return RefusedError(problem, status, field=server_name, remedy=remedy)
 
 
 def _of_lost_connection(error: Any, server_name: str) -> WorkError:

@@ -83,34 +83,26 @@ COMPONENTS = {
     "report": report,
 }
 STRUCTURE = ("name", "schedule", "control", "export", "resources", "images", "storage")
-# Run parameters that each stage takes; the report takes all. `<stage>_settings` arrives at the component as `<stage>`.
-STAGE_PARAMETERS = {
-    "doctor": (),
-    "import": (
-        *("model", "revision", "target", "goal", "cuts", "recovery_tokens", "tokens"),
-        *("prune_settings", "calibration", "training", "evaluate_settings", "gate", "seed", "earlier_runs"),
-    ),
-    "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),
-    "recover": ("recovery_tokens", "tokens", "recover_settings", "training", "seed"),
-    "evaluate": ("target", "prune_settings", "evaluate_settings", "gate", "seed", "registered_model"),
-    "export": ("calibration", "evaluate_settings", "gate", "seed"),
-}
 
 
 def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
-    """A task for every step of the DAG; `placeholders` are KFP's for the run parameters."""
+    """A task for every step of the DAG; `placeholders` are KFP's for the run parameters.
+
+    A component takes those that it has an input for; `prune_settings` is its input `prune`.
+    """
     tasks: dict[str, Any] = {}
-    experiment = placeholders["experiment"]
-    others = [name for name in placeholders if name not in ("experiment", "earlier_runs")]
     for node in dag.nodes(config):
         stage = dag.stage_of(node.name)
+        component = COMPONENTS[stage]
         # What is fixed in the compiled pipeline, then what the user may change for a run, then outputs of other steps.
-        arguments = _structure(config, node.name)
-        for name in STAGE_PARAMETERS.get(stage, others):
-            arguments[name.removesuffix("_settings")] = placeholders[name]
+        arguments = {"step": node.name, **_structure(config, node.name)}
+        for name, placeholder in placeholders.items():
+            argument = name.removesuffix("_settings")
+            if argument in component.component_spec.inputs:
+                arguments[argument] = placeholder
         for name, source in node.inputs.items():
             arguments[name] = tasks[source.step].outputs[source.output]
-        task = COMPONENTS[stage](step=node.name, experiment=experiment, **arguments)
+        task = component(**arguments)
         task.set_display_name(node.name)
         # Dependencies without data; those with data follow from the arguments.
         task.after(*(tasks[name] for name in node.after))

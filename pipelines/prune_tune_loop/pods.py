@@ -41,7 +41,7 @@ class Pod:
     """A step's newest pod that has not succeeded: its driver, or the one of its container."""
 
     created: datetime
-    phase: str = "Pending"  # or Running, Failed
+    phase: str = "Pending"  # or Running, Failed; while its driver works a step is pending
     is_driver: bool = False
     reason: str = ""  # such as ErrImageNeverPull or OOMKilled; empty where Kubernetes has none
     message: str = ""
@@ -68,45 +68,57 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
     """
     api = f"/api/v1/namespaces/{namespace}"
     run = f"pipeline/runid={run_id}"
-    found = in_cluster.objects(
-        f"{api}/pods",
-        labelSelector=run,
-        fieldSelector="status.phase!=Succeeded",
-    )
-    pods = {}
-    for pod in sorted(found, key=_created):
-        annotations = pod["metadata"].get("annotations", {})
-        task = TASK.search(annotations.get(NODE, ""))
+    pods: dict[str, Pod] = {}
+    for entry in in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"):
+        task = TASK.search(entry["metadata"].get("annotations", {}).get(NODE, ""))
         if task:
-            pods[task[1]] = _pod(pod, f"{api}/events", is_driver=bool(task[2]))
+            pod = _pod(entry, f"{api}/events", is_driver=bool(task[2]))
+            pods[task[1]] = max(pod, pods.get(task[1], pod), key=lambda pod: pod.created)
     if not pods:
-        path = f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
-        for workflow in in_cluster.objects(path, labelSelector=run):
+        for workflow in in_cluster.objects(
+            f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows", labelSelector=run
+        ):
             pods |= _without_pod(workflow["status"])
     return pods
 
 
-def _created(pod: Json) -> datetime:
-    return datetime.fromisoformat(pod["metadata"].get("creationTimestamp", "1970-01-01T00:00:00Z"))
+def _without_pod(status: Json) -> dict[str, Pod]:
+    """Tasks whose pods Kubernetes does not accept for now: Argo keeps them pending and asks again."""
+    nodes = status.get("nodes", {})
+    packed = status.get("compressedNodes")  # in a workflow of more than 1 MiB
+    if packed:
+        nodes = json.loads(gzip.decompress(base64.b64decode(packed)))
+    pods = {}
+    for node in nodes.values():
+        task = TASK.search(node["name"])
+        if task and node["phase"] == "Pending" and node.get("message"):
+            pods[task[1]] = Pod(datetime.fromisoformat(node["startedAt"]), message=node["message"][:LONG])
+    return pods
 
 
 def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
-    status = pod["status"]
+    metadata, status = pod["metadata"], pod["status"]
     phase = status["phase"]
     if phase == "Pending":
         reason, message, container = waiting(status) or (STARTING[0], "", "")
     else:
         reason, message, container = _ended(status)
     if reason in STARTING:
-        name = pod["metadata"]["name"]
-        warnings = in_cluster.objects(events, fieldSelector=f"involvedObject.name={name},type=Warning")
-        if warnings:
-            newest = max(warnings, key=_time_of_event)
-            reason, message = newest["reason"], newest["message"]
+        selector = f"involvedObject.name={metadata['name']},type=Warning"
+        # The newest is the last one.
+        for event in sorted(in_cluster.objects(events, fieldSelector=selector), key=_time_of_event):
+            reason, message = event["reason"], event["message"]
     # A pull that failed is ErrImagePull and ImagePullBackOff by turns: one reason, with the message of the first.
     reason = reason.replace("ErrImagePull", "ImagePullBackOff")
     message = re.sub(r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split()))
-    return Pod(_created(pod), phase, is_driver, reason, message[:LONG], container)
+    return Pod(
+        datetime.fromisoformat(metadata.get("creationTimestamp", "1970-01-01T00:00:00Z")),
+        "Pending" if is_driver and phase == "Running" else phase,
+        is_driver,
+        reason,
+        message[:LONG],
+        container,
+    )
 
 
 def _time_of_event(event: Json) -> str:
@@ -119,23 +131,6 @@ def _ended(status: Json) -> Reason:
         return status["reason"], status.get("message", ""), ""
     for container in status.get("containerStatuses", []):
         end = container["state"].get("terminated", {})
-        is_killed = end.get("reason") not in (None, "Completed", "Error")
-        if container["name"] == "main" and is_killed:
+        if container["name"] == "main" and end.get("reason") not in (None, "Completed", "Error"):
             return end["reason"], end.get("message", ""), "main"
     return "", "", ""
-
-
-def _without_pod(status: Json) -> dict[str, Pod]:
-    """Tasks whose pods Kubernetes does not accept for now: Argo keeps them pending and asks again."""
-    nodes = status.get("nodes", {})
-    packed = status.get("compressedNodes")  # in a workflow of more than 1 MiB
-    if packed:
-        nodes = json.loads(gzip.decompress(base64.b64decode(packed)))
-    pods = {}
-    for node in nodes.values():
-        task = TASK.search(node["name"])
-        message = node.get("message", "")
-        if task and message and node["phase"] == "Pending":
-            started = datetime.fromisoformat(node["startedAt"])
-            pods[task[1]] = Pod(started, message=message[:LONG])
-    return pods

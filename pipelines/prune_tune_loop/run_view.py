@@ -31,33 +31,28 @@ SMALLER_BATCH = {
 
 @dataclass(frozen=True)
 class StepView:
-    """One line of the table, as texts."""
+    """One line of the table."""
 
     name: str
     state: str  # RUNNING and so on, or one of the four above
-    reason: str = ""  # of a failure, or of being pending for long; with its remedy
-    attempt: str = ""
-    seconds: str = ""
-    accuracy: str = ""
-    verdict: str = ""
-    training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains
+    reason: str  # of a failure, or of being pending for long; with its remedy
+    record: StepProgress  # an empty one where there is none
 
     @property
     def change(self) -> str:
         """A change of the step in one line: its state, and with its end what came out."""
+        record = self.record
         text = f"{self.name}: {self.state}"
         # The first attempt is the usual case, and says nothing.
-        if self.attempt not in ("", "1"):
-            text += f" (attempt {self.attempt})"
-        if self.seconds:
-            text += f" in {self.seconds} s"
-        if self.accuracy:
-            text += f", accuracy {self.accuracy}"
-        if self.verdict:
-            text += f", {self.verdict}"
-        if self.reason:
-            text += f": {self.reason}"
-        return text
+        if record.attempt not in ("", "1"):
+            text += f" (attempt {record.attempt})"
+        if record.seconds:
+            text += f" in {record.seconds} s"
+        if record.accuracy:
+            text += f", accuracy {record.accuracy}"
+        if record.verdict:
+            text += f", {record.verdict}"
+        return f"{text}: {self.reason}" if self.reason else text
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,8 @@ class RunView:
     @property
     def hint_to_cancel(self) -> str:
         """What to do about a run that has failed but has not ended, since the other arm is still running; or ""."""
-        failed = [step.name for step in self.steps if step.state == "FAILED"]
         # A failure of the control does not fail the run.
-        failed = [name for name in failed if not name.startswith("control-")]
+        failed = [step.name for step in self.steps if step.state == "FAILED" and "control" not in step.name]
         working = [step.name for step in self.steps if step.state == "RUNNING"]
         if self.state != "RUNNING" or not failed or not working:
             return ""
@@ -92,12 +86,17 @@ class RunView:
     def table(self) -> str:
         """The steps as a table for the terminal."""
         numbers = ("Attempt", "Seconds", "Accuracy")
-        headings = ["Step", "State", *numbers, "Verdict", "Training"]
         rows = []
         for step in self.steps:
-            results = [step.attempt, step.seconds, step.accuracy, step.verdict, step.training]
+            record = step.record
+            results = [record.attempt, record.seconds, record.accuracy, record.verdict, record.training]
             rows.append([step.name, step.state, *results])
-        return table_text(self.name, headings, rows, numbers=numbers)
+        return table_text(
+            self.name,
+            ["Step", "State", *numbers, "Verdict", "Training"],
+            rows,
+            numbers=numbers,
+        )
 
 
 def step_names(api: Api, run: Any) -> list[str]:
@@ -135,24 +134,17 @@ def view(
 
     `look` says where there is more to see, with one of kubectl's commands.
     """
-    retried, canceled = _moments(run)
-    all_records = records or {}
+    retried, is_canceled = _history(run)
+    known = records or {}
     current = {}
-    for name, record in all_records.items():
-        has_failed = record.status in ("FAILED", "KILLED")
+    for name, record in known.items():
         # A step that failed before the retry has not begun again.
-        if not (has_failed and retried and record.ended and record.ended < retried):
+        is_old = retried and record.ended and record.ended < retried and record.status != "FINISHED"
+        if not is_old:
             current[name] = record
-    situation = _Situation(
-        state=run.state,
-        canceled=canceled,
-        records=current,
-        is_known=records is not None,
-        pods=pods,
-        look=look,
-    )
+    situation = _Situation(run.state, is_canceled, current, records is not None, pods, look)
     steps = []
-    for name in names or sorted({*all_records, *pods}, key=_position):
+    for name in names or sorted({*known, *pods}, key=_position):
         state = situation.state_of(name)
         reason = ""
         if state == "FAILED":
@@ -160,66 +152,36 @@ def view(
         elif state == "PENDING":
             reason = situation.why_pending(name)
         # Of an attempt before the retry its seconds are shown until the step begins again.
-        results = _results(state, all_records.get(name))
-        steps.append(StepView(name, state, reason, **results))
-    if canceled:
-        state = CANCELED if situation.ended else "is being canceled"
+        steps.append(StepView(name, state, reason, known.get(name, StepProgress())))
+    state, reason = run.state, ""
+    if is_canceled:
         reason = CANCELED
-    else:
-        state = run.state
-        reason = _reason(steps, situation)
-    return RunView(
-        run_id=run.run_id,
-        name=run.display_name,
-        state=state,
-        steps=steps,
-        reason=reason,
-    )
+        state = CANCELED if state in ENDED else "is being canceled"
+    elif state == "FAILED":
+        failed = [step for step in steps if step.state == "FAILED"]
+        # The control's failures do not fail the run: the first one of the loop comes before them.
+        culprit = min(failed, key=lambda step: "control" in step.name, default=None)
+        reason = f"{culprit.name}: {culprit.reason}" if culprit else look("describe workflows,pods")
+    return RunView(run.run_id, run.display_name, state, steps, reason)
 
 
-def _moments(run: Any) -> tuple[datetime | None, datetime | None]:
-    """When a run was last retried, and when after that it was asked to end: Kubeflow then says FAILED in the end."""
-    retried = canceled = None
+def _history(run: Any) -> tuple[datetime | None, bool]:
+    """When a run was last retried, and whether it was asked to end since: Kubeflow then says FAILED in the end."""
+    retried, is_canceled = None, False
     last_state = ""
     for entry in run.state_history or []:
         if last_state in ENDED:
-            retried, canceled = entry.update_time, None
-        if entry.state == "CANCELING":
-            canceled = entry.update_time
+            retried, is_canceled = entry.update_time, False
         last_state = entry.state
+        is_canceled = is_canceled or last_state == "CANCELING"
     # What was just asked for is not in the history yet.
     if last_state in ENDED and run.state not in ENDED:
-        retried, canceled = _now(), None
-    if run.state in ("CANCELING", "CANCELED"):
-        canceled = canceled or _now()
-    return retried, canceled
+        retried, is_canceled = _now(), False
+    return retried, is_canceled or run.state in ("CANCELING", "CANCELED")
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _results(state: str, record: StepProgress | None) -> dict[str, str]:
-    """What a step's record adds to its state."""
-    if record is None:
-        return {}
-    results = {
-        "attempt": str(record.attempt or ""),
-        "verdict": record.verdict,
-    }
-    if record.accuracy is not None:
-        results["accuracy"] = f"{record.accuracy:.3f}"
-    if state != "RUNNING" and record.seconds is not None:
-        results["seconds"] = f"{record.seconds:.0f}"
-    if state == "RUNNING" and record.tokens_seen is not None:
-        training = f"{record.tokens_seen:,}"
-        if record.tokens_planned:
-            training += f" of {record.tokens_planned:,}"
-        training += " tokens"
-        if record.loss is not None:
-            training += f", loss {record.loss:.3f}"
-        results["training"] = training
-    return results
 
 
 @dataclass(frozen=True)
@@ -227,71 +189,58 @@ class _Situation:
     """What is known of a run, from which the states of its steps follow."""
 
     state: str  # as Kubeflow says
-    canceled: datetime | None  # when it was asked to end
+    is_canceled: bool
     records: Mapping[str, StepProgress]  # since it was last retried
     is_known: bool  # to MLflow, which was read
     pods: Mapping[str, Pod]
     look: Callable[[str], str]
 
-    @property
-    def ended(self) -> bool:
-        return self.state in ENDED
-
     def state_of(self, name: str) -> str:
         """The state of a step. A pod that is killed leaves its record RUNNING."""
-        record = self.records.get(name)
-        pod = self.pods.get(name)
+        record, pod = self.records.get(name), self.pods.get(name)
         if record is None and pod is None:
             return self._state_unseen(name)
         status = record.status if record else ""
         is_open = status in ("", "RUNNING")
         if status == "FINISHED" or (is_open and self.state == "SUCCEEDED"):
             return "SUCCEEDED"
-        if not self.ended:
-            phase = pod.phase if pod else "Running"
-            # Its driver prepares the pod.
-            is_prepared = phase == "Running" and not status and pod and pod.is_driver
-            if phase == "Pending" or is_prepared:
+        if self.state not in ENDED:
+            if pod and pod.phase == "Pending":
                 return "PENDING"
-            if is_open and phase == "Running":
+            if is_open and not (pod and pod.phase == "Failed"):
                 return "RUNNING"
-        if self.canceled is None:
-            return "FAILED"
-        has_ended_before = record and record.ended and record.ended < self.canceled
-        return "FAILED" if has_ended_before else "CANCELED"
+        # A step that failed by itself says so.
+        return "CANCELED" if self.is_canceled and status != "FAILED" else "FAILED"
 
     def _state_unseen(self, name: str) -> str:
         """The state of a step that has neither a record nor a pod."""
-        position = _position(name)
         ends = [_position(step) for step, record in self.records.items() if record.loop_ended]
-        if ends and max(ends) < position < CONTROL:
+        if ends and max(ends) < _position(name) < CONTROL:
             return NOT_NEEDED
         # The doctor leaves no record, and the others begin after it.
         if self.state == "SUCCEEDED" or (name == "doctor" and self.records):
             return "SUCCEEDED"
         if not self.is_known:
             return UNKNOWN
-        return NOT_STARTED if self.ended else WAITING
+        return NOT_STARTED if self.state in ENDED else WAITING
 
     def failure_of(self, name: str) -> str:
         """Why a step failed, in its own words, or Kubernetes'."""
-        record = self.records.get(name)
-        pod = self.pods.get(name)
-        if record is not None and record.error:
+        record, pod = self.records.get(name), self.pods.get(name)
+        if record and record.error:
             return record.error
-        culprits = [step for step, other in self.records.items() if other.error and other.status == "FAILED"]
+        failed = [step for step, other in self.records.items() if other.error and other.status == "FAILED"]
         # A step of the control that says why it could not finish does not fail the run.
-        is_failed_by_another = any("control" not in step for step in culprits)
-        if record is not None and is_failed_by_another:
+        if record and any("control" not in step for step in failed):
             return "it was stopped when the run failed"
         cause = pod.sentence if pod and pod.phase == "Failed" else ""
-        if record is not None and not cause:
+        if record and not cause:
             cause = "killed from outside, most likely out of memory (or past resources.timeout)"
         if "OOMKilled" in cause or "out of memory" in cause:
             stage = _stage(name)
             cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
         # Where a container has run, its log says more than its pod.
-        has_log = record is None and not (pod and pod.reason)
+        has_log = not record and not (pod and pod.reason)
         where = self.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
         return f"{cause}; {where}" if cause else where
 
@@ -301,24 +250,10 @@ class _Situation:
         if (_now() - pod.created).total_seconds() < SOON:
             return ""
         text = f"pending since {pod.created:%H:%M} UTC"
-        if pod.sentence:
-            text += f": {pod.sentence}"
-            remedy = pod.remedy(_stage(name))
-        else:
-            remedy = self.look("describe workflows,pods")
-        return f"{text}; {remedy}" if remedy else text
-
-
-def _reason(steps: list[StepView], run: _Situation) -> str:
-    """Why a run did not succeed."""
-    if run.state != "FAILED":
-        return ""
-    failed = [step for step in steps if step.state == "FAILED"]
-    if not failed:
-        return run.look("describe workflows,pods")
-    # The control's failures do not fail the run: the first one of the loop comes before them.
-    culprit = min(failed, key=lambda step: "control" in step.name)
-    return f"{culprit.name}: {culprit.reason}"
+        if not pod.sentence:
+            return f"{text}; {self.look('describe workflows,pods')}"
+        remedy = pod.remedy(_stage(name))
+        return f"{text}: {pod.sentence}; {remedy}" if remedy else f"{text}: {pod.sentence}"
 
 
 def _stage(name: str) -> str:

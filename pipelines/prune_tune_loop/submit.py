@@ -4,13 +4,24 @@ import datetime
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipelines.prune_tune_loop import pipeline
 from pipelines.prune_tune_loop.follow import DONE, watch
-from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, connect, explained, required
+from pipelines.prune_tune_loop.kfp_api import (
+    CONFLICT,
+    Api,
+    RefusedError,
+    Server,
+    by_name,
+    connect,
+    explained,
+    ids_of,
+    required,
+)
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
@@ -82,11 +93,9 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
     enabled = check(Gate, parameters.get("gate", {"enabled": compiled}), "--param gate").enabled
     if enabled != compiled:
         raise InputError(
-            f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides the pipeline's "
-            "structure",
+            f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides what is compiled",
             field="--param gate",
-            remedy=f"submit with --set gate.enabled={str(enabled).lower()}, or give enabled={str(compiled).lower()} "
-            "in the parameter",
+            remedy=f"submit with --set gate.enabled={str(enabled).lower()}, or correct it in the parameter",
         )
 
 
@@ -114,8 +123,23 @@ def _upload_pipeline(api: Api, config: Config) -> Any:
         path = Path(folder, "pipeline.yaml")
         pipeline.compile_pipeline(config, path)
         pipeline_id = _pipeline_id(api, config.name)
-        version_id = _upload(api, pipeline_id, path)
-    return V2beta1PipelineVersionReference(pipeline_id, version_id)
+        # The name follows the content: the same content is one version.
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        name = f"{__version__}-{digest[:12]}"
+
+        def upload() -> str:
+            version = api.client.upload_pipeline_version(
+                str(path),
+                name,
+                pipeline_id=pipeline_id,
+            )
+            return required(version, "pipeline_version_id")
+
+        def find() -> list[str]:
+            answer = api.client.list_pipeline_versions(pipeline_id, filter=by_name(name))
+            return ids_of(answer.pipeline_versions, name, "pipeline_version_id")
+
+        return V2beta1PipelineVersionReference(pipeline_id, _once(api, upload, find))
 
 
 def _pipeline_id(api: Api, name: str) -> str:
@@ -133,43 +157,32 @@ def _pipeline_id(api: Api, name: str) -> str:
         return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
 
-def _upload(api: Api, pipeline_id: str, path: Path) -> str:
-    """The id of the uploaded version, or of the one with the same content that was uploaded before."""
-    # The name follows the content: the same content is one version.
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    name = f"{__version__}-{digest[:12]}"
+def _start(api: Api, run: Any) -> str:
+    """Start a run; returns its id."""
+
+    def start() -> str:
+        return required(api.client._run_api.run_service_create_run(run=run), "run_id")
+
+    def find() -> list[str]:
+        answer = api.client.list_runs(experiment_id=run.experiment_id, filter=by_name(run.display_name))
+        return ids_of(answer.runs, run.display_name, "run_id")
+
+    return _once(api, start, find)
+
+
+def _once(api: Api, create: Callable[[], str], find: Callable[[], list[str]]) -> str:
+    """The id of what is created once: after an error it is looked for before the server is asked again."""
     try:
         with explained(api.host):
-            uploaded = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
-            return required(uploaded, "pipeline_version_id")
-    except RefusedError as error:
-        if error.status != CONFLICT:
+            return create()
+    except (RefusedError, WorkError) as error:
+        # The content was uploaded before, or the request has taken effect although its answer was lost.
+        status = getattr(error, "status", None)  # of a refusal
+        if status not in (None, CONFLICT):
             raise
-    # The content was uploaded before.
+        with explained(api.host):
+            ids = find()
+        if status and not ids:
+            raise
     with explained(api.host):
-        answer = api.client.list_pipeline_versions(pipeline_id, filter=by_name(name))
-    for listed in answer.pipeline_versions or []:
-        if listed.display_name == name:
-            return str(listed.pipeline_version_id)
-    raise WorkError(
-        f"Kubeflow Pipelines has a version {name} but does not list it",
-        remedy="delete it in its UI",
-    )
-
-
-def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
-    """Start a run once: after a server error, look whether it was started before asking again."""
-    try:
-        with explained(api.host):
-            return required(api.client._run_api.run_service_create_run(run=run), "run_id")
-    except WorkError:
-        # The request may have taken effect although its answer was lost.
-        with explained(api.host):
-            answer = api.client.list_runs(experiment_id=run.experiment_id, filter=by_name(run.display_name))
-        # An answer that ignored the filter lists others too.
-        for listed in answer.runs or []:
-            if listed.display_name == run.display_name:
-                return str(listed.run_id)
-        if is_last_attempt:
-            raise
-    return _start(api, run, is_last_attempt=True)
+        return ids[0] if ids else create()

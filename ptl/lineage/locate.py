@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 FORMS = "a run's directory, RUN_ID, RUN_ID:recover-2, models:/NAME@ALIAS, models:/NAME/VERSION, s3://... or file://..."
 REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
-ARMS = ("loop", "control")
 
 Result = dict[str, Any]  # what result.json holds
 
@@ -46,16 +45,7 @@ class PipelineRun:
     state: str  # of the MLflow run: RUNNING, FINISHED, FAILED, ...
     root: str  # where the records of its steps are
     artifacts: str  # where its report is
-    steps: dict[str, str]  # the states of those that have begun, in that order
-
-    @property
-    def finished(self) -> str:
-        """The finished steps that can be named, for messages."""
-        names = []
-        for step, state in self.steps.items():
-            if state == "FINISHED" and step != "report":
-                names.append(f"{self.id}:{step}")
-        return ", ".join(names) or "none yet"
+    finished: str  # the finished steps that can be named, for messages
 
     def report_file(self, name: str) -> bytes | None:
         """A file of the run's report; None before there is one."""
@@ -72,21 +62,30 @@ def needs_mlflow(reference: str, *, items: bool = False) -> bool:
 
 def run_directory(reference: str) -> Path | None:
     """The directory that is named by `DIR` or `DIR:recover-2`, if it is that of a run, finished or not."""
-    name = reference if Path(reference).exists() else reference.rpartition(":")[0]
-    if not name:  # no directory, of which "" would be the current one
-        return None
-    folder = Path(name)
-    return folder if any((folder / file).is_file() for file in ("result.json", "config.yaml")) else None
+    name, _ = _split(reference)
+    is_run = name and any(Path(name, file).is_file() for file in ("result.json", "config.yaml"))
+    return Path(name) if is_run else None
+
+
+def _split(reference: str) -> tuple[str, str]:
+    """The run and the step of `RUN:recover-2`; the step is empty where only a run is named."""
+    name, colon, step = reference.rpartition(":")
+    return (name, step) if colon and not Path(reference).exists() else (reference, "")
 
 
 def find_run(reference: str) -> tuple[PipelineRun, str]:
     """The run and the step that a user names ("" for the run itself). Raises InputError where MLflow has none."""
-    name, _, step = _by_id(reference).partition(":")
+    name, step = _split(reference)
+    folder = run_directory(reference)
+    if folder is not None:
+        name = folder.resolve().name
     # Both become parts of addresses.
-    for part in (name, step or name):
-        if not store.is_name(part):
-            problem = f"{reference!r} is neither a folder nor the name of a run"
-            raise InputError(problem, field="run", remedy=f"give {FORMS}")
+    if not (store.is_name(name) and store.is_name(step or name)):
+        raise InputError(
+            f"{reference!r} is neither a folder nor the name of a run",
+            field="run",
+            remedy=f"give {FORMS}",
+        )
     with connected() as client:
         # It may be the id of an MLflow run, of the parent or of a step.
         if re.fullmatch("[0-9a-f]{32}", name):
@@ -105,15 +104,6 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
     return run, step
 
 
-def _by_id(reference: str) -> str:
-    """`DIR` and `DIR:recover-2` by the run's id, `RUN_ID` and `RUN_ID:recover-2`; any other name as it is."""
-    folder = run_directory(reference)
-    if folder is None:
-        return reference
-    run_id = folder.resolve().name
-    return run_id if Path(reference).exists() else f"{run_id}:{reference.rpartition(':')[2]}"
-
-
 def _run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
     """The pipeline run with this id, in whichever experiment it is: Kubeflow's MLflow plugin has one of its own."""
     runs = search(client, experiment_ids(client), run_id)
@@ -121,12 +111,13 @@ def _run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
     if parent is None:
         return None
     experiment = client.get_experiment(parent.info.experiment_id)
+    ended = [step for step, run in by_step(runs).items() if run.info.status == "FINISHED" and step != "report"]
     return PipelineRun(
         id=run_id,
         state=parent.info.status,
         root=records_root(experiment.artifact_location),
         artifacts=parent.info.artifact_uri,
-        steps={step: run.info.status for step, run in by_step(runs).items()},
+        finished=", ".join(f"{run_id}:{step}" for step in ended) or "none yet",
     )
 
 
@@ -142,19 +133,13 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
 
     Raises InputError naming what there is where the checkpoint or what it needs is not there.
     """
-    if arm not in ARMS:
-        raise InputError(f"{arm!r} must be one of {', '.join(ARMS)}", field="--arm")
     # What is on this machine comes first: a run's directory may be named like a run.
     path = Path(reference)
     if path.exists():
         card = store.read(str(path.resolve() / "README.md"))
         return _final(result(reference), arm, reference, card)
     if arm != "loop" and ":" in reference:
-        raise InputError(
-            f"{reference} names one checkpoint",
-            field="--arm",
-            remedy="--arm chooses among those of a run: give its id",
-        )
+        raise InputError(f"{reference} names one checkpoint; for an arm give the id of a run", field="--arm")
     if reference.startswith("models:"):
         return _registered(reference)
     if "://" in reference:
@@ -162,11 +147,7 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     run, step = find_run(reference)
     if step:
         pointer = _pointer(run, step, evaluation=False)
-        return Checkpoint(
-            pointer,
-            f"{step} of run {run.id}",
-            _card(run, pointer.digest),
-        )
+        return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
     return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
 
@@ -186,8 +167,7 @@ def result(reference: str) -> Result:
     """The result of a run from its result.json, its directory, or its id."""
     path = Path(reference)
     if not path.exists():
-        run, _ = find_run(reference)
-        return _result_of(run)
+        return _result_of(find_run(reference)[0])
     if path.is_dir():
         path = path / "result.json"
     try:
@@ -230,16 +210,15 @@ def _final(result: Result, arm: str, run: str, card: bytes | None) -> Checkpoint
     """The final checkpoint of an arm; the card is about the loop's."""
     if arm == "loop":
         row = result["final"]
-        name = f"final checkpoint of run {run}"
-    else:
-        row = next((row for row in result["rows"] if row["arm"] == arm), None)
-        if row is None:
-            problem = f"run {run} has no scored {arm}: it was made without one, or it did not finish"
-            raise InputError(problem, field="--arm")
-        name = f"{arm} of run {run}"
-        card = None  # it is about the loop's model
-    pointer = store.Pointer(row["uri"], row["digest"], row["params"])
-    return Checkpoint(pointer, name, card)
+        return Checkpoint(_pointer_of(row), f"final checkpoint of run {run}", card)
+    for row in result["rows"]:
+        if row["arm"] == arm:
+            return Checkpoint(_pointer_of(row), f"{arm} of run {run}")
+    raise InputError(f"run {run} has no scored {arm}: it was made without one, or it did not finish", field="--arm")
+
+
+def _pointer_of(row: Result) -> store.Pointer:
+    return store.Pointer(row["uri"], row["digest"], row["params"])
 
 
 def _final_evaluation(result: Result, run: str) -> str:
@@ -259,9 +238,8 @@ def _card(run: PipelineRun, digest: str) -> bytes | None:
     """The run's model card, if it is about the checkpoint with this digest: the final one."""
     data = run.report_file("result.json")
     # A run that is not finished has no card yet.
-    if not data or json.loads(data)["final"]["digest"] != digest:
-        return None
-    return run.report_file("README.md")
+    is_final = data and json.loads(data)["final"]["digest"] == digest
+    return run.report_file("README.md") if is_final else None
 
 
 def _registered(reference: str) -> Checkpoint:
@@ -274,15 +252,15 @@ def _registered(reference: str) -> Checkpoint:
         # The run that made it may be gone: then there is no card.
         run = _run_by_id(client, version.tags.get("ptl.run", ""))
     # Without its digest the files could not be verified.
-    if "ptl.digest" not in version.tags:
-        raise InputError(
-            f"{reference} has no tag ptl.digest, so ptl did not register it",
-            field="models",
-            remedy=f"give {FORMS}",
-        )
-    params = int(version.tags.get("ptl.params", 0))
-    pointer = store.Pointer(str(version.source), version.tags["ptl.digest"], params)
-    card = _card(run, pointer.digest) if run else None
+    digest = version.tags.get("ptl.digest")
+    if digest is None:
+        raise InputError(f"{reference} has no tag ptl.digest, so ptl did not register it", field="models")
+    pointer = store.Pointer(
+        str(version.source),
+        digest,
+        int(version.tags.get("ptl.params", 0)),
+    )
+    card = _card(run, digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
 
 
@@ -290,15 +268,16 @@ def _version(client: MlflowClient, reference: str, name: str, alias: str | None,
     """The version of a registered model that has the alias, or the number. Raises InputError with what there is."""
     model = if_there(client.get_registered_model, name)
     aliases = model.aliases if model else {}
-    number = version or str(aliases.get(alias, ""))
-    found: ModelVersion | None = if_there(client.get_model_version, name, number) if number else None
+    number = version or aliases.get(alias)
+    found: ModelVersion | None = None
+    if number:
+        found = if_there(client.get_model_version, name, str(number))
     if found is not None:
         return found
-    known = [f"{other} (version {number})" for other, number in aliases.items()]
     raise InputError(
         f"this MLflow has no {reference}",
         field="models",
-        remedy=f"aliases of {name}: {', '.join(known) or 'none'}",
+        remedy=f"aliases of {name}: {', '.join(aliases) or 'none'}",
     )
 
 

@@ -47,16 +47,10 @@ def connect() -> MlflowClient:
             field="environment",
             remedy=f"{extras.install('pipelines')}, or give the address of a server (http://...)",
         )
-    make_database(uri)
+    mlflow_database.create(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))  # mlruns: MLflow's own default
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
-
-
-def make_database(uri: str) -> None:
-    """Make the database of a sqlite URI unless it exists. Raises WorkError where MLflow cannot."""
-    default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
-    mlflow_database.create(uri, default_artifacts)
 
 
 @contextmanager

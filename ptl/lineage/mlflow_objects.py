@@ -1,4 +1,4 @@
-"""Experiments, runs and models in MLflow: each is created once, and one that MLflow has lost is missed.
+"""Experiments, runs, models and values in MLflow: each is created once, and one that MLflow has lost is missed.
 
 MLflow's client sends a request again whose answer was lost; the server has then created two. So whoever has created
 something searches for it again and settles on one of the results. A database that was lost or restored from an older
@@ -7,8 +7,9 @@ copy knows nothing of what the store holds: then runs are created anew, and mode
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
 from ptl.lineage.mlflow_client import ALREADY_THERE, if_there, ignoring
@@ -18,6 +19,13 @@ from ptl.storage import store
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
+
+
+LONGEST = 6000  # characters of a parameter
+
+Tags = dict[str, str]
+Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
+Metrics = dict[str, float]
 
 
 def experiment(client: MlflowClient, name: str, artifact_location: str | None = None) -> Experiment:
@@ -37,27 +45,21 @@ def experiment(client: MlflowClient, name: str, artifact_location: str | None = 
     return existing
 
 
-def run(
-    client: MlflowClient,
-    experiment: Experiment,
-    pipeline_run: str,
-    step: str,
-    tags: dict[str, str],
-    name: str,
-) -> Run:
-    """The MLflow run of a step, or of the pipeline run where `step` is empty; created with `tags` where there is none.
+def run(client: MlflowClient, experiment: Experiment, tags: Tags, name: str) -> Run:
+    """The MLflow run of a step, or without a tag `ptl.step` of the pipeline run; created where there is none.
 
     Of several, which concurrent steps or lost answers leave, the one that is claimed first in the store is everybody's;
     others are deleted if they hold nothing.
     """
     experiment_id = experiment.experiment_id
+    step = tags.get("ptl.step")
     where = f"tags.`ptl.step` = '{step}'" if step else PARENT
-    candidates = search(client, [experiment_id], pipeline_run, where)
+    candidates = search(client, [experiment_id], tags["ptl.run"], where)
     if not candidates:
         created = client.create_run(experiment_id, tags=tags, run_name=name)
         # The answer to an earlier request may have been lost, and other steps create the parent too.
-        candidates = search(client, [experiment_id], pipeline_run, where) or [created]
-    winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
+        candidates = search(client, [experiment_id], tags["ptl.run"], where) or [created]
+    winner = _claimed(client, experiment, tags["ptl.run"], step or "parent", candidates[0])
     # An empty double only confuses; one with content may be somebody's.
     for other in candidates:
         run_id = other.info.run_id
@@ -76,13 +78,13 @@ def _claimed(
     """The run that is claimed in the store; `oldest` where none is."""
     root = records_root(experiment.artifact_location)
     claim = f"{role}-{experiment.experiment_id}"
-    while True:
-        run_id = store.claim(root, pipeline_run, claim, oldest.info.run_id)
-        winner: Run | None = if_there(client.get_run, run_id)
-        if winner and winner.info.lifecycle_stage == "active":
-            return winner
+    run_id = store.claim(root, pipeline_run, claim, oldest.info.run_id)
+    winner: Run | None = if_there(client.get_run, run_id)
+    while winner is None or winner.info.lifecycle_stage != "active":
         # MLflow has lost what was claimed: the next claim is among what there is now.
-        claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
+        run_id = store.claim(root, pipeline_run, f"{claim}-after-{run_id}", oldest.info.run_id)
+        winner = if_there(client.get_run, run_id)
+    return winner
 
 
 def _holds_anything(client: MlflowClient, other: Run) -> bool:
@@ -109,3 +111,54 @@ def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> N
         outputs = client.get_run(run_id).outputs
         if outputs is None or model_id not in [model.model_id for model in outputs.model_outputs]:
             raise
+
+
+def ptl_keys(values: Values) -> Tags:
+    """Parameters or tags as MLflow keeps ours: `ptl.<name>`, as text."""
+    return {f"ptl.{key}": str(value) for key, value in values.items()}
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Tags) -> None:
+    """Set tags that have their full names."""
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def add_params(client: MlflowClient, run: Run, params: Values) -> None:
+    """Give a run the parameters `ptl.<name>` that it has not yet: MLflow never changes one."""
+    from mlflow.entities import Param
+
+    known = run.data.params
+    new = [Param(key, text[:LONGEST]) for key, text in ptl_keys(params).items() if key not in known]
+    client.log_batch(run.info.run_id, params=new)
+
+
+def add_metrics(
+    client: MlflowClient,
+    run: Run,
+    metrics: Metrics,
+    step: int = 0,
+    model_id: str | None = None,
+) -> None:
+    """Log the metrics whose newest value is another; of a run as it was read."""
+    # Logging a value twice would draw a second point.
+    known = run.data.metrics
+    changed = {key: value for key, value in metrics.items() if known.get(key) != float(value)}
+    log_metrics(client, run.info.run_id, changed, step, model_id)
+
+
+def log_metrics(
+    client: MlflowClient,
+    run_id: str,
+    metrics: Metrics,
+    step: int,
+    model_id: str | None = None,
+) -> None:
+    """Metrics of a run at the x-coordinate `step`; with `model_id` also of a LoggedModel."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)  # milliseconds
+    # One request for all of them.
+    points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+    client.log_batch(run_id, metrics=points)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptl.lineage import mlflow_client
 from ptl.lineage.run_status import PARENT, TAG, by_step, parent_among, put_tag, search
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 # A watcher asks again soon: MLflow's own retries take minutes, and its timeout is two.
 WATCHING = {
@@ -30,19 +31,17 @@ TAKEN_OVER = "steps with the same inputs and settings may be taken over from"
 
 @dataclass(frozen=True)
 class StepProgress:
-    """What one step's MLflow run says of it."""
+    """What one step's MLflow run says of it, as texts; empty where it says nothing."""
 
-    step: str  # name, such as prune-2
-    run_id: str  # in MLflow
-    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    step: str = ""  # name, such as prune-2
+    run_id: str = ""  # in MLflow
+    status: str = ""  # RUNNING, FINISHED, FAILED or KILLED
     ended: datetime | None = None
-    attempt: int | None = None  # number of the newest attempt, from 1
-    seconds: float | None = None  # of work
-    accuracy: float | None = None  # of an evaluate step, 0 to 1
+    attempt: str = ""  # number of the newest attempt, from 1
+    seconds: str = ""  # of work, when it has ended
+    accuracy: str = ""  # of an evaluate step, 0 to 1
     verdict: str = ""  # of an evaluate step
-    tokens_seen: int | None = None  # of a recover step, so far
-    tokens_planned: int | None = None
-    loss: float | None = None  # of training, the newest
+    training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains
     error: str = ""  # why the last attempt failed
     loop_ended: str = ""  # why the loop ended with this step, before its last iteration
 
@@ -115,29 +114,32 @@ def unfinished(experiment: str, name: str) -> list[str]:
     return [run.data.tags["ptl.run"] for run in ours[:MAX_EARLIER]]
 
 
-def _step_progress(step: str, run: Any) -> StepProgress:
-    tags = run.data.tags
-    metrics = run.data.metrics
+def _step_progress(step: str, run: Run) -> StepProgress:
+    tags, metrics = run.data.tags, run.data.metrics
+    is_running = run.info.status == "RUNNING"
     ended = run.info.end_time  # milliseconds
     return StepProgress(
         step=step,
         run_id=run.info.run_id,
         status=run.info.status,
         ended=datetime.fromtimestamp(ended / 1000, UTC) if ended else None,
-        attempt=_integer(tags.get("ptl.attempt")),
-        seconds=metrics.get("seconds"),
-        accuracy=metrics.get("accuracy"),
-        verdict=tags.get("ptl.verdict", ""),
-        tokens_seen=_integer(metrics.get("train/num_input_tokens_seen")),
-        tokens_planned=_integer(tags.get("ptl.tokens")),
-        loss=metrics.get("train/loss"),
-        error=tags.get("ptl.error", ""),
-        loop_ended=tags.get("ptl.loop_ended", ""),
+        seconds="" if is_running else _text(metrics, "seconds", ".0f"),
+        accuracy=_text(metrics, "accuracy", ".3f"),
+        training=_training(tags, metrics) if is_running else "",
+        **{name: tags.get(f"ptl.{name}", "") for name in ("attempt", "verdict", "error", "loop_ended")},
     )
 
 
-def _integer(value: Any) -> int | None:
-    return None if value is None else int(value)
+def _training(tags: dict[str, str], metrics: dict[str, float]) -> str:
+    seen = _text(metrics, "train/num_input_tokens_seen", ",.0f")
+    planned = f" of {int(tags['ptl.tokens']):,}" if "ptl.tokens" in tags else ""
+    loss = _text(metrics, "train/loss", ".3f")
+    text = f"{seen}{planned} tokens" if seen else ""
+    return f"{text}, loss {loss}" if text and loss else text
+
+
+def _text(metrics: dict[str, float], name: str, form: str) -> str:
+    return format(metrics[name], form) if name in metrics else ""
 
 
 @contextmanager

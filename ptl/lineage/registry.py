@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptl.lineage import mlflow_client
 from ptl.lineage.mlflow_client import if_there, ignoring
-from ptl.lineage.mlflow_objects import existing_models
-from ptl.lineage.mlflow_values import ptl_keys
+from ptl.lineage.mlflow_objects import existing_models, ptl_keys
 from ptl.lineage.run_status import StepRun
 from ptl.storage.store import Pointer
 

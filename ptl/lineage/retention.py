@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel
 
-Metadata = dict[str, Any]  # of a record
+Folder = tuple[int, float]  # bytes and the unix time of the newest file, of all files below it
 DAY = 24 * 60 * 60.0
 DELETED = "ptl.deleted"  # tag of a LoggedModel: when its files were deleted
 # Steps whose files stay with a finished run, and why
@@ -54,13 +54,6 @@ class ExperimentFiles:
     stored: list[StoredFiles]
 
 
-class _Folder(NamedTuple):
-    """All files below one folder."""
-
-    bytes: int = 0
-    changed: float = 0.0  # unix time of the newest file
-
-
 def inventory(names: list[str], given_up: list[str], older_than: float) -> list[ExperimentFiles]:
     """The files of experiments, of all that hold runs of the pipeline where no name is given.
 
@@ -73,58 +66,58 @@ def inventory(names: list[str], given_up: list[str], older_than: float) -> list[
             if name not in known:
                 existing = ", ".join(sorted(known)) or "none"
                 raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
-        experiments = [_experiment_files(client, known[name], given_up) for name in sorted(set(names) or known)]
-        # Last: what is registered meanwhile counts.
-        versions = _versions(client)
-    return [
-        replace(experiment, stored=[_judged(files, versions, older_than) for files in experiment.stored])
-        for experiment in experiments
-        if experiment.stored
-    ]
+        chosen = [known[name] for name in sorted(set(names) or known)]
+        experiments = [_experiment_files(client, experiment, given_up, older_than) for experiment in chosen]
+    return [experiment for experiment in experiments if experiment.stored]
 
 
-def _experiment_files(client: MlflowClient, experiment: Experiment, given_up: list[str]) -> ExperimentFiles:
-    """The files of an experiment's runs; those that their run needs say why."""
+def _experiment_files(
+    client: MlflowClient,
+    experiment: Experiment,
+    given_up: list[str],
+    older_than: float,
+) -> ExperimentFiles:
+    """The files of an experiment's runs; those that are needed say why."""
     location = experiment.artifact_location.rstrip("/")
     root = records_root(location)
-    experiment_ids = [experiment.experiment_id]
-    parents = pages(client.search_runs, experiment_ids=experiment_ids, filter_string=PARENT)
+    ids = [experiment.experiment_id]
+    parents = pages(client.search_runs, experiment_ids=ids, filter_string=PARENT)
     runs = {parent.data.tags["ptl.run"] for parent in parents}
     if given_up:
         runs &= set(given_up)
+    files = ExperimentFiles(experiment.name, location, [])
     if not runs:
-        return ExperimentFiles(experiment.name, location, [])
-    # MLflow's models before the records: what is committed meanwhile counts.
-    models = list(pages(client.search_logged_models, experiment_ids=experiment_ids))
+        return files
+    # MLflow's models before the records, and these before the registry: what is made meanwhile counts.
+    models = list(pages(client.search_logged_models, experiment_ids=ids))
     folders = _folders(root, depth=2)
     needed = {run: _needed(root, run, folders, bool(given_up)) for run in runs if store.is_name(run)}
-    stored = []
-    for files in [*_checkpoints(location, models), *_training_checkpoints(root, folders)]:
-        reasons = needed.get(files.run)
+    versions = _versions(client)
+    for stored in [*_checkpoints(location, models), *_training_checkpoints(root, folders)]:
+        reasons = needed.get(stored.run)
         if reasons is not None:
-            reason = reasons.get("") or reasons.get(files.model_id, "")
-            stored.append(replace(files, needed=reason))
-    return ExperimentFiles(experiment.name, location, stored)
-
-
-def _judged(files: StoredFiles, versions: dict[str, str], older_than: float) -> StoredFiles:
-    """The files with why they stay, where their run does not say it."""
-    # A version that was made by hand may name the model or its location.
-    for version, names in versions.items():
-        if files.model_id and files.model_id in names:
-            return replace(files, needed=f"registered: {version}")
-    if not files.needed and (time.time() - files.changed) / DAY < older_than:
-        return replace(files, needed=f"younger than {older_than:g} days")
+            reason = _registered(stored, versions) or reasons.get("") or reasons.get(stored.model_id, "")
+            if not reason and (time.time() - stored.changed) / DAY < older_than:
+                reason = f"younger than {older_than:g} days"
+            files.stored.append(replace(stored, needed=reason))
     return files
 
 
-def _folders(uri: str, depth: int) -> dict[str, _Folder]:
+def _registered(stored: StoredFiles, versions: dict[str, str]) -> str:
+    """Why a checkpoint stays that a version names, by its model or, one that was made by hand, by its location."""
+    for version, names in versions.items():
+        if stored.model_id and stored.model_id in names:
+            return f"registered: {version}"
+    return ""
+
+
+def _folders(uri: str, depth: int) -> dict[str, Folder]:
     """The folders that are `depth` levels below `uri`, by their path from there; from one listing."""
-    by_path: dict[str, _Folder] = defaultdict(_Folder)
+    by_path: dict[str, Folder] = {}
     for path, size, changed in store.walk(uri):
         folder_path = "/".join(path.split("/")[:depth])
-        known = by_path[folder_path]
-        by_path[folder_path] = _Folder(known.bytes + size, max(known.changed, changed))
+        num_bytes, newest = by_path.get(folder_path, (0, 0.0))
+        by_path[folder_path] = (num_bytes + size, max(newest, changed))
     return by_path
 
 
@@ -134,15 +127,19 @@ def _checkpoints(location: str, models: list[LoggedModel]) -> Iterator[StoredFil
     for model in models:
         uri = f"{location}/models/{model.model_id}/artifacts"
         # Anybody may write to MLflow, and a store may have been moved.
-        if model.artifact_location != uri or not store.is_below(uri, location) or "ptl.run" not in model.tags:
-            continue
-        folder = folders.get(model.model_id)
-        if folder:
+        is_ours = model.artifact_location == uri and store.is_below(uri, location) and "ptl.run" in model.tags
+        if is_ours and model.model_id in folders:
             step = model.tags.get("ptl.step", model.name)
-            yield StoredFiles(model.tags["ptl.run"], step, (uri,), *folder, model_id=model.model_id)
+            yield StoredFiles(
+                model.tags["ptl.run"],
+                step,
+                (uri,),
+                *folders[model.model_id],
+                model_id=model.model_id,
+            )
 
 
-def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[StoredFiles]:
+def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[StoredFiles]:
     """Training checkpoints and their records, those of a step together."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in folders:
@@ -151,13 +148,13 @@ def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[St
         if match and store.is_below(f"{root}/{path}", root):
             groups[run, match["step"]].append(path)
     for (run, step), paths in groups.items():
-        members = [folders[path] for path in paths]
+        sizes, times = zip(*(folders[path] for path in paths), strict=True)
         yield StoredFiles(
             run,
             step,
-            uris=tuple(f"{root}/{path}" for path in paths),
-            bytes=sum(member.bytes for member in members),
-            changed=max(member.changed for member in members),
+            tuple(f"{root}/{path}" for path in paths),
+            sum(sizes),
+            max(times),
         )
 
 
@@ -170,23 +167,22 @@ def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict
     except WorkError as error:
         return {"": f"a record of the run cannot be read: {error}"}
     needed: dict[str, str] = {}
-    last: dict[str, Metadata] = {}  # evaluation of each arm
+    evaluations = []
     stages = set()
     for record in filter(None, records):
-        metadata = record.metadata
-        stage = str(metadata.get("stage"))
+        stage = record.metadata.get("stage", "")
         stages.add(stage)
         if stage in KEPT:
             needed[record.pointer.model_id] = KEPT[stage]
-        if "accepted" in metadata:
-            other = last.get(metadata["arm"], metadata)
-            if metadata["iteration"] >= other["iteration"]:
-                last[metadata["arm"]] = metadata
+        if "accepted" in record.metadata:
+            evaluations.append(record.metadata)
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
     if "report" not in stages:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
-    for arm, evaluation in last.items():
-        reason = KEPT["report"] if arm == "loop" else "the control of its run"
+    # The last one of each arm.
+    evaluations.sort(key=lambda metadata: metadata["iteration"])
+    for evaluation in {metadata["arm"]: metadata for metadata in evaluations}.values():
+        reason = KEPT["report"] if evaluation["arm"] == "loop" else "the control of its run"
         needed[evaluation["accepted"]["model_id"]] = reason
     return needed
 
@@ -201,8 +197,7 @@ def _versions(client: MlflowClient) -> dict[str, str]:
 
 def delete(experiment: ExperimentFiles, stored: StoredFiles) -> None:
     """Delete files that can go; their model in MLflow is marked. Raises InputError where the credentials may not."""
-    if stored.needed:
-        raise ValueError(f"{stored.uris[0]} is to be kept: {stored.needed}")
+    assert not stored.needed
     # Marked first, so that no page of a model says that files are there which are not.
     if stored.model_id:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

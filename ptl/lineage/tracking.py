@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ptl import address
 from ptl.errors import InputError
-from ptl.lineage import mlflow_client, mlflow_objects, mlflow_values
-from ptl.lineage.mlflow_values import Metrics, Tags, Values, ptl_keys, set_tags
+from ptl.lineage import mlflow_client, mlflow_objects
+from ptl.lineage.mlflow_objects import Metrics, Tags, Values, ptl_keys, set_tags
 from ptl.lineage.run_status import TAG, StepRun, node, put_tag, records_root, settle, steps_of, tags_of_parent
 from ptl.log import say
 
@@ -61,11 +61,11 @@ def start(
             parent = _adopt(client, child, home, run, tags)
         else:
             home = mlflow_objects.experiment(client, experiment, artifact_location)
-            parent = mlflow_objects.run(client, home, run, "", tags_of_parent(run), title or run)
+            parent = mlflow_objects.run(client, home, tags_of_parent(run), title or run)
             if title and parent.info.run_name == run:  # made by a doctor that failed
                 client.update_run(parent.info.run_id, name=title)
             tags["mlflow.parentRunId"] = parent.info.run_id
-            child = mlflow_objects.run(client, home, run, step, tags, step)
+            child = mlflow_objects.run(client, home, tags, step)
         _reopen(client, child)
         step_run = StepRun(
             run_id=child.info.run_id,
@@ -104,7 +104,7 @@ def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, t
         parent = client.get_run(parent_id)
         set_tags(client, parent_id, tags_of_parent(run))
     else:
-        parent = mlflow_objects.run(client, experiment, run, "", tags_of_parent(run), run)
+        parent = mlflow_objects.run(client, experiment, tags_of_parent(run), run)
     set_tags(client, child.info.run_id, tags | {"mlflow.parentRunId": parent.info.run_id})
     return parent
 
@@ -135,7 +135,7 @@ def new_model(
 def log_metrics(step_run: StepRun, metrics: Metrics, step: int) -> None:
     """Metrics while a step works; `step` is the x-coordinate."""
     with mlflow_client.connected() as client:
-        mlflow_values.log_metrics(client, step_run.run_id, metrics, step)
+        mlflow_objects.log_metrics(client, step_run.run_id, metrics, step)
 
 
 def finish(
@@ -155,32 +155,22 @@ def finish(
     """
     run_id = step_run.run_id
     with mlflow_client.connected() as client:
-        existing = _existing_models(client, step_run, [*inputs, output or ""])
+        existing = mlflow_objects.existing_models(client, [*inputs, *([output] if output else [])])
         inputs = [model for model in inputs if model in existing]
         output = output if output in existing else None
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
-        mlflow_values.add_params(client, run, params)
+        mlflow_objects.add_params(client, run, params)
         # The metrics belong to the model that was made, else to the one that was scored.
         scored = inputs[0] if output is None and len(inputs) == 1 else output
-        mlflow_values.add_metrics(client, run, metrics, step, scored)
+        mlflow_objects.add_metrics(client, run, metrics, step, scored)
         _log_inputs(client, run, inputs)
         if output:
             # READY last: until then the model counts as one of a killed attempt.
             mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
         _end(client, step_run, "FINISHED", "")
-
-
-def _existing_models(client: MlflowClient, step_run: StepRun, models: list[str]) -> set[str]:
-    """Those that MLflow has; a warning names those that it has lost."""
-    named = set(filter(None, models))
-    existing = mlflow_objects.existing_models(client, named)
-    if named - existing:
-        missing = ", ".join(sorted(named - existing))
-        say(step_run.step, f"warning: MLflow has lost {missing}: left out of the lineage of this run")
-    return existing
 
 
 def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
@@ -279,17 +269,13 @@ def log_progress(
 
     MLflow's tables show the value with the largest x-coordinate, which is the most pruned model's.
     """
-    parent_id = step_run.parent_run_id
     # The control has charts of its own: both arms end at the same size.
     arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
     points = {f"by_removed/{arm}{name}": value for name, value in values.items() if value is not None}
+    # A point that an earlier attempt has logged is drawn in the same place.
     with mlflow_client.connected() as client:
-        for chart, value in points.items():
-            # An earlier attempt may have logged the point.
-            logged = [(point.step, point.value) for point in client.get_metric_history(parent_id, chart)]
-            if (removed, value) not in logged:
-                mlflow_values.log_metrics(client, parent_id, {chart: value}, removed)
+        mlflow_objects.log_metrics(client, step_run.parent_run_id, points, removed)
 
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:

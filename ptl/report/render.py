@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def _terminal_table(table: Table) -> Any:
     for index, heading in enumerate(table.columns):
         is_number = 0 < index <= table.numbers
         view.add_column(heading, justify="right" if is_number else "left", overflow="fold")
-    for row, kind in zip_longest(table.rows, table.kinds, fillvalue=""):
+    for row, kind in zip(table.rows, table.kinds or [""] * len(table.rows), strict=True):
         cells = [Text(cell.text) for cell in row]
         view.add_row(*cells, style=COLOURS.get(kind.rpartition(" ")[2]))
     return view

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptl.config.recover import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data.sources import local_file
-from ptl.lineage import mlflow_client, mlflow_values
+from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.run_status import RESULT, TAG, StepRun
 from ptl.storage.manifest import file_digest
 
@@ -65,7 +65,7 @@ def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Seq
 
     with mlflow_client.connected() as client:
         parent = client.get_run(run.parent_run_id)
-        mlflow_values.add_params(client, parent, params)
+        mlflow_objects.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
             client.set_tag(run.parent_run_id, MLFLOW_GIT_COMMIT, revision)
         if data:
@@ -78,7 +78,7 @@ def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> 
     Calling it again changes nothing.
     """
     with mlflow_client.connected() as client:
-        mlflow_values.add_metrics(client, client.get_run(run.parent_run_id), metrics)
+        mlflow_objects.add_metrics(client, client.get_run(run.parent_run_id), metrics)
         if beginning:
             client.set_tag(run.parent_run_id, RESULT, beginning[:TAG])
 

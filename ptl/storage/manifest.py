@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ptl.errors import InputError, WorkError
+from ptl.errors import WorkError
 
 FILES = "ptl-files.json"  # next to the files that it lists, and written after all of them
 MLFLOW_META = "registered_model_meta"  # MLflow writes it into a folder from which it loads a registered version
 FORMAT = 2  # of the list
 BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
-CHUNK = 64 << 10  # bytes read and hashed at once; from 128 KiB on the allocator maps fresh memory for each
 THREADS = 8  # blocks at once
 
 REMAKE = "run the step that made this checkpoint again"
@@ -53,23 +52,19 @@ def digest_of(files: Iterable[File]) -> str:
 
 
 def scan(folder: Path) -> list[str]:
-    """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}", field="checkpoint", remedy="give the folder that holds the files")
+    """Relative paths of all files under `folder`, sorted. Raises WorkError for symlinks and the like."""
     paths = []
     for entry in sorted(folder.rglob("*")):
+        path = entry.relative_to(folder).as_posix()
         # What a link leads to may change, or be on no other machine.
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise InputError(
-                f"{entry} is not a regular file",
-                field="checkpoint",
-                remedy="put a copy of the file in its place",
+            raise WorkError(
+                f"{path} is not a regular file",
+                field=str(folder),
+                remedy="put a copy of it in its place",
             )
-        path = entry.relative_to(folder).as_posix()
         if entry.is_file() and path not in (FILES, MLFLOW_META):
             paths.append(path)
-    if not paths:
-        raise InputError(f"{folder} holds no files", field="checkpoint")
     return paths
 
 
@@ -77,34 +72,21 @@ def hash_files(folder: Path, paths: Iterable[str], on_progress: Progress = silen
     """Sizes and digests of these files of a folder; `on_progress` gets the bytes of each block."""
 
     def hash_block(path: str, start: int) -> str:
-        digest, size = _sha256_of(folder / path, start)
-        on_progress(size)
-        return digest
+        with (folder / path).open("rb") as source:
+            source.seek(start)
+            data = source.read(BLOCK)
+        on_progress(len(data))
+        return hashlib.sha256(data).hexdigest()
 
     # hashlib releases the interpreter's lock for large data, so that threads serve.
     hashing = []
     with ThreadPoolExecutor(THREADS) as pool:
         for path in paths:
             size = (folder / path).stat().st_size
-            hashing.append((path, size, [pool.submit(hash_block, path, start) for start in _starts(size)]))
+            starts = range(0, max(size, 1), BLOCK)
+            blocks = [pool.submit(hash_block, path, start) for start in starts]
+            hashing.append((path, size, blocks))
     return tuple(File(path, size, tuple(block.result() for block in blocks)) for path, size, blocks in hashing)
-
-
-def _starts(size: int) -> range:
-    """Where the blocks of a file of so many bytes begin."""
-    return range(0, max(size, 1), BLOCK)
-
-
-def _sha256_of(path: Path, start: int) -> tuple[str, int]:
-    """Hex sha256 and size of the block of a file that begins at `start`."""
-    hasher = hashlib.sha256()
-    left = BLOCK
-    with path.open("rb", buffering=0) as source:
-        source.seek(start)
-        while left and (data := source.read(min(CHUNK, left))):
-            hasher.update(data)
-            left -= len(data)
-    return hasher.hexdigest(), BLOCK - left
 
 
 def file_digest(path: Path) -> str:
@@ -140,23 +122,13 @@ def load_files(text: bytes, name: str) -> Files:
         if (version, block) != (FORMAT, BLOCK):
             raise ValueError(f"format {version} is not the one of this version of ptl, {FORMAT}")
         files = TypeAdapter(Files).validate_python(listing["files"])
-        _check_files(files)
+        # Others may have written the list: a reader must not leave the folder.
+        for file in files:
+            if not _is_inside(file.path):
+                raise ValueError(f"{file.path!r} is outside of the checkpoint")
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
     return files
-
-
-def _check_files(files: Files) -> None:
-    """Others may have written the list: a reader must not leave the folder, nor compare blocks that cannot be."""
-    for file in files:
-        if not _is_inside(file.path):
-            raise ValueError(f"{file.path!r} is outside of the checkpoint")
-        digests = len(file.blocks)
-        if file.size < 0 or digests != len(_starts(file.size)):
-            raise ValueError(f"{digests} digests for {file.size} bytes")
-    # Two entries would write one file at the same time.
-    if len({file.path for file in files}) != len(files):
-        raise ValueError("a file is named twice")
 
 
 def _is_inside(path: str) -> bool:
@@ -177,19 +149,14 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress = silent
         return WorkError(problem, field=name, remedy=remedy)
 
     paths = [file.path for file in files]
-    allowed = {FILES, MLFLOW_META, *paths}
-    for entry in folder.rglob("*"):
-        path = entry.relative_to(folder).as_posix()
-        if entry.is_symlink():
-            raise refusal(f"{path} is a symlink", "refused: a checkpoint holds regular files only")
-        if not entry.is_dir() and path not in allowed:
+    present = scan(folder)
+    for path in set(present).symmetric_difference(paths):
+        if path in present:
             raise refusal(f"{path} is not part of the checkpoint", f"remove it from {folder}")
+        raise refusal(f"file {path} was deleted")
     # What is cheap to see comes first: sizes, before any byte is read.
     for file in files:
-        copy = folder / file.path
-        if not copy.is_file():
-            raise refusal(f"file {file.path} was deleted")
-        size = copy.stat().st_size
+        size = (folder / file.path).stat().st_size
         if size != file.size:
             raise refusal(f"file {file.path} has {size} bytes, {file.size} were published")
     for file, actual in zip(files, hash_files(folder, paths, on_progress), strict=True):

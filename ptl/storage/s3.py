@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 from ptl.errors import InputError, WorkError
 from ptl.storage.local_files import full_disk
 from ptl.storage.manifest import BLOCK, FILES, THREADS, Files, Progress, verify
 from ptl.storage.s3_client import MISSING, client, code, error_for, explained, split
-
-if TYPE_CHECKING:
-    from s3transfer.futures import TransferFuture
-    from s3transfer.manager import TransferManager
 
 ATTEMPTS = 3  # of what boto3 does not repeat by itself
 STREAMS = 20  # for a part whose download breaks off: each begins with a request that outlasts a restart
@@ -26,22 +22,11 @@ EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # a
 
 def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
     """Upload these files of a folder side by side."""
-    bucket, prefix = split(location)
-
-    def upload_file(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
-        return manager.upload(
-            str(folder / path),
-            bucket,
-            f"{prefix}/{path}",
-            subscribers=[counter],
-        )
-
-    with explained(location):
-        for _ in range(ATTEMPTS):
-            # A server that restarts may forget the multipart uploads that were not complete.
-            paths = _transfer(upload_file, paths, on_progress, ("NoSuchUpload",))
-            if not paths:
-                return
+    for _ in range(ATTEMPTS):
+        # A server that restarts may forget the multipart uploads that were not complete.
+        paths = _transfer("upload", folder, location, paths, on_progress)
+        if not paths:
+            return
     raise WorkError(f"{location}: the server has forgotten the uploads of {', '.join(paths)}", field="store")
 
 
@@ -75,40 +60,30 @@ def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress)
 
 def _download(uri: str, files: Files, target: Path, name: str, on_progress: Progress) -> None:
     """Fill a folder with the files of a checkpoint, all verified; once more where a check fails."""
-    bucket, prefix = split(uri)
-
-    def download(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
+    paths = [file.path for file in files]
+    for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
-        return manager.download(
-            bucket,
-            f"{prefix}/{path}",
-            str(target / path),
-            subscribers=[counter],
-        )
-
-    def download_all() -> None:
-        with explained(uri):
-            # What is gone is named when all is verified.
-            _transfer(download, [file.path for file in files], on_progress, MISSING)
-
-    download_all()
+    # What is gone is named when all is verified.
+    _transfer("download", target, uri, paths, on_progress)
     try:
         verify(target, files, name)
     except WorkError:  # a byte may have changed on its way
-        download_all()
+        _transfer("download", target, uri, paths, on_progress)
         verify(target, files, name)
 
 
 def _transfer(
-    submit: Callable[[TransferManager, str, Any], TransferFuture],
-    paths: list[str],
+    direction: Literal["upload", "download"],
+    folder: Path,
+    uri: str,
+    paths: Iterable[str],
     on_progress: Progress,
-    tolerated: tuple[str, ...],
 ) -> list[str]:
-    """Move files side by side; returns the paths of those that failed with a tolerated S3 error code."""
+    """Move files between `folder` and `uri`, side by side; returns the paths of those that the server does not have."""
     from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
+    bucket, prefix = split(uri)
     counter = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
     # Memory: THREADS parts of BLOCK bytes, and 100 pieces of 256 KiB that wait for the disk.
     config = TransferConfig(
@@ -118,18 +93,27 @@ def _transfer(
         max_io_queue_size=100,
         num_download_attempts=STREAMS,
     )
-    failed = []
-    with TransferManager(client(), config) as manager:
+    lost = []
+    with explained(uri), TransferManager(client(), config) as manager:
+        move = getattr(manager, direction)
         # All are submitted first: waiting for one does not hold the others up.
-        futures = {path: submit(manager, path, counter) for path in paths}
+        futures = {}
+        for path in paths:
+            file = str(folder / path)
+            futures[path] = move(
+                fileobj=file,
+                bucket=bucket,
+                key=f"{prefix}/{path}",
+                subscribers=[counter],
+            )
         for path, future in futures.items():
             try:
                 future.result()
             except ClientError as error:
-                if code(error) not in tolerated:
+                if code(error) not in (*MISSING, "NoSuchUpload"):
                     raise
-                failed.append(path)
-    return failed
+                lost.append(path)
+    return lost
 
 
 def read(uri: str) -> bytes | None:
@@ -169,11 +153,7 @@ def put_once(uri: str, data: bytes) -> bytes:
                     put(uri, data)  # the one writer that a step normally has is still safe
                 elif code(error) not in EXISTS:
                     raise
-    raise WorkError(
-        f"{uri} was written but cannot be read back",
-        field="store",
-        remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself? Look at its log",
-    )
+    raise WorkError(f"{uri} was written but cannot be read back", field="store")
 
 
 def put(uri: str, data: bytes) -> None:
@@ -194,29 +174,17 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
                 yield entry["Key"].removeprefix(folder), entry["Size"], entry["LastModified"].timestamp()
 
 
-def delete(uri: str, below: str) -> None:
+def delete(uri: str, _below: str) -> None:
     """Remove all objects below `uri`, the list of files first: a reader then sees no checkpoint instead of half of one.
 
-    Keys are taken literally, so that `uri`, which begins with `below`, cannot lead out of it.
-    Raises InputError where these credentials may not delete, which is so for those of the steps.
+    Keys are taken literally, so that `uri` cannot lead out of the folder that it begins with.
     """
-    from botocore.exceptions import ClientError
-
     bucket, prefix = split(uri)
     # False sorts before True: the list first.
     paths = sorted((path for path, _, _ in walk(uri)), key=lambda path: path != FILES)
     with explained(uri):
-        try:
-            for path in paths:
-                client().delete_object(Bucket=bucket, Key=f"{prefix}/{path}")
-        except ClientError as error:
-            if code(error) not in ("AccessDenied", "403"):
-                raise
-            raise InputError(
-                f"{uri}: these credentials may not delete",
-                field="store",
-                remedy="use some that may (s3:DeleteObject)",
-            ) from error
+        for path in paths:
+            client().delete_object(Bucket=bucket, Key=f"{prefix}/{path}")
 
 
 def check(root: str) -> None:
@@ -227,5 +195,5 @@ def check(root: str) -> None:
     # Few attempts: somebody waits for the answer, and a server that is restarting can be asked again.
     try:
         client(attempts=2).head_bucket(Bucket=bucket)
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: the endpoint is no address
         raise error_for(InputError, error, root) from error

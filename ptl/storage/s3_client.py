@@ -38,11 +38,10 @@ CREDENTIALS = (
 )
 MISSING = ("NoSuchKey", "404")  # error codes of an object that is not there
 
-# One remedy in several messages.
 SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _NO_BUCKET = ("the bucket does not exist", "create it or correct the experiment's artifact location")
 _WRONG_KEYS = ("the credentials are not accepted", f"{SET_KEYS} to the server's")
-_DENIED = ("access denied", f"{_WRONG_KEYS[0]}; {_WRONG_KEYS[1]}")
+_DENIED = ("access denied", f"{SET_KEYS} to the server's, with the rights for it (`ptl gc`: s3:DeleteObject)")
 # Errors of the settings, by the server's code: problem and remedy.
 _SETTINGS_ERRORS = {
     "NoSuchBucket": _NO_BUCKET,
@@ -78,10 +77,6 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     import boto3
     from botocore.config import Config
 
-    endpoint = endpoint_url()
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint and not region:
-        region = "us-east-1"  # a server of one's own has no regions, but boto3 wants one
     config = Config(
         # The newer modes share a quota between all requests of a client, so that a restart ends every transfer.
         retries={"mode": "legacy", "total_max_attempts": attempts},
@@ -89,19 +84,11 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
         read_timeout=60,
         tcp_keepalive=True,
         max_pool_connections=2 * THREADS + 2,
-        # A server of one's own seldom has a DNS name for each bucket, hence addresses by path.
-        s3={"addressing_style": "path" if endpoint else "auto"},
     )
     # A session of its own: the default one is not safe between threads.
     session = boto3.session.Session()
-    try:
-        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    except ValueError as error:
-        raise InputError(
-            f"{endpoint!r} is not an address",
-            field="MLFLOW_S3_ENDPOINT_URL",
-            remedy="write http://host:port",
-        ) from error
+    region = os.environ.get("AWS_REGION")  # which boto3 itself does not read
+    return session.client("s3", endpoint_url=endpoint_url(), region_name=region, config=config)
 
 
 def endpoint_url() -> str | None:
@@ -112,42 +99,36 @@ def endpoint_url() -> str | None:
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 
-    own = (BotoCoreError, ClientError, ResponseParserError, Boto3Error)
+    transfer = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
     try:
         yield
-    except (*own, RetriesExceededError, S3DownloadFailedError, S3ValidationError) as error:
-        no_credentials = isinstance(error, NoCredentialsError | PartialCredentialsError)
-        refused = isinstance(error, ClientError) and code(error) in _SETTINGS_ERRORS
-        kind = InputError if no_credentials or refused else WorkError
-        raise error_for(kind, error, uri) from error
+    except (BotoCoreError, ClientError, ResponseParserError, *transfer) as error:
+        raise error_for(WorkError, error, uri) from error
 
 
 def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = "store") -> PtlError:
-    """An error of boto3 as one that says what went wrong, where, and what to do."""
+    """An error of boto3 as one that says what went wrong, where, and what to do; of the settings an InputError."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
     problem = str(error)
     remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
-    if isinstance(error, ClientError):
-        other = (problem, "run the same command again, or look at the S3 server's log")
-        problem, remedy = _SETTINGS_ERRORS.get(code(error), other)
-    elif isinstance(error, NoCredentialsError | PartialCredentialsError):
-        remedy = SET_KEYS
-    return kind(
-        f"{uri} at {endpoint_url() or 'AWS'}: {problem}",
-        field=field,
-        remedy=remedy,
-    )
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        kind, remedy = InputError, SET_KEYS
+    elif code(error) in _SETTINGS_ERRORS:
+        kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[code(error)]
+    elif isinstance(error, ClientError):
+        remedy = "run the same command again, or look at the S3 server's log"
+    return kind(f"{uri} at {endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
 
 
 def code(error: Any) -> str:
-    """The S3 error code of a botocore ClientError."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+    """The S3 error code of a botocore ClientError; empty for another error."""
+    answer = getattr(error, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 def is_missing(error: Any) -> bool:

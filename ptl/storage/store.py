@@ -86,17 +86,15 @@ def publish(folder: Path, location: str, *, on_progress: Progress | None = None)
 
     `location` is a fresh prefix for every attempt: what a killed attempt leaves there is never read. The digest for the
     pointer is `digest_of` the files returned. `on_progress` gets byte counts; by default a progress bar is shown on a
-    terminal. Raises InputError for symlinks or an empty folder, WorkError for a full disk or a failing server.
+    terminal. Raises WorkError for symlinks, an empty folder, a full disk or a failing server.
     """
     paths = scan(folder)
+    if not paths:
+        raise WorkError(f"{folder} holds no files")
     backend = _backend(location)
     # A prefix that is used twice could mix the files of two attempts.
     if next(backend.walk(location), None) is not None:
-        raise WorkError(
-            f"{location} already holds files",
-            field="store",
-            remedy="publish every attempt under a fresh prefix",
-        )
+        raise WorkError(f"{location} already holds files", field="store")
     num_bytes = sum((folder / path).stat().st_size for path in paths)
     with _bar("publish", num_bytes, on_progress) as progress, ThreadPoolExecutor(1) as pool:
         # Hashed while they are uploaded.
@@ -131,20 +129,14 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     """The files of a checkpoint, by the list whose digest the pointer has."""
     # The digest is over this list, and the list has those of all blocks.
     listing = read(f"{uri}/{FILES}")
-    remedy = "restore it, or start a new run to make it again"
-    if listing is None:
-        raise WorkError(
-            f"{name} is gone: no {FILES} there: it was deleted or never completely published",
-            remedy=remedy,
+    files = () if listing is None else load_files(listing, name)
+    if digest_of(files) != pointer.digest:
+        what = (
+            "is gone: it was deleted or never completely published"
+            if listing is None
+            else "was replaced: digest differs"
         )
-    files = load_files(listing, name)
-    listed = digest_of(files)
-    if listed != pointer.digest:
-        raise WorkError(
-            f"digest differs: {FILES} lists {listed}, not {pointer.digest}: the checkpoint was replaced",
-            field=name,
-            remedy=remedy,
-        )
+        raise WorkError(f"{name} {what}", remedy="restore it, or start a new run to make it again")
     return files
 
 
@@ -174,37 +166,31 @@ def withdraw(root: str, run: str, step: str) -> None:
 
 def mark_damaged(root: str, run: str, pointer: Pointer) -> None:
     """Let the step that made these files count as not done, so that its next attempt verifies or repairs them."""
-    record = _record(root, run, pointer.step)
+    record = committed(root, run, pointer.step)
     if record is not None and record.pointer.digest == pointer.digest:
         _backend(root).put(_manifest(root, run, pointer.step), _seal(replace(record, damaged=True)))
 
 
-def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
-    """The record of a finished step, or None; with `key`, only one that has it."""
-    record = _record(root, run, step)
-    return None if record is None or record.damaged or key not in (None, record.key) else record
-
-
-def damaged(root: str, run: str, step: str, key: str) -> Record | None:
-    """The record of a finished step whose files were found damaged, or None."""
-    record = _record(root, run, step)
-    return record if record is not None and record.damaged and record.key == key else None
-
-
-def _record(root: str, run: str, step: str) -> Record | None:
+def committed(root: str, run: str, step: str, key: str | None = None, *, damaged: bool = False) -> Record | None:
+    """The record of a finished step, or None; with `key`, only one that has it; `damaged`: one whose files are."""
     uri = _manifest(root, run, step)
 
     def read_record() -> Record | None:
         data = read(uri)
         return None if data is None else _load_record(data, uri, step)
 
-    return _twice(read_record)
+    record = _twice(read_record)
+    return record if record and record.damaged == damaged and key in (None, record.key) else None
+
+
+def damaged(root: str, run: str, step: str, key: str) -> Record | None:
+    """The record of a finished step whose files were found damaged, or None."""
+    return committed(root, run, step, key, damaged=True)
 
 
 def claim(root: str, run: str, name: str, value: str) -> str:
     """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
-    uri = f"{_run_folder(root, run)}/{check_name('name', name)}.claim"
-    return _backend(root).put_once(uri, value.encode()).decode()
+    return _backend(root).put_once(f"{_uri(root, run, name)}.claim", value.encode()).decode()
 
 
 def read(uri: str) -> bytes | None:
@@ -262,22 +248,22 @@ def _backend(uri: str) -> ModuleType:
 
         return s3
     # An MLflow server that proxies artifacts gives addresses of its own, which no step can read.
+    location = "--no-serve-artifacts --default-artifact-root s3://bucket/folder (or file:///folder)"
     raise InputError(
         f"{uri!r} is neither file:// nor s3://",
         field="store",
-        remedy="start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
-        "(or file:///folder), then use a new experiment",
+        remedy=f"start the MLflow server with {location}, then use a new experiment",
     )
 
 
 def _manifest(root: str, run: str, step: str) -> str:
     """The URI of a step's record."""
-    return f"{_run_folder(root, run)}/{check_name('step', step)}/manifest.json"
+    return f"{_uri(root, run, step)}/manifest.json"
 
 
-def _run_folder(root: str, run: str) -> str:
-    """Where the records of a run are."""
-    return f"{root.rstrip('/')}/{check_name('run', run)}"
+def _uri(root: str, run: str, name: str) -> str:
+    """The URI of something that a run keeps beside its checkpoints."""
+    return f"{root.rstrip('/')}/{check_name('run', run)}/{check_name('step', name)}"
 
 
 def check_name(kind: str, name: str) -> str:
@@ -297,20 +283,16 @@ def _load_record(data: bytes, uri: str, step: str) -> Record | None:
     """A record from its bytes, None where it was withdrawn; what cannot be trusted is a WorkError."""
     if data == WITHDRAWN:
         return None
-    remedy = f"delete {uri} and run the same command again to redo this step"
     try:
         fields = dict(json.loads(data))
         if fields.pop("sha256") != digest(fields):
-            raise WorkError(
-                "digest differs: its bytes are not the ones that were committed",
-                field=uri,
-                remedy=remedy,
-            )
+            raise ValueError("digest differs: its bytes are not the ones that were committed")
         # An intact record may still be one of another version, or copied from another step.
         if (fields.pop("format"), fields["step"], type(fields["key"])) != (FORMAT, step, str):
-            raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
+            raise ValueError(f"not a record of step {step} in format {FORMAT}")
         return Record(**{**fields, "pointer": pointer_of(fields["pointer"])})
     except (ValueError, KeyError, TypeError, InputError) as error:
+        remedy = f"delete {uri} and run the same command again to redo this step"
         raise WorkError(f"damaged ({error})", field=uri, remedy=remedy) from error
 
 

@@ -6,7 +6,6 @@ So is what an earlier stage of a chain has written, for machines that did not wr
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 import uuid
@@ -44,10 +43,10 @@ class TrainingCheckpoints:
 
     def save(self, folder: Path) -> None:
         """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
-        stored = self.records()
-        self._commit(self._slot(len(stored)), folder, {"folder": folder.name})
-        for number in range(len(stored) + 1 - NUM_KEPT):
-            self._delete_files(self._slot(number), stored[number])
+        number = len(self.records())
+        self._commit(self._slot(number), folder, {"folder": folder.name})
+        for older in range(number + 1 - NUM_KEPT):
+            self._delete(f"{self._slot(older)}-")
 
     def restore(self, scratch: Path) -> None:
         """Put the newest stored checkpoint into `scratch`, unless a complete one there is as new."""
@@ -80,12 +79,7 @@ class TrainingCheckpoints:
         """The records of the checkpoints stored so far, oldest first."""
         stored: list[Record] = []
         while True:
-            record = store.committed(
-                self.root,
-                self.run,
-                self._slot(len(stored)),
-                self.key,
-            )
+            record = store.committed(self.root, self.run, self._slot(len(stored)), self.key)
             # numbers are given without a gap
             if record is None:
                 return stored
@@ -93,16 +87,7 @@ class TrainingCheckpoints:
 
     def clear(self) -> None:
         """Remove all of them, after the step has been committed."""
-        stored = self.records()
-        folder = self._folder()
-        # the newest first, as `records` ends at the first gap
-        for number in reversed(range(len(stored))):
-            self._delete_files(self._slot(number), stored[number])
-            store.delete(f"{folder}/{self._slot(number)}", below=folder)
-        result = store.committed(self.root, self.run, self._result, self.key)
-        if result is not None:
-            self._delete_files(self._result, result)
-            store.delete(f"{folder}/{self._result}", below=folder)
+        self._delete(f"{self.name}.training-")
 
     def _commit(self, slot: str, folder: Path, metadata: dict[str, Any]) -> None:
         """Publish a folder, then commit its record: what that names is complete."""
@@ -112,13 +97,14 @@ class TrainingCheckpoints:
         record = Record(self.key, Pointer(location, digest_of(files)), metadata)
         store.commit(self.root, self.run, slot, record)
 
-    def _delete_files(self, slot: str, record: Record) -> None:
-        """Delete a record's files: of the record only the name counts, and that must be one which is given here."""
+    def _delete(self, prefix: str) -> None:
+        """Delete the folders of the run whose names begin so: what a record says of them does not count."""
         folder = self._folder()
-        uri = record.pointer.uri
-        name = uri.rpartition("/")[2]
-        if re.fullmatch(rf"{re.escape(slot)}-[0-9a-f]{{12}}", name):
-            store.delete(f"{folder}/{name}", below=folder)
+        names = {path.partition("/")[0] for path, _, _ in store.walk(folder)}
+        # the newest first, as `records` ends at the first gap
+        for name in sorted(names, reverse=True):
+            if name.startswith(prefix):
+                store.delete(f"{folder}/{name}", below=folder)
 
     def _folder(self) -> str:
         """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""

@@ -179,7 +179,7 @@ def test_local_runs_are_found_by_home(here, database, tmp_path, monkeypatch):
         ("{id}:evaluate-0", "no finished step 'evaluate-0' that makes a checkpoint"),
         (
             "models:/{name}@newest",
-            r"has no models:/{name}@newest; aliases of {name}: best \(version 1\), smallest \(version 2\)",
+            r"has no models:/{name}@newest; aliases of {name}: best, smallest",
         ),
         ("models:/{name}/7", "has no models:/{name}/7; aliases of {name}: best"),
         ("models:/unknown@best", "has no models:/unknown@best; aliases of unknown: none"),

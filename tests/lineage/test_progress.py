@@ -44,14 +44,14 @@ def test_what_each_step_says_of_itself(tracked):
         run_id=scored.run_id,
         status="FINISHED",
         ended=datetime.fromtimestamp(1_800_000_000, UTC),
-        attempt=1,
-        seconds=33.5,
-        accuracy=0.875,
+        attempt="1",
+        seconds="34",
+        accuracy="0.875",
         verdict="rejected",
         loop_ended="three rejections",
     )
-    assert (training.status, training.attempt, training.ended) == ("RUNNING", 2, None)
-    assert (training.tokens_seen, training.tokens_planned, training.loss) == (12_288, 60_000, 1.25)
+    assert (training.status, training.attempt, training.ended) == ("RUNNING", "2", None)
+    assert training.training == "12,288 of 60,000 tokens, loss 1.250"
     assert training.error == "RuntimeError: CUDA error"
 
 

@@ -244,8 +244,8 @@ def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "ptl", "up", "--ui", "--home", str(tmp_path), "--mlflow-port", str(port)]
     server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
-        # Not MLflow's start page.
-        assert f"http://127.0.0.1:{port}/#/experiments " in server.stdout.readline()
+        # Not MLflow's start page, but that of the newest run's experiment.
+        assert f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs?" in server.stdout.readline()
         deadline = time.monotonic() + servers.START_SECONDS
         while not servers.answers(f"http://127.0.0.1:{port}/health"):
             assert server.poll() is None and time.monotonic() < deadline

@@ -92,7 +92,7 @@ def test_a_run_that_never_ends_is_a_timeout(world, said, go):
 
 def test_401_says_that_the_token_is_wrong(world, go, config, tmp_path, monkeypatch):
     world.token = "right"
-    with pytest.raises(InputError, match="401 not logged in; set KFP_TOKEN or --token-file"):
+    with pytest.raises(InputError, match=r"401 .*; set KFP_TOKEN or --token-file"):
         go()
     monkeypatch.setenv("KFP_TOKEN", "right")
     assert submit.submit(config, Server(host=world.url), say=print) == 0
@@ -114,13 +114,13 @@ def test_the_token_of_the_environment_is_used(world, config, monkeypatch):
 
 def test_403_names_the_rights(world, go):
     world.faults = [("POST", "/runs", 403, False)]
-    with pytest.raises(InputError, match=r"403 not allowed; .*rbac\.yaml"):
+    with pytest.raises(InputError, match=r"403 .*.*rbac\.yaml"):
         go()
     assert world.runs == []
 
 
 def test_404_says_what_to_check(world):
-    with pytest.raises(InputError, match=r"404 not found; check the id"):
+    with pytest.raises(InputError, match=r"404 .*; check the id"):
         follow.status("run-9", Server(host=world.url))
 
 
@@ -232,7 +232,7 @@ def test_a_gate_that_cannot_be_read_is_an_error(world):
     [
         ("post-run-unknown-parameter", InputError, r"400 parameter\(s\) provided are not required by pipeline: nope$"),
         ("post-run-wrong-type", InputError, "400 input parameter target requires type double or integer"),
-        ("post-run-no-experiment", InputError, r"404 not found; .*\(Experiment 0{8}-[0-]* not found\)"),
+        ("post-run-no-experiment", InputError, r"404 .*; check the id.*\(Experiment 0{8}-[0-]* not found\)"),
         ("post-run-unknown-version", InputError, "PipelineVersion 0{8}-[0-]* not found; it was deleted"),
         ("upload-invalid", InputError, "400 unknown template format$"),
     ],

@@ -314,7 +314,7 @@ def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin
 
     monkeypatch.setattr(MlflowClient, "set_terminated", finished)
     execute(Call("evaluate-1", experiment), model, {}, work)
-    assert [(step.status, step.accuracy, step.verdict) for step in seen] == [("FINISHED", 0.5, "accepted")]
+    assert [(step.status, step.accuracy, step.verdict) for step in seen] == [("FINISHED", "0.500", "accepted")]
 
 
 def test_each_attempt_has_a_folder_of_its_own(begin):
