@@ -96,7 +96,8 @@ def _holds_anything(client: MlflowClient, other: Run) -> bool:
 
 def existing_models(client: MlflowClient, model_ids: Iterable[str]) -> set[str]:
     """Those of the LoggedModels that MLflow has."""
-    return {model_id for model_id in model_ids if if_there(client.get_logged_model, model_id)}
+    # A pointer that was made by hand names none.
+    return {model_id for model_id in model_ids if model_id and if_there(client.get_logged_model, model_id)}
 
 
 def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> None:

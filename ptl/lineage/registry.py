@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from ptl.lineage import mlflow_client
@@ -12,6 +13,8 @@ from ptl.storage.store import Pointer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+VERSIONS = "mlflow.modelVersions"  # tag of a LoggedModel
 
 
 def register(
@@ -41,7 +44,7 @@ def register(
         numbers = _versions_of(client, registered_model, pointer.model_id)
         if not numbers:
             # MLflow may have lost the LoggedModel; the version then has the tag alone.
-            known = pointer.model_id and existing_models(client, [pointer.model_id])
+            known = existing_models(client, [pointer.model_id])
             client.create_model_version(
                 registered_model,
                 source=pointer.uri,
@@ -54,6 +57,10 @@ def register(
             # A request that was sent twice has made two.
             for duplicate in numbers[1:]:
                 if_there(client.delete_model_version, registered_model, duplicate)
+            # MLflow's server has done it, a local database has not: the model's page shows whether it is registered.
+            if known and VERSIONS not in client.get_logged_model(pointer.model_id).tags:
+                version = {"name": registered_model, "version": numbers[0]}
+                client.set_logged_model_tags(pointer.model_id, {VERSIONS: json.dumps([version])})
         return numbers[0]
 
 

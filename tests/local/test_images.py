@@ -164,7 +164,10 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
             {"images.registry": "registry.example.com/team", "images.tag": "x"},
             image_names.names("registry.example.com/team", "x"),
         ),
-        ({"images": SECTION}, image_names.names("registry.example.com/team", "7", DIGESTS)),
+        (
+            {"images": SECTION},
+            [image_names.image(name, "registry.example.com/team", "7", DIGESTS[name]) for name in image_names.IMAGES],
+        ),
     ):
         pipeline.compile_pipeline(load_config(config, overrides), tmp_path / "pipeline.yaml")
         compiled = next(yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text()))

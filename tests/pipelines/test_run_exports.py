@@ -82,7 +82,7 @@ def test_a_form_fails_is_made_by_the_same_command_and_another_is_added(config, l
 
     # The run is finished: it is named, and keeps its records.
     before = whole_run.records(home)
-    added = {"format": "gguf", "type": "q4_0", "limit": 8, "speed": False}
+    added = {"format": "gguf", "type": "q4_0", "limit": 8}
     more = write_config(config, tmp_path / "three-forms.yaml", [*FORMS, added])
     latest = (home / "latest").resolve()
     output = whole_run.finish(whole_run.start(more, home, "--run-dir", str(home / "latest")))
@@ -94,7 +94,6 @@ def test_a_form_fails_is_made_by_the_same_command_and_another_is_added(config, l
     assert [task["items"] for task in export["models"]["final"]["tasks"]] == [8]
     pairs = export["pairs"]["tiny_reasoner"]
     assert {name: pair["items"] for name, pair in pairs.items()} == {"final": 8, "dense_export": 8, "dense": 8}
-    assert "speed is false in its entry" in export["speed"]["reason"]
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     (version,) = client.search_model_versions("tags.`ptl.export` = 'gguf-q4_0'")
     assert version.source == after[ADDED]["pointer"]["uri"]
