@@ -19,7 +19,7 @@ from mock_kubernetes import pod
 from pipelines.prune_tune_loop.cluster import train_job
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.recovery.machines import Machines, machines
+from ptl.recovery.job import Machines, machines
 from ptl.steps import coordinator, kubernetes_api, trainjob
 from ptl.steps.call import Call
 from ptl.steps.key import key_of
