@@ -134,14 +134,14 @@ def compare(
     home: Home = HOME,
 ) -> None:
     """Compare two evaluations item by item. Exit code: 0 not inferior, 1 inferior, 2 wrong input."""
-    from ptl.evaluation import compare as work
+    from ptl.evaluation import evaluate as work
 
     _reach_stores(home, s3, reference, candidate, items=True)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
         cache = Path(folder)
         # The files are read here, before the folder is removed.
         pairs = work.compare(locate.evaluation(reference, cache), locate.evaluation(candidate, cache), margin, alpha)
-    print(work.table(pairs))
+    print(work.comparison_table(pairs))
     raise typer.Exit(int(any(pair.fails(strict) for pair in pairs.values())))
 
 

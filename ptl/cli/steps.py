@@ -84,7 +84,7 @@ def recover(
     Rows that share text with the config's benchmarks are left out where lm-evaluation-harness is installed.
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
-    from ptl.evaluation import task_yaml
+    from ptl.evaluation import task_files
     from ptl.evaluation.evaluate import write_items
     from ptl.recovery.job import RecoveryJob, StageBudget, progress
     from ptl.recovery.recover import recover_checkpoint
@@ -96,7 +96,7 @@ def recover(
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
     with writing(dst) as out, tempfile.TemporaryDirectory() as items_folder:
         benchmark_items = None
-        if settings.training.decontaminate.tasks and task_yaml.harness_folder():
+        if settings.training.decontaminate.tasks and task_files.harness_folder():
             benchmark_items = Path(items_folder)
             write_items(benchmark_items, settings.evaluate, settings.seed)
         elif settings.training.decontaminate.tasks:

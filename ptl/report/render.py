@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl.address import runs_page
 from ptl.config.flat_settings import flat_settings
-from ptl.evaluation import speed_rows
+from ptl.evaluation import speed
 from ptl.report import numbers, sentences, tables, verdict
 from ptl.report.result import Result
 from ptl.report.tables import Table
@@ -54,7 +54,7 @@ def page(name: str, result: Result, *, html: bool, picture: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.globals |= {"tables": tables, "words": sentences, "verdict": verdict, "speed": speed_rows, "numbers": numbers}
+    env.globals |= {"tables": tables, "words": sentences, "verdict": verdict, "speed": speed, "numbers": numbers}
     env.filters |= {"duration": duration, "billions": billions, "date": _date}
     settings = {key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])}
     return env.get_template(name).render(result=result, html=html, picture=picture, settings=settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ptl.address import runs_page
-from ptl.evaluation import speed_rows
+from ptl.evaluation import speed
 from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
@@ -93,7 +93,7 @@ def evidence(result: Result) -> list[Table]:
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
         tables.append(_sizes(dense, final))
-    speeds = [_cells(*row) for row in speed_rows.rows(result.speed)]
+    speeds = [_cells(*row) for row in speed.rows(result.speed)]
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
     if control is not None:
@@ -192,13 +192,13 @@ def export(result: Result, row: ExportRow) -> list[Table]:
 
 def _exported(row: ExportRow, key: str, label: str, model: ExportedModel | Scores, original: int) -> list[Cell]:
     """A model's weights beside the `original` bytes, its scores and its speed."""
-    speed = row.speed.get("models", {}).get(key)
+    measured = row.speed.get("models", {}).get(key)
     return _cells(
         label,
         f"{size(model.bytes)} ({model.bytes / original:.2f}x)",
         *[numbers.score(task) for task in model.tasks],
         ", ".join(f"{task.items:,}" for task in model.tasks),
-        f"{speed[0]['decode_tokens_per_s']:,.0f}" if speed else NONE,
+        f"{measured[0]['decode_tokens_per_s']:,.0f}" if measured else NONE,
     )
 
 
