@@ -134,7 +134,7 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl.steps.key import key_of
+    from ptl.steps.call import key_of
     from ptl.storage.manifest import file_digest
 
     # Links too: a snapshot in the hub's cache has nothing else.

@@ -14,8 +14,7 @@ from ptl.log import say
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, smallest_cuts
 from ptl.model.families import family_of
-from ptl.steps.call import Call, Metadata, schedule_of
-from ptl.steps.key import key_of
+from ptl.steps.call import Call, Metadata, key_of, schedule_of
 from ptl.steps.reporting import kubeflow_metrics, score_tags
 from ptl.steps.step import Step
 from ptl.storage import store

@@ -33,8 +33,7 @@ from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.recovery.job import is_node, machines
 from ptl.steps import attempts, reporting
-from ptl.steps.call import Call, Metadata
-from ptl.steps.key import Key, check_same_files, key_of, withdraw_outdated
+from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
 from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of

@@ -21,8 +21,7 @@ from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.recovery.job import Machines, machines
 from ptl.steps import coordinator, kubernetes_api, trainjob
-from ptl.steps.call import Call
-from ptl.steps.key import key_of
+from ptl.steps.call import Call, key_of
 from ptl.steps.step import Step, is_coordinator
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record
