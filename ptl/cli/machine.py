@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ptl import __version__, extras, processes
-from ptl.cli.options import HOME, Home
+from ptl.cli.arguments import HOME, Home
 from ptl.local import servers
 
 

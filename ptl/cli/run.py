@@ -1,4 +1,7 @@
-"""`ptl run`: compile a config and execute the compiled pipeline on this machine."""
+"""`ptl run`: compile a config and execute the compiled pipeline on this machine; and what a rehearsal says.
+
+Before a rehearsal that is which fields are smaller than in the run, after it what it has shown.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,24 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ptl import extras, processes
-from ptl.cli import rehearsal, shipped
+from ptl.cli import arguments
+from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
 from ptl.cli.configs import checked
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
+from ptl.config import rehearsal
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import PtlError, WorkError
 from ptl.lineage import progress
 from ptl.local import run_directory, runs, servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import Environment
+from ptl.tables import table_text
 
 if TYPE_CHECKING:
     from pipelines.prune_tune_loop.runners import RunnerJob
@@ -66,7 +72,7 @@ def run(
         if rehearse:
             import torch
 
-            settings, left_out = rehearsal.announced(settings, torch.cuda.device_count())
+            settings, left_out = announced(settings, torch.cuda.device_count())
         if runner == "docker":
             # With --s3 the address is not known yet, only that it will be a server's.
             containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
@@ -89,7 +95,7 @@ def run(
             _print_end(directory, resumed, time.monotonic() - started)
             _check_exports(directory, settings)
             if rehearse:
-                rehearsal.conclude(directory, left_out, [shipped.shown(config), *rehearsal.options(sets)])
+                conclude(directory, left_out, [arguments.shown(config), *repeated(sets)])
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
@@ -132,3 +138,42 @@ def _check_exports(directory: RunDir, config: Config) -> None:
     if missing:
         reasons = "\n".join(f"{step}: {reason}" for step, reason in missing.items())
         raise WorkError(f"{reasons}\nthe report is written without what failed; {RESUMING}")
+
+
+def announced(config: Config, gpus: int | None) -> tuple[Config, list[str]]:
+    """The rehearsal of a run, whose differences are printed, and what of the run it leaves out.
+
+    `gpus` are those of this machine; None: where the run itself will be, on a cluster.
+    """
+    rehearsed = rehearsal.rehearsal(config, gpus)
+    rows = [[field, _text(before), _text(after)] for field, before, after in rehearsal.changes(config, rehearsed)]
+    title = f"Rehearsal of {config.name}: every step, with less work"
+    print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
+    return rehearsed, rehearsal.left_out(config, rehearsed)
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else "default" if value is None else str(value)
+
+
+def repeated(sets: Sequence[str]) -> list[str]:
+    """The overrides of a command, to be repeated in the next one."""
+    return [word for entry in sets for word in ("--set", entry)]
+
+
+def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str]) -> None:
+    """Print what the rehearsal has shown, and what comes next; `arguments` are those of a submit."""
+    result = json.loads(directory.result.read_text())
+    skipped = [step["step"] for step in result["not_needed"]]
+    print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
+    if skipped:
+        print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
+    print_left_out(not_rehearsed)
+    print("Next, the run itself: here by the same command without --rehearse, on Kubeflow by")
+    print(f"  ptl submit {shlex.join(arguments)}")
+
+
+def print_left_out(parts: Sequence[str]) -> None:
+    """Say what of a run its rehearsal does not try."""
+    if parts:
+        print(f"Not rehearsed: {', '.join(parts)}.")

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli.destination import check_free, writing
-from ptl.cli.options import CheckpointFolder, ConfigOption, Overrides, TargetFolder
+from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, writing
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import removal
