@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ptl import __version__, address, extras
-from ptl.cli import cluster, configs, machine, results, run, steps
+from ptl.cli import cluster, configs, results, run, steps
 from ptl.errors import InputError, PtlError
 from ptl.storage import local_files
 
@@ -94,8 +94,8 @@ COMMANDS = (
     configs.plan,
     configs.compile,
     run.run,
-    machine.up,
-    machine.images,
+    run.up,
+    run.images,
     results.fetch,
     results.export,
     results.compare,

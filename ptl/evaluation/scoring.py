@@ -20,7 +20,7 @@ from ptl.evaluation.paired import Item, wilson
 from ptl.evaluation.task_files import SPLITS, Spec
 
 
-def check_lengths(lm: Any, loaded: Any) -> None:
+def _check_lengths(lm: Any, loaded: Any) -> None:
     """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
     if loaded.get_config("output_type") != "generate_until":
         return
@@ -50,7 +50,7 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     tasks.check_code(spec, settings.allow_code)
-    code_eval = CodeEval()
+    code_eval = _CodeEval()
     # Reading the YAML imports its functions, and with them what scores code.
     with _in_place_of_evaluate(spec, code_eval) if spec.unsafe_code else contextlib.nullcontext():
         config: dict[str, Any] = load_yaml(spec.path)
@@ -78,7 +78,7 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     return loaded
 
 
-class CodeEval:
+class _CodeEval:
     """Hugging Face's metric code_eval, with every candidate run in the sandbox."""
 
     timeouts = 0  # answers whose code has run out of time: the harness's metrics return one number
@@ -101,7 +101,7 @@ class CodeEval:
 
 
 @contextlib.contextmanager
-def _in_place_of_evaluate(spec: Spec, code_eval: CodeEval) -> Iterator[None]:
+def _in_place_of_evaluate(spec: Spec, code_eval: _CodeEval) -> Iterator[None]:
     """While a code task's module is imported, `evaluate.load("code_eval")` gives `code_eval` instead.
 
     The harness scores HumanEval and MBPP with Hugging Face's code_eval, which runs the answers in a child process with
@@ -213,7 +213,7 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
 
     # Before the first answer is generated.
     for harness_task in loaded.values():
-        check_lengths(lm, harness_task)
+        _check_lengths(lm, harness_task)
     # What is noted is of this task alone.
     lm.start_notes()
     return evaluate(

@@ -42,7 +42,7 @@ def render(result: Result, out: Path) -> None:
     """Write result.json, report.html, report.md and README.md (the model card): the same result, the same bytes."""
     out.mkdir(parents=True, exist_ok=True)
     pages = {
-        "report.html": page("report.html.j2", result, html=True, picture=accuracy_plot(result)),
+        "report.html": page("report.html.j2", result, html=True, picture=_accuracy_plot(result)),
         "report.md": page("report.j2", result, html=False),
         "README.md": f"---\n{_hub_metadata(result)}\n---\n{page('card.j2', result, html=False)}",
         "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
@@ -157,7 +157,7 @@ def _terminal_table(table: Table) -> Any:
     return view
 
 
-def accuracy_plot(result: Result) -> str:
+def _accuracy_plot(result: Result) -> str:
     """Scores of the first task against parameters: an SVG element of the page, the same bytes each time."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
