@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import __version__
-from ptl.cli import shipped
+from ptl.cli import arguments
 from ptl.config import image_names, yaml_text
 from ptl.config.run import Images, check, load_config
 from ptl.errors import InputError, PtlError, WorkError
@@ -37,10 +37,10 @@ BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.
 COMPILE = """
 import sys
 from pathlib import Path
-from ptl.cli import configs, shipped
+from ptl.cli import arguments, configs
 folder, images = map(Path, sys.argv[1:])
 settings = [f"images={images.read_text()}"]
-for config in sorted(shipped.CONFIGS.glob("*.yaml")):
+for config in sorted(arguments.CONFIGS.glob("*.yaml")):
     configs.compile(config, folder / config.name, settings)
 """
 WITH_IMAGES = """\
@@ -133,7 +133,7 @@ def check_commit() -> None:
 
 def optional_images(chosen: list[str]) -> list[str]:
     """Optional images of the release: those that are chosen, and those that a shipped config needs."""
-    shipped_configs = [load_config(file) for file in shipped.CONFIGS.glob("*.yaml")]
+    shipped_configs = [load_config(file) for file in arguments.CONFIGS.glob("*.yaml")]
     needed = [name for config in shipped_configs for name in config.optional_images()]
     return image_names.chosen([*chosen, *needed])
 

@@ -1,4 +1,4 @@
-"""The wheel also has the pipeline, as plain folders in ptl/shipped (ptl/cli/shipped.py): setup.cfg cannot say so."""
+"""The wheel also has the pipeline, as plain folders in ptl/shipped (ptl/cli/arguments.py): setup.cfg cannot say so."""
 
 import shutil
 from pathlib import Path

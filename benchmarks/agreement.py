@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ptl.config.run import Evaluate, Speed, Task
-from ptl.evaluation import task_loading, tasks
+from ptl.evaluation import scoring, tasks
 from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     plain = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(args.checkpoint)},
-        tasks=[task_loading.load_task(spec, task, settings, seed=1234)] if args.data_dir else [args.task],
+        tasks=[scoring.load_task(spec, task, settings, seed=1234)] if args.data_dir else [args.task],
         limit=args.limit,
         batch_size=args.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -127,7 +127,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
     from lm_eval.evaluator import evaluate as plain_evaluate
 
     from ptl.config.run import Evaluate, Speed, Task
-    from ptl.evaluation import language_models, task_loading, tasks
+    from ptl.evaluation import language_models, scoring, tasks
     from ptl.evaluation.scoring import score_task
 
     task = Task(name=TASK, limit=given.items, max_new_tokens=given.new_tokens)
@@ -145,7 +145,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
         (spec,) = tasks.find(task.name)
 
         def work() -> None:
-            loaded = {spec.name: task_loading.load_task(spec, task, settings, given.seed)}
+            loaded = {spec.name: scoring.load_task(spec, task, settings, given.seed)}
             plain_evaluate(lm=lm, task_dict={"tasks": loaded}, limit=task.limit, bootstrap_iters=0)
     else:
         lm = language_models.language_model(model, settings, given.seed)

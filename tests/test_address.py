@@ -13,7 +13,7 @@ from pipelines.prune_tune_loop import kfp_api
 from ptl import address
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
-from ptl.steps import failure
+from ptl.steps import reporting
 from ptl.steps.call import Call
 
 ROOT = Path(__file__).parents[1]
@@ -132,10 +132,10 @@ def test_no_login_follows_a_redirect(serve, monkeypatch, command):
 def test_the_webhook_is_not_redirected(serve, monkeypatch, capsys):
     other, target = serve(200)
     _, url = serve(307, {"Location": f"{target}/hook"})
-    monkeypatch.setenv(failure.WEBHOOK, f"{url}/secret")
+    monkeypatch.setenv(reporting.WEBHOOK, f"{url}/secret")
     monkeypatch.setenv("PTL_RUN_ID", "run")
-    monkeypatch.setattr(failure, "_fail_in_mlflow", lambda *_: None)
-    failure.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    monkeypatch.setattr(reporting, "_fail_in_mlflow", lambda *_: None)
+    reporting.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
     assert other.seen == []
     assert f"it points to {target}/hook" in (said := capsys.readouterr().out) and "secret" not in said
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import ptl
 import release
-from ptl.cli import configs, shipped
+from ptl.cli import arguments, configs
 from ptl.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_a_file_without_all_images_of_the_release_is_refused(tmp_path):
 
 def test_a_release_has_the_images_that_shipped_configs_need(tmp_path, monkeypatch):
     assert release.optional_images(["export-gguf"]) == ["export-gguf"]
-    monkeypatch.setattr(shipped, "CONFIGS", tmp_path)
+    monkeypatch.setattr(arguments, "CONFIGS", tmp_path)
     text = (ROOT / "pipelines" / "prune_tune_loop" / "configs" / "smollm2-135m-gsm8k.yaml").read_text()
     (tmp_path / "own.yaml").write_text(text + "\nexport: [{format: compressed-tensors, type: fp8}]\n")
     assert release.optional_images(["export-gguf"]) == ["export-gguf", "export-compressed-tensors"]
@@ -164,7 +164,7 @@ def test_make_release_takes_the_images_of_exports_unless_others_are_named():
 @pytest.mark.slow
 def test_a_release_is_complete_and_its_checksums_hold(released):
     names = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
-    shipped_configs = {f"pipelines/{path.name}" for path in shipped.CONFIGS.glob("*.yaml")}
+    shipped_configs = {f"pipelines/{path.name}" for path in arguments.CONFIGS.glob("*.yaml")}
     assert names == {"NOTES.md", "SHA256SUMS", "constraints.txt", "images.json", WHEEL, SDIST} | shipped_configs
     assert json.loads((released / "images.json").read_text()) == SECTION
     done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=released, check=False)
@@ -239,12 +239,12 @@ def test_the_wheel_has_one_name_at_the_top_and_metadata_that_tools_read(released
 def test_in_an_empty_folder_the_wheel_compiles_what_the_checkout_compiles(released, installed, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("tiny", "smollm2-135m-gsm8k", "onprem"):  # two with files of the examples
-        config = shipped.CONFIGS / f"{name}.yaml"
+        config = arguments.CONFIGS / f"{name}.yaml"
         images = (released / "images.json").read_text()
         configs.compile(config, tmp_path / config.name, [f"images={images}"])
         assert (tmp_path / config.name).read_bytes() == (released / "pipelines" / config.name).read_bytes()
     # Without images and by the command, in a folder that has the pipeline's name in it.
-    configs.compile(shipped.CONFIGS / "tiny.yaml", tmp_path / "checkout.yaml", [])
+    configs.compile(arguments.CONFIGS / "tiny.yaml", tmp_path / "checkout.yaml", [])
     empty = tmp_path / "empty"
     (empty / "pipelines").mkdir(parents=True)
     (empty / "pipelines" / "__init__.py").touch()

@@ -12,7 +12,7 @@ import kfp.kubernetes as kubernetes
 
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.run import Config
-from ptl.recovery import machines
+from ptl.recovery.job import NODES
 from ptl.steps import mounts, trainjob
 
 # The stages that need accelerators and their nodes.
@@ -40,7 +40,7 @@ def configure(task: Any, stage: str, config: Config) -> Any:
     # The pod then only starts a TrainJob and follows it; on one machine the step does the work of all nodes itself.
     coordinates = resources.nodes_of(stage) > 1
     if coordinates:
-        task.set_env_variable(machines.NODES, str(own.nodes))
+        task.set_env_variable(NODES, str(own.nodes))
         task.set_env_variable(trainjob.TEMPLATE, train_job(config, task.container_spec.image))
         _request(task, COORDINATOR_CPU, COORDINATOR_MEMORY)
     else:

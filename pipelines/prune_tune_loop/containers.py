@@ -118,7 +118,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def files(config: Config) -> set[Path]:
     """Local files and folders that a config names: model, data, and task files with the files next to them."""
-    from ptl.evaluation import task_data, tasks
+    from ptl.evaluation import task_files, tasks
 
     working_directory = Path.cwd()
     # A whole working directory is too much.
@@ -131,7 +131,7 @@ def files(config: Config) -> set[Path]:
             # A task's YAML may use functions and templates next to it.
             folder = spec.path.parent
             paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
-            splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
+            splits = task_files.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             paths |= {Path(split.file) for split in splits.values()}
     return set(map(_absolute, paths))
 

@@ -1,5 +1,5 @@
 """The command line: one module for each group of commands; the one room that may import pipelines/."""
 
-from ptl.cli import shipped
+from ptl.cli import arguments
 
-shipped.make_importable()
+arguments.make_importable()

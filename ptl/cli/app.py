@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ptl import __version__, address, extras
-from ptl.cli import cluster, configs, gc, init, machine, results, run, steps
+from ptl.cli import cluster, configs, results, run, steps
 from ptl.errors import InputError, PtlError
 from ptl.storage import local_files
 
@@ -89,17 +89,17 @@ def options(
 
 # In this order `ptl --help` lists them.
 COMMANDS = (
-    init.init,
+    configs.init,
     configs.validate,
     configs.plan,
     configs.compile,
     run.run,
-    machine.up,
-    machine.images,
+    run.up,
+    run.images,
     results.fetch,
     results.export,
     results.compare,
-    gc.gc,
+    results.gc,
 )
 for command in COMMANDS:
     app.command()(command)

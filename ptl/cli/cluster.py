@@ -13,9 +13,10 @@ import typer
 from pipelines.prune_tune_loop import follow, kfp_api
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address, extras
-from ptl.cli import rehearsal, shipped
+from ptl.cli import arguments
+from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.cli.configs import warn
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
+from ptl.cli.run import announced, print_left_out
 from ptl.config.run import Config, load_config, pairs
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
@@ -105,10 +106,10 @@ def submit(
     run_config = load_config(config, pairs("--set", sets))
     warn(preflight.warnings(run_config))
     _warn_of_local_files(run_config, config)
-    run_config = shipped.as_in_images(run_config, config)
+    run_config = arguments.as_in_images(run_config, config)
     if rehearse:
-        run_config, left_out = rehearsal.announced(run_config, None)
-        rehearsal.print_left_out(left_out)
+        run_config, left_out = announced(run_config, None)
+        print_left_out(left_out)
         _say("Its numbers will mean nothing. When it has succeeded, submit without --rehearse.")
     run_config.check_batches_on_cluster()
     code = work.submit(
@@ -127,7 +128,7 @@ def submit(
 def _warn_of_local_files(config: Config, file: Path) -> None:
     from pipelines.prune_tune_loop import containers
 
-    examples = shipped.image_root(file) / "examples"  # the images contain them
+    examples = arguments.image_root(file) / "examples"  # the images contain them
     # A volume may hold the path for the pods, so it is no error.
     for path in sorted(containers.files(config)):
         if not path.is_relative_to(examples):

@@ -1,25 +1,35 @@
-"""What a run made: `ptl fetch` its checkpoint or its report, `export` a checkpoint, `compare` evaluations."""
+"""What a run made: `ptl fetch` its checkpoint or its report, `export` a checkpoint, `compare` evaluations.
+
+`ptl gc` lists the checkpoints that nobody needs any more, and deletes them with --delete.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+import time
+from collections import Counter
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ptl import __version__
-from ptl.cli import destination, shipped
-from ptl.cli.options import CONFIG_HELP, HOME, Home, Servers, TargetFolder
+from ptl import __version__, processes
+from ptl.cli import arguments
+from ptl.cli.arguments import CONFIG_HELP, HOME, Home, Servers, TargetFolder
 from ptl.config.export import TYPES, Export
 from ptl.config.run import check, load_config
 from ptl.errors import InputError
-from ptl.lineage import locate
+from ptl.lineage import locate, retention
+from ptl.lineage.retention import StoredFiles
 from ptl.local import runs, servers
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, MLFLOW_META
+from ptl.units import size
 
 RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
 
@@ -38,7 +48,7 @@ def fetch(
 ) -> None:
     """Copy a checkpoint into your own folder and verify its digest; a run's final one comes with its model card."""
     # Before anything is started or fetched.
-    destination.check_free(dst.resolve())
+    arguments.check_free(dst.resolve())
     _reach_stores(home, s3, source)
     if report:
         _write_report(source, dst)
@@ -70,7 +80,7 @@ def export(
             "--config",
             "-c",
             help=f"{CONFIG_HELP}; its calibration text is read for int8 and w4a16",
-            parser=shipped.config_file,
+            parser=arguments.config_file,
             show_default=False,
         ),
     ] = None,
@@ -134,14 +144,14 @@ def compare(
     home: Home = HOME,
 ) -> None:
     """Compare two evaluations item by item. Exit code: 0 not inferior, 1 inferior, 2 wrong input."""
-    from ptl.evaluation import compare as work
+    from ptl.evaluation import evaluate as work
 
     _reach_stores(home, s3, reference, candidate, items=True)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
         cache = Path(folder)
         # The files are read here, before the folder is removed.
         pairs = work.compare(locate.evaluation(reference, cache), locate.evaluation(candidate, cache), margin, alpha)
-    print(work.table(pairs))
+    print(work.comparison_table(pairs))
     raise typer.Exit(int(any(pair.fails(strict) for pair in pairs.values())))
 
 
@@ -179,7 +189,7 @@ def _start_servers_of(source: str, uri: str) -> None:
 
 def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
     """Fill `dst` with a verified checkpoint, and the model card where it has one."""
-    with destination.writing(dst) as out, local_files.full_disk(out.parent):
+    with arguments.writing(dst) as out, local_files.full_disk(out.parent):
         cache = out.with_name("cache")
         shutil.rmtree(cache, ignore_errors=True)  # by a killed command
         try:
@@ -192,3 +202,62 @@ def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
                 (out / "README.md").write_bytes(checkpoint.card)
         finally:
             shutil.rmtree(cache, ignore_errors=True)
+
+
+def gc(
+    experiment: Annotated[list[str], typer.Option(help="MLflow experiment; default: all that have runs")] = [],  # noqa: B006
+    run: Annotated[
+        list[str], typer.Option(help="only this run; includes its checkpoints even if it is unfinished")
+    ] = [],  # noqa: B006
+    older_than: Annotated[float, typer.Option(min=0, help="days since the last write; anything newer is kept")] = 7.0,
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without this option nothing is changed")] = False,
+    s3: Servers = False,
+    home: Home = HOME,
+) -> None:
+    """List the checkpoints that are no longer needed, with their sizes; --delete removes them.
+
+    Final checkpoints, exports, registered versions and what an unfinished run needs are kept, as are all records and
+    scores.
+    """
+    runs.reach(home.absolute(), s3)
+    removed: list[StoredFiles] = []
+    # Wrong names are refused before anything is deleted.
+    given_up = [locate.find_run(name)[0].id for name in run]
+    experiments = retention.inventory(experiment, given_up, older_than)
+    with contextlib.ExitStack() as stack:
+        for files in experiments:
+            print(f"experiment {files.name}, in {files.location}")
+            _print_list(files.stored)
+            unneeded = [stored for stored in files.stored if not stored.needed]
+            removed += unneeded
+            if delete:
+                _hold(stack, home, {stored.run for stored in unneeded})
+                for stored in unneeded:
+                    retention.delete(files, stored)
+    num_bytes = sum(stored.bytes for stored in removed)
+    summary = f"{len(removed)} items, {size(num_bytes)} ({num_bytes:,} bytes)"
+    print(f"deleted: {summary}" if delete else f"can go: {summary}; nothing was deleted, --delete does it")
+
+
+def _hold(stack: contextlib.ExitStack, home: Path, run_ids: set[str]) -> None:
+    """Take the locks of runs of this machine. Raises InputError for one that is at work."""
+    for run_id in sorted(run_ids):
+        lock = home.absolute() / "runs" / run_id / "lock"
+        if lock.exists():
+            stack.enter_context(processes.exclusive(lock, f"run {run_id}", remedy="end it first, or wait for it"))
+
+
+def _print_list(stored: list[StoredFiles]) -> None:
+    """For each run one line for everything that can go, and one for each reason to keep the rest."""
+    # The oldest first in each run.
+    for run_id, run_files in groupby(sorted(stored, key=attrgetter("run", "changed")), attrgetter("run")):
+        print(f"  run {run_id}")
+        kept_bytes: Counter[str] = Counter()  # by reason
+        for files in run_files:
+            if files.needed:
+                kept_bytes[files.needed] += files.bytes
+                continue
+            days = (time.time() - files.changed) / retention.DAY
+            print(f"    can go {size(files.bytes):>9} {files.step:16} {days:6.1f} days")
+        for reason, num_bytes in kept_bytes.items():
+            print(f"    kept   {size(num_bytes):>9} {reason}")

@@ -1,4 +1,8 @@
-"""`ptl run`: compile a config and execute the compiled pipeline on this machine."""
+"""`ptl run`: compile a config and execute the compiled pipeline on this machine; and what a rehearsal says.
+
+Before a rehearsal that is which fields are smaller than in the run, after it what it has shown. `ptl up` starts the
+servers that a run may use, `ptl images` makes the images of its steps.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,24 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ptl import extras, processes
-from ptl.cli import rehearsal, shipped
+from ptl import __version__, extras, processes
+from ptl.cli import arguments
+from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
 from ptl.cli.configs import checked
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
+from ptl.config import rehearsal
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import PtlError, WorkError
 from ptl.lineage import progress
 from ptl.local import run_directory, runs, servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import Environment
+from ptl.tables import table_text
 
 if TYPE_CHECKING:
     from pipelines.prune_tune_loop.runners import RunnerJob
@@ -66,7 +73,7 @@ def run(
         if rehearse:
             import torch
 
-            settings, left_out = rehearsal.announced(settings, torch.cuda.device_count())
+            settings, left_out = announced(settings, torch.cuda.device_count())
         if runner == "docker":
             # With --s3 the address is not known yet, only that it will be a server's.
             containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
@@ -89,7 +96,7 @@ def run(
             _print_end(directory, resumed, time.monotonic() - started)
             _check_exports(directory, settings)
             if rehearse:
-                rehearsal.conclude(directory, left_out, [shipped.shown(config), *rehearsal.options(sets)])
+                _conclude(directory, left_out, [arguments.shown(config), *_repeated(sets)])
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
@@ -132,3 +139,126 @@ def _check_exports(directory: RunDir, config: Config) -> None:
     if missing:
         reasons = "\n".join(f"{step}: {reason}" for step, reason in missing.items())
         raise WorkError(f"{reasons}\nthe report is written without what failed; {RESUMING}")
+
+
+def announced(config: Config, gpus: int | None) -> tuple[Config, list[str]]:
+    """The rehearsal of a run, whose differences are printed, and what of the run it leaves out.
+
+    `gpus` are those of this machine; None: where the run itself will be, on a cluster.
+    """
+    rehearsed = rehearsal.rehearsal(config, gpus)
+    rows = [[field, _text(before), _text(after)] for field, before, after in rehearsal.changes(config, rehearsed)]
+    title = f"Rehearsal of {config.name}: every step, with less work"
+    print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
+    return rehearsed, rehearsal.left_out(config, rehearsed)
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else "default" if value is None else str(value)
+
+
+def _repeated(sets: Sequence[str]) -> list[str]:
+    """The overrides of a command, to be repeated in the next one."""
+    return [word for entry in sets for word in ("--set", entry)]
+
+
+def _conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str]) -> None:
+    """Print what the rehearsal has shown, and what comes next; `arguments` are those of a submit."""
+    result = json.loads(directory.result.read_text())
+    skipped = [step["step"] for step in result["not_needed"]]
+    print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
+    if skipped:
+        print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
+    print_left_out(not_rehearsed)
+    print("Next, the run itself: here by the same command without --rehearse, on Kubeflow by")
+    print(f"  ptl submit {shlex.join(arguments)}")
+
+
+def print_left_out(parts: Sequence[str]) -> None:
+    """Say what of a run its rehearsal does not try."""
+    if parts:
+        print(f"Not rehearsed: {', '.join(parts)}.")
+
+
+def up(
+    home: Home = HOME,
+    s3_port: Annotated[
+        int | None,
+        typer.Option(help="port of SeaweedFS, which also uses the next three; default: the last one, or 8433"),
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(help="port of MLflow; default: the last one, or 15000 (5000 with --ui)")
+    ] = None,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="instead, browse runs made without --s3 in MLflow, until you press Ctrl-C")
+    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="stop what an earlier `ptl up` has started")] = False,
+) -> None:
+    """Start a real S3 and a real MLflow server on loopback, and print the environment variables to use them."""
+    home = home.absolute()
+    if stop:
+        print("stopped:", ", ".join(servers.down(home)) or "nothing was running")
+        return
+    # MLflow's server would end with a traceback of its own.
+    extras.need("flask", "up")
+    if ui:
+        servers.ui(home, mlflow_port or 5000)
+    with processes.interruptible(
+        "run the same command again to start what is missing; `ptl up --stop` stops what was started"
+    ):
+        environment = servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
+    # In the shell's form, to be pasted.
+    for name, value in environment.items():
+        print(f"export {name}={value}")
+
+
+def images(
+    action: Annotated[
+        Literal["print", "build", "push", "digests"], typer.Argument(help="what to do with them")
+    ] = "print",
+    registry: Annotated[str, typer.Option(help="for example ghcr.io/you; default: images of the local engine")] = "",
+    tag: Annotated[str, typer.Option(help="image tag")] = __version__,
+    optional: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="IMAGE",
+            help="also an image that only some runs need (evaluate-vllm, export-gguf or export-compressed-tensors), or "
+            "all of them; repeatable",
+        ),
+    ] = None,
+    base_image: Annotated[str | None, typer.Option(help="base image of a build; default: the Dockerfile's")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
+    # These two are set by the environment as for pip.
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PIP_CERT",
+            exists=True,
+            dir_okay=False,
+            help="CA bundle for a build's downloads, for example your organisation's",
+        ),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(envvar="PIP_INDEX_URL", help="package index for a build; default: PyPI", show_envvar=True),
+    ] = None,
+    wheels: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="folder with local wheels for a build")
+    ] = None,
+) -> None:
+    """Print, build or push the steps' images, or print their digests as the section `images` of a config."""
+    from ptl.config import image_names
+    from ptl.local import images as work
+
+    more = image_names.chosen(optional or [])
+    if action == "digests":
+        print(json.dumps(work.digests(registry, tag, more), indent=2))
+        return
+    names = image_names.names(registry, tag, optional=more)
+    if action == "build":
+        work.build(registry, tag, more, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels)
+    elif action == "push":
+        work.push(registry, tag, more)
+    for name in names:
+        print(name)

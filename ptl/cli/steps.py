@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli.destination import check_free, writing
-from ptl.cli.options import CheckpointFolder, ConfigOption, Overrides, TargetFolder
+from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, writing
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import removal
@@ -84,7 +83,7 @@ def recover(
     Rows that share text with the config's benchmarks are left out where lm-evaluation-harness is installed.
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
-    from ptl.evaluation import task_yaml
+    from ptl.evaluation import task_files
     from ptl.evaluation.evaluate import write_items
     from ptl.recovery.job import RecoveryJob, StageBudget, progress
     from ptl.recovery.recover import recover_checkpoint
@@ -96,7 +95,7 @@ def recover(
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
     with writing(dst) as out, tempfile.TemporaryDirectory() as items_folder:
         benchmark_items = None
-        if settings.training.decontaminate.tasks and task_yaml.harness_folder():
+        if settings.training.decontaminate.tasks and task_files.harness_folder():
             benchmark_items = Path(items_folder)
             write_items(benchmark_items, settings.evaluate, settings.seed)
         elif settings.training.decontaminate.tasks:
@@ -134,7 +133,7 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl.steps.key import key_of
+    from ptl.steps.call import key_of
     from ptl.storage.manifest import file_digest
 
     # Links too: a snapshot in the hub's cache has nothing else.

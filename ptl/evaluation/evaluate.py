@@ -1,23 +1,30 @@
-"""Scores of a checkpoint: accuracy of each benchmark with every item's outcome, and what the model costs."""
+"""Scores of a checkpoint: accuracy of each benchmark with every item's outcome, and what the model costs.
+
+`ptl compare A B` shows two evaluations, item by item, as a table.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
-from ptl.evaluation import helpers, language_models, task_loading, tasks
-from ptl.evaluation.paired import Item
-from ptl.evaluation.scoring import TaskScore, score_task
+from ptl.evaluation import helpers, language_models, paired, tasks
+from ptl.evaluation.paired import Item, Paired
+from ptl.evaluation.scoring import TaskScore, load_tasks, score_task
 from ptl.model import checks, cost, pretrained
+from ptl.tables import table_text
 
 ITEMS = "items.jsonl"
 SCORES = "scores.json"
+# Two lines for each benchmark: for the 80 columns of a terminal
+NUMBERS = ("A\nB", "regressions\nimprovements", "difference\n(interval)", "p worse\np different")
+HEADINGS = ("benchmark\nitems", *NUMBERS, "verdict")
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def write_items(dst: Path, settings: Evaluate, seed: int) -> int:
         # The items of a task, or of all members of a group, as they are scored with this seed.
         items = [
             {"task": name, "prompt": prompt, "target": str(loaded.doc_to_target(doc))}
-            for loaded in task_loading.load_tasks(tasks.find(task.name), task, settings, seed).values()
+            for loaded in load_tasks(tasks.find(task.name), task, settings, seed).values()
             for _, doc in loaded.doc_iterator(limit=task.limit)
             if (prompt := str(loaded.doc_to_text(doc))).strip()
         ]
@@ -118,3 +125,43 @@ def write_items(dst: Path, settings: Evaluate, seed: int) -> int:
         lines += items or [{"task": name}]
     _write_lines(dst, lines)
     return number
+
+
+def compare(
+    items_a: Path,
+    items_b: Path,
+    margin: float,  # loss of accuracy that is tolerated, 0..1
+    alpha: float,  # significance level of all tests together
+) -> dict[str, Paired]:
+    """Compare two items.jsonl (files, or folders that hold one): B against A, the reference, on each benchmark.
+
+    The significance level alpha is shared among the benchmarks, so that equal models are called different with a
+    probability of at most alpha in all. Raises InputError when the items or prompts differ.
+    """
+    if not 0 <= margin < 1 or not 0 < alpha < 0.5:
+        problem = f"margin={margin} must be in 0..1 and alpha={alpha} above 0 and below 0.5"
+        raise InputError(problem, field="compare")
+    old, new = read_items(items_a), read_items(items_b)
+    # Over all benchmarks first: one that only B has would not be missed below.
+    paired.match(old, new)
+    names = list(dict.fromkeys(item["task"] for item in old))
+    return {name: paired.paired(*paired.match(old, new, name), margin, alpha / len(names)) for name in names}
+
+
+def comparison_table(tasks: Mapping[str, Paired]) -> str:
+    """The comparisons for a terminal."""
+    first = next(iter(tasks.values()))
+    title = f"B against A, margin {100 * first.margin:g} points, one-sided significance level {first.alpha:g} each"
+    rows = [
+        (
+            f"{name}\n{pair.items:,}",
+            f"{pair.reference:.1%}\n{pair.candidate:.1%}",
+            f"{pair.regressions}\n{pair.improvements}",
+            # In percentage points
+            f"{100 * pair.difference:+.1f}\n({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",
+            f"{pair.p_worse:.2g}\n{pair.p_different:.2g}",
+            pair.verdict,
+        )
+        for name, pair in tasks.items()
+    ]
+    return table_text(title, HEADINGS, rows, numbers=NUMBERS)

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
-from ptl.evaluation.language_models import noted_hflm
+from ptl.evaluation.language_models import cache_templates, noted_hflm
 from ptl.evaluation.speed import Measurement, Times, measure_in_turns
-from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, checks
 from ptl.model.config_fields import longrope_limit
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences

@@ -9,9 +9,8 @@ from pathlib import Path
 from ptl.config.paths import FILL_IN
 from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
-from ptl.evaluation import task_yaml
-from ptl.evaluation.task_data import local_splits
-from ptl.evaluation.task_yaml import FUNCTIONS, Spec, load_spec
+from ptl.evaluation import task_files
+from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits
 
 FIELD = "evaluate.tasks"
 ALLOW_CODE = "evaluate.allow_code"
@@ -34,7 +33,7 @@ def is_path(name: str) -> bool:
 
 def can_find(name: str) -> bool:
     """Whether a task can be looked up here: by its path, or by its name where the harness is installed."""
-    return is_path(name) or task_yaml.harness_folder() is not None
+    return is_path(name) or task_files.harness_folder() is not None
 
 
 def find(name: str) -> list[Spec]:
@@ -47,7 +46,7 @@ def find(name: str) -> list[Spec]:
         )
     if is_path(name):
         return [load_spec(Path(name))]
-    paths = task_yaml.task_index()
+    paths = task_files.task_index()
     if name not in paths:
         close = ", ".join(difflib.get_close_matches(name, paths, n=8, cutoff=0.5))
         raise InputError(
@@ -55,7 +54,7 @@ def find(name: str) -> list[Spec]:
             field=FIELD,
             remedy="`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML",
         )
-    config = task_yaml.read_yaml(paths[name])
+    config = task_files.read_yaml(paths[name])
     if "group" not in config:
         return [load_spec(paths[name], config)]
     members = config["task"]

@@ -1,4 +1,6 @@
-"""Exports of a checkpoint for other runtimes. Each format is a module of this package with these functions:
+"""Exports of a checkpoint for other runtimes, and the manifest by which KServe serves one.
+
+Each format is a module of this package with these functions:
 
 - check(checkpoint, type): notes for the user; raises InputError for what cannot be made, before anything expensive
 - check_installed(): raises UnusableError where what writes it is not installed on this machine, or does not load
@@ -16,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ptl.config.export import Export
+from ptl.config.export import Export, ServedFormat
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
 from ptl.evaluation.paired import Item
@@ -26,6 +28,7 @@ from ptl.model.config_fields import longrope_limit
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
 WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation
+TEMPLATE = Path(__file__).with_name("templates") / "inference_service.yaml"
 
 
 def module_of(format: str) -> Any:
@@ -147,3 +150,19 @@ def write_and_score(
     speed = work.speed(folders, exports, settings, seed)
     # The notes of the last one, the final model
     return {"models": models, "speed": speed, "notes": [*notes, *context_notes(folders["final"])]}, items
+
+
+def inference_service(name: str, uri: str, format: ServedFormat, gpus: int = 1) -> str:
+    """The YAML of an InferenceService for a checkpoint on S3; a comment on top says what to adapt.
+
+    `uri` is the folder, for gguf the file. KServe's Hugging Face runtime (vLLM) serves folders, llama-server a GGUF
+    file. KServe wants a letter first in the name, and adds `-predictor`: it may have 53 characters.
+    """
+    from jinja2 import Environment
+
+    what, path = f"a checkpoint ({format}) by vLLM in KServe's Hugging Face runtime", "/openai/v1/chat/completions"
+    if format == "gguf":
+        what, path = "a GGUF file by llama-server", "/v1/chat/completions"
+    template = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
+    file = uri.rpartition("/")[2]
+    return template.render(name=name, uri=uri, format=format, gpus=gpus, what=what, path=path, file=file)

@@ -21,8 +21,7 @@ from typing import IO
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
-from ptl.recovery.job import REPORT, Log, RecoverReport, RecoveryJob
-from ptl.recovery.machines import Machines
+from ptl.recovery.job import REPORT, Log, Machines, RecoverReport, RecoveryJob
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
 REPORT_FILE = "report.json"  # in `scratch`

@@ -1,7 +1,11 @@
-"""A result as people read it: HTML, Markdown, the model card and the terminal's tables show the same parts of it."""
+"""A result as people read it: HTML, Markdown, the model card and the terminal's tables show the same parts of it.
+
+The page's picture is drawn by matplotlib as inline SVG that takes its colours from the page, for dark mode too.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from datetime import UTC, datetime
@@ -10,24 +14,35 @@ from typing import Any
 
 from ptl.address import runs_page
 from ptl.config.flat_settings import flat_settings
-from ptl.evaluation import speed_rows
-from ptl.report import numbers, sentences, tables, verdict
-from ptl.report.result import Result
+from ptl.evaluation import speed
+from ptl.report import tables, words
+from ptl.report.result import Result, Row
 from ptl.report.tables import Table
 from ptl.units import billions, duration
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # what the hub's metadata allows; a path on a disk is left out
 # Of the main table's rows in a terminal; `gate off` has its own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
+# Colours of templates/report.mplstyle and of the lines drawn here -> CSS variables of the page.
+COLOUR_NAMES = ("ink", "muted", "grid", "loop", "control", "bad", "paper")
+VARIABLES = {f"#0{i}0{i}0{i}": name for i, name in enumerate(COLOUR_NAMES, 1)}
+_, _, _, LOOP, CONTROL, BAD, _ = VARIABLES
+PLOT_STYLE = Path(__file__).parent / "templates/report.mplstyle"
+PLOT_SIZE = (8.4, 3.9)  # inches
+# Kind of a scored checkpoint, in the order of the key -> colour and marker.
+MARKS = {
+    "dense": (LOOP, "s"),
+    "loop": (LOOP, "o"),
+    "rejected": (BAD, "X"),
+    "one-shot control": (CONTROL, "D"),
+}
 
 
 def render(result: Result, out: Path) -> None:
     """Write result.json, report.html, report.md and README.md (the model card): the same result, the same bytes."""
-    from ptl.report import plots
-
     out.mkdir(parents=True, exist_ok=True)
     pages = {
-        "report.html": page("report.html.j2", result, html=True, picture=plots.accuracy(result)),
+        "report.html": page("report.html.j2", result, html=True, picture=_accuracy_plot(result)),
         "report.md": page("report.j2", result, html=False),
         "README.md": f"---\n{_hub_metadata(result)}\n---\n{page('card.j2', result, html=False)}",
         "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
@@ -54,7 +69,7 @@ def page(name: str, result: Result, *, html: bool, picture: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.globals |= {"tables": tables, "words": sentences, "verdict": verdict, "speed": speed_rows, "numbers": numbers}
+    env.globals |= {"tables": tables, "words": words, "speed": speed}
     env.filters |= {"duration": duration, "billions": billions, "date": _date}
     settings = {key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])}
     return env.get_template(name).render(result=result, html=html, picture=picture, settings=settings)
@@ -83,7 +98,7 @@ def _hub_metadata(result: Result) -> str:
             task_type="text-generation",
             dataset_type=task.task,
             dataset_name=task.task,
-            metric_type=numbers.metric(task),  # the hub does not know the filter
+            metric_type=words.metric(task),  # the hub does not know the filter
             metric_name=task.metric,
             metric_value=round(task.accuracy, 6),
         )
@@ -98,7 +113,7 @@ def _hub_metadata(result: Result) -> str:
         tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
         license=result.model.license or None,
         datasets=list(filter(HUB_ID.fullmatch, sources)) or None,
-        metrics=list(dict.fromkeys(map(numbers.metric, scores))) or None,
+        metrics=list(dict.fromkeys(map(words.metric, scores))) or None,
         eval_results=scored or None,
     )
     return data.to_yaml()
@@ -117,8 +132,8 @@ def terminal_text(result: Result, report: str) -> str:
         for export in result.exports:
             if not export.failed:
                 console.print(_terminal_table(tables.export(result, export)[0]))
-        console.print(verdict.first_line(result))
-        for label, text in sentences.checks(result):
+        console.print(words.first_line(result))
+        for label, text in words.checks(result):
             console.print(f"{label}: {text}")
         # Addresses stay whole.
         console.print(f"\nReport: {report}", soft_wrap=True)
@@ -140,3 +155,68 @@ def _terminal_table(table: Table) -> Any:
         cells = [Text(cell.text) for cell in row]
         view.add_row(*cells, style=COLOURS.get(kind.rpartition(" ")[2]))
     return view
+
+
+def _accuracy_plot(result: Result) -> str:
+    """Scores of the first task against parameters: an SVG element of the page, the same bytes each time."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": "accuracy"}, fname=PLOT_STYLE):
+        figure = Figure(PLOT_SIZE)
+        _draw(figure, result)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    # No prolog, metadata or style, which would be that of the page.
+    svg = re.sub(r"\s*<(metadata>|style ).*?</(metadata|style)>", "", buffer.getvalue(), flags=re.S)
+    _, view_box, content = re.split(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', svg, maxsplit=1)
+    for colour, variable in VARIABLES.items():
+        content = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var(--{variable})", content)
+    return f'<svg {view_box} aria-hidden="true" focusable="false">{content}'.rstrip()
+
+
+def _draw(figure: Any, result: Result) -> None:
+    """Marks with their intervals; the dense model is at the left."""
+    axis = figure.subplots()
+    axis.margins(0.08, 0.12)
+    for kind, (colour, marker) in MARKS.items():
+        rows = [row for row in result.rows if _kind(row) == kind]
+        # Rounding may put a score a little outside of its interval; one without has a bar of no length.
+        below = [0.0 if row.low is None else max(0.0, row.accuracy - row.low) for row in rows]
+        above = [0.0 if row.high is None else max(0.0, row.high - row.accuracy) for row in rows]
+        if rows:
+            axis.errorbar(
+                *_points(rows),
+                yerr=[below, above],
+                fmt=marker,
+                color=colour,
+                label=kind,
+                zorder=3,
+            )
+    # A thin line through what the loop accepted, and a ring around the final checkpoint.
+    path = [row for row in result.rows if _kind(row) in ("dense", "loop")]
+    axis.plot(*_points(path), color=LOOP, linewidth=1.2, alpha=0.55)
+    if result.final_row is not None:
+        ring = _points([result.final_row])
+        axis.plot(*ring, marker="o", color="none", markersize=13, markeredgecolor=LOOP)
+    # A task's scores are all shares, or none is.
+    if all(words.is_share(row.first) for row in result.rows):
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.4g} %")
+    axis.invert_xaxis()
+    axis.xaxis.set_major_formatter(lambda value, _: billions(int(value)))
+    axis.set_xlabel("parameters (fewer to the right)")
+    figure.legend(loc="outside upper left", ncols=4)
+
+
+def _points(rows: list[Row]) -> tuple[list[int], list[float]]:
+    return [row.params for row in rows], [row.accuracy for row in rows]
+
+
+def _kind(row: Row) -> str:
+    """The key of a checkpoint's mark."""
+    if row.arm == "control":
+        return "one-shot control"
+    if row.verdict == "rejected":
+        return "rejected"
+    return "loop" if row.iteration else "dense"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ptl.address import runs_page
-from ptl.evaluation import speed_rows
+from ptl.evaluation import speed
 from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
-from ptl.report import numbers
+from ptl.report import words
 from ptl.report.result import ExportedModel, ExportRow, Result, Row
-from ptl.report.verdict import Verdict, beside_control, of_pair
+from ptl.report.words import Verdict, beside_control, of_pair
 from ptl.units import counted, duration, size
 
 # References of an export's comparisons, as the step names them
@@ -53,9 +53,9 @@ def iterations(result: Result) -> Table:
         cells = _cells(
             f"{row.label} (final)" if is_final else row.label,
             f"{row.params:,}",
-            numbers.percent(row.share_removed),
-            numbers.accuracy(row.first),
-            numbers.interval(row.first),
+            words.percent(row.share_removed),
+            words.accuracy(row.first),
+            words.interval(row.first),
             f"{row.items:,}",
             f"{row.recovery_tokens:,}",
             row.verdict,
@@ -70,7 +70,7 @@ def details(result: Result) -> Table:
     tasks = result.tasks if len(result.tasks) > 1 else []
     rows = []
     for row in result.rows:
-        scores = map(numbers.score, row.scores.tasks if tasks else [])
+        scores = map(words.score, row.scores.tasks if tasks else [])
         rows.append(_cells(row.label, _shape(row), *scores, row.reason or row.verdict))
     return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
 
@@ -93,7 +93,7 @@ def evidence(result: Result) -> list[Table]:
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
         tables.append(_sizes(dense, final))
-    speeds = [_cells(*row) for row in speed_rows.rows(result.speed)]
+    speeds = [_cells(*row) for row in speed.rows(result.speed)]
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
     if control is not None:
@@ -105,7 +105,7 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
     """A row for each benchmark beside the reference, `dense` or `control`."""
     rows = []
     for position, task in enumerate(reference.scores.tasks):
-        setting = f"{numbers.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot"
+        setting = f"{words.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot"
         after, difference = NONE, NONE
         if final is None:
             verdict = Verdict("unclear", "Final not scored")
@@ -130,8 +130,8 @@ def _verdict(verdict: Verdict) -> Cell:
 
 
 def _score(task: TaskScore) -> Cell:
-    interval = numbers.interval(task)
-    return Cell(numbers.accuracy(task), (interval,) if interval else ())
+    interval = words.interval(task)
+    return Cell(words.accuracy(task), (interval,) if interval else ())
 
 
 def _difference(before: TaskScore, after: TaskScore, pair: Paired | None) -> Cell:
@@ -139,19 +139,19 @@ def _difference(before: TaskScore, after: TaskScore, pair: Paired | None) -> Cel
     if pair:
         return _comparison(pair)
     change = after.accuracy - before.accuracy
-    text = f"{numbers.signed_points(change)} points" if numbers.is_share(before) else f"{change:+.3g}"
+    text = f"{words.signed_points(change)} points" if words.is_share(before) else f"{change:+.3g}"
     return Cell(text, ("not compared item by item",))
 
 
 def _comparison(pair: Paired) -> Cell:
     """A paired difference with its interval (two one-sided tests), the items that changed, and p (two-sided)."""
-    low, high = map(numbers.signed_points, (pair.low, pair.high))
+    low, high = map(words.signed_points, (pair.low, pair.high))
     details = (
         f"{low} to {high} at {100 * (1 - 2 * pair.alpha):.3g} %",
         f"{counted(pair.regressions, 'regression')} and {counted(pair.improvements, 'improvement')}",
         f"{pair.items:,} items, p {pair.p_different:.2g}",
     )
-    return Cell(f"{numbers.signed_points(pair.difference)} points", details)
+    return Cell(f"{words.signed_points(pair.difference)} points", details)
 
 
 def _sizes(dense: Row, final: Row) -> Table:
@@ -192,13 +192,13 @@ def export(result: Result, row: ExportRow) -> list[Table]:
 
 def _exported(row: ExportRow, key: str, label: str, model: ExportedModel | Scores, original: int) -> list[Cell]:
     """A model's weights beside the `original` bytes, its scores and its speed."""
-    speed = row.speed.get("models", {}).get(key)
+    measured = row.speed.get("models", {}).get(key)
     return _cells(
         label,
         f"{size(model.bytes)} ({model.bytes / original:.2f}x)",
-        *[numbers.score(task) for task in model.tasks],
+        *[words.score(task) for task in model.tasks],
         ", ".join(f"{task.items:,}" for task in model.tasks),
-        f"{speed[0]['decode_tokens_per_s']:,.0f}" if speed else NONE,
+        f"{measured[0]['decode_tokens_per_s']:,.0f}" if measured else NONE,
     )
 
 

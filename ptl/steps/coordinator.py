@@ -2,29 +2,38 @@
 
 All attempts of a step use one name, so an attempt whose predecessor was killed follows the TrainJob that this one has
 started. A step that fails or is cancelled deletes it.
+
+The Kubernetes API is asked by the plain client, not by Kubeflow's TrainerClient, which hides the status code of a
+refusal and whose TrainJobs cannot have an owner.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
+from ptl.preflight.in_cluster import NAMESPACE
 from ptl.steps import trainjob
-from ptl.steps.kubernetes_api import Cluster, NoAnswerError
-from ptl.steps.trainjob import CONTAINER, OF_JOB_SET, Json, NodePod
+from ptl.steps.trainjob import CONTAINER, GROUP, OF_JOB_SET, PLURAL, VERSION, Json, NodePod, read_pod
 
 POLL = 2.0  # seconds
 LAST_LOG = 10  # seconds for the end of the first node's log
 DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
+SECONDS = 30  # for one request
+PATIENCE = 600  # seconds without an answer of the API before we give up
+CONFLICT, NOT_FOUND = 409, 404
+APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, Kubeflow Trainer)"
 
 
 def train(step: str, call: Json, begin: Callable[[], None]) -> None:
@@ -99,7 +108,7 @@ def _follow(cluster: Cluster, step: str, name: str) -> None:
         ended.set()
     log.join(LAST_LOG)
     if condition["type"] != "Complete":
-        raise _error(condition, failed, name)
+        raise trainjob.error(condition, failed, name)
 
 
 def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[NodePod]]:
@@ -116,7 +125,7 @@ def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[Nod
             # A restart takes the pod away, with what it says.
             if pod.failure:
                 failed.setdefault((pod.attempt, pod.node), pod)
-        state = _state(job, pods, failed.values())
+        state = trainjob.state(job, pods, failed.values())
         if not pods and time.monotonic() - began > WITHOUT_PODS:
             state += f"; why: kubectl describe jobset {name}"
         if state != last_state:
@@ -148,32 +157,149 @@ def _copy_log(cluster: Cluster, name: str, ended: threading.Event) -> None:
                     last_line[pod.name] = time.monotonic()
 
 
-def _state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
-    """One line for people."""
-    condition = trainjob.ended(job)
-    if condition is not None:
-        return str(condition["type"]).lower()
-    if job["spec"].get("suspend"):
-        return "suspended: it waits in its queue"
-    newest = max((pod.attempt for pod in pods), default=0)
-    running = [pod for pod in pods if pod.attempt == newest and pod.phase == "Running"]
-    state = f"{len(running)} of {job['spec']['trainer']['numNodes']} nodes run"
-    obstacles = [pod.obstacle for pod in pods if pod.obstacle]
-    if obstacles:
-        state += f"; {obstacles[0]}"
-    if not newest:
-        return state
-    before = trainjob.cause(pod for pod in failed if pod.attempt < newest)
-    return f"{state}, restart {newest}" + (f" ({before.error})" if before else "")
+class NoAnswerError(WorkError):
+    """The Kubernetes API has been silent for too long; what runs on the cluster is not ended by that."""
 
 
-def _error(condition: Json, failed: Iterable[NodePod], name: str) -> InputError | WorkError:
-    """The error of the node that failed first; Kubernetes' own words only where no node left any."""
-    cause = trainjob.cause(failed)
-    if cause is None:
-        return WorkError(
-            f"TrainJob {name} failed ({condition.get('reason')}): {condition.get('message')}",
-            remedy="the log above has what its first node printed",
+class Cluster:
+    """The namespace in which this pod runs."""
+
+    def __init__(self) -> None:
+        from kubernetes import client, config
+
+        # in a pod its account; elsewhere as kubectl does
+        self.namespace = "default"
+        if NAMESPACE.is_file():
+            config.load_incluster_config()
+            self.namespace = NAMESPACE.read_text().strip()
+        else:
+            kubeconfig = os.environ.get("KUBECONFIG")
+            try:
+                config.load_kube_config(kubeconfig)
+            except config.ConfigException as error:
+                raise InputError(
+                    "this pod has no token of a service account, with which it would start its nodes",
+                    field="resources.steps.recover.nodes",
+                    remedy="let Kubernetes mount it (automountServiceAccountToken), or train on one node",
+                ) from error
+            _, active = config.list_kube_config_contexts(kubeconfig)
+            self.namespace = active["context"].get("namespace", self.namespace)
+        self._train_jobs = (GROUP, VERSION, self.namespace, PLURAL)
+        self._jobs = client.CustomObjectsApi()
+        self._pods = client.CoreV1Api()
+
+    def own_pod(self) -> Json:
+        """This pod. Raises InputError where its account may not read it."""
+        name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+        return self._read(self._pods.read_namespaced_pod, name, self.namespace)
+
+    def create(self, job: Json) -> bool:
+        """Create a TrainJob; False where one of its name exists. Raises InputError where it is refused."""
+        create = self._jobs.create_namespaced_custom_object
+        return self._ask(create, *self._train_jobs, job, expected=CONFLICT, job=job) is not None
+
+    def train_job(self, name: str) -> Json | None:
+        """A TrainJob with its status; None where there is none."""
+        get = self._jobs.get_namespaced_custom_object
+        job: Json | None = self._ask(
+            get,
+            *self._train_jobs,
+            name,
+            expected=NOT_FOUND,
         )
-    kind = InputError if cause.exit_code == InputError.exit_code else WorkError
-    return kind(cause.error)
+        return job
+
+    def delete(self, name: str) -> None:
+        """Delete a TrainJob, with its pods; nothing where there is none."""
+        delete = self._jobs.delete_namespaced_custom_object
+        self._ask(
+            delete,
+            *self._train_jobs,
+            name,
+            expected=NOT_FOUND,
+            propagation_policy="Foreground",
+        )
+
+    def nodes(self, name: str) -> list[NodePod]:
+        """The pods of a TrainJob's nodes."""
+        selector = f"{OF_JOB_SET}={name}"
+        listing = self._read(self._pods.list_namespaced_pod, self.namespace, label_selector=selector)
+        return [read_pod(pod) for pod in listing["items"]]
+
+    def log(self, pod: str, container: str, since: int | None = None) -> Iterator[str]:
+        """The lines that a container prints, until it ends or the connection does; of the last `since` seconds."""
+        options = {"since_seconds": since} if since is not None else {}
+        response = self._pods.read_namespaced_pod_log(
+            pod, self.namespace, container=container, follow=True, _preload_content=False, **options
+        )
+        for line in response:
+            yield line.decode(errors="replace").rstrip("\n")
+
+    def _read(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Json:
+        """An object as the API has it: the client's own classes refuse one in which a field is missing."""
+        response = self._ask(request, *arguments, _preload_content=False, **options)
+        return dict(json.loads(response.data))
+
+    def _ask(
+        self,
+        request: Callable[..., Any],
+        *arguments: Any,
+        expected: int | None = None,
+        job: Json | None = None,
+        **options: Any,
+    ) -> Any:
+        """One request, again while nobody answers; None for the status `expected`. Raises NoAnswerError, InputError."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        began = time.monotonic()
+        while True:
+            try:
+                return request(*arguments, _request_timeout=SECONDS, **options)
+            except (ApiException, HTTPError) as error:
+                status = getattr(error, "status", None)
+                if status is not None and status == expected:
+                    return None
+                # an upgrade of the control plane, or a throttle
+                if status is not None and status < 500 and status != 429:
+                    raise _refused(error, job) from error
+                if time.monotonic() - began > PATIENCE:
+                    raise NoAnswerError(
+                        f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
+                        remedy="the TrainJob trains meanwhile, and a retry of the step finds it",
+                    ) from error
+                time.sleep(5)
+
+
+def _refused(error: Any, job: Json | None = None) -> InputError:
+    """The error of a request that the API refuses, with what helps."""
+    message = _message(error)
+    runtime = job["spec"]["runtimeRef"]["name"] if job else ""
+    if "not found: specified" in message:
+        return InputError(
+            f"the TrainingRuntime {runtime!r} does not exist here",
+            field="resources.steps.recover.runtime",
+            remedy=f"{APPLY}, or name one that exists",
+        )
+    if error.status == NOT_FOUND and job:
+        return InputError(
+            "this cluster has no Kubeflow Trainer: it does not know TrainJobs",
+            field="resources.steps.recover.nodes",
+            remedy="install Kubeflow Trainer 2 (docs/install.md), or train on one node",
+        )
+    # a quota and an admission webhook forbid too
+    if error.status == 401 or "forbidden: User" in message:
+        return InputError(
+            f"this step's account may not do that: {message}",
+            field="resources.steps.recover.nodes",
+            remedy=f"for its Role {APPLY}",
+        )
+    return InputError(f"the cluster refuses it: {message}", field="resources.steps.recover")
+
+
+def _message(error: Any) -> str:
+    """What the API says, out of its JSON."""
+    try:
+        return str(json.loads(error.body)["message"])
+    except (AttributeError, ValueError, KeyError, TypeError):
+        return str(getattr(error, "reason", None) or error)

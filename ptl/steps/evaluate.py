@@ -8,14 +8,13 @@ from pathlib import Path
 
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune, plan, removal
-from ptl.evaluation import gate, paired, speed_rows, tasks
+from ptl.evaluation import gate, paired, tasks
 from ptl.lineage import registry, tracking
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, smallest_cuts
 from ptl.model.families import family_of
-from ptl.steps.call import Call, Metadata, schedule_of
-from ptl.steps.key import key_of
+from ptl.steps.call import Call, Metadata, key_of, schedule_of
 from ptl.steps.reporting import kubeflow_metrics, score_tags
 from ptl.steps.step import Step
 from ptl.storage import store
@@ -214,7 +213,7 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
     """
     import torch
 
-    from ptl.evaluation.speed import side_by_side
+    from ptl.evaluation.speed import metrics, side_by_side
 
     run = step.run
     dense = step.committed("import-model").pointer
@@ -232,7 +231,7 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
-    tracking.log_metrics(run, speed_rows.metrics(speed["models"]), step.call.iteration)
+    tracking.log_metrics(run, metrics(speed["models"]), step.call.iteration)
     # What began or ended in between took its share as well.
     beside.update(tracking.computing_beside(run))
     return {**speed, "beside": sorted(beside)}

@@ -26,8 +26,7 @@ from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.report import run_page
 from ptl.revision import own_revision
-from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, schedule_of
-from ptl.steps.key import key_of, withdraw_outdated
+from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, schedule_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
 from ptl.storage.manifest import digest_of

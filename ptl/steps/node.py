@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ptl import processes
 from ptl.log import say
-from ptl.recovery import machines
+from ptl.recovery.job import machines
 from ptl.steps import mounts, process, trainjob
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Do the step of the call in the environment; a failure is this container's last words."""
     call = json.loads(os.environ.pop(trainjob.CALL))
     step = call["settings"]["step"]
-    group = machines.machines()
+    group = machines()
     # Whoever waits for the first line of training sees what it waits for.
     say(step, f"node {group.rank} of {group.count} (from 0): importing libraries")
     for warning in mounts.load():

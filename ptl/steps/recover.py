@@ -14,8 +14,7 @@ from ptl.data import decontamination
 from ptl.lineage import tracking
 from ptl.log import say
 from ptl.model import mlflow_flavor
-from ptl.recovery import machines
-from ptl.recovery.job import Log, RecoveryJob, StageBudget, progress
+from ptl.recovery.job import Log, RecoveryJob, StageBudget, is_node, machines, progress
 from ptl.steps import coordinator, reporting
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
 from ptl.steps.step import Step, is_coordinator, scratch
@@ -66,7 +65,7 @@ def recover(call: Call) -> None:
                 mlflow_flavor.write(step.folder)
                 step.publish(_metadata(call, report))
         # Committed: nothing resumes this training any more.
-        if step.record is not None and machines.machines().first:
+        if step.record is not None and machines().first:
             for stage_store in stores:
                 stage_store.clear()
     return None
@@ -79,7 +78,7 @@ def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckp
     """
     minutes = float(os.environ.get("PTL_STORE_MINUTES") or STORE_MINUTES)
     run = step.run
-    if run.root.startswith("file:") and not machines.is_node():
+    if run.root.startswith("file:") and not is_node():
         return []
     return [
         TrainingCheckpoints(
@@ -115,7 +114,7 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
         _reporter(step, iteration.tokens),
         teacher=step.fetch(step.committed("import-model").pointer) if distils else None,
         benchmark_items=step.fetch(step.committed(BENCHMARK_ITEMS).pointer) if data.decontaminate.tasks else None,
-        machines=machines.machines(),
+        machines=machines(),
     )
 
 

@@ -11,12 +11,12 @@ from ptl.config.export import ServedFormat, gguf_name
 from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config, check
 from ptl.evaluation import gate
-from ptl.export import kserve
+from ptl.export import formats
 from ptl.lineage import registry, tracking
 from ptl.log import say
 from ptl.report import run_page
 from ptl.report.result import Result
-from ptl.report.verdict import first_line
+from ptl.report.words import first_line
 from ptl.steps.call import Call, Metadata, schedule_settings
 from ptl.steps.reporting import score_tags
 from ptl.steps.step import Step, scratch
@@ -134,7 +134,7 @@ def write_manifests(final: Pointer, records: dict[str, Record], config: Config, 
     for suffix, format, uri in served:
         if uri.startswith("s3://"):
             gpus = 1 if format != "gguf" else int(bool(config.resources.accelerator))
-            manifest = kserve.inference_service(_service_name(config.name, suffix), uri, format, gpus)
+            manifest = formats.inference_service(_service_name(config.name, suffix), uri, format, gpus)
             (folder / f"inference-service{suffix}.yaml").write_text(manifest)
 
 

@@ -31,10 +31,9 @@ from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
-from ptl.recovery import machines
+from ptl.recovery.job import is_node, machines
 from ptl.steps import attempts, reporting
-from ptl.steps.call import Call, Metadata
-from ptl.steps.key import Key, check_same_files, key_of, withdraw_outdated
+from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
 from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of
@@ -72,7 +71,7 @@ class Step:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if error is None and machines.machines().first:
+        if error is None and machines().first:
             shutil.rmtree(scratch(self.run.step), ignore_errors=True)
         elif isinstance(error, Exception):
             reporting.note_error(self.run, error)
@@ -92,7 +91,7 @@ class Step:
             self.record = record
             say(run.step, "done before: taken as it is")
             # It may have been killed between the record and MLflow.
-            if machines.machines().first:
+            if machines().first:
                 self._report()
             return
         check_same_files(run, self.call.stage, self.key)
@@ -100,7 +99,7 @@ class Step:
             withdraw_outdated(run, record, self.key)
         self.folder = empty_folder(run.step)
         # A node's attempt is its coordinator's, which has looked for earlier results, and begins later.
-        if machines.is_node():
+        if is_node():
             return
         # The import is itself a copy, and an evaluation's verdict names checkpoints of its own run.
         earlier = None if self.call.stage in ("import", "evaluate") else self.take_over(self.key.digest)
@@ -316,8 +315,8 @@ class Step:
 
 def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
-    is_step = attempts.on_a_cluster() and not machines.is_node(environment)
-    return is_step and machines.machines(environment).count > 1
+    is_step = attempts.on_a_cluster() and not is_node(environment)
+    return is_step and machines(environment).count > 1
 
 
 def scratch(name: str) -> Path:

@@ -80,7 +80,7 @@ def run(
         file=sys.stderr,
         flush=True,
     )
-    from ptl.steps.failure import give_up
+    from ptl.steps.reporting import give_up
 
     give_up(call, failure, outputs)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
 
 Json = dict[str, Any]
 
@@ -154,7 +154,7 @@ def waiting(status: Json) -> tuple[str, str, str] | None:
     return None
 
 
-def cause(failed: Iterable[NodePod]) -> NodePod | None:
+def _cause(failed: Iterable[NodePod]) -> NodePod | None:
     """The failure that the others of the last attempt follow from: wrong input, then the first that says why."""
 
     def order(pod: NodePod) -> tuple[int, bool, bool, str, int]:
@@ -162,6 +162,37 @@ def cause(failed: Iterable[NodePod]) -> NodePod | None:
         return -pod.attempt, pod.exit_code != InputError.exit_code, not pod.explained, pod.ended, pod.node
 
     return min(failed, key=order, default=None)
+
+
+def state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
+    """One line for people."""
+    condition = ended(job)
+    if condition is not None:
+        return str(condition["type"]).lower()
+    if job["spec"].get("suspend"):
+        return "suspended: it waits in its queue"
+    newest = max((pod.attempt for pod in pods), default=0)
+    running = [pod for pod in pods if pod.attempt == newest and pod.phase == "Running"]
+    line = f"{len(running)} of {job['spec']['trainer']['numNodes']} nodes run"
+    obstacles = [pod.obstacle for pod in pods if pod.obstacle]
+    if obstacles:
+        line += f"; {obstacles[0]}"
+    if not newest:
+        return line
+    before = _cause(pod for pod in failed if pod.attempt < newest)
+    return f"{line}, restart {newest}" + (f" ({before.error})" if before else "")
+
+
+def error(condition: Json, failed: Iterable[NodePod], name: str) -> InputError | WorkError:
+    """The error of the node that failed first; Kubernetes' own words only where no node left any."""
+    cause = _cause(failed)
+    if cause is None:
+        return WorkError(
+            f"TrainJob {name} failed ({condition.get('reason')}): {condition.get('message')}",
+            remedy="the log above has what its first node printed",
+        )
+    kind = InputError if cause.exit_code == InputError.exit_code else WorkError
+    return kind(cause.error)
 
 
 def last_words(reason: str, exit_code: int) -> str:

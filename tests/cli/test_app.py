@@ -16,7 +16,7 @@ from gguf_files import needs_llama_cpp, pairs_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import build, save
 
-from ptl.cli import app, configs, shipped
+from ptl.cli import app, arguments, configs
 from ptl.config.run import Config, load_config
 from ptl.errors import InputError
 from ptl.export import gguf
@@ -334,7 +334,7 @@ def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, 
 
 
 def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path):
-    from ptl.cli.destination import writing
+    from ptl.cli.arguments import writing
 
     dst, work = tmp_path / "dst", tmp_path / "dst.partial"
     with pytest.raises(RuntimeError), writing(dst) as out:
@@ -365,19 +365,19 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
 def test_a_config_is_given_by_its_path_or_by_the_name_of_a_shipped_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "qwen2.5-7b"):
-        file = shipped.config_file(name)
-        assert file == TINY.with_name(f"{name}.yaml") and shipped.shown(file) == name
-    assert shipped.shown(shipped.config_file("own/tiny.yaml")) == "own/tiny.yaml"
+        file = arguments.config_file(name)
+        assert file == TINY.with_name(f"{name}.yaml") and arguments.shown(file) == name
+    assert arguments.shown(arguments.config_file("own/tiny.yaml")) == "own/tiny.yaml"
     with pytest.raises(InputError, match=r"no file tinny, and no shipped config of this name; .* one of gemma2-9b, "):
-        shipped.config_file("tinny")
+        arguments.config_file("tinny")
     (tmp_path / "tiny").touch()  # a file of one's own comes first
-    assert shipped.config_file("tiny") == Path("tiny")
+    assert arguments.config_file("tiny") == Path("tiny")
 
 
 def test_a_shipped_config_is_compiled_with_the_paths_of_the_images(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_config(TINY, {"calibration.data.source": "rows.jsonl"})
-    assert shipped.as_in_images(config, TINY).model.path == "examples/tiny_reasoner/checkpoint"
-    assert shipped.as_in_images(config, TINY).calibration.data.source == str(tmp_path / "rows.jsonl")
+    assert arguments.as_in_images(config, TINY).model.path == "examples/tiny_reasoner/checkpoint"
+    assert arguments.as_in_images(config, TINY).calibration.data.source == str(tmp_path / "rows.jsonl")
     # A config of one's own keeps its files where they are.
-    assert shipped.as_in_images(config, tmp_path / "own.yaml").model.path == config.model.path
+    assert arguments.as_in_images(config, tmp_path / "own.yaml").model.path == config.model.path

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.store.artifact import s3_artifact_repo
 from typer.testing import CliRunner
 
-from ptl.cli import destination, results
+from ptl.cli import arguments, results
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
 from ptl.lineage import locate, mlflow_client, registry, tracking
@@ -290,7 +290,7 @@ results._copy(locate.checkpoint(sys.argv[1]), Path(sys.argv[2]))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not out.exists() and (tmp_path / "out.partial").exists()
-    with destination.writing(out), pytest.raises(InputError, match="another process executes it"):
+    with arguments.writing(out), pytest.raises(InputError, match="another process executes it"):
         ptl("fetch", here.id, out)
     ptl("fetch", here.id, out)
     assert holds(out, here.directory / "recover-2")[0] and not (tmp_path / "out.partial").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ptl.cli import app, rehearsal
+from ptl.cli import app, run
 from ptl.local.run_directory import RunDir
 from ptl.tables import table_text
 
@@ -22,7 +22,7 @@ SETTINGS = ["schedule.iterations=1", "evaluate.speed.repeats=0", f"recover=[{{me
 @pytest.mark.slow
 def test_a_run_with_gate_and_reinforcement_learning_is_rehearsed(tmp_path):
     config = "pipelines/prune_tune_loop/configs/tiny-gate.yaml"
-    options = rehearsal.options(SETTINGS)
+    options = run._repeated(SETTINGS)
     command = [sys.executable, "-m", "ptl", "run", config, "--rehearse", "--home", str(tmp_path), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,7 +55,7 @@ def test_cells_are_shown_as_they_are():
 def test_steps_without_work_are_named(tmp_path, capsys):
     skipped = [{"step": "prune-4", "iteration": 4, "reason": "target reached"}]
     (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped}))
-    rehearsal.conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml", "--set", "seed=2"])
+    run._conclude(RunDir(tmp_path, tmp_path), [], ["config.yaml", "--set", "seed=2"])
     printed = capsys.readouterr().out
     assert "Not rehearsed, because the loop had ended: prune-4." in printed
     assert "  ptl submit config.yaml --set seed=2\n" in printed

@@ -17,7 +17,7 @@ from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_ite
 from ptl.evaluation.helpers import AnswerNotes, Helper, Share, divided, visible_gpu
 from ptl.evaluation.language_models import tensor_parallel
 from ptl.evaluation.paired import wilson
-from ptl.evaluation.task_data import local_splits
+from ptl.evaluation.task_files import local_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, files, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,10 +294,10 @@ def graded(name, data_dir, answer):
 
 
 def loaded_and_graded(name, data_dir, answer):
-    from ptl.evaluation import task_loading
+    from ptl.evaluation import scoring
 
     wanted = settings({"name": name, "metric": "acc"}, data_dir=str(data_dir), allow_code=True)
-    task = task_loading.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
+    task = scoring.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
     task.build_all_requests(limit=1)
     (instance,) = task.instances
     instance.resps.append(answer)
@@ -450,7 +450,7 @@ def test_a_template_of_a_task_cannot_reach_python():
     from jinja2.exceptions import SecurityError
     from lm_eval.utils import apply_template
 
-    from ptl.evaluation.task_loading import cache_templates
+    from ptl.evaluation.language_models import cache_templates
 
     cache_templates()
     assert apply_template("{{a | regex_replace('x', 'y')}}\n", {"a": "x"}) == "y\n"
@@ -576,7 +576,7 @@ def test_missing_local_files_are_named(tmp_path):
 
 
 def test_malformed_local_line_is_named(tmp_path):
-    from ptl.evaluation.task_data import LocalFile, read_splits
+    from ptl.evaluation.task_files import LocalFile, read_splits
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
@@ -617,10 +617,10 @@ def test_check_imports_neither_torch_nor_the_harness():
     "name, items", [("gsm8k_cot", 1319), ("minerva_math500", 500), ("humaneval", 164), ("mbpp", 500)]
 )
 def test_real_benchmark_files_give_every_item(name, items):
-    from ptl.evaluation import task_loading
+    from ptl.evaluation import scoring
 
     wanted = settings({"name": name}, data_dir=str(DATA), allow_code=True)
-    task = task_loading.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
+    task = scoring.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
     assert len(task.eval_docs) == items
     task.build_all_requests(limit=2)
     assert len(task.instances[0].args[0]) > 100

@@ -5,7 +5,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from ptl.export.kserve import inference_service
+from ptl.export.formats import inference_service
 
 FOLDER = "s3://models/runs/ab12/artifacts"
 FILE = f"{FOLDER}/model.gguf"

@@ -473,12 +473,12 @@ def test_a_version_that_was_registered_by_its_folder_stays(experiment, loop):
 
 def test_a_run_that_is_at_work_is_not_collected(tmp_path):
     from ptl import processes
-    from ptl.cli import gc
+    from ptl.cli import results
 
     lock = tmp_path / "runs" / "tiny-1" / "lock"
     refused = pytest.raises(InputError, match=r"run tiny-1.*end it first")
     with processes.exclusive(lock, "run tiny-1"), ExitStack() as stack, refused:
-        gc._hold(stack, tmp_path, {"tiny-1", "another-run"})
+        results._hold(stack, tmp_path, {"tiny-1", "another-run"})
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from recovering import DENSE, ROOT, cut, losses, recover, weights
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.recovery import launch
-from ptl.recovery.machines import Machines
+from ptl.recovery.job import Machines
 
 CPT = {"method": "cpt"}
 

@@ -6,8 +6,7 @@ from run_records import items, limits, reject, scores
 from ptl.report import tables
 from ptl.report.build import build
 from ptl.report.render import render
-from ptl.report.sentences import checks
-from ptl.report.verdict import overall
+from ptl.report.words import checks, overall
 
 SMALL = 127_872  # parameters of the final model
 

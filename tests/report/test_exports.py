@@ -4,7 +4,7 @@ from run_records import DENSE, RUN, export, record_of
 
 from ptl.report.build import build
 from ptl.report.render import render, terminal_text
-from ptl.report.sentences import checks
+from ptl.report.words import checks
 
 EXPORT = {"format": "gguf", "type": "q8_0"}
 STEP = "export-gguf-q8-0"

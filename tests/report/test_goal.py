@@ -4,7 +4,7 @@ import pytest
 from run_records import limits, scores
 
 from ptl.report.build import build
-from ptl.report.sentences import checks
+from ptl.report.words import checks
 
 GOAL = {
     **{"kind": "memory", "memory": "1kB", "bytes": 1000, "dense": 2000, "sequences": 2, "tokens": 5},

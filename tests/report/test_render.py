@@ -16,8 +16,7 @@ from ptl.report import tables
 from ptl.report.build import build
 from ptl.report.render import render, terminal_text
 from ptl.report.result import Result
-from ptl.report.sentences import checks
-from ptl.report.verdict import headline, overall
+from ptl.report.words import checks, headline, overall
 
 
 def written(records, settings, folder, **more) -> Result:

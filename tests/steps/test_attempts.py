@@ -119,7 +119,7 @@ def test_no_space_for_the_call_itself_is_named_too(go, monkeypatch, capfd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(supervisor.Path, "write_text", full)
-    monkeypatch.setattr("ptl.steps.failure.leave_for_runner", lambda step, failure: None)
+    monkeypatch.setattr("ptl.steps.reporting.leave_for_runner", lambda step, failure: None)
     assert go("ok")[0] == 1
     assert "error: prune-1: no space left while writing a file" in capfd.readouterr().err
 

@@ -19,10 +19,9 @@ from mock_kubernetes import pod
 from pipelines.prune_tune_loop.cluster import train_job
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.recovery.machines import Machines, machines
-from ptl.steps import coordinator, kubernetes_api, trainjob
-from ptl.steps.call import Call
-from ptl.steps.key import key_of
+from ptl.recovery.job import Machines, machines
+from ptl.steps import coordinator, trainjob
+from ptl.steps.call import Call, key_of
 from ptl.steps.step import Step, is_coordinator
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record
@@ -42,7 +41,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_NODES", "2")
     monkeypatch.setenv(trainjob.TEMPLATE, train_job(config, "registry/ptl-recover:1"))
     monkeypatch.setattr(coordinator, "POLL", 0.01)
-    monkeypatch.setattr(kubernetes_api, "PATIENCE", 0)
+    monkeypatch.setattr(coordinator, "PATIENCE", 0)
     with mock_kubernetes.serving(tmp_path) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         yield cluster
@@ -233,13 +232,13 @@ def test_what_the_cluster_refuses_is_an_input_error_that_names_the_remedy(cluste
 
 
 def test_an_api_that_does_not_answer_for_a_while_is_waited_for(cluster, monkeypatch):
-    monkeypatch.setattr(kubernetes_api.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(kubernetes_api, "PATIENCE", 60)
+    monkeypatch.setattr(coordinator.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(coordinator, "PATIENCE", 60)
     cluster.play(("trainjob-running", running()), ("trainjob-complete", done()))
     cluster.outage = 3
     train()
     cluster.outage, cluster.jobs = 1000, {}
-    monkeypatch.setattr(kubernetes_api, "PATIENCE", 0)
+    monkeypatch.setattr(coordinator, "PATIENCE", 0)
     with pytest.raises(
         WorkError,
         match=r"the Kubernetes API has not answered for 0 s: .*currently unable.*; the TrainJob trains meanwhile",

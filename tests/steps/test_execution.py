@@ -17,9 +17,8 @@ from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
 from ptl.lineage import mlflow_client, progress, tracking
-from ptl.steps import evaluate, import_model, key, process, recover, table
-from ptl.steps.call import Call
-from ptl.steps.key import key_of
+from ptl.steps import call, evaluate, import_model, process, recover, table
+from ptl.steps.call import Call, key_of
 from ptl.steps.step import Step, scratch
 from ptl.storage import store
 from ptl.storage.local_files import path_of
@@ -197,7 +196,7 @@ def test_a_finished_run_and_one_of_another_version_are_not_changed(begin, tmp_pa
     step, settings = Call("recover-1", begin()[1]), {"training": data}
     record = execute(step, None, settings, Work())
     with monkeypatch.context() as newer:
-        newer.setattr(key, "__version__", "0.0.9")
+        newer.setattr(call, "__version__", "0.0.9")
         with pytest.raises(InputError, match=r"recover-1 of run .*done by ptl .*this is ptl 0\.0\.9; resume the run"):
             execute(step, None, settings, Work())
     run = step.start()
