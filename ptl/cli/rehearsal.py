@@ -10,7 +10,7 @@ from typing import Any
 from ptl.config.rehearsal import changes, left_out, rehearsal
 from ptl.config.run import Config
 from ptl.local.run_directory import RunDir
-from ptl.tables import table_text
+from ptl.log import table_text
 
 
 def announced(config: Config, gpus: int | None) -> tuple[Config, list[str]]:

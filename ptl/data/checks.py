@@ -9,7 +9,7 @@ from ptl.config.recover import DataSource, RecoverStage, TrainingData
 from ptl.config.run import Calibration, Evaluate
 from ptl.data.sources import check_rows, fill, local_file, numbered_rows, prompt_of
 from ptl.errors import InputError
-from ptl.model import checks, hub
+from ptl.model import checkpoint, hub, pretrained, shapes
 
 TEACHER = "recover.teacher"
 
@@ -74,13 +74,13 @@ def check_settings(
     recover: Sequence[RecoverStage],
 ) -> None:
     """Raise InputError for what the model in `folder` cannot do of all that the config asks of it; reads no weights."""
-    tokenizer = checks.load_tokenizer(folder)
-    checks.check_generation_config(folder)
+    tokenizer = pretrained.load_tokenizer(folder)
+    checkpoint.check_generation_config(folder)
     # What is not set follows the model.
     lengths = {"calibration.max_length": calibration.max_length}
     if evaluate.max_length is not None:
         lengths["evaluate.max_length"] = evaluate.max_length
-    checks.check_positions(folder, lengths)
+    shapes.check_positions(folder, lengths)
     check_stages(folder, recover, teacher=None)
     if tokenizer.chat_template:
         return
@@ -98,10 +98,10 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
 
     `teacher` is the run's original model; None: not known yet, or the model itself.
     """
-    tokenizer = checks.load_tokenizer(folder)
+    tokenizer = pretrained.load_tokenizer(folder)
     for stage in stages:
         length = "max_completion_length" if stage.method == "grpo" else "max_length"
-        checks.check_positions(folder, {f"recover.{length}": getattr(stage, length)})
+        shapes.check_positions(folder, {f"recover.{length}": getattr(stage, length)})
         if stage.method != "distil":
             continue
         # A teacher reads the same sequences, and numbers tokens in the same way; of a hub id only small files are read.
@@ -109,6 +109,6 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
         if name:
             own = hub.locate(name, None, hub.SMALL_FILES, field=TEACHER)
         if own is not None:
-            of_teacher = checks.load_tokenizer(own, TEACHER)
-            checks.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
-            checks.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))
+            of_teacher = pretrained.load_tokenizer(own, TEACHER)
+            shapes.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
+            pretrained.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))

@@ -9,7 +9,7 @@ from ptl.errors import InputError
 from ptl.evaluation import paired
 from ptl.evaluation.evaluate import read_items
 from ptl.evaluation.paired import Paired
-from ptl.tables import table_text
+from ptl.log import table_text
 
 # Two lines for each benchmark: for the 80 columns of a terminal
 NUMBERS = ("A\nB", "regressions\nimprovements", "difference\n(interval)", "p worse\np different")

@@ -9,7 +9,7 @@ import pytest
 import run_records
 from mlflow import MlflowClient
 
-from ptl import revision
+from ptl.config import image_names
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration
 from ptl.errors import InputError, WorkError
@@ -185,10 +185,10 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
 
 def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setenv("PTL_REVISION", "unknown")
-    assert revision.own_revision() == revision.revision_of(ROOT)
+    assert image_names.own_revision() == image_names.revision_of(ROOT)
     monkeypatch.setenv("PTL_REVISION", "abc")
-    assert revision.own_revision() == "abc"
-    assert revision.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
+    assert image_names.own_revision() == "abc"
+    assert image_names.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
 
 
 def test_the_result_is_on_the_run(client, begin):
