@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from ptl.cli.configs import warn
-from ptl.config.goal import MemoryGoal
-from ptl.config.paths import FILL_IN
+from ptl.config.base import FILL_IN
 from ptl.config.run import check
+from ptl.config.schedule import MemoryGoal
 from ptl.data.training_amount import PER_PARAMETER
 from ptl.errors import InputError
 

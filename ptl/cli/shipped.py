@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import ptl
-from ptl.config.paths import FOLDER
+from ptl.config.base import FOLDER
 from ptl.config.run import Config, check
 from ptl.errors import InputError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ptl.config.paths import FILL_IN
+from ptl.config.base import FILL_IN
 from ptl.config.recover import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines

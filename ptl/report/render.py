@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.address import runs_page
-from ptl.config.flat_settings import flat_settings
+from ptl.config.base import flat_settings
 from ptl.evaluation import speed_rows
 from ptl.report import numbers, sentences, tables, verdict
 from ptl.report.result import Result

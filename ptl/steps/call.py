@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 from ptl.config import dag
 from ptl.config.base import Section
-from ptl.config.goal import BY_GOAL
 from ptl.config.run import check
-from ptl.config.schedule import Iteration, Prune, Schedule, plan
+from ptl.config.schedule import BY_GOAL, Iteration, Prune, Schedule, plan
 from ptl.errors import InputError
 from ptl.evaluation import gate
 from ptl.lineage import tracking

@@ -11,13 +11,12 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from ptl import __version__
+from ptl.config.base import flat_settings
 from ptl.config.export import Export
-from ptl.config.flat_settings import flat_settings
-from ptl.config.goal import MemoryGoal
 from ptl.config.image_names import own_revision
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Config, Evaluate, Gate, ModelSource, check
-from ptl.config.schedule import Prune, Schedule
+from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.lineage import tracking

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from ptl.config import dag
+from ptl.config.base import flat_settings
 from ptl.config.export import ServedFormat, gguf_name
-from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config, check
 from ptl.evaluation import gate
 from ptl.export import kserve
