@@ -20,7 +20,7 @@ from mock_kfp import MockKubeflow
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_database
+from ptl.lineage import mlflow_client
 from ptl.local import images, servers
 from ptl.storage import s3_client
 from ptl.storage.local_files import path_of
@@ -243,7 +243,7 @@ def new_database(tmp_path_factory):
     """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    mlflow_database.create(f"sqlite:///{shared}/empty.db", f"file://{shared}/artifacts")
+    mlflow_client.create_database(f"sqlite:///{shared}/empty.db", f"file://{shared}/artifacts")
     return lambda folder: Path(shutil.copyfile(shared / "empty.db", folder / "mlflow.db")).parent
 
 

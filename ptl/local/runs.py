@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptl import address
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client, mlflow_objects, progress
+from ptl.lineage import mlflow_client, mlflow_objects, run_status
 from ptl.local import servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import LIFELINE, Environment
@@ -113,7 +113,7 @@ def artifact_location(experiment: str) -> str:
         return os.environ["PTL_ARTIFACT_ROOT"]
     try:
         # MLflow's own client would try for minutes.
-        with mlflow_client.briefly(progress.WATCHING), mlflow_client.connected() as client:
+        with mlflow_client.briefly(run_status.WATCHING), mlflow_client.connected() as client:
             location = str(mlflow_objects.experiment(client, experiment).artifact_location)
     except WorkError as error:
         raise InputError(

@@ -20,8 +20,7 @@ from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.lineage import tracking
-from ptl.lineage.progress import MAX_EARLIER
-from ptl.lineage.run_status import StepRun
+from ptl.lineage.run_status import MAX_EARLIER, StepRun
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.report import run_page

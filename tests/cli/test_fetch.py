@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from ptl.cli import destination, results
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
-from ptl.lineage import locate, mlflow_client, registry, tracking
+from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
 from ptl.local import servers
 from ptl.report.build import build
 from ptl.storage import s3_client, store
@@ -73,8 +73,8 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
     if done:
         scored = start("evaluate-1")
         for step, alias in (("recover-1", "best"), ("recover-2", "smallest")):
-            version = registry.register(scored, name, pointers[step], {})
-            registry.set_alias(name, alias, version)
+            version = mlflow_objects.register(scored, name, pointers[step], {})
+            mlflow_objects.set_alias(name, alias, version)
         result = build(run_records.records(), run_records.settings(), run_id=run).model_dump(mode="json")
         row = result["rows"][0] | {"accuracy": 0.9, "params": 98}
         rows = [

@@ -24,7 +24,7 @@ from working import execute
 from ptl.cli.app import app
 from ptl.config import dag
 from ptl.errors import InputError, WorkError
-from ptl.lineage import registry, retention, tracking
+from ptl.lineage import mlflow_objects, retention, tracking
 from ptl.local import servers
 from ptl.steps.call import Call
 from ptl.storage import s3, s3_client, store, training_checkpoints
@@ -97,7 +97,7 @@ class Loop:
 
         def metadata(run):
             if accepted and mine.params < 100:
-                registry.register(run, self.experiment, mine, {})
+                mlflow_objects.register(run, self.experiment, mine, {})
             task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
             sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1) | {"experts": 0}
             return {
