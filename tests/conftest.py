@@ -22,9 +22,8 @@ from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
 from ptl.local import images, servers
-from ptl.storage import s3_client
 from ptl.storage.local_files import path_of
-from ptl.storage.s3_client import split
+from ptl.storage.s3 import SETTINGS, split
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -168,7 +167,7 @@ def unused(port):
 @pytest.fixture
 def s3(server, monkeypatch):
     """The environment set for one test, and a fresh root in the bucket."""
-    for name in s3_client.SETTINGS:
+    for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name, value in server.items():
         monkeypatch.setenv(name, value)

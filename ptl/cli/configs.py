@@ -134,12 +134,12 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
 
     Of `folder` only config.json is read.
     """
-    from ptl.data import training_amount
+    from ptl.data import checks
     from ptl.export import formats
     from ptl.preflight import preflight, target
 
     _, final = target.after_iterations(dense, config.schedule, config.prune)[-1]
-    amount = training_amount.planned(config, dense.params - final.params)
+    amount = checks.planned_amount(config, dense.params - final.params)
     if amount.sentence:
         print(amount.sentence)
     return [

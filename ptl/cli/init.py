@@ -15,7 +15,7 @@ from ptl.cli.configs import warn
 from ptl.config.base import FILL_IN
 from ptl.config.run import check
 from ptl.config.schedule import MemoryGoal
-from ptl.data.training_amount import PER_PARAMETER
+from ptl.data.checks import PER_PARAMETER
 from ptl.errors import InputError
 
 OPTIONS = {"model": "MODEL", "schedule": "--target", "evaluate": "--task"}  # by the section of a config

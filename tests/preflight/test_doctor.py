@@ -138,8 +138,8 @@ def test_folder_that_cannot_be_written(config, tracking, tmp_path, monkeypatch):
 
 
 def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeypatch):
-    real = doctor.s3_client.client(attempts=2)
-    monkeypatch.setattr(doctor.s3_client, "client", lambda attempts: Unconditional(real))
+    real = doctor.s3.client(attempts=2)
+    monkeypatch.setattr(doctor.s3, "client", lambda attempts: Unconditional(real))
     doctor.mlflow(config)
     assert "ignores If-None-Match" in doubt("store", doctor.store, config, False)
 
