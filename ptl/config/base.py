@@ -166,7 +166,7 @@ def error_lines(section: type[Section], error: ValidationError) -> Iterator[str]
 def _explanation(section: type[Section], details: Any) -> str:
     """What is wrong with a field, in words that name a remedy."""
     if details["type"] == "extra_forbidden":
-        meant = " or ".join(suggestions(section, details["loc"]))
+        meant = " or ".join(_suggestions(section, details["loc"]))
         remedy = f"did you mean {meant}?" if meant else "remove it, or see `ptl validate --schema` for all fields"
         return f"unknown field; {remedy}"
     if details["type"] == "missing":
@@ -184,7 +184,7 @@ def _explanation(section: type[Section], details: Any) -> str:
     return f"{value}: {message}"
 
 
-def suggestions(section: type[Section], location: Sequence[str | int]) -> list[str]:
+def _suggestions(section: type[Section], location: Sequence[str | int]) -> list[str]:
     """Dotted names of fields that were probably meant at the location of an unknown one, the best first."""
     known = field_paths(section)
     *outer, last = map(str, location)

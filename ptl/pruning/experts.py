@@ -41,7 +41,7 @@ RunExpert = Callable[[Any, Routed], Tensor]  # the module of the experts -> one 
 
 
 @contextmanager
-def running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
+def _running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
     """While the block lasts, `run` computes what each expert gives."""
     experts: Any = layer.get_submodule(EXPERTS)
 
@@ -63,13 +63,13 @@ def running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
         del experts.forward
 
 
-def activations(experts: Any, routed: Routed) -> Tensor:
+def _activations(experts: Any, routed: Routed) -> Tensor:
     """What an expert's neurons give at its tokens: [n, F]."""
     gated: Tensor = experts._apply_gate(_project(experts, "gate_up_proj", routed.expert, routed.hidden))
     return gated
 
 
-def outputs(experts: Any, routed: Routed, values: Tensor) -> Tensor:
+def _outputs(experts: Any, routed: Routed, values: Tensor) -> Tensor:
     """What an expert gives, before the router's weight, for these activations [n, F] of its neurons: [n, H]."""
     return _project(experts, "down_proj", routed.expert, values)
 
@@ -127,30 +127,30 @@ def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertSco
     """Score every expert on the model's batches; returns float32 [E] per layer. `random` is the control."""
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        layers = {i: experts for i, layer in enumerate(model.layers) if (experts := experts_of(layer)) is not None}
+        layers = {i: experts for i, layer in enumerate(model.layers) if (experts := _experts_of(layer)) is not None}
         return {i: torch.rand(experts.num_experts, generator=generator) for i, experts in layers.items()}
-    return {i: CRITERIA[criterion](layer) for i, layer in observe(model).items()}
+    return {i: CRITERIA[criterion](layer) for i, layer in _observe(model).items()}
 
 
-def experts_of(layer: nn.Module) -> Any:
+def _experts_of(layer: nn.Module) -> Any:
     """The experts of a layer; None: it has one MLP in their place."""
     return getattr(layer.mlp, "experts", None)
 
 
 @torch.no_grad()
-def observe(model: LayerwiseModel) -> dict[int, Observed]:
+def _observe(model: LayerwiseModel) -> dict[int, Observed]:
     """Run all batches through the model, layer by layer, and observe the experts of each layer that has them."""
     layers = {}
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring experts, by layer"):
-        experts = experts_of(layer)
+        experts = _experts_of(layer)
         if experts is None:
             states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
             continue
         observed = layers[i] = Observed(experts.num_experts)
         for b, hidden in enumerate(states):
             tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
-            with running_experts(layer, _observing_outputs(tokens, observed)):
+            with _running_experts(layer, _observing_outputs(tokens, observed)):
                 states[b] = model.run(i, b, hidden)
     return layers
 
@@ -159,7 +159,7 @@ def _observing_outputs(tokens: Tensor, observed: Observed) -> RunExpert:
     """Runs an expert, and observes what it gives at these of the tokens [B * T]."""
 
     def run(experts: Any, routed: Routed) -> Tensor:
-        hidden = outputs(experts, routed, activations(experts, routed))  # [n, H]
+        hidden = _outputs(experts, routed, _activations(experts, routed))  # [n, H]
         real = tokens[routed.rows]  # [n]
         observed.add(routed.expert, hidden[real], routed.weights[real])
         return hidden
@@ -191,7 +191,7 @@ def _by_output_change(
         norms = _of_experts(layer, lambda _gate_up, down: column_norms(down))  # [E, F]
         total = torch.zeros_like(norms)
         for b, hidden in enumerate(states):
-            with running_experts(layer, _joining_changes(_shares(model, b), total, join)):
+            with _running_experts(layer, _joining_changes(_shares(model, b), total, join)):
                 states[b] = model.run(i, b, hidden)
         scores.append((total * norms).cpu())
     return scores
@@ -208,13 +208,13 @@ def _joining_changes(shares: Tensor, total: Tensor, join: Callable[[Tensor, Tens
     """Runs an expert, and joins to its row of `total` [E, F] how far each neuron moves the layer's output."""
 
     def run(experts: Any, routed: Routed) -> Tensor:
-        values = activations(experts, routed)  # [n, F]
+        values = _activations(experts, routed)  # [n, F]
         share = shares[routed.rows]  # [n]
         real = share > 0
         if real.any():
             weighted = values[real].float() * routed.weights[real, None].float()
             total[routed.expert] = join(total[routed.expert], weighted.abs(), share[real])
-        return outputs(experts, routed, values)
+        return _outputs(experts, routed, values)
 
     return run
 
@@ -234,12 +234,12 @@ def _changes_by_gradient(
     visits: list[tuple[Routed, Tensor]] = []
 
     def record(experts: Any, routed: Routed) -> Tensor:
-        values = activations(experts, routed)  # [n, F]
+        values = _activations(experts, routed)  # [n, F]
         visits.append((routed, values))
-        return outputs(experts, routed, values)
+        return _outputs(experts, routed, values)
 
     layer = model.layers[i]
-    with running_experts(layer, record):
+    with _running_experts(layer, record):
         output = model.run(i, b, hidden)
     by_input, *slopes = torch.autograd.grad(output, (hidden, *(values for _, values in visits)), gradient)
 

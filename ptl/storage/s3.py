@@ -101,10 +101,10 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     # A session of its own: the default one is not safe between threads.
     session = boto3.session.Session()
     region = os.environ.get("AWS_REGION")  # which boto3 itself does not read
-    return session.client("s3", endpoint_url=endpoint_url(), region_name=region, config=config)
+    return session.client("s3", endpoint_url=_endpoint_url(), region_name=region, config=config)
 
 
-def endpoint_url() -> str | None:
+def _endpoint_url() -> str | None:
     """Where the S3 server is; None means AWS itself."""
     return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
 
@@ -120,10 +120,10 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, ResponseParserError, *transfer) as error:
-        raise error_for(WorkError, error, uri) from error
+        raise _error_for(WorkError, error, uri) from error
 
 
-def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = "store") -> PtlError:
+def _error_for(kind: type[PtlError], error: Exception, uri: str) -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do; of the settings an InputError."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
@@ -131,14 +131,14 @@ def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = 
     remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         kind, remedy = InputError, SET_KEYS
-    elif code(error) in _SETTINGS_ERRORS:
-        kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[code(error)]
+    elif _code(error) in _SETTINGS_ERRORS:
+        kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
     elif isinstance(error, ClientError):
         remedy = "run the same command again, or look at the S3 server's log"
-    return kind(f"{uri} at {endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
+    return kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field="store", remedy=remedy)
 
 
-def code(error: Any) -> str:
+def _code(error: Any) -> str:
     """The S3 error code of a botocore ClientError; empty for another error."""
     answer = getattr(error, "response", None) or {}
     return str(answer.get("Error", {}).get("Code", ""))
@@ -146,7 +146,7 @@ def code(error: Any) -> str:
 
 def is_missing(error: Any) -> bool:
     """Whether a ClientError says that there is no such object."""
-    return code(error) in MISSING
+    return _code(error) in MISSING
 
 
 def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
@@ -239,7 +239,7 @@ def _transfer(
             try:
                 future.result()
             except ClientError as error:
-                if code(error) not in (*MISSING, "NoSuchUpload"):
+                if _code(error) not in (*MISSING, "NoSuchUpload"):
                     raise
                 lost.append(path)
     return lost
@@ -278,9 +278,9 @@ def put_once(uri: str, data: bytes) -> bytes:
             try:
                 client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except ClientError as error:
-                if code(error) in NO_CONDITIONS:
+                if _code(error) in NO_CONDITIONS:
                     put(uri, data)  # the one writer that a step normally has is still safe
-                elif code(error) not in EXISTS:
+                elif _code(error) not in EXISTS:
                     raise
     raise WorkError(f"{uri} was written but cannot be read back", field="store")
 
@@ -325,4 +325,4 @@ def check(root: str) -> None:
     try:
         client(attempts=2).head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: the endpoint is no address
-        raise error_for(InputError, error, root) from error
+        raise _error_for(InputError, error, root) from error
