@@ -148,7 +148,7 @@ class Unconditional:
     """A mock of a client of a store that knows no conditions: SeaweedFS does."""
 
     def __init__(self, real):
-        self.get_object, self.delete_object = real.get_object, real.delete_object
+        self.head_bucket, self.get_object, self.delete_object = real.head_bucket, real.get_object, real.delete_object
         self.put_object = lambda IfNoneMatch, **rest: real.put_object(**rest)
 
 
