@@ -34,8 +34,8 @@ from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation.gguf import gguf_speed
 from ptl.evaluation.language_models import language_model
 from ptl.export.formats import module_of
-from ptl.model import cost
-from ptl.model.checks import load_tokenizer
+from ptl.model import dimensions
+from ptl.model.pretrained import load_tokenizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "exports.jsonl"
 WORK = ROOT / ".ptl" / "exports"  # the pruned model, and what an interrupted pruning has left
@@ -108,7 +108,7 @@ def measure(name: str, form: str, data: Path) -> Row:
     return {
         "model": name,
         "form": form,
-        "params": cost.from_config(src).params,
+        "params": dimensions.static_cost(src).params,
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
         "gsm8k": losses(lm, tokenizer, solutions(data)),
         "other": losses(lm, tokenizer, other_texts()),

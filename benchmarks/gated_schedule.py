@@ -27,7 +27,7 @@ from ptl.config.run import Config, load_config
 from ptl.config.schedule import plan, removal, token_weights
 from ptl.evaluation import gate, paired
 from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions, smallest_cuts
 from ptl.model.families import family_of
 from ptl.pruning.prune import prune_checkpoint
@@ -70,7 +70,7 @@ def configured(name: str, seed: int, given: argparse.Namespace) -> Config:
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """The loop with its gate; returns the final checkpoint, the decisions and the tokens that were trained on."""
     accepted, state, used = SUBJECT.model, gate.State(), 0
-    dense = cost.from_config(SUBJECT.model).params
+    dense = dimensions.static_cost(SUBJECT.model).params
     iterations = plan(config.schedule, config.prune)
     items = {SUBJECT.model: scored(config, SUBJECT.model, folder / "scores-0")}
     decisions = []
@@ -80,7 +80,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         pruned, candidate = folder / f"pruned-{it.index}", folder / f"recovered-{it.index}"
         pruned.mkdir()
         planned = dense - int(it.progress * removal(dense, config.schedule.target))
-        goal = gate.goal(cost.from_config(accepted).params, planned, state.dump())
+        goal = gate.goal(dimensions.static_cost(accepted).params, planned, state.dump())
         prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
         here = StageBudget(it.tokens, (), it.index, it.last, config.seed, token_weights(config.schedule))
         job = RecoveryJob(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
@@ -94,7 +94,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
             {
                 "decision": decision.decision,
                 "tokens": it.tokens,
-                "params": cost.from_config(candidate).params,
+                "params": dimensions.static_cost(candidate).params,
                 "before_recovery": accuracy(before),
                 "accuracy": accuracy(items[candidate]),
             }
@@ -102,7 +102,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         said = f"{decision.decision}, {100 * accuracy(before):.1f} % before recovery, {decision.reason}"
         print(f"  {it.index}: {said}", file=sys.stderr, flush=True)
         accepted = candidate if decision.keep == "candidate" else accepted
-    params = cost.from_config(accepted).params
+    params = dimensions.static_cost(accepted).params
     removed = round(1 - params / dense, 3)
     return {"decisions": decisions, "tokens": used, "params": params, "removed": removed, "final": accepted}
 
@@ -111,7 +111,7 @@ def decide(
     config: Config, state: gate.State, accepted: Path, candidate: Path, items: Mapping[Path, list[dict[str, Any]]]
 ) -> gate.Decision:
     """The gate's decision on a candidate that was pruned from the last accepted checkpoint."""
-    rule, dense = config.gate, cost.from_config(SUBJECT.model).params
+    rule, dense = config.gate, dimensions.static_cost(SUBJECT.model).params
     baseline, parent = (
         paired.paired(*paired.match(items[reference], items[candidate]), rule.margin, rule.alpha)
         for reference in (SUBJECT.model, accepted)
@@ -120,8 +120,8 @@ def decide(
     return gate.decide(
         rule,
         state,
-        params=cost.from_config(candidate).params,
-        parent_params=cost.from_config(accepted).params,
+        params=dimensions.static_cost(candidate).params,
+        parent_params=dimensions.static_cost(accepted).params,
         target_params=dense - removal(dense, config.schedule.target),
         baseline=baseline,
         parent=parent,

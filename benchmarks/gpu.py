@@ -103,7 +103,7 @@ def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     from ptl.config.recover import DataSource
     from ptl.config.run import Calibration
     from ptl.config.schedule import Prune
-    from ptl.model import cost
+    from ptl.model import dimensions
     from ptl.pruning.prune import prune_checkpoint
 
     calibration = Calibration(
@@ -112,7 +112,7 @@ def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
         max_length=given.length,
         batch_size=given.batch_size,
     )
-    goal = int(0.9 * cost.from_config(model).params)
+    goal = int(0.9 * dimensions.static_cost(model).params)
     with tempfile.TemporaryDirectory(dir=model) as dst:
         report = prune_checkpoint(
             model, Path(dst), Prune(criterion="max"), calibration, unit="neurons", goal=goal, seed=given.seed

@@ -16,7 +16,7 @@ from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule, plan, removal, token_weights
 from ptl.data.sequences import calibration_batches
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.pruning.importance import keep_highest, neuron_scores
@@ -110,7 +110,7 @@ def run(
 ) -> Trained:
     """Prune and recover by a schedule."""
     cut = cut or scored_anew(subject, prune, seed)
-    dense = cost.from_config(subject.model).params
+    dense = dimensions.static_cost(subject.model).params
     iterations = plan(schedule, prune)
     at = subject.model
     tokens = flops = 0
@@ -133,6 +133,6 @@ def run(
                 recover_checkpoint(pruned, recovered, Recovery(stages=stages), budgets, job)
             at = recovered
             tokens += iteration.tokens
-            flops += 6 * cost.from_config(at).params * iteration.tokens
+            flops += 6 * dimensions.static_cost(at).params * iteration.tokens
         done.touch()
-    return Trained(at, cost.from_config(at).params, tokens, flops)
+    return Trained(at, dimensions.static_cost(at).params, tokens, flops)

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptl.config.recover import RecoverStage, TrainingData
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, dimensions
 from ptl.recovery import sft
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import RECOVERIES
@@ -62,7 +62,7 @@ def make(shape: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     checkpoint.copy_companions(REASONER, folder)
-    return cost.from_config(folder).params
+    return dimensions.static_cost(folder).params
 
 
 def product(src: Path, settings: RecoverStage, job: RecoveryJob, warmup: int = WARMUP) -> float:

@@ -1,11 +1,15 @@
-"""Lines of progress: `ptl run` shows those of a step's output that begin with the mark, and logs all others."""
+"""What people read on the terminal: lines of progress, and tables.
+
+`ptl run` shows those lines of a step's output that begin with the mark, and logs all others.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TextIO
 
 from ptl.units import duration
@@ -15,6 +19,8 @@ INTERVAL = 30.0  # seconds between lines of a bar, where it does not reach the n
 WIDTH = 10  # characters of a bar
 BAR = re.compile(r"\[#*-*\] ")  # ASCII: a log's encoding may have nothing else
 ONE_UP = "\x1b[1A\x1b[2K"  # to the start of the line above, which is erased
+
+TABLE_WIDTH = 140  # columns of one in a pipe, which has no width: rich would take 80 and wrap the last cells
 
 Show = Callable[[str], None]  # a line to whoever watches
 
@@ -66,3 +72,22 @@ def on_terminal(terminal: TextIO) -> Show:
         print(line, file=terminal, flush=True)
 
     return show
+
+
+def table_text(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collection[str] = ()
+) -> str:
+    """A table as text for this terminal; the columns of `numbers` are right-justified."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=heading == headings[0])
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()

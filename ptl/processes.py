@@ -1,4 +1,8 @@
-"""Processes that end together, and work that one process does at a time, whatever kills them."""
+"""Processes that end together, and work that one process does at a time, whatever kills them.
+
+Also which GPUs CUDA shows a process, without torch, whose import takes seconds; and how often a step is tried, without
+pydantic: the process that starts a step's attempts is kept small.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -23,6 +28,11 @@ Environment = dict[str, str]  # of a process, by the variables' names
 LIFELINE = "PTL_LIFELINE"  # a file that the command which started this process keeps locked as long as it runs
 TIED = "PTL_TIED"  # id of the process that `tied` started, for the processes that it starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
+# Of a step on a cluster, unless the config says otherwise.
+RETRIES = 2  # further attempts
+RETRY_WAIT = 60  # seconds before the first of them
 
 
 @contextlib.contextmanager
@@ -178,6 +188,18 @@ def start_time(pid: int) -> str:
     except psutil.NoSuchProcess:
         return ""
     return f"{seconds:.2f}"
+
+
+def listed_gpus(environment: Mapping[str, str]) -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES lists, by number or UUID; None where it is not set, and all GPUs are visible.
+
+    CUDA reads up to the first entry that names none: neither an empty variable nor -1 shows any.
+    """
+    value = environment.get(VISIBLE_GPUS)
+    if value is None:
+        return None
+    entries = (entry.strip() for entry in value.split(","))
+    return list(takewhile(lambda entry: entry and not entry.startswith("-"), entries))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from mock_kfp import MockKubeflow
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_database
+from ptl.lineage import mlflow_client
 from ptl.local import images, servers
-from ptl.storage import s3_client
 from ptl.storage.local_files import path_of
-from ptl.storage.s3_client import split
+from ptl.storage.s3 import SETTINGS, split
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -168,7 +167,7 @@ def unused(port):
 @pytest.fixture
 def s3(server, monkeypatch):
     """The environment set for one test, and a fresh root in the bucket."""
-    for name in s3_client.SETTINGS:
+    for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
@@ -243,7 +242,7 @@ def new_database(tmp_path_factory):
     """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    mlflow_database.create(f"sqlite:///{shared}/empty.db", f"file://{shared}/artifacts")
+    mlflow_client.create_database(f"sqlite:///{shared}/empty.db", f"file://{shared}/artifacts")
     return lambda folder: Path(shutil.copyfile(shared / "empty.db", folder / "mlflow.db")).parent
 
 

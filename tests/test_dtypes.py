@@ -11,7 +11,7 @@ from ptl.config.schedule import Prune
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, with_experts
 from ptl.model.families import FAMILIES
-from ptl.model.import_checkpoint import import_checkpoint
+from ptl.model.hub import import_checkpoint
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import address
-from ptl.config.flat_settings import flat_settings
+from ptl.config.base import flat_settings
 from ptl.config.image_names import with_options
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError

@@ -22,8 +22,8 @@ from pipelines.prune_tune_loop.pods import Pod
 from pipelines.prune_tune_loop.run_view import CANCELED, ENDED, RunView
 from ptl import address, processes
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.lineage import locate, progress
-from ptl.lineage.progress import RunProgress
+from ptl.lineage import locate, run_status
+from ptl.lineage.run_status import RunProgress
 from ptl.log import Show
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
@@ -84,7 +84,7 @@ class Observer:
         # The first time all of MLflow's experiments are looked through.
         experiment_ids = [self.records.experiment_id] if self.records else None
         try:
-            self.records = progress.read(run.run_id, experiment_ids) or self.records
+            self.records = run_status.read(run.run_id, experiment_ids) or self.records
         except PtlError as error:
             self.is_read = False
             if "records" not in self.announced:
@@ -97,7 +97,7 @@ class Observer:
         status = MLFLOW_STATUS.get(view.state, "FAILED")
         reasons = {step.name: step.reason for step in view.steps}
         try:
-            if progress.close(self.records, status, view.reason, reasons):
+            if run_status.close(self.records, status, view.reason, reasons):
                 self.show(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
             self.show(f"MLflow: the run could not be closed: {error}")
@@ -218,7 +218,7 @@ def retry(
     # The run itself is under way, whatever MLflow answers.
     if observer.records is not None:
         try:
-            progress.reopen(observer.records)
+            run_status.reopen(observer.records)
         except PtlError as error:
             say(f"MLflow: the run could not be reopened: {error}")
     say(f"{run.display_name}: runs again  {api.link(run_id)}")

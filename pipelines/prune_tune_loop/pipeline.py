@@ -17,8 +17,8 @@ from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
 from ptl.config.export import Export
-from ptl.config.goal import BY_GOAL, MemoryGoal
 from ptl.config.run import Config, essentials
+from ptl.config.schedule import BY_GOAL, MemoryGoal
 
 
 def parameters(config: Config) -> dict[str, Any]:

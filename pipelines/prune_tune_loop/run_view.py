@@ -11,8 +11,8 @@ from typing import Any
 from pipelines.prune_tune_loop.kfp_api import Api, explained
 from pipelines.prune_tune_loop.pods import Pod
 from ptl.errors import PtlError
-from ptl.lineage.progress import StepProgress
-from ptl.tables import table_text
+from ptl.lineage.run_status import StepProgress
+from ptl.log import table_text
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # States of steps that have no record: what is not known without MLflow is not said to be waiting.

@@ -39,7 +39,7 @@ IMPORTED = (
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
     "ptl.steps.table",
-    "ptl.model.import_checkpoint",
+    "ptl.model.hub",
     "ptl.preflight.preflight",
     "ptl.pruning.prune",
     "ptl.recovery.recover",

@@ -25,7 +25,7 @@ from pipelines.prune_tune_loop.kfp_api import (
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.lineage import progress
+from ptl.lineage import run_status
 from ptl.log import Show
 
 
@@ -57,7 +57,7 @@ def submit(
     earlier = [] if fresh or "earlier_runs" in parameters else _unfinished(mlflow_experiment, config.name)
     if earlier:
         parameters = {**parameters, "earlier_runs": " ".join(earlier)}
-        say(f"{progress.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
+        say(f"{run_status.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
     name = f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
@@ -105,7 +105,7 @@ def _unfinished(experiment: str, name: str) -> list[str]:
         return []
     # No MLflow must not prevent the start.
     with suppress(PtlError):
-        return progress.unfinished(experiment, name)
+        return run_status.unfinished(experiment, name)
     return []
 
 

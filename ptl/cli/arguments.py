@@ -18,7 +18,7 @@ import typer
 
 import ptl
 from ptl import processes
-from ptl.config.paths import FOLDER
+from ptl.config.base import FOLDER
 from ptl.config.run import Config, check
 from ptl.errors import InputError
 

@@ -21,10 +21,10 @@ from ptl import extras
 from ptl.cli import arguments
 from ptl.cli.arguments import ConfigFile, Overrides
 from ptl.config import dag
-from ptl.config.goal import MemoryGoal
-from ptl.config.paths import FILL_IN
+from ptl.config.base import FILL_IN
 from ptl.config.run import Config, check, load_config, pairs
-from ptl.data.training_amount import PER_PARAMETER
+from ptl.config.schedule import MemoryGoal
+from ptl.data.checks import PER_PARAMETER
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
 from ptl.units import listed
@@ -182,12 +182,12 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
 
     Of `folder` only config.json is read.
     """
-    from ptl.data import training_amount
+    from ptl.data import checks
     from ptl.export import formats
     from ptl.preflight import preflight, target
 
     _, final = target.after_iterations(dense, config.schedule, config.prune)[-1]
-    amount = training_amount.planned(config, dense.params - final.params)
+    amount = checks.planned_amount(config, dense.params - final.params)
     if amount.sentence:
         print(amount.sentence)
     return [

@@ -23,11 +23,11 @@ from ptl.cli.configs import checked
 from ptl.config import rehearsal
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import PtlError, WorkError
-from ptl.lineage import progress
+from ptl.lineage import run_status
 from ptl.local import run_directory, runs, servers
 from ptl.local.run_directory import RunDir
+from ptl.log import table_text
 from ptl.processes import Environment
-from ptl.tables import table_text
 
 if TYPE_CHECKING:
     from pipelines.prune_tune_loop.runners import RunnerJob
@@ -116,7 +116,7 @@ def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artif
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:
-        print(f"{progress.TAKEN_OVER} {', '.join(directory.earlier)}")
+        print(f"{run_status.TAKEN_OVER} {', '.join(directory.earlier)}")
     if addresses:
         print(f"MLflow on {addresses['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl up --stop` stops both")
 

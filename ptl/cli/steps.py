@@ -24,7 +24,7 @@ def import_model(
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
     """Check a checkpoint, including its weights, and copy it."""
-    from ptl.model.import_checkpoint import import_checkpoint
+    from ptl.model.hub import import_checkpoint
 
     check_free(dst)
     with writing(dst) as out:
@@ -42,7 +42,7 @@ def prune(
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
-    from ptl.model import cost
+    from ptl.model import dimensions
     from ptl.preflight.target import resolved
     from ptl.pruning.prune import prune_checkpoint
 
@@ -52,7 +52,7 @@ def prune(
     settings = load_config(config, overrides)
     unit = settings.prune.target.partition("_")[0]  # of neurons_then_layers the first
     _check_folders(src, dst)
-    params = cost.from_config(src).params
+    params = dimensions.static_cost(src).params
     schedule = resolved(settings.schedule, settings.prune, src)
     goal = params - removal(params, schedule.target)
     with writing(dst) as out:

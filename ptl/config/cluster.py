@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, model_validator
 
 from ptl.config.base import Positive, Section, one_error
-from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
+from ptl.processes import RETRIES, RETRY_WAIT
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "export-gguf", "export-compressed-tensors", "report"]
 # Kubernetes' quantities, and names of its objects.

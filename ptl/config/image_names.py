@@ -1,9 +1,15 @@
-"""The names of the steps' images. Compiling imports it, so it imports nothing heavy."""
+"""The names of the steps' images, and the commit of this package that is in them.
+
+Compiling imports it, so it imports nothing heavy.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Container, Iterable
+from pathlib import Path
 
 from ptl import __version__
 from ptl.errors import InputError
@@ -84,3 +90,21 @@ def without_digest(digests: Container[str], optional: Iterable[str]) -> list[str
 def with_options(optional: Iterable[str]) -> str:
     """What follows `ptl images build` (or push, digests) for the optional images, ` --with NAME` for each."""
     return "".join(f" --with {name}" for name in optional)
+
+
+def own_revision() -> str:
+    """The commit of this package: an image says it, else its checkout. Empty where neither knows."""
+    from_image = os.environ.get("PTL_REVISION", "").removeprefix("unknown")
+    return from_image or revision_of(Path(__file__).parents[2])
+
+
+def revision_of(root: Path) -> str:
+    """The commit of a checkout, with `-dirty` where files differ from it; empty where `root` is not the top of one."""
+    if not (root / ".git").exists():  # a repository that merely contains an installed package is not meant
+        return ""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return ""
+    return process.stdout.strip() if process.returncode == 0 else ""

@@ -21,8 +21,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from ptl.config.base import Positive, Section, one_error
-from ptl.config.paths import Location
+from ptl.config.base import Location, Positive, Section, one_error
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 

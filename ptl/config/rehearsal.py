@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ptl.config.base import flat_settings
 from ptl.config.cluster import TRAINED
-from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config, check
 

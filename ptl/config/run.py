@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
-from ptl.config import errors, image_names, yaml_text
-from ptl.config.base import Positive, Section
+from ptl.config import image_names, yaml_text
+from ptl.config.base import FOLDER, Location, Positive, Section, error_lines, typed
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
-from ptl.config.paths import FOLDER, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
     DataSource,
@@ -358,4 +357,4 @@ def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Pat
     try:
         return section.model_validate(settings, context=folder and {FOLDER: folder})
     except ValidationError as error:  # which lists all wrong fields, and so does ours
-        raise InputError("\n".join(["wrong values", *errors.lines(section, error)]), field=where) from error
+        raise InputError("\n".join(["wrong values", *error_lines(section, error)]), field=where) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ptl.config.paths import FILL_IN
+from ptl.config.base import FILL_IN
 from ptl.config.recover import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
@@ -290,17 +290,17 @@ def _from_parquet(path: Path, setting: str) -> Any:
 
 def _from_s3(uri: str, setting: str) -> Path:
     """Download once: the copy is named by the object's ETag, so that a changed object is fetched again."""
-    from ptl.storage import s3_client
+    from ptl.storage import s3
 
-    bucket, key = s3_client.split(uri)
+    bucket, key = s3.split(uri)
     digest = hashlib.sha256(f"{uri} {_etag(uri, setting)}".encode()).hexdigest()
     target = _cache() / digest[:32] / Path(key).name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         # Another process may download the same object.
         partial = target.with_name(f".{os.getpid()}.{target.name}")
-        with s3_client.explained(uri):
-            s3_client.client().download_file(bucket, key, str(partial))
+        with s3.explained(uri):
+            s3.client().download_file(bucket, key, str(partial))
         partial.rename(target)
     return target
 
@@ -309,14 +309,14 @@ def _etag(uri: str, setting: str) -> str:
     """What S3 names an object's content by."""
     from botocore.exceptions import ClientError
 
-    from ptl.storage import s3_client
+    from ptl.storage import s3
 
-    bucket, key = s3_client.split(uri)
-    with s3_client.explained(uri):
+    bucket, key = s3.split(uri)
+    with s3.explained(uri):
         try:
-            answer = s3_client.client().head_object(Bucket=bucket, Key=key)
+            answer = s3.client().head_object(Bucket=bucket, Key=key)
         except ClientError as error:
-            if not s3_client.is_missing(error):
+            if not s3.is_missing(error):
                 raise
             raise InputError(
                 f"no object {uri}",

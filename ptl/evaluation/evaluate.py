@@ -17,8 +17,8 @@ from ptl.errors import InputError
 from ptl.evaluation import helpers, language_models, paired, tasks
 from ptl.evaluation.paired import Item, Paired
 from ptl.evaluation.scoring import TaskScore, load_tasks, score_task
-from ptl.model import checks, cost, pretrained
-from ptl.tables import table_text
+from ptl.log import table_text
+from ptl.model import dimensions, pretrained
 
 ITEMS = "items.jsonl"
 SCORES = "scores.json"
@@ -52,10 +52,10 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
     """
     started = time.monotonic()
     tasks.check_tasks(settings)
-    static = asdict(cost.from_config(src))
+    static = asdict(dimensions.static_cost(src))
     del static["attention_flops"]
     pretrained.skeleton(src)
-    checks.load_tokenizer(src)
+    pretrained.load_tokenizer(src)
 
     lm = language_models.language_model(src, settings, seed, helpers.processes_for(settings))
     scores, items = score_tasks(lm, settings, seed)

@@ -17,9 +17,9 @@ from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
 from ptl.evaluation.language_models import cache_templates, noted_hflm
 from ptl.evaluation.speed import Measurement, Times, measure_in_turns
-from ptl.model import checkpoint, checks
-from ptl.model.config_fields import longrope_limit
+from ptl.model import checkpoint, pretrained
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
+from ptl.model.shapes import longrope_limit
 
 MAX_QUOTED = 80  # characters of a prompt, in an error
 
@@ -31,7 +31,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
     before the first answer where the file's tokens are not those of the checkpoint's tokenizer, or where the chat
     template is asked for and is not the checkpoint's.
     """
-    template = checks.load_tokenizer(src).chat_template
+    template = pretrained.load_tokenizer(src).chat_template
     model = LlamaModel(file)
     # llama.cpp's server would write another chat than the evaluation does.
     if settings.chat_template and (not template or model.chat_template() != template):

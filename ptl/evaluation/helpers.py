@@ -19,10 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptl import cuda
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
-from ptl.processes import die_with
+from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus
 
 ENDING = 10.0  # seconds in which a helper that is ended may clean up
 
@@ -100,7 +99,7 @@ def _answer_requests(connection: Connection, src: Path, settings: Evaluate, numb
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     die_with(parent)
     # Before torch is imported. On CPUs one thread each: helpers share the cores.
-    os.environ[cuda.VISIBLE] = visible_gpu(number, os.environ)
+    os.environ[VISIBLE_GPUS] = visible_gpu(number, os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from lm_eval.api.instance import Instance
@@ -123,7 +122,7 @@ def _answer_requests(connection: Connection, src: Path, settings: Evaluate, numb
 
 def visible_gpu(number: int, environment: Mapping[str, str]) -> str:
     """The `number`-th of the GPUs that a process with this environment sees; empty where it has no such GPU."""
-    devices = cuda.listed(environment)
+    devices = listed_gpus(environment)
     if devices is None:
         return str(number)
     return devices[number] if number < len(devices) else ""

@@ -11,8 +11,8 @@ from ptl import extras
 from ptl.config.run import Evaluate
 from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper
 from ptl.model import checkpoint, pretrained
-from ptl.model.config_fields import longrope_limit
 from ptl.model.families import family_of
+from ptl.model.shapes import longrope_limit
 
 VLLM_FIELD = "evaluate.backend"
 VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"

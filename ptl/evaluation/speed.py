@@ -17,7 +17,7 @@ from typing import Any
 from ptl.config.run import Evaluate, Speed
 from ptl.evaluation import language_models, tasks
 from ptl.evaluation.scoring import TaskScore, score_task
-from ptl.model import cost
+from ptl.model import dimensions
 
 PREFILL_SECONDS = 0.1  # a prompt is read for that long in every repeat ...
 PREFILL_PASSES = 20  # ... but no more often than that
@@ -126,7 +126,7 @@ def side_by_side(
     rows = measure_in_turns({name: partial(_time_once, lm.model, seed) for name, lm in models.items()}, settings.speed)
     runs = _solve_in_turns(models, settings, seed)
     measured = {
-        name: {"params": cost.from_config(folder).params, "speed": rows[name], **_solving_speed(runs[name])}
+        name: {"params": dimensions.static_cost(folder).params, "speed": rows[name], **_solving_speed(runs[name])}
         for name, folder in folders.items()
     }
     threads = torch.get_num_threads()

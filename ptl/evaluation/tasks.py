@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptl.config.paths import FILL_IN
+from ptl.config.base import FILL_IN
 from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.evaluation import task_files

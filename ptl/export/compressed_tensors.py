@@ -18,7 +18,7 @@ from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
 from ptl.evaluation import helpers, language_models
 from ptl.export import quantize
-from ptl.model import checkpoint, checks, shapes, text_tower
+from ptl.model import checkpoint, pretrained, shapes, text_tower
 from ptl.model.families import family_of
 
 PYTHON = "PTL_LLMCOMPRESSOR_PYTHON"  # environment variable: a Python that has llmcompressor
@@ -125,7 +125,7 @@ def write(
                     remedy="give the run's config, or take fp8",
                 )
             # The sequences that pruning calibrates with: both environments then have the same tokens.
-            rows = data.calibration_rows(calibration, checks.load_tokenizer(src), seed)
+            rows = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed)
             sequences = Path(scratch) / "sequences.jsonl"
             sequences.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
             options["sequences"] = str(sequences)

@@ -24,7 +24,7 @@ from ptl.errors import InputError
 from ptl.evaluation.paired import Item
 from ptl.extras import Check
 from ptl.model import pretrained, text_tower
-from ptl.model.config_fields import longrope_limit
+from ptl.model.shapes import longrope_limit
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
 WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation

@@ -1,16 +1,22 @@
-"""The connection to MLflow: settings that are checked first, how long to wait for a server, errors that name it."""
+"""The connection to MLflow: settings that are checked first, how long to wait for a server, errors that name it.
+
+A sqlite database appears complete or not at all. MLflow takes seconds to make its tables in place: a kill meanwhile
+leaves a database that it can neither use nor repair.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import address, extras
+from ptl import address, extras, processes
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,6 +29,14 @@ PAGE = 1000  # results in one answer; MLflow allows no more of experiments
 # Error codes of MLflow.
 NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
 ALREADY_THERE = "RESOURCE_ALREADY_EXISTS"
+SQLITE = "sqlite:///"
+DATABASE_WAIT = 120  # seconds for another process to make it
+# In a process of its own: closing it is certain, and this one does not import MLflow's server.
+DATABASE_CODE = """
+import sys
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore(*sys.argv[1:]).engine.dispose()
+"""
 
 
 def connect() -> MlflowClient:
@@ -47,7 +61,7 @@ def connect() -> MlflowClient:
             field="environment",
             remedy=f"{extras.install('pipelines')}, or give the address of a server (http://...)",
         )
-    mlflow_database.create(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))  # mlruns: MLflow's own default
+    create_database(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))  # mlruns: MLflow's own default
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
@@ -128,3 +142,30 @@ def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def create_database(uri: str, artifacts: str) -> None:
+    """Make the database of a sqlite URI unless it exists; any other address, or one with options, is left to MLflow.
+
+    `artifacts` is where MLflow's default experiment keeps its files. Raises WorkError with the end of MLflow's output.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or "?" in uri or path.exists():
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    with processes.exclusive(lock, f"creating {path}", wait=DATABASE_WAIT):
+        if not path.exists():  # another process may have made it while this one waited
+            _create_tables(path, artifacts)
+
+
+def _create_tables(path: Path, artifacts: str) -> None:
+    draft = path.with_name(f".{path.name}.new")
+    # A killed command leaves its draft, and sqlite's journal of it.
+    for leftover in path.parent.glob(f"{draft.name}*"):
+        leftover.unlink()
+    command = [sys.executable, "-c", DATABASE_CODE, f"{SQLITE}{draft}", artifacts]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    process = subprocess.run(processes.tied(command), env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise WorkError(f"MLflow could not create its database {path}:\n{process.stderr[-2000:]}")
+    draft.replace(path)

@@ -1,4 +1,4 @@
-"""Experiments, runs, models and values in MLflow: each is created once, and one that MLflow has lost is missed.
+"""Experiments, runs, models, versions and values in MLflow: each is created once; one that MLflow has lost is missed.
 
 MLflow's client sends a request again whose answer was lost; the server has then created two. So whoever has created
 something searches for it again and settles on one of the results. A database that was lost or restored from an older
@@ -7,21 +7,23 @@ copy knows nothing of what the store holds: then runs are created anew, and mode
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
-from ptl.lineage.mlflow_client import ALREADY_THERE, if_there, ignoring
-from ptl.lineage.run_status import PARENT, records_root, search
+from ptl.lineage.mlflow_client import ALREADY_THERE, connected, if_there, ignoring
+from ptl.lineage.run_status import PARENT, StepRun, records_root, search
 from ptl.storage import store
+from ptl.storage.store import Pointer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
-
 LONGEST = 6000  # characters of a parameter
+VERSIONS = "mlflow.modelVersions"  # tag of a LoggedModel
 
 Tags = dict[str, str]
 Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
@@ -163,3 +165,63 @@ def log_metrics(
     # One request for all of them.
     points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
     client.log_batch(run_id, metrics=points)
+
+
+def register(
+    step_run: StepRun,
+    registered_model: str,
+    pointer: Pointer,
+    tags: dict[str, Any],
+) -> str:
+    """The version of a checkpoint in the registry, found by the tag `ptl.model_id`, else created.
+
+    Its tags say where its score and its items are: run, step and root of the evaluate step that registers it. The id is
+    a tag because a version's own model_id is None when it is read back (MLflow 3.17).
+    """
+    all_tags = {
+        "run": step_run.run,
+        "step": step_run.step,
+        "root": step_run.root,
+        **tags,
+        "model_id": pointer.model_id,
+        "digest": pointer.digest,
+        "params": pointer.params,
+    }
+    with connected() as client:
+        # The first checkpoint that is registered makes the model.
+        with ignoring(ALREADY_THERE):
+            client.create_registered_model(registered_model)
+        numbers = _versions_of(client, registered_model, pointer.model_id)
+        if not numbers:
+            # MLflow may have lost the LoggedModel; the version then has the tag alone.
+            known = existing_models(client, [pointer.model_id])
+            client.create_model_version(
+                registered_model,
+                source=pointer.uri,
+                run_id=pointer.run_id or step_run.run_id,
+                tags=ptl_keys(all_tags),
+                model_id=pointer.model_id if known else None,
+                await_creation_for=0,  # it is only a row in a table
+            )
+            numbers = _versions_of(client, registered_model, pointer.model_id)
+            # A request that was sent twice has made two.
+            for duplicate in numbers[1:]:
+                if_there(client.delete_model_version, registered_model, duplicate)
+            # MLflow's server has done it, a local database has not: the model's page shows whether it is registered.
+            if known and VERSIONS not in client.get_logged_model(pointer.model_id).tags:
+                version = {"name": registered_model, "version": numbers[0]}
+                client.set_logged_model_tags(pointer.model_id, {VERSIONS: json.dumps([version])})
+        return numbers[0]
+
+
+def set_alias(registered_model: str, alias: str, version: str) -> None:
+    """Point an alias at a version."""
+    with connected() as client:
+        client.set_registered_model_alias(registered_model, alias, version)
+
+
+def _versions_of(client: MlflowClient, registered_model: str, model_id: str) -> list[str]:
+    """Numbers of the versions of one LoggedModel, ascending."""
+    query = f"name = '{registered_model}' and tags.`ptl.model_id` = '{model_id}'"
+    numbers = [str(version.version) for version in client.search_model_versions(query)]
+    return sorted(numbers, key=int)

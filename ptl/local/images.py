@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ptl import __version__
-from ptl.config.image_names import IMAGES, names, with_options
+from ptl.config.image_names import IMAGES, names, revision_of, with_options
 from ptl.errors import InputError, WorkError
-from ptl.revision import revision_of
 
 ROOT = Path(__file__).parents[2]
 BAKE_FILE = Path("docker", "docker-bake.hcl")

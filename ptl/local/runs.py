@@ -7,15 +7,15 @@ from pathlib import Path
 
 from ptl import address
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client, mlflow_objects, progress
+from ptl.lineage import mlflow_client, mlflow_objects, run_status
 from ptl.local import servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import LIFELINE, Environment
-from ptl.storage import s3_client, store
+from ptl.storage import s3, store
 
 # What steps get of this process's environment, beside what `environment` adds.
 PASSED = (
-    *s3_client.SETTINGS,
+    *s3.SETTINGS,
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
@@ -47,7 +47,7 @@ def environment(run: RunDir, addresses: Environment) -> Environment:
     if addresses:
         # Other S3 settings of the caller would lead to another store.
         settings = (
-            {name: value for name, value in settings.items() if name not in s3_client.SETTINGS}
+            {name: value for name, value in settings.items() if name not in s3.SETTINGS}
             | addresses
             | {"PTL_MLFLOW_UI": ""}  # where people open that of a cluster
         )
@@ -73,7 +73,7 @@ def environment(run: RunDir, addresses: Environment) -> Environment:
 def use(settings: Environment) -> None:
     """Make this process's environment that of the steps: other S3 settings would lead them to another store."""
     # What the steps' environment does not set, ours must not either.
-    for name in (*s3_client.SETTINGS, "PTL_ARTIFACT_ROOT"):
+    for name in (*s3.SETTINGS, "PTL_ARTIFACT_ROOT"):
         os.environ.pop(name, None)
     os.environ.update(settings)
 
@@ -113,7 +113,7 @@ def artifact_location(experiment: str) -> str:
         return os.environ["PTL_ARTIFACT_ROOT"]
     try:
         # MLflow's own client would try for minutes.
-        with mlflow_client.briefly(progress.WATCHING), mlflow_client.connected() as client:
+        with mlflow_client.briefly(run_status.WATCHING), mlflow_client.connected() as client:
             location = str(mlflow_objects.experiment(client, experiment).artifact_location)
     except WorkError as error:
         raise InputError(

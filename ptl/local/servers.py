@@ -25,7 +25,7 @@ from ptl import extras, processes
 from ptl.address import runs_page
 from ptl.errors import InputError, WorkError
 from ptl.extras import AbsentError
-from ptl.lineage import mlflow_database
+from ptl.lineage import mlflow_client
 from ptl.processes import Environment
 from ptl.storage import local_files
 
@@ -79,7 +79,7 @@ def up(
 def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: Environment) -> None:
     """Start the MLflow server alone, unless it runs; `artifacts` is where new experiments keep their files."""
     if _needs_start(root, "mlflow", port):
-        mlflow_database.create(database, artifacts)
+        mlflow_client.create_database(database, artifacts)
         start(root, "mlflow", _mlflow_command(port, artifacts), env | _mlflow_environment(database), port, "/health")
 
 

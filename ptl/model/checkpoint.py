@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import json_input
+import yaml
+
 from ptl.errors import InputError
 from ptl.model import safetensors_io
 from ptl.model.safetensors_io import Entries, Entry, NewTensor
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
-MLFLOW_FILES = ("MLmodel", "registered_model_meta")  # what mlflow_flavor writes, and MLflow itself
+MLFLOW_FILES = ("MLmodel", "registered_model_meta")  # what write_mlflow_model writes, and MLflow itself
 MISTRAL_CONFIG = "params.json"  # beside config.json in Mistral's repositories; vLLM may prefer it
 ADAPTER = "adapter_config.json"  # of PEFT
+# Where mlflow.transformers.model_io looks for the tokenizer, beside the weights' own folder
+MLFLOW_TOKENIZER = Path("components", "tokenizer")
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
 # Suffixes of files that can run code when they are read
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # A checkpoint with any of these files has a tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+MAX_JSON_DEPTH = 64  # a config has four levels; transformers copies it by recursion
 
 
 def checkpoint_error(problem: str, remedy: str = "fetch the checkpoint again") -> InputError:
@@ -50,12 +55,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint. Raises InputError when it holds no JSON object."""
     try:
-        content = json_input.loads(path.read_bytes())
+        content = bounded_json(path.read_bytes())
     except ValueError as error:
         raise checkpoint_error(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise checkpoint_error(f"{path} must hold a JSON object")
     return content
+
+
+def bounded_json(text: str | bytes) -> Any:
+    """The value of a stranger's JSON. Raises ValueError for all damage, more than MAX_JSON_DEPTH levels included."""
+    with contextlib.suppress(RecursionError):
+        value = json.loads(text)
+        if _json_depth(value) <= MAX_JSON_DEPTH:
+            return value
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def _json_depth(value: Any) -> int:
+    """Levels of objects and lists."""
+    if not isinstance(value, dict | list):
+        return 0
+    items = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_json_depth, items), default=0)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -213,6 +235,13 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
+def check_generation_config(folder: Path) -> None:
+    """Raise InputError for a generation_config.json that is no JSON object: transformers reads it with the weights."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        json_object(path)
+
+
 def check_finite(paths: Iterable[Path]) -> None:
     """Raise InputError that names the first tensor with NaN or infinite values."""
     for path in paths:
@@ -233,3 +262,31 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise checkpoint_error(f"{path} must hold a weight_map")
     return {name: str(file) for name, file in weight_map.items()}
+
+
+def write_mlflow_model(folder: Path) -> None:
+    """Make an MLflow model of a checkpoint's folder: the file MLmodel, and the tokenizer where MLflow looks for it.
+
+    `mlflow.transformers.load_model("models:/NAME/VERSION")` and `mlflow.pyfunc.load_model` then load it from the store.
+    Both hold nothing but what follows from the checkpoint: equal checkpoints stay equal, byte for byte.
+    """
+    tokenizer = folder / MLFLOW_TOKENIZER
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    copy_companions(folder, tokenizer)
+    # Some tokenizers are chosen by the model's type.
+    shutil.copyfile(folder / "config.json", tokenizer / "config.json")
+    transformers = {
+        "task": "text-generation",
+        "instance_type": "TextGenerationPipeline",
+        # Not the class in config.json, which need not name one.
+        "pipeline_model_type": "AutoModelForCausalLM",
+        "source_model_name": "",
+        "model_binary": ".",
+        "components": ["tokenizer"],
+        "tokenizer_type": "AutoTokenizer",
+    }
+    flavors = {
+        "python_function": {"loader_module": "mlflow.transformers"},
+        "transformers": transformers,
+    }
+    (folder / MLFLOW_FILES[0]).write_text(yaml.safe_dump({"flavors": flavors}))

@@ -1,4 +1,4 @@
-"""Sizes of a checkpoint that pruning changes, and what a goal in parameters means for them."""
+"""Sizes of a checkpoint that pruning changes, what it costs, and what a goal in parameters means for them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.errors import InputError
-from ptl.model import config_fields, shapes
+from ptl.model import checkpoint, shapes
 from ptl.model.experts import BIASES, DOWN, FUSED, Experts
-from ptl.model.families import Family
+from ptl.model.families import Family, family_of
 from ptl.model.shapes import ModelShapes
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _mixture(
         "experts_per_token": config.num_experts_per_tok,
         "params_per_expert": len(layers) * shapes.count(of_experts | of_router) // number,
         "params_per_route": len(layers) * shapes.count(of_router) // number,
-        "fewest_experts": config_fields.fewest_experts(config),
+        "fewest_experts": shapes.fewest_experts(config),
         "expert_groups": getattr(config, "n_group", 1),
         # Not where a shared expert has the width too, or where layers and experts differ.
         "narrowable": is_uniform and not experts.transposed and not getattr(config, "n_shared_experts", 0),
@@ -249,3 +249,36 @@ def layers_for(dimensions: ModelDimensions, goal: int) -> int:
             remedy="let schedule.target remove less, or set another prune.target",
         )
     return count
+
+
+@dataclass(frozen=True)
+class StaticCost:
+    """What a checkpoint costs, as far as its shapes say it."""
+
+    params: int  # tied tensors count once
+    active_params: int  # that a token meets: without the experts that it is not sent to; all in a dense model
+    bytes: int  # of the weight files
+    flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
+    attention_flops: int  # per token of context
+    kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
+    widths: list[int]  # FFN width of each layer, or of each of its experts
+    experts: int  # in each layer; 0: a dense model
+
+
+def static_cost(folder: Path) -> StaticCost:
+    """Measure a checkpoint folder without loading its weights. Raises InputError as `shapes.of_checkpoint`."""
+    model = shapes.of_checkpoint(folder, family_of(checkpoint.read_config(folder)))
+    dimensions = dimensions_of(model)
+    dense_width = getattr(model.config, "intermediate_size", 0)
+    return StaticCost(
+        params=dimensions.params,
+        active_params=dimensions.active_params,
+        bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
+        flops_per_token=2 * model.matrix_params,  # multiply and add
+        attention_flops=2 * model.attention_width,  # for scores and for values
+        kv_bytes_per_token=model.cached_numbers * checkpoint.itemsize(folder),
+        widths=[
+            dense_width if layer in dimensions.dense_layers else dimensions.width for layer in range(dimensions.layers)
+        ],
+        experts=dimensions.experts,
+    )

@@ -1,11 +1,16 @@
-"""Where a checkpoint is: a local folder, or a hub id, which is downloaded once."""
+"""Where a checkpoint is: a local folder, or a hub id, which is downloaded once; and its import into a run."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptl import log
 from ptl.errors import InputError
+from ptl.model import checkpoint, pretrained, text_tower
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import family_of
 
 TIMEOUT = 5  # seconds for the hub to say that it has a data set
 OTHER_FORMATS = ("consolidated*",)  # Mistral's repositories hold the weights a second time, in its own format
@@ -66,6 +71,36 @@ def has_dataset(name: str, revision: str | None, field: str) -> bool:
 def is_local(path: str) -> bool:
     """Whether a checkpoint is given by its folder; one that is written as such is not looked for on the hub."""
     return Path(path).exists() or path.startswith((".", "/", "~"))
+
+
+def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
+    """Copy an ordinary checkpoint to `dst`, weights checked for NaN; raises InputError for what is wrong with it.
+
+    Of a multimodal checkpoint the text model is saved, and a line of the log says so.
+    """
+    # Headers and small files first: what is wrong there is found in seconds.
+    src = locate(path, revision)
+    family = family_of(text_tower.read_config(src))
+    checkpoint.check_links(src)
+    model_dimensions(src, family)
+    checkpoint.check_tokenizer(src)
+    pretrained.load_tokenizer(src)
+
+    # Then every value.
+    weights = checkpoint.shards(src)
+    checkpoint.check_finite(weights)
+
+    # Weights and config, and what must travel with them.
+    dst.mkdir(parents=True, exist_ok=True)
+    config = checkpoint.read_config(src)
+    if text_tower.has_tower(config):
+        log.say("import-model", f"{path} is a {config['model_type']}: its text model is saved, as {family.model_type}")
+        text_tower.write_text_model(src, dst)
+        return
+    for file in [*weights, src / "config.json", src / checkpoint.INDEX]:
+        if file.is_file():  # one shard has no index
+            shutil.copyfile(file, dst / file.name)
+    checkpoint.copy_companions(src, dst)
 
 
 def _remedy(error: Exception) -> str:

@@ -72,6 +72,32 @@ def tokenizer(folder: Path, field: str = MODEL) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def load_tokenizer(folder: Path, field: str = MODEL) -> Any:
+    """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
+    loaded = tokenizer(folder, field)
+    if loaded.eos_token_id is None:
+        raise InputError(
+            f"{folder}: the tokenizer has no EOS token, so no answer could end",
+            field=field,
+            remedy="set eos_token and save it",
+        )
+    return loaded
+
+
+def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:
+    """Raise InputError where a token has not the same number for student and teacher; `name` is the teacher's."""
+    if student == teacher:
+        return
+    # An entry is a token with its number; a token that has moved counts on both sides.
+    different = set(student.items()) ^ set(teacher.items())
+    raise InputError(
+        f"{name} has another vocabulary ({len(teacher)} tokens, the student {len(student)}; "
+        f"{len(different)} entries differ)",
+        field="recover.teacher",
+        remedy="distillation needs a teacher with the same tokenizer",
+    )
+
+
 @contextmanager
 def _explained(source: str, field: str) -> Iterator[None]:
     """Turn whatever transformers raises over the small files of a checkpoint into an InputError."""

@@ -1,18 +1,21 @@
 """The shape of every tensor of a model, as transformers builds it on torch's meta device, and what follows from shapes.
 
-A checkpoint's headers are compared with it. What a token costs is counted from it, for all families alike.
+A checkpoint's headers are compared with it, after the fields of its config.json that transformers reads otherwise than
+a step needs them. What a token costs is counted from it, for all families alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl.model import checkpoint, config_fields, pretrained, text_tower
+from ptl.errors import InputError
+from ptl.model import checkpoint, pretrained, text_tower
 from ptl.model.checkpoint import checkpoint_error
-from ptl.model.experts import BIASES, DOWN, FUSED, stored_tensors
+from ptl.model.experts import BIASES, DOWN, FUSED, Experts, stored_tensors
 from ptl.model.families import ConfigJson, Family
 from ptl.model.safetensors_io import FLOATS, Entries
 
@@ -23,6 +26,7 @@ EMBEDDINGS = "model.embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"
 LAYERS = "model.layers."
 SIZE_FIELDS = ("_size", "_heads", "_dim", "_layers", "_rank", "_experts")  # ends of the names of a config's sizes
+MAX_LAYERS = 10_000  # a model beyond it is a typing error, and would take minutes to build
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,11 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
 
     `source` is the file, for the messages.
     """
-    config_fields.check(config, source)
+    _check_config(config, source)
     model = pretrained.skeleton_of_config(config, source)
     tensors = model.state_dict()
     if family.experts:
-        config_fields.check_experts(model.config, family.experts, source)
+        _check_experts(model.config, family.experts, source)
         if not any(name.endswith(DOWN) for name in tensors):
             raise checkpoint_error(f"{source} has no layer with experts")
     return ModelShapes(family, model.config, family.is_tied(config), tensors)
@@ -127,6 +131,36 @@ def of_checkpoint(folder: Path, family: Family) -> ModelShapes:
     if model.tied:
         checkpoint.check_tied(entries)
     return model
+
+
+def _check_config(config: ConfigJson, source: str) -> None:
+    """Raise InputError for fields of a config.json that transformers would read otherwise, or not object to.
+
+    `source` is the file, for the messages.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise checkpoint_error(
+            f"{source} has a quantization_config ({method}), and only float weights can be pruned",
+            "where the weights are float, remove that field, else load the model dequantized and save it (mxfp4: "
+            "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)))",
+        )
+    depth = config.get("num_hidden_layers", 1)
+    if not isinstance(depth, int) or not 0 < depth <= MAX_LAYERS:
+        problem = f"{source} has num_hidden_layers={depth!r}, which must be a whole number from 1 to {MAX_LAYERS:,}"
+        raise checkpoint_error(problem, "correct it, or fetch the checkpoint again")
+
+
+def _check_experts(config: Any, experts: Experts, source: str) -> None:
+    """Raise InputError where a token cannot be sent to as many experts as transformers' config says."""
+    number = getattr(config, experts.counts[0])
+    groups = getattr(config, "n_group", 1)
+    if number % groups or number < fewest_experts(config):
+        raise checkpoint_error(
+            f"{source} has {number} experts in each layer, of which num_experts_per_tok={config.num_experts_per_tok} "
+            f"cannot be chosen (n_group={groups}, topk_group={getattr(config, 'topk_group', 1)})"
+        )
 
 
 def _check_names(folder: Path, model: ModelShapes, entries: Entries, expected: Set[str]) -> None:
@@ -164,4 +198,39 @@ def _check_tensors(config: ConfigJson, entries: Entries, expected: Mapping[str, 
             raise checkpoint_error(
                 f"tensor {name} in {entry.path} is {entry.dtype}; one of {possible} is needed",
                 "load it with from_pretrained(..., dtype=...), save it, and give that folder",
+            )
+
+
+def fewest_experts(config: Any) -> int:
+    """The fewest experts that a layer of a mixture can have: a token finds all its own in the groups that are chosen.
+
+    `config` is that of transformers.
+    """
+    groups: int = getattr(config, "n_group", 1)
+    of_group = math.ceil(config.num_experts_per_tok / getattr(config, "topk_group", 1))
+    # By its two best experts a group is chosen.
+    return groups * (max(2, of_group) if groups > 1 else of_group)
+
+
+def longrope_limit(config: ConfigJson) -> int | None:
+    """Tokens up to which longrope has its short factors; none for other rotary embeddings."""
+    for field in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(field)
+        if isinstance(parameters, dict) and parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
+            key = "original_max_position_embeddings"
+            return parameters.get(key) or config.get(key)
+    return None
+
+
+def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
+    """Raise InputError for a config field whose sequences are longer than the model's context; `lengths` in tokens."""
+    positions = text_tower.read_config(folder).get("max_position_embeddings")
+    if not isinstance(positions, int):  # a family without a limit
+        return
+    for field, length in lengths.items():
+        if length > positions:
+            raise InputError(
+                f"{length} is more than the model's {positions} positions ({folder})",
+                field=field,
+                remedy=f"lower it to {positions}",
             )

@@ -20,7 +20,7 @@ from ptl import address
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError
 from ptl.preflight.in_cluster import DoubtError
-from ptl.storage import s3_client
+from ptl.storage import s3
 from ptl.units import size
 
 # Somebody waits, and a redirect leads to a login page.
@@ -147,7 +147,7 @@ def store(config: Config, elsewhere: bool) -> str:
     assert experiment is not None  # made by the check of MLflow
     root = str(experiment.artifact_location).rstrip("/")
     on_s3 = root.startswith("s3://")
-    if elsewhere and on_s3 and not any(map(os.environ.get, s3_client.CREDENTIALS)):
+    if elsewhere and on_s3 and not any(map(os.environ.get, s3.CREDENTIALS)):
         raise DoubtError(
             f"not checked: no S3 credentials are set here; the steps take them from Secret {config.storage.s3_secret}",
             remedy="set them, or resources.doctor: true",
@@ -160,10 +160,10 @@ def _s3(root: str) -> str:
     """Write, read and delete an object of its own."""
     from botocore.exceptions import ClientError
 
-    bucket, prefix = s3_client.split(root)
+    bucket, prefix = s3.split(root)
     item: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/doctor-{uuid.uuid4().hex}"}
-    client = s3_client.client(attempts=2)  # a step tries longer; here somebody waits
-    with s3_client.explained(root):
+    client = s3.client(attempts=2)  # a step tries longer; here somebody waits
+    with s3.explained(root):
         client.put_object(**item, Body=b"ptl doctor", IfNoneMatch="*")
         client.get_object(**item)["Body"].read()
         try:

@@ -16,6 +16,7 @@ from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, one_shot, plan
 from ptl.errors import InputError
+from ptl.log import table_text
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import target
 from ptl.preflight.forecast_model import (
@@ -35,7 +36,6 @@ from ptl.preflight.forecast_model import (
     shape_of,
     training_memory,
 )
-from ptl.tables import table_text
 from ptl.units import decimal_hours, duration, size
 
 REACHED = 0.35 * TERA  # FLOP/s of each TFLOP/s of a data sheet

@@ -16,12 +16,11 @@ from string import Template
 from typing import Any
 
 from ptl.config import yaml_text
-from ptl.config.goal import MemoryGoal
-from ptl.config.paths import FILL_IN
+from ptl.config.base import FILL_IN
 from ptl.config.recover import Lora
 from ptl.config.run import Config, ModelSource, Task, check
-from ptl.config.schedule import Prune, Schedule
-from ptl.data.training_amount import PASSES, PER_PARAMETER, Amount
+from ptl.config.schedule import MemoryGoal, Prune, Schedule
+from ptl.data.checks import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
 from ptl.evaluation import tasks
 from ptl.model import hub

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl.config.recover import DataSource
+from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
-from ptl.data.training_amount import CHARACTERS, SAMPLE, tokens_of
 from ptl.errors import InputError
 
 FIELD = "--data"

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptl.config.goal import MemoryGoal
 from ptl.config.run import Config
-from ptl.config.schedule import Iteration, Prune, Schedule, plan, removal
+from ptl.config.schedule import Iteration, MemoryGoal, Prune, Schedule, plan, removal
 from ptl.errors import InputError
 from ptl.model import hub
 from ptl.model.dimensions import (

@@ -1,8 +1,12 @@
 """The experts of a layer, run one after the other, each on the tokens that its router sends to it; and their scores.
 
-The less a score, the more redundant the expert; CRITERIA is where a user extends. Shape letters: B sequences, T tokens,
-H hidden size, E experts of a layer, K experts that each token is sent to, n tokens sent to one expert, F neurons of an
-expert.
+Also those of the neurons inside them: importance.py's criteria on the tokens sent to each expert, whose output is
+multiplied by its router's weight. So a neuron with activation a and column w adds (weight x a) w at the tokens that are
+sent to its expert, and nothing at all others.
+
+The less a score, the more redundant the expert or neuron; CRITERIA and CRITERIA_OF_NEURONS are where a user extends.
+Shape letters: B sequences, T tokens, H hidden size, E experts of a layer, K experts that each token is sent to, n
+tokens sent to one expert, F neurons of an expert.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn
+from ptl.pruning.layerwise import LayerwiseModel, NeuronScores, column_norms, first_order_scores, layers_in_turn
 
 EXPERTS = "mlp.experts"  # the module of a layer that holds all of its experts
+# Neurons that never change anything keep the order of their weights' norms, with scores below every threshold.
+BELOW_THRESHOLDS = 1e-30
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ RunExpert = Callable[[Any, Routed], Tensor]  # the module of the experts -> one 
 
 
 @contextmanager
-def running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
+def _running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
     """While the block lasts, `run` computes what each expert gives."""
     experts: Any = layer.get_submodule(EXPERTS)
 
@@ -56,13 +63,13 @@ def running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
         del experts.forward
 
 
-def activations(experts: Any, routed: Routed) -> Tensor:
+def _activations(experts: Any, routed: Routed) -> Tensor:
     """What an expert's neurons give at its tokens: [n, F]."""
     gated: Tensor = experts._apply_gate(_project(experts, "gate_up_proj", routed.expert, routed.hidden))
     return gated
 
 
-def outputs(experts: Any, routed: Routed, values: Tensor) -> Tensor:
+def _outputs(experts: Any, routed: Routed, values: Tensor) -> Tensor:
     """What an expert gives, before the router's weight, for these activations [n, F] of its neurons: [n, H]."""
     return _project(experts, "down_proj", routed.expert, values)
 
@@ -120,41 +127,183 @@ def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertSco
     """Score every expert on the model's batches; returns float32 [E] per layer. `random` is the control."""
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        layers = {i: experts for i, layer in enumerate(model.layers) if (experts := experts_of(layer)) is not None}
+        layers = {i: experts for i, layer in enumerate(model.layers) if (experts := _experts_of(layer)) is not None}
         return {i: torch.rand(experts.num_experts, generator=generator) for i, experts in layers.items()}
-    return {i: CRITERIA[criterion](layer) for i, layer in observe(model).items()}
+    return {i: CRITERIA[criterion](layer) for i, layer in _observe(model).items()}
 
 
-def experts_of(layer: nn.Module) -> Any:
+def _experts_of(layer: nn.Module) -> Any:
     """The experts of a layer; None: it has one MLP in their place."""
     return getattr(layer.mlp, "experts", None)
 
 
 @torch.no_grad()
-def observe(model: LayerwiseModel) -> dict[int, Observed]:
+def _observe(model: LayerwiseModel) -> dict[int, Observed]:
     """Run all batches through the model, layer by layer, and observe the experts of each layer that has them."""
     layers = {}
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring experts, by layer"):
-        experts = experts_of(layer)
+        experts = _experts_of(layer)
         if experts is None:
             states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
             continue
         observed = layers[i] = Observed(experts.num_experts)
         for b, hidden in enumerate(states):
             tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
-            with running_experts(layer, _observing(tokens, observed)):
+            with _running_experts(layer, _observing_outputs(tokens, observed)):
                 states[b] = model.run(i, b, hidden)
     return layers
 
 
-def _observing(tokens: Tensor, observed: Observed) -> RunExpert:
+def _observing_outputs(tokens: Tensor, observed: Observed) -> RunExpert:
     """Runs an expert, and observes what it gives at these of the tokens [B * T]."""
 
     def run(experts: Any, routed: Routed) -> Tensor:
-        hidden = outputs(experts, routed, activations(experts, routed))  # [n, H]
+        hidden = _outputs(experts, routed, _activations(experts, routed))  # [n, H]
         real = tokens[routed.rows]  # [n]
         observed.add(routed.expert, hidden[real], routed.weights[real])
         return hidden
 
     return run
+
+
+def _max(total: Tensor, changes: Tensor, _shares: Tensor) -> Tensor:
+    """The largest change over all tokens."""
+    return torch.maximum(total, changes.amax(dim=0))
+
+
+def _mean(total: Tensor, changes: Tensor, shares: Tensor) -> Tensor:
+    """The mean change over a sequence's tokens, those that are sent elsewhere included, and over the sequences."""
+    return total + shares @ changes
+
+
+@torch.no_grad()
+def _by_output_change(
+    model: LayerwiseModel,
+    _seed: int,
+    *,
+    join: Callable[[Tensor, Tensor, Tensor], Tensor],  # total [F], changes [n, F] and shares [n] of tokens -> [F]
+) -> NeuronScores:
+    """Score by how far the layer's output moves when one neuron is removed, one layer after the other."""
+    scores = []
+    states = model.embed()  # [B, T, H] of each batch
+    for i, layer in layers_in_turn(model, "scoring neurons of experts, by layer"):
+        norms = _of_experts(layer, lambda _gate_up, down: column_norms(down))  # [E, F]
+        total = torch.zeros_like(norms)
+        for b, hidden in enumerate(states):
+            with _running_experts(layer, _joining_changes(_shares(model, b), total, join)):
+                states[b] = model.run(i, b, hidden)
+        scores.append((total * norms).cpu())
+    return scores
+
+
+def _shares(model: LayerwiseModel, b: int) -> Tensor:
+    """What each token of a batch counts in a mean over sequences of means over tokens: [B * T]; 0 for padding."""
+    mask = model.batches[b]["attention_mask"]  # [B, T]
+    lengths = model.tokens(b)[:, None]
+    return (mask / lengths / model.num_sequences).flatten()
+
+
+def _joining_changes(shares: Tensor, total: Tensor, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> RunExpert:
+    """Runs an expert, and joins to its row of `total` [E, F] how far each neuron moves the layer's output."""
+
+    def run(experts: Any, routed: Routed) -> Tensor:
+        values = _activations(experts, routed)  # [n, F]
+        share = shares[routed.rows]  # [n]
+        real = share > 0
+        if real.any():
+            weighted = values[real].float() * routed.weights[real, None].float()
+            total[routed.expert] = join(total[routed.expert], weighted.abs(), share[real])
+        return _outputs(experts, routed, values)
+
+    return run
+
+
+def _changes_by_gradient(
+    model: LayerwiseModel,
+    i: int,
+    b: int,
+    hidden: Tensor,  # [B, T, H]
+    gradient: Tensor,  # of the loss by the layer's output: [B, T, H]
+) -> tuple[Tensor, Tensor]:
+    """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [B, E, F].
+
+    The router's weight is part of the gradient.
+    Memory: the batch's activations in all experts of the layer, which the backward pass needs.
+    """
+    visits: list[tuple[Routed, Tensor]] = []
+
+    def record(experts: Any, routed: Routed) -> Tensor:
+        values = _activations(experts, routed)  # [n, F]
+        visits.append((routed, values))
+        return _outputs(experts, routed, values)
+
+    layer = model.layers[i]
+    with _running_experts(layer, record):
+        output = model.run(i, b, hidden)
+    by_input, *slopes = torch.autograd.grad(output, (hidden, *(values for _, values in visits)), gradient)
+
+    mask = model.batches[b]["attention_mask"]  # [B, T]
+    down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
+    changes = torch.zeros(len(mask), len(down), down.shape[-1], device=model.device)
+    for (routed, values), slope in zip(visits, slopes, strict=True):
+        of_tokens = values.detach().float() * slope.float()  # [n, F]
+        # Which tokens are whose; a product, as sums by index differ from run to run on a GPU.
+        sequence = torch.arange(len(mask), device=model.device)[:, None]
+        members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
+        changes[:, routed.expert] = members.float() @ of_tokens
+    return by_input, changes
+
+
+@torch.no_grad()
+def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
+    """L2 norm of the neuron's weights; the data plays no part."""
+    return [_of_experts(layer, _weight_norms).cpu() for _, layer in layers_in_turn(model, "scoring neurons, by layer")]
+
+
+def _weight_norms(gate_up: Tensor, down: Tensor) -> Tensor:
+    """L2 norm of each neuron's weights in an expert's projections [2F, H] and [H, F]: float32 [F]."""
+    row_squares = gate_up.float().square().sum(dim=1)  # [2F]
+    squares = column_norms(down).square() + row_squares.view(2, -1).sum(dim=0)
+    return squares.sqrt()
+
+
+def _of_experts(layer: nn.Module, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The scores [F] of one expert's weights after the other: float32 [E, F]."""
+    experts: Any = layer.get_submodule(EXPERTS)
+    return torch.stack([score(*weights) for weights in zip(experts.gate_up_proj, experts.down_proj, strict=True)])
+
+
+def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
+    """Uniform numbers: the control of every criterion."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for layer in model.layers:
+        down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
+        scores.append(torch.rand(len(down), down.shape[-1], generator=generator))
+    return scores
+
+
+# By their names in the setting prune.criterion, as of importance.py; each takes the model and a seed
+CRITERIA_OF_NEURONS: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
+    "max": partial(_by_output_change, join=_max),
+    "mean": partial(_by_output_change, join=_mean),
+    "weight": _by_weights,
+    "taylor": partial(first_order_scores, backwards=_changes_by_gradient),
+    "random": _random,
+}
+
+
+def expert_neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
+    """Score every neuron of every expert on the model's batches; returns float32 [E, F] per layer.
+
+    Where all neurons of an expert score 0, as no token is sent to it, their weights order them.
+    """
+    scores = CRITERIA_OF_NEURONS[criterion](model, seed)
+    for i, of_layer in enumerate(scores):
+        silent = (of_layer == 0).all(dim=1)  # [E]
+        if silent.any():
+            with model.layer(i) as layer, torch.no_grad():
+                norms = _of_experts(layer, _weight_norms).cpu()
+            of_layer[silent] = norms[silent] * BELOW_THRESHOLDS
+    return scores

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ptl.model.families import Family
-from ptl.pruning.expert_neurons import expert_neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations, sequences
-from ptl.pruning.scoring import NeuronScores, column_norms, first_order_scores
+from ptl.pruning.experts import expert_neuron_scores
+from ptl.pruning.layerwise import (
+    LayerwiseModel,
+    NeuronScores,
+    column_norms,
+    first_order_scores,
+    layers_in_turn,
+    run_with_activations,
+    sequences,
+)
 
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
 from ptl.data.sequences import IGNORED, Batch, calibration_batches
 from ptl.errors import InputError
-from ptl.model import checkpoint, checks
+from ptl.model import checkpoint, pretrained, shapes
 from ptl.model.dimensions import (
     ModelDimensions,
     check_unit,
@@ -127,8 +127,8 @@ _SELECT = {"neurons": _neurons, "layers": _layers, "experts": _experts}
 
 def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:
     """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
-    checks.check_positions(src, {"calibration.max_length": calibration.max_length})
-    tokenizer = checks.load_tokenizer(src)
+    shapes.check_positions(src, {"calibration.max_length": calibration.max_length})
+    tokenizer = pretrained.load_tokenizer(src)
     batches = calibration_batches(calibration, tokenizer, seed)
     if by_loss and not any(map(_has_loss, batches)):
         raise InputError(

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ptl.config.recover import RecoverStage
 from ptl.data.sequences import IGNORED
 from ptl.errors import InputError
-from ptl.model import checks, hub, pretrained
+from ptl.model import hub, pretrained
 from ptl.recovery import sft
 from ptl.recovery.job import RecoverReport, RecoveryJob
 
@@ -46,9 +46,9 @@ def load_teacher(src: Path, settings: RecoverStage, job: RecoveryJob) -> Any:
             remedy="give a folder or a hub id",
         )
     # the KL compares distributions over the same tokens
-    checks.compare_vocabularies(
-        checks.load_tokenizer(src).get_vocab(),
-        checks.load_tokenizer(folder, TEACHER).get_vocab(),
+    pretrained.compare_vocabularies(
+        pretrained.load_tokenizer(src).get_vocab(),
+        pretrained.load_tokenizer(folder, TEACHER).get_vocab(),
         settings.teacher or str(folder),
     )
     teacher = pretrained.causal_lm(folder, field=TEACHER)

@@ -14,7 +14,7 @@ from ptl.data import decontamination
 from ptl.data.sequences import chat_ids, prompt_rows
 from ptl.data.sources import fill, prompt_of
 from ptl.errors import InputError, WorkError
-from ptl.model import checkpoint, checks
+from ptl.model import checkpoint, pretrained
 from ptl.recovery import training
 from ptl.recovery.job import RecoverReport, RecoveryJob
 from ptl.recovery.launch import world_size
@@ -28,7 +28,7 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    tokenizer = checks.load_tokenizer(src)
+    tokenizer = pretrained.load_tokenizer(src)
     # rows that share text with a benchmark's items are left out
     leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
     positions = checkpoint.read_config(src).get("max_position_embeddings")

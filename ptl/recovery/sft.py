@@ -11,7 +11,7 @@ import torch
 from ptl.config.recover import Lora, RecoverStage
 from ptl.data import decontamination
 from ptl.data.sequences import IGNORED, training_chunk
-from ptl.model import checkpoint, checks, experts
+from ptl.model import checkpoint, experts, pretrained
 from ptl.recovery import training
 from ptl.recovery.job import RecoverReport, RecoveryJob
 
@@ -28,7 +28,7 @@ def cpt(
 
 def train(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
     """Train `src` on exactly the stage's tokens by a kind of SFTTrainer and write the result to `dst`."""
-    tokenizer = checks.load_tokenizer(src)
+    tokenizer = pretrained.load_tokenizer(src)
     arguments = sft_arguments(settings, job)
     # before the weights are read: a wrong row is reported at once
     dataset, details = training_dataset(tokenizer, settings, job, arguments)

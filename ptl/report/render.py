@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.address import runs_page
-from ptl.config.flat_settings import flat_settings
+from ptl.config.base import flat_settings
 from ptl.evaluation import speed
 from ptl.report import tables, words
 from ptl.report.result import Result, Row

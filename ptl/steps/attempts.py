@@ -12,8 +12,8 @@ import os
 import re
 import uuid
 
-from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 from ptl.errors import InputError, WorkError
+from ptl.processes import RETRIES, RETRY_WAIT
 
 NO_SPACE = errno.ENOSPC  # exit code of a step's process that could not even write why it failed
 

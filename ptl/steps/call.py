@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 from ptl import __version__
 from ptl.config import dag
 from ptl.config.base import Section
-from ptl.config.goal import BY_GOAL
 from ptl.config.recover import DataSource, RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check
-from ptl.config.schedule import Iteration, Prune, Schedule, plan
+from ptl.config.schedule import BY_GOAL, Iteration, Prune, Schedule, plan
 from ptl.data import sources
 from ptl.errors import InputError
 from ptl.evaluation import gate, tasks

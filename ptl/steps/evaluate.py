@@ -9,7 +9,7 @@ from pathlib import Path
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune, plan, removal
 from ptl.evaluation import gate, paired, tasks
-from ptl.lineage import registry, tracking
+from ptl.lineage import mlflow_objects, tracking
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, smallest_cuts
@@ -145,7 +145,7 @@ def _register(step: Step, scores: Metadata) -> Pointer:
         "criterion": step.settings["prune"].criterion,
         **score_tags(scores, candidate),
     }
-    version = registry.register(step.run, call.settings["registered_model"], candidate, tags)
+    version = mlflow_objects.register(step.run, call.settings["registered_model"], candidate, tags)
     return dataclasses.replace(candidate, model_version=version)
 
 

@@ -11,21 +11,19 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from ptl import __version__
+from ptl.config.base import flat_settings
 from ptl.config.export import Export
-from ptl.config.flat_settings import flat_settings
-from ptl.config.goal import MemoryGoal
+from ptl.config.image_names import own_revision
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Config, Evaluate, Gate, ModelSource, check
-from ptl.config.schedule import Prune, Schedule
+from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.lineage import tracking
-from ptl.lineage.progress import MAX_EARLIER
-from ptl.lineage.run_status import StepRun
+from ptl.lineage.run_status import MAX_EARLIER, StepRun
 from ptl.log import say
-from ptl.model import mlflow_flavor
+from ptl.model import checkpoint
 from ptl.report import run_page
-from ptl.revision import own_revision
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, schedule_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
@@ -36,7 +34,7 @@ from ptl.storage.store import Pointer, Record
 def import_model(call: Call) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
     from ptl.export.formats import check_exports
-    from ptl.model.import_checkpoint import import_checkpoint
+    from ptl.model.hub import import_checkpoint
     from ptl.preflight import preflight
 
     # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
@@ -73,7 +71,7 @@ def import_model(call: Call) -> None:
         if step.record is None:
             # From the folder that was checked: on the hub the model may have changed since.
             import_checkpoint(str(folder), None, step.folder)
-            mlflow_flavor.write(step.folder)
+            checkpoint.write_mlflow_model(step.folder)
             source = {"model": model.path, "revision": model.revision or "", **goal}
             step.publish({**source, "params": dimensions.params, "versions": _versions(), "host": platform.node()})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, removal
 from ptl.evaluation import gate
-from ptl.model import mlflow_flavor
+from ptl.model import checkpoint
 from ptl.steps.call import Call, Metadata, iterations_until, schedule_of
 from ptl.steps.step import Step
 
@@ -22,7 +22,7 @@ def prune(call: Call) -> None:
 
             # What the result depends on is what the work is given.
             report = prune_checkpoint(step.fetch_model(), step.folder, **step.settings)
-            mlflow_flavor.write(step.folder)
+            checkpoint.write_mlflow_model(step.folder)
             step.publish(report)
     return None
 

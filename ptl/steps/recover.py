@@ -13,7 +13,7 @@ from ptl.config.schedule import Iteration, Prune, token_weights
 from ptl.data import decontamination
 from ptl.lineage import tracking
 from ptl.log import say
-from ptl.model import mlflow_flavor
+from ptl.model import checkpoint
 from ptl.recovery.job import Log, RecoveryJob, StageBudget, is_node, machines, progress
 from ptl.steps import coordinator, reporting
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
@@ -62,7 +62,7 @@ def recover(call: Call) -> None:
             report = recover_checkpoint(source, step.folder, recovery, tokens, job, stores)
             # Of several nodes the first one has the files.
             if job.machines.first:
-                mlflow_flavor.write(step.folder)
+                checkpoint.write_mlflow_model(step.folder)
                 step.publish(_metadata(call, report))
         # Committed: nothing resumes this training any more.
         if step.record is not None and machines().first:

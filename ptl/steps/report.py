@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 from ptl.config import dag
+from ptl.config.base import flat_settings
 from ptl.config.export import ServedFormat, gguf_name
-from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config, check
 from ptl.evaluation import gate
 from ptl.export import formats
-from ptl.lineage import registry, tracking
+from ptl.lineage import mlflow_objects, tracking
 from ptl.log import say
 from ptl.report import run_page
 from ptl.report.result import Result
@@ -157,7 +157,7 @@ def _register_exports(step: Step, records: dict[str, Record], final: Pointer) ->
             "parent_version": final.model_version or "the dense model",
             **score_tags(metadata["models"]["final"], record.pointer),
         }
-        registry.register(step.run, step.call.settings["registered_model"], record.pointer, tags)
+        mlflow_objects.register(step.run, step.call.settings["registered_model"], record.pointer, tags)
 
 
 def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: Result) -> None:
@@ -170,9 +170,9 @@ def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: R
         return
     registered_model = step.call.settings["registered_model"]
     # Of a registry that was lost the pointer's version is out of date.
-    version = registry.register(step.run, registered_model, final, score_tags(scores, final))
+    version = mlflow_objects.register(step.run, registered_model, final, score_tags(scores, final))
     alias = pair.verdict.replace(" ", "-")
-    registry.set_alias(registered_model, alias, version)
+    mlflow_objects.set_alias(registered_model, alias, version)
     say(step.run.step, f"version {version} of {registered_model} has the alias {alias}")
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from ptl import __version__
-from ptl.config.flat_settings import flat_settings
+from ptl.config.base import flat_settings
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun

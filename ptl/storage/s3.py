@@ -1,23 +1,152 @@
-"""Checkpoints in an S3 store: boto3's transfer manager, within bounded memory; never the crt transfer client."""
+"""Checkpoints in an S3 store: boto3's transfer manager, within bounded memory; never the crt transfer client.
+
+Settings and credentials of the connection are from the environment only; errors have a remedy.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import functools
+import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError, PtlError, WorkError
 from ptl.storage.local_files import full_disk
 from ptl.storage.manifest import BLOCK, FILES, THREADS, Files, Progress, verify
-from ptl.storage.s3_client import MISSING, client, code, error_for, explained, split
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+# Of one request: the pauses between them add up to some two minutes, which outlasts a restart of the server
+REQUEST_ATTEMPTS = 9
 ATTEMPTS = 3  # of what boto3 does not repeat by itself
 STREAMS = 20  # for a part whose download breaks off: each begins with a request that outlasts a restart
 NO_CONDITIONS = ("NotImplemented", "501")  # the store has no conditional writes
 EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # another writer was first
+
+# What decides which server is asked, and as whom; in the order of precedence.
+SETTINGS = (
+    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+# Any of these means that the environment says where credentials are; boto3 then reads them.
+CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+MISSING = ("NoSuchKey", "404")  # error codes of an object that is not there
+
+SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_NO_BUCKET = ("the bucket does not exist", "create it or correct the experiment's artifact location")
+_WRONG_KEYS = ("the credentials are not accepted", f"{SET_KEYS} to the server's")
+_DENIED = ("access denied", f"{SET_KEYS} to the server's, with the rights for it (`ptl gc`: s3:DeleteObject)")
+# Errors of the settings, by the server's code: problem and remedy.
+_SETTINGS_ERRORS = {
+    "NoSuchBucket": _NO_BUCKET,
+    "404": _NO_BUCKET,
+    "InvalidAccessKeyId": _WRONG_KEYS,
+    "SignatureDoesNotMatch": _WRONG_KEYS,
+    "AccessDenied": _DENIED,
+    "403": _DENIED,
+    "ExpiredToken": ("the session token has expired", "renew AWS_SESSION_TOKEN"),
+}
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of `s3://bucket/key`."""
+    # A key may hold a number sign, which begins no fragment.
+    parts = urlsplit(uri, allow_fragments=False)
+    if parts.scheme != "s3" or not parts.netloc:
+        raise InputError(f"{uri!r} must be s3://bucket/folder", field="store")
+    return parts.netloc, parts.path.strip("/")
+
+
+def client(attempts: int = REQUEST_ATTEMPTS) -> S3Client:
+    """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
+    if not any(os.environ.get(name) for name in CREDENTIALS):
+        raise InputError("no S3 credentials", field="environment", remedy=f"{SET_KEYS} (`ptl up` prints them)")
+    # The environment may change while a process lives: a client is kept for each state of it.
+    return _build(attempts, tuple(os.environ.get(name) for name in SETTINGS + CREDENTIALS))
+
+
+@functools.lru_cache(4)
+def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
+    """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        # The newer modes share a quota between all requests of a client, so that a restart ends every transfer.
+        retries={"mode": "legacy", "total_max_attempts": attempts},
+        connect_timeout=5,
+        read_timeout=60,
+        tcp_keepalive=True,
+        max_pool_connections=2 * THREADS + 2,
+    )
+    # A session of its own: the default one is not safe between threads.
+    session = boto3.session.Session()
+    region = os.environ.get("AWS_REGION")  # which boto3 itself does not read
+    return session.client("s3", endpoint_url=_endpoint_url(), region_name=region, config=config)
+
+
+def _endpoint_url() -> str | None:
+    """Where the S3 server is; None means AWS itself."""
+    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
+
+    transfer = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
+    try:
+        yield
+    except (BotoCoreError, ClientError, ResponseParserError, *transfer) as error:
+        raise _error_for(WorkError, error, uri) from error
+
+
+def _error_for(kind: type[PtlError], error: Exception, uri: str) -> PtlError:
+    """An error of boto3 as one that says what went wrong, where, and what to do; of the settings an InputError."""
+    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+    problem = str(error)
+    remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        kind, remedy = InputError, SET_KEYS
+    elif _code(error) in _SETTINGS_ERRORS:
+        kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
+    elif isinstance(error, ClientError):
+        remedy = "run the same command again, or look at the S3 server's log"
+    return kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field="store", remedy=remedy)
+
+
+def _code(error: Any) -> str:
+    """The S3 error code of a botocore ClientError; empty for another error."""
+    answer = getattr(error, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
+
+
+def is_missing(error: Any) -> bool:
+    """Whether a ClientError says that there is no such object."""
+    return _code(error) in MISSING
 
 
 def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
@@ -110,7 +239,7 @@ def _transfer(
             try:
                 future.result()
             except ClientError as error:
-                if code(error) not in (*MISSING, "NoSuchUpload"):
+                if _code(error) not in (*MISSING, "NoSuchUpload"):
                     raise
                 lost.append(path)
     return lost
@@ -126,7 +255,7 @@ def read(uri: str) -> bytes | None:
             try:
                 return bytes(client().get_object(Bucket=bucket, Key=key)["Body"].read())
             except ClientError as error:
-                if code(error) in MISSING:
+                if is_missing(error):
                     return None
                 raise
             except (HTTPClientError, IncompleteReadError):
@@ -149,9 +278,9 @@ def put_once(uri: str, data: bytes) -> bytes:
             try:
                 client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except ClientError as error:
-                if code(error) in NO_CONDITIONS:
+                if _code(error) in NO_CONDITIONS:
                     put(uri, data)  # the one writer that a step normally has is still safe
-                elif code(error) not in EXISTS:
+                elif _code(error) not in EXISTS:
                     raise
     raise WorkError(f"{uri} was written but cannot be read back", field="store")
 
@@ -196,4 +325,4 @@ def check(root: str) -> None:
     try:
         client(attempts=2).head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: the endpoint is no address
-        raise error_for(InputError, error, root) from error
+        raise _error_for(InputError, error, root) from error

@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 from ptl.cli import arguments, results
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
-from ptl.lineage import locate, mlflow_client, registry, tracking
+from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
 from ptl.local import servers
 from ptl.report.build import build
-from ptl.storage import s3_client, store
+from ptl.storage import store
 from ptl.storage.manifest import digest_of
+from ptl.storage.s3 import CREDENTIALS, SETTINGS
 from ptl.storage.store import Pointer
 
 STEPS = ("import-model", "recover-1", "recover-2", "control-recover")
@@ -73,8 +74,8 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
     if done:
         scored = start("evaluate-1")
         for step, alias in (("recover-1", "best"), ("recover-2", "smallest")):
-            version = registry.register(scored, name, pointers[step], {})
-            registry.set_alias(name, alias, version)
+            version = mlflow_objects.register(scored, name, pointers[step], {})
+            mlflow_objects.set_alias(name, alias, version)
         result = build(run_records.records(), run_records.settings(), run_id=run).model_dump(mode="json")
         row = result["rows"][0] | {"accuracy": 0.9, "params": 98}
         rows = [
@@ -396,7 +397,7 @@ def running(tmp_path_factory):
 @pytest.fixture
 def cluster(running, monkeypatch, tmp_path):
     """A run whose checkpoints are on S3, seen from a laptop with both addresses and the keys in its environment."""
-    for name in (*s3_client.SETTINGS, "MLFLOW_TRACKING_URI"):
+    for name in (*SETTINGS, "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     for name, value in running[1].items():
         monkeypatch.setenv(name, value)
@@ -425,7 +426,7 @@ def test_fetch_and_compare_from_a_laptop(cluster, tmp_path):
 
 
 def test_the_servers_of_ptl_up_are_reached_by_home(cluster, running, tmp_path, monkeypatch):
-    for name in (*s3_client.SETTINGS, "MLFLOW_TRACKING_URI"):
+    for name in (*SETTINGS, "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     ptl("fetch", cluster.id, tmp_path / "out", "--s3", "--home", running[0])
     assert holds(tmp_path / "out", cluster.directory / "recover-2")[0]
@@ -436,7 +437,7 @@ def test_wrong_credentials_are_named(cluster, tmp_path, monkeypatch):
     for what in (cluster.id, f"models:/{cluster.name}@best", cluster.pointers["recover-1"].uri):
         with pytest.raises(InputError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
             ptl("fetch", what, tmp_path / "out")
-    for name in s3_client.CREDENTIALS:
+    for name in CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="environment: no S3 credentials"):
         ptl("fetch", cluster.id, tmp_path / "out")

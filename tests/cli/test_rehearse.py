@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ptl.cli import app, run
 from ptl.local.run_directory import RunDir
-from ptl.tables import table_text
+from ptl.log import table_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptl.config import errors, yaml_text
+from ptl.config import base, yaml_text
 from ptl.config.base import Section
 from ptl.config.run import Config, assign, check, essentials, load_config, pairs
 from ptl.config.schedule import plan, removal
@@ -19,7 +19,7 @@ from ptl.local import run_directory
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-FIELDS = [".".join(path) for path in errors.field_paths(Config)]
+FIELDS = [".".join(path) for path in base.field_paths(Config)]
 
 numbers = st.one_of(
     st.integers(-3, 3),

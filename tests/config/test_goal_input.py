@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ptl.config.goal import MemoryGoal, memory_bytes
 from ptl.config.run import Config, essentials, load_config, pairs
+from ptl.config.schedule import MemoryGoal, memory_bytes
 from ptl.errors import InputError
 
 TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"

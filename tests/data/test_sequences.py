@@ -21,7 +21,7 @@ from ptl.data.sequences import IGNORED, calibration_batches, order, prompt_rows,
 from ptl.data.sources import SourceRow, check_rows, read_rows
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import read_items
-from ptl.storage import s3_client
+from ptl.storage.s3 import client, split
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = TrainingData(
@@ -177,8 +177,6 @@ def test_parquet_and_gzip_give_the_same_rows(tmp_path):
 
 
 def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):
-    from ptl.storage.s3_client import client, split
-
     monkeypatch.setenv("PTL_SCRATCH", str(tmp_path))
     bucket, key = split(f"{s3.root}/data.jsonl")
     client().put_object(Bucket=bucket, Key=key, Body=b'{"prompt": "a", "completion": "b"}\n')
@@ -767,18 +765,18 @@ def test_content_has_a_digest_wherever_it_is(s3, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a"}\n')
     local = DataSource(source=str(path))
-    bucket, key = s3_client.split(f"{s3.root}/data.jsonl")
+    bucket, key = split(f"{s3.root}/data.jsonl")
     stored = DataSource(source=f"s3://{bucket}/{key}")
     before = []
     for content in ("a", "b", "a"):
         path.write_text(content)
-        s3_client.client().put_object(Bucket=bucket, Key=key, Body=content.encode())
+        client().put_object(Bucket=bucket, Key=key, Body=content.encode())
         before.append((sources.content_digest(local), sources.content_digest(stored)))
     assert before[0] == before[2] and not set(before[0]) & set(before[1])
     assert sources.content_digest(DataSource(source="org/on-the-hub")) is None
 
 
 def test_an_answer_that_is_no_s3_servers_is_an_error(monkeypatch):
-    monkeypatch.setattr(s3_client, "client", lambda: SimpleNamespace(head_object=lambda **_: {"ContentLength": 5}))
+    monkeypatch.setattr("ptl.storage.s3.client", lambda: SimpleNamespace(head_object=lambda **_: {"ContentLength": 5}))
     with pytest.raises(InputError, match="no ETag in the answer"):
         sources.local_file(DataSource(source="s3://bucket/rows.jsonl"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ptl.config.run import load_config
-from ptl.data.training_amount import Amount, planned
+from ptl.data.checks import Amount, planned_amount
 
 TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -27,7 +27,9 @@ def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_p
     hub = {"source": "meta-math/NOPE", "weight": 3}
 
     def passes(sources, **changes):
-        return planned(load_config(TINY, {"training": sources, "schedule.recovery_tokens": 8000} | changes), 1).passes
+        return planned_amount(
+            load_config(TINY, {"training": sources, "schedule.recovery_tokens": 8000} | changes), 1
+        ).passes
 
     assert passes([text]) == 8  # of 100 tokens each
     assert passes([text, hub]) == 2 and passes([hub]) is None
@@ -35,4 +37,4 @@ def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_p
 
 
 def test_the_shipped_demo_is_as_full_of_tokens_as_it_says():
-    assert planned(load_config(TINY), 86_016).warnings() == []
+    assert planned_amount(load_config(TINY), 86_016).warnings() == []

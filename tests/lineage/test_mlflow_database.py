@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from ptl.errors import WorkError
-from ptl.lineage import mlflow_database
+from ptl.lineage import mlflow_client
 
 ROOT = Path(__file__).parents[2]
 HALF = "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1].removeprefix('sqlite:///')); "
 HALF += "db.execute('create table one (x)'); db.commit(); time.sleep(%g); db.execute('create table two (x)')"
 CREATES = """
 import sys
-from ptl.lineage import mlflow_database
-mlflow_database.CODE = sys.argv[2]
-mlflow_database.create(sys.argv[1], "file:///nowhere")
+from ptl.lineage import mlflow_client
+mlflow_client.DATABASE_CODE = sys.argv[2]
+mlflow_client.create_database(sys.argv[1], "file:///nowhere")
 """
 
 
@@ -43,8 +43,8 @@ def test_a_kill_while_it_is_made_leaves_none_and_the_next_command_makes_it(tmp_p
     killed.kill()
     killed.wait()
     assert not path.exists()
-    monkeypatch.setattr(mlflow_database, "CODE", HALF % 0)
-    mlflow_database.create(f"sqlite:///{path}", "file:///nowhere")
+    monkeypatch.setattr(mlflow_client, "DATABASE_CODE", HALF % 0)
+    mlflow_client.create_database(f"sqlite:///{path}", "file:///nowhere")
     assert tables(path) == {"one", "two"} and not draft.exists()
 
 
@@ -56,15 +56,15 @@ def test_two_commands_at_once_make_one(tmp_path):
 
 
 def test_what_is_there_and_other_databases_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(mlflow_database, "CODE", "raise SystemExit('never')")
+    monkeypatch.setattr(mlflow_client, "DATABASE_CODE", "raise SystemExit('never')")
     (tmp_path / "mlflow.db").touch()
     for uri in (f"sqlite:///{tmp_path}/mlflow.db", "postgresql://host/name", "http://127.0.0.1:9"):
-        mlflow_database.create(uri, "file:///nowhere")
+        mlflow_client.create_database(uri, "file:///nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_mlflows_own_error_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(mlflow_database, "CODE", "raise SystemExit('sqlite is too old')")
+    monkeypatch.setattr(mlflow_client, "DATABASE_CODE", "raise SystemExit('sqlite is too old')")
     with pytest.raises(WorkError, match=r"could not create its database .*:\nsqlite is too old"):
-        mlflow_database.create(f"sqlite:///{tmp_path}/mlflow.db", "file:///nowhere")
+        mlflow_client.create_database(f"sqlite:///{tmp_path}/mlflow.db", "file:///nowhere")
     assert not (tmp_path / "mlflow.db").exists()

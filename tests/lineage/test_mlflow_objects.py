@@ -16,7 +16,7 @@ from conftest import free_port
 from mlflow import MlflowClient
 from working import execute
 
-from ptl.lineage import locate, mlflow_client, mlflow_objects, registry, tracking
+from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
 from ptl.local import runs, servers
 from ptl.steps import step as steps
 from ptl.steps.call import Call
@@ -102,8 +102,8 @@ def whole(experiment, name):
     dense = publish(Call("import-model", experiment))
     pruned = publish(Call("prune-1", experiment), dense)
     report = Call("report", experiment).start()
-    version = registry.register(report, name, pruned.pointer, {"step": "evaluate-1"})
-    registry.set_alias(name, "best", version)
+    version = mlflow_objects.register(report, name, pruned.pointer, {"step": "evaluate-1"})
+    mlflow_objects.set_alias(name, "best", version)
     folder = steps.scratch("report")
     folder.mkdir(parents=True, exist_ok=True)
     pointer = {key: getattr(pruned.pointer, key) for key in ("uri", "digest", "params")}
@@ -224,7 +224,7 @@ def test_a_run_continues_after_its_database_was_lost(database, state):
     assert publish(Call("prune-1", experiment), dense) == pruned
     recovered = publish(Call("recover-1", experiment), pruned)
     report = Call("report", experiment).start()
-    assert registry.register(report, name, pruned.pointer, {}) == "1"
+    assert mlflow_objects.register(report, name, pruned.pointer, {}) == "1"
     tracking.finish(report, params={}, metrics={}, inputs=[pruned.pointer.model_id], output=None, step=0)
     client = mlflow_client.connect()
     found = client.search_runs([report.experiment_id])

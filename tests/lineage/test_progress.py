@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ptl.errors import InputError, WorkError
-from ptl.lineage import progress
+from ptl.lineage import run_status
 
 TRAINING = {
     "status": "RUNNING",
@@ -29,17 +29,17 @@ SCORED = {
 @pytest.fixture(autouse=True)
 def patience_of_a_watcher(monkeypatch):
     """Steps that ran in this process before have left MLflow's own patience, minutes, in its environment."""
-    for name in progress.WATCHING:
+    for name in run_status.WATCHING:
         monkeypatch.delenv(name, raising=False)
 
 
 def test_what_each_step_says_of_itself(tracked):
     parent = tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING})
     tracked("run-q", {"evaluate-1": {"status": "FAILED"}})
-    read = progress.read("run-p")
+    read = run_status.read("run-p")
     assert (read.parent_id, read.parent_status, list(read.steps)) == (parent, "RUNNING", ["evaluate-1", "recover-2"])
     scored, training = read.steps.values()
-    assert scored == progress.StepProgress(
+    assert scored == run_status.StepProgress(
         step="evaluate-1",
         run_id=scored.run_id,
         status="FINISHED",
@@ -57,7 +57,7 @@ def test_what_each_step_says_of_itself(tracked):
 
 def test_a_look_is_one_search(tracked, monkeypatch):
     tracked("run-p", {"evaluate-1": SCORED})
-    found = progress.read("run-p").experiment_id
+    found = run_status.read("run-p").experiment_id
     asked = []
     for name in ("search_runs", "search_experiments", "get_run"):
         plain = getattr(MlflowClient, name)
@@ -67,13 +67,13 @@ def test_a_look_is_one_search(tracked, monkeypatch):
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(MlflowClient, name, counted)
-    assert progress.read("run-p", [found]).steps.keys() == {"evaluate-1"}
+    assert run_status.read("run-p", [found]).steps.keys() == {"evaluate-1"}
     assert asked == ["search_runs"]
 
 
 def test_a_run_that_mlflow_does_not_know_is_none(tracked):
     tracked("run-p", {})
-    assert progress.read("run-x") is None and progress.read("run-p", []) is None
+    assert run_status.read("run-x") is None and run_status.read("run-p", []) is None
 
 
 def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
@@ -88,15 +88,15 @@ def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
         parent = tracked(run, {"import-model": {}}, status)
         client.update_run(parent, name=name)
     experiment = client.get_experiment(client.get_run(parent).info.experiment_id).name
-    assert progress.unfinished(experiment, "tiny") == ["new", "old"]
-    assert progress.unfinished(experiment, "tiny-large") == ["other"]
-    assert progress.unfinished("there is none", "tiny") == []
+    assert run_status.unfinished(experiment, "tiny") == ["new", "old"]
+    assert run_status.unfinished(experiment, "tiny-large") == ["other"]
+    assert run_status.unfinished("there is none", "tiny") == []
 
 
 def test_closing_ends_what_is_running_and_nothing_else(tracked):
     tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING, "prune-3": {"status": "RUNNING"}})
-    assert progress.close(progress.read("run-p"), "FAILED", "recover-2: killed", {"recover-2": "killed"})
-    closed = progress.read("run-p")
+    assert run_status.close(run_status.read("run-p"), "FAILED", "recover-2: killed", {"recover-2": "killed"})
+    closed = run_status.read("run-p")
     assert closed.parent_status == "FAILED"
     assert {name: (step.status, step.error) for name, step in closed.steps.items()} == {
         "evaluate-1": ("FINISHED", ""),
@@ -105,27 +105,27 @@ def test_closing_ends_what_is_running_and_nothing_else(tracked):
     }
     client = MlflowClient()
     assert client.get_run(closed.parent_id).data.tags["ptl.error"] == "recover-2: killed"
-    assert not progress.close(closed, "FAILED", "again", {})
+    assert not run_status.close(closed, "FAILED", "again", {})
     assert client.get_run(closed.parent_id).data.tags["ptl.error"] == "recover-2: killed"
 
 
 def test_a_retry_reopens_the_parent_without_its_error(tracked):
     parent = tracked("run-p", {"prune-1": {"status": "RUNNING"}})
-    progress.close(progress.read("run-p"), "KILLED", "canceled", {})
+    run_status.close(run_status.read("run-p"), "KILLED", "canceled", {})
     assert MlflowClient().get_run(parent).info.status == "KILLED"
-    progress.reopen(progress.read("run-p"))
+    run_status.reopen(run_status.read("run-p"))
     run = MlflowClient().get_run(parent)
     assert run.info.status == "RUNNING" and "ptl.error" not in run.data.tags
-    assert progress.read("run-p").steps["prune-1"].status == "KILLED"
+    assert run_status.read("run-p").steps["prune-1"].status == "KILLED"
 
 
 def test_without_an_address_or_a_server_it_says_so(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set"):
-        progress.read("run-p")
+        run_status.read("run-p")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(WorkError, match=r"MLflow at http://127\.0\.0\.1:9"):
-        progress.read("run-p")
+        run_status.read("run-p")
 
 
 def test_a_server_that_hangs_is_given_up_soon(monkeypatch):
@@ -142,11 +142,11 @@ def test_a_server_that_hangs_is_given_up_soon(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(
-        progress, "WATCHING", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+        run_status, "WATCHING", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
     )
     try:
         with pytest.raises(WorkError, match=r"imed out|Max retries"):
-            progress.read("run-p", ["1"])
+            run_status.read("run-p", ["1"])
     finally:
         hanging.set()
         server.shutdown()
@@ -157,13 +157,13 @@ def test_a_watchers_settings_end_with_it_and_give_way_to_the_users(tracked, monk
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     during = {}
-    monkeypatch.setattr(progress.mlflow_client, "connect", lambda: during.update(os.environ) or MlflowClient())
-    progress.read("run-p")
-    assert [during[name] for name in progress.WATCHING] == ["1", "77"]
-    assert [os.environ.get(name) for name in progress.WATCHING] == [None, "77"]
+    monkeypatch.setattr(run_status.mlflow_client, "connect", lambda: during.update(os.environ) or MlflowClient())
+    run_status.read("run-p")
+    assert [during[name] for name in run_status.WATCHING] == ["1", "77"]
+    assert [os.environ.get(name) for name in run_status.WATCHING] == [None, "77"]
 
 
 def test_it_imports_neither_torch_nor_kfp():
-    code = "import sys, ptl.lineage.progress; sys.exit(bool({'torch', 'kfp', 'mlflow'} & set(sys.modules)))"
+    code = "import sys, ptl.lineage.run_status; sys.exit(bool({'torch', 'kfp', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0

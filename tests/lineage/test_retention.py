@@ -24,12 +24,13 @@ from working import execute
 from ptl.cli.app import app
 from ptl.config import dag
 from ptl.errors import InputError, WorkError
-from ptl.lineage import registry, retention, tracking
+from ptl.lineage import mlflow_objects, retention, tracking
 from ptl.local import servers
 from ptl.steps.call import Call
-from ptl.storage import s3, s3_client, store, training_checkpoints
+from ptl.storage import s3, store, training_checkpoints
 from ptl.storage.local_files import COMPLETE
 from ptl.storage.manifest import digest_of
+from ptl.storage.s3 import SETTINGS
 from ptl.storage.store import Pointer, Record
 from ptl.units import size
 
@@ -57,7 +58,7 @@ def served(server, new_database, tmp_path_factory):
 @pytest.fixture(params=["local", "served"])
 def experiment(request, monkeypatch, tmp_path):
     """A fresh experiment, with the environment of its steps."""
-    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", "PTL_LAUNCH", *s3_client.SETTINGS):
+    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", "PTL_LAUNCH", *SETTINGS):
         monkeypatch.delenv(name, raising=False)
     name = f"gc-{uuid.uuid4().hex[:8]}"
     settings = dict(request.getfixturevalue(request.param))
@@ -97,7 +98,7 @@ class Loop:
 
         def metadata(run):
             if accepted and mine.params < 100:
-                registry.register(run, self.experiment, mine, {})
+                mlflow_objects.register(run, self.experiment, mine, {})
             task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
             sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1) | {"experts": 0}
             return {

@@ -9,11 +9,11 @@ import pytest
 import run_records
 from mlflow import MlflowClient
 
-from ptl import revision
+from ptl.config import image_names
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client, mlflow_database, registry, tracking
+from ptl.lineage import mlflow_client, mlflow_objects, tracking
 from ptl.report import run_page
 from ptl.report.build import build
 from ptl.storage import store
@@ -138,15 +138,15 @@ def test_versions_and_aliases(client, begin, tmp_path):
     for params in (90, 80):
         model, place = tracking.new_model(step, name, {}, {})
         pointers.append(store.Pointer(place, "sha256:" + "0" * 64, params, run_id=step.run_id, model_id=model))
-    versions = [registry.register(step, name, pointer, {"iteration": 1}) for pointer in pointers]
+    versions = [mlflow_objects.register(step, name, pointer, {"iteration": 1}) for pointer in pointers]
     assert versions == ["1", "2"]
-    assert registry.register(step, name, pointers[0], {}) == "1"
+    assert mlflow_objects.register(step, name, pointers[0], {}) == "1"
     version = client.get_model_version(name, "2")
     assert version.tags["ptl.model_id"] == pointers[1].model_id
     assert version.tags["ptl.params"] == "80" and version.source == pointers[1].uri
-    registry.set_alias(name, "best", "1")
-    registry.set_alias(name, "smallest", "1")
-    registry.set_alias(name, "smallest", "2")
+    mlflow_objects.set_alias(name, "best", "1")
+    mlflow_objects.set_alias(name, "smallest", "1")
+    mlflow_objects.set_alias(name, "smallest", "2")
     found = {alias: client.get_model_version_by_alias(name, alias).version for alias in ("best", "smallest")}
     assert {alias: str(version) for alias, version in found.items()} == {"best": "1", "smallest": "2"}
 
@@ -185,10 +185,10 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
 
 def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setenv("PTL_REVISION", "unknown")
-    assert revision.own_revision() == revision.revision_of(ROOT)
+    assert image_names.own_revision() == image_names.revision_of(ROOT)
     monkeypatch.setenv("PTL_REVISION", "abc")
-    assert revision.own_revision() == "abc"
-    assert revision.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
+    assert image_names.own_revision() == "abc"
+    assert image_names.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
 
 
 def test_the_result_is_on_the_run(client, begin):
@@ -301,7 +301,7 @@ def test_links_hide_passwords(begin, monkeypatch):
 
 
 def test_a_database_is_made_by_the_one_way_that_a_kill_cannot_break(tmp_path, monkeypatch):
-    monkeypatch.setattr(mlflow_database, "CODE", "raise SystemExit('not in place')")
+    monkeypatch.setattr(mlflow_client, "DATABASE_CODE", "raise SystemExit('not in place')")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(WorkError, match="not in place"):
         mlflow_client.connect()

@@ -20,7 +20,7 @@ from conftest import free_port, unused
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
-from ptl.lineage import registry, tracking
+from ptl.lineage import mlflow_objects, tracking
 from ptl.local import servers
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
@@ -58,7 +58,7 @@ def work(tmp_path, experiment):
     files = store.publish(folder, location)
     pointer = store.Pointer(location, digest_of(files), 10, run_id=step.run_id, model_id=model)
     store.commit(step.root, step.run, "import-model", store.Record("k", pointer))
-    assert registry.register(step, "tiny", pointer, {}) == registry.register(step, "tiny", pointer, {})
+    assert mlflow_objects.register(step, "tiny", pointer, {}) == mlflow_objects.register(step, "tiny", pointer, {})
     tracking.finish(step, params={"seed": 0}, metrics={"accuracy": 1.0}, inputs=[], output=model, step=0)
     fetched = store.fetch(pointer, tmp_path / "cache")
     assert (fetched / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

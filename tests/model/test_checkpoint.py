@@ -13,7 +13,7 @@ from ptl.errors import InputError
 from ptl.model import checkpoint, safetensors_io
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
-from ptl.model.import_checkpoint import import_checkpoint
+from ptl.model.hub import import_checkpoint
 from ptl.preflight.preflight import check_model
 
 LLAMA = FAMILIES["llama"]

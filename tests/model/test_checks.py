@@ -11,7 +11,7 @@ from ptl.config.run import Calibration, Evaluate, ModelSource, load_config
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model.checkpoint import CHAT_TEMPLATES
-from ptl.model.import_checkpoint import import_checkpoint
+from ptl.model.hub import import_checkpoint
 from ptl.preflight.preflight import preflight
 from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery import distillation, training

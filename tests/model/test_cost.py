@@ -1,6 +1,6 @@
 import pytest
 
-from ptl.model import cost
+from ptl.model import dimensions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [
@@ -30,7 +30,7 @@ def test_flops_agree_with_torchs_counter(tmp_path, kind, tie, shape):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = saved(tmp_path, tie, kind, **shape)
-    static = cost.from_config(tmp_path)
+    static = dimensions.static_cost(tmp_path)
     model.set_attn_implementation("eager")
     for length in (1, 7):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -41,7 +41,7 @@ def test_flops_agree_with_torchs_counter(tmp_path, kind, tie, shape):
 @pytest.mark.parametrize("tie", [True, False])
 def test_static_costs_by_hand(tmp_path, tie):
     model = saved(tmp_path, tie, **SHAPES[0])
-    static = cost.from_config(tmp_path)
+    static = dimensions.static_cost(tmp_path)
     attention = 32 * 32 * 2 + 32 * 16 * 2
     layer = attention + 3 * 32 * 88 + 2 * 32
     assert static.params == 97 * 32 * (1 if tie else 2) + 3 * layer + 32
@@ -59,4 +59,4 @@ def test_kv_bytes_are_those_of_a_real_cache(tmp_path):
     with torch.inference_mode():
         out = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True)
     held = sum(t.numel() * t.element_size() for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
-    assert held == 5 * cost.from_config(tmp_path).kv_bytes_per_token
+    assert held == 5 * dimensions.static_cost(tmp_path).kv_bytes_per_token

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, cost, shapes
+from ptl.model import checkpoint, dimensions, shapes
 from ptl.model.dimensions import (
     dimensions_of,
     experts_for,
@@ -198,7 +198,7 @@ def test_sizes_are_those_of_the_real_model(variant, model, source):
     body = model_dimensions(source, family)
     assert body == dimensions_of(shapes.of_config(config, family, "config.json"))
     layer = model.get_decoder().layers[expert_layers(model)[0]]
-    assert body.params == num_parameters(model) == cost.from_config(source).params
+    assert body.params == num_parameters(model) == dimensions.static_cost(source).params
     assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
     in_experts, in_router = (
         sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in (layer.mlp.experts, router(layer))
@@ -218,7 +218,7 @@ def test_sizes_after_a_cut_are_those_that_were_planned(model, source, tmp_path):
 
 
 def test_flops_are_those_of_the_experts_in_use(model, source):
-    static = cost.from_config(source)
+    static = dimensions.static_cost(source)
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "eager"
     for length in (1, 7):
@@ -233,7 +233,7 @@ def test_kv_bytes_are_those_of_a_real_cache(model, source):
         cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     # A layer with a window has 4 tokens.
     numbers = sum((layer.keys.numel() + layer.values.numel()) // layer.keys.shape[-2] for layer in cache.layers)
-    assert cost.from_config(source).kv_bytes_per_token == 4 * numbers
+    assert dimensions.static_cost(source).kv_bytes_per_token == 4 * numbers
 
 
 def test_as_many_experts_stay_as_the_goal_allows(source):
@@ -290,7 +290,7 @@ def test_layers_that_guess_further_tokens_are_left_behind(tmp_path):
     weights = dict(checkpoint.tensors(source / checkpoint.WEIGHTS))
     checkpoint.write_shard(source / checkpoint.WEIGHTS, weights | extra)
     changed(source, num_nextn_predict_layers=1)
-    assert model_dimensions(source, family) == plain and cost.from_config(source).params == plain.params
+    assert model_dimensions(source, family) == plain and dimensions.static_cost(source).params == plain.params
     write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}))
     assert checkpoint.contents(tmp_path / "cut").keys() == weights.keys()
     assert checkpoint.read_config(tmp_path / "cut")["num_nextn_predict_layers"] == 0

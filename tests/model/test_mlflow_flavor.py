@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from ptl.model import checkpoint, mlflow_flavor
+from ptl.model import checkpoint
 from ptl.storage.manifest import digest_of, scan
 from ptl.storage.store import publish
 
@@ -17,10 +17,10 @@ def test_the_weights_stay_where_they_are_and_equal_checkpoints_equal(tmp_path):
     for name in ("one", "two"):
         folder = tmp_path / name
         shutil.copytree(REASONER, folder)
-        mlflow_flavor.write(folder)
+        checkpoint.write_mlflow_model(folder)
         # As a step does that takes over the files of an earlier run, and after MLflow has loaded a version.
         (folder / "registered_model_meta").write_text(f"model_name: {name}\n")
-        mlflow_flavor.write(folder)
+        checkpoint.write_mlflow_model(folder)
         digests.add(digest_of(publish(folder, f"{tmp_path}/published/{name}")))
     assert len(digests) == 1
     flavor = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]["transformers"]
@@ -33,7 +33,7 @@ def test_the_weights_stay_where_they_are_and_equal_checkpoints_equal(tmp_path):
 def test_the_next_checkpoint_does_not_inherit_them(tmp_path):
     folder = tmp_path / "parent"
     shutil.copytree(REASONER, folder)
-    mlflow_flavor.write(folder)
+    checkpoint.write_mlflow_model(folder)
     (folder / "registered_model_meta").write_text("model_name: tiny\n")
     (tmp_path / "child").mkdir()
     checkpoint.copy_companions(folder, tmp_path / "child")

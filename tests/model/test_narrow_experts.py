@@ -9,7 +9,7 @@ from tiny_models import MOE_VARIANTS, NARROW_VARIANTS, SIZES, batches, build, lo
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import (
     check_unit,
     model_dimensions,
@@ -216,7 +216,7 @@ def test_experts_of_the_least_width_are_multiplied_in_groups(variant, dtype, tmp
 def test_the_costs_of_a_narrow_model_are_those_of_the_plan(variant, source, tmp_path):
     family, width = family_at(source), width_of(variant)
     write_pruned(source, tmp_path / "cut", family, Selection(ALL, some_neurons(variant)))
-    before, after = cost.from_config(source), cost.from_config(tmp_path / "cut")
+    before, after = dimensions.static_cost(source), dimensions.static_cost(tmp_path / "cut")
     # Of a neuron each token meets three weights in each of its experts.
     met = 4 * 3 * SIZES["hidden_size"] * checkpoint.read_config(source)["num_experts_per_tok"] * (width - NARROW)
     assert before.flops_per_token - after.flops_per_token == 2 * met

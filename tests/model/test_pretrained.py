@@ -14,8 +14,8 @@ from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import pretrained
-from ptl.model.checks import load_tokenizer
-from ptl.model.import_checkpoint import import_checkpoint
+from ptl.model.hub import import_checkpoint
+from ptl.model.pretrained import load_tokenizer
 from ptl.preflight.forecast import forecast
 from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery.distillation import load_teacher

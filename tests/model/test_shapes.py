@@ -13,17 +13,17 @@ from tiny_models import VARIANTS, build, save
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from ptl import json_input
 from ptl.cli.app import app
 from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, cost, pretrained, shapes
-from ptl.model.checks import check_generation_config, load_tokenizer
+from ptl.model import checkpoint, dimensions, pretrained, shapes
+from ptl.model.checkpoint import check_generation_config
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
-from ptl.model.import_checkpoint import import_checkpoint
+from ptl.model.hub import import_checkpoint
+from ptl.model.pretrained import load_tokenizer
 from ptl.preflight.forecast_model import shape_of
 from ptl.preflight.preflight import check_model
 
@@ -201,7 +201,11 @@ def with_output_layer(folder, tmp_path, change=0.0):
 def test_a_tied_output_layer_that_is_stored_too_counts_once(folders, tmp_path, variant):
     folder = with_output_layer(folders(variant), tmp_path)
     params = build(variant).num_parameters()
-    assert model_dimensions(folder, FAMILIES[VARIANTS[variant][0]]).params == cost.from_config(folder).params == params
+    assert (
+        model_dimensions(folder, FAMILIES[VARIANTS[variant][0]]).params
+        == dimensions.static_cost(folder).params
+        == params
+    )
 
 
 def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
@@ -214,7 +218,7 @@ def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
 def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size, named):
     folder = changed(save(build("llama").to(dtype), tmp_path / "stored"), tmp_path, dtype=named)
     assert (
-        cost.from_config(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size
+        dimensions.static_cost(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size
     )  # keys and values, layers, KV heads, head_dim
     assert (shape_of(str(folder)).kv_bytes, shape_of(str(folder)).itemsize) == (2 * 4 * 2 * 8 * size, size)
 
@@ -231,16 +235,16 @@ def test_of_a_model_without_dtype_and_weights_sixteen_bits_are_assumed(folders, 
 @pytest.mark.parametrize("levels", [65, 900, 200_000])
 def test_deep_json_is_a_value_error(levels):
     with pytest.raises(ValueError, match="nested deeper than 64 levels"):
-        json_input.loads("[" * levels + "]" * levels)
+        checkpoint.bounded_json("[" * levels + "]" * levels)
     with pytest.raises(ValueError, match="nested deeper than 64 levels"):
-        json_input.loads('{"a":' * levels + "1" + "}" * levels)
+        checkpoint.bounded_json('{"a":' * levels + "1" + "}" * levels)
 
 
 def test_ordinary_json_is_read():
     text = "[" * 64 + "1" + "]" * 64
-    assert json_input.loads(text) == json.loads(text)
+    assert checkpoint.bounded_json(text) == json.loads(text)
     with pytest.raises(ValueError):
-        json_input.loads("[1")
+        checkpoint.bounded_json("[1")
 
 
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -16,7 +16,7 @@ from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES, family_of
-from ptl.model.import_checkpoint import import_checkpoint
+from ptl.model.hub import import_checkpoint
 from ptl.preflight.forecast_model import shape_of
 from ptl.preflight.preflight import check_model
 

@@ -264,7 +264,7 @@ def test_a_mlflow_that_refuses_to_close_is_one_line(world, said, status, tracked
     def refuse(*_):
         raise InputError("read only")
 
-    monkeypatch.setattr(follow.progress, "close", refuse)
+    monkeypatch.setattr(follow.run_status, "close", refuse)
     assert status() == 1 and "MLflow: the run could not be closed: read only" in said
 
 

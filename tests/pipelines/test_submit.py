@@ -15,7 +15,7 @@ from pipelines.prune_tune_loop import follow, kfp_api, submit
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.lineage import progress
+from ptl.lineage import run_status
 from ptl.report.build import build
 
 ROOT = Path(__file__).parents[2]
@@ -302,7 +302,7 @@ def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
 def test_the_description_names_the_run_in_mlflow(world, go, monkeypatch):
     assert go(wait=False) == 0 and "description" not in world.runs[0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow.example.com/base/")
-    monkeypatch.setattr(progress, "unfinished", lambda *_: [])
+    monkeypatch.setattr(run_status, "unfinished", lambda *_: [])
     assert go(wait=False, parameters={"experiment": "new"}) == 0
     page = "http://mlflow.example.com/base"
     assert world.runs[1]["description"] == f"MLflow: experiment new, run {world.runs[1]['display_name']}: {page}"
@@ -312,7 +312,7 @@ def test_the_description_names_the_run_in_mlflow(world, go, monkeypatch):
 
 def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
-    monkeypatch.setattr(progress, "unfinished", lambda *named: ["new", "old"] if named == ("ptl", "tiny") else [])
+    monkeypatch.setattr(run_status, "unfinished", lambda *named: ["new", "old"] if named == ("ptl", "tiny") else [])
     assert go(wait=False) == go(wait=False, fresh=True) == go(wait=False, parameters={"earlier_runs": "mine"}) == 0
     assert go(wait=False, parameters={"experiment": "there is none"}) == 0
     named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]

@@ -138,8 +138,8 @@ def test_folder_that_cannot_be_written(config, tracking, tmp_path, monkeypatch):
 
 
 def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeypatch):
-    real = doctor.s3_client.client(attempts=2)
-    monkeypatch.setattr(doctor.s3_client, "client", lambda attempts: Unconditional(real))
+    real = doctor.s3.client(attempts=2)
+    monkeypatch.setattr(doctor.s3, "client", lambda attempts: Unconditional(real))
     doctor.mlflow(config)
     assert "ignores If-None-Match" in doubt("store", doctor.store, config, False)
 
@@ -148,7 +148,7 @@ class Unconditional:
     """A mock of a client of a store that knows no conditions: SeaweedFS does."""
 
     def __init__(self, real):
-        self.get_object, self.delete_object = real.get_object, real.delete_object
+        self.head_bucket, self.get_object, self.delete_object = real.head_bucket, real.get_object, real.delete_object
         self.put_object = lambda IfNoneMatch, **rest: real.put_object(**rest)
 
 

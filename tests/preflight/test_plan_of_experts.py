@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from ptl.cli.app import app
 from ptl.errors import InputError
-from ptl.model import cost
+from ptl.model import dimensions
 
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -71,4 +71,4 @@ def test_prune_by_hand_removes_experts_where_the_config_does(small, tmp_path):
         "prune", small, tmp_path / "two", "--config", TINY, "--set", "prune.target=experts", "--target", 0.2
     )
     assert '"criterion": "reap"' in by_option
-    assert cost.from_config(tmp_path / "one").params == cost.from_config(tmp_path / "two").params
+    assert dimensions.static_cost(tmp_path / "one").params == dimensions.static_cost(tmp_path / "two").params

@@ -8,8 +8,7 @@ from tiny_models import build, save
 from typer.testing import CliRunner
 
 from ptl.cli import app
-from ptl.config.goal import MemoryGoal
-from ptl.config.schedule import Prune, Schedule
+from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import InputError
 from ptl.model.dimensions import with_experts
 from ptl.preflight import target

@@ -13,7 +13,7 @@ from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, with_width
 from ptl.model.families import FAMILIES
 from ptl.pruning import importance
-from ptl.pruning.expert_neurons import CRITERIA
+from ptl.pruning.experts import CRITERIA_OF_NEURONS
 from ptl.pruning.importance import keep_highest, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
@@ -193,13 +193,13 @@ def test_random_scores_of_experts_neurons_follow_the_seed(variant, tmp_path):
 def test_both_layouts_and_bfloat16_have_the_same_scores(variant, tmp_path):
     model = build(variant).bfloat16()
     folders = [save(model, tmp_path / f"{fused}", tokenizer=False, fused=fused) for fused in (False, True)]
-    for criterion in CRITERIA:
+    for criterion in CRITERIA_OF_NEURONS:
         one, other = (neuron_scores(LayerwiseModel(at, FAMILIES[variant], batches()), criterion, 0) for at in folders)
         assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(one, other, strict=True))
 
 
 def test_experts_have_the_criteria_that_dense_layers_have():
-    assert CRITERIA.keys() == importance.CRITERIA.keys() == {*NEURON_CRITERIA, "random"}
+    assert CRITERIA_OF_NEURONS.keys() == importance.CRITERIA.keys() == {*NEURON_CRITERIA, "random"}
 
 
 # ---- one step
@@ -211,7 +211,7 @@ def cut(source, calibration, folder, width=16, unit="neurons", **settings):
     return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, seed=0)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", CRITERIA_OF_NEURONS)
 def test_every_criterion_narrows_the_experts_to_the_goal(variant, calibration, tmp_path, criterion):
     source = save(build(variant), tmp_path / "source")
     report = cut(source, calibration, tmp_path / "cut", criterion=criterion)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ptl.config.schedule import EXPERT_CRITERIA, Prune
 from ptl.errors import InputError
-from ptl.model import cost
+from ptl.model import dimensions
 from ptl.model.dimensions import model_dimensions, with_experts
 from ptl.model.families import FAMILIES
 from ptl.pruning.experts import CRITERIA, expert_scores
@@ -160,7 +160,7 @@ def test_layers_are_removed_as_of_a_dense_model(variant, source, calibration, tm
 def test_a_pruned_mixture_is_pruned_again(variant, source, calibration, tmp_path):
     cut(source, variant, calibration, tmp_path / "once", experts=5)
     report = cut(tmp_path / "once", variant, calibration, tmp_path / "twice", experts=4)
-    assert report.experts == 4 and cost.from_config(tmp_path / "twice").params == report.params
+    assert report.experts == 4 and dimensions.static_cost(tmp_path / "twice").params == report.params
 
 
 def test_the_criteria_of_the_config_are_those_of_the_code():

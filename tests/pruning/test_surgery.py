@@ -9,7 +9,7 @@ import torch
 from tiny_models import batches, build, logits, save
 from transformers import AutoModelForCausalLM
 
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, dimensions
 from ptl.model.families import FAMILIES
 from ptl.pruning.surgery import Selection, prune_config, pruned_tensor, write_pruned
 
@@ -98,7 +98,7 @@ def test_a_shard_of_removed_layers_disappears_from_the_index(tmp_path):
     index = json.loads((tmp_path / "cut" / checkpoint.INDEX).read_text())
     files = {path.name for path in (tmp_path / "cut").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == files and len(files) < len(checkpoint.shards(source))
-    assert index["metadata"]["total_size"] == 4 * cost.from_config(tmp_path / "cut").params
+    assert index["metadata"]["total_size"] == 4 * dimensions.static_cost(tmp_path / "cut").params
 
 
 def test_weight_files_can_be_read_by_others(tmp_path):

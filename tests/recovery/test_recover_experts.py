@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from ptl.config.run import Calibration, Evaluate
 from ptl.config.schedule import Prune
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, cost
+from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions, with_experts, with_width
 from ptl.model.families import FAMILIES
 from ptl.pruning.prune import prune_checkpoint
@@ -156,5 +156,5 @@ def test_the_recovered_mixture_is_evaluated_with_its_active_parameters(small, tm
     (small / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
     settings = Evaluate(tasks=[{"name": str(TASK), "limit": 4, "max_new_tokens": 8}], batch_size=2)
     scores = evaluate_checkpoint(small, tmp_path, settings, seed=0)
-    assert scores.experts == 4 and scores.active_params < scores.params == cost.from_config(small).params
+    assert scores.experts == 4 and scores.active_params < scores.params == dimensions.static_cost(small).params
     assert scores.tasks[0].items == 4 and (tmp_path / "items.jsonl").read_text().count("\n") == 4

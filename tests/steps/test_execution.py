@@ -16,7 +16,7 @@ from ptl.config.recover import DataSource, RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
-from ptl.lineage import mlflow_client, progress, tracking
+from ptl.lineage import mlflow_client, run_status, tracking
 from ptl.steps import call, evaluate, import_model, process, recover, table
 from ptl.steps.call import Call, key_of
 from ptl.steps.step import Step, scratch
@@ -304,7 +304,7 @@ def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin
 
     def finished(client, run_id, *status):
         finish(client, run_id, *status)
-        seen.append(progress.read(run).steps["evaluate-1"])
+        seen.append(run_status.read(run).steps["evaluate-1"])
 
     def work(_src, dst, _run):
         (dst / "items.jsonl").write_text("")

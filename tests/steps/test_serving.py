@@ -57,8 +57,8 @@ def test_what_is_on_a_disk_gets_none(tmp_path):
 def test_the_final_version_has_the_alias_of_its_verdict(version, verdict, alias, monkeypatch, capsys):
     """None of another name: those are the user's."""
     given = []
-    monkeypatch.setattr(report.registry, "register", lambda *_: version)
-    monkeypatch.setattr(report.registry, "set_alias", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(report.mlflow_objects, "register", lambda *_: version)
+    monkeypatch.setattr(report.mlflow_objects, "set_alias", lambda *arguments: given.append(arguments))
     step = SimpleNamespace(run=SimpleNamespace(step="report"), call=Call("report", "e", {"registered_model": "m"}))
     final = dataclasses.replace(FINAL, model_version=version)
     result = SimpleNamespace(pair=lambda _: SimpleNamespace(verdict=verdict) if verdict else None)

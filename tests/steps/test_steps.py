@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
+from ptl.config.schedule import MemoryGoal
 from ptl.errors import InputError, WorkError
 from ptl.lineage.run_status import StepRun
 from ptl.steps import call, evaluate, import_model, recover, reporting

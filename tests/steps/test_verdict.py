@@ -92,7 +92,7 @@ def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
 
 def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
-    monkeypatch.setattr(evaluate.registry, "register", lambda *given: registered.append(given[1:]) or "7")
+    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: registered.append(given[1:]) or "7")
     told, onward = decided(run, tmp_path / "scored", right=199, params=60_000)
     assert (told["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
     assert onward.gate["reason"] == "the loop ended in iteration 1: target reached"
@@ -100,7 +100,7 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
 
 
 def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.registry, "register", lambda *given: "7")  # a mock of the registry
+    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: "7")  # a mock of the registry
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
     told, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), SCORES)
     assert told == {
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run
 
 def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
-    monkeypatch.setattr(evaluate.registry, "register", lambda *given: registered.append(given[1:]) or "8")
+    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: registered.append(given[1:]) or "8")
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
     decision, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), SCORES)
     assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")

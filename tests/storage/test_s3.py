@@ -19,8 +19,9 @@ from conftest import free_port
 
 from ptl.errors import InputError, WorkError
 from ptl.local import servers
-from ptl.storage import s3_client, store
+from ptl.storage import store
 from ptl.storage.manifest import digest_of
+from ptl.storage.s3 import CREDENTIALS, client
 
 MIB = 1 << 20
 
@@ -44,7 +45,7 @@ def same(one, other):
 
 
 def test_missing_credentials(s3, monkeypatch, tmp_path):
-    for name in s3_client.CREDENTIALS:
+    for name in CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="no S3 credentials; set AWS_ACCESS_KEY_ID"):
         store.check(s3.root)
@@ -244,7 +245,7 @@ def test_a_server_that_is_gone_is_not_waited_for_twice(s3, server, folder, monke
         path.unlink()
     (folder / "empty.txt").touch()
     pointer = publish(folder, s3.root)
-    monkeypatch.setattr(s3_client.client, "__defaults__", (2,))
+    monkeypatch.setattr(client, "__defaults__", (2,))
     whole = []
 
     def fault(method, headers, count):

@@ -28,7 +28,7 @@ def objects(place):
 
         root = path_of(place.root)
         return [str(path) for path in root.rglob("*") if path.is_file()]
-    from ptl.storage.s3_client import split
+    from ptl.storage.s3 import split
 
     bucket, key = split(place.root)
     return [item["Key"] for item in place.client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", [])]
