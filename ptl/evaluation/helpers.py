@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptl.config.run import Evaluate
@@ -42,13 +41,16 @@ class Share(NamedTuple):
 
 
 class Helper:
-    """A process with the model on GPU `number` of this step; its first share, when it has loaded it, is empty."""
+    """A process with the model on GPU `number` of this step; its first share, when it has loaded it, is empty.
 
-    def __init__(self, src: Path, settings: Evaluate, number: int) -> None:
+    `load` makes the model there: a function that can be pickled.
+    """
+
+    def __init__(self, load: Callable[[], Any], number: int) -> None:
         spawn = get_context("spawn")  # a forked process cannot use CUDA
         self._number = number
         self._connection, theirs = spawn.Pipe()
-        work = (theirs, src, settings, number, os.getpid())
+        work = (theirs, load, number, os.getpid())
         self._process = spawn.Process(target=_answer_requests, args=work, daemon=True)
         self._process.start()
         theirs.close()
@@ -92,7 +94,7 @@ class Helper:
         )
 
 
-def _answer_requests(connection: Connection, src: Path, settings: Evaluate, number: int, parent: int) -> None:
+def _answer_requests(connection: Connection, load: Callable[[], Any], number: int, parent: int) -> None:
     """A helper's process: answer requests until it is ended."""
     # Ctrl-C reaches every process of the command: the one that evaluates ends this one, whose libraries then clean up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -104,10 +106,8 @@ def _answer_requests(connection: Connection, src: Path, settings: Evaluate, numb
 
     from lm_eval.api.instance import Instance
 
-    from ptl.evaluation.language_models import language_model
-
     try:
-        model = language_model(src, settings)
+        model = load()
         connection.send(Share([], {}, 0))
         while True:
             method, arguments = connection.recv()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def language_model(src: Path, settings: Evaluate, seed: int = 0, processes: int 
     if settings.backend == "vllm":
         return _vllm(src, settings, seed)
     # They load the model while this process does.
-    helpers = [Helper(src, settings, number) for number in range(1, processes)]
+    helpers = [Helper(partial(language_model, src, settings), number) for number in range(1, processes)]
     try:
         model = _hugging_face(src, settings)
         for helper in helpers:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from ptl.errors import InputError, WorkError
 from ptl.evaluation import language_models
 from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items, write_items
 from ptl.evaluation.helpers import AnswerNotes, Helper, Share, divided, visible_gpu
-from ptl.evaluation.language_models import tensor_parallel
+from ptl.evaluation.language_models import language_model, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_files import local_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, files, find
@@ -52,7 +53,7 @@ def test_two_processes_give_the_same_items_as_one(scored, tmp_path):
 
 
 def test_a_helper_that_is_killed_is_an_error():
-    helper = Helper(REASONER, settings({"name": YAML}), 1)
+    helper = Helper(partial(language_model, REASONER, settings({"name": YAML})), 1)
     helper._process.kill()
     with pytest.raises(WorkError, match="process 1 of those that answer failed: exit code -9; see its output"):
         helper.share()
@@ -62,7 +63,7 @@ def test_a_helper_that_is_killed_is_an_error():
 
 
 def test_a_helper_at_work_is_ended_at_once_and_without_a_traceback(capfd):
-    helper = Helper(REASONER, settings({"name": YAML}), 1)
+    helper = Helper(partial(language_model, REASONER, settings({"name": YAML})), 1)
     helper.check()
     started = time.monotonic()
     helper.close()  # it is still importing the harness, which takes longer
