@@ -1,8 +1,10 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
 import math
+import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -28,6 +30,7 @@ from ptl.log import Show
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
+PATIENCE = 20.0  # seconds for what Kubernetes says of the pods
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
 # States of a step that are no change worth a line.
@@ -58,11 +61,9 @@ class Observer:
         self._read_records(run)
         namespace = self.api.namespace or "kubeflow"
         if self.reads_pods and run.state in ("PENDING", "RUNNING", "FAILED"):
-            # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only reasons are missing.
-            try:
-                self.pods = pods.read(namespace, run.run_id)
-            except Exception:  # it would be the same again, and may have asked for a login
-                self.pods, self.reads_pods = {}, False
+            found = _within(PATIENCE, lambda: pods.read(namespace, run.run_id))
+            # Without an answer it would be the same again, and may ask for another login.
+            self.pods, self.reads_pods = found or {}, found is not None
 
         def where(command: str) -> str:
             selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
@@ -119,6 +120,20 @@ class Observer:
         if text and self.announced.get(topic) != text:
             self.show(text)
         self.announced[topic] = text
+
+
+def _within(seconds: float, read: Callable[[], Mapping[str, Pod]]) -> Mapping[str, Pod] | None:
+    """What is read, or None: a kubeconfig and its login plugins are the user's own, and may fail or wait for ever."""
+    found = []
+
+    def work() -> None:
+        with suppress(Exception):
+            found.append(read())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def status(reference: str, server: Server, *, say: Show = print) -> int:

@@ -205,9 +205,10 @@ class _Situation:
         if status == "FINISHED" or (is_open and self.state == "SUCCEEDED"):
             return "SUCCEEDED"
         if self.state not in ENDED:
-            if pod and pod.phase == "Pending":
+            # After a pod that has failed Kubeflow starts another, while attempts are left.
+            if pod and (pod.phase == "Pending" or (is_open and pod.phase == "Failed")):
                 return "PENDING"
-            if is_open and not (pod and pod.phase == "Failed"):
+            if is_open:
                 return "RUNNING"
         # A step that failed by itself says so.
         return "CANCELED" if self.is_canceled and status != "FAILED" else "FAILED"
@@ -247,6 +248,8 @@ class _Situation:
     def why_pending(self, name: str) -> str:
         """Why a step has been pending for long, with a remedy; empty within the first minute."""
         pod = self.pods[name]
+        if pod.phase == "Failed":
+            return f"another attempt follows, unless it was the last: {self.failure_of(name)}"
         if (_now() - pod.created).total_seconds() < SOON:
             return ""
         text = f"pending since {pod.created:%H:%M} UTC"

@@ -149,12 +149,17 @@ def _pipeline_id(api: Api, name: str) -> str:
     """
     from kfp_server_api import V2beta1Pipeline
 
-    with explained(api.host):
-        pipelines = api.client.list_pipelines(filter=by_name(name), namespace=api.namespace).pipelines
-        if pipelines:
-            return required(pipelines[0], "pipeline_id")
+    def create() -> str:
         new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
         return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
+
+    def find() -> list[str]:
+        found = api.client.list_pipelines(filter=by_name(name), namespace=api.namespace).pipelines
+        return [required(pipeline, "pipeline_id") for pipeline in found or []]
+
+    with explained(api.host):
+        ids = find()
+    return ids[0] if ids else _once(api, create, find)
 
 
 def _start(api: Api, run: Any) -> str:

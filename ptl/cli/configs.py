@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ from ptl.cli.arguments import ConfigFile, Overrides
 from ptl.config import dag
 from ptl.config.base import FILL_IN
 from ptl.config.run import Config, check, load_config, pairs
-from ptl.config.schedule import MemoryGoal
+from ptl.config.schedule import MemoryGoal, Schedule
 from ptl.data.checks import PER_PARAMETER
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
@@ -260,6 +260,9 @@ def _naming_options() -> Iterator[None]:
 
 
 def _target(text: str) -> float | MemoryGoal:
+    target: Any = {"memory": text}
+    if text.endswith("%"):
+        target = text  # is refused: a share is below 1
     with contextlib.suppress(ValueError):
-        return float(text)
-    return check(MemoryGoal, {"memory": text}, "--target")
+        target = float(text)
+    return check(Schedule, {"target": target, "recovery_tokens": 1}, "--target").target

@@ -21,8 +21,8 @@ import typer
 from ptl import __version__, processes
 from ptl.cli import arguments
 from ptl.cli.arguments import CONFIG_HELP, HOME, Home, Servers, TargetFolder
-from ptl.config.export import TYPES, Export
-from ptl.config.run import check, load_config
+from ptl.config.export import TYPES
+from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.lineage import locate, retention
 from ptl.lineage.retention import StoredFiles
@@ -92,8 +92,9 @@ def export(
     from ptl.export.formats import context_notes
     from ptl.model import checkpoint
 
-    if (to, type) != ("gguf", "auto"):
-        check(Export, {"format": to, "type": type}, "--type")
+    types = ["auto", *TYPES["gguf"]] if to == "gguf" else TYPES[to]
+    if type not in types:
+        raise InputError(f"{type!r} is no type of {to}", field="--type", remedy=f"use {', '.join(types)}")
     notes = context_notes(src)
     if to == "gguf":
         notes = [*gguf.write_gguf(src, dst, type), *notes]

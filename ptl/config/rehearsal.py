@@ -22,6 +22,7 @@ LONGEST_NAME, LONGEST_MODEL = 63, 250  # characters
 
 SHARE = 100  # of the tokens one of so many, but ...
 STAGE_TOKENS = 256  # ... not fewer of each stage in each iteration, ...
+MANY = 1_000_000  # tokens whose division among the stages shows their shares
 MOST_TOKENS = 500_000  # ... nor more in all
 SEQUENCES = 4  # of calibration
 ITEMS = 8  # of each benchmark
@@ -80,7 +81,8 @@ def is_rehearsal(settings: Mapping[str, Any]) -> bool:
 def _schedule(config: Config) -> dict[str, Any]:
     """Few tokens, equally distributed, or the first of many iterations would get none."""
     schedule = config.schedule
-    fewest = schedule.num_iterations * len(config.recover) * STAGE_TOKENS
+    budgets = filter(None, Recovery(stages=config.recover).budgets(MANY))  # GRPO may count in steps
+    fewest = schedule.num_iterations * math.ceil(STAGE_TOKENS * MANY / min(budgets, default=MANY))
     tokens = min(math.ceil(schedule.recovery_tokens / SHARE), MOST_TOKENS)
     changes: dict[str, Any] = {
         "tokens": "uniform",

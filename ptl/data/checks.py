@@ -121,6 +121,12 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
         if name:
             own = hub.locate(name, None, hub.SMALL_FILES, field=TEACHER)
         if own is not None:
+            if not (own / "config.json").is_file():
+                raise InputError(
+                    f"no config.json in {own}",
+                    field=TEACHER,
+                    remedy="give the folder of a checkpoint, or a hub id",
+                )
             of_teacher = pretrained.load_tokenizer(own, TEACHER)
             shapes.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
             pretrained.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))

@@ -18,7 +18,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")  # of JSON, once or more;
 THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[,'\u2019])(?=\d{3}(?!\d))")  # 1,000, and LaTeX's 1{,}000 and 1,\!000
 # What a line begins with, `Question 1:`, `2.` or `(A)`, and ends with, `Answer:`.
 LABEL = re.compile(r"^(?:\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d{1,4}[.)]\s|\w[.)]\s)(?=.*\w))+")
-END_LABEL = re.compile(r"\s\w+\s*:\s*$")
+END_LABEL = re.compile(r"(?:^|\s)\w+\s*:\s*$")
 COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
 TEMPLATE_SHARE = 3  # what a third of the prompts share is a template: a group of tasks may have several
@@ -168,10 +168,21 @@ def build(settings: Decontaminate, benchmark_items: Path | None) -> Filter | Non
     for items in tasks.values():
         leak_filter.add(items)
     for source in settings.against:
-        rows = map(texts, numbered_rows(source))
+        rows = [texts(_without_system_message(row)) for row in numbered_rows(source)]
         # Where the answer begins in a text is not known: all of it is both.
         leak_filter.add([(_question(columns), columns[1]) for columns in rows])
     return leak_filter
+
+
+def _without_system_message(row: SourceRow) -> SourceRow:
+    """A benchmark's chat without its system message, which is no part of the question."""
+    column = row.source.messages
+    chat = row.columns.get(column)
+    if row.source.format != "messages" or not isinstance(chat, list):
+        return row
+    # What is no message at all is reported where the chat is read.
+    kept = [message for message in chat if not isinstance(message, dict) or message.get("role") != "system"]
+    return replace(row, columns={**row.columns, column: kept})
 
 
 def _read_items(folder: Path) -> dict[str, list[Item]]:

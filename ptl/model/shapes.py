@@ -106,6 +106,11 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
     """
     _check_config(config, source)
     model = pretrained.skeleton_of_config(config, source)
+    # Transformers builds a model without neurons or experts too.
+    for name in (family.width_field, "num_experts_per_tok", "n_group", "topk_group"):
+        value = getattr(model.config, name, None)
+        if value is not None and value < 1:
+            raise checkpoint_error(f"{source} has {name}={value!r}, which must be a whole number of 1 or more")
     tensors = model.state_dict()
     if family.experts:
         _check_experts(model.config, family.experts, source)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptl.config.cluster import StepName
 from ptl.config.run import Config
-from ptl.config.schedule import Prune, Schedule, plan
+from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Prune, Schedule, plan, removal
 from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
@@ -84,39 +84,51 @@ def warnings(config: Config) -> list[str]:
 
 
 def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
-    """Iterations that find nothing left to remove, as an earlier one was rounded below their goal.
+    """Too few iterations, and such that find nothing left to remove, as an earlier one was rounded below their goal.
 
     `model` has the dense model's sizes, and the schedule's target is a number.
     """
     before = model.params
     idle = []
+    found = []
+    share = removal(model.params, config.schedule.target) / model.params
+    is_automatic = config.schedule.iterations == "auto" and config.schedule.num_iterations < DEEP_ITERATIONS
+    if is_automatic and share >= DEEP:
+        found.append(
+            f"schedule.iterations=auto is {config.schedule.num_iterations} where schedule.target is no share, and it "
+            f"removes {100 * share:.0f} % of this model's parameters: set schedule.iterations={DEEP_ITERATIONS}"
+        )
     for iteration, after in target.after_iterations(model, config.schedule, config.prune):
         if after.params == before:
             idle.append(iteration.index)
         before = after.params
-    if not idle:
-        return []
-    return [
-        f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its share: "
-        f"{config.prune.target} go in whole, and widths by multiples (prune.width_multiple="
-        f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
-    ]
+    if idle:
+        found.append(
+            f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its "
+            f"share: {config.prune.target} go in whole, and widths by multiples (prune.width_multiple="
+            f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
+        )
+    return found
 
 
 def _idle_accelerators(config: Config) -> Iterator[str]:
-    """Accelerators that a recovery or an evaluation holds and cannot use."""
+    """Accelerators that a step holds and cannot use."""
     training = [stage.processes for stage in config.recover]
     # None: one for each accelerator.
     processes: dict[StepName, int | None] = {
         "recover": None if None in training else max(filter(None, training)),
         "evaluate": config.evaluate.processes,
+        "import-model": 0,
+        "prune": 1,
+        "report": 0,
     }
     for step, used in processes.items():
         held = config.resources.accelerators_of(step)
         if used is not None and held > used:
             yield (
                 f"resources.accelerators: {step} holds {held} and uses {used}: set "
-                f"resources.steps.{step}.accelerators, or raise {step}.processes"
+                f"resources.steps.{step}.accelerators"
+                + (f", or raise {step}.processes" if step in ("recover", "evaluate") else "")
             )
 
 

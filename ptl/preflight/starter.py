@@ -85,7 +85,7 @@ def starter(
     prune = Prune(target="experts", criterion="reap") if dense.experts else Prune()
     available = rows.tokens if rows else None
     usual = default_target(dense, available)
-    goal = target or usual
+    goal = usual if target is None else target
     schedule = goals.resolved(Schedule(target=goal, iterations=1, recovery_tokens=1), prune, source)
     ((_, after),) = goals.after_iterations(dense, schedule, prune)
     removed = dense.params - after.params

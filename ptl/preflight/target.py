@@ -65,10 +65,11 @@ def params(goal: MemoryGoal, prune: Prune, folder: Path) -> int:
         excess = layers * model.params_per_layer
     if excess >= model.params:
         raise InputError(
-            f"{goal.memory} cannot be reached: the dense model needs {_needed(goal, shape)}, most of it for the KV "
-            "cache, which only layers take with them",
+            f"{goal.memory} cannot be reached: the dense model needs {_needed(goal, shape)}, of which the KV cache, "
+            f"which only layers take with them, is {memory_beside(cache * goal.itemsize, goal.memory)}",
             field="schedule.target.memory",
-            remedy="raise it, lower sequences or tokens, or remove layers (prune.target=layers)",
+            remedy="raise it, or lower sequences or tokens"
+            + ("" if prune.target == "layers" else ", or remove layers (prune.target=layers)"),
         )
     return model.params - excess
 

@@ -152,7 +152,8 @@ def _limits(settings: RecoverStage, tokens: int | None) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen = state.global_step * prompts_per_step
-            is_late = seen >= settings.guard_prompts or state.global_step >= state.max_steps
+            is_last = state.global_step >= state.max_steps or control.should_training_stop
+            is_late = seen >= settings.guard_prompts or is_last
             if not (settings.guard_prompts and is_late):
                 return
             # without one right answer no group has a difference to learn from; None: no reference could be read

@@ -42,6 +42,13 @@ def processes_here(settings: RecoverStage, machines: Machines) -> int:
 
     stands_for = machines.count if machines.rank is None else 1
     gpus = torch.cuda.device_count()
+    # Each group of processes needs a GPU of its own.
+    if 0 < gpus < stands_for:
+        raise InputError(
+            f"{stands_for} nodes cannot share the {gpus} GPUs of this machine",
+            field="resources.steps.recover.nodes",
+            remedy=f"set it to {gpus} at most for a run on one machine",
+        )
     return stands_for * settings.processes if settings.processes else gpus or stands_for
 
 

@@ -263,13 +263,14 @@ def save(
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapters = getattr(model, "peft_config", {}).get("default")
-    if adapters is not None:
-        parameters = _merged(src, adapters, parameters)
-    if not _write_like(src, dst, parameters):
-        raise _not_finite("a weight is NaN or infinite", trainer.state.global_step, scratch)
     if with_state:
         checkpoint.write_shard(dst / checkpoint.STATE, _optimizer_state(model, trainer.optimizer))
+    adapters = getattr(model, "peft_config", {}).get("default")
+    if adapters is not None:
+        is_whole = not trainer.is_fsdp_enabled
+        parameters = model.merge_and_unload().state_dict() if is_whole else _merged(src, adapters, parameters)
+    if not _write_like(src, dst, parameters):
+        raise _not_finite("a weight is NaN or infinite", trainer.state.global_step, scratch)
     shutil.copyfile(src / "config.json", dst / "config.json")
     checkpoint.copy_companions(src, dst)
 

@@ -95,9 +95,9 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
 
     key = key_of("", {"evaluate": evaluate, "seed": seed})
     earlier = store.committed(run.root, run.run, BENCHMARK_ITEMS)
-    if earlier is not None:
-        if earlier.key == key.digest:
-            return
+    if earlier is not None and earlier.key == key.digest and not earlier.damaged:
+        return
+    if earlier is not None and earlier.key != key.digest:
         withdraw_outdated(run, earlier, key)
     folder = empty_folder(BENCHMARK_ITEMS)
     number = write_items(folder, evaluate, seed)

@@ -86,8 +86,8 @@ class Step:
         self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
         self.key = key_of(self.parent.digest if self.parent else "", self.settings)
         # Another command, an earlier pod or a retry may have finished the step.
-        record = self.find(run.step) or self._verified()
-        if record is not None and record.key == self.key.digest:
+        record = self.find(run.step)
+        if record is not None and record.key == self.key.digest and self._is_intact(record):
             self.record = record
             say(run.step, "done before: taken as it is")
             # It may have been killed between the record and MLflow.
@@ -95,7 +95,7 @@ class Step:
                 self._report()
             return
         check_same_files(run, self.call.stage, self.key)
-        if record is not None:
+        if record is not None and record.key != self.key.digest:
             withdraw_outdated(run, record, self.key)
         self.folder = empty_folder(run.step)
         # A node's attempt is its coordinator's, which has looked for earlier results, and begins later.
@@ -108,24 +108,21 @@ class Step:
         elif not is_coordinator():
             reporting.begin(run)
 
-    def _verified(self) -> Record | None:
-        """The record whose files a later step could not fetch, where they are intact now, as after an outage."""
+    def _is_intact(self, record: Record) -> bool:
+        """Whether the files of a finished step are as they were, also where a later step could not fetch them."""
+        if not record.damaged:
+            return True
         run = self.run
-        self._damaged = store.damaged(run.root, run.run, run.step, self.key.digest)
-        if self._damaged is None:
-            return None
         try:
-            store.fetch(self._damaged.pointer, scratch("cache"))
+            store.fetch(record.pointer, scratch("cache"))
         except WorkError as damage:
             say(run.step, f"done again, since its files are damaged: {damage}")
-            return None
+            self._damaged = record
+            return False
+        # As after an outage.
         say(run.step, "its files were verified")
-        return store.commit(
-            run.root,
-            run.run,
-            run.step,
-            dataclasses.replace(self._damaged, damaged=False),
-        )
+        store.commit(run.root, run.run, run.step, dataclasses.replace(record, damaged=False))
+        return True
 
     def take_over(self, key: str) -> Metadata | None:
         """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
@@ -170,7 +167,8 @@ class Step:
                 raise
             with contextlib.suppress(PtlError):  # where the store does not answer, the error is that
                 store.mark_damaged(self.run.root, self.run.run, pointer)
-            remedy = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
+            again = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
+            remedy = f"{error.remedy}; or {again}" if error.remedy else again
             raise WorkError(error.problem, field=error.field, remedy=remedy) from error
 
     def fetch_items(self, record: Record) -> list[Metadata]:

@@ -101,7 +101,12 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     # A session of its own: the default one is not safe between threads.
     session = boto3.session.Session()
     region = os.environ.get("AWS_REGION")  # which boto3 itself does not read
-    return session.client("s3", endpoint_url=_endpoint_url(), region_name=region, config=config)
+    try:
+        return session.client("s3", endpoint_url=_endpoint_url(), region_name=region, config=config)
+    except ValueError as error:
+        raise InputError(
+            f"{_endpoint_url()!r} is not an address", field="MLFLOW_S3_ENDPOINT_URL", remedy="write http://host:port"
+        ) from error
 
 
 def _endpoint_url() -> str | None:
@@ -192,11 +197,12 @@ def _download(uri: str, files: Files, target: Path, name: str, on_progress: Prog
     paths = [file.path for file in files]
     for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
-    # What is gone is named when all is verified.
-    _transfer("download", target, uri, paths, on_progress)
+    lost = _transfer("download", target, uri, paths, on_progress)
     try:
         verify(target, files, name)
     except WorkError:  # a byte may have changed on its way
+        if lost:
+            raise
         _transfer("download", target, uri, paths, on_progress)
         verify(target, files, name)
 

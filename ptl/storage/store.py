@@ -165,14 +165,14 @@ def withdraw(root: str, run: str, step: str) -> None:
 
 
 def mark_damaged(root: str, run: str, pointer: Pointer) -> None:
-    """Let the step that made these files count as not done, so that its next attempt verifies or repairs them."""
+    """Let the step that made these files verify or repair them when it is started again."""
     record = committed(root, run, pointer.step)
     if record is not None and record.pointer.digest == pointer.digest:
         _backend(root).put(_manifest(root, run, pointer.step), _seal(replace(record, damaged=True)))
 
 
-def committed(root: str, run: str, step: str, key: str | None = None, *, damaged: bool = False) -> Record | None:
-    """The record of a finished step, or None; with `key`, only one that has it; `damaged`: one whose files are."""
+def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
+    """The record of a finished step, or None; with `key`, only one that has it. Its files may be `damaged`."""
     uri = _manifest(root, run, step)
 
     def read_record() -> Record | None:
@@ -180,12 +180,7 @@ def committed(root: str, run: str, step: str, key: str | None = None, *, damaged
         return None if data is None else _load_record(data, uri, step)
 
     record = _twice(read_record)
-    return record if record and record.damaged == damaged and key in (None, record.key) else None
-
-
-def damaged(root: str, run: str, step: str, key: str) -> Record | None:
-    """The record of a finished step whose files were found damaged, or None."""
-    return committed(root, run, step, key, damaged=True)
+    return record if record and key in (None, record.key) else None
 
 
 def claim(root: str, run: str, name: str, value: str) -> str:

@@ -509,6 +509,28 @@ def test_a_benchmark_of_chats_is_compared_without_its_system_message(tmp_path):
     )
 
 
+def test_what_system_messages_say_is_no_item(tmp_path):
+    """Four of them, each in a quarter of the chats, are no words that all items share."""
+    texts = [f"You answer in the style number {number} of the old masters, with care." for number in range(4)]
+    systems = [SYSTEM | {"content": text} for text in texts]
+    chats = [chat(f"How many crêpes are {n} and {n * n} and {n + 7}?", str(n), systems[n % 4]) for n in range(80)]
+    path = rows_file(tmp_path / "chats.jsonl", chats)
+    filter_ = decontamination.build(Decontaminate(against=[{"source": path, "format": "messages"}]), None)
+    row = SourceRow(
+        {"prompt": f"{texts[0]}\nWhat is the capital of France?", "completion": "Paris"}, DataSource(source="train")
+    )
+    assert filter_.keeps(row)
+
+
+@pytest.mark.parametrize("label", ["Question: {q}\nAnswer: ", "Q: {q}\nA: "])
+def test_a_copy_that_begins_in_the_prompt_and_ends_in_the_answer_is_found_behind_labels(tmp_path, label):
+    words = [f"word{number}" for number in range(16)]
+    scored = evaluated(tmp_path / "scored", [("words", " ".join(words), "16")])
+    filter_ = decontamination.build(Decontaminate(), scored)
+    row = {"q": " ".join(words[:8]), "a": " ".join(words[8:])}
+    assert not filter_.keeps(SourceRow(row, DataSource(source="train", prompt=label, completion="{a}")))
+
+
 def test_subsets_of_one_hub_dataset_are_told_apart(tmp_path):
     filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", [("words", SENTENCE, "16")]))
     algebra, geometry = (DataSource(source="hub/math", subset=name) for name in ("algebra", "geometry"))

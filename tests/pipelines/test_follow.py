@@ -501,6 +501,20 @@ def test_a_pod_that_no_node_takes_says_what_nodes_it_asks_for(world, said, statu
     assert "node_selector and tolerations" in text and "resources.steps.prune" in text
 
 
+def test_a_pod_that_was_killed_is_followed_by_another(world, said, status, cluster, tracked):
+    """Kubeflow waits for up to two minutes before that."""
+    (pod,) = recorded("pods-oom")["items"]
+    run = started(world)
+    pod["metadata"]["labels"]["pipeline/runid"] = run
+    pod["metadata"]["annotations"][NODE] = "w(0).root(0).prune-1(0).executor(0)"
+    cluster.of_run[PODS] = [pod]
+    tracked(run, {"import-model": {}, "evaluate-0": {"status": "RUNNING"}, "prune-1": {"status": "RUNNING"}})
+    assert status() == 0
+    assert states(said)["prune-1"] == "PENDING" and not any("ptl cancel" in text for text in said)
+    (text,) = [text for text in said if text.startswith("prune-1: ")]
+    assert "another attempt follows" in text and "OOMKilled" in text and "resources.memory" in text
+
+
 QUOTA = 'pods "noimg-1" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: 0, limited: 4'
 
 
