@@ -299,7 +299,7 @@ def _from_s3(uri: str, setting: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Another process may download the same object.
         partial = target.with_name(f".{os.getpid()}.{target.name}")
-        with s3.explained(uri):
+        with s3.explained(uri, setting):
             s3.client().download_file(bucket, key, str(partial))
         partial.rename(target)
     return target
@@ -312,7 +312,7 @@ def _etag(uri: str, setting: str) -> str:
     from ptl.storage import s3
 
     bucket, key = s3.split(uri)
-    with s3.explained(uri):
+    with s3.explained(uri, setting):
         try:
             answer = s3.client().head_object(Bucket=bucket, Key=key)
         except ClientError as error:

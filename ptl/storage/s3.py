@@ -115,8 +115,8 @@ def _endpoint_url() -> str | None:
 
 
 @contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
+def explained(uri: str, field: str = "store") -> Iterator[None]:
+    """Errors of the settings become InputError, those of the transfer WorkError; both name field, endpoint and URI."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
@@ -125,10 +125,10 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, ResponseParserError, *transfer) as error:
-        raise _error_for(WorkError, error, uri) from error
+        raise _error_for(WorkError, error, uri, field) from error
 
 
-def _error_for(kind: type[PtlError], error: Exception, uri: str) -> PtlError:
+def _error_for(kind: type[PtlError], error: Exception, uri: str, field: str = "store") -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do; of the settings an InputError."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
@@ -140,7 +140,7 @@ def _error_for(kind: type[PtlError], error: Exception, uri: str) -> PtlError:
         kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
     elif isinstance(error, ClientError):
         remedy = "run the same command again, or look at the S3 server's log"
-    return kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field="store", remedy=remedy)
+    return kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
 
 
 def _code(error: Any) -> str:
