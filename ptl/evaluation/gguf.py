@@ -31,15 +31,9 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
     before the first answer where the file's tokens are not those of the checkpoint's tokenizer, or where the chat
     template is asked for and is not the checkpoint's.
     """
-    template = pretrained.load_tokenizer(src).chat_template
     model = LlamaModel(file)
-    # llama.cpp's server would write another chat than the evaluation does.
-    if settings.chat_template and (not template or model.chat_template() != template):
-        raise InputError(
-            f"{file} does not have the chat template of the checkpoint's tokenizer",
-            field="evaluate.chat_template",
-            remedy="export the checkpoint again with its template, or set it to false",
-        )
+    if settings.chat_template:
+        _check_template(model, pretrained.load_tokenizer(src).chat_template, file)
     # llama.cpp chooses longrope's factors by the size of the context: here as in a server for texts of max_length.
     limit, longest = longrope_limit(checkpoint.read_config(src)), settings.max_length
     context_length = longest if limit and longest and longest > limit else 0
@@ -77,11 +71,8 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             # Of the text, the prompt, and what may follow it. The last token has no other after it.
-            texts = []
-            lengths = []
-            for _, prompt, choice in requests:
-                texts.append((prompt + choice)[-self.max_length - 1 :])
-                lengths.append(len(choice))
+            texts = [(prompt + choice)[-self.max_length - 1 :] for _, prompt, choice in requests]
+            lengths = [len(choice) for _, _, choice in requests]
             return loglikelihoods(model, texts, lengths, context_length)
 
     cache_templates()
@@ -93,6 +84,16 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
     )
     lm.start_notes()
     return lm
+
+
+def _check_template(model: LlamaModel, template: str | None, file: Path) -> None:
+    """Raise InputError where llama.cpp's server would write another chat than the evaluation does."""
+    if not template or model.chat_template() != template:
+        raise InputError(
+            f"{file} does not have the chat template of the checkpoint's tokenizer",
+            field="evaluate.chat_template",
+            remedy="export the checkpoint again with its template, or set it to false",
+        )
 
 
 def checked_tokens(model: LlamaModel, tokenizer: Any, text: str, special: bool) -> list[int]:
