@@ -221,7 +221,8 @@ def records(stack_up, monkeypatch):
     assert location.startswith(f"s3://{servers.BUCKET}/")
 
     def read(run):
-        return {step: asdict(store.committed(f"{location}/ptl", run.folder.name, step)) for step in CHAIN}
+        found = {step: store.committed(f"{location}/ptl", run.folder.name, step) for step in CHAIN}
+        return {step: asdict(record) for step, record in found.items() if record}
 
     return read
 
@@ -307,7 +308,7 @@ def inspect(folder):
 def contained(engine, config, stack_up, disturbed):
     """In containers; what the engine says of one of them is kept."""
     seen = []
-    look = {"recover-1: 1": lambda: seen.extend(inspect(run.folder))}
+    look = {"recover-1: started": lambda: seen.extend(inspect(run.folder))}
     run = Run(config, stack_up.home, "--runner", "docker", on=look)
     run.finish()
     return run, seen
