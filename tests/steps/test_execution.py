@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes
     flip(pointer)
     with pytest.raises(WorkError, match=r"file model\.safetensors.*run the same command again.*checks step prune-1"):
         fetch(step, pointer)
-    assert store.committed(run.root, run.run, "prune-1") is None
+    assert store.committed(run.root, run.run, "prune-1").damaged
     assert execute(step, None, {}, work).pointer == pointer and work.done == 2
     assert "done again, since its files are damaged" in capsys.readouterr().out
     assert (fetch(step, pointer) / "model.safetensors").read_bytes() == b"weights"
