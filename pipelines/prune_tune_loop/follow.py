@@ -73,7 +73,7 @@ class Observer:
         if records is None and self.is_read and run.state not in ENDED:
             records = {}  # the first step makes them
         view = run_view.view(run, self.step_names, records, self.pods, where)
-        # Of pods that cannot be read, or that a quota refuses, only the workflow says more.
+        # Of pods that cannot be read only the workflow says more.
         now = datetime.now(UTC)
         if view.ended or any(step.state in ("PENDING", "RUNNING") for step in view.steps):
             self.busy = now

@@ -74,12 +74,14 @@ def smallest_change(stage: str, model: ModelDimensions, run: Forecast, share: fl
 
     Empty where nothing must change; None where none is enough.
     """
-    fields = _settings(stage, run)
-    choices = product(*((None, *values) for values in fields.values()))
-    every = ({field: value for field, value in zip(fields, choice, strict=True) if value} for choice in choices)
-    return next(
-        (changes for changes in sorted(every, key=len) if changed(run, changes).fits(stage, model, share)), None
-    )
+    every = sorted(_choices(_settings(stage, run)), key=len)
+    return next((changes for changes in every if changed(run, changes).fits(stage, model, share)), None)
+
+
+def _choices(fields: dict[str, list[Any]]) -> Iterator[Changes]:
+    """All combinations of values, also with fields as they are."""
+    for values in product(*((None, *offered) for offered in fields.values())):
+        yield {field: value for field, value in zip(fields, values, strict=True) if value}
 
 
 def larger_gpus(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> str:

@@ -330,5 +330,5 @@ def check(root: str) -> None:
     # Few attempts: somebody waits for the answer, and a server that is restarting can be asked again.
     try:
         client(attempts=2).head_bucket(Bucket=bucket)
-    except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: the endpoint is no address
+    except (BotoCoreError, ClientError) as error:
         raise _error_for(InputError, error, root) from error

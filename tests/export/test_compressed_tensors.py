@@ -97,7 +97,7 @@ def test_a_script_that_fails_is_reported_with_its_last_lines_and_leaves_nothing(
 def test_the_script_needs_nothing_of_ptl():
     """As the other Python starts it: without site-packages it can still be read."""
     code = f"import runpy; runpy.run_path({quantize.__file__!r})"
-    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", code]).returncode == 0
 
 
 # ---- what is refused
