@@ -1,10 +1,12 @@
 # One command per habit. `make help` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
+# In the order of conftest.py, with what shares a fixture in one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs golden checkov ci-path llmcompressor vllm screenshots release
+.PHONY: help install demo depth test test-fast test-all durations check bench reasoner data images lock docs golden checkov ci-path llmcompressor vllm screenshots release
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,11 +27,17 @@ demo: install ## the Prune-Tune Loop on the shipped tiny reasoner, through the c
 depth: install ## one cell of the study of depth: pruning at once and gradually to the same small size
 	$(BIN)/python benchmarks/depth.py cell
 
-test: check ## all of check, and the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+test: check ## all of check, and the tests: 8 minutes on two cores
+	$(PYTEST) -m "not nightly"
 
-test-fast: install ## the tests that take less than a second each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+test-fast: install ## the tests that take less than half a second each: 1 minute
+	$(PYTEST) -m "not (slow or nightly)"
+
+test-all: check ## all tests, also those that are slow and rarely broken
+	$(PYTEST)
+
+durations: install ## measure what is slow, for the order of the tests and for test-fast
+	PTL_DURATIONS=1 $(PYTEST) -m "not nightly"
 
 check: install ## format, lint, types and the arrows between rooms
 	$(BIN)/ruff format --quiet --check .

@@ -1,6 +1,9 @@
 """What all tests share: plain test ids, the mark `slow`, and places to store things in (a folder, a real S3 server)."""
 
+import importlib
 import inspect
+import itertools
+import json
 import os
 import random
 import re
@@ -8,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import whole_run
 import yaml
 from mock_kfp import MockKubeflow
 
+from ptl import processes
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
@@ -43,18 +48,81 @@ def stack_without_sources(context=0):
 # for which `inspect` looks through all modules that are loaded: a compile took 50 times as long.
 inspect.stack = stack_without_sources
 
-# What is set up for many tests, in more than a second.
-SLOW_FIXTURES = {"finished", "killed", "disturbed", "contained", "engine", "running", "tracking_server", "served"}
-SLOW_FIXTURES |= {"servers", "trained", "straight", "mlflow"}
+DURATIONS = Path(__file__).with_name("durations.json")  # of what is slow: test functions and shared fixtures
+MEASURE = "PTL_DURATIONS" in os.environ  # `make durations`
+FAST = 0.5  # seconds
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A test that needs something slow is slow, whichever test happens to pay for it."""
+    """A test is slow that takes longer than FAST, or needs what does. The fast ones come first, then the longest.
+
+    A group of pytest-xdist stays together: a second process would make its fixtures again.
+    """
+    slow = json.loads(DURATIONS.read_text())
+    groups = {}
     for item in items:
-        chosen = item.callspec.params.values() if hasattr(item, "callspec") else ()  # names of fixtures, for some
-        if SLOW_FIXTURES & {*item.fixturenames, *(each for each in chosen if isinstance(each, str))}:
+        module = item.nodeid.partition("::")[0]
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()  # some are names of fixtures
+        fixtures = [*item.fixturenames, *(value for value in params if isinstance(value, str))]
+        needs = [function_of(item.nodeid)] + [f"{scope}::{name}" for name in fixtures for scope in (module, "tests")]
+        seconds = sum(slow.get(name, 0) for name in needs)
+        if seconds:
             item.add_marker(pytest.mark.slow)
+        group = item.get_closest_marker("xdist_group")
+        groups.setdefault(group.args[0] if group else item.nodeid, []).append((seconds, item))
+    order = sorted(groups.values(), key=lambda group: -sum(seconds for seconds, _ in group))
+    order.sort(key=lambda group: any(seconds for seconds, _ in group))
+    items[:] = [item for group in order for _, item in group]
+
+
+def function_of(nodeid):
+    return nodeid.partition("[")[0].partition("@")[0]
+
+
+def pytest_sessionstart(session):
+    if MEASURE:  # what the first import takes is no test's own
+        for module in ("lm_eval.models.huggingface", "mlflow.transformers", "trl.trainer.sft_trainer"):
+            importlib.import_module(module)
+    if not hasattr(session.config, "workerinput"):
+        # Servers end with the tests, also where these are killed: it sees the end of this, the first process.
+        everything = session.config._tmp_path_factory.getbasetemp()
+        session.config.watcher = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("end_servers.py"), everything],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """What a shared fixture takes is noted apart from the test that happens to pay for it."""
+    start = time.perf_counter()
+    yield
+    if MEASURE and fixturedef.scope != "function":
+        name = f"{fixturedef.baseid}::{fixturedef.argname}"
+        request._pyfuncitem.user_properties.append((name, time.perf_counter() - start))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Write down what took longer than FAST."""
+    if not MEASURE:
+        return
+    seconds = {}
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        shared = dict(report.user_properties) if getattr(report, "when", None) == "setup" else {}
+        for name, taken in [(function_of(report.nodeid), report.duration - sum(shared.values())), *shared.items()]:
+            seconds[name] = max(taken, seconds.get(name, 0))
+    slow = {name: round(taken, 1) for name, taken in sorted(seconds.items()) if taken > FAST}
+    DURATIONS.write_text(json.dumps(slow, indent=1) + "\n")
+
+
+def pytest_sessionfinish(session):
+    if watcher := getattr(session.config, "watcher", None):
+        watcher.communicate()  # its input ends, and so do the servers
 
 
 def pytest_make_parametrize_id(config, val, argname):
@@ -116,22 +184,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def servers_end_with_the_tests(tmp_path_factory):
-    """Also where this process is killed, as Ctrl-C does to xdist's workers: servers have sessions of their own."""
-    watcher = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("end_servers.py"), tmp_path_factory.getbasetemp()],
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    yield
-    watcher.kill()
-    watcher.wait()
-
-
 @pytest.fixture(scope="session")
 def weed():
     """SeaweedFS runs on this system."""
@@ -142,11 +194,36 @@ def weed():
 
 
 @pytest.fixture(scope="session")
-def server(weed, tmp_path_factory):
-    """A real SeaweedFS; the environment that reaches it."""
-    root = tmp_path_factory.mktemp("s3")
-    yield servers.s3_up(root, free_port())
-    servers.down(root)
+def shared(tmp_path_factory):
+    """A folder of all processes of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def once(note, make):
+    """What `make` returns, as JSON: called by the first process of the suite that asks."""
+    with processes.exclusive(note.with_suffix(".lock"), note.stem, wait=servers.START_SECONDS):
+        if not note.exists():
+            note.write_text(json.dumps(make()))
+    return json.loads(note.read_text())
+
+
+@pytest.fixture(scope="session")
+def server(weed, shared):
+    """The suite's SeaweedFS: the environment that reaches it."""
+    return once(shared / "s3.json", lambda: servers.s3_up(shared, free_port()))
+
+
+@pytest.fixture(scope="session")
+def stack(server, new_database, shared):
+    """The suite's SeaweedFS and, over it, its MLflow server: the environment that reaches them."""
+
+    def make():
+        port, artifacts = free_port(), f"s3://{servers.BUCKET}/mlflow"
+        servers.mlflow_up(shared, port, f"sqlite:///{new_database(shared)}/mlflow.db", artifacts, server)
+        return server | {"MLFLOW_TRACKING_URI": servers.address(port)}
+
+    return once(shared / "mlflow.json", make)
 
 
 def free_port():
@@ -235,13 +312,11 @@ def finished(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def new_database(tmp_path_factory):
+def new_database(shared):
     """Put an empty MLflow database, mlflow.db, into a folder, and return the folder.
 
     MLflow takes seconds to make one, so one is made for all processes of the suite, and copied.
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     mlflow_client.create_database(f"sqlite:///{shared}/empty.db", f"file://{shared}/artifacts")
     return lambda folder: Path(shutil.copyfile(shared / "empty.db", folder / "mlflow.db")).parent
 
