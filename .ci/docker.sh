@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# A Docker engine and the three CPU images on a machine that has neither and can pull nothing.
+# A Docker engine and the steps' CPU images on a machine that has neither and can pull nothing.
 #
 #   .ci/docker.sh run CMD...   engine and images, then CMD with DOCKER_HOST set; stops what it started, whatever happens
 #   .ci/docker.sh up           start the engine and keep it up (for development); prints `export DOCKER_HOST=...`
-#   .ci/docker.sh build        the CPU base image and the three images, on the engine that answers
+#   .ci/docker.sh build [STEP...]  the CPU base image and the images (default: all three), on the engine that answers
 #   .ci/docker.sh down         stop the engine that `up` started and remove its data, images included
 #
 # An engine that already answers is used as it is and never stopped. `run` exits 77 when no engine can be had.
 #
 #   PTL_DOCKER_DIR   where the private engine keeps its data (several GB)          default: ${TMPDIR:-/tmp}/ptl-docker
 #   PTL_CPU_BASE     name of the CPU base image; made when it is missing           default: ptl-base:cpu
+#   PTL_IMAGES       which images `run` builds                                  default: prune recover evaluate
 #   PTL_BASE_PYTHON  the interpreter that goes into the base image                 default: the python3 on PATH
 #   PIP_CERT, PIP_FIND_LINKS   as for pip: a CA bundle, and a folder of local wheels, for the build
 set -euo pipefail
@@ -124,7 +125,7 @@ build_images() {
     local args=() ca=${PIP_CERT:-}
     if [ -n "$ca" ]; then args+=(--set "*.secrets=id=ca,src=$ca"); fi
     if [ -n "${PIP_FIND_LINKS:-}" ]; then args+=(--set "*.contexts.wheels=$PIP_FIND_LINKS"); fi
-    say "building the three images on $base"
+    say "building $* on $base"
     (cd "$root" && BASE_IMAGE=$base SYSTEM_PACKAGES='' LOCKS=docker/locks/cpu HASHES=--verify-hashes \
         REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown) \
         nice docker buildx bake --file docker/docker-bake.hcl --progress plain --load "${args[@]}" "$@" >&2)
@@ -139,7 +140,9 @@ run)
         say "skipped: no engine"
         exit 77
     fi
-    build_images
+    export PTL_IMAGES=${PTL_IMAGES:-prune recover evaluate}
+    read -ra images <<<"$PTL_IMAGES"
+    build_images "${images[@]}"
     "$@"
     ;;
 up)
@@ -150,7 +153,7 @@ build)
     shift
     if ! answers; then export DOCKER_HOST=$socket; fi
     answers || { say "no engine answers; \`.ci/docker.sh up\` starts one"; exit 1; }
-    build_images "$@"
+    build_images "${@:-default}"
     ;;
 down) stop_engine ;;
 *)
