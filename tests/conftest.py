@@ -275,9 +275,9 @@ def engine():
 
 
 @pytest.fixture(scope="session")
-def prune_image():
-    """An engine that holds one image."""
-    require_images("prune")
+def evaluate_image():
+    """An engine that holds the one image that import-model needs too."""
+    require_images("evaluate")
 
 
 @pytest.fixture(scope="session")
