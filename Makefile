@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-r
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast test-all durations check bench reasoner data images lock docs golden checkov ci-path llmcompressor vllm screenshots release
+.PHONY: help install demo depth test test-fast test-all durations check bench reasoner data images lock docs mutants golden checkov ci-path llmcompressor vllm screenshots release
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-all: check ## all tests, also those that are slow and rarely broken
 
 durations: install ## measure what is slow, for the order of the tests and for test-fast
 	PTL_DURATIONS=1 $(PYTEST) -m "not nightly"
+
+mutants: install ## one-line mistakes that the tests must find: half an hour
+	$(BIN)/python tests/mutants.py
 
 check: install ## format, lint, types and the arrows between rooms
 	$(BIN)/ruff format --quiet --check .
