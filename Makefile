@@ -40,7 +40,7 @@ durations: install ## measure what is slow, for the order of the tests and for t
 	PTL_DURATIONS=1 $(PYTEST) -m "not nightly"
 
 mutants: install ## one-line mistakes that the tests must find: half an hour
-	$(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 check: install ## format, lint, types and the arrows between rooms
 	$(BIN)/ruff format --quiet --check .
