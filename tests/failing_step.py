@@ -14,54 +14,43 @@ from ptl.steps import process, table
 from ptl.steps.step import Step
 
 
-def work(call):
-    folder = Path(os.environ["PTL_TEST_FOLDER"])
+def work():
+    folder, plan = Path(os.environ["PTL_TEST_FOLDER"]), os.environ["PTL_TEST_PLAN"].split()
     number = len(list(folder.glob("attempt-*"))) + 1
     (folder / f"attempt-{number}").write_text(str(os.getpid()))
-    plan = os.environ["PTL_TEST_PLAN"].split()
     what = plan[min(number, len(plan)) - 1]
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "segfault":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if what == "cuda":
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    if what == "input":
-        raise InputError("schedule.target: 7 must be below 1")
-    if what == "import":
-        import no_such_library  # noqa: F401
-    if what == "work":
-        raise WorkError("the store is away")
+    errors = {
+        "cuda": RuntimeError("CUDA error: an illegal memory access was encountered"),
+        "input": InputError("schedule.target: 7 must be below 1"),
+        "import": ModuleNotFoundError("No module named 'no_such_library'"),
+        "work": WorkError("the store is away"),
+    }
+    if what in errors:
+        raise errors[what]
     if what == "no-space":
         Path("/dev/full").write_text("x")
-    if what == "no-space-for-the-reason":
-        Path(sys.argv[1]).with_name("failure.json").symlink_to("/dev/full")
-        raise WorkError("the store is away")
     if what == "exit":
         os._exit(9)
     if "with-child" in what:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        (folder / "grandchild").write_text(str(child.pid))
+        (folder / "grandchild").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
     if what == "crash-with-child":
         os.abort()
     if what.startswith("hangs"):
-        (folder / "hangs").write_text("")
+        (folder / "hangs").touch()
         time.sleep(600)
-    return call
 
 
 def simple(call):
-    work(call)
-    for output in call.outputs.values():
-        output.path.write_text("done")
-        output.metadata["digest"] = "sha256:1"
+    work()
+    call.outputs["out"].path.write_text("done")
+    call.outputs["out"].metadata["digest"] = "sha256:1"
 
 
 def stored(call):
-    """The same inside of what every step does: claimed in the store and reported in MLflow."""
-
     def fill(_src, dst, _run):
-        work(call)
+        work()
         (dst / "model.safetensors").write_bytes(b"x")
         return {"params": 1}
 

@@ -1,19 +1,17 @@
-"""The local runner on a small pipeline of its own: tasks that share a definition keep their own outputs."""
+"""The local runner on small pipelines of its own: tasks that share a definition keep their own outputs."""
 
-import importlib.util
 import json
-import os
-import tempfile
-from types import SimpleNamespace
 
 import pytest
 from kfp import compiler, dsl
 from kfp.dsl import Artifact, Input, Output
 
 from pipelines.prune_tune_loop.compact import compact
-from pipelines.prune_tune_loop.runners import IMPORTED, RunnerJob, run_subprocess
+from pipelines.prune_tune_loop.runners import RunnerJob, _logged, run_subprocess
 from ptl.config.run import Config
 from ptl.errors import WorkError
+
+pytestmark = pytest.mark.xdist_group("loop")  # whose worker has a server of forks
 
 
 @dsl.component(install_kfp_package=False)
@@ -39,112 +37,61 @@ def dies():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("module", IMPORTED)
-def test_the_modules_that_are_imported_once_exist(module):
-    """The fork server passes over those that do not."""
-    assert importlib.util.find_spec(module)
-
-
-def test_a_killed_process_is_reported_as_such(tmp_path):
-    """Not the one of the work, whose death its supervisor reports: the supervisor itself."""
-
-    @dsl.pipeline
-    def small():
-        dies()
-
-    path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(small, str(path))
-    with pytest.raises(WorkError, match=r"'dies'\. Its process left no reason, as when it is killed") as caught:
-        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("dies",)))
-    assert "\x1b" not in str(caught.value)
-
-
-def test_a_path_with_the_interpreters_name_in_it_stays_as_it_is(tmp_path):
-    """As the examples of an installed package have it: lib/python3.11/site-packages."""
-    folder = tmp_path / "python3"
-    folder.mkdir()
-
-    @dsl.pipeline
-    def small():
-        one = write(text="/lib/python3.11")
-        read(early=one.outputs["out"], late=one.outputs["out"], target=str(folder / "result.json"))
-
-    path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(small, str(path))
-    run_subprocess(RunnerJob(Config.model_construct(), path, folder, {}, "", ("write", "read")))
-    assert json.loads((folder / "result.json").read_text()) == ["/lib/python3.11"] * 2
-
-
-def test_a_result_of_an_earlier_command_is_not_taken_for_one_of_this(tmp_path):
-    """As in a run that is resumed for a form that is missing."""
-
-    @dsl.pipeline
-    def small():
-        write(text="not the result")
-
-    (tmp_path / "result.json").write_text("{}")
-    path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(small, str(path))
-    with pytest.raises(WorkError, match="the steps ended without a result"):
-        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("write",)))
+def job(folder, tasks, *steps):
+    """A run of a pipeline whose tasks a function makes, one after the other."""
+    path = folder / "pipeline.yaml"
+    compiler.Compiler().compile(dsl.pipeline(name="small")(tasks), str(path))
+    return RunnerJob(Config.model_construct(), path, folder, {}, "", steps)
 
 
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
-    """The control takes the model of import-model, after other steps of its kind have written theirs."""
+    """The control takes the model of import-model, after other steps of its kind have written theirs.
 
-    @dsl.pipeline
+    A path with the interpreter's name in it stays as it is, as of an installed package: lib/python3.11/site-packages.
+    """
+    folder = tmp_path / "python3"
+    folder.mkdir()
+
     def small():
-        early = write(text="early")
+        early = write(text="/lib/python3.11")
         late = write(text="late").after(early)
-        read(early=early.outputs["out"], late=late.outputs["out"], target=str(tmp_path / "result.json"))
+        read(early=early.outputs["out"], late=late.outputs["out"], target=str(folder / "result.json"))
 
-    path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(small, str(path))
-    compact(path)
-    assert "comp-write:" in path.read_text() and "comp-write-2" not in path.read_text()
-    run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("write", "write-2", "read")))
-    assert json.loads((tmp_path / "result.json").read_text()) == ["early", "late"]
+    made = job(folder, small, "write", "write-2", "read")
+    compact(made.pipeline)
+    assert "comp-write:" in made.pipeline.read_text() and "comp-write-2" not in made.pipeline.read_text()
+    run_subprocess(made)
+    assert json.loads((folder / "result.json").read_text()) == ["/lib/python3.11", "late"]
 
 
 def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkeypatch):
-    """KFP leaves its folders, and a killed step all that it has."""
+    """KFP leaves its folders, and a killed step all that it has. It is the step's supervisor that is killed here."""
 
-    @dsl.pipeline
     def small():
         dies()
 
-    temporary = tmp_path / "temporary"
+    def left():
+        # multiprocessing removes the folder of its socket when this process ends.
+        return [path.name for path in temporary.iterdir() if not path.name.startswith("pymp-")]
+
+    killed, temporary = job(tmp_path, small, "dies"), tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(small, str(path))
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if it were killed
-    job = RunnerJob(Config.model_construct(), path, tmp_path / "run", {}, "", ("dies",))
+    with monkeypatch.context() as command, pytest.raises(WorkError, match="left no reason, as when it is killed"):
+        command.setattr("shutil.rmtree", lambda *_, **__: None)  # as if the command were killed
+        run_subprocess(killed)
+    assert len(left()) == 1
     with pytest.raises(WorkError, match="left no reason"):
-        run_subprocess(job)
-    # multiprocessing removes the folder of its socket when this process ends.
-    assert len([path for path in temporary.iterdir() if not path.name.startswith("pymp-")]) == 1
-    monkeypatch.undo()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    with pytest.raises(WorkError, match="left no reason"):
-        run_subprocess(job)
-    assert not [path for path in temporary.iterdir() if not path.name.startswith("pymp-")]
-    assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(temporary)
+        run_subprocess(killed)
+    assert left() == []
 
 
-def test_a_step_that_fails_on_a_full_disk_names_it(tmp_path, monkeypatch):
-    @dsl.component(install_kfp_package=False)
-    def fails():
-        raise AttributeError("module has no attribute 'prune'")
-
-    @dsl.pipeline
-    def small():
-        fails()
-
-    path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(small, str(path))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(WorkError, match=r"no space left while writing .*/ptl-command-[\w-]+: .* set TMPDIR to"):
-        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("fails",)))
+def test_the_terminal_shows_lines_of_progress_and_the_log_everything(tmp_path, capsys):
+    log, printed = tmp_path / "log.txt", "loading\nptl: prune-1: started\nan answer is ptl: 4\n  ptl: prune-1: done\n"
+    log.write_text("an earlier command\n")
+    with _logged(log, False):
+        for piece in (printed[:10], printed[10:15], printed[15:]):
+            print(piece, end="")
+    assert capsys.readouterr().out == "prune-1: started\nprune-1: done\n"
+    assert log.read_text() == f"an earlier command\n{printed}"

@@ -1,0 +1,111 @@
+"""The states of steps, and why they are in them, as they follow from a run, its records in MLflow and its pods."""
+
+import random
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+from compiled import TINY
+
+from pipelines.prune_tune_loop import run_view
+from pipelines.prune_tune_loop.pods import Pod
+from ptl.config import dag
+from ptl.config.run import load_config
+from ptl.lineage.run_status import StepProgress
+
+LOOP = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in ("prune", "recover", "evaluate")]
+CONTROL = [f"control-{stage}" for stage in ("prune", "recover", "evaluate")]
+NAMES = ["doctor", "import-model", "evaluate-0", *LOOP, *CONTROL, "report"]
+BEGIN = datetime(2026, 11, 28, 8, 0, tzinfo=UTC)
+MINUTE, SECOND = timedelta(minutes=1), timedelta(seconds=1)
+
+DONE, RUNNING = StepProgress(status="FINISHED"), StepProgress(status="RUNNING")
+ENDS_THE_LOOP = StepProgress(status="FINISHED", loop_ended="no smaller cut")
+NAN = StepProgress(status="FAILED", error="nan", ended=BEGIN + 2 * MINUTE)
+BEFORE = StepProgress(status="FAILED", error="old", ended=BEGIN + 2 * MINUTE - SECOND)
+OOM = Pod(BEGIN, "Failed", reason="OOMKilled", container="main")
+PENDING = Pod(BEGIN + 4 * MINUTE)
+NO_NODE = Pod(BEGIN, reason="Unschedulable", message="0/1 nodes are available")
+NO_GPU = (
+    "pending since 08:00 UTC: Unschedulable: 0/1 nodes are available; check resources.accelerator and accelerators, "
+    "node_selector and tolerations, cpu and memory (of this kind of step: resources.steps.prune)"
+)
+PODS, LOGS = "see describe workflows,pods", "see logs -c main --prefix --tail=20"
+MEMORY = "raise resources.memory or resources.steps"
+KILLED = f"killed from outside, most likely out of memory (or past resources.timeout): {MEMORY}"
+OUT_OF_MEMORY = f"OOMKilled: {MEMORY}.recover.memory or raise recover.accumulation, which splits the batch; {PODS}"
+RETRIED = "RUNNING FAILED RUNNING"
+LOST, STOPPED = "FAILED: nan", "FAILED: it was stopped when the run failed"
+ATTEMPT = "PENDING: another attempt follows, unless it was the last"
+NO_CONTAINER = "its driver failed: no container of the step was started"
+
+
+def look(history, records=None, pods=None, names=NAMES):
+    """A run that has had these states, one a minute, looked at in the fifth; it is in the last one."""
+    entries = [
+        SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in enumerate(history.split())
+    ]
+    about = {"run_id": "id", "display_name": "tiny-1", "created_at": BEGIN, "state": entries[-1].state}
+    run = SimpleNamespace(state_history=entries, **about)
+    return run_view.view(run, names, records, pods or {}, lambda command: f"see {command}")
+
+
+@pytest.mark.parametrize(
+    ("history", "records", "pods", "expected"),
+    [
+        ("RUNNING", None, {}, {"doctor": "unknown", "prune-1": "unknown"}),
+        ("RUNNING", {"import-model": RUNNING}, {}, {"doctor": "SUCCEEDED", "import-model": "RUNNING"}),
+        ("FAILED", {}, {}, {"doctor": "not started", "run": PODS}),
+        # Of a pod that was killed the record is still RUNNING.
+        ("SUCCEEDED", {"prune-1": RUNNING}, {}, {"prune-1": "SUCCEEDED"}),
+        ("RUNNING CANCELING FAILED", {"evaluate-0": RUNNING}, {}, {"evaluate-0": "CANCELED", "run": "canceled"}),
+        # What comes after the end of the loop is not needed; the control is apart.
+        ("RUNNING", {"evaluate-2": ENDS_THE_LOOP}, {}, {"prune-3": "not needed", "control-prune": "waiting"}),
+        # After a retry, two minutes after the begin
+        (RETRIED, {"evaluate-0": BEFORE, "prune-1": NAN}, {}, {"evaluate-0": "waiting", "prune-1": LOST}),
+        # Only since the last retry it was asked to end.
+        ("CANCELING FAILED RUNNING FAILED", {"prune-1": NAN}, {}, {"run": "prune-1: nan"}),
+        # Why a step failed
+        ("FAILED", {"recover-1": RUNNING}, {"recover-1": OOM}, {"run": f"recover-1: {OUT_OF_MEMORY}"}),
+        (
+            "FAILED",
+            {"evaluate-0": NAN, "prune-1": RUNNING},
+            {},
+            {"prune-1": STOPPED, "run": "evaluate-0: nan"},
+        ),
+        # Not by the control
+        (
+            "FAILED",
+            {"control-prune": NAN, "report": RUNNING},
+            {},
+            {"report": f"FAILED: {KILLED}.report.memory; {PODS}"},
+        ),
+        ("FAILED", {"control-prune": NAN}, {}, {"run": "control-prune: nan"}),
+        ("FAILED", {}, {"prune-1": Pod(BEGIN, "Failed", True)}, {"prune-1": f"FAILED: {NO_CONTAINER}; {LOGS}"}),
+        # Why a step is pending
+        ("RUNNING", {}, {"prune-1": PENDING}, {"prune-1": f"PENDING: pending since 08:04 UTC; {PODS}"}),
+        ("RUNNING", {"prune-1": NAN}, {"prune-1": NO_NODE}, {"prune-1": f"PENDING: {NO_GPU}"}),
+        ("RUNNING", {"recover-1": RUNNING}, {"recover-1": OOM}, {"recover-1": f"{ATTEMPT}: {OUT_OF_MEMORY}"}),
+    ],
+)
+def test_the_states_of_steps(monkeypatch, history, records, pods, expected):
+    monkeypatch.setattr(run_view, "_now", lambda: BEGIN + 5 * MINUTE)
+    view = look(history, records, pods)
+    found = {step.name: f"{step.state}: {step.reason}".removesuffix(": ") for step in view.steps} | {"run": view.reason}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_loop_that_failed_while_the_control_works_says_how_to_end_the_run():
+    """The run's own state stays RUNNING until what can still run has ended. A failed control does not end it."""
+    hint = look("RUNNING", {"recover-1": NAN, "control-prune": RUNNING}).hint_to_cancel
+    assert "recover-1 has failed, and the run ends when control-prune has ended; `ptl cancel id` ends it now" in hint
+    assert look("RUNNING", {"control-prune": NAN, "recover-1": RUNNING}).hint_to_cancel == ""
+
+
+def test_steps_are_listed_as_one_machine_executes_them():
+    """Iteration 10 after 2; Kubeflow's own list is sorted by keys."""
+    sets = {"schedule.iterations": 16, "export": [{"format": "gguf", "type": "q8_0"}]}
+    names = [node.name for node in dag.nodes(load_config(TINY, sets))]
+    # The sort is stable: what has no order of its own, as import and doctor, keeps Kubeflow's.
+    shuffled = random.Random(0).sample(names[1:-2], len(names) - 3)
+    assert sorted([*names[-2:], *shuffled, names[0]], key=run_view._position) == names
