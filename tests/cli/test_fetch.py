@@ -3,34 +3,33 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
-import boto3
+import golden_messages
 import pytest
 import run_records
 from conftest import free_port
-from mlflow import MlflowClient
-from mlflow.store.artifact import s3_artifact_repo
 from typer.testing import CliRunner
 
-from ptl.cli import arguments, results
+from ptl import __version__
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
-from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
+from ptl.lineage import locate, mlflow_objects, tracking
 from ptl.local import servers
 from ptl.report.build import build
 from ptl.storage import store
+from ptl.storage.local_files import path_of
 from ptl.storage.manifest import digest_of
-from ptl.storage.s3 import CREDENTIALS, SETTINGS
+from ptl.storage.s3 import SETTINGS
 from ptl.storage.store import Pointer
 
+pytestmark = pytest.mark.xdist_group("fetch")  # the runs are made once
 STEPS = ("import-model", "recover-1", "recover-2", "control-recover")
+# Of these scores, as `ptl compare` prints them.
+SCORES = {"evaluate-0": 10, "evaluate-2": 9}
+COMPARED = "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to"
 
 
 def ptl(*arguments):
@@ -40,64 +39,69 @@ def ptl(*arguments):
     return " ".join(done.output.split())
 
 
-def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
-    """A run as the pipeline leaves it: checkpoints of some bytes, two evaluations, versions with aliases, a report."""
-    run, name = f"run-{uuid.uuid4().hex[:8]}", f"tiny-{uuid.uuid4().hex[:6]}"
-    monkeypatch.setenv("PTL_RUN_ID", run)
-    pointers, ids = {}, {}
+def made(folder, *, root=None, experiment="e", done=True):
+    """A run as the pipeline leaves it: checkpoints of some bytes, two evaluations, versions with aliases, a report.
 
-    def start(step, arm="loop"):
-        started = tracking.start(experiment, step, arm=arm, iteration=0, artifact_location=root)
+    Without the latter two where it is not `done`.
+    """
+    run, name = f"run-{uuid.uuid4().hex[:8]}", f"tiny-{uuid.uuid4().hex[:6]}"
+    directory, pointers, ids = folder / run, {}, {}
+
+    def start(step):
+        started = tracking.start(experiment, step, arm="loop", iteration=0, artifact_location=root)
         ids[step] = started.run_id
         return started
 
-    def publish(step, stage, files, started, params=0):
-        folder = tmp_path / run / step
-        folder.mkdir(parents=True)
-        for path, data in files.items():
-            (folder / path).write_bytes(data)
-        model, location = "", f"{started.artifact_uri}/{step}"
-        if stage != "evaluate":
-            model, location = tracking.new_model(started, step, {"params": params}, {})
-        pointer = Pointer(
-            location, digest_of(store.publish(folder, location)), params, run_id=started.run_id, model_id=model
-        )
-        store.commit(started.root, run, step, store.Record("k", pointer, {"stage": stage}))
-        tracking.finish(started, params={}, metrics={}, inputs=[], output=model or None, step=0)
-        pointers[step] = pointer
+    def finish(started, output=None):
+        tracking.finish(started, params={}, metrics={}, inputs=[], output=output, step=0)
 
-    for i, step in enumerate(STEPS):
-        weights = {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i)}
-        publish(step, "recover", weights, start(step), params=100 - i)
-    for step, right in (("evaluate-0", 10), ("evaluate-2", 9)):
-        publish(step, "evaluate", {"items.jsonl": items(right)}, start(step))
-    if done:
-        scored = start("evaluate-1")
-        for step, alias in (("recover-1", "best"), ("recover-2", "smallest")):
-            version = mlflow_objects.register(scored, name, pointers[step], {})
-            mlflow_objects.set_alias(name, alias, version)
-        result = build(run_records.records(), run_records.settings(), run_id=run).model_dump(mode="json")
-        row = result["rows"][0] | {"accuracy": 0.9, "params": 98}
-        rows = [
-            row | {"arm": arm, "iteration": 0, "step": step, "digest": pointers[of].digest, "uri": pointers[of].uri}
-            for arm, step, of in (
-                ("loop", "evaluate-0", "import-model"),
-                ("loop", "evaluate-2", "recover-2"),
-                ("control", "control-evaluate", "control-recover"),
-            )
-        ]
-        last = pointers["recover-2"]
-        result |= {"rows": rows}
-        result["final"] |= {"uri": last.uri, "digest": last.digest, "params": last.params}
-        (tmp_path / run / "result.json").write_text(json.dumps(result))
-        (tmp_path / run / "README.md").write_text("the card")
-        report = start("report")
-        tracking.log_report(report, [tmp_path / run / "result.json", tmp_path / run / "README.md"])
-        tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
+    def publish(step, files, params=0):
+        started = start(step)
+        (directory / step).mkdir(parents=True)
+        for path, data in files.items():
+            (directory / step / path).write_bytes(data)
+        model, location = "", f"{started.artifact_uri}/{step}"
+        if params:
+            model, location = tracking.new_model(started, step, {"params": params}, {})
+        digest = digest_of(store.publish(directory / step, location))
+        pointers[step] = Pointer(location, digest, params, run_id=started.run_id, model_id=model)
+        stage = "recover" if params else "evaluate"
+        store.commit(started.root, run, step, store.Record("k", pointers[step], {"stage": stage}))
+        finish(started, model or None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTL_RUN_ID", run)
+        for i, step in enumerate(STEPS):
+            publish(step, {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i)}, params=100 - i)
+        for step, right in SCORES.items():
+            publish(step, {"items.jsonl": items(right)})
+        if done:
+            scored = start("evaluate-1")
+            for step, alias in (("recover-1", "best"), ("recover-2", "smallest")):
+                version = mlflow_objects.register(scored, name, pointers[step], {})
+                mlflow_objects.set_alias(name, alias, version)
+            report = start("report")
+            (directory / "result.json").write_text(json.dumps(result_of(run, pointers)))
+            (directory / "README.md").write_text("the card")
+            tracking.log_report(report, [directory / "result.json", directory / "README.md"])
+            finish(report)
+        else:
+            tracking.fail(start("recover-3"), "out of memory")
     parent = report.parent_run_id if done else ""
-    monkeypatch.delenv("PTL_RUN_ID")
-    directory = tmp_path / run
     return SimpleNamespace(id=run, name=name, pointers=pointers, ids=ids, parent=parent, directory=directory)
+
+
+def result_of(run, pointers):
+    result = build(run_records.records(), run_records.settings(), run_id=run).model_dump(mode="json")
+    row = result["rows"][0] | {"accuracy": 0.9, "params": 98, "iteration": 0}
+    scored = {"evaluate-0": "import-model", "evaluate-2": "recover-2", "control-evaluate": "control-recover"}
+    rows = []
+    for step, model in scored.items():
+        arm = "control" if "control" in step else "loop"
+        rows.append(row | {"arm": arm, "step": step, "digest": pointers[model].digest, "uri": pointers[model].uri})
+    last = pointers["recover-2"]
+    final = result["final"] | {"uri": last.uri, "digest": last.digest, "params": last.params}
+    return result | {"rows": rows, "final": final}
 
 
 def items(right):
@@ -106,360 +110,184 @@ def items(right):
 
 
 @pytest.fixture(scope="module")
-def database(new_database, tmp_path_factory):
-    """A folder that serves as --home."""
-    return new_database(tmp_path_factory.mktemp("home"))
+def home(new_database, tmp_path_factory):
+    """A --home with a finished run, `run`, and one that failed, `failed`, in another experiment."""
+    folder = new_database(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        failed = made(folder, root=f"file://{folder}/another", experiment="another", done=False)
+        run = made(folder, root=f"file://{folder}/artifacts")
+        from mlflow import MlflowClient
+
+        MlflowClient().update_run(run.parent, name=f"named-{run.id}")
+    return SimpleNamespace(folder=folder, run=run, failed=failed)
 
 
 @pytest.fixture
-def here(database, monkeypatch, tmp_path):
-    """A finished run in a database of local runs."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}/mlflow.db")
-    run = made(monkeypatch, tmp_path, root=f"file://{database}/artifacts")
-    MlflowClient().update_run(run.parent, name=f"named-{run.id}")
-    return run
+def here(home, monkeypatch, tmp_path):
+    """The finished run, with the address of its MLflow, in an empty working directory."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home.folder}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    return home.run
 
 
 def holds(folder, source):
     """Whether the folder holds the files of that checkpoint; what else is in it."""
-    names = {path.name for path in folder.iterdir()}
-    same = all((folder / name).read_bytes() == (source / name).read_bytes() for name in ("model.safetensors",))
+    names = {path.name for path in Path(folder).iterdir()}
+    same = (Path(folder) / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     return same, sorted(names - {"config.json", "model.safetensors"})
 
 
-@pytest.mark.parametrize(
-    "what, step, card",
-    [
-        ("{id}", "recover-2", True),
-        ("{parent}", "recover-2", True),
-        ("{id}:recover-1", "recover-1", False),
-        ("{id}:recover-2", "recover-2", True),
-        ("named-{id}", "recover-2", True),
-        ("named-{id}:recover-1", "recover-1", False),
-        ("{parent}:recover-1", "recover-1", False),
-        ("models:/{name}@best", "recover-1", False),
-        ("models:/{name}@smallest", "recover-2", True),
-        ("models:/{name}/1", "recover-1", False),
-    ],
-)
-def test_fetch_by_name(here, tmp_path, what, step, card):
-    said = ptl("fetch", what.format(**vars(here)), tmp_path / "out")
-    assert holds(tmp_path / "out", here.directory / step) == (True, ["README.md"] if card else [])
-    assert f"{here.pointers[step].params} parameters" in said and ("without a model card" in said) != card
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_fetch_by_address_and_arm(here, tmp_path, monkeypatch):
-    ptl("fetch", here.id, tmp_path / "control", "--arm", "control")
-    assert holds(tmp_path / "control", here.directory / "control-recover") == (True, [])
-    ptl("fetch", here.directory, tmp_path / "directory")  # a run directory
-    assert holds(tmp_path / "directory", here.directory / "recover-2") == (True, ["README.md"])
+def test_fetch_by_name(here, monkeypatch):
+    for name, step in {
+        "{id}": "recover-2",
+        "{parent}:recover-1": "recover-1",
+        "named-{id}": "recover-2",
+        "models:/{name}@best": "recover-1",
+        "models:/{name}@smallest": "recover-2",
+        "models:/{name}/1": "recover-1",
+        "{directory}": "recover-2",
+    }.items():
+        card = step == "recover-2"  # which is about the final checkpoint
+        said = ptl("fetch", name.format(**vars(here)), "out")
+        assert holds("out", here.directory / step) == (True, ["README.md"] * card), name
+        assert f"{here.pointers[step].params} parameters" in said and ("without a model card" in said) != card
+        assert not Path("out.partial").exists()
+        shutil.rmtree("out")
+    ptl("fetch", here.id, "control", "--arm", "control")
+    assert holds("control", here.directory / "control-recover") == (True, [])
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # a folder of the store needs none
-    ptl("fetch", here.pointers["recover-1"].uri, tmp_path / "uri")
-    assert holds(tmp_path / "uri", here.directory / "recover-1") == (True, [])
+    Path("empty").mkdir()
+    ptl("fetch", here.pointers["recover-1"].uri + "/", "empty")
+    assert holds("empty", here.directory / "recover-1") == (True, [])
 
 
-def test_local_runs_are_found_by_home(here, database, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(InputError, match="--home: no local runs in"):
-        ptl("fetch", here.id, tmp_path / "out", "--home", tmp_path / "elsewhere")
-    ptl("fetch", here.id, tmp_path / "out", "--home", database)
-    assert holds(tmp_path / "out", here.directory / "recover-2")[0]
+def test_messages(here, home):
+    """Of what is not there they name what is; nothing is written."""
+    from mlflow import MlflowClient
 
-
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("nothing", r"'nothing' is neither a folder nor a run that this MLflow has"),
-        ("0" * 32, "neither a folder nor a run"),
-        ("no/folder", "'no/folder' is neither a folder nor the name of a run"),
-        (
-            "{id}:recover-9",
-            r"no finished step 'recover-9' that makes a checkpoint; it has {id}:import-model",
-        ),
-        ("{id}:evaluate-0", "no finished step 'evaluate-0' that makes a checkpoint"),
-        (
-            "models:/{name}@newest",
-            r"has no models:/{name}@newest; aliases of {name}: best, smallest",
-        ),
-        ("models:/{name}/7", "has no models:/{name}/7; aliases of {name}: best"),
-        ("models:/unknown@best", "has no models:/unknown@best; aliases of unknown: none"),
-        ("models:/{name}", "must be models:/NAME@ALIAS or models:/NAME/VERSION"),
-        ("file:///nowhere", "no checkpoint at file:///nowhere: it holds no ptl-files.json"),
-        ("ftp://host/folder", "is neither file:// nor s3://"),
-        ("{directory}/recover-1", "result.json is no result.json of a run .*; give a run's directory, RUN_ID"),
-    ],
-)
-def test_what_is_not_there_is_said_with_what_is(here, tmp_path, what, message):
-    with pytest.raises(InputError, match=message.format(**vars(here))):
-        ptl("fetch", what.format(**vars(here)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_version_of_others_is_refused(here, tmp_path):
-    MlflowClient().delete_model_version_tag(here.name, "1", "ptl.digest")
-    with pytest.raises(InputError, match=r"no tag ptl.digest, so ptl did not register it"):
-        ptl("fetch", f"models:/{here.name}@best", tmp_path / "out")
-
-
-def test_arm_is_checked(here, tmp_path):
-    both = CliRunner().invoke(app, ["fetch", here.id, str(tmp_path / "out"), "--arm", "both"])
-    assert both.exit_code == 2 and "'both' is not one of 'loop'" in both.output
-    with pytest.raises(InputError, match=r"--arm: .* names one checkpoint"):
-        ptl("fetch", f"models:/{here.name}@best", tmp_path / "out", "--arm", "control")
+    Path("full").mkdir()
+    Path("full/mine").touch()
+    Path("list.json").write_text("[1]")
     result = json.loads((here.directory / "result.json").read_text())
-    result["rows"].pop()
-    (here.directory / "result.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match="has no scored control"):
-        ptl("fetch", here.directory, tmp_path / "out", "--arm", "control")
+    Path("without-control").mkdir()
+    Path("without-control/result.json").write_text(json.dumps(result | {"rows": result["rows"][:2]}))
+    del result["rows"][0]["scores"]
+    Path("older.json").write_text(json.dumps(result))
+    # A registered model whose version ptl did not make.
+    others = f"others-{uuid.uuid4().hex[:6]}"
+    MlflowClient().create_registered_model(others)
+    MlflowClient().create_model_version(others, here.pointers["recover-1"].uri)
+    names = {name: vars(here)[name] for name in ("directory", "id", "name")}
+    names |= {"failed": home.failed.id, "others": others, "folder": Path.cwd(), "version": __version__}
+
+    def message(*words):
+        with pytest.raises((InputError, WorkError)) as error:
+            ptl(*words)
+        return str(error.value)
+
+    before = sorted(Path().iterdir())
+    golden_messages.check("fetch.txt", message, **names)
+    assert sorted(Path().iterdir()) == before
 
 
-def test_a_run_without_a_result_names_its_steps(database, monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}/mlflow.db")
-    run = made(monkeypatch, tmp_path, root=f"file://{database}/artifacts", done=False)
-    monkeypatch.setenv("PTL_RUN_ID", run.id)
-    failed = tracking.start("e", "recover-3", arm="loop", iteration=3)
-    tracking.fail(failed, "out of memory")
-    for command in (
-        ("fetch", run.id, tmp_path / "out"),
-        ("fetch", run.id, tmp_path / "out", "--report"),
-        ("compare", run.id, run.id),
-    ):
-        with pytest.raises(InputError) as caught:
-            ptl(*command)
-        assert f"{run.id} has no result yet, its state is FAILED" in str(caught.value)
-        assert f"{run.id}:recover-2" in str(caught.value) and "recover-3" not in str(caught.value)
-    ptl("fetch", f"{run.id}:recover-2", tmp_path / "out")
-    assert holds(tmp_path / "out", run.directory / "recover-2") == (True, [])
+def test_a_run_without_a_result_has_steps_all_the_same(here, home, monkeypatch):
+    """In whichever experiment it is, of the runs in --home."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    ptl("fetch", f"{home.failed.id}:recover-2", "out", "--home", home.folder)
+    assert holds("out", home.failed.directory / "recover-2") == (True, [])
 
 
-def test_only_an_empty_folder_is_written(here, tmp_path, monkeypatch):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").touch()
-    with pytest.raises(InputError, match="full is a file or not empty"):
-        ptl("fetch", here.id, tmp_path / "full")
-    (tmp_path / "empty").mkdir()
-    ptl("fetch", here.id, tmp_path / "empty")
-    assert holds(tmp_path / "empty", here.directory / "recover-2")[0]
-    monkeypatch.setattr(Path, "is_mount", lambda self: True)
-    with pytest.raises(InputError, match="is a mount point, which cannot be replaced; give a folder in it"):
-        ptl("fetch", here.id, tmp_path / "out")
-
-
-def test_a_damaged_checkpoint_leaves_nothing(here, tmp_path):
-    from ptl.storage.local_files import path_of
-
-    (path_of(here.pointers["recover-2"].uri) / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(WorkError, match=r"model.safetensors has 5 bytes"):
-        ptl("fetch", here.id, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-
-
-def test_a_failure_half_way_leaves_nothing(here, tmp_path, monkeypatch):
+def test_a_failure_leaves_nothing(here, monkeypatch):
     def full(source, target, **_):
         Path(target).mkdir(exist_ok=True)
         Path(target, "config.json").touch()
         raise OSError(28, "No space left on device")
 
+    shutil.copytree(path_of(here.pointers["recover-2"].uri), "damaged")
+    Path("damaged/model.safetensors").write_bytes(b"other")
+    with pytest.raises(WorkError, match=r"model.safetensors has 5 bytes"):
+        ptl("fetch", Path("damaged").absolute().as_uri(), "out")
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(WorkError, match="no space left"):
-        ptl("fetch", here.id, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+        ptl("fetch", here.id, "out")
+    assert not Path("out").exists() and not Path("out.partial").exists()
 
 
-@pytest.mark.slow
-def test_a_kill_half_way_leaves_nothing_under_the_name(here, tmp_path):
-    """kill -9 while the second file is copied; the same command again succeeds."""
-    code = """
-import shutil, sys, time
-from pathlib import Path
-from ptl.cli import results
-from ptl.lineage import locate
-def slow(source, target, **_):
-    Path(target).mkdir(exist_ok=True)
-    shutil.copyfile(Path(source, "config.json"), Path(target, "config.json"))
-    print("half", flush=True)
-    time.sleep(60)
-shutil.copytree = slow
-results._copy(locate.checkpoint(sys.argv[1]), Path(sys.argv[2]))
-"""
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", code, here.id, out], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "half\n"
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert not out.exists() and (tmp_path / "out.partial").exists()
-    with arguments.writing(out), pytest.raises(InputError, match="another process executes it"):
-        ptl("fetch", here.id, out)
-    ptl("fetch", here.id, out)
-    assert holds(out, here.directory / "recover-2")[0] and not (tmp_path / "out.partial").exists()
-
-
-def test_report_from_a_run_a_directory_and_a_file(here, tmp_path, monkeypatch):
+def test_report_from_a_run_and_a_directory(here, monkeypatch):
     pages = []
     monkeypatch.setattr("ptl.report.render.render", lambda result, out: pages.append((result.run_id, out)))
-    monkeypatch.chdir(tmp_path)
-    for source in (here.id, here.parent, here.directory, here.directory / "result.json"):
+    for source in (here.id, here.directory, here.directory / "result.json"):
         assert "wrote pages/report.html" in ptl("fetch", source, "pages", "--report")
-    assert pages == [(here.id, Path("pages"))] * 4
-    (tmp_path / "other.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"other.json is no result.json of a run"):
-        ptl("fetch", "other.json", "pages", "--report")
-    result = json.loads((here.directory / "result.json").read_text())
-    del result["rows"][0]["scores"]
-    (tmp_path / "other.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match=r"other.json is no result of a run, or another version's \(rows.0.scores"):
-        ptl("fetch", "other.json", "pages", "--report")
-    with pytest.raises(InputError, match="neither a folder nor a run"):
-        ptl("fetch", "nothing", "pages", "--report")
+    assert pages == [(here.id, Path("pages"))] * 3
 
 
-def test_compare_by_name(here, tmp_path):
-    files = [
-        here.directory / "evaluate-0",
-        f"{here.id}:evaluate-0",
-        here.ids["evaluate-0"],
-        f"{here.parent}:evaluate-0",
-        f"{here.directory}:evaluate-0",
-    ]
-    last = [
-        here.directory / "evaluate-2" / "items.jsonl",
-        f"{here.id}:evaluate-2",
-        here.id,
-        here.parent,
-        here.directory,
-    ]
-    for reference, candidate in zip(files, last, strict=True):
-        assert "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to" in ptl(
-            "compare", reference, candidate
-        )
+def test_compare_by_name(here):
+    first = [here.directory / "evaluate-0", f"{here.id}:evaluate-0", here.ids["evaluate-0"]]
+    last = [here.directory / "evaluate-2/items.jsonl", here.parent, here.directory]
+    for reference, candidate in zip(first, last, strict=True):
+        assert COMPARED in ptl("compare", reference, candidate)
 
 
-def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, tmp_path, monkeypatch):
+def test_a_checkpoint_that_was_scored_twice_is_compared_by_its_last_evaluation():
+    rows = [{"arm": arm, "step": step, "digest": "d"} for arm, step in (("loop", "evaluate-1"), ("loop", "evaluate-2"))]
+    rows.append({"arm": "control", "step": "control-evaluate", "digest": "d"})
+    assert locate._final_evaluation({"rows": rows, "final": {"digest": "d"}}, "run") == "evaluate-2"
+
+
+def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, monkeypatch, tmp_path):
     """As .ptl/latest does, from any working directory."""
     home = tmp_path / ".ptl"
-    (home / "runs").mkdir(parents=True)
     shutil.copytree(here.directory, home / "runs" / here.id)
     (home / "latest").symlink_to(f"runs/{here.id}")
-    database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
-    shutil.copyfile(database, home / "mlflow.db")
+    shutil.copyfile(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), home / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    monkeypatch.chdir(tmp_path)
     assert "unclear" in ptl("compare", f"{home}/latest:evaluate-0", home / "latest", "--home", tmp_path / "none")
     (home / "latest" / "result.json").unlink()
     (home / "latest" / "config.yaml").touch()  # all that a run without a result has
-    ptl("fetch", f"{home}/latest:recover-1", tmp_path / "out", "--home", tmp_path / "none")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    ptl("fetch", f"{home}/latest:recover-1", "out", "--home", tmp_path / "none")
+    assert holds("out", here.directory / "recover-1")[0]
 
 
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("{id}:recover-1", r"no finished step 'recover-1' that evaluates; it has .*:evaluate-0, .*:evaluate-2"),
-        ("{id}:evaluate-7", "no finished step 'evaluate-7' that evaluates"),
-        ("nothing", "neither a folder nor a run"),
-    ],
-)
-def test_compare_refuses_other_steps(here, what, message):
-    with pytest.raises(InputError, match=message):
-        ptl("compare", f"{here.id}:evaluate-0", what.format(**vars(here)))
+def reach(env, patch):
+    """The environment of the servers and nothing of another one."""
+    import boto3
+    from mlflow.store.artifact import s3_artifact_repo
 
-
-def test_a_run_is_found_in_any_experiment(database, monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}/mlflow.db")
-    runs = [
-        made(monkeypatch, tmp_path, root=f"file://{database}/{name}", experiment=name) for name in ("kfp", "another")
-    ]
-    for run in runs:
-        assert run.parent in locate.find_run(run.id)[0].artifacts
-        assert locate.checkpoint(run.id).pointer.digest == run.pointers["recover-2"].digest
-
-
-def test_a_run_with_a_second_unfinished_parent_is_the_finished_one(here):
-    """Begun with Kubeflow's MLflow plugin in its experiment, retried without it."""
-    client = MlflowClient()
-    other = client.create_experiment(f"plugin-{here.id}", "file:///nowhere")
-    client.create_run(other, start_time=1, tags={"ptl.run": here.id, "ptl.role": "parent"})
-    assert here.parent in locate.find_run(here.id)[0].artifacts
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """A real S3 server and a real MLflow server: their folder and their environment."""
-    root = tmp_path_factory.mktemp("stack")
-    env = servers.up(root, s3_port=free_port(), mlflow_port=free_port())
-    yield root, env
-    servers.down(root)
+    for name in (*SETTINGS, "MLFLOW_TRACKING_URI"):
+        patch.delenv(name, raising=False)
+    for name, value in env.items():
+        patch.setenv(name, value)
+    # MLflow keeps its S3 client and boto3 its session, whatever the keys in the environment become.
+    patch.setattr(boto3, "DEFAULT_SESSION", None)
+    s3_artifact_repo._cached_get_s3_client.cache_clear()
 
 
 @pytest.fixture
-def cluster(running, monkeypatch, tmp_path):
-    """A run whose checkpoints are on S3, seen from a laptop with both addresses and the keys in its environment."""
-    for name in (*SETTINGS, "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in running[1].items():
-        monkeypatch.setenv(name, value)
-    # MLflow keeps its S3 client and boto3 its session, whatever the keys in the environment become.
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    s3_artifact_repo._cached_get_s3_client.cache_clear()
-    yield made(monkeypatch, tmp_path, experiment="cluster")
-    s3_artifact_repo._cached_get_s3_client.cache_clear()
+def running(tmp_path, monkeypatch):
+    """A real S3 server and a real MLflow server: their folder, their environment."""
+    env = servers.up(tmp_path / "stack", s3_port=free_port(), mlflow_port=free_port())
+    yield tmp_path / "stack", env
+    reach({}, monkeypatch)
+    servers.down(tmp_path / "stack")
 
 
-def test_fetch_and_compare_from_a_laptop(cluster, tmp_path):
-    assert cluster.pointers["recover-2"].uri.startswith("s3://")
-    names = {cluster.id: "recover-2", cluster.parent: "recover-2", f"{cluster.id}:recover-1": "recover-1"}
-    names |= {f"models:/{cluster.name}@best": "recover-1", f"models:/{cluster.name}/2": "recover-2"}
-    names |= {cluster.pointers["recover-1"].uri: "recover-1"}
+def test_fetch_and_compare_from_a_laptop(running, monkeypatch, tmp_path):
+    """With both addresses and the keys in the environment, or with the folder of `ptl up`."""
+    monkeypatch.chdir(tmp_path)
+    root, env = running
+    reach(env, monkeypatch)
+    run = made(tmp_path, experiment="cluster")
+    assert run.pointers["recover-2"].uri.startswith("s3://")
+    names = {run.id: "recover-2", f"models:/{run.name}@best": "recover-1", run.pointers["recover-1"].uri: "recover-1"}
     for i, (what, step) in enumerate(names.items()):
-        ptl("fetch", what, tmp_path / f"out-{i}")
-        same, more = holds(tmp_path / f"out-{i}", cluster.directory / step)
-        card = step == "recover-2"
-        assert same and more == ["README.md"] * card, what
-    ptl("fetch", cluster.id, tmp_path / "control", "--arm", "control")
-    assert holds(tmp_path / "control", cluster.directory / "control-recover") == (True, [])
-    assert "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to" in ptl(
-        "compare", f"{cluster.id}:evaluate-0", cluster.id
-    )
-
-
-def test_the_servers_of_ptl_up_are_reached_by_home(cluster, running, tmp_path, monkeypatch):
-    for name in (*SETTINGS, "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    ptl("fetch", cluster.id, tmp_path / "out", "--s3", "--home", running[0])
-    assert holds(tmp_path / "out", cluster.directory / "recover-2")[0]
-
-
-def test_wrong_credentials_are_named(cluster, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    for what in (cluster.id, f"models:/{cluster.name}@best", cluster.pointers["recover-1"].uri):
+        ptl("fetch", what, f"out-{i}")
+        assert holds(f"out-{i}", run.directory / step) == (True, ["README.md"] * (step == "recover-2")), what
+    assert COMPARED in ptl("compare", f"{run.id}:evaluate-0", run.id)
+    reach({}, monkeypatch)
+    ptl("fetch", run.id, "out", "--s3", "--home", root)
+    assert holds("out", run.directory / "recover-2")[0]
+    reach(env | {"AWS_SECRET_ACCESS_KEY": "wrong"}, monkeypatch)
+    for what in names:
         with pytest.raises(InputError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-            ptl("fetch", what, tmp_path / "out")
-    for name in CREDENTIALS:
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="environment: no S3 credentials"):
-        ptl("fetch", cluster.id, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-
-
-def test_mlflow_that_refuses_a_password_is_named(monkeypatch):
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import UNAUTHENTICATED
-
-    def refuse():
-        raise MlflowException("failed with error code 401", error_code=UNAUTHENTICATED)
-
-    monkeypatch.setattr(mlflow_client, "connect", refuse)
-    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_PASSWORD: MLflow at .*401.*; set them"):
-        locate.find_run("run-1")
-
-
-def test_an_mlflow_that_is_away_is_soon_said(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    started = time.monotonic()
-    with pytest.raises(WorkError, match="is the server up"):
-        ptl("fetch", "run-1", tmp_path / "out")
-    assert time.monotonic() - started < 10 and int(results.RETRIES) < int(mlflow_client.RETRIES)
+            ptl("fetch", what, "none")

@@ -1,14 +1,14 @@
 """A rehearsal runs the steps of its run, each with little to do, and nothing ends it early."""
 
+from itertools import product
 from pathlib import Path
 
-import pytest
 import yaml
 
 from ptl.config import dag
 from ptl.config.recover import MIN_TOKENS, Recovery
-from ptl.config.rehearsal import changes, left_out, rehearsal
-from ptl.config.run import Config, load_config
+from ptl.config.rehearsal import changes, is_rehearsal, left_out, rehearsal
+from ptl.config.run import Config, Gate, load_config
 from ptl.config.schedule import plan
 from ptl.evaluation import gate
 from ptl.evaluation.paired import paired
@@ -24,122 +24,112 @@ def config(**fields):
     return Config.model_validate(settings)
 
 
-@pytest.mark.parametrize("gpus", [0, 1, 8, None])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_steps_are_those_of_the_run(path, gpus):
-    run = load_config(path)
-    rehearsed = rehearsal(run, gpus)
-    assert dag.nodes(rehearsed) == dag.nodes(run)
-    assert [stage.method for stage in rehearsed.recover] == [stage.method for stage in run.recover]
-    assert [task.name for task in rehearsed.evaluate.tasks] == [task.name for task in run.evaluate.tasks]
-    assert all(task.limit <= 8 for task in rehearsed.evaluate.tasks)
-    assert rehearsed.schedule.target == run.schedule.target
-    assert rehearsed.schedule.recovery_tokens <= max(run.schedule.recovery_tokens / 100, 2_000)
-    assert rehearsed.name != run.name and rehearsed.storage.experiment != run.storage.experiment
+def shrunk(run, gpus=0):
+    return {field: values for field, *values in changes(run, rehearsal(run, gpus))}
 
 
-@pytest.mark.parametrize("tokens", [2_000, 100_000, 10**10])
-@pytest.mark.parametrize("growth", ["uniform", "doubling", "quadrupling"])
-def test_every_stage_trains_in_every_iteration(growth, tokens):
+def test_what_decides_only_how_long_a_step_works_shrinks():
+    expected = {
+        "name": ["tiny", "tiny-rehearsal"],
+        "calibration.num_sequences": [128, 4],
+        "schedule.tokens": ["doubling", "uniform"],
+        "schedule.recovery_tokens": [100_000_000, 500_000],  # at most
+        "recover.0.save_steps": [50, 30],  # 125,000 tokens of an iteration are 30 batches of 16 x 256
+        "evaluate.tasks.0.limit": [100, 8],
+        "evaluate.tasks.0.max_new_tokens": [None, 64],
+        "evaluate.tasks.1.limit": [None, 8],
+        "evaluate.speed.repeats": [3, 1],
+        "storage.experiment": ["ptl", "ptl-rehearsal"],
+    }
+    tasks = [{"name": "gsm8k", "limit": 100}, {"name": "mbpp", "max_new_tokens": 32}]
+    run = config(schedule={"recovery_tokens": 10**8}, evaluate={"tasks": tasks})
+    assert shrunk(run) == expected
+    # The gate works, and accepts everything.
+    gated = {"gate.alpha": [0.05, 1e-300], "gate.strict": [True, False], "schedule.cuts": ["cubic", "uniform"]}
+    assert shrunk(run.model_copy(update={"gate": Gate(enabled=True, strict=True)})) == expected | gated
+    # Where layers come last, equal cuts would be another plan.
+    last = config(gate={"enabled": True}, prune={"target": "neurons_then_layers"})
+    assert "schedule.cuts" not in shrunk(last)
+    assert shrunk(last)["recover.0.save_steps"] == [50, 1]  # 1,250 tokens are no batch
+
+
+def test_the_steps_are_those_of_the_run():
+    for path, gpus in product(CONFIGS, (0, 1, 8, None)):
+        run = load_config(path)
+        rehearsed = rehearsal(run, gpus)
+        assert dag.nodes(rehearsed) == dag.nodes(run), (path, gpus)
+        assert [stage.method for stage in rehearsed.recover] == [stage.method for stage in run.recover]
+        assert rehearsed.schedule.target == run.schedule.target
+        assert rehearsed.schedule.recovery_tokens <= max(run.schedule.recovery_tokens / 100, 2_000)
+        assert is_rehearsal(rehearsed.model_dump()) and not is_rehearsal(run.model_dump())
+
+
+def test_every_stage_trains_in_every_iteration():
     stages = [{"method": "cpt", "share": 0.05}, {"method": "distil"}, {"method": "grpo", "steps": 24}]
-    schedule = {"iterations": 2, "tokens": growth, "recovery_tokens": tokens}
-    rehearsed = rehearsal(config(schedule=schedule, recover=stages), gpus=0)
-    budgets = [
-        budget
-        for iteration in plan(rehearsed.schedule, rehearsed.prune)
-        for budget in Recovery(stages=rehearsed.recover).budgets(iteration.tokens)
-        if budget is not None
-    ]
-    assert len(budgets) == 4 and min(budgets) >= MIN_TOKENS
-    assert rehearsed.schedule.recovery_tokens <= min(tokens, 500_000)
-    assert rehearsed.recover[2].steps == 2  # one in each iteration
+    for growth, tokens in product(("uniform", "doubling", "quadrupling"), (2_000, 100_000, 10**10)):
+        schedule = {"iterations": 2, "tokens": growth, "recovery_tokens": tokens}
+        rehearsed = rehearsal(config(schedule=schedule, recover=stages), gpus=0)
+        recovery, iterations = Recovery(stages=rehearsed.recover), plan(rehearsed.schedule, rehearsed.prune)
+        budgets = [budget for each in iterations for budget in recovery.budgets(each.tokens) if budget is not None]
+        assert len(budgets) == 4 and min(budgets) >= MIN_TOKENS, (growth, tokens)
+        assert rehearsed.schedule.recovery_tokens <= min(tokens, 500_000)
+        assert rehearsed.recover[2].steps == 2  # one in each iteration
 
 
 def test_the_gate_accepts_the_worst_candidate():
     rehearsed = rehearsal(config(gate={"enabled": True, "strict": True}), gpus=0)
     settings = rehearsed.gate
-    # two groups of eight tasks, of which each item was right before
+    # Of sixteen tasks of eight items each was right before.
     worst = paired([1] * 128, [0] * 128, settings.margin, settings.alpha)
     decision = gate.decide(
         settings, gate.State(), params=90, target_params=60, parent_params=100, baseline=worst, parent=worst
     )
     assert settings.enabled and decision.decision == "accepted"
-    assert rehearsed.schedule.cuts == "uniform"  # no last part so small that the target is reached before it
+
+
+GPUS = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
+GRPO = {"method": "grpo", "batch_size": 64, "num_generations": 8, "accumulation": 4}
 
 
 def test_reinforcement_learning_is_short_and_unguarded():
-    stage = {"method": "grpo", "batch_size": 64, "num_generations": 8, "accumulation": 4}
-    (rehearsed,) = rehearsal(config(recover=[stage]), gpus=8).recover
-    assert (rehearsed.steps, rehearsed.guard_prompts, rehearsed.accumulation) == (4, 0, 1)
-    assert rehearsed.batch_size == 16  # a group of two on each GPU
+    (stage,) = rehearsal(config(recover=[GRPO]), gpus=8).recover
+    assert (stage.steps, stage.guard_prompts, stage.accumulation, stage.save_steps) == (4, 0, 1, 1)
+    assert (stage.num_generations, stage.batch_size, stage.max_completion_length) == (2, 16, 64)  # a group on each GPU
+    # On CPUs, and on the cluster itself, processes stand for nodes.
+    run = config(recover=[GRPO | {"accumulation": 1}], resources=GPUS | {"steps": {"recover": {"nodes": 2}}})
+    on_cpus, on_gpus, on_cluster = (rehearsal(run, gpus) for gpus in (0, 8, None))
+    assert [each.resources.nodes_of("recover") for each in (on_cpus, on_gpus, on_cluster)] == [2, 1, 2]
+    assert [each.recover[0].batch_size for each in (on_cpus, on_gpus, on_cluster)] == [4, 16, 32]
 
 
 def test_what_needs_a_gpu_is_replaced_and_named():
     run = config(
-        recover=[
-            {"method": "cpt", "dtype": "bfloat16", "sharding": "fsdp", "processes": 4},
-            {"method": "grpo"},
-        ],
+        recover=[{"method": "cpt", "dtype": "bfloat16", "sharding": "fsdp", "processes": 4}, {"method": "grpo"}],
         evaluate={"backend": "vllm", "speed": {"repeats": 0}},
-        resources={"accelerator": "nvidia.com/gpu", "accelerators": 4},
+        resources=GPUS | {"accelerators": 4},
     )
-    rehearsed = rehearsal(run, gpus=0)
-    assert rehearsed.evaluate.backend == "hf"
-    assert left_out(run, rehearsed) == [
-        "recover.dtype=bfloat16",
-        "recover.sharding=fsdp",
-        "evaluate.backend=vllm",
-        "recover.processes=4",
-    ]
-    # on the cluster, where the run itself will be, all of it is there
+    lacks = ["recover.dtype=bfloat16", "recover.sharding=fsdp", "evaluate.backend=vllm", "recover.processes=4"]
+    assert left_out(run, rehearsal(run, gpus=0)) == lacks
+    # On the cluster, where the run itself will be, all of it is there.
     assert left_out(run, rehearsal(run, gpus=None)) == []
 
 
-def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
-    parts = {"recover": [{"method": "cpt", "processes": 4}], "evaluate": {"processes": 4}}
-    on_cpus = rehearsal(config(**parts), gpus=0)
-    assert on_cpus.recover[0].processes == on_cpus.evaluate.processes == 4
-    on_gpus = config(**parts, resources={"accelerator": "nvidia.com/gpu", "accelerators": 4})
-    rehearsed = rehearsal(on_gpus, gpus=2)
-    assert rehearsed.recover[0].processes == rehearsed.evaluate.processes == 2
+def test_processes_of_a_run_on_cpus_stay():
+    rehearsed = rehearsal(config(recover=[{"method": "cpt", "processes": 4}], evaluate={"processes": 4}), gpus=0)
+    assert (rehearsed.recover[0].processes, rehearsed.evaluate.processes) == (4, 4)
 
 
-LACKS = ["recover.processes=8"]
-
-
-@pytest.mark.parametrize(
-    ("gpus", "processes", "lacks"),
-    [(0, 1, LACKS), (1, 1, LACKS), (3, 2, LACKS), (8, 8, []), (16, 8, [])],
-)
-def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others(gpus, processes, lacks):
-    resources = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
-    stage = {"method": "cpt", "batch_size": 32, "accumulation": 4, "dtype": "float32"}
-    run = config(recover=[stage], resources=resources)
-    rehearsed = rehearsal(run, gpus)
-    # three GPUs cannot share the eight sequences of a pass
-    assert rehearsed.recover[0].processes == processes
-    assert left_out(run, rehearsed) == lacks
-    on_this_machine = config(recover=[stage])
-    assert left_out(on_this_machine, rehearsal(on_this_machine, gpus)) == []
-
-
-def test_one_process_alone_shards_nothing():
-    resources = {"accelerator": "nvidia.com/gpu", "accelerators": 4}
-    run = config(recover=[{"method": "cpt", "batch_size": 4, "sharding": "fsdp"}], resources=resources)
-    rehearsed = rehearsal(run, gpus=3)  # on two of them it would
-    assert (rehearsed.recover[0].processes, rehearsed.recover[0].sharding) == (2, "fsdp")
-    assert rehearsal(run, gpus=1).recover[0].sharding == "none"
-    run = config(
-        recover=[{"method": "cpt", "batch_size": 25, "sharding": "fsdp"}], resources=resources | {"accelerators": 5}
-    )
-    rehearsed = rehearsal(run, gpus=3)
-    assert rehearsed.recover[0].processes == 1 and "recover.sharding=fsdp" in left_out(run, rehearsed)
-
-
-def test_a_batch_that_the_run_cannot_divide_is_not_hidden():
-    stage = {"method": "cpt", "batch_size": 6, "processes": 4}
-    run = config(recover=[stage], resources={"accelerator": "nvidia.com/gpu", "accelerators": 4})
-    assert rehearsal(run, gpus=4).recover[0].processes == 4
+def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others():
+    for batch_size, gpus, processes in ((32, 0, 1), (32, 1, 1), (32, 3, 2), (32, 8, 8), (32, 16, 8), (6, 8, 8)):
+        stage = {"method": "cpt", "batch_size": batch_size, "sharding": "fsdp", "dtype": "float32"}
+        run = config(recover=[stage], resources=GPUS, evaluate={"processes": 8})
+        rehearsed = rehearsal(run, gpus)
+        assert rehearsed.evaluate.processes == max(1, min(gpus, 8))
+        # Three GPUs cannot share a batch of 32; one that the run itself cannot divide is not hidden.
+        assert rehearsed.recover[0].processes == processes, (batch_size, gpus)
+        assert rehearsed.recover[0].sharding == ("fsdp" if processes > 1 else "none")
+        fewer = ["evaluate.processes=8", "recover.processes=8"] * (processes < 8)
+        assert left_out(run, rehearsed) == ["recover.sharding=fsdp"] * (processes == 1) + fewer
 
 
 def test_a_long_name_stays_a_name_and_the_registered_model_another():
@@ -147,18 +137,3 @@ def test_a_long_name_stays_a_name_and_the_registered_model_another():
     rehearsed = rehearsal(run, gpus=0)
     assert rehearsed.name == "a" * 52 + "-rehearsal"
     assert rehearsed.storage.registered_model == "mine-rehearsal"
-
-
-def test_each_entry_of_a_list_is_a_change():
-    run = config(evaluate={"tasks": [{"name": "gsm8k", "limit": 100}, {"name": "mbpp"}]})
-    limits = [change[1:] for change in changes(run, rehearsal(run, 0)) if change.field.endswith(".limit")]
-    assert limits == [(100, 8), (None, 8)]
-
-
-def test_nodes_are_rehearsed_as_groups_of_processes_on_cpus_and_on_the_cluster():
-    stage = {"method": "grpo", "batch_size": 64, "num_generations": 8}
-    gpus = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
-    run = config(recover=[stage], resources=gpus | {"steps": {"recover": {"nodes": 2}}})
-    on_cpus = rehearsal(run, gpus=0)
-    assert on_cpus.resources.nodes_of("recover") == 2 and on_cpus.recover[0].batch_size == 4
-    assert rehearsal(run, gpus=8).resources.nodes_of("recover") == 1

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
 
 from ptl.config.recover import TrainingData
 from ptl.config.run import Config
@@ -24,56 +23,48 @@ EditorsLoader.add_implicit_resolver(
 
 
 @pytest.fixture(scope="module")
-def schema():
-    printed = Config.model_json_schema()
-    Draft202012Validator.check_schema(printed)
-    return printed
+def problems():
+    """What the schema says against a value, of the whole config or of one section."""
+    from jsonschema import Draft202012Validator
+
+    schema = Config.model_json_schema()
+    Draft202012Validator.check_schema(schema)
+    assert schema["additionalProperties"] is False
+
+    def messages(value, part=None):
+        section = schema if part is None else {"$defs": schema["$defs"], **schema["properties"][part]}
+        return [error.message for error in Draft202012Validator(section).iter_errors(value)]
+
+    return messages
 
 
-def problems(schema, part, value):
-    section = {"$defs": schema["$defs"], **schema["properties"][part]}
-    return [error.message for error in Draft202012Validator(section).iter_errors(value)]
+def test_every_shipped_config_fits(problems):
+    for path in CONFIGS:
+        assert problems(yaml.load(path.read_text(), EditorsLoader)) == [], path
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_fits(schema, path):
-    settings = yaml.load(path.read_text(), EditorsLoader)
-    assert [error.message for error in Draft202012Validator(schema).iter_errors(settings)] == []
+def test_the_short_forms_of_training_fit(problems):
+    for training, compared in (
+        (SOURCE, True),
+        ({**SOURCE, "weight": 2, "decontaminate": {"tasks": True}}, True),
+        ({**SOURCE, "decontaminate": False}, False),
+        ({**SOURCE, "decontaminate": "off"}, False),  # what YAML 1.2 makes of off
+        ([SOURCE, {**SOURCE, "weight": 2}], True),
+        ({"sources": [SOURCE], "decontaminate": False}, False),
+    ):
+        assert problems(training, "training") == []
+        assert TrainingData.model_validate(training).decontaminate.tasks == compared
 
 
-@pytest.mark.parametrize(
-    "training",
-    [
-        SOURCE,
-        {**SOURCE, "weight": 2, "decontaminate": {"tasks": True}},
-        {**SOURCE, "decontaminate": False},
-        {**SOURCE, "decontaminate": "off"},  # what YAML 1.2 makes of off
-        [SOURCE, {**SOURCE, "weight": 2}],
-        {"sources": [SOURCE], "decontaminate": False},
-    ],
-)
-def test_the_short_forms_of_training_fit(schema, training):
-    assert problems(schema, "training", training) == []
-    decontaminate = TrainingData.model_validate(training).decontaminate
-    is_off = isinstance(training, dict) and training.get("decontaminate") in (False, "off")
-    assert decontaminate.tasks is not is_off
-
-
-@pytest.mark.parametrize(
-    ("part", "value"),
-    [
+def test_what_is_refused_does_not_fit(problems):
+    for part, value in (
         ("training", {"sorce": "rows.jsonl"}),
         ("training", []),
         ("training", {**SOURCE, "decontaminate": True}),
         ("training", [{**SOURCE, "decontaminate": False}]),
         ("recover", [{"method": "sft"}]),
         ("prune", {"criterion": "on"}),
-    ],
-)
-def test_a_wrong_value_does_not_fit(schema, part, value):
-    assert problems(schema, part, value)
-
-
-@pytest.mark.parametrize("stage", [{}, {"learning_rate": 1e-4}, {"method": "distil", "mix": 0}, {"method": "grpo"}])
-def test_a_stage_fits(schema, stage):
-    assert problems(schema, "recover", [stage]) == []
+    ):
+        assert problems(value, part), value
+    for stage in ({}, {"learning_rate": 1e-4}, {"method": "distil", "mix": 0}, {"method": "grpo"}):
+        assert problems([stage], "recover") == []

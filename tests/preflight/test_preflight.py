@@ -1,6 +1,7 @@
 """Warnings of settings that are allowed and yet likely to waste a run."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import huggingface_hub
@@ -17,8 +18,6 @@ from ptl.preflight import preflight, target
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
-REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
-BODY = ModelDimensions(params=213_568, layers=4, width=192, params_per_neuron=768, params_per_layer=50_000)
 STAGE = {"method": "cpt", "decay": "each"}
 
 
@@ -31,169 +30,119 @@ def warnings(**fields):
 
 def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():
     (warning,) = warnings()  # cubic cuts and doubling tokens
-    assert "schedule.tokens=doubling, with schedule.cuts=cubic" in warning
     assert "iteration 1 removes 33 % of what goes in all and gets 0.4 % of the recovery" in warning
-    assert "set schedule.tokens=uniform" in warning
-
-
-@pytest.mark.parametrize("cuts", ["uniform", "cubic"])
-@pytest.mark.parametrize("iterations", [1, 4, 8, 64])
-def test_the_remedy_leaves_no_warning(cuts, iterations):
-    assert warnings(schedule__cuts=cuts, schedule__iterations=iterations, schedule__tokens="uniform") == []
-
-
-def test_equal_cuts_with_doubling_tokens_starve_the_first_of_many():
+    for cuts, iterations in product(["uniform", "cubic"], [1, 8]):
+        assert warnings(schedule__cuts=cuts, schedule__iterations=iterations, schedule__tokens="uniform") == []
+    # Equal cuts starve the first of many: 1/255 of the tokens for 1/8 of the removal, or 1/15 for 1/4.
     assert "iteration 1 removes 12 %" in warnings(schedule__cuts="uniform")[0]
     assert warnings(schedule__cuts="uniform", schedule__iterations=4) == []
-
-
-def test_steps_of_reinforcement_learning_are_shared_out_like_tokens():
+    # Steps of reinforcement learning are shared out like tokens.
     fields = {"recover": [{"method": "grpo", "steps": 510}], "schedule__recovery_tokens": 0}
     assert "gets 0.4 % of the recovery" in warnings(**fields)[0]
-    assert warnings(**fields, schedule__tokens="uniform") == []
+    # No shipped config is warned of anything.
+    assert not any(preflight.warnings(load_config(path)) for path in CONFIGS)
 
 
 def test_a_rate_that_decays_only_at_the_end_of_the_run_is_warned_of():
     stages = [STAGE | {"share": 0.5}, {"method": "distil"}]
     (warning,) = warnings(recover=stages, schedule__tokens="uniform")
-    assert warning.startswith("recover.decay=0.5, with the gate on") and "set decay: each" in warning
+    assert warning.startswith("recover.decay=0.5, with the gate on")
     assert warnings(recover=stages, schedule__iterations=1) == []  # the last iteration is the only one
+    assert warnings(gate__enabled=False, recover=stages) == []
 
 
 def test_accelerators_that_a_step_cannot_use_are_warned_of():
-    given = {"gate__enabled": False, "resources": {"accelerator": "nvidia.com/gpu", "accelerators": 8}}
-    assert warnings(**given) == []
-    said = warnings(**given, evaluate__processes=4, recover=[STAGE | {"processes": 4}])
-    assert [warning.partition(": set ")[0] for warning in said] == [
-        "resources.accelerators: recover holds 8 and uses 4",
-        "resources.accelerators: evaluate holds 8 and uses 4",
-    ]
-    given["resources"]["steps"] = {"evaluate": {"accelerators": 4}, "recover": {"accelerators": 4}}
-    assert warnings(**given, evaluate__processes=4, recover=[STAGE | {"processes": 4}]) == []
+    def idle(steps=None, **fields):
+        resources = {"accelerator": "nvidia.com/gpu", "accelerators": 8, "steps": steps or {}}
+        said = warnings(gate__enabled=False, resources=resources, **fields)
+        return [warning.removeprefix("resources.accelerators: ").partition(": set ")[0] for warning in said]
 
-
-def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():
-    assert warnings(gate__enabled=False, recover=[{"method": "cpt"}]) == []
+    some = {"evaluate__processes": 4, "recover": [STAGE | {"processes": 4}, STAGE | {"processes": 2}]}
+    assert idle(**some) == ["recover holds 8 and uses 4", "evaluate holds 8 and uses 4"]
+    assert idle(steps={"evaluate": {"accelerators": 4}, "recover": {"accelerators": 4}}, **some) == []
+    assert idle(recover=[STAGE | {"processes": 4}, STAGE]) == []  # the second stage uses all
+    others = {"prune": {"accelerators": 2}, "report": {"accelerators": 1}}
+    assert idle(steps=others) == ["prune holds 2 and uses 1", "report holds 1 and uses 0"]
 
 
 def after(model, prune, **schedule):
+    """The models after each iteration, and what is said of them."""
     planned = Schedule(**{"iterations": 4, "target": 0.3, "recovery_tokens": 0} | schedule)
     config = load_config(TINY).model_copy(update={"schedule": planned, "prune": prune})
     sizes = [after for _, after in target.after_iterations(model, planned, prune)]
-    return sizes, preflight.model_warnings(config, model)
+    return sizes, " ".join(preflight.model_warnings(config, model))
 
 
 # 100 neurons of 1,000 parameters, and as much again beside them
 DENSE = ModelDimensions(params=200_000, layers=4, width=100, params_per_neuron=1000, params_per_layer=40_000)
 # 10 experts of 10,000 parameters, of which a token meets 2; a router of 100 for each
-MIXTURE = replace(
-    DENSE,
-    params=201_000,
-    experts=10,
-    experts_per_token=2,
-    params_per_expert=10_100,
-    params_per_route=100,
-    fewest_experts=2,
-)
+EXPERTS = {"experts": 10, "experts_per_token": 2, "params_per_expert": 10_100, "params_per_route": 100}
+MIXTURE = replace(DENSE, params=201_000, fewest_experts=2, **EXPERTS)
 
 
-def test_widths_are_rounded_down_as_prune_does():
-    # cubic: 34,688, 52,500, 59,063 and 60,000 parameters are asked for
-    sizes, said = after(DENSE, Prune(width_multiple=1))
-    assert [each.params for each in sizes] == [165_000, 147_000, 140_000, 140_000]
-    assert "for iteration 4, as" in said[0]
-    sizes, (warning,) = after(DENSE, Prune(width_multiple=8))
-    assert [each.params for each in sizes] == [164_000, 140_000, 140_000, 140_000]
-    assert "nothing is left to remove for iterations 3 and 4, as" in warning and "prune.width_multiple=8" in warning
-    assert after(DENSE, Prune(width_multiple=8), cuts="uniform", target=0.32)[1] == []
-
-
-def test_whole_layers_go():
-    sizes, (warning,) = after(DENSE, Prune(target="layers"))
-    assert [each.params for each in sizes] == [160_000, 120_000, 120_000, 120_000]
-    assert "for iterations 3 and 4, as" in warning and "layers go in whole" in warning
-    assert after(DENSE, Prune(target="layers"), cuts="uniform", iterations=2, target=0.4)[1] == []
-
-
-def test_whole_experts_go_as_prune_removes_them():
-    # cubic: 34,862, 52,762, 59,358 and 60,300 parameters are asked for
-    sizes, (warning,) = after(MIXTURE, Prune(target="experts"))
-    assert [each.experts for each in sizes] == [6, 4, 4, 4]
-    assert [each.params for each in sizes] == [160_600, 140_400, 140_400, 140_400]
+def test_models_after_each_iteration_have_whole_units():
+    # cubic: 34,688, 52,500, 59,063 and 60,000 parameters of the dense model are asked for
+    for model, prune, params, idle in (
+        (DENSE, {"width_multiple": 1}, [165_000, 147_000, 140_000, 140_000], "iteration 4"),
+        (DENSE, {"width_multiple": 8}, [164_000, 140_000, 140_000, 140_000], "iterations 3 and 4"),
+        (DENSE, {"target": "layers"}, [160_000, 120_000, 120_000, 120_000], "iterations 3 and 4"),
+        (MIXTURE, {"target": "experts"}, [160_600, 140_400, 140_400, 140_400], "iterations 3 and 4"),
+    ):
+        sizes, said = after(model, Prune(**prune))
+        assert [each.params for each in sizes] == params, prune
+        assert f"nothing is left to remove for {idle}, as" in said, prune
+    assert after(DENSE, Prune(width_multiple=8), cuts="uniform", target=0.32)[1] == ""
     assert [each.active_params for each in sizes] == [120_600, 120_400, 120_400, 120_400]
-    assert "for iterations 3 and 4, as" in warning and "experts go in whole" in warning
+    sizes, _ = after(MIXTURE, Prune(width_multiple=1))  # an expert's neurons go by eights
+    assert [(each.width, each.active_params) for each in sizes[::2]] == [(64, 113_800), (40, 109_000)]
+    # Only of a share `auto` knows that it is half of the model, and takes eight iterations.
+    half = replace(DENSE, params=150_000)
+    assert "set schedule.iterations=8" in after(half, Prune(width_multiple=1), target=75_000, iterations="auto")[1]
+    assert "schedule.iterations" not in after(half, Prune(width_multiple=1), target=75_001, iterations="auto")[1]
+    # Of a mixture's three layers that have experts one goes, with a third of all that is in them.
+    first = after(replace(MIXTURE, dense_layers=(0,)), Prune(target="layers"))[0][0]
+    assert (first.layers, first.params_per_neuron, first.params_per_expert) == (3, 666, 6733)
 
 
-def test_neurons_of_experts_go_by_eights():
-    sizes, (warning,) = after(MIXTURE, Prune(width_multiple=1))
-    assert [each.width for each in sizes] == [64, 40, 40, 32]
-    assert [each.active_params for each in sizes] == [113_800, 109_000, 109_000, 107_400]
-    assert "set schedule.cuts=uniform" in warning
+@pytest.fixture
+def command(monkeypatch):
+    """A command on tiny.yaml, without its checks of the model and its start."""
+    model = ModelDimensions(params=213_568, layers=4, width=192, params_per_neuron=768, params_per_layer=50_000)
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (Path(), model))
+    monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
+
+    def run(name, *sets):
+        return CliRunner().invoke(app.app, [name, str(TINY), *[part for entry in sets for part in ("--set", entry)]])
+
+    return run
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_no_shipped_config_is_warned_of(path):
-    assert preflight.warnings(load_config(path)) == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "code", "said"),
-    [
-        (
-            RepositoryNotFoundError.__new__(RepositoryNotFoundError, "no"),
-            2,
-            "training.sources.0.source: 'meta-math/NOPE' ",
-        ),
-        (OSError("no connection"), 0, "not looked at, as the hub cannot be asked: meta-math/NOPE and openai/gsm8k"),
-        (None, 0, ""),
-    ],
-    ids=["unknown", "no-connection", "known"],
-)
-def test_validate_asks_the_hub_for_data_sets_or_says_that_it_did_not(answer, code, said, monkeypatch, tmp_path):
-    asked = []
+@pytest.mark.parametrize("error", [None, OSError, RepositoryNotFoundError])
+def test_validate_asks_the_hub_for_data_sets_or_says_that_it_did_not(error, command, monkeypatch, tmp_path):
+    questions = []
 
     def dataset_info(name, **options):
-        asked.append((name, options["revision"]))
-        if answer:
-            raise answer
+        questions.append((name, options["revision"]))
+        if error:
+            raise error.__new__(error, "no")
 
     monkeypatch.setattr(huggingface_hub, "dataset_info", dataset_info)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
     (tmp_path / "task.yaml").write_text("task: mine\ndataset_path: openai/gsm8k\n")
-    sets = ["training.source=meta-math/NOPE", "training.revision=abc"]
-    sets.append(f"evaluate.tasks=[{{name: {tmp_path / 'task.yaml'}, metric: exact_match}}]")
-    done = CliRunner().invoke(app.app, ["validate", str(TINY), *[part for pair in sets for part in ("--set", pair)]])
-    assert asked[0] == ("meta-math/NOPE", "abc")
-    if code:
-        assert said in str(done.exception)
+    task = f"evaluate.tasks=[{{name: {tmp_path / 'task.yaml'}, metric: exact_match}}]"
+    done = command("validate", "training.source=meta-math/NOPE", "training.revision=abc", task)
+    if error is None:
+        assert questions == [("meta-math/NOPE", "abc"), ("openai/gsm8k", None)]
+    if error is RepositoryNotFoundError:
+        assert isinstance(done.exception, InputError) and done.exception.field == "training.sources.0.source"
     else:
-        assert done.exit_code == 0 and ("not looked at" in done.stdout) == bool(said) and said in done.stdout
-        assert len(asked) == (1 if said else 2)  # one try is enough where there is no connection
+        not_asked = "not looked at, as the hub cannot be asked: meta-math/NOPE and openai/gsm8k"
+        assert done.exit_code == 0 and (not_asked in done.stdout) == (error is OSError)
 
 
-@pytest.mark.parametrize("resource", ["gpu", "nvidia.com/", "/gpu", "nvidia.com/gpu/1"])
-def test_an_accelerator_is_a_resource_with_a_domain(resource):
-    with pytest.raises(InputError, match=r"resources.accelerator: .*for example nvidia.com/gpu"):
-        load_config(TINY, {"resources.accelerator": resource})
-    assert load_config(TINY, {"resources.accelerator": "amd.com/gpu"})
-
-
-@pytest.mark.parametrize("command", ["validate", "plan"])
-def test_validate_and_plan_say_the_tokens_and_warn_of_passes(monkeypatch, command):
-    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
-    done = CliRunner().invoke(app.app, [command, str(TINY), "--set", "schedule.recovery_tokens=5000000000"])
-    assert done.exit_code == 0, done.output
-    assert "5,000,000,000 recovery tokens: " in done.stdout
-    assert "warning: 5,000,000,000 recovery tokens" in done.output and "passes help little" in done.output
-
-
-@pytest.mark.parametrize("command", ["validate", "submit"])
-def test_a_command_that_starts_something_warns_first(monkeypatch, command):
-    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
-    monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
-    done = CliRunner().invoke(
-        app.app, [command, str(TINY), "--set", "gate.enabled=true", "--set", "schedule.iterations=8"]
-    )
-    assert done.exit_code == 0, done.output
-    assert "warning: schedule.tokens=doubling" in done.stderr and "warning: recover.decay=0.5" in done.stderr
+def test_commands_say_the_tokens_and_warn_before_anything_starts(command):
+    for name in ("validate", "plan", "submit"):
+        done = command(name, "schedule.recovery_tokens=5000000000", "gate.enabled=true", "schedule.iterations=8")
+        assert done.exit_code == 0, done.output
+        assert name == "submit" or "warning: 5,000,000,000 recovery tokens" in done.stderr
+        assert "warning: schedule.tokens=doubling" in done.stderr and "warning: recover.decay=0.5" in done.stderr
