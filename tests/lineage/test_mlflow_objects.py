@@ -4,86 +4,43 @@ import http.client
 import json
 import shutil
 import sqlite3
-import threading
 import uuid
 from collections import Counter
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 from conftest import free_port
-from mlflow import MlflowClient
-from working import execute
+from mlflow.store.entities import PagedList
+from mock_server import MockServer
+from working import execute, run_locally
 
 from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
 from ptl.local import runs, servers
-from ptl.steps import step as steps
 from ptl.steps.call import Call
 
-pytestmark = pytest.mark.xdist_group("mlflow_objects")
 
+class LostAnswers(MockServer):
+    """A proxy before a server, which closes the connection instead of handing on an answer where `loses` says so."""
 
-@pytest.fixture(scope="module")
-def mlflow(server, new_database, tmp_path_factory):
-    """A real MLflow server, and an empty database like its own was."""
-    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    shutil.copyfile(root / "mlflow.db", root / "empty.db")
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{servers.BUCKET}/objects", server)
-    yield SimpleNamespace(root=root, port=port, empty=root / "empty.db")
-    servers.down(root)
+    def __init__(self, port, loses):
+        self.port, self.loses = port, loses
+        super().__init__()
 
-
-def copy(source, target):
-    """A consistent copy of a sqlite database that is in use."""
-    target.unlink(missing_ok=True)
-    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
-        old.backup(new)
-
-
-@contextmanager
-def lost_answers(monkeypatch, port, loses):
-    """A fake: a proxy that closes the connection instead of handing on an answer where `loses(method, path)`."""
-
-    class Proxy(BaseHTTPRequestHandler):
-        def forward(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            upstream = http.client.HTTPConnection("127.0.0.1", port)
-            upstream.request(self.command, self.path, body, dict(self.headers))
-            answer = upstream.getresponse()
-            data = answer.read()
-            upstream.close()
-            self.close_connection = True
-            if loses(self.command, self.path.partition("?")[0].rpartition("mlflow/")[2]):
-                return
-            self.send_response(answer.status)
-            self.send_header("Content-Type", answer.getheader("Content-Type", ""))
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = do_PATCH = do_DELETE = forward
-
-        def log_message(self, *_):
-            return
-
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
-    try:
-        yield
-    finally:
-        proxy.shutdown()
-        proxy.server_close()
+    def respond(self, handler, path, query, body):
+        upstream = http.client.HTTPConnection("127.0.0.1", self.port)
+        upstream.request(handler.command, handler.path, body, dict(handler.headers))
+        answer = upstream.getresponse()
+        data = answer.read()
+        upstream.close()
+        handler.close_connection = True
+        if not self.loses(handler.command, path.rpartition("mlflow/")[2]):
+            handler.send(answer.status, data)
 
 
 @pytest.fixture
-def environment(s3, mlflow, monkeypatch, tmp_path):
-    monkeypatch.setenv("PTL_RUN_ID", f"run-{uuid.uuid4().hex[:8]}")
-    monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mlflow.port}")
-    for name in ("KFP_RUN_ID", "PTL_ARTIFACT_ROOT", "PTL_RUN_DIR"):
-        monkeypatch.delenv(name, raising=False)
+def environment(mlflow_folder, monkeypatch, tmp_path):
+    run_locally(monkeypatch, tmp_path, mlflow_folder)
     return monkeypatch
 
 
@@ -97,27 +54,10 @@ def publish(step, parent=None):
     return execute(step, parent and parent.pointer, {"seed": 1}, work)
 
 
-def whole(experiment, name):
-    """Two steps, a version in the registry, and a report with its result."""
-    dense = publish(Call("import-model", experiment))
-    pruned = publish(Call("prune-1", experiment), dense)
-    report = Call("report", experiment).start()
-    version = mlflow_objects.register(report, name, pruned.pointer, {"step": "evaluate-1"})
-    mlflow_objects.set_alias(name, "best", version)
-    folder = steps.scratch("report")
-    folder.mkdir(parents=True, exist_ok=True)
-    pointer = {key: getattr(pruned.pointer, key) for key in ("uri", "digest", "params")}
-    (folder / "result.json").write_text(json.dumps({"final": pointer, "rows": []}))
-    tracking.log_report(report, [folder / "result.json"])
-    tracking.finish(report, params={}, metrics={}, inputs=[pruned.pointer.model_id], output=None, step=0)
-    return dense, pruned, version
-
-
 CREATES = ("experiments/create", "runs/create", "logged-models", "registered-models/create", "model-versions/create")
 
 
-@pytest.mark.slow
-def test_each_is_created_once_though_the_first_answers_are_lost(mlflow, environment):
+def test_each_is_created_once_though_the_first_answers_are_lost(new_database, environment, tmp_path):
     """Of every kind of writing request to every address the first two answers are lost."""
     seen, experiment, name = Counter(), f"lost-{uuid.uuid4().hex[:6]}", f"tiny-{uuid.uuid4().hex[:6]}"
 
@@ -125,100 +65,77 @@ def test_each_is_created_once_though_the_first_answers_are_lost(mlflow, environm
         seen[method, path] += 1
         return (method != "GET" and "search" not in path) and seen[method, path] <= 2
 
-    environment.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    environment.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
-    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a command's first question is asked twice by default
-    with lost_answers(environment, mlflow.port, loses):
+    new_database(tmp_path)
+    port = free_port()
+    proxy = LostAnswers(port, loses)
+    environment.delenv("PTL_ARTIFACT_ROOT")
+    servers.mlflow_up(tmp_path, port, f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts", {})
+    environment.setenv("MLFLOW_TRACKING_URI", proxy.url)
+    # a command's first question is asked twice by default
+    for setting, value in {"BACKOFF_FACTOR": "0", "BACKOFF_JITTER": "0", "MAX_RETRIES": "5"}.items():
+        environment.setenv(f"MLFLOW_HTTP_REQUEST_{setting}", value)
+    try:
         assert runs.artifact_location(experiment)
-        _, pruned, version = whole(experiment, name)
-        found = locate.checkpoint(tracking.pipeline_run())
-    assert all(any(method == "POST" and path == create for method, path in seen) for create in CREATES)
-    client = MlflowClient(f"http://127.0.0.1:{mlflow.port}", registry_uri=f"http://127.0.0.1:{mlflow.port}")
+        dense = publish(Call("import-model", experiment))
+        pruned = publish(Call("prune-1", experiment), dense)
+        report = Call("report", experiment).start()
+        version = mlflow_objects.register(report, name, pruned.pointer, {"step": "evaluate-1"})
+        mlflow_objects.set_alias(name, "best", version)
+        pointer = {key: getattr(pruned.pointer, key) for key in ("uri", "digest", "params")}
+        (tmp_path / "result.json").write_text(json.dumps({"final": pointer, "rows": []}))
+        tracking.log_report(report, [tmp_path / "result.json"])
+        tracking.finish(report, params={}, metrics={}, inputs=[pruned.pointer.model_id], output=None, step=0)
+        assert locate.checkpoint(tracking.pipeline_run()).pointer.digest == pruned.pointer.digest
+    finally:
+        proxy.close()
+        servers.down(tmp_path)
+    assert all(("POST", create) in seen for create in CREATES)
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_client.connect()
     place = client.get_experiment_by_name(experiment).experiment_id
-    active = client.search_runs([place])
-    assert sorted(run.info.run_name for run in active) == sorted(
-        ["import-model", "prune-1", "report", tracking.pipeline_run()]
-    )
-    assert {run.info.status for run in active} == {"FINISHED"}
+    statuses = [(run.info.run_name, run.info.status) for run in client.search_runs([place])]
+    names = ["import-model", "prune-1", "report", tracking.pipeline_run()]
+    assert sorted(statuses) == sorted((name, "FINISHED") for name in names)
     models = client.search_logged_models([place])  # with those whose answers were lost, as of killed attempts
+    ready = sorted(model.name for model in models if str(model.status) == "READY")
+    assert ready == [f"{tracking.pipeline_run()}-{step}" for step in ("import-model", "prune-1")]
     assert {str(model.status) for model in models} == {"READY", "FAILED"}
-    assert sorted(model.name for model in models if str(model.status) == "READY") == [
-        f"{tracking.pipeline_run()}-{step}" for step in ("import-model", "prune-1")
-    ]
-    versions = client.search_model_versions(f"name = '{name}'")
-    assert [str(each.version) for each in versions] == [version]
-    assert found.pointer.digest == pruned.pointer.digest
+    assert [str(each.version) for each in client.search_model_versions(f"name = '{name}'")] == [version]
 
 
-def test_duplicates_of_an_earlier_process_are_settled(mlflow, environment):
-    """A process died between the creation of its runs and the claim of one; a parent with children is not deleted."""
-    client, experiment = mlflow_client.connect(), f"settle-{uuid.uuid4().hex[:6]}"
-    place, run = client.create_experiment(experiment), tracking.pipeline_run()
-    tags = {"ptl.run": run, "ptl.role": "parent"}
-    lost = [client.create_run(place, tags=tags).info.run_id for _ in range(2)]
-    used = client.create_run(place, tags=tags).info.run_id
-    client.create_run(place, tags={"mlflow.parentRunId": used})
-    step = tracking.start(experiment, "prune-1", arm="loop", iteration=1)
-    assert step.parent_run_id == lost[0] == tracking.start(experiment, "prune-2", arm="loop", iteration=2).parent_run_id
-    stages = {run_id: client.get_run(run_id).info.lifecycle_stage for run_id in (*lost, used)}
-    assert stages == {lost[0]: "active", lost[1]: "deleted", used: "active"}
-
-
-def test_a_result_is_read_from_the_run_that_finished(mlflow, environment):
-    client, experiment = mlflow_client.connect(), f"read-{uuid.uuid4().hex[:6]}"
-    place, run = client.create_experiment(experiment), tracking.pipeline_run()
-    for status in ("RUNNING", "FINISHED", "RUNNING"):
-        tags = {"ptl.run": run, "ptl.role": "parent"}
-        parent = client.create_run(place, tags=tags).info.run_id
-        client.create_run(place, tags={"ptl.run": run, "ptl.role": "step", "ptl.step": "report"})
-        if status == "FINISHED":
-            client.set_terminated(parent, status)
-            finished = parent
-    assert finished in locate.find_run(run)[0].artifacts
+def test_searches_have_all_pages_and_versions_are_in_the_order_of_their_numbers():
+    pages = {None: PagedList([10, 9], "2"), "2": PagedList([11], "")}
+    assert list(mlflow_client.pages(lambda max_results, page_token: pages[page_token])) == [10, 9, 11]
+    versions = SimpleNamespace(search_model_versions=lambda query: [SimpleNamespace(version=n) for n in (10, 9)])
+    assert mlflow_objects._versions_of(versions, "name", "m-1") == ["9", "10"]
 
 
 @pytest.fixture
-def database(request, environment, mlflow, server, tmp_path):
-    """An MLflow database, used directly or by a server, that can be saved and replaced."""
-    path, backup, port = tmp_path / "mlflow.db", tmp_path / "backup.db", free_port()
-    copy(mlflow.empty, path)
-    if request.param == "local":
-        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        environment.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/artifacts")
+def database(environment, new_database, tmp_path):
+    """An MLflow database of this test alone; a function that puts a copy of another one in its place."""
+    new_database(tmp_path)
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
 
-        def replace(source):
-            copy(source, tmp_path / "again.db")  # of another name: this process has open connections to the first
-            environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/again.db")
-    else:
+    def replace(source):
+        # of another name: this process has open connections to the first
+        shutil.copyfile(source, tmp_path / "again.db")
+        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/again.db")
 
-        def up():
-            servers.mlflow_up(tmp_path, port, f"sqlite:///{path}", f"s3://{servers.BUCKET}/{tmp_path.name}", server)
-
-        def replace(source):
-            servers.down(tmp_path)
-            copy(source, path)
-            up()
-
-        up()
-        environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    yield SimpleNamespace(
-        save=lambda: copy(path, backup), lose=lambda: replace(mlflow.empty), restore=lambda: replace(backup)
-    )
-    servers.down(tmp_path)
+    return replace
 
 
-# A server takes seconds to start, and an older database has lost something too.
-@pytest.mark.parametrize(
-    "database, state", [("local", "lost"), ("local", "older"), ("served", "older")], indirect=["database"]
-)
-@pytest.mark.slow
-def test_a_run_continues_after_its_database_was_lost(database, state):
+@pytest.mark.parametrize("state", ["lost", "older"])
+def test_a_run_continues_after_its_database_was_lost(database, state, tmp_path):
     """Its finished steps are taken as they are, what follows has them as input, and MLflow shows the run anew."""
     experiment, name = f"db-{uuid.uuid4().hex[:6]}", f"tiny-{uuid.uuid4().hex[:6]}"
+    backup = tmp_path / "backup.db"
+    shutil.copyfile(tmp_path / "mlflow.db", backup)
     dense = publish(Call("import-model", experiment))
-    database.save()
+    if state == "older":
+        with closing(sqlite3.connect(tmp_path / "mlflow.db")) as used, closing(sqlite3.connect(backup)) as copy:
+            used.backup(copy)
     pruned = publish(Call("prune-1", experiment), dense)
-    database.lose() if state == "lost" else database.restore()
+    database(backup)
 
     assert publish(Call("import-model", experiment)) == dense
     assert publish(Call("prune-1", experiment), dense) == pruned
@@ -227,20 +144,10 @@ def test_a_run_continues_after_its_database_was_lost(database, state):
     assert mlflow_objects.register(report, name, pruned.pointer, {}) == "1"
     tracking.finish(report, params={}, metrics={}, inputs=[pruned.pointer.model_id], output=None, step=0)
     client = mlflow_client.connect()
-    found = client.search_runs([report.experiment_id])
+    statuses = [(run.info.run_name, run.info.status) for run in client.search_runs([report.experiment_id])]
     names = ["import-model", "prune-1", "recover-1", "report", tracking.pipeline_run()]
-    assert sorted(run.info.run_name for run in found) == sorted(names)
-    assert {run.info.status for run in found} == {"FINISHED"}
+    assert sorted(statuses) == sorted((name, "FINISHED") for name in names)
     ids = [record.pointer.model_id for record in (dense, pruned, recovered)]
     assert mlflow_objects.existing_models(client, ids) == ({ids[0], ids[2]} if state == "older" else {ids[2]})
     # Whoever comes later finds the same runs.
     assert Call("prune-1", experiment).start().parent_run_id == report.parent_run_id
-
-
-def test_a_run_that_was_deleted_in_mlflow_is_made_anew(environment):
-    experiment = f"deleted-{uuid.uuid4().hex[:6]}"
-    first = Call("prune-1", experiment).start()
-    mlflow_client.connect().delete_run(first.run_id)
-    second = Call("prune-1", experiment).start()
-    assert second.run_id != first.run_id and second.parent_run_id == first.parent_run_id
-    assert Call("prune-1", experiment).start() == second

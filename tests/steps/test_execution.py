@@ -2,22 +2,22 @@
 
 import dataclasses
 import os
-import shutil
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from mlflow import MlflowClient
 from run_records import scores
-from working import execute, fetch
+from working import execute, fetch, run_locally
 
 from ptl import processes
 from ptl.config.recover import DataSource, RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
-from ptl.lineage import mlflow_client, run_status, tracking
-from ptl.steps import call, evaluate, import_model, process, recover, table
+from ptl.lineage import mlflow_client, tracking
+from ptl.steps import call, evaluate, import_model, process, recover
 from ptl.steps.call import Call, key_of
 from ptl.steps.step import Step, scratch
 from ptl.storage import store
@@ -25,26 +25,28 @@ from ptl.storage.local_files import path_of
 from ptl.storage.store import Pointer, Record
 
 TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
+NOWHERE = Pointer("file:///x", "sha256:" + "c" * 64)
 
 
 @pytest.fixture
 def begin(tmp_path, mlflow_folder, monkeypatch):
-    """Begin a pipeline run, or continue one."""
-    for name in ("KFP_RUN_ID", "PTL_RETRIES", "PTL_LAUNCH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_folder}/mlflow.db")
-    monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/artifacts")
+    """Begin a pipeline run; returns its id and the experiment's name."""
     experiment = f"execution-{uuid.uuid4().hex[:8]}"
 
-    def run(name=None, earlier=""):
-        name = name or f"run-{uuid.uuid4().hex[:8]}"
-        monkeypatch.setenv("PTL_RUN_ID", name)
-        monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / name))
+    def run(earlier=""):
+        name = run_locally(monkeypatch, tmp_path, mlflow_folder)
         if earlier:  # as import-model does
             tracking.name_earlier_runs(Call("import-model", experiment).start(), earlier.split())
         return name, experiment
 
     return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file that steps read."""
+    (tmp_path / "train.jsonl").write_text("{}")
+    return DataSource(source=str(tmp_path / "train.jsonl"))
 
 
 class Work:
@@ -59,304 +61,273 @@ class Work:
         return {"params": 1, "tokens": 8, "steps": 1}
 
 
+def dies(*_):
+    raise RuntimeError("it died")
+
+
 def flip(pointer):
     path = path_of(pointer.uri) / "model.safetensors"
     path.write_bytes(b"W" + path.read_bytes()[1:])
 
 
-def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes_it_again(begin, capsys):
-    step, work = Call("prune-1", begin()[1]), Work()
-    before = execute(step, None, {}, work)
-    pointer, run = before.pointer, step.start()
+def committed(step, name=None):
+    run = step.start()
+    return store.committed(run.root, run.run, name or step.step)
+
+
+def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes_it_again(begin, monkeypatch):
+    run, experiment = begin()
+    step, work = Call("prune-1", experiment), Work()
+    pointer = execute(step, None, {}, work).pointer
     flip(pointer)
+    with monkeypatch.context() as cluster, pytest.raises(WorkError, match=r"file model\.safetensors"):
+        cluster.delenv("PTL_RUN_ID")
+        cluster.setenv("KFP_RUN_ID", run)
+        fetch(step, pointer)  # there a finished step is not started again
+    assert not committed(step).damaged
     with pytest.raises(WorkError, match=r"file model\.safetensors.*run the same command again.*checks step prune-1"):
         fetch(step, pointer)
-    assert store.committed(run.root, run.run, "prune-1").damaged
-    assert execute(step, None, {}, work).pointer == pointer and work.done == 2
-    assert "done again, since its files are damaged" in capsys.readouterr().out
-    assert (fetch(step, pointer) / "model.safetensors").read_bytes() == b"weights"
-    execute(step, None, {}, work)
-    assert work.done == 2 and "taken as it is" in capsys.readouterr().out
-
-
-def test_a_deleted_checkpoint_is_made_again_too(begin):
-    step, work = Call("prune-1", begin()[1]), Work()
-    pointer = execute(step, None, {}, work).pointer
-    shutil.rmtree(path_of(pointer.uri))
-    with pytest.raises(WorkError, match="is gone"):
-        fetch(step, pointer)
-    execute(step, None, {}, work)
-    assert work.done == 2 and fetch(step, pointer).is_dir()
-
-
-def test_a_checkpoint_that_could_not_be_fetched_for_a_while_is_only_checked(begin, capsys):
-    step, work = Call("prune-1", begin()[1]), Work()
-    record = execute(step, None, {}, work)
-    folder = path_of(record.pointer.uri)
-    away = folder.rename(folder.with_name("away"))
-    with pytest.raises(WorkError):
-        fetch(step, record.pointer)
-    away.rename(folder)
-    execute(step, None, {}, work)
-    assert work.done == 1 and "its files were verified" in capsys.readouterr().out
-
-
-def test_other_bytes_never_take_the_place_of_damaged_ones(begin):
-    step = Call("prune-1", begin()[1])
-    record = execute(step, None, {}, Work())
-    flip(record.pointer)
-    with pytest.raises(WorkError):
-        fetch(step, record.pointer)
+    assert committed(step).damaged
+    # Other bytes never take the place of damaged ones, to which pointers lead.
     with pytest.raises(WorkError, match=r"prune-1: its files are damaged, and doing it again gave others.*--new"):
         execute(step, None, {}, Work(b"others"))
-    assert execute(step, None, {}, Work()).pointer == record.pointer
+    assert (path_of(pointer.uri) / "model.safetensors").read_bytes() == b"Weights"
+    assert execute(step, None, {}, work).pointer == pointer and work.done == 2
+    assert (fetch(step, pointer) / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text("{}")
+def test_a_checkpoint_that_was_away_is_only_checked_and_one_that_is_gone_made_again(begin):
+    step, work = Call("prune-1", begin()[1]), Work()
+    folder = path_of(execute(step, None, {}, work).pointer.uri)
+    for comes_back, done in ((True, 1), (False, 2)):
+        pointer, away = committed(step).pointer, folder.rename(folder.with_name(f"away-{done}"))
+        with pytest.raises(WorkError, match="is gone"):
+            fetch(step, pointer)
+        if comes_back:
+            away.rename(folder)
+        execute(step, None, {}, work)
+        assert work.done == done and fetch(step, pointer).is_dir() and not committed(step).damaged
 
-    def prune(work, **changed):
-        return execute(step, None, {"goal": 10, "data": DataSource(source=str(data))} | changed, work)
 
-    earlier, experiment = begin()
-    step, work = Call("prune-1", experiment), Work()
-    first = prune(work)
-    begin(earlier=f"unknown {earlier}")
-    second = prune(work)
-    assert work.done == 1 and f"taken over from run {earlier}" in capsys.readouterr().out
-    assert second.pointer.digest == first.pointer.digest
+def test_a_step_is_found_by_all_that_it_depends_on(begin, data):
+    """Its checkpoint, its settings, and the content of the files that these name; in its own run or an earlier one."""
+    step, work = Call("prune-1", begin()[1]), Work()
+
+    def prune(named, parent=None, **changed):
+        begin(earlier=named)
+        return execute(step, parent, {"goal": 10, "data": data} | changed, work)
+
+    first = prune("")
+    earlier = os.environ["PTL_RUN_ID"]
+    second = prune(f"unknown {earlier}")
+    assert work.done == 1 and second.pointer.digest == first.pointer.digest
     assert second.pointer.uri != first.pointer.uri  # neither run needs the other
     run = mlflow_client.connect().get_run(second.pointer.run_id)
     assert run.data.tags["ptl.taken_over_from"] == earlier and run.info.status == "FINISHED"
-    begin(earlier=earlier)
-    prune(work, goal=9)
-    assert work.done == 2
-    begin()
-    prune(work)  # as with --new: no earlier run is named
-    assert work.done == 3
-    begin(earlier=earlier)
-    data.write_text('{"corrected": 1}')
-    prune(work)
+    prune(earlier, goal=9)
+    prune(earlier, parent=first.pointer)
+    prune("")  # as with --new
     assert work.done == 4
+    Path(data.source).write_text('{"corrected": 1}')
+    prune(earlier)
+    assert work.done == 5
     # The same bytes are the same file: in an image that was built again, and on another node.
+    Path(data.source).unlink()
+    Path(data.source).write_text("{}")
+    os.utime(data.source, (1, 1))
+    assert prune(earlier).key == first.key and work.done == 5
+
+
+def test_the_newest_earlier_run_comes_first_and_damaged_files_are_not_taken_over(begin):
+    old, experiment = begin()
+    step = Call("recover-1", experiment)
+    execute(step, None, {}, Work(b"old"))
+    new, _ = begin()
+    newest = execute(step, None, {}, Work(b"weights")).pointer
+    for expected in (b"weights", b"old"):
+        begin(earlier=f"{new} {old}")
+        record = execute(step, None, {}, dies)
+        assert (path_of(record.pointer.uri) / "model.safetensors").read_bytes() == expected
+        flip(newest)
+
+
+def test_scores_are_taken_over_and_verdicts_are_not(begin):
+    """A verdict names checkpoints of its own run."""
+    earlier, experiment = begin()
+    model = execute(Call("import-model", experiment), None, {}, Work()).pointer
+    metadata = {"scores": scores(9, 0.5, 1), "scores_key": "s", "verdict": {"decision": "baseline"}}
+    metadata["accepted"] = dataclasses.asdict(model)
+    ran = []
+
+    def work(_src, dst, _run):
+        ran.append((dst / "items.jsonl").write_text(""))
+        return metadata
+
+    for _ in range(2):
+        execute(Call("evaluate-0", experiment), model, {}, work)
+        begin(earlier=earlier)
+    assert len(ran) == 2
+    with Step(Call("evaluate-0", experiment, {}, {"model": model}), key={"gate": "another"}) as step:
+        assert step.take_over("other") is None and step.take_over("s")["scores"] == metadata["scores"]
+
+
+def test_a_record_has_what_later_steps_and_the_report_need(begin):
+    earlier, experiment = begin()
+    made = execute(Call("import-model", experiment), None, {}, lambda *given: Work()(*given) | {"target_params": 7})
+    assert (made.pointer.original_params, made.pointer.parent_digest, made.pointer.target_params) == (1, "", 7)
+    parent = dataclasses.replace(made.pointer, original_params=100, gate={"cap": 5})
+    record = execute(Call("prune-2", experiment), parent, {}, lambda *given: Work()(*given) | {"seconds": 500.0})
+    pointer, metadata = record.pointer, record.metadata
+    assert (pointer.params, pointer.original_params, pointer.parent_digest) == (1, 100, parent.digest)
+    assert (pointer.gate, pointer.step, pointer.target_params) == ({"cap": 5}, "prune-2", 7)
+    assert (metadata["stage"], metadata["arm"], metadata["iteration"]) == ("prune", "loop", 2)
+    assert metadata["seconds"] == 500 > metadata["whole_seconds"]  # with the libraries' imports
+    run = mlflow_client.connect().get_run(pointer.run_id)
+    assert [model.model_id for model in run.inputs.model_inputs] == [parent.model_id]
     begin(earlier=earlier)
-    data.unlink()
-    data.write_text("{}")
-    os.utime(data, (1, 1))
-    assert prune(work).key == first.key and work.done == 4
+    assert execute(Call("prune-2", experiment), parent, {}, dies).metadata["started"] > metadata["started"]
 
 
-def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, tmp_path, capsys):
-    data, other = (DataSource(source=str(tmp_path / name)) for name in ("train.jsonl", "benchmark.jsonl"))
-    for source in (data, other):
-        Path(source.source).write_text("{}")
+def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, data):
     _, experiment = begin()
     recover, prune = Call("recover-1", experiment), Call("prune-1", experiment)
     trained, scored = Work(), Work()
 
     def both():
-        return execute(recover, None, {"training": [data]}, trained), execute(prune, None, {"data": other}, scored)
+        return execute(recover, None, {"training": [data]}, trained), execute(prune, None, {}, scored)
 
     before = both()
     Path(data.source).write_text("{1}")
+    # A repetition that is killed leaves no result of the old file.
+    with pytest.raises(RuntimeError):
+        execute(recover, None, {"training": [data]}, dies)
+    assert committed(recover) is None
     trained.data = b"other weights"
     after = both()
     assert (trained.done, scored.done) == (2, 1) and after[1] == before[1]
     assert after[0].pointer.digest != before[0].pointer.digest
-    said = capsys.readouterr().out
-    assert f"recover-1: {data.source} has changed since it was done: it is done again" in said
-    assert str(other.source) not in said
     # The new record is the step's, and a mere touch changes nothing.
     os.utime(data.source, (1, 1))
-    assert both() == after and trained.done == 2
+    assert both() == after and trained.done == 2 and committed(recover).files.keys() == {data.source}
 
 
-def test_a_killed_repetition_leaves_no_result_of_the_old_file(begin, tmp_path):
-    data = DataSource(source=str(tmp_path / "train.jsonl"))
-    Path(data.source).write_text("{}")
-    step = Call("recover-1", begin()[1])
-
-    def dies(*_):
-        raise RuntimeError("killed")
-
-    execute(step, None, {"training": data}, Work())
-    Path(data.source).write_text("{1}")
-    with pytest.raises(RuntimeError):
-        execute(step, None, {"training": data}, dies)
-    run = step.start()
-    assert store.committed(run.root, run.run, "recover-1") is None
-    execute(step, None, {"training": data}, work := Work())
-    assert work.done == 1 and store.committed(run.root, run.run, "recover-1").files.keys() == {data.source}
-
-
-def test_a_finished_run_and_one_of_another_version_are_not_changed(begin, tmp_path, monkeypatch):
-    data = DataSource(source=str(tmp_path / "train.jsonl"))
-    Path(data.source).write_text("{}")
+def test_a_finished_run_and_one_of_another_version_are_not_changed(begin, data, monkeypatch):
     step, settings = Call("recover-1", begin()[1]), {"training": data}
     record = execute(step, None, settings, Work())
-    with monkeypatch.context() as newer:
+    with monkeypatch.context() as newer, pytest.raises(InputError, match=r"done by ptl .*this is ptl 0\.0\.9; resume"):
         newer.setattr(call, "__version__", "0.0.9")
-        with pytest.raises(InputError, match=r"recover-1 of run .*done by ptl .*this is ptl 0\.0\.9; resume the run"):
-            execute(step, None, settings, Work())
+        execute(step, None, settings, Work())
     run = step.start()
     store.commit(run.root, run.run, "report", Record("report", record.pointer))
     Path(data.source).write_text("{1}")
     with pytest.raises(InputError, match=r"train\.jsonl has changed .*the run is finished; restore"):
         execute(step, None, settings, Work())
-    Path(data.source).write_text("{}")
-    assert execute(step, None, settings, Work()) == record
 
 
-def test_steps_of_one_kind_read_the_same_data(begin, tmp_path):
+def test_steps_of_one_kind_read_the_same_data(data, tmp_path):
     """On a cluster recover-1 is not started again: two iterations would train on two data sets."""
-    data = DataSource(source=str(tmp_path / "train.jsonl"))
-    Path(data.source).write_text("{}")
-    _, experiment = begin()
-    execute(Call("recover-1", experiment), None, {"training": data}, Work())
+
+    def check_in(run, step, key, stage=None):
+        run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run=run, step=step)
+        call.check_same_files(run, stage or Call(step, "e").stage, key)
+
+    pairs = [("recover-1", "recover-2"), ("recover-1", "control-recover"), ("prune-1", "prune-3")]
+    before = key_of("", {"training": data})
     Path(data.source).write_text("{1}")
-    for step in ("recover-2", "control-recover"):
-        with pytest.raises(InputError, match=r"train\.jsonl has changed since recover-1 was done.* start a new run"):
-            execute(Call(step, experiment), None, {"training": data}, Work())
-    execute(Call("prune-1", experiment), None, {"calibration": data}, Work())
+    after = key_of("", {"training": data})
+    for run, (first, later) in enumerate([*pairs, ("evaluate-0", "evaluate-1")]):
+        store.commit(f"file://{tmp_path}/ptl", str(run), first, Record(before.digest, NOWHERE, files=before.files))
+        check_in(str(run), later, before)
+        with pytest.raises(InputError, match=rf"train\.jsonl has changed since {first} was done.* start a new run"):
+            check_in(str(run), later, after)
+        check_in(str(run), first, after)
+        check_in(str(run), later, after, stage="import")
 
 
-def test_a_model_that_is_replaced_is_imported_again(begin, tmp_path, capsys):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"weights")
-    step, work = Call("import-model", begin()[1]), Work()
-    first = execute(step, None, {"source": ModelSource(path=str(model))}, work)
-    os.utime(model / "model.safetensors", (1, 1))
-    again = execute(step, None, {"source": ModelSource(path=str(model))}, work)
-    # Not by its content, which takes long: the same bytes have the same digest, so that nothing else is repeated.
-    assert work.done == 2 and again.pointer.digest == first.pointer.digest
-    assert f"{model}/model.safetensors has changed" in capsys.readouterr().out
-
-
-def test_what_a_step_has_fetched_goes_when_it_is_committed(begin, s3, monkeypatch):
-    monkeypatch.setenv("PTL_ARTIFACT_ROOT", s3.root.removesuffix("/ptl"))
-    _, experiment = begin()
-    parent = execute(Call("prune-1", experiment), None, {}, Work()).pointer
-
-    def work(src, dst, _run):
-        assert list(scratch("cache").iterdir()) and (src / "model.safetensors").read_bytes() == b"weights"
-        return Work()(src, dst, _run)
-
-    execute(Call("recover-1", experiment), parent, {}, work)
-    assert not scratch("cache").exists()
-
-
-def test_a_coordinator_takes_over_before_it_starts_nodes(begin, monkeypatch):
-    earlier, experiment = begin()
-    call = Call("recover-1", experiment)
-    execute(call, None, {}, Work())
-    monkeypatch.setattr("ptl.steps.step.is_coordinator", lambda: True)
-    begin(earlier=earlier)
-    with Step(call, key={}) as step:
-        assert step.record is not None
-    begin()
-    with Step(call, key={}) as step:
-        assert step.record is None
-    assert (
-        "ptl.attempt" not in mlflow_client.connect().get_run(step.run.run_id).data.tags
-    )  # it may follow an earlier one
-
-
-def test_a_teacher_s_files_are_part_of_the_key(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    stages = {"recover": (RecoverStage(method="distil", teacher=str(tmp_path)),)}
-    before = key_of("sha256:parent", stages)
-    os.utime(tmp_path / "model.safetensors", (1, 1))
-    assert key_of("sha256:parent", stages) == before and len(before.files) == 1
-    (tmp_path / "model.safetensors").write_bytes(b"others!")
-    assert key_of("sha256:parent", stages).digest != before.digest
+def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weights_by_their_time(tmp_path):
+    names = ("config.json", "model.safetensors")
+    for name in names:
+        (tmp_path / name).write_bytes(b"content")
+    teacher = {"recover": (RecoverStage(method="distil", teacher=str(tmp_path)),)}
+    source = {"source": ModelSource(path=str(tmp_path))}
+    before = key_of("sha256:parent", teacher), key_of("", source)
+    assert [len(key.files) for key in before] == [2, 2]
+    assert key_of("sha256:other", teacher).digest != before[0].digest
+    for name, imported in zip(names, (True, False), strict=True):
+        os.utime(tmp_path / name, (1, 1))
+        assert key_of("sha256:parent", teacher) == before[0]
+        assert (key_of("", source) == before[1]) == imported
+    (tmp_path / names[1]).write_bytes(b"others!")
+    assert key_of("sha256:parent", teacher).digest != before[0].digest
 
 
 def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
     """Its later steps pass their input through: the report and `ptl gc` must not find what they did before."""
-    _, experiment = begin()
-    for name in ("prune-1", "prune-2", "prune-3"):
-        execute(Call(name, experiment), None, {}, Work())
-    step = Step(Call("evaluate-1", experiment), key={})
+    step = Step(Call("evaluate-1", begin()[1]), key={})
     run = step.run = step.call.start()
+    names = [f"{stage}-{i}" for i in (1, 2, 3) for stage in ("prune", "recover", "evaluate")]
+    for name in names:
+        store.commit(run.root, run.run, name, Record("k", NOWHERE))
     evaluate._withdraw_later(step, 3)
-    assert [bool(store.committed(run.root, run.run, f"prune-{i}")) for i in (1, 2, 3)] == [True, False, False]
+    assert [name for name in names if store.committed(run.root, run.run, name)] == names[:3]
 
 
-def test_what_cannot_be_taken_over_is_done(begin, capsys):
-    earlier, experiment = begin()
-    step, work = Call("prune-1", experiment), Work()
-    flip(execute(step, None, {}, work).pointer)
-    begin(earlier=earlier)
-    record = execute(step, None, {}, work)
-    said = capsys.readouterr().out
-    assert work.done == 2 and f"not taken over from run {earlier}: " in said and "same command" not in said
-    assert (fetch(step, record.pointer) / "model.safetensors").read_bytes() == b"weights"
+def test_a_kill_at_any_moment_leaves_nothing_half_done(begin, monkeypatch):
+    """Files, then the record, then MLflow: what was published is found, and what was not is done again."""
+    _, experiment = begin()
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt  # nothing that would handle an error runs
+
+    moments = [(store, "publish", 2), (store, "commit", 2), (tracking, "finish", 1)]
+    for number, (module, name, times) in enumerate(moments, 1):
+        step, work = Call(f"prune-{number}", experiment), Work()
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(module, name, kill)
+            execute(step, None, {}, work)
+        assert (committed(step) is None) == (times == 2)
+        record = execute(step, None, {}, work)
+        assert work.done == times
+        run = mlflow_client.connect().get_run(record.pointer.run_id)
+        assert run.info.status == "FINISHED" and run.data.metrics["params"] == 1 and committed(step) == record
+        assert [output.model_id for output in run.outputs.model_outputs] == [record.pointer.model_id]
 
 
-def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin, monkeypatch):
-    """Else `evaluate-0: accuracy 0.998` is announced without it."""
-    run, experiment = begin()
-    execute(Call("import-model", experiment), None, {}, Work())
-    model = execute(Call("prune-1", experiment), None, {}, Work()).pointer
-    seen, finish = [], MlflowClient.set_terminated
-
-    def finished(client, run_id, *status):
-        finish(client, run_id, *status)
-        seen.append(run_status.read(run).steps["evaluate-1"])
-
-    def work(_src, dst, _run):
-        (dst / "items.jsonl").write_text("")
-        verdict = {"decision": "accepted"}
-        return {"scores": scores(9, 0.5, 1), "verdict": verdict, "accepted": dataclasses.asdict(model)}
-
-    monkeypatch.setattr(MlflowClient, "set_terminated", finished)
-    execute(Call("evaluate-1", experiment), model, {}, work)
-    assert [(step.status, step.accuracy, step.verdict) for step in seen] == [("FINISHED", "0.500", "accepted")]
-
-
-def test_each_attempt_has_a_folder_of_its_own(begin):
+def test_each_attempt_has_a_folder_of_its_own_and_none_is_left(begin):
     step, folders = Call("prune-1", begin()[1]), []
 
-    def dies(_src, dst, _run):
+    def work(_src, dst, _run):
         folders.append(dst)
-        (dst / "half").touch()
-        if len(folders) == 1:
-            raise RuntimeError("it died")
-        return {"params": 1}
+        (scratch("cache") / "parent").mkdir(parents=True, exist_ok=True)  # as a checkpoint that is not on this disk
+        (dst / f"attempt-{len(folders)}").touch()
+        return {"params": 1} if len(folders) == 2 else dies()
 
     with pytest.raises(RuntimeError):
-        execute(step, None, {}, dies)
-    record = execute(step, None, {}, dies)
-    assert folders[0] != folders[1] and not folders[0].exists()
-    assert [path.name for path in fetch(step, record.pointer).glob("half*")] == ["half"]
+        execute(step, None, {}, work)
+    pointer = execute(step, None, {}, work).pointer
+    assert [path.name for path in path_of(pointer.uri).glob("attempt-*")] == ["attempt-2"]
+    assert not any(folder.exists() for folder in (*folders, scratch("cache"), scratch("prune-1")))
 
 
-def test_a_step_that_another_process_works_on_is_refused(begin, monkeypatch):
-    begin()
-    monkeypatch.setattr(process, "WAIT", 0)
-    monkeypatch.setitem(table.STEPS, "prune", lambda call: pytest.fail("two writers"))
-    call = {"settings": {"step": "prune-1", "experiment": "e"}, "inputs": {}, "outputs": {}}
-    refusal = pytest.raises(InputError, match=r"step prune-1: another process executes it \(process id \d+\)")
-    with processes.exclusive(scratch("prune-1.lock"), "the orphan"), refusal:
-        process.work(call)
-    monkeypatch.setitem(table.STEPS, "prune", lambda call: None)
-    assert process.work(call) == {}
+def test_a_coordinator_takes_over_before_it_starts_nodes_and_then_only_their_result(begin, monkeypatch):
+    earlier, experiment = begin()
+    execute(Call("recover-1", experiment), None, {}, Work())
+    monkeypatch.setattr("ptl.steps.step.is_coordinator", lambda: True)
+    for named in (earlier, ""):
+        begin(earlier=named)
+        with Step(Call("recover-1", experiment), key={}) as step:
+            assert (step.record is not None) == bool(named)
+    with pytest.raises(InputError, match="recover-1: its nodes have ended without a result"):
+        step.take_result_of_nodes()
 
 
 def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
-    _run, experiment = begin()
-    step = Call("import-model", experiment)
-
-    def work(*_):
-        raise ValueError("no answer from https://user:secret@proxy/x")
-
+    step = Call("import-model", begin()[1])
+    work = mock.Mock(side_effect=ValueError("no answer from https://user:secret@proxy/x"))
     with pytest.raises(ValueError, match="no answer"):
         execute(step, None, {}, work)
     assert tracking.error_of(step.start()) == "ValueError: no answer from https://***@proxy/x"
-
-    monkeypatch.setattr(process, "work", lambda _call: work())
+    monkeypatch.setattr(process, "work", work)
     monkeypatch.setattr(processes, "die_with", lambda _parent: None)
     (tmp_path / "call.json").write_text("{}")
     with pytest.raises(SystemExit, match="1"):
@@ -364,34 +335,29 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     assert "secret" not in (tmp_path / "failure.json").read_text()
 
 
-def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(begin, monkeypatch, capsys):
+class OpenedError(Exception):
+    """The step has its key now, and would fetch its model."""
+
+
+def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(begin, monkeypatch):
     """Other items are another training: it is neither resumed nor taken over."""
-
-    class Stop(Exception):
-        pass
-
     keys = []
 
-    def fetch_nothing(step, _pointer):
+    def opened(step, _pointer):
         keys.append(step.key.digest)
-        raise Stop
+        raise OpenedError
 
     config = load_config(TINY).model_dump(mode="json")
-    model = Pointer("file:///pruned", "sha256:" + "c" * 64, params=9, original_params=9)
     settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
-    settings |= {"recover": config["recover"], "seed": 0}
-    for limit, tasks in ((8, True), (8, True), (9, True), (9, False)):
+    settings |= {"recover": config["recover"], "training": config["training"] | {"decontaminate": {}}, "seed": 0}
+    for limit in (8, 8, 9):
         _, experiment = begin()
-        if tasks:
-            run = Call("import-model", experiment).start()
-            evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
-            for _ in range(2):  # the second finds the record
-                import_model._commit_items(run, evaluate, 0)
-            assert capsys.readouterr().out.count(f"{limit} items of benchmarks") == 1
-            items = store.committed(run.root, run.run, "items").pointer
-            assert len(read_items(store.fetch(items, scratch("cache")))) == limit
-        data = config["training"] | {"decontaminate": {"tasks": tasks}}
-        with monkeypatch.context() as patched, pytest.raises(Stop):
-            patched.setattr(Step, "fetch", fetch_nothing)
-            recover.recover(Call("recover-1", experiment, settings | {"training": data}, {"model": model}))
-    assert keys[0] == keys[1] and len(set(keys)) == 3
+        evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
+        run = Call("import-model", experiment).start()
+        import_model._commit_items(run, evaluate, 0)
+        items = store.committed(run.root, run.run, "items").pointer
+        assert len(read_items(store.fetch(items, scratch("cache")))) == limit
+        with monkeypatch.context() as patched, pytest.raises(OpenedError):
+            patched.setattr(Step, "fetch", opened)
+            recover.recover(Call("recover-1", experiment, settings, {"model": NOWHERE}))
+    assert keys[0] == keys[1] != keys[2]

@@ -1,58 +1,85 @@
 """What an evaluate step decides, on records in a real store; only MLflow is replaced."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from ptl.config.run import Evaluate, Gate, Speed, Task
+from ptl.config.run import Gate, load_config
 from ptl.config.schedule import Prune
 from ptl.steps import evaluate
-from ptl.steps.call import Call, Output
+from ptl.steps.call import Call, Output, key_of
 from ptl.steps.prune import prune
 from ptl.steps.step import Step
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
 from ptl.storage.store import Pointer, Record
 
+TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 CUT = "sha256:" + "c" * 64
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
 RULE = Gate(enabled=True)
 PRUNE = Prune()
+SMALLEST = {"smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
 SCORES = {"tasks": [{"task": "t", "accuracy": 0.9, "low": 0.8, "high": 0.95, "items": 200}]}
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run whose dense model solved 200 of 200 items; its smallest cuts are 1,000 by neurons and 9,000 by layers."""
+def scored(tmp_path, monkeypatch):
+    """A run whose steps have scored 200 items; a function that commits one: name, checkpoint, right answers."""
     monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
     run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r", step="evaluate-1")
-    (tmp_path / "scores").mkdir()
-    items(tmp_path / "scores", right=200)
-    files = store.publish(tmp_path / "scores", f"file://{tmp_path}/published")
-    pointer = Pointer(f"file://{tmp_path}/published", digest_of(files))
-    metadata = {"checkpoint": DENSE.__dict__, "smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
-    for name, where in (("evaluate-0", pointer), ("import-model", DENSE)):
-        store.commit(run.root, run.run, name, Record("k", where, metadata))
-    return run
+
+    def scored(name, checkpoint, right):
+        (tmp_path / name).mkdir()
+        items(tmp_path / name, right)
+        location = f"file://{tmp_path}/published/{name}"
+        files = Pointer(location, digest_of(store.publish(tmp_path / name, location)))
+        store.commit(run.root, run.run, name, Record("k", files, {"checkpoint": checkpoint.__dict__, **SMALLEST}))
+
+    scored.run = run
+    return scored
+
+
+@pytest.fixture
+def run(scored):
+    """A run whose dense model solved all items; its smallest cuts are 1,000 by neurons and 9,000 by layers."""
+    scored("evaluate-0", DENSE, 200)
+    store.commit(scored.run.root, "r", "import-model", Record("k", DENSE, SMALLEST))
+    return scored.run
 
 
 def items(folder, right):
-    lines = [
-        json.dumps({"task": "t", "id": str(i), "prompt_digest": "p", "correct": int(i < right)}) for i in range(200)
-    ]
-    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [{"task": "t", "id": str(i), "prompt_digest": "p", "correct": int(i < right)} for i in range(200)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def decided(run, folder, right, params, iteration=1, **prune):
-    folder.mkdir(exist_ok=True)
-    items(folder, right)
-    candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
-    step = at_work(run, f"evaluate-{iteration}", candidate, Prune(**prune), fallback=DENSE)
-    step.folder = folder
-    return evaluate.decide(step, SCORES)
+@pytest.fixture
+def decided(run, tmp_path):
+    """Verdict and what the loop continues with, for a candidate of so many parameters and right answers."""
+
+    def decide(right, params, iteration=1, fallback=DENSE, **prune):
+        items(tmp_path, right)
+        step = at_work(run, f"evaluate-{iteration}", pruned(params), Prune(**prune), fallback=fallback)
+        step.folder = tmp_path
+        return evaluate.decide(step, SCORES)
+
+    return decide
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What was registered, in a mock of the registry."""
+    calls = []
+    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: calls.append(given[1:]) or "7")
+    return calls
+
+
+def pruned(params):
+    return Pointer("file:///cut", CUT, params=params, original_params=100_000)
 
 
 def at_work(run, name, candidate, prune=PRUNE, rule=RULE, **inputs):
@@ -64,64 +91,56 @@ def at_work(run, name, candidate, prune=PRUNE, rule=RULE, **inputs):
     return step
 
 
-def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(run, tmp_path):
-    told, onward = decided(run, tmp_path / "scored", right=150, params=96_000)
-    assert told["decision"] == "rejected" and told["numbers"]["smallest_cut"] == 1_000
+def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(decided):
+    verdict, onward = decided(right=150, params=96_000)
+    assert verdict["decision"] == "rejected" and verdict["numbers"]["smallest_cut"] == 1_000
     assert onward.digest == DENSE.digest
     assert onward.gate == {"cap": 2_000, "rejections": 1, "stopped": False, "reason": ""}
+    verdict, onward = decided(right=150, params=99_000)
+    why = "no smaller step left (the smallest cut is 1,000 parameters)"
+    assert verdict["reason"].endswith(f"{why}: stopped") and onward.gate["stopped"]
+    assert onward.gate["reason"] == f"the loop ended in iteration 1: {why}"
 
 
-def test_a_cut_of_one_step_is_not_tried_again(run, tmp_path):
-    told, onward = decided(run, tmp_path / "scored", right=150, params=99_000)
-    assert told["reason"].endswith("no smaller step left (the smallest cut is 1,000 parameters): stopped")
-    assert onward.gate["stopped"]
-    assert (
-        onward.gate["reason"]
-        == "the loop ended in iteration 1: no smaller step left (the smallest cut is 1,000 parameters)"
-    )
-
-
-def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
-    both = {"target": "neurons_then_layers"}
-    first, _ = decided(run, tmp_path / "scored", right=150, params=84_000, **both)
-    second, _ = decided(run, tmp_path / "scored", right=150, params=84_000, iteration=2, **both)
-    smallest = [told["numbers"]["smallest_cut"] for told in (first, second)]
-    assert smallest == [1_000, 9_000]
+def test_the_smallest_cut_is_that_of_the_next_iterations_unit(decided):
+    unit = {"target": "neurons_then_layers"}
+    first, second, third = (decided(150, 84_000, iteration, **unit)[0] for iteration in (1, 2, 3))
+    assert [each["numbers"]["smallest_cut"] for each in (first, second, third)] == [1_000, 9_000, 9_000]
     assert "stopped" not in first["reason"] and "9,000 parameters): stopped" in second["reason"]
 
 
-def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
-    registered = []  # a mock of the registry
-    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: registered.append(given[1:]) or "7")
-    told, onward = decided(run, tmp_path / "scored", right=199, params=60_000)
-    assert (told["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
-    assert onward.gate["reason"] == "the loop ended in iteration 1: target reached"
-    assert len(registered) == 1
+def test_each_candidate_is_compared_with_the_dense_model_and_with_its_parent(decided, scored):
+    """A fall in two small steps: neither is one against the parent."""
+    parent = Pointer("file:///parent", "sha256:" + "e" * 64, params=90_000, original_params=100_000)
+    scored("evaluate-1", parent, 194)
+    verdict, accepted = decided(right=190, params=80_000, iteration=2, fallback=parent)
+    assert (verdict["decision"], accepted.digest) == ("rejected", parent.digest)
+    assert [verdict["numbers"][name]["regressions"] for name in ("baseline", "parent")] == [10, 4]
+    assert "against the baseline" in verdict["reason"]
 
 
-def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: "7")  # a mock of the registry
-    candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    told, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), SCORES)
-    assert told == {
-        "decision": "gate off",
-        "reason": "the gate is off",
-        "numbers": {"params": 60_000, "target_params": 60_000},
-    }
+def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(decided, registered):
+    verdict, onward = decided(right=199, params=60_000)
+    assert (verdict["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
+    assert onward.gate["reason"] == "the loop ended in iteration 1: target reached" and len(registered) == 1
+    assert not decided(right=199, params=60_001)[1].gate["stopped"]
+
+
+def test_without_the_gate_and_in_the_control_checkpoints_are_registered_and_not_tested(run, registered):
+    candidate = pruned(60_000)
+    verdict, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), SCORES)
+    numbers = {"params": 60_000, "target_params": 60_000}
+    assert verdict == {"decision": "gate off", "reason": "the gate is off", "numbers": numbers}
     assert (onward.digest, onward.model_version) == (CUT, "7")
-
-
-def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
-    registered = []  # a mock of the registry
-    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: registered.append(given[1:]) or "8")
-    candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    decision, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), SCORES)
-    assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")
-    ((name, checkpoint, tags),) = registered
+    verdict, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), SCORES)
+    assert verdict["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "7")
+    name, checkpoint, tags = registered[-1]
     assert (name, checkpoint, tags["step"], tags["arm"]) == ("model", candidate, "control-evaluate", "control")
     # As texts: what the version's page shows of its score.
     score = {"task": "t", "items": 200, "accuracy": "0.9", "low": "0.8", "high": "0.95", "share_removed": "0.4000"}
     assert score.items() <= tags.items()
+    verdict, onward = evaluate.decide(at_work(run, "evaluate-0", DENSE), SCORES)
+    assert verdict["decision"] == "baseline" and onward == DENSE and len(registered) == 2
 
 
 def test_smallest_cuts_of_a_real_checkpoint():
@@ -133,47 +152,42 @@ def test_smallest_cuts_of_a_real_checkpoint():
     assert "neurons" not in evaluate.cuts_of(REASONER, Prune(width_multiple=192))
 
 
-@pytest.mark.parametrize(
-    ("arm", "iteration", "stopped", "ends"),
-    [
-        ("loop", 0, False, False),
-        ("loop", 1, False, False),
-        ("loop", 2, True, True),
-        ("loop", 3, False, True),
-        ("control", 1, False, False),
-    ],
-)
-def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
-    onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
-    call = Call("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
-    assert evaluate.ends_the_loop(call, 1 if arm == "control" else 3, onward) == ends
+def test_the_speed_is_measured_where_the_loop_ends():
+    for step, iterations, stopped, ends in [
+        ("evaluate-0", 3, False, False),
+        ("evaluate-1", 3, False, False),
+        ("evaluate-2", 3, True, True),
+        ("evaluate-3", 3, False, True),
+        ("control-evaluate", 1, False, False),
+    ]:
+        onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
+        assert evaluate.ends_the_loop(Call(step, "ptl"), iterations, onward) == ends, step
 
 
-def test_why_speed_is_not_measured_is_told(run, monkeypatch):
-    import torch
-
-    final = Pointer("file:///cut", CUT)
-    wanted = Evaluate(tasks=[Task(name="t")])
-    off = Evaluate(tasks=[Task(name="t")], speed=Speed(repeats=0))
-    step = at_work(run, "evaluate-1", final)
-    assert evaluate.speed_beside_dense(step, DENSE, wanted) == {"reason": "the run ends with the dense model"}
-    assert evaluate.speed_beside_dense(step, final, off) == {"reason": "evaluate.speed.repeats is 0"}
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-
-    monkeypatch.setattr(evaluate.tracking, "computing_beside", lambda run: [])
-    monkeypatch.setattr(Step, "fetch", lambda step, pointer: pointer.uri)
-    monkeypatch.setattr("ptl.evaluation.speed.side_by_side", full)  # a mock of a GPU that is too small
-    told = evaluate.speed_beside_dense(step, final, wanted)
-    assert told["reason"].startswith("the GPU does not hold the dense and the final model at once (CUDA out of memory")
-
-
-def test_a_step_that_is_not_needed_says_why_and_passes_its_input_on(tmp_path, capsys):
-    gate = {"cap": None, "rejections": 0, "stopped": True, "reason": "the loop ended in iteration 2: target reached"}
-    pointer, out = Pointer("file:///cut", CUT, gate=gate), Output(tmp_path / "out")
+def test_a_step_that_is_not_needed_passes_its_input_on(tmp_path):
+    pointer, out = Pointer("file:///cut", CUT, gate={"stopped": True, "reason": "it ended"}), Output(tmp_path / "out")
     prune(Call("prune-3", "ptl", {}, {"model": pointer}, {"out": out}))
-    assert out.path.read_text() == pointer.dump()
-    assert out.metadata == {"uri": "file:///cut"}
-    said = "ptl: prune-3: not needed, its input is passed through: the loop ended in iteration 2: target reached\n"
-    assert capsys.readouterr().out == said
+    assert out.path.read_text() == pointer.dump() and out.metadata == {"uri": "file:///cut"}
+
+
+class OpenedError(Exception):
+    """The step would look for its record now, by this key."""
+
+
+def test_a_verdict_depends_on_the_state_of_the_gate(monkeypatch):
+    """The same candidate is judged anew where the gate had another cap."""
+    keys = []
+
+    def opened(_call, *, key):
+        keys.append(key_of("", key).digest)
+        raise OpenedError
+
+    monkeypatch.setattr(evaluate, "Step", opened)
+    config = load_config(TINY).model_dump(mode="json")
+    settings = {name: config[name] for name in ("evaluate", "prune", "seed")} | {"gate": {"enabled": True}}
+    settings |= {"iterations": 3, "target": 0.4}
+    for cap in (1_000, 1_000, 2_000):
+        inputs = {"model": Pointer("file:///cut", CUT), "fallback": dataclasses.replace(DENSE, gate={"cap": cap})}
+        with pytest.raises(OpenedError):
+            evaluate.evaluate(Call("evaluate-2", "e", settings, inputs))
+    assert keys[0] == keys[1] != keys[2]
