@@ -14,6 +14,8 @@ from transformers import (
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
+from ptl.model import checkpoint
+from ptl.model.families import family_of
 
 VOCABULARY = 48
 SIZES = {
@@ -30,14 +32,13 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.2,  # far enough from zero that every part matters
 }
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
     "factor": 4.0,
     "original_max_position_embeddings": 4,  # shorter than the tests' sequences, which the scaling then changes
 }
-LLAMA4_SCALED_YARN = {**YARN, "llama_4_scaling_beta": 0.1}
 # One line per family and variant: what differs from SIZES.
 VARIANTS = {
     "llama": ("llama", {}),
@@ -46,27 +47,21 @@ VARIANTS = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "qwen2": ("qwen2", {}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
-    "qwen3": ("qwen3", {}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
     "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8}),
     "gemma2-untied": ("gemma2", {"sliding_window": 5, "tie_word_embeddings": False}),
-    "gemma3_text": (
-        "gemma3_text",
-        {"sliding_window": 5, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING},
-    ),
+    "gemma3_text": ("gemma3_text", {"query_pre_attn_scalar": 8} | WINDOWS),
     "phi3": ("phi3", {"sliding_window": 5}),
     "olmo2": ("olmo2", {}),
-    "ministral": ("ministral", {"sliding_window": 5, "layer_types": ALTERNATING}),
-    "ministral3": ("ministral3", {"sliding_window": 5, "rope_parameters": LLAMA4_SCALED_YARN}),
+    "ministral": ("ministral", WINDOWS),
+    "ministral3": ("ministral3", {"sliding_window": 5, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}),
     "gemma": ("gemma", {}),
-    "olmo3": ("olmo3", {"sliding_window": 5, "layer_types": ALTERNATING}),
-    "exaone4": ("exaone4", {"sliding_window": 5, "layer_types": ALTERNATING}),
+    "olmo3": ("olmo3", WINDOWS),
+    "exaone4": ("exaone4", WINDOWS),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 5}),
     "granite": (
         "granite",
-        {
-            **{"embedding_multiplier": 2.0, "residual_multiplier": 0.5},
-            **{"attention_multiplier": 0.3, "logits_scaling": 0.5},
-        },
+        {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 0.5},
     ),
     "seed_oss": ("seed_oss", {"mlp_bias": True}),
     "ernie4_5": ("ernie4_5", {"use_bias": True}),
@@ -74,55 +69,42 @@ VARIANTS = {
     "internlm3": ("internlm3", {"qkv_bias": True, "bias": True}),
     "cwm": ("cwm", {"sliding_window": 5}),
     "glm4": ("glm4", {}),
-    "cohere2": ("cohere2", {"sliding_window": 5, "layer_types": ALTERNATING}),
+    "cohere2": ("cohere2", WINDOWS),
 }
 # Mixtures of experts, as above
+QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPED_EXPERTS = {"n_routed_experts": 6, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
 MOE_VARIANTS = {
-    "qwen3_moe": (
-        "qwen3_moe",
-        {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "norm_topk_prob": True},
-    ),
-    "qwen3_moe-dense": (
-        "qwen3_moe",
-        {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "mlp_only_layers": [2]},
-    ),
+    "qwen3_moe": ("qwen3_moe", {**QWEN_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe-dense": ("qwen3_moe", {**QWEN_EXPERTS, "mlp_only_layers": [2]}),
     "qwen2_moe": (
         "qwen2_moe",
-        {
-            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-            **{"shared_expert_intermediate_size": 20, "use_sliding_window": True, "sliding_window": 5},
-        },
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 20, "use_sliding_window": True, "sliding_window": 5},
     ),
     "qwen2_moe-dense": (
         "qwen2_moe",
-        {
-            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "qkv_bias": False},
-            **{"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2},
-        },
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "qkv_bias": False},
     ),
     "deepseek_v3": (
         "deepseek_v3",
         {
-            **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2},
-            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+            **GROUPED_EXPERTS,
+            **{"num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "attention_bias": True},
             **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5},
-            **{"num_key_value_heads": 4, "head_dim": 4, "attention_bias": True},
+            **{"num_key_value_heads": 4, "head_dim": 4, "num_mtp_layers": 0},
         },
     ),
     "glm4_moe": (
         "glm4_moe",
         {
-            **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 1},
-            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "num_mtp_layers": 0},
-            **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+            **GROUPED_EXPERTS,
+            **{"num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 2, "attention_bias": True},
+            **{"use_qk_norm": True, "routed_scaling_factor": 1.5, "num_mtp_layers": 0},
         },
     ),
     "gpt_oss": (
         "gpt_oss",
-        {
-            **{"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5, "layer_types": ALTERNATING},
-            "rope_parameters": {**YARN, "truncate": False},
-        },
+        {**WINDOWS, "num_local_experts": 6, "num_experts_per_tok": 2, "rope_parameters": {**YARN, "truncate": False}},
     ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
@@ -130,15 +112,8 @@ MOE_VARIANTS = {
 # Those whose experts can be narrowed: all layers have them, none is shared by their width
 NARROW_VARIANTS = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
 VISION_TOWERS = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
-VISION_SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "head_dim": 8,
-    "image_size": 28,
-    "patch_size": 14,
-}
+VISION_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION_SIZES |= {"head_dim": 8, "image_size": 28, "patch_size": 14}
 
 
 def build(variant, seed=0, **changes):
@@ -164,12 +139,9 @@ def _random(auto_class, config, seed=0):
     torch.manual_seed(seed)
     model = auto_class.from_config(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or name.endswith("_bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.add_(torch.randn_like(buffer) * 0.1)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("_bias") or (tensor.dim() == 1 and tensor.requires_grad):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=40)
     return model
 
@@ -190,6 +162,29 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
         made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         made.save_pretrained(folder)
     return folder
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def family_at(folder):
+    return family_of(checkpoint.read_config(folder))
+
+
+def change_config(folder, **changes):
+    """Change fields of config.json; one that becomes `...` is left out."""
+    config = checkpoint.read_config(folder) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    return folder
+
+
+def skipping(model, layers):
+    """The model with the others of its layers passed over: the reference of a model without them."""
+    for i, layer in enumerate(model.get_decoder().layers):
+        if i not in layers:
+            layer.forward = lambda hidden, *_args, **_kwargs: hidden
+    return model
 
 
 def batches(lengths=((12, 9, 12), (5, 7)), seed=1):

@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build, save
+from tiny_models import build, change_config, save
 
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
@@ -15,8 +15,11 @@ from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.hub import import_checkpoint
 from ptl.preflight.preflight import check_model
+from ptl.storage.manifest import digest_of, scan
+from ptl.storage.store import publish
 
 LLAMA = FAMILIES["llama"]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture
@@ -29,284 +32,165 @@ def sharded(tmp_path):
     return save(build("llama"), tmp_path / "sharded", "8KB")
 
 
-def change(folder, edit, file="model.safetensors"):
-    """Rewrite a weight file with its tensors edited in place."""
-    tensors = load_file(folder / file)
-    edit(tensors)
+def change(folder, file="model.safetensors", **changed):
+    """Rewrite a weight file with tensors changed or added; one that becomes `...` is left out."""
+    tensors = load_file(folder / file) | changed
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not ...}
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
-def change_index(folder, edit):
+def change_index(folder, name, file):
     index = json.loads((folder / checkpoint.INDEX).read_text())
-    edit(index)
+    index["weight_map"][name] = file
     (folder / checkpoint.INDEX).write_text(json.dumps(index))
 
 
-def refused(folder, *said):
+def refused(folder, *parts):
     with pytest.raises(InputError) as error:
         model_dimensions(folder, LLAMA)
-    assert all(words in str(error.value) for words in said), str(error.value)
-    assert str(error.value).startswith("model.path: ")
+    assert error.value.field == "model.path"
+    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
-def test_a_file_is_read_as_the_safetensors_library_reads_it(tmp_path, dtype):
-    tensors = {"a": torch.rand(3, 5).mul(9).to(dtype), "scalar": torch.tensor(7).to(dtype), "none": torch.zeros(0, 4)}
-    save_file(tensors, tmp_path / "x.safetensors")
-    found = {
-        entry.name: safetensors_io.read_tensor(entry) for entry in safetensors_io.entries(tmp_path / "x.safetensors")
-    }
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+# ---- the format
 
 
-def test_a_written_file_is_read_by_the_safetensors_library(tmp_path):
-    tensors = {"b": torch.rand(4, 3).t(), "a": torch.rand(5).bfloat16(), "s": torch.tensor(2.0)}
-    specs = [("b", "F32", (3, 4)), ("a", "BF16", (5,)), ("s", "F32", ())]
-    safetensors_io.write_tensors(tmp_path / "x.safetensors", specs, iter(tensors.values()))
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
-
-
-def test_sizes_are_read_from_the_headers(single, sharded):
-    model = build("llama")
-    assert model_dimensions(single, LLAMA) == model_dimensions(sharded, LLAMA)
-    body = model_dimensions(single, LLAMA)
-    assert (body.params, body.layers, body.width) == (model.num_parameters(), 4, 40)
-    assert body.params_per_neuron == 4 * 3 * 32
-    assert body.params_per_layer == sum(p.numel() for p in model.model.layers[0].parameters())
-
-
-def test_a_missing_tensor_is_named(single):
-    change(single, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
-    refused(single, "lacks tensor model.layers.2.mlp.up_proj.weight,", "model_type llama with 4 layers")
-
-
-def test_an_untied_model_needs_its_output_projection(single):
-    change(single, lambda tensors: tensors.pop("lm_head.weight"))
-    refused(single, "lacks tensor lm_head.weight")
-
-
-def test_an_extra_tensor_is_named(single):
-    change(single, lambda tensors: tensors.update({"model.layers.0.mlp.router.weight": torch.zeros(2)}))
-    refused(single, "has an unknown tensor model.layers.0.mlp.router.weight")
-
-
-def test_layers_beyond_the_config_are_extra(single):
-    config = checkpoint.read_config(single) | {"num_hidden_layers": 3}
-    (single / "config.json").write_text(json.dumps(config))
-    refused(single, "has an unknown tensor model.layers.3.", "and 8 more", "with 3 layers")
-
-
-def test_biases_are_those_of_the_config(single):
-    name = "model.layers.1.self_attn.q_proj.bias"
-    change(single, lambda tensors: tensors.update({name: torch.zeros(32)}))
-    refused(single, f"has an unknown tensor {name},")  # transformers would leave it out
-    config = checkpoint.read_config(single) | {"attention_bias": True}
-    (single / "config.json").write_text(json.dumps(config))
-    refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 14 more")  # transformers would make them up
-
-
-def test_old_rotary_buffers_are_let_through_and_not_counted(single):
-    params = model_dimensions(single, LLAMA).params
-    change(single, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
-    assert model_dimensions(single, LLAMA).params == params
-
-
-def test_a_width_that_differs_from_the_config_is_refused(single):
-    def narrow(tensors):
-        tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(32, 24)
-
-    change(single, narrow)
-    refused(single, "model.layers.1.mlp.down_proj.weight in", "[32, 24]", "intermediate_size=40")
-
-
-def test_a_mix_of_dtypes_is_read(single):
-    before = model_dimensions(single, LLAMA)
-    change(single, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).half()}))
-    assert model_dimensions(single, LLAMA) == before
-
-
-def test_quantized_weights_are_refused(single):
-    change(single, lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()}))
-    refused(single, "is I8; one of F64, F32, F16, BF16 is needed", "load it with from_pretrained")
-
-
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors"])
-def test_an_index_that_leaves_the_folder_is_refused(sharded, name):
-    change_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": name}))
-    refused(sharded, repr(name), "which is no file beside it")
-
-
-def test_a_missing_shard_is_named(sharded):
-    shard = checkpoint.shards(sharded)[2]
-    shard.unlink()
-    refused(sharded, f"names {shard.name!r}, which is no file beside it")
-
-
-def test_an_index_that_is_wrong_about_a_tensor_is_refused(sharded):
-    first, last = checkpoint.shards(sharded)[0].name, checkpoint.shards(sharded)[-1].name
-
-    def move(index):
-        held = next(name for name, file in index["weight_map"].items() if file == first)
-        index["weight_map"][held] = last
-
-    change_index(sharded, move)
-    refused(sharded, f"says that {last} holds")
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', "{}"])
-def test_a_malformed_index_is_refused(sharded, text):
-    (sharded / checkpoint.INDEX).write_text(text)
-    refused(sharded, checkpoint.INDEX, "fetch the checkpoint again")
-
-
-def test_a_tensor_in_two_shards_is_refused(sharded):
-    first, last = checkpoint.shards(sharded)[0], checkpoint.shards(sharded)[-1]
-    change(sharded, lambda tensors: tensors.update(load_file(first)), last.name)
-    refused(sharded, "is in two shards")
-
-
-def cut_short(data):
-    return data[:-100]
-
-
-def too_long(data):
-    return data + b"\0" * 8
-
-
-def huge_header(data):
-    return struct.pack("<Q", 2**40) + data[8:]
-
-
-def no_json(data):
-    return data[:8] + b"\xff" * 40 + data[48:]
-
-
-def no_such_dtype(data):
-    return data.replace(b'"F32"', b'"F31"', 1)
-
-
-def overlapping(data):
-    return data.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1)
+def test_a_file_is_read_and_written_as_the_safetensors_library_does(tmp_path):
+    tensors = {"b": torch.rand(4, 3).t(), "a": torch.rand(5).bfloat16(), "scalar": torch.tensor(2.0)}
+    tensors |= {"whole": torch.tensor([7]), "truth": torch.tensor([True, False]), "none": torch.zeros(0, 4)}
+    specs = [("b", "F32", (3, 4)), ("a", "BF16", (5,)), ("scalar", "F32", ())]
+    specs += [("whole", "I64", (1,)), ("truth", "BOOL", (2,)), ("none", "F32", (0, 4))]
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    safetensors_io.write_tensors(ours, specs, iter(tensors.values()))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, theirs)
+    for read in (load_file(ours), dict(checkpoint.tensors(theirs))):
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype, name
+    assert struct.unpack("<Q", ours.read_bytes()[:8])[0] % 8 == 0  # tensors are aligned
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_short, too_long, huge_header, no_json, no_such_dtype, overlapping, lambda _data: b""]
+    "damage",
+    [
+        lambda data: data[:-100],  # truncated
+        lambda data: struct.pack("<Q", 2**40) + data[8:],  # a huge header
+        lambda data: data[:8] + b"\xff" * 40 + data[48:],  # no JSON
+        lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1),
+        lambda _data: b"",
+    ],
 )
 def test_a_damaged_shard_is_named(sharded, damage):
     shard = checkpoint.shards(sharded)[1]
     shard.write_bytes(damage(shard.read_bytes()))
-    refused(sharded, f"shard {shard} is damaged", "fetch the checkpoint again")
+    refused(sharded, f"shard {shard} is damaged")
 
 
-def test_only_pickles_are_refused(single):
+# ---- tensors and their names
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("lm_head.weight", ..., "lacks tensor lm_head.weight, for model_type llama with 4 layers"),
+        ("model.norm.weight", torch.zeros(24), "model.norm.weight in "),
+        ("model.norm.weight", torch.ones(32).to(torch.int8), "is I8; one of F64, F32, F16"),
+    ],
+)
+def test_a_tensor_that_is_missing_or_misshapen_or_no_float_is_named(single, name, tensor, message):
+    change(single, **{name: tensor})
+    refused(single, message)
+
+
+def test_layers_and_biases_are_those_of_the_config(single):
+    change_config(single, num_hidden_layers=3)
+    refused(single, "has an unknown tensor model.layers.3.", "and 8 more", "with 3 layers")
+    change_config(single, num_hidden_layers=...)
+    refused(single, "lacks tensor model.layers.10.input_layernorm.weight and 251 more")
+    change_config(single, num_hidden_layers=4, attention_bias=True)
+    refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 15 more")  # transformers would make them up
+
+
+def test_old_rotary_buffers_and_another_float_dtype_change_no_size(single):
+    before = model_dimensions(single, LLAMA)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "model.norm.weight": torch.ones(32).half()}
+    change(single, **more)
+    assert model_dimensions(single, LLAMA) == before
+
+
+def test_weights_that_are_no_numbers_are_refused(single):
+    for value in (torch.nan, torch.inf):
+        change(single, **{"model.norm.weight": torch.tensor([*[1.0] * 31, value])})
+        with pytest.raises(InputError, match=r"tensor model.norm.weight in .*model.safetensors holds NaN or infinite"):
+            checkpoint.check_finite(checkpoint.shards(single))
+
+
+# ---- shards and other files
+
+
+def test_an_index_that_leaves_the_folder_is_refused(sharded):
+    (sharded.parent / "evil.safetensors").touch()
+    for name in ("../evil.safetensors", str(sharded.parent / "evil.safetensors")):
+        change_index(sharded, "model.norm.weight", name)
+        refused(sharded, repr(name), "which is no file beside it")
+
+
+def test_shards_that_do_not_fit_the_index_are_named(single, sharded):
+    assert model_dimensions(sharded, LLAMA) == model_dimensions(single, LLAMA)
+    _, second, *_, last = checkpoint.shards(sharded)
+    moved = load_file(second)
+    name, _ = moved  # with the other one the file stays in the index
+    change_index(sharded, name, last.name)
+    refused(sharded, f"says that {last.name} holds")
+    change_index(sharded, name, second.name)
+    change(sharded, last.name, **moved)
+    refused(sharded, "is in two shards")
+    second.unlink()
+    refused(sharded, f"names {second.name!r}, which is no file beside it")
+    for text in ("[]", '{"weight_map": 3}'):
+        (sharded / checkpoint.INDEX).write_text(text)
+        refused(sharded, checkpoint.INDEX)
+
+
+def test_a_folder_without_config_weights_or_tokenizer_or_with_an_adapter_is_refused(single, tmp_path):
+    refused(tmp_path / "none", "no folder")
+    refused(tmp_path, "has no config.json")
+    (single / checkpoint.ADAPTER).write_text("{}")
+    refused(single, "has adapter_config.json")
+    (single / checkpoint.ADAPTER).unlink()
+    (single / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="has no tokenizer"):
+        checkpoint.check_tokenizer(single)
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    refused(single, "only pickled weights (pytorch_model.bin)", "save_pretrained")
-
-
-def test_no_weights_at_all(single):
-    (single / "model.safetensors").unlink()
+    refused(single, "only pickled weights (pytorch_model.bin)")
+    (single / "pytorch_model.bin").unlink()
     refused(single, "has no model.safetensors")
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_malformed_config_is_refused(single, text):
-    (single / "config.json").write_text(text)
-    refused(single, "config.json", "fetch the checkpoint again")
-
-
-def test_a_config_without_sizes_is_refused(single):
-    config = checkpoint.read_config(single)
-    del config["num_hidden_layers"]
-    (single / "config.json").write_text(json.dumps(config))
-    refused(single, "lacks tensor model.layers.10.input_layernorm.weight and 251 more")
-
-
-def test_no_folder_and_no_config(tmp_path):
-    refused(tmp_path / "none", "no folder")
-    refused(tmp_path, "has no config.json")
-
-
-def test_a_missing_tokenizer_is_refused(tmp_path):
-    folder = save(build("llama"), tmp_path / "bare", tokenizer=False)
-    with pytest.raises(InputError, match="has no tokenizer"):
-        checkpoint.check_tokenizer(folder)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_no_numbers_are_refused(sharded, value):
-    shard = checkpoint.shards(sharded)[3]
-    name = next(iter(load_file(shard)))
-
-    def spoil(tensors):
-        tensors[name].view(-1)[-1] = value
-
-    change(sharded, spoil, shard.name)
-    with pytest.raises(InputError) as error:
-        checkpoint.check_finite(checkpoint.shards(sharded))
-    assert name in str(error.value) and shard.name in str(error.value)
-
-
-def test_pickles_and_foreign_weights_are_not_copied(single, tmp_path):
-    (single / "optimizer.bin").write_bytes(b"")
-    (single / "other.safetensors").write_bytes(b"")
-    (single / "notes.txt").write_text("kept")
+def test_pickles_foreign_weights_and_what_mlflow_reads_are_not_copied(single, tmp_path):
+    files = ("optimizer.bin", "other.safetensors", checkpoint.MISTRAL_CONFIG, "ptl-files.json", "registered_model_meta")
+    for name in (*files, "notes.txt"):
+        (single / name).write_text("{}")
+    checkpoint.write_mlflow_model(single)
     (tmp_path / "copy").mkdir()
     checkpoint.copy_companions(single, tmp_path / "copy")
     names = {path.name for path in (tmp_path / "copy").iterdir()}
-    assert {"notes.txt", "tokenizer.json", "generation_config.json", "chat_template.jinja"} <= names
-    assert not names & {"optimizer.bin", "other.safetensors", "model.safetensors", "config.json"}
+    assert names == {"notes.txt", "generation_config.json", "chat_template.jinja", *TOKENIZER}
+
+
+def test_equal_checkpoints_are_equal_as_mlflow_models(single, tmp_path):
+    """Though a step takes over the files of an earlier run, of which MLflow has loaded a version."""
+    before, digests = set(scan(single)), set()
+    for name in ("one", "two"):
+        checkpoint.write_mlflow_model(single)
+        (single / "registered_model_meta").write_text(f"model_name: {name}\n")
+        digests.add(digest_of(publish(single, f"{tmp_path}/published/{name}")))
+    assert len(digests) == 1
+    tokenizer = ("chat_template.jinja", "config.json", "generation_config.json", *TOKENIZER)
+    assert set(scan(single)) - before == {"MLmodel", *(f"components/tokenizer/{name}" for name in tokenizer)}
 
 
 # ---- links: what is copied is also published
-
-
-@pytest.fixture
-def secret(tmp_path):
-    path = tmp_path / "secret"
-    path.mkdir()
-    (path / "key").write_text("secret")
-    return path
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "tokenizer.json", "model.safetensors", "config.json"])
-def test_a_link_that_leaves_the_folder_is_refused_and_not_copied(single, secret, tmp_path, name):
-    outside = secret / name
-    if (single / name).exists():
-        (single / name).rename(outside)
-    else:
-        outside.write_text("secret")
-    (single / name).symlink_to(outside)
-    dst = tmp_path / "copy"
-    with pytest.raises(InputError, match=rf"model.path: .*{name} is a link to .*secret/{name}, outside of that folder"):
-        import_checkpoint(str(single), None, dst)
-    assert not dst.exists()
-    with pytest.raises(InputError, match="is a link to"):
-        check_model(single, Schedule(target=0.3, recovery_tokens=10), Prune())
-    dst.mkdir()
-    with pytest.raises(InputError, match="is a link to"):
-        checkpoint.copy_companions(single, dst)
-
-
-@pytest.mark.parametrize("link", ["../secret/key", "chain", "templates/key"])
-def test_links_in_every_disguise_are_refused(single, secret, link):
-    """Relative, through another link, and a folder of files."""
-    (single / "first").symlink_to("../secret/key")
-    if link == "templates/key":
-        (single / "first").unlink()
-        (single / "templates").symlink_to(secret)
-    elif link == "chain":
-        (single / "chain").symlink_to("first")
-    with pytest.raises(InputError, match="is a link to"):
-        checkpoint.check_links(single)
-
-
-def test_a_link_within_the_folder_is_copied_as_a_file(single, tmp_path):
-    (single / "notes.txt").write_text("kept")
-    (single / "more.txt").symlink_to("notes.txt")
-    import_checkpoint(str(single), None, tmp_path / "copy")
-    assert (tmp_path / "copy/more.txt").read_text() == "kept" and not (tmp_path / "copy/more.txt").is_symlink()
 
 
 def hub_cache(single, tmp_path):
@@ -321,30 +205,41 @@ def hub_cache(single, tmp_path):
     return snapshot
 
 
-def test_a_snapshot_of_the_hubs_cache_is_imported(single, tmp_path):
+@pytest.mark.parametrize(
+    ("link", "target", "cached"),
+    [
+        ("notes.txt", "/etc/passwd", False),
+        ("model.safetensors", "../secret/key", False),
+        ("templates", "../secret", False),
+        ("notes.txt", "../../../../secret/key", True),
+        ("notes.txt", "../../blobs/../../../secret/key", True),
+    ],
+)
+def test_a_link_that_leaves_the_folder_is_refused_and_not_copied(single, tmp_path, link, target, cached):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key").write_text("secret")
+    source, copy = hub_cache(single, tmp_path) if cached else single, tmp_path / "copy"
+    (source / link).unlink(missing_ok=True)
+    (source / link).symlink_to(target)
+    for check in (
+        lambda: import_checkpoint(str(source), None, copy),
+        lambda: check_model(source, Schedule(target=0.3, recovery_tokens=10), Prune()),
+        lambda: checkpoint.copy_companions(source, copy),
+    ):
+        with pytest.raises(InputError, match=rf"model.path: .*{link} is a link to .*, outside of that folder"):
+            check()
+    assert not copy.exists()
+
+
+def test_links_within_a_folder_or_the_hubs_cache_are_copied_as_files(single, tmp_path):
+    (single / "more.txt").symlink_to("generation_config.json")
     names = {path.name for path in single.iterdir()}
-    snapshot = hub_cache(single, tmp_path)
-    import_checkpoint(str(snapshot), None, tmp_path / "copy")
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == names
-    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
+    import_checkpoint(str(single), None, tmp_path / "copy")
+    (single / "more.txt").unlink()
+    (single / "more.txt").write_text("a file")
     linked = tmp_path / "by-name"
-    linked.symlink_to(snapshot)
+    linked.symlink_to(hub_cache(single, tmp_path))
     import_checkpoint(str(linked), None, tmp_path / "again")
-    assert {path.name for path in (tmp_path / "again").iterdir()} == names
-
-
-@pytest.mark.parametrize("target", ["../../../../secret/key", "../../blobs/../../../secret/key", "/etc/passwd"])
-def test_a_snapshot_that_leaves_the_cache_is_refused(single, secret, tmp_path, target):
-    snapshot = hub_cache(single, tmp_path)
-    (snapshot / "notes.txt").symlink_to(target)
-    with pytest.raises(InputError, match=r"notes.txt is a link to"):
-        import_checkpoint(str(snapshot), None, tmp_path / "copy")
-
-
-def test_blobs_that_are_a_link_do_not_count(single, secret, tmp_path):
-    snapshot = hub_cache(single, tmp_path)
-    blobs = snapshot.parent.parent / "blobs"
-    blobs.rename(tmp_path / "elsewhere")
-    blobs.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="is a link to"):
-        import_checkpoint(str(snapshot), None, tmp_path / "copy")
+    for copy in (tmp_path / "copy", tmp_path / "again"):
+        assert {path.name for path in copy.iterdir()} == names
+        assert not any(path.is_symlink() for path in copy.iterdir())
