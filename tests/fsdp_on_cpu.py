@@ -1,8 +1,4 @@
-"""A mock of GPUs: accelerate shards on accelerators only, so it is made to take CPU processes (gloo) for some.
-
-Run instead of `-m ptl.recovery.worker`. What shards, trains and gathers is torch's own FSDP2; nothing of it is
-replaced.
-"""
+"""A mock of GPUs, in place of ptl.recovery.worker: accelerate shards CPU processes (gloo) too, by torch's own FSDP2."""
 
 import sys
 from pathlib import Path

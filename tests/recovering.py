@@ -1,27 +1,24 @@
 """What the tests of recovery share: a small pruned reasoner, and one call that trains it."""
 
+import shutil
 from pathlib import Path
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
+from ptl.model import checkpoint
+from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
-SOURCE = {
-    "source": str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"),
-    "prompt": "{question}\n",
-    "completion": "{answer}",
-}
+SOURCE = {"source": str(DENSE.parent / "train.jsonl.gz"), "prompt": "{question}\n", "completion": "{answer}"}
 DATA = TrainingData(sources=[SOURCE])
 SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "processes": 1}
 
 
 def cut(src, dst, goal):
-    from ptl.pruning.prune import prune_checkpoint
-
     dst.mkdir(parents=True, exist_ok=True)
     # by `max`: the pruned reasoner still solves some problems, from which GRPO can learn
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=128)
@@ -35,10 +32,16 @@ def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, dat
     weights = (1,) * (iteration if last else iteration + 1)
     budget = StageBudget(tokens, (), iteration, last, 0, weights)
     scratch = more.pop("scratch", dst.with_name(dst.name + ".training"))
-    collect = log if log is not None else []
-    job = RecoveryJob(data, budget, scratch, lambda metrics, step: collect.append((step, metrics)), **more)
+    log = [] if log is None else log
+    job = RecoveryJob(data, budget, scratch, lambda metrics, step: log.append((step, metrics)), **more)
     recovery = Recovery(stages=[{**SHORT, **stage} if stage.get("method") != "grpo" else stage for stage in stages])
     return recover_checkpoint(src, dst, recovery, [*earlier, tokens], job, stores)
+
+
+def as_if_died_after(step, scratch):
+    """Of a training that has ended leave the checkpoint of this step alone, from which it is then resumed."""
+    for path in {*scratch.glob("checkpoint-*")} - {scratch / f"checkpoint-{step}"}:
+        shutil.rmtree(path)
 
 
 def losses(log):
@@ -47,6 +50,4 @@ def losses(log):
 
 
 def weights(folder):
-    from ptl.model import checkpoint
-
     return {name: tensor for path in checkpoint.shards(folder) for name, tensor in checkpoint.tensors(path)}

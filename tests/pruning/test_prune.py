@@ -6,21 +6,20 @@ from typing import get_args
 
 import pytest
 import torch
-from tiny_models import batches, build, logits, save, word_calibration
-from transformers import AutoModelForCausalLM
+from tiny_models import batches, build, load, logits, save, word_calibration
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
-from ptl.config.schedule import EXPERT_CRITERIA, Prune
+from ptl.config.schedule import EXPERT_CRITERIA, NEURON_CRITERIA, Prune
 from ptl.errors import InputError
-from ptl.model import checkpoint
-from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, resolve_multiple, width_for
+from ptl.model import checkpoint, dimensions
+from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.model.families import FAMILIES
-from ptl.pruning.importance import CRITERIA
-from ptl.pruning.prune import prune_checkpoint
+from ptl.pruning import experts, importance
+from ptl.pruning.prune import _batches, _has_loss, prune_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA = FAMILIES["llama"]
-ALL = tuple(range(4))
 
 
 @pytest.fixture
@@ -33,129 +32,137 @@ def calibration(tmp_path):
     return word_calibration(tmp_path)
 
 
-def cut(source, calibration, folder, *, unit="neurons", share=0.2, **settings):
-    body = model_dimensions(source, LLAMA)
-    goal = int(body.params * (1 - share))
-    return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, seed=0)
+def prune(source, calibration, folder, *, unit="neurons", goal=None, seed=0, **settings):
+    goal = goal or int(model_dimensions(source, LLAMA).params * 0.8)
+    return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, seed=seed)
 
 
-def test_what_measures_loss_needs_a_token_of_an_answer(source, calibration, tmp_path):
-    path = tmp_path / "asked.jsonl"
-    path.write_text(json.dumps({"prompt": "w5 w6 w7 w8", "completion": "w9"}) + "\n")
-    asked = Calibration(data=DataSource(source=str(path)), max_length=4)
-    with pytest.raises(InputError, match=r"calibration\.max_length: 4 tokens hold the prompts and nothing of an"):
-        cut(source, asked, tmp_path / "out", criterion="taylor")
-    (tmp_path / "layers").mkdir()
-    assert cut(source, asked, tmp_path / "layers", unit="layers", criterion="taylor").unit == "layers"  # nor do layers
-    (tmp_path / "max").mkdir()
-    assert cut(source, asked, tmp_path / "max", criterion="max").unit == "neurons"  # activations need no answer
-    (tmp_path / "taylor").mkdir()
-    longer = asked.model_copy(update={"max_length": 5})
-    assert cut(source, longer, tmp_path / "taylor", criterion="taylor").unit == "neurons"
+# ---- how much stays
 
 
-# ---- widths
+def test_automatic_multiples():
+    """The largest of 128, 64 and 8 that divides the width, and of which at least eight remain."""
+    for width, remaining, multiple in (
+        *((width, width, 128) for width in (14336, 18944, 11008, 1536, 8960)),
+        *((1152, remaining, multiple) for remaining, multiple in ((1024, 128), (1023, 64), (512, 64), (511, 8))),
+        *((64, 64, 8), (64, 63, 1), (192, 192, 8), (13336, 13336, 8), (40, 40, 1)),
+    ):
+        assert dimensions.resolve_multiple(width, remaining, "auto") == multiple, (width, remaining)
 
 
-@pytest.mark.parametrize(
-    ("width", "multiple"),
-    [(14336, 128), (18944, 128), (11008, 128), (1536, 128), (8960, 128), (192, 8), (40, 1), (64, 8), (13336, 8)],
-)
-def test_automatic_multiples(width, multiple):
-    assert resolve_multiple(width, width, "auto") == multiple
-    assert width % multiple == 0
+def test_widths_by_hand():
+    body = ModelDimensions(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
+    goals = (1001, 1000, 999, 961, 960, 959)
+    assert [width_for(body, goal, 1) for goal in goals] == [16, 16, 15, 12, 12, 11]
+    assert [width_for(body, goal, 4) for goal in goals] == [16, 16, 12, 12, 12, 8]
+    assert width_for(body, 880, 4) == 4 and width_for(body, 920, 8) == 8
+    for goal, multiple in ((879, 4), (919, 8), (999, 16)):
+        with pytest.raises(InputError, match=f"prune.width_multiple={multiple} needs at least"):
+            width_for(body, goal, multiple)
+    odd = dataclasses.replace(body, width=10)
+    assert width_for(odd, 1000, 8) == 10 and width_for(odd, 999, 8) == 8  # an odd width stays when nothing goes
 
 
-@pytest.mark.parametrize("multiple", [1, 8, 16, 24, 64])
-@pytest.mark.parametrize("goal", range(49_000, 100_001, 3_000))
-def test_widths_are_rounded_down_and_never_grow(goal, multiple):
-    body = ModelDimensions(params=100_000, layers=4, width=192, params_per_neuron=400, params_per_layer=24_000)
-    width = width_for(body, goal, multiple)
-    assert 0 < width <= 192 and (width % multiple == 0 or width == 192)
-    after = body.params - (192 - width) * 400
-    assert after <= goal or goal >= body.params
-    step = multiple if width + multiple <= 192 else 192 - width
-    assert width == 192 or after + step * 400 > goal  # no more than needed
-
-
-@pytest.mark.parametrize("goal", range(75_500, 99_000, 1_300))
-def test_a_loop_and_one_shot_pruning_end_with_the_same_width(goal):
+def test_a_loop_and_one_shot_pruning_end_with_the_same_width():
     """Also where the width is small at the end: one-shot pruning rounded it by the large width it began with."""
     body = ModelDimensions(params=100_000, layers=4, width=64, params_per_neuron=400, params_per_layer=24_000)
-    direct = width_for(body, goal, "auto")
-    in_two_steps = body
-    for target in ((goal + body.params) // 2, goal):
-        width = width_for(in_two_steps, target, "auto")
-        params = in_two_steps.params - (in_two_steps.width - width) * 400
-        in_two_steps = dataclasses.replace(in_two_steps, params=params, width=width)
-    assert in_two_steps.width == direct
+    for goal in range(75_500, 99_000, 1_300):
+        width = width_for(body, (goal + body.params) // 2, "auto")
+        halfway = dataclasses.replace(body, params=body.params - (body.width - width) * 400, width=width)
+        assert width_for(halfway, goal, "auto") == width_for(body, goal, "auto")
 
 
-def test_an_odd_width_stays_when_nothing_goes():
-    body = ModelDimensions(params=1000, layers=1, width=10, params_per_neuron=10, params_per_layer=500)
-    assert width_for(body, 1000, 8) == 10 and width_for(body, 2000, 8) == 10 and width_for(body, 999, 8) == 8
-
-
-def test_targets_beyond_reach_are_refused():
-    body = ModelDimensions(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
-    with pytest.raises(InputError, match=r"schedule.target: 900 .*prune.width_multiple=16 needs at least 1,000"):
-        width_for(body, 900, 16)
-    with pytest.raises(InputError, match=r"schedule.target"):
-        width_for(body, 830, 8)
-    with pytest.raises(InputError, match="would remove 2 of 2 layers"):
-        layers_for(body, 500)
-    assert layers_for(body, 700) == 1 and layers_for(body, 1000) == 0
+def test_layers_by_hand():
+    body = ModelDimensions(params=1000, layers=4, width=16, params_per_neuron=10, params_per_layer=200)
+    assert [layers_for(body, goal) for goal in (1001, 1000, 999, 800, 799, 400)] == [0, 0, 1, 1, 2, 3]
+    with pytest.raises(InputError, match="would remove 4 of 4 layers"):
+        layers_for(body, 399)
+    assert dimensions.smallest_cuts(body, 8) == {"layers": 200, "neurons": 80}
+    assert dimensions.smallest_cuts(dataclasses.replace(body, layers=1), 8) == {"neurons": 80}  # the last one stays
 
 
 @pytest.mark.parametrize("unit", ["neurons", "layers"])
 def test_a_target_beyond_reach_is_refused_before_any_text_is_read(source, tmp_path, unit):
-    calibration = Calibration(data=DataSource(source=str(tmp_path / "missing.jsonl"), format="text"))
+    calibration = Calibration(data=DataSource(source="missing.jsonl", format="text"))
     with pytest.raises(InputError, match=r"schedule\.target: 1 parameters"):
-        prune_checkpoint(source, tmp_path / "out", Prune(), calibration, unit=unit, goal=1, seed=0)
+        prune(source, calibration, tmp_path / "out", unit=unit, goal=1)
 
 
 # ---- one step
 
 
-def test_settings_and_criteria_are_the_same_names():
-    assert [*CRITERIA, *EXPERT_CRITERIA] == list(get_args(Prune.model_fields["criterion"].annotation))
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", importance.CRITERIA)
 def test_every_criterion_reaches_the_goal(source, calibration, tmp_path, criterion):
-    report = cut(source, calibration, tmp_path / "cut", criterion=criterion)
-    assert (report.unit, report.criterion) == ("neurons", criterion)
+    report = prune(source, calibration, tmp_path / "pruned", criterion=criterion)
+    assert (report.unit, report.criterion, report.sequences) == ("neurons", criterion, 8)
     assert report.params <= report.goal < report.params + model_dimensions(source, LLAMA).params_per_neuron
-    assert report.widths == (report.widths[0],) * 4
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").num_parameters() == report.params
+    assert report.widths == (report.widths[0],) * 4 and report.removed_layers == ()
+    assert load(tmp_path / "pruned").num_parameters() == report.params < report.params_before
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["experts"] is None  # plain data
 
 
-def test_layers_reach_the_goal(source, calibration, tmp_path):
-    report = cut(source, calibration, tmp_path / "cut", unit="layers")
-    assert (report.unit, report.criterion, report.layers) == ("layers", "max", 3)
-    assert report.params <= report.goal and len(report.removed_layers) == 1 and report.widths == (40,) * 3
+def test_settings_and_criteria_are_the_same_names():
+    assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys() == {*NEURON_CRITERIA, "random"}
+    assert [*importance.CRITERIA, *experts.CRITERIA] == [*get_args(Prune.model_fields["criterion"].annotation)]
+    assert [*experts.CRITERIA] == [*EXPERT_CRITERIA]
 
 
-def test_the_same_step_gives_the_same_bytes(source, calibration, tmp_path):
-    for name in ("one", "two"):
-        cut(source, calibration, tmp_path / name)
-    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
+@pytest.mark.parametrize("criterion", ["max", "mean", "taylor"])
+def test_dead_neurons_are_pruned_without_any_change_of_the_logits(calibration, tmp_path, criterion):
+    model = build("llama")
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight[:, i : i + 16] = 0
+    source = save(model.bfloat16(), tmp_path / "source", "8KB")
+    goal = model.num_parameters() - 16 * 4 * 3 * 32
+    report = prune(source, calibration, tmp_path / "pruned", criterion=criterion, goal=goal)
+    assert report.widths == (24,) * 4
+    assert {entry.dtype for entry in checkpoint.contents(tmp_path / "pruned").values()} == {"BF16"}
+    before, after = load(source, dtype=torch.float32), load(tmp_path / "pruned", dtype=torch.float32)
+    torch.testing.assert_close(logits(after, batches()[0]), logits(before, batches()[0]), rtol=1e-4, atol=2e-4)
+
+
+def test_the_layer_that_does_least_is_removed(calibration, tmp_path):
+    model, batch = build("llama"), batches()[0]
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    report = prune(save(model, tmp_path / "source"), calibration, tmp_path / "pruned", unit="layers")
+    assert (report.unit, report.criterion, report.layers, report.widths) == ("layers", "max", 3, (40,) * 3)
+    assert report.removed_layers == (2,) and report.params <= report.goal
+    torch.testing.assert_close(logits(load(tmp_path / "pruned"), batch), logits(model, batch))
+
+
+def test_the_seed_chooses_the_rows_and_the_same_seed_gives_the_same_bytes(source, calibration, tmp_path):
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        prune(source, calibration, tmp_path / name, criterion="random", seed=seed)
+    one, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "same", "other"))
+    assert one == same != other
+    batches = (_batches(source, calibration, seed, by_loss=False) for seed in (0, 1))
+    rows, other_rows = (sorted(row for batch in of_seed for row in batch["input_ids"].tolist()) for of_seed in batches)
+    assert rows != other_rows
 
 
 def test_a_goal_that_is_met_changes_nothing_and_scores_nothing(source, calibration, tmp_path):
-    report = cut(source, calibration, tmp_path / "cut", share=0)
+    report = prune(source, calibration, tmp_path / "pruned", goal=model_dimensions(source, LLAMA).params)
     assert (report.unit, report.sequences, report.params) == ("nothing", 0, report.params_before)
-    model, same = build("llama"), AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-    assert torch.equal(logits(same.eval(), batches()[0]), logits(model, batches()[0]))
+    before, after = (dict(checkpoint.tensors(path / checkpoint.WEIGHTS)) for path in (source, tmp_path / "pruned"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_bfloat16_checkpoint_stays_one(calibration, tmp_path):
-    source = save(build("llama").bfloat16(), tmp_path / "half", "8KB")
-    cut(source, calibration, tmp_path / "cut")
-    assert {entry.dtype for entry in checkpoint.contents(tmp_path / "cut").values()} == {"BF16"}
-
-
-def test_the_report_is_plain_data(source, calibration, tmp_path):
-    report = dataclasses.asdict(cut(source, calibration, tmp_path / "cut"))
-    assert json.loads(json.dumps(report))["sequences"] == 8
+def test_what_measures_loss_needs_a_token_of_an_answer(source, tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"prompt": "w5 w6 w7 w8", "completion": "w9"}) + "\n")
+    asked = Calibration(data=DataSource(source=str(path)), max_length=4)
+    with pytest.raises(InputError, match=r"calibration\.max_length: 4 tokens hold the prompts and nothing of an"):
+        prune(source, asked, tmp_path / "out", criterion="taylor")
+    assert not _has_loss({"labels": torch.tensor([[5, -100, -100]])})  # the first token is predicted from nothing
+    assert _has_loss({"labels": torch.tensor([[-100, -100, -100], [-100, -100, 5]])})
+    longer = asked.model_copy(update={"max_length": 5})
+    for calibration, unit, criterion in (
+        (asked, "layers", "taylor"),  # layers need no answer,
+        (asked, "neurons", "max"),  # nor do activations
+        (longer, "neurons", "taylor"),
+    ):
+        report = prune(source, calibration, tmp_path / f"{unit}-{criterion}", unit=unit, criterion=criterion)
+        assert report.unit == unit
