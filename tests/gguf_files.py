@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import subprocess
 import sys
 import traceback
@@ -18,17 +17,17 @@ SPACES = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace("
 VOCABULARY = 3 + 256 + 29
 
 
-def _no_llama_cpp():
-    """Why this system has no llama.cpp; empty where it has."""
-    try:
-        gguf.check_installed()
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-NO_LLAMA_CPP = _no_llama_cpp()
+try:
+    gguf.check_installed()
+    NO_LLAMA_CPP = ""
+except InputError as error:
+    NO_LLAMA_CPP = str(error)
 needs_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP or "it is there")
+
+
+def nightly_but(*always, of):
+    """Parameters: the others of these take seconds each, and find the same mistakes."""
+    return [pytest.param(case, marks=[] if case in always else pytest.mark.nightly) for case in of]
 
 
 @contextlib.contextmanager
@@ -59,36 +58,16 @@ def converter_in_process():
 def llama_tokenizer(folder, normalizer=SPACES, pre_tokenizer=None, merges=(("▁", "a"), ("▁", "b")), bos=True):
     """A tokenizer of Llama 2's kind (byte fallback), which llama.cpp knows; saved beside the weights."""
     merged = ["".join(pair) for pair in merges]
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{i:02X}>" for i in range(256)),
-        "▁",
-        *"abcdefghijklmnopqrstuvwxyz",
-        *sorted(merged),
-    ]
-    core = Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, list(merges), byte_fallback=True, unk_token="<unk>")
-    )
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    words += ["▁", *"abcdefghijklmnopqrstuvwxyz", *sorted(merged)]
+    numbers = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.BPE(numbers, list(merges), byte_fallback=True, unk_token="<unk>"))
     core.normalizer = normalizer
     if pre_tokenizer is not None:
         core.pre_tokenizer = pre_tokenizer
     if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-        )
+        template = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 1)]}
+        core.post_processor = processors.TemplateProcessing(**template)
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
-def pairs_tokenizer(folder):
-    """Make the tiny reasoner's tokenizer one that llama.cpp does not have: words are split into pairs of letters."""
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    split, byte_level = content["pre_tokenizer"]["pretokenizers"]
-    split["pattern"] = {"Regex": r"\p{L}{2}|.|\n"}
-    byte_level["use_regex"] = False
-    file.write_text(json.dumps(content))
+    special = dict(zip(("unk_token", "bos_token", "eos_token"), words, strict=False))
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)

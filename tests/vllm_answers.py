@@ -1,6 +1,4 @@
-"""What vLLM makes of checkpoints; runs in the Python of `make vllm`, and knows nothing of ptl.
-
-    python vllm_answers.py REQUEST.json ANSWER.json
+"""What vLLM makes of checkpoints: `python vllm_answers.py REQUEST.json ANSWER.json`, in the Python of `make vllm`.
 
 The request: {"tokens": [id, ...], "new_tokens": n, "models": {name: {"folder": path, "dtype": "float32"}}}. The answer,
 by name: {"logprobs": of each token but the first, given those before it, "generated": [id, ...]}, or {"error": text}.
@@ -44,7 +42,6 @@ def main(request, answer):
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
         cleanup_dist_env_and_memory()
-        print(name, found[name], flush=True)
     Path(answer).write_text(json.dumps(found))
 
 

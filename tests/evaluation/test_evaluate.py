@@ -1,11 +1,8 @@
 import gzip
 import json
-import os
-import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,179 +11,63 @@ import pytest
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
 from ptl.evaluation import language_models
-from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items, write_items
-from ptl.evaluation.helpers import AnswerNotes, Helper, Share, divided, visible_gpu
+from ptl.evaluation.evaluate import SCORES, evaluate_checkpoint, read_items, write_items
+from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper, Share, divided, visible_gpu
 from ptl.evaluation.language_models import language_model, tensor_parallel
 from ptl.evaluation.paired import wilson
-from ptl.evaluation.task_files import local_splits
+from ptl.evaluation.task_files import LocalFile, local_splits, read_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, files, find
 
 ROOT = Path(__file__).resolve().parents[2]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
-DATA = Path(os.environ.get("PTL_SHARED_DATA") or ROOT.parent / "shared/data")
-LIMIT = 60
+LIMIT = 24
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"benchmark data not at {DATA}: set PTL_SHARED_DATA to the folder that has it"
-)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
 
 
 def settings(*tasks, **more):
     return Evaluate(tasks=[Task(**task) for task in tasks], speed=Speed(repeats=0), **more)
 
 
+def evaluate(dst, *tasks, **more):
+    return evaluate_checkpoint(REASONER, dst, settings(*tasks, **more), seed=0)
+
+
+def task_file(folder, text):
+    """Settings whose only task has this YAML."""
+    (folder / "own.yaml").write_text(text)
+    return settings({"name": str(folder / "own.yaml")})
+
+
+# ---- scores and items
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     dst = tmp_path_factory.mktemp("scored")
-    return evaluate_checkpoint(REASONER, dst, settings({"name": YAML, "limit": LIMIT}), seed=0), dst
+    return evaluate(dst, {"name": YAML, "limit": LIMIT}), dst
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_same_items_as_one(scored, tmp_path):
-    wanted = settings({"name": YAML, "limit": LIMIT}, processes=2)
-    scores = evaluate_checkpoint(REASONER, tmp_path, wanted, seed=0)
-    one, dst = scored
-    assert read_items(tmp_path) == read_items(dst)
-    assert replace(scores.tasks[0], seconds=0) == replace(one.tasks[0], seconds=0)
-
-
-def test_a_helper_that_is_killed_is_an_error():
-    helper = Helper(partial(language_model, REASONER, settings({"name": YAML})), 1)
-    helper._process.kill()
-    with pytest.raises(WorkError, match="process 1 of those that answer failed: exit code -9; see its output"):
-        helper.share()
-    with pytest.raises(WorkError, match="exit code -9"):
-        helper.check()  # as between two batches of this process
-    helper.close()
-
-
-def test_a_helper_at_work_is_ended_at_once_and_without_a_traceback(capfd):
-    helper = Helper(partial(language_model, REASONER, settings({"name": YAML})), 1)
-    helper.check()
-    started = time.monotonic()
-    helper.close()  # it is still importing the harness, which takes longer
-    assert time.monotonic() - started < 1 and capfd.readouterr().err == ""
-
-
-def test_all_choices_of_a_context_go_to_one_process():
-    choices = [(f"question {number}", letter) for number in range(5) for letter in [" A", " B", " C", " D"]]
-    assert [len(share) for share in divided(choices, 2)] == [12, 8]
-    first, _ = divided(choices, 2)
-    assert {choices[position][0] for position in first} == {"question 0", "question 2", "question 4"}
-    assert divided([("", "a"), ("", "b"), ("", "c")], 2) == [[0, 2], [1]]  # without a context
-    assert divided([("a",)], 3) == [[0], [], []]
-
-
-def test_answers_keep_the_order_of_the_requests():
-    class Counting:
-        """A model of the harness that answers with the request, and counts."""
-
-        def loglikelihood(self, requests):
-            self.asked = [request.args for request in requests]
-            return self.asked
-
-    class Idle(Helper):
-        def __init__(self):
-            pass
-
-        def ask(self, method, arguments):
-            self.asked = arguments
-
-        def share(self):
-            return Share(self.asked, {}, 0)
-
-    class Model(AnswerNotes, Counting):
-        helpers = (Idle(), Idle())
-
-    model = Model()
-    model.start_notes()
-    requests = [SimpleNamespace(args=(context, choice)) for choice in "AB" for context in "xyz"]
-    assert model.loglikelihood(requests) == [request.args for request in requests]
-    assert model.asked == [("x", "A"), ("x", "B")]
-
-
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [(None, "1"), ("", ""), ("-1", ""), ("4,6", "6"), ("0,-1,1", ""), ("GPU-a, GPU-b", "GPU-b")],
-)
-def test_a_helper_has_the_second_gpu_of_those_that_are_visible(visible, expected):
-    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert visible_gpu(1, environment) == expected
-
-
-def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
-    sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
-    raw = json.loads((REASONER / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert [tensor_parallel(tmp_path, gpus) for gpus in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 6]
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    """Two rows of each benchmark, in its own fields."""
-    rows = {
-        "gsm8k_test.jsonl": [
-            {"question": "1+1?", "answer": "<<1+1=2>>\n#### 2"},
-            {"question": "2?", "answer": "#### 2"},
-        ],
-        "math500.jsonl": [{"problem": "Half?", "answer": "\\frac{1}{2}", "level": 1}] * 2,
-        "mbpp.jsonl": [
-            {
-                "task_id": i,
-                "text": "Add.",
-                "code": "",
-                "test_list": ["assert add(1, 2) == 3"] * 3,
-                "test_setup_code": "",
-            }
-            for i in (2, 11, 12, 600)
-        ],
-        "wikitext/test.jsonl": [{"page": " = Hills = \n the hills are old"}, {"page": "a river runs"}],
-        "arc_easy/test.jsonl": [
-            {"question": "Day?", "choices": {"text": ["sun", "moon"], "label": ["A", "B"]}, "answerKey": key}
-            for key in "AB"
-        ],
-    }
-    for name, lines in rows.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
-    ending = {"ind": 1, "activity_label": "Tea", "ctx_a": "Eva boils water.", "ctx_b": "she", "label": "0"}
-    (tmp_path / "hellaswag").mkdir()
-    (tmp_path / "hellaswag/validation.jsonl").write_text(
-        json.dumps(ending | {"endings": ["pours it.", "sings."]}) + "\n"
-    )
-    human = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": ""}
-    human["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
-    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
-        file.write(json.dumps(human) + "\n")
-    return tmp_path
-
-
-def test_scores_of_the_tiny_reasoner(scored):
+def test_scores_and_items_of_the_tiny_reasoner(scored):
     scores, dst = scored
     (task,) = scores.tasks
     assert (task.task, task.version, task.metric) == ("tiny_reasoner", "1.0", "exact_match,final-number")
-    assert (task.items, task.num_fewshot, task.truncated) == (LIMIT, 0, 0.0)
-    assert task.accuracy >= 0.95
+    assert (task.items, task.num_fewshot, task.truncated, task.cut_prompts) == (LIMIT, 0, 0.0, 0.0)
+    assert task.accuracy >= 0.9 and task.higher_is_better
     assert (task.low, task.high) == wilson(round(task.accuracy * LIMIT), LIMIT)
-    assert 5 < task.answer_tokens < 60
     assert scores.bytes == sum(path.stat().st_size for path in REASONER.glob("*.safetensors"))
     written = json.loads((dst / SCORES).read_text())
-    assert written | {"seconds": scores.seconds, "tasks": []} == json.loads(json.dumps(asdict(scores))) | {"tasks": []}
     assert written["tasks"] == [{name: value for name, value in asdict(task).items() if name != "seconds"}]
+    assert "seconds" not in written  # equal evaluations give equal bytes
 
-
-def test_every_item_has_its_outcome(scored):
-    scores, dst = scored
     items = read_items(dst)
     assert len({item["id"] for item in items}) == len({item["prompt_digest"] for item in items}) == LIMIT
-    assert sum(item["correct"] for item in items) == round(scores.tasks[0].accuracy * LIMIT)
+    assert sum(item["correct"] for item in items) == round(task.accuracy * LIMIT)
+    assert sum(item["tokens"] for item in items) / LIMIT == task.answer_tokens
     for item in items:
-        last = item["answer"].strip().splitlines()[-1]
-        assert item["correct"] == int(last == f"#### {item['target']}")
-        assert item["prompt"].endswith("?\n")
-    assert (dst / ITEMS).read_text().count("\n") == LIMIT
+        assert item["correct"] == item["answer"].strip().endswith(f"\n#### {item['target']}")
+        assert item["prompt"].endswith("?\n") and 5 < item["tokens"] < 60 and not item["truncated"]
 
 
 def test_items_agree_with_the_harness_itself(scored):
@@ -195,13 +76,8 @@ def test_items_agree_with_the_harness_itself(scored):
     from lm_eval.tasks import TaskManager
 
     plain = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(REASONER)},
-        tasks=[YAML],
-        limit=LIMIT,
-        batch_size=64,
-        device="cpu",
-        bootstrap_iters=0,
+        *("hf", {"pretrained": str(REASONER)}, [YAML]),
+        **{"limit": LIMIT, "batch_size": 64, "device": "cpu", "bootstrap_iters": 0},
         task_manager=TaskManager(include_defaults=False),
     )
     scores, dst = scored
@@ -212,470 +88,372 @@ def test_items_agree_with_the_harness_itself(scored):
         assert (sample["exact_match"], sample["target"]) == (item["correct"], item["target"])
 
 
-def test_answers_that_hit_the_token_limit_are_counted(tmp_path):
-    scores = evaluate_checkpoint(REASONER, tmp_path, settings({"name": YAML, "limit": 4, "max_new_tokens": 3}), seed=0)
-    assert scores.tasks[0].truncated == 1.0
-    assert scores.tasks[0].answer_tokens == 3
-    assert scores.tasks[0].accuracy == 0
+def test_answers_and_prompts_that_are_too_long_are_counted(scored, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REASONER)
+    lengths = [len(tokenizer(item["prompt"]).input_ids) for item in read_items(scored[1])[:8]]
+    room = sorted(lengths)[5]
+    task = {"name": YAML, "limit": 8}
+    (score,) = evaluate(tmp_path, task | {"max_new_tokens": 3}, max_length=room + 3).tasks
+    assert score.cut_prompts == sum(length >= room for length in lengths) / 8 < 1
+    assert (score.truncated, score.answer_tokens, score.accuracy) == (1.0, 3, 0)
     assert all(item["truncated"] and item["tokens"] == 3 for item in read_items(tmp_path))
+    with pytest.raises(InputError, match="may be 60 tokens long, but the model's context is 60"):
+        evaluate(tmp_path, task, max_length=60)
 
 
-def test_prompts_that_do_not_fit_are_counted(tmp_path):
-    wanted = settings({"name": YAML, "limit": 4, "max_new_tokens": 3}, max_length=20)
-    assert evaluate_checkpoint(REASONER, tmp_path, wanted, seed=0).tasks[0].cut_prompts == 1.0
-    with pytest.raises(InputError, match="may be 60 tokens long, but the model's context is 20"):
-        evaluate_checkpoint(REASONER, tmp_path, settings({"name": YAML, "limit": 4}, max_length=20), seed=0)
-
-
-def test_group_is_pooled_into_one_score(tmp_path, monkeypatch):
+def test_a_group_is_pooled_into_one_score(tmp_path, monkeypatch):
     """The harness's own groups need the hub, so the lookup is replaced: two members with the tiny problems."""
-    from ptl.evaluation import language_models, scoring, tasks
+    from ptl.evaluation import scoring, tasks
 
+    assert "minerva_math_algebra" in [spec.name for spec in find("minerva_math")]
     for name in ("part_a", "part_b"):
         (tmp_path / f"{name}.yaml").write_text(f"include: {YAML}\ntask: {name}\n")
     members = [spec for name in ("part_a", "part_b") for spec in find(str(tmp_path / f"{name}.yaml"))]
     monkeypatch.setattr(tasks, "find", lambda _: members)
     wanted = settings({"name": "both", "limit": 5})
-    lm = language_models.language_model(REASONER, wanted)
-    score, items = scoring.score_task(lm, wanted.tasks[0], wanted, seed=0)
+    score, items = scoring.score_task(language_model(REASONER, wanted), wanted.tasks[0], wanted, seed=0)
     assert (score.task, score.items, score.cut_prompts) == ("both", 10, 0.0)
-    assert {item["task"] for item in items} == {"both"}
-    assert [item["id"] for item in items][::5] == ["part_a/0", "part_b/0"]
+    assert [(item["task"], item["id"]) for item in items][::5] == [("both", "part_a/0"), ("both", "part_b/0")]
 
 
-def test_retention_suite_from_local_files(tmp_path, data_dir):
-    """A perplexity has no interval and no items; multiple choice has both."""
-    tasks = [{"name": "wikitext", "metric": "word_perplexity"}, {"name": "arc_easy", "metric": "acc"}]
-    tasks += [{"name": "hellaswag", "metric": "acc_norm"}]
-    scores = evaluate_checkpoint(REASONER, tmp_path / "out", settings(*tasks, data_dir=str(data_dir)), seed=0)
-    wikitext, arc, hellaswag = scores.tasks
-    assert wikitext.accuracy > 1
-    assert (wikitext.low, wikitext.high, wikitext.items, wikitext.higher_is_better) == (None, None, 2, False)
+@pytest.fixture
+def data_dir(tmp_path):
+    """A few rows of each benchmark, in its own fields."""
+    add = {"text": "Add.", "code": "", "test_list": ["assert add(1, 2) == 3"] * 3, "test_setup_code": ""}
+    sun = {"question": "Day?", "choices": {"text": ["sun", "moon"], "label": ["A", "B"]}}
+    tea = {"ind": 1, "activity_label": "Tea", "ctx_a": "Eva boils water.", "ctx_b": "she", "label": "0"}
+    human = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": ""}
+    rows = {
+        "gsm8k_test.jsonl": [{"question": "1+1?", "answer": "<<1+1=2>>\n#### 2"}] * 2,
+        "math500.jsonl": [{"problem": "Half?", "answer": "\\frac{1}{2}", "level": 1}] * 2,
+        "mbpp.jsonl": [{"task_id": i, **add} for i in (10, 11, 510, 511)],
+        "wikitext/test.jsonl": [{"page": " = Hills = \n the hills are old"}, {"page": "a river runs"}],
+        "arc_easy/test.jsonl": [{**sun, "answerKey": key} for key in "AB"],
+        "hellaswag/validation.jsonl": [{**tea, "endings": ["pours it.", "sings."]}],
+        "HumanEval.jsonl.gz": [{**human, "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n"}],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in lines).encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    return tmp_path
+
+
+def test_benchmarks_from_local_files(tmp_path, data_dir, monkeypatch):
+    """A perplexity has no interval and no items; multiple choice and answers have both."""
+    metrics = {"wikitext": "word_perplexity", "arc_easy": "acc", "hellaswag": "acc_norm"}
+    metrics |= {"gsm8k_cot": "exact_match,flexible-extract", "minerva_math500": "math_verify"}
+    tasks = [{"name": name, "metric": metric, "max_new_tokens": 2} for name, metric in metrics.items()]
+    more = {"data_dir": str(data_dir), "max_length": 8192, "batch_size": 2}
+    wikitext, arc, hellaswag, gsm8k, minerva = evaluate(tmp_path / "out", *tasks, **more).tasks
+    assert wikitext.accuracy > 1 and (wikitext.low, wikitext.high) == (None, None)
+    assert (wikitext.items, wikitext.higher_is_better) == (2, False)
     assert 0 <= arc.low <= arc.accuracy <= arc.high <= 1
     items = read_items(tmp_path / "out")
-    assert [item["task"] for item in items] == ["arc_easy", "arc_easy", "hellaswag"]
+    assert [item["task"] for item in items[:3]] == ["arc_easy", "arc_easy", "hellaswag"] and len(items) == 7
     assert sum(item["correct"] for item in items[:2]) == round(2 * arc.accuracy)
     assert (hellaswag.items, hellaswag.accuracy) == (1, items[2]["correct"])
     assert items[2]["prompt"] == "Tea: Eva boils water. She"
+    for score, version, shots in ((gsm8k, "3.0", 8), (minerva, "3.1", 4)):
+        assert (score.version, score.num_fewshot, score.items, score.answer_tokens) == (version, shots, 2, 2)
+    assert (gsm8k.metric, minerva.metric) == ("exact_match,flexible-extract", "math_verify,none")
     # Without a model the same items, and the name of the task that has none.
-    assert write_items(tmp_path / "items", settings(*tasks, data_dir=str(data_dir)), seed=0) == 3
-    assert questions(tmp_path / "items") == [("wikitext", None, None), *questions(tmp_path / "out")]
-
-
-def questions(folder):
-    """Task, prompt and target of the lines of an items.jsonl."""
-    return [
-        (item["task"], item.get("prompt"), str(item["target"]) if "target" in item else None)
-        for item in read_items(folder)
-    ]
-
-
-def test_the_items_that_are_scored_are_known_without_a_model(scored, tmp_path, monkeypatch):
     monkeypatch.setattr(language_models, "language_model", None)
-    assert write_items(tmp_path, settings({"name": YAML, "limit": LIMIT}), seed=0) == LIMIT
-    assert questions(tmp_path) == questions(scored[1])
+    assert write_items(tmp_path / "items", settings(*tasks, **more), seed=0) == 7
+    task, *questions = read_items(tmp_path / "items")
+    assert task == {"task": "wikitext"}
+    for question, item in zip(questions, items, strict=True):
+        assert all(str(question[name]) == str(item[name]) for name in ("task", "prompt", "target"))
 
 
-@pytest.mark.parametrize(
-    "name, metric, version, shots, items",
-    [("gsm8k_cot", "exact_match,flexible-extract", "3.0", 8, 2), ("minerva_math500", "math_verify", "3.1", 4, 2)],
-)
-def test_reasoning_benchmarks_from_local_files(tmp_path, data_dir, name, metric, version, shots, items):
-    wanted = settings(
-        {"name": name, "metric": metric, "max_new_tokens": 2}, data_dir=str(data_dir), max_length=8192, batch_size=2
-    )
-    (task,) = evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0).tasks
-    assert (task.version, task.num_fewshot, task.items) == (version, shots, items)
-    assert task.metric.startswith(metric)
-
-
-def graded(name, data_dir, answer):
-    """What the harness's own task makes of an answer to its first item."""
-    return loaded_and_graded(name, data_dir, answer)[1]
-
-
-def loaded_and_graded(name, data_dir, answer):
+def graded(name, data_dir, *answers):
+    """The harness's task, and what it makes of each answer to its first item."""
     from ptl.evaluation import scoring
 
     wanted = settings({"name": name, "metric": "acc"}, data_dir=str(data_dir), allow_code=True)
     task = scoring.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
     task.build_all_requests(limit=1)
     (instance,) = task.instances
-    instance.resps.append(answer)
-    task.apply_filters()
-    (filtered,) = instance.filtered_resps.values()
-    return task, next(iter(task.process_results(instance.doc, [filtered]).values()))
+    scores = []
+    for answer in answers:
+        instance.resps = [answer]
+        task.apply_filters()
+        (filtered,) = instance.filtered_resps.values()
+        scores.append(next(iter(task.process_results(instance.doc, [filtered]).values())))
+    return task, scores
 
 
-@pytest.mark.parametrize(
-    "answer, score",
-    [
-        ("Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.", 1),
-        ("Final Answer: The final answer is $\\frac{1}{3}$. I hope it is correct.", 0),
-        ("one half", 0),
-    ],
-)
-def test_math_answers_are_graded(data_dir, answer, score):
-    assert graded("minerva_math500", data_dir, answer) == score
+FINAL = "Final Answer: The final answer is ${}$. I hope it is correct.".format
+ANSWERS = {
+    "minerva_math500": [FINAL("\\frac{1}{2}"), FINAL("\\frac{1}{3}"), "one half"],
+    "humaneval": ["    return a + b\n", "    return a - b\n", "    return (\n"],
+    "mbpp": ["def add(a, b):\n    return a + b\n", "def add(a, b):\n    return 0\n", "no code"],
+}
 
 
-@pytest.mark.parametrize(
-    "name, answer, score",
-    [
-        ("humaneval", "    return a + b\n", 1),
-        ("humaneval", "    return a - b\n", 0),
-        ("humaneval", "    return (\n", 0),
-        ("mbpp", "def add(a, b):\n    return a + b\n", 1),
-        ("mbpp", "def add(a, b):\n    return 0\n", 0),
-        ("mbpp", "no code", 0),
-    ],
-)
-def test_code_answers_are_graded_in_the_sandbox(data_dir, monkeypatch, name, answer, score):
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_are_graded_those_of_code_in_the_sandbox(data_dir, monkeypatch, name):
     from ptl.sandbox import runner
 
-    seen = []
-    real = runner.run_tests
-    monkeypatch.setattr(runner, "run_tests", lambda *given: seen.append(given) or real(*given))
-    assert graded(name, data_dir, answer) == score
-    assert any(answer in candidate for candidate, _ in seen)
+    seen, real = [], runner.run_tests
+    monkeypatch.setattr(runner, "run_tests", lambda *given: seen.append(given[0]) or real(*given))
+    task, scores = graded(name, data_dir, *ANSWERS[name])
+    assert scores == [1, 0, 0]
+    if name != "minerva_math500":
+        assert task.code_eval.timeouts == 0
+        assert all(any(answer in candidate for candidate in seen) for answer in ANSWERS[name])
+        monkeypatch.setattr(runner, "run_tests", lambda *given: runner.Outcome(False, "timeout", "more than 5 s"))
+        for _ in range(2):  # each loaded task counts its own
+            task, scores = graded(name, data_dir, "")
+            assert (scores, task.code_eval.timeouts) == ([0], 1)
 
 
-def test_answers_whose_code_runs_out_of_time_are_counted(data_dir, monkeypatch):
-    from ptl.sandbox import runner
+def test_the_stored_answer_is_the_one_that_the_metric_takes():
+    """The defect: it was always that of `acc`, so that a right item could show a wrong answer."""
+    from ptl.evaluation.scoring import _likeliest
 
-    monkeypatch.setattr(runner, "run_tests", lambda *given: runner.Outcome(False, "timeout", "more than 5 s"))
-    for _ in range(2):  # each loaded task counts its own
-        task, share = loaded_and_graded("humaneval", data_dir, "    return a + b\n")
-        assert (share, task.code_eval.timeouts) == (0, 1)
-
-
-def test_code_benchmarks_are_opt_in(data_dir):
-    with pytest.raises(InputError, match=r"evaluate\.allow_code: the task 'humaneval' runs code"):
-        check_tasks(settings({"name": "humaneval", "metric": "pass@1"}, data_dir=str(data_dir)))
-
-
-def test_tasks_that_run_code_by_other_means_are_refused(tmp_path):
-    path = tmp_path / "own.yaml"
-    path.write_text("task: own\nunsafe_code: true\noutput_type: generate_until\n")
-    with pytest.raises(InputError, match="outside the sandbox"):
-        check_tasks(settings({"name": str(path)}, allow_code=True))
+    choices = ["ab", "abcdefgh", "éééééé", "abc"]
+    task = SimpleNamespace(get_config=lambda _: "multiple_choice", doc_to_choice=lambda _: choices)
+    # Per character -2, -1, -1.08, -3; per byte -2, -1, -0.54, -3; with the question 0, 0, -0.5, 5 more than alone.
+    conditional, alone = [-4.0, -8.0, -6.5, -9.0], [-4.0, -8.0, -6.0, -14.0]
+    for answer, metric in enumerate(["acc", "acc_norm", "acc_bytes", "acc_mutual_info"]):
+        likelihoods = [*conditional, *alone] if metric == "acc_mutual_info" else conditional
+        assert _likeliest(likelihoods, task, {}, metric) == answer, metric
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "doc_to_text: !function utils.ask",
-        "metric_list: [{metric: !function utils.score}]",
-        "metric_list: [{metric: score}]",  # code of this name would be fetched from the hub
-    ],
-)
-def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path, line):
-    ran = tmp_path / "ran"
-    (tmp_path / "utils.py").write_text(f"open({str(ran)!r}, 'w')\nask = score = str\n")
-    (tmp_path / "base.yaml").write_text(f"include: {YAML}\n{line}\n")
-    path = tmp_path / "own.yaml"
-    path.write_text("include: base.yaml\ntask: own\n")
-    task = {"name": str(path), "metric": "score" if "metric" in line else "exact_match"}
-    for refuses in (check_tasks, lambda wanted: evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0)):
-        with pytest.raises(InputError, match=rf"evaluate\.allow_code: {path} has .*(!function utils\.|score)"):
-            refuses(settings(task))
-    check_tasks(settings(task, allow_code=True))
-    check_tasks(settings({"name": "minerva_math500", "metric": "math_verify"}))
-    assert not ran.exists()
+# ---- processes that answer
+
+
+class Counting:
+    """A model of the harness that answers with the request, and notes what it was asked."""
+
+    def loglikelihood(self, requests, **_):
+        self.asked = [request.args for request in requests]
+        if self.asked == [("fail",)]:
+            raise ValueError("no answer")
+        if self.asked == [("sleep",)]:
+            time.sleep(60)
+        self.notes["prompt"], self.cut_prompts = AnswerNote(3, True), 2
+        return self.asked
+
+
+class Model(AnswerNotes, Counting):
+    def __init__(self, *helpers):
+        self.helpers = helpers
+        self.start_notes()
+
+
+def test_helpers_answer_fail_and_end(capfd):
+    failing, killed, busy = helpers = [Helper(Model, number) for number in (1, 2, 3)]
+    for helper in helpers:
+        assert helper.share() == Share([], {}, 0)  # it has loaded the model
+    failing.ask("loglikelihood", [("a", "b"), ("c", "d")])
+    assert failing.share() == Share([("a", "b"), ("c", "d")], {"prompt": (3, True)}, 2)
+    failing.ask("loglikelihood", [("fail",)])
+    with pytest.raises(WorkError, match="process 1 of those that answer failed: ValueError: no answer; see its output"):
+        failing.share()
+    failing._process.join(60)
+    with pytest.raises(WorkError, match="exit code 1"):
+        failing.check()  # as between two batches of this process
+    failing.close()
+    capfd.readouterr()
+
+    for helper in (killed, busy):
+        helper.ask("loglikelihood", [("sleep",)])
+        helper.check()
+    killed._process.kill()
+    with pytest.raises(WorkError, match="exit code -9"):
+        killed.share()
+    started = time.monotonic()
+    busy.close()
+    assert time.monotonic() - started < 5 and capfd.readouterr().err == ""  # no traceback
+    assert busy._process.exitcode == 0  # its libraries have cleaned up
+
+
+def test_all_choices_of_a_context_go_to_one_process_and_answers_keep_the_order():
+    choices = [(f"question {number}", letter) for number in range(5) for letter in [" A", " B", " C", " D"]]
+    first, second = divided(choices, 2)
+    assert first == [*range(4), *range(8, 12), *range(16, 20)] and second == [*range(4, 8), *range(12, 16)]
+    assert divided([("", "a"), ("", "b"), ("", "c")], 2) == [[0, 2], [1]]  # without a context
+
+    class Idle:
+        def ask(self, method, arguments):
+            self.asked = arguments
+
+        def share(self):
+            return Share(self.asked, {self.asked[0][0]: AnswerNote(1, False)}, 1)
+
+    model = Model(Idle(), Idle())
+    requests = [SimpleNamespace(args=(context, choice)) for choice in "AB" for context in "xyz"]
+    assert model.loglikelihood(requests) == [request.args for request in requests]
+    assert model.asked == [("x", "A"), ("x", "B")]
+    assert (set(model.notes), model.cut_prompts) == ({"prompt", "y", "z"}, 4) and model.seconds > 0
+    assert model.loglikelihood(requests[:1]) == [("x", "A")]  # no helper has anything to do
+
+
+def test_a_helper_has_the_second_gpu_of_those_that_are_visible():
+    assert visible_gpu(1, {}) == "1"
+    for visible, expected in {"": "", "-1": "", "4": "", "4,6": "6", "0,-1,1": "", "GPU-a, GPU-b": "GPU-b"}.items():
+        assert visible_gpu(1, {"CUDA_VISIBLE_DEVICES": visible}) == expected, visible
+
+
+# ---- vLLM
+
+
+def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
+    raw = json.loads((REASONER / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert [tensor_parallel(tmp_path, gpus) for gpus in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 6]
+
+
+def test_vllm_backend_notes_every_answer(monkeypatch):
+    class VLLM:
+        """A mock of the harness's model: it answers at once, and its second answer hits the limit."""
+
+        def __init__(self, **given):
+            self.given, self.max_length = given, 10
+
+        def _model_generate(self, requests, generate=False, sampling_params=None):
+            answers = [SimpleNamespace(token_ids=[5] * 3, finish_reason=end) for end in ("stop", "length", "stop")]
+            return [SimpleNamespace(outputs=[answer]) for answer in answers]
+
+        def generate_until(self, requests):
+            prompts = [[1] * length for length in (5, 6, 7)]
+            self._model_generate(prompts, generate=True, sampling_params=[SimpleNamespace(max_tokens=4)] * 3)
+            for request in requests:
+                self.cache_hook.add_partial("generate_until", request.args, "x")
+            return ["x"] * len(requests)
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=VLLM))
+    lm = language_model(REASONER, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
+    lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
+    assert lm.notes == {"short": (3, False), "long": (3, True), "longer": (3, False)}
+    assert lm.cut_prompts == 2 and lm.seconds > 0
+    assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(REASONER), 3, 10)
+
+
+# ---- which tasks
+
+
+WRONG = [
+    ([{"name": "gsm8k_cott"}], "close names: .*gsm8k_cot"),
+    ([{"name": "nowhere/task.yaml"}], "no task file .*nowhere/task.yaml, .*; .* relative to the config's folder"),
+    ([{"name": "humaneval"}], r"no metric 'exact_match' \(the default of `metric`\); .*: pass@1"),
+    ([{"name": "gsm8k_cot", "metric": "exact_match,loose"}], "no filter 'loose'; use one of: strict-match, flexible"),
+    ([{"name": YAML, "num_fewshot": 3}], "has no few-shot examples"),
+    ([{"name": "gsm8k_cot"}, {"name": "gsm8k_cot"}], "listed twice"),
+]
+
+
+def test_wrong_tasks_are_named_with_what_exists_before_the_model_is_loaded(tmp_path):
+    for tasks, message in WRONG:
+        with pytest.raises(InputError, match=message) as error:
+            evaluate_checkpoint(tmp_path / "no-model", tmp_path / "out", settings(*tasks), seed=0)
+        assert error.value.field == "evaluate.tasks"
+
+
+def test_a_task_file_that_is_no_task_is_refused(tmp_path):
+    nested = "task: own\nx: " + "[" * 40 + "]" * 40
+    for text in ("task: [", "- a", "a: b", "task: own\noutput_type: essay", "task: own\ninclude: own.yaml", nested):
+        wanted = task_file(tmp_path, text + "\n")
+        with pytest.raises(InputError, match=rf"^evaluate\.tasks: .*{tmp_path}/own\.yaml"):
+            check_tasks(wanted)
+
+
+# Of the last four no field keeps the function; the harness imports it while it reads the file.
+OWN_CODE = [
+    "include: base.yaml\ndoc_to_text: !function utils.ask",
+    "include: base.yaml\nmetric_list: [{metric: !function utils.exact_match}]",
+    "include: base.yaml\nmetric_list: [{metric: exact_match, hf_evaluate: true}]",
+    "include: base.yaml\nclass: Own",
+    "include: with_function.yaml\nprocess_docs: null",
+    "process_docs: !function utils.ask\nprocess_docs: null",
+    "? !function utils.ask\n: text",
+    "metadata: {<<: {a: !function utils.ask}, a: 1}",
+]
+
+
+def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path):
+    (tmp_path / "utils.py").write_text(f"open('{tmp_path}/ran', 'w')\nask = exact_match = str\n")
+    (tmp_path / "base.yaml").write_text(f"include: {YAML}\n")
+    (tmp_path / "with_function.yaml").write_text(f"include: {YAML}\nprocess_docs: !function utils.ask\n")
+    for text in OWN_CODE:
+        wanted = task_file(tmp_path, f"task: own\n{text}\n")
+        with pytest.raises(InputError, match=r"code that would run with all rights|appears twice"):
+            evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0)
+        if "include" in text:
+            check_tasks(wanted.model_copy(update={"allow_code": True}))
+        assert not (tmp_path / "ran").exists(), text
+
+
+def test_code_is_run_only_where_it_is_allowed_and_in_the_sandbox(tmp_path, data_dir):
+    check_tasks(settings({"name": "minerva_math500", "metric": "math_verify"}))  # the harness's own code is trusted
+    wanted = settings({"name": "humaneval", "metric": "pass@1"}, data_dir=str(data_dir))
+    with pytest.raises(InputError, match=r"^evaluate.allow_code: .*'humaneval' runs code"):
+        check_tasks(wanted)
+    check_tasks(wanted.model_copy(update={"allow_code": True}))
+    unsafe = task_file(tmp_path, "task: own\nunsafe_code: true\noutput_type: generate_until\n")
+    with pytest.raises(InputError, match=r"^evaluate.tasks: .*outside the sandbox"):
+        check_tasks(unsafe.model_copy(update={"allow_code": True}))
 
 
 def test_the_files_of_a_task_are_what_it_reads(tmp_path):
     """Its data, what it includes, and the code of functions; nothing else that is next to them."""
-    for name in ("utils.py", "log.txt", "plain.yaml"):
+    for name in ("utils.py", "log.txt", "gsm8k_test.jsonl", "gsm8k_train.jsonl", "other.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "base.yaml").write_text(f"include: {YAML}\n")
-    own = tmp_path / "own.yaml"
-    own.write_text("include: base.yaml\ntask: own\n")
-    data = {Path(YAML), ROOT / "examples/tiny_reasoner/test.jsonl"}
-    assert files(settings({"name": str(own)})) >= data | {own, tmp_path / "base.yaml"}
-    assert tmp_path / "utils.py" not in files(settings({"name": str(own)}))
-    own.write_text("include: base.yaml\ntask: own\nprocess_docs: !function utils.ask\n")
-    mine = {path.name for path in files(settings({"name": str(own)})) if path.parent == tmp_path}
-    assert mine == {"own.yaml", "base.yaml", "utils.py"}
+    own, data = {tmp_path / "own.yaml", tmp_path / "base.yaml"}, ROOT / "examples/tiny_reasoner/test.jsonl"
+    wanted = task_file(tmp_path, "include: base.yaml\ntask: own\n")
+    assert files(wanted) >= {*own, Path(YAML), data} and tmp_path / "utils.py" not in files(wanted)
+    wanted = task_file(tmp_path, "include: base.yaml\ntask: own\nprocess_docs: !function utils.ask\n")
+    assert {path for path in files(wanted) if path.parent == tmp_path} == {*own, tmp_path / "utils.py"}
     # The harness's own come with the image, their data from the hub, unless it is in a folder.
     assert files(settings({"name": "gsm8k"})) == set()
-    for name in ("gsm8k_test.jsonl", "gsm8k_train.jsonl", "other.jsonl"):
-        (tmp_path / name).touch()
     read = files(settings({"name": "gsm8k"}, data_dir=str(tmp_path)))
     assert {path.name for path in read} == {"gsm8k_test.jsonl", "gsm8k_train.jsonl"}
 
 
-REPLACED = {
-    "by-a-later-field": "process_docs: !function utils.ask\nprocess_docs: null\n",
-    "by-the-including-file": "include: base.yaml\nprocess_docs: null\n",
-    "as-a-name": "? !function utils.ask\n: text\n",
-    "in-a-merge": "metadata: {<<: {a: !function utils.ask}, a: 1}\n",
-}
+def test_local_files_that_are_missing_or_broken_are_named(tmp_path, data_dir, monkeypatch):
+    (spec,), (examples,), (mbpp,) = find("gsm8k_cot"), find("gsm8k"), find("mbpp")
+    with pytest.raises(InputError, match=r"has no gsm8k_test\.jsonl"):
+        local_splits(spec, str(tmp_path / "none"))
+    assert set(local_splits(spec, str(data_dir))) == {"test"}
+    assert set(local_splits(examples, str(data_dir), num_fewshot=0)) == {"test"}
+    with pytest.raises(InputError, match=r"has no gsm8k_train\.jsonl"):  # its few-shot examples
+        local_splits(examples, str(data_dir))
+    (split,) = local_splits(mbpp, str(data_dir)).values()
+    assert read_splits({"test": split})["test"]["task_id"] == [11, 510]  # the authors' test split
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
+        read_splits({"test": LocalFile(str(tmp_path / "rows.jsonl"))})
+    assert choose_metric(spec, "exact_match") == ("exact_match", "strict-match")
+    monkeypatch.chdir(tmp_path)  # a task's own data is found from any working directory
+    (local,) = local_splits(find(YAML)[0], None).values()
+    assert Path(local.file) == ROOT / "examples/tiny_reasoner/test.jsonl"
 
 
-@pytest.mark.parametrize("case", REPLACED)
-def test_a_function_of_a_task_file_that_no_field_keeps_is_refused_too(tmp_path, case):
-    """The harness imports it while it reads the file."""
-    (tmp_path / "base.yaml").write_text("process_docs: !function utils.ask\n")
-    path = tmp_path / "own.yaml"
-    path.write_text(f"task: own\noutput_type: generate_until\n{REPLACED[case]}")
-    with pytest.raises(InputError, match=r"code that would run with all rights|appears twice"):
-        check_tasks(settings({"name": str(path)}))
+ACCURACIES = {"gsm8k_cot": "exact_match", "minerva_math": "math_verify", "humaneval": "pass@1", "mbpp": "pass_at_1"}
+ACCURACIES |= {"arc_easy": "acc_norm", "lambada_openai": "acc", YAML: "exact_match"}
 
 
-NO_TASK = {
-    "metric-without-a-name": "metric_list: [{aggregation: mean}]",
-    "metric-that-is-a-text": "metric_list: acc",
-    "filters-that-are-texts": "filter_list: [first]",
-    "unknown-output-type": "output_type: essay",
-    "output-type-that-is-a-list": "output_type: [generate_until]",
-    "dataset-kwargs-that-are-a-number": "dataset_kwargs: 5",
-    "split-that-is-a-number": "test_split: 5",
-    "include-that-is-a-number": "include: 5",
-    "deep": "x: " + "[" * 3000 + "]" * 3000,
-    "wrong-date": "x: 2026-13-01",
-    "endless-aliases": "a: &a [x, x]\n"
-    + "".join(f"a{i}: &a{i} [*a{i - 1 or ''}, *a{i - 1 or ''}]\n" for i in range(1, 25)),
-}
-
-
-@pytest.mark.parametrize("case", NO_TASK)
-def test_a_task_file_that_is_no_task_is_refused(tmp_path, case):
-    path = tmp_path / "own.yaml"
-    path.write_text(f"task: own\n{NO_TASK[case]}\n")
-    with pytest.raises(InputError, match=rf"evaluate\.tasks: {path}"):
-        check_tasks(settings({"name": str(path)}))
+def test_the_gate_needs_a_first_task_with_right_and_wrong():
+    perplexity, on = {"name": "wikitext", "metric": "word_perplexity"}, Gate(enabled=True)
+    for name, metric in ACCURACIES.items():
+        check_gate(settings({"name": name, "metric": metric}, perplexity), on)
+    wanted = settings(perplexity, {"name": "hellaswag", "metric": "acc"})
+    check_gate(wanted, Gate())
+    with pytest.raises(InputError, match=r"^gate\.enabled: .* evaluate\.tasks\.0 \('wikitext'\) is judged by"):
+        check_gate(wanted, on)
 
 
 def test_a_template_of_a_task_cannot_reach_python():
     from jinja2.exceptions import SecurityError
     from lm_eval.utils import apply_template
 
-    from ptl.evaluation.language_models import cache_templates
-
-    cache_templates()
+    language_models.cache_templates()
     assert apply_template("{{a | regex_replace('x', 'y')}}\n", {"a": "x"}) == "y\n"
     with pytest.raises(SecurityError):
         apply_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
-
-
-@pytest.mark.parametrize(("metric", "answer"), [("acc", 0), ("acc_norm", 1), ("acc_bytes", 2), ("acc_mutual_info", 3)])
-def test_the_stored_answer_is_the_one_that_the_metric_takes(metric, answer):
-    """The defect: it was always that of `acc`, so that a right item could show a wrong answer."""
-    from types import SimpleNamespace
-
-    from lm_eval.api.task import ConfigurableTask
-
-    from ptl.evaluation.scoring import _likeliest
-
-    choices = ["ab", "abcdefgh", "éééééé", "abc"]
-    conditional, alone = [-4.0, -8.0, -6.5, -9.0], [-4.0, -8.0, -6.0, -14.0]
-    likelihoods = [*conditional, *alone] if metric == "acc_mutual_info" else conditional
-    names = {"acc": 1, "acc_norm": 1, "acc_bytes": 1, "acc_mutual_info": 1}
-
-    class Loaded(ConfigurableTask):  # the harness's own arithmetic, without its data
-        def __init__(self):
-            self.OUTPUT_TYPE, self.multiple_input, self.multiple_target = "multiple_choice", 0, 0
-            self._config = SimpleNamespace(process_results=None)
-            self._metric_fn_list = {name: None for name in names if name != "acc_mutual_info" or "mutual" in metric}
-
-        def get_config(self, key):
-            return self.OUTPUT_TYPE
-
-        def doc_to_choice(self, doc):
-            return choices
-
-        def doc_to_target(self, doc):
-            return doc["gold"]
-
-    loaded = Loaded()
-    chosen = _likeliest(likelihoods, loaded, {}, metric)
-    results = [(value, False) for value in likelihoods]
-    right = [loaded.process_results({"gold": i}, results)[metric] for i in range(4)]
-    assert right.index(1.0) == chosen == answer
-
-
-def test_equal_evaluations_give_equal_bytes(tmp_path, monkeypatch):
-    """The defect: scores.json had the seconds, and so had the digest of every evaluation."""
-    for name in "ab":
-        evaluate_checkpoint(REASONER, tmp_path / name, settings({"name": YAML, "limit": 2}), seed=0)
-    for file in (ITEMS, SCORES):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
-    assert json.loads((tmp_path / "a" / SCORES).read_text())["tasks"][0]["items"] == 2
-
-
-@pytest.mark.parametrize(
-    "task, message",
-    [
-        ({"name": "gsm8k_cott"}, "close names: .*gsm8k_cot"),
-        ({"name": "nowhere/task.yaml"}, "no task file .*nowhere/task.yaml, .*; .* relative to the config's folder"),
-        ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; set the task's `metric` to one .*: exact_match"),
-        ({"name": "humaneval"}, r"no metric 'exact_match' \(the default of `metric`\); .*: pass@1"),
-        ({"name": "FILL-IN"}, "FILL-IN is still to be filled in; name a task"),
-        ({"name": "gsm8k_cot", "metric": "exact_match,loose"}, "no filter 'loose'; use one of: strict-match, flexible"),
-        ({"name": YAML, "num_fewshot": 3}, "has no few-shot examples"),
-    ],
-)
-def test_wrong_tasks_and_metrics_are_named_with_what_exists(task, message):
-    with pytest.raises(InputError, match=message):
-        check_tasks(settings(task))
-
-
-@pytest.mark.parametrize(
-    "text, message", [("task: [", "not valid YAML"), ("- a", "must hold a mapping"), ("a: b", "no `task")]
-)
-def test_broken_task_files_are_named(tmp_path, text, message):
-    path = tmp_path / "broken.yaml"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        check_tasks(settings({"name": str(path)}))
-
-
-@pytest.mark.parametrize(
-    ("task", "accuracy"),
-    [
-        ({"name": "gsm8k_cot"}, True),
-        ({"name": "minerva_math", "metric": "math_verify"}, True),
-        ({"name": "humaneval", "metric": "pass@1"}, True),
-        ({"name": "mbpp", "metric": "pass_at_1"}, True),
-        ({"name": "arc_easy", "metric": "acc_norm"}, True),
-        ({"name": YAML}, True),
-        ({"name": "wikitext", "metric": "word_perplexity"}, False),
-        ({"name": "lambada_openai", "metric": "perplexity"}, False),
-        ({"name": "lambada_openai", "metric": "acc"}, True),
-        ({"name": "truthfulqa_gen", "metric": "bleu_max"}, True),  # a mean of BLEU: only the scores will tell
-    ],
-)
-def test_the_gate_needs_a_first_task_with_right_and_wrong(task, accuracy):
-    wanted = settings(task, {"name": "hellaswag", "metric": "acc"})
-    check_gate(wanted, Gate())
-    if accuracy:
-        check_gate(wanted, Gate(enabled=True))
-    else:
-        said = rf"gate\.enabled: true, but evaluate\.tasks\.0 \('{task['name']}'\) is judged by '{task['metric']}'"
-        with pytest.raises(InputError, match=said):
-            check_gate(wanted, Gate(enabled=True))
-
-
-def test_a_task_listed_twice_is_refused():
-    with pytest.raises(InputError, match="listed twice"):
-        check_tasks(settings({"name": "gsm8k_cot"}, {"name": "gsm8k_cot"}))
-
-
-def test_wrong_task_costs_no_model(tmp_path):
-    with pytest.raises(InputError, match="no_such_task"):
-        evaluate_checkpoint(tmp_path / "no-model", tmp_path / "out", settings({"name": "no_such_task"}), seed=0)
-
-
-def test_missing_local_files_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"has no gsm8k_test\.jsonl"):
-        local_splits(find("gsm8k_cot")[0], str(tmp_path))
-    (tmp_path / "gsm8k_test.jsonl").write_text("{}\n")
-    assert set(local_splits(find("gsm8k_cot")[0], str(tmp_path))) == {"test"}
-    with pytest.raises(InputError, match=r"has no gsm8k_train\.jsonl"):  # its few-shot examples
-        local_splits(find("gsm8k")[0], str(tmp_path))
-
-
-def test_malformed_local_line_is_named(tmp_path):
-    from ptl.evaluation.task_files import LocalFile, read_splits
-
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
-        read_splits({"test": LocalFile(str(path))})
-
-
-def test_task_yaml_finds_its_data_from_any_working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (local,) = local_splits(find(YAML)[0], None).values()
-    assert Path(local.file) == ROOT / "examples/tiny_reasoner/test.jsonl"
-
-
-def test_group_is_its_members():
-    names = [spec.name for spec in find("minerva_math")]
-    assert len(names) == 7
-    assert "minerva_math_algebra" in names
-
-
-def test_metric_may_name_a_filter():
-    spec = find("gsm8k_cot")[0]
-    assert choose_metric(spec, "exact_match") == ("exact_match", "strict-match")
-    assert choose_metric(spec, "exact_match,flexible-extract") == ("exact_match", "flexible-extract")
-
-
-def test_check_imports_neither_torch_nor_the_harness():
-    code = (
-        "import sys; from ptl.config.run import Evaluate; from ptl.evaluation.tasks import check_tasks; "
-        "check_tasks(Evaluate(tasks=[{'name': 'gsm8k_cot'}])); "
-        "print(sorted({'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@needs_data
-@pytest.mark.parametrize(
-    "name, items", [("gsm8k_cot", 1319), ("minerva_math500", 500), ("humaneval", 164), ("mbpp", 500)]
-)
-def test_real_benchmark_files_give_every_item(name, items):
-    from ptl.evaluation import scoring
-
-    wanted = settings({"name": name}, data_dir=str(DATA), allow_code=True)
-    task = scoring.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
-    assert len(task.eval_docs) == items
-    task.build_all_requests(limit=2)
-    assert len(task.instances[0].args[0]) > 100
-
-
-def mock_vllm(monkeypatch):
-    """A mock of the harness's vLLM model: it answers at once, and its second answer hits the limit."""
-    from types import ModuleType, SimpleNamespace
-
-    class VLLM:
-        def __init__(self, **given):
-            self.given, self.max_length = given, 10
-
-        def _model_generate(self, requests, generate=False, sampling_params=None):
-            ends = ["stop", "length"]
-            answers = [SimpleNamespace(token_ids=[5] * 3, finish_reason=end) for end in ends]
-            return [SimpleNamespace(outputs=[answer]) for answer in answers]
-
-        def generate_until(self, requests):
-            params = [SimpleNamespace(max_tokens=4)] * 2
-            self._model_generate([[1, 2], [1] * 6], generate=True, sampling_params=params)
-            for request in requests:
-                self.cache_hook.add_partial("generate_until", request.args, "x")
-            return ["x"] * len(requests)
-
-    module = ModuleType("lm_eval.models.vllm_causallms")
-    module.VLLM = VLLM
-    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
-
-
-def test_vllm_backend_notes_every_answer(monkeypatch):
-    from ptl.evaluation import language_models
-
-    mock_vllm(monkeypatch)
-    lm = language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
-    lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long")])
-    assert lm.notes == {"short": (3, False), "long": (3, True)}
-    assert lm.cut_prompts == 1
-    assert lm.seconds > 0
-    assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(REASONER), 3, 10)
-
-
-def test_vllm_backend_is_refused_where_it_cannot_work(tmp_path, monkeypatch):
-    from ptl.evaluation import language_models
-
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match=r"evaluate\.backend: vLLM cannot be loaded here \(ModuleNotFoundError"):
-        language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
-    # Installed, but not for this system.
-    monkeypatch.delitem(sys.modules, "vllm")
-    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
-    (tmp_path / "vllm.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match=r"vLLM cannot be loaded here \(OSError: libcudart"):
-        language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
-    with pytest.raises(ValueError, match=r"speed\.repeats=0"):
-        Evaluate(tasks=[Task(name=YAML)], backend="vllm")

@@ -1,8 +1,10 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.evaluation import speed
@@ -12,32 +14,22 @@ ROOT = Path(__file__).resolve().parents[2]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
 
 
 class Recorder:
     """A mock model that only notes when it is called, and with what."""
 
     def __init__(self, name, calls):
-        import torch
-
         self.name, self.calls, self.device = name, calls, torch.device("cpu")
-        self.config = type("Config", (), {"vocab_size": 11})
+        self.config = SimpleNamespace(vocab_size=11)
 
     def forward(self, input_ids, cache=None, **kwargs):
         raise AssertionError("only its signature is read")
 
     def __call__(self, input_ids, cache=None, **kwargs):
-        import torch
-
         self.calls.append((self.name, tuple(input_ids.shape), cache))
-        past = "past"
-        return type("Out", (), {"logits": torch.zeros(*input_ids.shape, 11), "past_key_values": past})
-
-
-def measured(models, **settings):
-    timers = {model.name: partial(speed._time_once, model, 0) for model in models}
-    return speed.measure_in_turns(timers, Speed(**settings))
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 11), past_key_values="past")
 
 
 @pytest.fixture(autouse=True)
@@ -49,59 +41,44 @@ def few_tokens(monkeypatch):
 def test_models_take_turns_and_the_cache_is_used(monkeypatch):
     monkeypatch.setattr(speed, "PREFILL_SECONDS", 0)
     calls = []
-    models = [Recorder(name, calls) for name in ("dense", "compact")]
-    rows = measured(models, batch_sizes=(1, 2), repeats=2)
-    one = [((5,), None), ((1,), "past"), ((1,), "past"), ((1,), "past")]
-    expected = [
-        (model.name, (batch, *shape), cache)
+    timers = {name: partial(speed._time_once, Recorder(name, calls), 0) for name in ("dense", "compact")}
+    rows = speed.measure_in_turns(timers, Speed(batch_sizes=(1, 2), repeats=2))
+    assert calls == [
+        (name, (batch, *shape), cache)
         for batch in (1, 2)
         for _ in range(3)  # one to warm up
-        for model in models
-        for shape, cache in one
+        for name in ("dense", "compact")
+        for shape, cache in [((5,), None), *[((1,), "past")] * 3]
     ]
-    assert calls == expected
     assert [row["batch"] for row in rows["dense"]] == [1, 2]
+    assert speed.measure_in_turns(timers, Speed(repeats=0)) == {"dense": [], "compact": []}
 
 
 def test_a_short_prompt_is_read_several_times():
-    calls = []
-    measured([Recorder("m", calls)], batch_sizes=(1,), repeats=1)
-    prefills = [cache for _, shape, cache in calls if shape == (1, 5)]
-    assert 3 <= len(prefills) <= 1 + speed.PREFILL_PASSES  # one to warm up
-    assert set(prefills) == {None}
+    for seconds, passes in [(9, 1), (0.1001, 1), (0.1, 2), (0.03, 4), (0.0055, 19), (1e-12, 20)]:
+        asked = []
+        timer = {"m": lambda *given, asked=asked, seconds=seconds: asked.append(given) or (seconds, 1)}
+        speed.measure_in_turns(timer, Speed(batch_sizes=(2,), repeats=2))
+        assert asked == [(2, 1), (2, passes), (2, passes)], seconds
 
 
-def test_no_repeats_measure_nothing():
-    calls = []
-    assert measured([Recorder("m", calls)], repeats=0) == {"m": []}
-    assert calls == []
-
-
-def test_speed_is_the_median_of_the_repeats():
+def test_speed_is_the_median_of_the_repeats_and_the_times_of_one_pass_and_of_all_new_tokens(monkeypatch):
     taken = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 6.0)])
     (row,) = speed.measure_in_turns({"m": lambda *_: next(taken)}, Speed(batch_sizes=(4,), repeats=3))["m"]
-    assert row["prefill_tokens_per_s"] == 4 * Speed.prompt_tokens / 2
-    assert row["decode_tokens_per_s"] == 4 * Speed.new_tokens / 4
+    assert row == {"batch": 4, "prefill_tokens_per_s": 4 * 5 / 2, "decode_tokens_per_s": 4 * 3 / 4}
+    calls = []
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: len(calls)))  # a second for each call
+    assert speed._time_once(Recorder("m", calls), 0, 2, 4) == (1, 3)
 
 
 def test_dense_and_compact_side_by_side(monkeypatch):
-    settings = Evaluate(
-        tasks=[Task(name=YAML, limit=8)],
-        speed=Speed(batch_sizes=(2,), repeats=2),
-    )
-    turns = []
-    real = speed.score_task
+    settings = Evaluate(tasks=[Task(name=YAML, limit=8)], speed=Speed(batch_sizes=(2,), repeats=2))
+    turns, real = [], speed.score_task
     monkeypatch.setattr(speed, "score_task", lambda lm, *given, **more: turns.append(lm) or real(lm, *given, **more))
     metadata = speed.side_by_side({"dense": REASONER, "same": REASONER}, settings, seed=0)
     assert [lm is turns[i % 2] for i, lm in enumerate(turns)] == [True] * 4 and turns[0] is not turns[1]
-    assert (metadata["task"], metadata["items"], metadata["repeats"], metadata["batch_size"]) == (
-        "tiny_reasoner",
-        8,
-        2,
-        64,
-    )
-    assert list(metadata["models"]) == ["dense", "same"]
-    dense, same = metadata["models"].values()
+    assert [metadata[name] for name in ("task", "items", "repeats", "batch_size")] == ["tiny_reasoner", 8, 2, 64]
+    dense, same = metadata["models"]["dense"], metadata["models"]["same"]
     assert dense["solved"] == same["solved"] >= 5
     assert dense["answer_tokens"] == same["answer_tokens"] > 5
     for model in (dense, same):
@@ -111,17 +88,13 @@ def test_dense_and_compact_side_by_side(monkeypatch):
 
 def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
     settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3))
-    taken = iter([8.0, 1.0, 2.0, 5.0, 4.0, 1.0])
-    score = TaskScore("t", "1", "exact_match,none", 0.5, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0)
-    monkeypatch.setattr(speed, "score_task", lambda *_, **__: (replace(score, seconds=next(taken)), []))
-    models = speed.side_by_side({"a": REASONER, "b": REASONER}, settings, seed=0)["models"]
-    assert [models[name]["seconds_per_solved"] for name in "ab"] == [4.0 / 2, 1.0 / 2]
-
-
-def test_a_task_without_an_accuracy_has_no_seconds_per_solved(monkeypatch):
-    task = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
-    settings = Evaluate(tasks=[task], speed=Speed(batch_sizes=(1,), repeats=1))
-    metadata = speed.side_by_side({"dense": REASONER}, settings, seed=0)
-    model = metadata["models"]["dense"]
-    assert (metadata["task"], metadata["items"], model["seconds_per_solved"]) == ("", 0, None)
-    assert model["speed"][0]["decode_tokens_per_s"] > 0
+    score = TaskScore("t", "1", "exact_match,none", 0, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0)
+    for accuracy, expected in [(0.5, [4.0 / 2, 1.0 / 2]), (0.0, [None, None])]:
+        scores = [(replace(score, accuracy=accuracy, seconds=taken), []) for taken in (8, 1, 2, 5, 4, 1)]
+        monkeypatch.setattr(speed, "score_task", lambda *_, scores=scores, **__: scores.pop(0))
+        models = speed.side_by_side({"a": REASONER, "b": REASONER}, settings, seed=0)["models"]
+        assert [models[name]["seconds_per_solved"] for name in "ab"] == expected
+    perplexity = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
+    settings = Evaluate(tasks=[perplexity], speed=Speed(batch_sizes=(), repeats=1))
+    metadata = speed.side_by_side({"a": REASONER}, settings, seed=0)
+    assert (metadata["task"], metadata["models"]["a"]["seconds_per_solved"]) == ("", None)

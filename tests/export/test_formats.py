@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from gguf_files import needs_llama_cpp
@@ -11,7 +10,7 @@ from tiny_models import build, build_multimodal, save
 
 from ptl.config.export import Export
 from ptl.errors import InputError
-from ptl.export import formats, gguf
+from ptl.export import gguf
 from ptl.export.compressed_tensors import write as write_compressed
 from ptl.export.formats import check_exports, context_notes, layer_warnings
 from ptl.export.gguf import write_gguf
@@ -20,35 +19,21 @@ TOKENIZER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 GGUF, FP8 = Export(format="gguf", type="q8_0"), Export(format="compressed-tensors", type="fp8")
 
 
-@pytest.mark.parametrize(
-    ("variant", "target", "exports", "warned"),
-    [
+def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(tmp_path):
+    for variant, target, exports, warned in [
         ("gpt_oss", "layers", [], "vLLM gives every other layer"),
         ("gpt_oss", "experts", [], ""),
         ("cohere2", "layers", [FP8], ""),
         ("cohere2", "layers", [GGUF], "llama.cpp may know the attention of a layer of cohere2 by its number"),
-        ("smollm3", "neurons_then_layers", [GGUF], "llama.cpp may know"),
         ("llama", "layers", [GGUF], ""),
-    ],
-)
-def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(variant, target, exports, warned, tmp_path):
-    folder = save(build(variant), tmp_path / "model", tokenizer=False)
-    warnings = layer_warnings(folder, exports, target)
-    assert len(warnings) == bool(warned)
-    assert all(f"prune.target={target} may remove layers, and {warned}" in warning for warning in warnings)
-
-
-def test_gguf_is_checked_once_for_all_its_types(monkeypatch):
-    asked = []
-    module = SimpleNamespace(check=lambda *given: asked.append(given) or ["a note"])
-    monkeypatch.setattr(formats, "module_of", lambda _: module)
-    q4 = Export(format="gguf", type="q4_0")
-    assert check_exports(Path("m"), [GGUF, FP8, q4]) == ["a note"] * 2
-    assert asked == [(Path("m"), "q4_0"), (Path("m"), "fp8")]
+    ]:
+        warnings = layer_warnings(save(build(variant), tmp_path / variant, tokenizer=False), exports, target)
+        assert len(warnings) == bool(warned)
+        assert all(f"prune.target={target} may remove layers, and {warned}" in warning for warning in warnings)
 
 
 @needs_llama_cpp
-def test_of_a_multimodal_model_the_text_model_counts(tmp_path, monkeypatch):
+def test_of_a_multimodal_model_the_text_model_counts(tmp_path, monkeypatch, converter_in_process):
     """Its import takes that out; the files as they are cannot be written."""
     folder = save(build_multimodal("gemma3", "gemma3_text"), tmp_path / "model", tokenizer=False)
     for file in TOKENIZER.glob("tokenizer*"):
@@ -66,12 +51,9 @@ def test_of_a_multimodal_model_the_text_model_counts(tmp_path, monkeypatch):
             write(folder, tmp_path / "out", "fp8" if write is write_compressed else "q8_0")
 
 
-@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
-def test_longrope_names_the_context_to_serve_with(name, tmp_path):
+def test_longrope_names_the_context_to_serve_with(tmp_path):
     longrope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
-    config = {"model_type": "phi3", name: longrope, "original_max_position_embeddings": 4096}
+    config = {"model_type": "phi3", "rope_scaling": longrope, "original_max_position_embeddings": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (note,) = context_notes(tmp_path)
     assert "--ctx-size 4096" in note and "--max-model-len 4096" in note
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", name: {"rope_type": "yarn"}}))
-    assert context_notes(tmp_path) == []

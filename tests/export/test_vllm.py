@@ -21,14 +21,11 @@ from ptl.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("PTL_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("vllm"),
-    pytest.mark.usefixtures("loads"),
-]
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("loads")]
 
 TOKENS, NEW_TOKENS = [1, 60, 61, 5, 9, 77, 100, 12], 6
 HEADS = {"hidden_size": 128, "head_dim": 32}  # the smallest heads that vLLM's attention takes on a CPU
+GPT_OSS_YARN = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 # By variant: in place of what vLLM does not read, or reads otherwise (docs/exports.md has the list)
 CHANGES = {
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.0}},
@@ -37,29 +34,20 @@ CHANGES = {
     "qwen2_moe": {"use_sliding_window": False},
     "qwen2_moe-dense": {"qkv_bias": True},
     "olmoe": {"attention_bias": False, "clip_qkv": None},
-    "gpt_oss": {
-        "sliding_window": 32,
-        "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
-    },
+    "gpt_oss": {"sliding_window": 32, "rope_parameters": GPT_OSS_YARN},
 }
-LEFT_OUT = {
-    "internlm3": "vLLM's transformers (5.19) does not have it",
-    "deepseek_v3": "vLLM's latent attention for CPUs gives other numbers before pruning too",
-}
-VARIANTS = [
-    variant
-    for variant in (*(name for name, family in FAMILIES.items() if not family.experts), "llama-tied", *MOE_VARIANTS)
-    if variant not in LEFT_OUT
-]
+# vLLM's transformers (5.19) does not have the first; its latent attention for CPUs gives other numbers unpruned too
+LEFT_OUT = {"internlm3", "deepseek_v3"}
+VARIANTS = [*(name for name, family in FAMILIES.items() if not family.experts), "llama-tied", *MOE_VARIANTS]
+VARIANTS = [name for name in VARIANTS if name not in LEFT_OUT]
 
 
 @pytest.fixture(scope="module")
 def loads():
     """vLLM of PYTHON."""
+    command = (str(PYTHON), "-c", "from vllm import LLM")
     try:
-        extras.check_loads(
-            "vLLM", (str(PYTHON), "-c", "from vllm import LLM"), field="PTL_VLLM_PYTHON", remedy="make vllm"
-        )
+        extras.check_loads("vLLM", command, field="PTL_VLLM_PYTHON", remedy="make vllm")
     except InputError as error:
         pytest.skip(f"skipped: {error}")
 
@@ -79,16 +67,10 @@ def expected(folder):
     """The log probabilities and the greedy tokens of transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.tensor([TOKENS])
+    options = {"attention_mask": torch.ones_like(tokens), "max_length": len(TOKENS) + NEW_TOKENS, "do_sample": False}
     with torch.inference_mode():
         logprobs = model(tokens).logits.log_softmax(-1)[0, :-1]  # [T - 1, V]
-        generated = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_length=len(TOKENS) + NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            use_cache=True,
-        )
+        generated = model.generate(tokens, **options, eos_token_id=None, use_cache=True)
     return {
         "logprobs": logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist(),
         "generated": generated[0, len(TOKENS) :].tolist(),
@@ -99,12 +81,9 @@ def expected(folder):
 def pruned(loads, tmp_path_factory):
     """By variant: the pruned checkpoint's folder, and what vLLM says of it. One layer of four is removed too."""
     root = tmp_path_factory.mktemp("vllm")
-    folders = {}
-    for variant in VARIANTS:
-        (root / variant).mkdir()
-        folders[variant] = cut_model(variant, root / variant, **(HEADS | CHANGES.get(variant, {})))
+    folders = {name: cut_model(name, root / name, **(HEADS | CHANGES.get(name, {}))) for name in VARIANTS}
     found = answered(folders, root)
-    return {variant: (folders[variant], found[variant]) for variant in VARIANTS}
+    return {name: (folders[name], found[name]) for name in VARIANTS}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -117,10 +96,9 @@ def test_vllm_computes_what_transformers_does_of_a_pruned_checkpoint(variant, pr
 
 
 @pytest.mark.usefixtures("llmcompressor")
-@pytest.mark.parametrize(
-    ("type", "dtype"), [("fp8", "float32"), ("int8", "float32"), ("w4a16", "bfloat16")]
-)  # the kernel for 4 bits has no float32
-def test_vllm_computes_what_transformers_does_of_quantized_weights(type, dtype, tmp_path):
+@pytest.mark.parametrize("type", ["fp8", "int8", "w4a16"])
+def test_vllm_computes_what_transformers_does_of_quantized_weights(type, tmp_path):
+    dtype = "bfloat16" if type == "w4a16" else "float32"  # which the kernel for 4 bits does not have
     source = cut_model("llama", tmp_path, **HEADS)
     write_compressed(source, tmp_path / "out", type, word_calibration(tmp_path))
     [found] = answered({type: tmp_path / "out"}, tmp_path, dtype).values()

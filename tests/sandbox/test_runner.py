@@ -2,9 +2,9 @@ import ctypes
 import gzip
 import json
 import os
+import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError
 from ptl.sandbox import lockdown
 from ptl.sandbox.runner import DEFAULT_LIMITS, Limits, Outcome, run_many, run_tests
 
@@ -23,16 +23,32 @@ pytestmark = pytest.mark.skipif(
     lockdown.missing_support() is not None, reason=f"no sandbox here: {lockdown.missing_support()}"
 )
 
+ATTACKS = """
+def outcomes():
+    results = []
+    for attack in {attacks!r}:
+        try:
+            exec(attack, {{}})
+            results.append("reached")
+        except FileNotFoundError:
+            results.append("absent")
+        except (OSError, RuntimeError):
+            results.append("denied")
+    return [*zip({attacks!r}, results)]
+"""
 
-def assert_denied(attack: str, **names: object) -> None:
-    """Run an attack that answers "reached" or "denied": outside the sandbox it must reach, inside it must not."""
-    code = attack.format(**names)
-    control = subprocess.run(
-        [sys.executable, "-c", code + "\nprint(attack())"], capture_output=True, text=True, timeout=20, check=False
-    )
-    assert control.stdout.strip() == "reached", f"the attack itself does not work: {control.stdout} {control.stderr}"
-    outcome = run_tests(code, "assert attack() == 'denied', attack()")
+
+def all_denied(*attacks: str) -> None:
+    """Each of these programs, one after the other in one sandbox, must end with an error of the system."""
+    outcome = run_tests(ATTACKS.format(attacks=attacks), "assert {r for _, r in outcomes()} == {'denied'}, outcomes()")
     assert outcome.passed, outcome
+
+
+def all_work(*attacks: str) -> None:
+    """The control: outside of the sandbox each reaches what it wants."""
+    code = ATTACKS.format(attacks=attacks) + "print({r for _, r in outcomes()} == {'reached'} or outcomes())"
+    control = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert control.stdout.strip() == "True", f"the attack itself does not work: {control.stdout} {control.stderr}"
 
 
 # ------------------------------------------------------------------------------------------- right and wrong answers
@@ -41,54 +57,56 @@ def assert_denied(attack: str, **names: object) -> None:
 def test_right_wrong_and_broken_solutions_get_their_outcome():
     tests = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
     assert run_tests("def add(a, b):\n    return a + b", tests) == Outcome(True, "passed", "")
-    wrong = run_tests("def add(a, b):\n    return a - b", tests)
-    assert (wrong.passed, wrong.status) == (False, "failed")
-    assert "AssertionError" in wrong.detail and "line 1: assert add(1, 2) == 3" in wrong.detail
-    broken = run_tests("def add(a, b:\n    return a", tests)
-    assert (broken.passed, broken.status) == (False, "failed") and "SyntaxError" in broken.detail
-    missing = run_tests("x = 1", tests)
-    assert not missing.passed and "NameError" in missing.detail
-    raising = run_tests("def add(a, b):\n    raise KeyError('no')", tests)
-    assert not raising.passed and "KeyError: 'no'" in raising.detail
+    failing = {
+        "def add(a, b):\n    return a - b": ["AssertionError", "line 1: assert add(1, 2) == 3"],
+        "def add(a, b):\n    return 3": ["AssertionError", "line 2: assert add(-1, 1) == 0"],
+        "def add(a, b:\n    return a": ["SyntaxError"],
+        "x = 1": ["NameError"],
+        "def add(a, b):\n    raise KeyError('no')": ["KeyError: 'no'"],
+        "def add(a, b):\n    print('called')\n    return 1\nprint('loaded')": ["output:\nloaded\ncalled\n"],
+        "#" * 1_000_001: ["1000001 characters"],
+    }
+    for code, texts in failing.items():
+        outcome = run_tests(code, tests)
+        assert (outcome.passed, outcome.status) == (False, "failed")
+        assert all(text in outcome.detail for text in texts)
+    with pytest.raises(InputError, match="empty"):
+        run_tests("x = 1", "  \n")
 
 
 def test_usual_imports_work_on_both_sides():
-    candidate = """
-import math, re, itertools, functools, heapq, collections, random, string, hashlib, datetime, decimal, copy, bisect
-import base64, secrets, uuid, zlib
-import statistics, fractions, operator, json, dataclasses, enum, cmath, array, textwrap
-from typing import List, Optional
-def f(xs: List[int]) -> Optional[int]:
+    modules = "math re itertools functools heapq collections random string hashlib datetime decimal copy bisect base64"
+    modules += " secrets uuid zlib statistics fractions operator json dataclasses enum cmath array textwrap typing"
+    code = f"import {', '.join(modules.split())}"
+    code += """
+def f(xs: typing.List[int]) -> typing.Optional[int]:
     heapq.heapify(xs)
     return math.gcd(*xs) + functools.reduce(operator.add, itertools.chain(xs))
 def words(text): return collections.Counter(re.findall(r"\\w+", text))
-def digest(text): return hashlib.md5(text.encode()).hexdigest()
 """
     tests = """
 import math
 from collections import Counter
-assert f([4, 6]) == 12
-assert words("a b a") == Counter("aab")
-assert words("a b a") == {"a": 2, "b": 1}
-assert math.isclose(1.0, 1.0) and digest("") == "d41d8cd98f00b204e9800998ecf8427e"
+assert f([4, 6]) == 12 and math.isclose(1.0, 1.0)
+assert words("a b a") == Counter("aab") == {"a": 2, "b": 1}
 """
-    assert run_tests(candidate, tests).passed
+    assert run_tests(code, tests).passed
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "2**70", "-1", "1.5", "float('inf')", "'a\\ud800'", "b'\\xff'", "bytearray(b'x')", "(1, [2, {3: {4}}])", "None",
-        "frozenset({1, (2,)})", "range(3)", "1 + 2j", "int", "ValueError", "{(1, 2): [None]}", "slice(1, 2)",
-        "__import__('decimal').Decimal('1.1')", "__import__('fractions').Fraction(1, 3)",
-        "__import__('datetime').datetime(2020, 1, 2)", "__import__('datetime').timedelta(3, 4)",
-        "__import__('array').array('d', [1.5])", "__import__('collections').deque([1])",
-        "__import__('collections').OrderedDict(a=1)", "__import__('collections').namedtuple('P', 'x y')(1, 2)",
-    ],
-)  # fmt: skip
-def test_values_survive_the_way_to_the_candidate_and_back(value):
-    tests = f"v = {value}\nassert same(v) == v and (type(same(v)) is type(v) or hasattr(v, '_fields'))"
-    outcome = run_tests("def same(x): return x", tests)
+# Some answers are of types that are compared by their fields.
+VALUES = [
+    "2**70", "-1", "1.5", "float('inf')", "'a\\ud800'", "b'\\xff'", "bytearray(b'x')", "(1, [2, {3: {4}}])", "None",
+    "frozenset({1, (2,)})", "range(3)", "1 + 2j", "int", "ValueError", "{(1, 2): [None]}", "slice(1, 2)",
+    "__import__('decimal').Decimal('1.1')", "__import__('fractions').Fraction(1, 3)",
+    "__import__('datetime').datetime(2020, 1, 2)", "__import__('datetime').timedelta(3, 4)",
+    "__import__('array').array('d', [1.5])", "__import__('collections').deque([1])",
+    "__import__('collections').OrderedDict(a=1)", "__import__('collections').namedtuple('P', 'x y')(1, 2)",
+]  # fmt: skip
+
+
+def test_values_survive_the_way_to_the_candidate_and_back():
+    equal = "assert same(v) == v and (type(same(v)) is type(v) or hasattr(v, '_fields')), v"
+    outcome = run_tests("def same(x): return x", "\n".join(f"v = {value}\n{equal}" for value in VALUES))
     assert outcome.passed, outcome
 
 
@@ -142,120 +160,55 @@ def test_a_function_named_like_a_builtin_is_tested_itself():
 
 
 def test_run_many_keeps_the_order_and_repeats():
-    pairs = [(f"def f(): return {i % 3}", "assert f() == 0") for i in range(6)]
+    pairs = [(f"def f(): return {i % 3}", "assert f() == 0") for i in range(4)]
+    pairs.append(("def f(): return [*{'a', 'b', 'c', 'd', 'e', 'f'}]", "assert 0, f()"))  # the order of a set too
     first = run_many(pairs)
-    assert [outcome.passed for outcome in first] == [True, False, False, True, False, False]
+    assert [outcome.passed for outcome in first] == [True, False, False, True, False]
     assert run_many(pairs) == first
-
-
-def test_what_was_printed_is_in_the_detail():
-    outcome = run_tests("print('loaded')\ndef f():\n    print('called')\n    return 1", "assert f() == 2")
-    assert outcome.detail.endswith("output:\nloaded\ncalled\n")
-
-
-def test_empty_tests_are_an_input_error():
-    with pytest.raises(InputError, match="empty"):
-        run_tests("x = 1", "  \n")
 
 
 # ------------------------------------------------------------------------- attacks on what the machine holds: denied
 
-READ = """
-def attack():
-    try:
-        return "reached" if open({path!r}, "rb").read(1) else "empty"
-    except OSError:
-        return "denied"
-"""
 
-
-def test_files_of_others_cannot_be_read(tmp_path):
+def test_files_and_folders_of_others_cannot_be_read_or_listed(tmp_path):
     token = tmp_path / "token"
     token.write_text("secret")
-    status = f"/proc/{os.getpid()}/status"
-    for path in (token, Path(__file__), "/etc/passwd", "/proc/self/environ", "/proc/self/maps", status):
-        assert_denied(READ, path=str(path))
-    assert_denied(READ, path=f"/proc/{os.getpid()}/environ")
-    assert_denied(READ.replace("{path!r}", "f'/proc/{{__import__(\"os\").getppid()}}/environ'"))
-
-
-def test_site_packages_and_folders_of_others_cannot_be_listed_or_read(tmp_path):
-    (tmp_path / "x").touch()
-    listing = READ.replace('open({path!r}, "rb").read(1)', '__import__("os").listdir({path!r})')
-    for path in (tmp_path, ROOT, Path.home(), "/proc", "/"):
-        assert_denied(listing, path=str(path))
-    assert_denied(READ, path=pytest.__file__)
+    # The candidate cannot make a link, so try what a helper outside could leave: the rules hold for the target.
+    (tmp_path / "link").symlink_to(token)
+    own = [f"/proc/{os.getpid()}/{name}" for name in ("status", "environ")]
+    paths = [token, Path(__file__), pytest.__file__, tmp_path / "link", "/etc/passwd", "/dev/zero", *own]
+    paths += ["/proc/self/environ", "/proc/self/maps", "/proc/self/root/etc/passwd"]
+    installed = Path(os.__file__).with_name("site-packages").rglob("*.py")  # in the folder of the library itself
+    paths += [path for path in installed if path.stat().st_size][:1]
+    attacks = [f"assert open({str(path)!r}, 'rb').read(1)" for path in paths]
+    attacks += [
+        f"assert __import__('os').listdir({str(path)!r})" for path in (tmp_path, ROOT, Path.home(), "/proc", "/")
+    ]
+    attacks += ["import os\nassert open(f'/proc/{os.getppid()}/environ', 'rb').read(1)"]
+    links = [f"import os\nos.{kind}({str(token)!r}, 'l')\nopen('l').read()" for kind in ("symlink", "link")]
+    all_denied(*attacks, *links)
+    all_work(*attacks)
 
 
 def test_nothing_outside_the_scratch_folder_can_be_changed(tmp_path):
-    victim = tmp_path / "victim"
-    body = (
-        "import os\ndef attack():\n    try:\n        {action}\n    except OSError:\n        return 'denied'\n"
-        "    return 'reached'"
-    )
-    for action in (
-        f"open({str(tmp_path / 'new')!r}, 'w').write('x')",
-        f"open({str(victim)!r}, 'a').write('x')",
-        f"os.truncate({str(victim)!r}, 0)",
-        f"os.close(os.open({str(victim)!r}, os.O_RDONLY | os.O_TRUNC))",
-        f"os.chmod({str(victim)!r}, 0o777)",
-        f"os.utime({str(victim)!r}, (1, 1))",
-        f"os.rename({str(victim)!r}, {str(victim)!r} + '2')",
-        f"os.unlink({str(victim)!r})",
-        f"os.mkdir({str(tmp_path / 'folder')!r})",
-        f"os.link({str(victim)!r}, {str(tmp_path / 'link')!r})",
-    ):
-        for name in ("new", "link", "victim2", "victim"):
-            (tmp_path / name).unlink(missing_ok=True)
-        if (tmp_path / "folder").exists():
-            (tmp_path / "folder").rmdir()
-        victim.write_text("before")
-        victim.chmod(0o600)
-        code = body.format(action=action)
-        assert run_tests(code, "assert attack() == 'denied'").passed, action
-        assert victim.read_text() == "before" and victim.stat().st_mode & 0o777 == 0o600, action
-        assert victim.stat().st_mtime > 1000 and [path.name for path in tmp_path.iterdir()] == ["victim"], action
-        assert_denied(code.replace("{", "{{").replace("}", "}}"))
-
-
-def test_the_stdlib_itself_cannot_be_written_or_emptied():
-    path = os.__file__
-    size = Path(path).stat().st_size
-    code = (
-        "import os\ndef attack():\n    n = 0\n    for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC):\n"
-        f"        try:\n            os.open({path!r}, flags)\n        except OSError:\n            n += 1\n    return n"
-    )
-    assert run_tests(code, "assert attack() == 3").passed
-    assert Path(path).stat().st_size == size
-
-
-@pytest.mark.parametrize("kind", ["symlink", "link"])
-def test_links_out_of_the_scratch_folder_lead_nowhere(tmp_path, kind):
-    token = tmp_path / "token"
-    token.write_text("secret")
-    attack = """
-import os, tempfile
-def attack():
-    try:
-        folder = "." if {inside} else tempfile.mkdtemp(dir={folder!r})
-        os.{kind}({token!r}, folder + "/l")
-        return "reached" if open(folder + "/l").read() == "secret" else "empty"
-    except OSError:
-        return "denied"
-"""
-    code = attack.format(inside=True, folder="", kind=kind, token=str(token))
-    assert run_tests(code, "assert attack() == 'denied'").passed
-    assert_denied(attack, inside=False, folder=str(tmp_path), kind=kind, token=str(token))
-
-
-def test_a_planted_link_in_the_scratch_folder_is_not_followed(tmp_path):
-    # The candidate cannot make a link, so try what a helper outside could leave: the rules hold for the target.
-    token = tmp_path / "token"
-    token.write_text("secret")
-    (tmp_path / "link").symlink_to(token)
-    assert_denied(READ, path=str(tmp_path / "link"))
-    assert_denied(READ, path="/proc/self/root/etc/passwd")
-    assert_denied(READ, path="/dev/zero")
+    # Each has a file of its own, v, and the name n beside it.
+    actions = ["open(n, 'w').write('x')", "open(v, 'a').write('x')", "os.truncate(v, 0)", "os.mkdir(n)"]
+    actions += ["os.close(os.open(v, os.O_RDONLY | os.O_TRUNC))", "os.chmod(v, 0o777)", "os.utime(v, (1, 1))"]
+    actions += ["os.rename(v, n)", "os.unlink(v)", "os.link(v, n)", "os.symlink(v, n)"]
+    files = [tmp_path / str(i) for i in range(len(actions))]
+    for file in files:
+        file.write_text("before")
+        file.chmod(0o600)
+    attacks = [
+        f"import os\nv, n = {str(file)!r}, {str(tmp_path / 'new') + file.name!r}\n{action}"
+        for file, action in zip(files, actions, strict=True)
+    ]
+    flags, size = ["os.O_WRONLY", "os.O_RDWR", "os.O_RDONLY | os.O_TRUNC"], Path(os.__file__).stat().st_size
+    all_denied(*attacks, *(f"import os\nos.open(os.__file__, {flag})" for flag in flags))  # the library is readable
+    assert {*tmp_path.iterdir()} == {*files} and Path(os.__file__).stat().st_size == size
+    for file in files:
+        assert file.read_text() == "before" and file.stat().st_mode & 0o777 == 0o600 and file.stat().st_mtime > 1000
+    all_work(*attacks)
 
 
 def test_scratch_files_work_and_are_gone_afterwards():
@@ -278,53 +231,32 @@ assert 0, folder
 
 
 def test_no_socket_of_any_kind(tmp_path):
-    attack = """
-import socket
-def attack():
-    try:
-        s = socket.socket({family}, {kind})
-        {use}
-        return "reached"
-    except OSError:
-        return "denied"
-"""
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         path = str(tmp_path / "s")
         unix.bind(path)
         unix.listen()
-        address = tcp.getsockname()
-        assert_denied(attack, family="socket.AF_INET", kind="socket.SOCK_STREAM", use=f"s.connect({address})")
-        assert_denied(attack, family="socket.AF_INET", kind="socket.SOCK_DGRAM", use="s.sendto(b'x', ('127.0.0.1', 9))")
-        assert_denied(attack, family="socket.AF_UNIX", kind="socket.SOCK_STREAM", use=f"s.connect({path!r})")
-        assert_denied(attack, family="socket.AF_UNIX", kind="socket.SOCK_DGRAM", use="s.bind('\\0' + 'ptl-abstract')")
-        assert_denied(attack, family="socket.AF_NETLINK", kind="socket.SOCK_RAW", use="pass")
-
-
-KILL = """
-import os, signal, fcntl
-def attack():
-    denied = 0
-    for action in (
-        lambda: os.kill(os.getppid(), 9), lambda: os.kill(os.getppid(), 0), lambda: os.kill(-1, 9),
-        lambda: os.killpg(0, 9), lambda: os.kill(1, 0),
-        lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9),
-        lambda: fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid()), lambda: fcntl.fcntl(1, 10, 9),
-        lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19), lambda: os.sched_setaffinity(os.getppid(), {0}),
-        lambda: __import__("resource").prlimit(os.getppid(), 0, (1, 1)),
-    ):
-        try:
-            action()
-        except OSError:
-            denied += 1
-    return denied
-"""
+        kinds = [
+            ("AF_INET", "SOCK_STREAM", f"s.connect({tcp.getsockname()})"),
+            ("AF_INET", "SOCK_DGRAM", "s.sendto(b'x', ('127.0.0.1', 9))"),
+            ("AF_UNIX", "SOCK_STREAM", f"s.connect({path!r})"),
+            ("AF_UNIX", "SOCK_DGRAM", "s.bind('\\0' + 'ptl-abstract')"),
+            ("AF_NETLINK", "SOCK_RAW", "pass"),
+        ]
+        attacks = [
+            f"import socket\ns = socket.socket(socket.{family}, socket.{kind})\n{use}" for family, kind, use in kinds
+        ]
+        all_denied(*attacks)
+        all_work(*attacks)
 
 
 def test_the_parent_cannot_be_killed_slowed_or_limited():
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    outcome = run_tests(KILL, "assert attack() == 11, attack()")
-    assert outcome.passed, outcome
-    assert os.getpriority(os.PRIO_PROCESS, 0) == nice
+    nice, files = os.getpriority(os.PRIO_PROCESS, 0), resource.getrlimit(resource.RLIMIT_NOFILE)
+    actions = ["os.kill(p, 9)", "os.kill(p, 0)", "os.kill(-1, 9)", "os.killpg(0, 9)", "os.kill(1, 0)"]
+    actions += ["signal.pidfd_send_signal(os.pidfd_open(p), 9)", "os.setpriority(os.PRIO_PROCESS, p, 19)"]
+    actions += ["os.sched_setaffinity(p, {0})", "resource.prlimit(p, resource.RLIMIT_NOFILE, (64, 64))"]
+    actions += ["fcntl.fcntl(1, fcntl.F_SETOWN, p)", "fcntl.fcntl(1, 10, 9)"]
+    all_denied(*(f"import fcntl, os, resource, signal\np = os.getppid()\n{action}" for action in actions))
+    assert (os.getpriority(os.PRIO_PROCESS, 0), resource.getrlimit(resource.RLIMIT_NOFILE)) == (nice, files)
 
 
 MEMORY = """
@@ -383,70 +315,34 @@ def run():
     assert outcome.passed, outcome
 
 
-def test_what_the_tests_print_cannot_be_read_by_the_candidate():
-    code = """
-import os
-def attack():
-    denied = 0
-    for action in (
-        lambda: os.read(1, 9), lambda: os.pread(1, 9, 0), lambda: open("../output").read(),
-        lambda: os.open("/proc/self/fd/1", os.O_RDONLY), lambda: os.listdir(".."),
-    ):
-        try:
-            action()
-        except OSError:
-            denied += 1
-    return denied
-"""
-    outcome = run_tests(code, "print('NEEDLE')\nassert attack() == 5, attack()")
-    assert outcome.passed, outcome
-
-
 # -------------------------------------------------------------------------------- attacks on resources: they are ended
 
 
 def test_fork_bombs_and_threads_are_denied():
-    code = """
-import os, subprocess, threading
-def attack():
-    denied = 0
-    for action in (os.fork, lambda: threading.Thread(target=print).start(), lambda: subprocess.run(["/bin/true"])):
-        try:
-            action()
-        except (OSError, RuntimeError):
-            denied += 1
-    return denied
-"""
-    assert run_tests(code, "assert attack() == 3, attack()").passed
-    bomb = run_tests("import os\nwhile True:\n    os.fork()", "assert 1")
-    assert (bomb.passed, bomb.status) == (False, "failed") and "PermissionError" in bomb.detail
+    thread = "import threading\nthreading.Thread(target=print).start()"
+    all_denied("import os\nos.fork()", thread, "import subprocess\nsubprocess.run(['/bin/true'])")
 
 
 def test_a_memory_bomb_is_stopped():
-    limits = Limits(memory_bytes=128 << 20)
-    outcome = run_tests("def f():\n    x = bytearray(1 << 30)\n    return len(x)", "assert f() == 1 << 30", limits)
+    code = "def f():\n    x = bytearray(1 << 30)\n    return len(x)"
+    outcome = run_tests(code, "assert f() == 1 << 30", Limits(memory_bytes=128 << 20))
     assert not outcome.passed and "MemoryError" in outcome.detail
-    slow = run_tests("xs = []\nwhile True:\n    xs.append('x' * 100000)", "assert 1", limits)
-    assert not slow.passed and slow.status in ("failed", "killed")
-
-
-@pytest.mark.slow
-def test_on_a_busy_machine_a_program_has_its_cpu_time_before_the_clock_ends_it():
-    # Eight processes to a core, and as much again for the children's start.
-    assert DEFAULT_LIMITS.wall_s >= 10 * DEFAULT_LIMITS.cpu_s
 
 
 def test_endless_loops_end_by_cpu_or_by_wall_time():
+    # On a busy machine a program has its CPU time before the clock ends it: eight processes to a core, and their start.
+    assert DEFAULT_LIMITS.wall_s >= 10 * DEFAULT_LIMITS.cpu_s
     started = time.monotonic()
-    cpu = run_tests("while True: pass", "assert 1", Limits(cpu_s=1, wall_s=20))
-    assert (cpu.passed, cpu.status) == (False, "timeout") and "CPU" in cpu.detail
+    stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    endings = run_many(
+        [("while True: pass", "assert 1"), (stubborn, "assert 1"), ("x = 1", "while True: pass")], Limits(cpu_s=1)
+    )
+    cpu, ignored, by_tests = [(outcome.passed, outcome.status) for outcome in endings]
+    assert cpu == (False, "timeout") and "1 s of CPU" in endings[0].detail
+    assert ignored == by_tests == (False, "killed")
     wall = run_tests("import time\ndef f(): time.sleep(100)", "f()", Limits(wall_s=0.6))
     assert (wall.passed, wall.status) == (False, "timeout") and "0.6 s" in wall.detail
-    stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
-    assert run_tests(stubborn, "assert 1", Limits(cpu_s=1, wall_s=20)).status in ("killed", "timeout")
-    tests_loop = run_tests("x = 1", "while True: pass", Limits(cpu_s=1, wall_s=20))
-    assert (tests_loop.passed, tests_loop.status) == (False, "killed")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 50  # far from the 100 s, and the limit of 60
 
 
 def test_endless_output_is_cut_and_the_detail_is_bounded():
@@ -455,112 +351,39 @@ def test_endless_output_is_cut_and_the_detail_is_bounded():
     assert len(outcome.detail) <= 2000
     long = run_tests("def f(): raise ValueError('y' * 10**6)", "f()")
     assert (long.passed, long.status) == (False, "failed") and len(long.detail) <= 2000
-    huge = run_tests("def f(): return 'y' * (40 << 20)", "assert f()")
-    assert (huge.passed, huge.status) == (False, "failed")
 
 
 def test_files_beyond_the_limit_are_refused():
     one = run_tests("def f():\n    with open('a', 'wb') as g: g.write(bytes(2 << 20))", "f()")
     assert not one.passed and "OSError" in one.detail
-    many = "import time\ndef f():\n    for i in range(200): open(str(i), 'wb').close()\n    time.sleep(1)\n    return 1"
-    assert run_tests(many, "assert f() == 1").status == "file_limit"
+    waits = "import time\ndef f(number, size):\n    for i in range(number): open(str(i), 'wb').write(bytes(size))\n"
+    waits += "    time.sleep(0.4)"
+    for number, size, status in ((64, 0, "passed"), (65, 0, "file_limit"), (2, 600_000, "file_limit")):
+        outcome = run_tests(waits, f"f({number}, {size})")
+        assert outcome.status == status, outcome
 
 
-def test_a_crash_is_a_failure_that_names_the_signal():
-    outcome = run_tests("import ctypes\ndef f(): ctypes.string_at(1)", "f()")
-    assert (outcome.passed, outcome.status) == (False, "killed") and f"signal {signal.SIGSEGV.value}" in outcome.detail
-
-
-def test_no_process_and_no_folder_stays_behind():
+def test_a_crash_is_named_and_nothing_stays_behind():
     def held():  # earlier tests of the same process may have left children of their own
         children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
         return sorted(path.name for path in Path("/proc/self/fd").iterdir()), sorted(" ".join(children).split())
 
     before = held()
+    crash = run_tests("import ctypes\ndef f(): ctypes.string_at(1)", "f()")
+    assert (crash.passed, crash.status) == (False, "killed") and f"signal {signal.SIGSEGV.value}" in crash.detail
     run_tests("while True: pass", "assert 1", Limits(wall_s=0.5))
-    run_tests("import os; os._exit(0)", "assert 1")
+    # A death of the candidate that the tests swallow is no success.
+    dead = run_tests("import os\ndef f(): os._exit(0)", "try:\n    f()\nexcept BaseException:\n    pass")
+    assert (dead.passed, dead.status) == (False, "failed") and "exit code 0" in dead.detail
     assert held() == before
 
 
 # ------------------------------------------------------------------------------------ forged success: never believed
 
-FORGERIES = {
-    "exit before the asserts": "import os\nos._exit(0)",
-    "exit in the call": "import os\ndef f(x): os._exit(0)",
-    "sys.exit": "import sys\nsys.exit(0)",
-    "sys.exit in the call": "import sys\ndef f(x): sys.exit(0)",
-    "KeyboardInterrupt": "def f(x): raise KeyboardInterrupt",
-    "printed marker": 'print(\'passed\')\nprint(\'{"status": "passed", "detail": ""}\')\ndef f(x): return 0',
-    "marker on every descriptor": (
-        "import os\nfor fd in range(64):\n    try:\n"
-        '        os.write(fd, b\'{"ready": true}\\n{"status": "passed", "detail": ""}\\n\')\n'
-        "    except OSError: pass\nos._exit(0)"
-    ),
-    "marker at exit": (
-        "import atexit, os\n"
-        'atexit.register(lambda: [os.write(fd, b\'{"status": "passed"}\') for fd in range(1, 8)])\n'
-        "raise SystemExit(0)"
-    ),
-    "patched builtins": (
-        "import builtins\nbuiltins.AssertionError = type('A', (Exception,), {})\nbuiltins.abs = lambda x: 0\n"
-        "builtins.exec = builtins.compile = lambda *a, **k: None\nbuiltins.bool = lambda x: True\ndef f(x): return 0"
-    ),
-    "always equal": (
-        "class E:\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\ndef f(x): return E()"
-    ),
-    "always equal int": (
-        "class E(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef f(x): return E(0)"
-    ),
-    "always near": (
-        "class E(float):\n    def __sub__(self, o): return 0.0\n    __rsub__ = __add__ = __sub__\n"
-        "    def __abs__(self): return 0.0\n    def __lt__(self, o): return True\n"
-        "    __gt__ = __le__ = __ge__ = __lt__\n"
-        "    def __eq__(self, o): return True\n    def __round__(self, n=0): return 4.0\ndef f(x): return E(0)"
-    ),
-    "shadowed builtin and module": (
-        "class M:\n    def __getattr__(self, n): return lambda *a: True\nmath = M()\n"
-        "def abs(x): return 0\ndef all(x): return True\ndef f(x): return 0"
-    ),
-    "function that poses as a module": (
-        "def math(*a): pass\nmath.isclose = lambda *a: True\ndef f(x): return {2: 4, 3: 9, 4: 0, 5: 25, 6: 36}[x]"
-    ),
-    "shadowed dunder builtins": "__builtins__ = {'abs': lambda x: 0}\ndef f(x): return 0",
-    "assertions swallowed": (
-        "import sys\nsys.excepthook = lambda *a: None\nsys.settrace(lambda *a: None)\ndef f(x): return 0"
-    ),
-    "StopIteration": "def f(x): raise StopIteration",
-    "GeneratorExit": "def f(x): raise GeneratorExit",
-    "patched messenger": (
-        "import sys, gc\nfor o in gc.get_objects():\n    if type(o).__name__ == 'Candidate':\n"
-        "        def answer(self, m): __import__('os').write(self.outgoing, b'\\x0d\\0\\0\\0[\"ok\", 4, []]')\n"
-        "        type(o).answer = answer\ndef f(x): return 0"
-    ),
-    "patched messenger through frames": (
-        "import sys, os\nframe = sys._getframe()\nwhile frame.f_back: frame = frame.f_back\n"
-        "f = lambda x: os._exit(0)\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\x02\\0\\0\\0[]' * 9)\n"
-        "    except OSError: pass"
-    ),
-    "garbage to the checker": (
-        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\xff' * 999)\n    except OSError: pass"
-    ),
-    "deep answer": (
-        "import os, struct\nb = b'[' * 200000 + b']' * 200000\ndef f(x):\n    for fd in range(3, 64):\n"
-        "        try: os.write(fd, struct.pack('<I', len(b)) + b)\n        except OSError: pass"
-    ),
-    "a call of eval": (
-        'import os, struct\nb = b\'["ok", {"t": "builtin", "v": "eval"}, []]\'\n'
-        "def f(x):\n    for fd in range(3, 64):\n"
-        "        try: os.write(fd, struct.pack('<I', len(b)) + b)\n        except OSError: pass"
-    ),
-    "tests' own names": "def check(c): return None\nMETADATA = 1\ndef f(x): return 0",
-    "empty candidate": "",
-    "closed descriptors": "import os\nos.closerange(0, 64)\ndef f(x): return 4",
-}
+TEXT = Path(__file__).with_name("forgeries.txt").read_text()
+FORGERIES = {name.strip(): code for name, _, code in (part.partition("\n") for part in TEXT.split("\n### ")[1:])}
 
-
-@pytest.mark.parametrize("name", FORGERIES)
-def test_forged_success_does_not_pass(name):
-    tests = """
+SQUARES = """
 import math
 def check(candidate):
     for got in map(candidate, [2, 3]):
@@ -574,45 +397,41 @@ def check(candidate):
     assert seen == 61
 check(f)
 """
-    assert run_tests("def f(x): return x * x", tests).passed  # the tests can be passed
-    outcome = run_tests(FORGERIES[name], tests, Limits(wall_s=5))
-    assert not outcome.passed and outcome.status in ("failed", "killed", "timeout"), outcome
 
 
-@pytest.mark.parametrize(
-    "name", ["always equal", "always equal int", "StopIteration", "exit in the call", "sys.exit in the call"]
-)
-@pytest.mark.parametrize(
-    "tests",
-    [
-        "assert f(2) == 4",
-        "assert 4 == f(2)",
-        "assert f(2) in [4]",
-        "assert [f(2)] == [4]",
-        "assert {'a': f(2)} == {'a': 4}",
-        "for got in map(f, [2]):\n    assert got == 4\nassert got",
-        "try:\n    f(2)\nexcept:\n    pass\nassert f(2) == 4",
-        "import unittest\nunittest.TestCase().assertEqual(f(2), 4)",
-    ],
-)
-def test_forged_success_does_not_pass_other_kinds_of_assert(name, tests):
-    assert not run_tests(FORGERIES[name], tests).passed
+def test_forged_success_does_not_pass():
+    assert run_tests("def f(x): return x * x", SQUARES).passed  # the tests can be passed
+    outcomes = run_many([(code, SQUARES) for code in FORGERIES.values()], Limits(wall_s=20))
+    fooled = {name: outcome for name, outcome in zip(FORGERIES, outcomes, strict=True) if outcome.passed}
+    assert fooled == {} and {outcome.status for outcome in outcomes} <= {"failed", "killed", "timeout"}
 
 
-def test_a_module_that_the_tests_take_from_the_candidate_is_the_real_one():
-    tests = "assert math.isclose(f(4), 16)"
-    assert run_tests("import math\ndef f(x): return x * x", tests).passed
-    for name in ("shadowed builtin and module", "function that poses as a module"):
-        assert not run_tests(FORGERIES[name], tests).passed
+KINDS = [
+    *("assert f(2) == 4", "assert 4 == f(2)", "assert f(2) in [4]", "assert [f(2)] == [4]"),
+    *("assert {'a': f(2)} == {'a': 4}", "import unittest\nunittest.TestCase().assertEqual(f(2), 4)"),
+    "for got in map(f, [2]):\n    assert got == 4\nassert got",
+    "try:\n    f(2)\nexcept:\n    pass\nassert f(2) == 4",
+]
 
 
-def test_a_swallowed_death_of_the_candidate_is_no_success():
-    outcome = run_tests("import os\ndef f(): os._exit(0)", "try:\n    f()\nexcept BaseException:\n    pass")
-    assert (outcome.passed, outcome.status) == (False, "failed") and "exit code 0" in outcome.detail
+def test_forged_success_does_not_pass_other_kinds_of_assert():
+    pairs = [(FORGERIES[name], kind) for name in ("always equal", "always equal int") for kind in KINDS]
+    pairs += [(FORGERIES[name], KINDS[7]) for name in ("StopIteration", "exit in the call", "sys.exit in the call")]
+    pairs += [(FORGERIES["StopIteration"], KINDS[6])]
+    shadows = [FORGERIES[name] for name in ("shadowed builtin and module", "function that poses as a module")]
+    pairs += [(code, "assert math.isclose(f(4), 16)") for code in shadows]  # a module of the candidate is the real one
+    fooled = [pair for pair, outcome in zip(pairs, run_many(pairs), strict=True) if outcome.passed]
+    assert fooled == []
+    honest = "import math\ndef f(x): return x * x"
+    right = run_many([(honest, kind) for kind in (*KINDS, "assert math.isclose(f(4), 16)")])
+    assert all(outcome.passed for outcome in right), right
 
 
-def test_the_candidate_sees_neither_the_tests_nor_their_text():
-    code = """
+def test_the_candidate_sees_neither_the_tests_nor_their_text_nor_what_they_print():
+    actions = ["os.read(1, 9)", "os.pread(1, 9, 0)", "open('../output')", "os.listdir('..')"]
+    actions += ["os.open('/proc/self/fd/1', os.O_RDONLY)"]
+    code = ATTACKS.format(attacks=[f"import os\n{action}" for action in actions])
+    code += """
 import gc, sys
 def look():
     found = [o for o in gc.get_objects() if type(o) is dict and any("NEEDLE" + "_7" in str(k) for k in list(o))]
@@ -622,7 +441,13 @@ def look():
         frame = frame.f_back
     return len(found), any("NEEDLE" + "_7" in t for t in texts), any("NEEDLE" + "_7" in a for a in sys.argv)
 """
-    outcome = run_tests(code, "NEEDLE_7 = 1\nassert look() == (0, False, False), look()")
+    tests = """
+NEEDLE_7 = 1
+print("NEEDLE_7")
+assert {r for _, r in outcomes()} == {"denied"}, outcomes()
+assert look() == (0, False, False), look()
+"""
+    outcome = run_tests(code, tests)
     assert outcome.passed, outcome
 
 
@@ -645,70 +470,31 @@ except WorkError as error:
 """
 
 
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        pytest.param((444, 444), "lacks Landlock", id="landlock_create_ruleset"),
-        pytest.param((446, 446), "could not be set up", id="landlock_restrict_self"),
-        pytest.param((317, 277), "could not be set up", id="seccomp"),
-        pytest.param((126, 91), "could not be set up", id="capset"),
-    ],
-)
-def test_nothing_runs_where_the_kernel_refuses(numbers, message):
-    number = numbers[0 if os.uname().machine == "x86_64" else 1]
-    done = subprocess.run(
-        [sys.executable, "-c", FAIL_CLOSED.format(number=number)], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout.startswith("WorkError:") and message in done.stdout
-    assert "the candidate ran" not in done.stdout
-
-
-def test_a_machine_without_support_is_named(monkeypatch):
-    fake = os.uname_result(("Linux", "n", "6", "1", "riscv64"))  # a mock of uname: nothing is run on such a machine
-    monkeypatch.setattr(lockdown.os, "uname", lambda: fake)
-    with pytest.raises(WorkError, match="riscv64"):
-        run_many([("x = 1", "assert x")])
-
-
-def test_the_syscall_tables_have_no_double_number():
-    for column in (0, 1):
-        numbers = [pair[column] for pair in lockdown._SYSCALLS.values() if pair[column] is not None]
-        assert len(numbers) == len(set(numbers)) > 50
-    dangerous = {41, 42, 49, 56, 57, 58, 59, 62, 101, 157, 272, 310, 311, 321, 424, 425, 434, 438}
-    assert dangerous.isdisjoint({pair[0] for pair in lockdown._SYSCALLS.values()})
-    assert struct.calcsize("<HBBI") == 8 and len(lockdown._filter()) < 4096
+# landlock_create_ruleset, landlock_restrict_self, seccomp, capset: of x86 and of ARM
+@pytest.mark.parametrize("numbers", [(444, 444), (446, 446), (317, 277), (126, 91)])
+def test_nothing_runs_where_the_kernel_refuses(numbers):
+    code = FAIL_CLOSED.format(number=numbers[0 if os.uname().machine == "x86_64" else 1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("WorkError:") and "the candidate ran" not in done.stdout
+    assert ("lacks Landlock" if numbers[0] == 444 else "could not be set up") in done.stdout
 
 
 # -------------------------------------------------------------------------------------------- the reference solutions
 
 
-def _needs(name: str) -> Path:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"NOT CHECKED: {name} is not in {DATA}; set PTL_SHARED_DATA to a folder that has it")
-    return path
-
-
-@pytest.mark.slow
-def test_every_reference_solution_of_humaneval_passes_and_no_empty_one(record_property):
-    rows = [json.loads(line) for line in gzip.decompress(_needs("HumanEval.jsonl.gz").read_bytes()).splitlines()]
-    tests = [f"{row['test']}\ncheck({row['entry_point']})\n" for row in rows]
-    solutions = [row["prompt"] + row["canonical_solution"] for row in rows]
-    started = time.monotonic()
-    outcomes = run_many(zip(solutions, tests, strict=True), Limits(wall_s=60, cpu_s=30))
-    record_property("seconds", round(time.monotonic() - started, 1))
-    assert len(outcomes) == 164
-    assert [row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if not outcome.passed] == []
-    stubs = [row["prompt"] + "    return None\n" for row in rows]
-    assert not any(outcome.passed for outcome in run_many(zip(stubs, tests, strict=True)))
-
-
-@pytest.mark.slow
-def test_every_reference_solution_of_mbpp_passes(record_property):
-    rows = [json.loads(line) for line in _needs("mbpp.jsonl").read_text().splitlines()]
-    pairs = [(row["code"], "\n".join([row["test_setup_code"], *row["test_list"]])) for row in rows]
-    started = time.monotonic()
+@pytest.mark.nightly
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data at {DATA}: set PTL_SHARED_DATA to the folder")
+@pytest.mark.parametrize(("name", "number"), [("HumanEval.jsonl.gz", 164), ("mbpp.jsonl", 974)])
+def test_every_reference_solution_passes_and_no_empty_one(name, number):
+    data = (DATA / name).read_bytes()
+    rows = [json.loads(line) for line in (gzip.decompress(data) if name.endswith("gz") else data).splitlines()]
+    if name == "mbpp.jsonl":
+        pairs = [(row["code"], "\n".join([row["test_setup_code"], *row["test_list"]])) for row in rows]
+    else:
+        tests = [f"{row['test']}\ncheck({row['entry_point']})\n" for row in rows]
+        pairs = [(row["prompt"] + row["canonical_solution"], test) for row, test in zip(rows, tests, strict=True)]
+        stubs = [(row["prompt"] + "    return None\n", test) for row, test in zip(rows, tests, strict=True)]
+        assert not any(outcome.passed for outcome in run_many(stubs))
     outcomes = run_many(pairs, Limits(wall_s=60, cpu_s=30))
-    record_property("seconds", round(time.monotonic() - started, 1))
-    assert len(outcomes) == 974
+    assert len(outcomes) == number
     assert [row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if not outcome.passed] == []

@@ -2,43 +2,52 @@
 
 import hashlib
 import json
+import os
 import random
-import signal
+import resource
+import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from conftest import FilePlace
 
 from ptl.errors import InputError, WorkError
-from ptl.storage import store
+from ptl.storage import local_files, manifest, s3, store
 from ptl.storage.local_files import path_of
-from ptl.storage.manifest import BLOCK, FILES, digest_of
+from ptl.storage.manifest import FILES, MLFLOW_META, File, digest_of, dump_files, hash_files, load_files
 
 
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "checkpoint"
     (folder / "sub").mkdir(parents=True)
-    rng = random.Random(0)
-    (folder / "model.safetensors").write_bytes(rng.randbytes(300_000))
+    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(300_000))
     (folder / "config.json").write_text('{"hidden_size": 8}')
     (folder / "sub" / "empty.txt").write_text("")
     (folder / "model.safetensors").chmod(0o600)
     return folder
 
 
-def publish(folder, place, attempt="a"):
-    uri = f"{place.root}/models/{attempt}/artifacts"
+def publish(folder, root, attempt="a"):
+    uri = f"{root}/models/{attempt}/artifacts"
     files = store.publish(folder, uri)
-    return store.Pointer(uri, digest_of(files), run_id="0123abcd"), files
+    return store.Pointer(uri, digest_of(files), run_id="0123abcd")
 
 
 def record(pointer, key="k1"):
     return store.Record(key, pointer, {"seconds": 1.5})
+
+
+def commit(place, *given, step="prune-1"):
+    return store.commit(place.root, "run1", step, record(*given))
+
+
+def committed(place, key=None, step="prune-1"):
+    return store.committed(place.root, "run1", step, key)
 
 
 def contents(folder):
@@ -46,304 +55,295 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
+@contextmanager
+def full_disk(size):
+    """A file size limit stands for the full disk: the kernel refuses the write in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---- the list of files and its digest
+
+
+def test_each_block_has_a_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "BLOCK", 100)
+    data, moved = random.Random(4).randbytes(200), []
+    parts = {"a": [b""], "b": [data[:1]], "c": [data[:99]], "d": [data[:100]]}
+    parts |= {"e": [data[:100], data[100:101]], "f": [data[:100], data[100:]]}
+    for name, own in parts.items():
+        (tmp_path / name).write_bytes(b"".join(own))
+    rows = [
+        [name, sum(map(len, own)), [hashlib.sha256(part).hexdigest() for part in own]] for name, own in parts.items()
+    ]
+    expected = tuple(File(name, size, tuple(blocks)) for name, size, blocks in rows)
+    assert hash_files(tmp_path, parts, moved.append) == expected
+    assert sorted(moved) == [0, 1, 1, 99, 100, 100, 100, 100]
+    digest = hashlib.sha256(json.dumps(rows).replace(" ", "").encode()).hexdigest()
+    assert digest_of(expected) == digest_of(reversed(expected)) == f"sha256:{digest}"
+    assert load_files(dump_files(reversed(expected)), "it") == expected
+    manifest.verify(tmp_path, expected, "it")
+    (tmp_path / "f").write_bytes(flip(data[::-1])[::-1])
+    with pytest.raises(WorkError, match="digest differs in file f"):
+        manifest.verify(tmp_path, expected, "it")
+
+
+def test_a_list_of_another_format_or_out_of_the_folder_is_refused():
+    for path in ["../evil", "/etc/evil", "a/../../evil", "a//b", "a\\b", "a\0b", FILES]:
+        with pytest.raises(WorkError, match="outside of the checkpoint"):
+            load_files(dump_files([File(path, 0, ())]), "it")
+    for name in ("format", "block"):
+        with pytest.raises(WorkError, match="damaged"):
+            load_files(json.dumps(json.loads(dump_files([])) | {name: 1}), "it")
+
+
+def test_a_digest_of_a_file_is_read_again_when_the_file_changes(tmp_path):
+    for text in ("one", "two"):
+        (tmp_path / "file").write_text(text)
+        assert manifest.file_digest(tmp_path / "file") == hashlib.sha256(text.encode()).hexdigest()
+    assert store.digest({"a": 1, "b": 2}) == store.digest({"b": 2, "a": 1}) != store.digest({"a": 2, "b": 1})
+
+
+# ---- publish and fetch
+
+
 def test_round_trip(place, folder, tmp_path):
-    pointer, files = publish(folder, place)
-    assert [file.path for file in files] == ["config.json", "model.safetensors", "sub/empty.txt"]
-    assert store.committed(place.root, "run1", "prune-1") is None
-    written = store.commit(place.root, "run1", "prune-1", record(pointer))
-    assert store.committed(place.root, "run1", "prune-1") == written
-    assert written.metadata == {"seconds": 1.5}
-    found = store.fetch(written.pointer, tmp_path / "cache")
+    sent, got, uri = [], [], f"{place.root}/models/a"
+
+    def is_sent(size):
+        assert store.read(f"{uri}/{FILES}") is None  # the list comes last
+        sent.append(size)
+
+    (folder / MLFLOW_META).write_text("")  # of MLflow, and no part of a checkpoint
+    files = store.publish(folder, uri, on_progress=is_sent)
+    (folder / MLFLOW_META).unlink()
+    with pytest.raises(WorkError, match="already holds"):
+        store.publish(folder, uri)
+    sizes = {"config.json": 18, "model.safetensors": 300_000, "sub/empty.txt": 0}
+    assert {file.path: file.size for file in files} == sizes
+    assert load_files(store.read(f"{uri}/{FILES}"), "it") == files == hash_files(folder, [file.path for file in files])
+    pointer = store.Pointer(uri, digest_of(files))
+    assert committed(place) is None
+    written = commit(place, pointer)
+    assert committed(place) == written == replace(record(pointer), step="prune-1")
+    found = store.fetch(written.pointer, tmp_path / "cache", on_progress=got.append)
     assert contents(found) == contents(folder)
     assert (found / "model.safetensors").stat().st_mode & 0o044  # safetensors writes 0600: other UIDs must read too
     assert store.fetch(pointer, tmp_path / "cache") == found
+    assert sum(sent) == sum(got) == 300_018
 
 
-def test_every_block_has_a_digest(place, folder, tmp_path):
-    data = random.Random(4).randbytes(2 * BLOCK)
-    for name, size in (("model.safetensors", 2 * BLOCK), ("other.safetensors", BLOCK + 1)):
-        (folder / name).write_bytes(data[:size])
-    pointer, files = publish(folder, place)
-    blocks = {file.path: file.blocks for file in files}
-    whole, second = (hashlib.sha256(part).hexdigest() for part in (data[:BLOCK], data[BLOCK:]))
-    assert blocks["model.safetensors"] == (whole, second)
-    assert blocks["other.safetensors"] == (whole, hashlib.sha256(data[BLOCK : BLOCK + 1]).hexdigest())
-    assert blocks["sub/empty.txt"] == (hashlib.sha256().hexdigest(),)
-    assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
+def flip(data):
+    return data[:17] + bytes([data[17] ^ 1]) + data[18:]
 
 
-def test_digest_is_of_contents_not_of_place(place, folder):
-    first, files = publish(folder, place, "a")
-    second, _ = publish(folder, place, "b")
-    assert first.digest == second.digest == digest_of(reversed(files))
-    assert digest_of(files[1:]) != first.digest
+DAMAGES = {
+    "flipped-bit": ("model.safetensors", flip, "digest differs in file model.safetensors"),
+    "shorter": ("model.safetensors", lambda data: data[:-1], "model.safetensors has 299999 bytes, 300000 were"),
+    "deleted": ("config.json", None, r"file config\.json was deleted; restore it or run the step"),
+    "all-deleted": ("", None, r"models/a/artifacts of run 0123abcd is gone.*start a new run"),
+    "damaged-list": (FILES, lambda data: data[:40], "damaged"),
+    "other-list": (FILES, lambda data: data.replace(b"300000", b"300001"), "was replaced: digest differs"),
+}
 
 
-def test_flipped_bit_is_refused(place, folder, tmp_path):
-    pointer, _ = publish(folder, place)
-
-    def flip(data):
-        return data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
-
-    place.change(f"{pointer.uri}/model.safetensors", flip)
-    with pytest.raises(WorkError, match=r"digest differs in file model.safetensors.*run the step"):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_refused(damage, place, folder, tmp_path):
+    path, edit, message = DAMAGES[damage]
+    pointer = publish(folder, place.root)
+    uri = f"{pointer.uri}/{path}".rstrip("/")
+    place.change(uri, edit) if edit else place.delete(uri)
+    with pytest.raises(WorkError, match=message):
         store.fetch(pointer, tmp_path / "cache")
 
 
-def test_cut_off_file_is_refused(place, folder, tmp_path):
-    pointer, _ = publish(folder, place)
-    place.change(f"{pointer.uri}/model.safetensors", lambda data: data[:-1])
-    with pytest.raises(WorkError, match=r"model.safetensors has 299999 bytes, 300000 were published"):
-        store.fetch(pointer, tmp_path / "cache")
+def test_what_is_no_regular_file_or_not_listed_is_refused(folder, tmp_path):
+    for make in (lambda path: path.symlink_to("/etc"), os.mkfifo):
+        make(folder / "sub/x")
+        with pytest.raises(WorkError, match="sub/x is not a regular file"):
+            publish(folder, f"file://{tmp_path}/art")
+        (folder / "sub/x").unlink()
+    with pytest.raises(WorkError, match="holds no files"):
+        publish(tmp_path / "nowhere", f"file://{tmp_path}/art")
+    assert not (tmp_path / "art").exists()
+    pointer = publish(folder, f"file://{tmp_path}/art")
+    there = path_of(pointer.uri)
+    (there / MLFLOW_META).touch()  # by MLflow, when it loads a registered version
+    store.fetch(pointer, tmp_path)
+    (there / "pytorch_model.bin").touch()
+    with pytest.raises(WorkError, match=r"pytorch_model.bin is not part of the checkpoint"):
+        store.fetch(pointer, tmp_path)
 
 
-def test_deleted_file_is_named(place, folder, tmp_path):
-    pointer, _ = publish(folder, place)
-    place.delete(f"{pointer.uri}/config.json")
-    with pytest.raises(WorkError, match=r"file config.json was deleted; restore it or run the step"):
-        store.fetch(pointer, tmp_path / "cache")
+# ---- records
 
 
-def test_deleted_checkpoint_is_named(place, folder, tmp_path):
-    pointer, _ = publish(folder, place)
-    place.delete(pointer.uri)
-    with pytest.raises(WorkError, match=r"models/a/artifacts of run 0123abcd is gone.*start a new run"):
-        store.fetch(pointer, tmp_path / "cache")
+def test_a_damaged_or_foreign_record_is_refused(place, folder, monkeypatch):
+    pointer = publish(folder, place.root)
+    manifest_of = f"{place.root}/run1/{{}}/manifest.json".format
+    for step in ("other", "cut", "edited", "copied"):
+        commit(place, pointer, step=step)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "FORMAT", 2)
+        commit(place, pointer, step="older")
+    place.change(manifest_of("edited"), lambda data: data.replace(b"1.5", b"1.6"))
+    place.change(manifest_of("cut"), lambda data: data[:40])
+    place.change(manifest_of("copied"), lambda _: store.read(manifest_of("other")))
+    for step, message in {"edited": "digest differs", "cut": "", "copied": "step copied", "older": "format 3"}.items():
+        with pytest.raises(WorkError, match=rf"damaged .*{message}.*delete .*{step}/manifest\.json"):
+            committed(place, step=step)
 
 
-def test_replaced_checkpoint_is_refused(place, folder, tmp_path):
-    pointer, _ = publish(folder, place)
-    with pytest.raises(WorkError, match="digest differs"):
-        store.fetch(replace(pointer, digest="sha256:" + "0" * 64), tmp_path / "cache")
-
-
-def test_damaged_list_and_record_are_refused(place, folder, tmp_path):
-    pointer, _ = publish(folder, place)
-    store.commit(place.root, "run1", "prune-1", record(pointer))
-    place.change(f"{place.root}/run1/prune-1/manifest.json", lambda data: data.replace(b"1.5", b"1.6"))
-    with pytest.raises(WorkError, match=r"digest differs.*delete .*manifest.json"):
-        store.committed(place.root, "run1", "prune-1")
-    place.change(f"{place.root}/run1/prune-1/manifest.json", lambda data: data[:40])
-    with pytest.raises(WorkError, match="damaged"):
-        store.committed(place.root, "run1", "prune-1")
-    place.change(f"{pointer.uri}/{FILES}", lambda data: data[:40])
-    with pytest.raises(WorkError, match="damaged"):
-        store.fetch(pointer, tmp_path / "cache")
-
-
-@pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../evil", "a//b", "./a", "a\\b", ""])
-def test_paths_out_of_the_folder_are_refused(place, folder, tmp_path, path):
-    pointer, files = publish(folder, place)
-    listed = [replace(files[0], path=path), *files[1:]]
-
-    def poison(data):
-        raw = json.loads(data)
-        raw["files"] = [asdict(file) for file in listed]
-        return json.dumps(raw).encode()
-
-    place.change(f"{pointer.uri}/{FILES}", poison)
-    with pytest.raises(WorkError, match="outside of the checkpoint"):
-        store.fetch(replace(pointer, digest=digest_of(listed)), tmp_path / "cache")
-    assert not (tmp_path / "evil").exists()
-
-
-def test_symlinks_are_refused(place, folder):
-    (folder / "sub" / "link").symlink_to("/etc/passwd")
-    with pytest.raises(WorkError, match="link is not a regular file"):
-        publish(folder, place)
-
-
-def test_empty_and_missing_folders_are_refused(place, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for name in ("empty", "nowhere"):
-        with pytest.raises(WorkError, match="holds no files"):
-            publish(tmp_path / name, place)
-
-
-def test_a_record_of_another_key_is_not_taken_and_is_replaced(place, folder):
-    pointer, _ = publish(folder, place)
+def test_a_record_of_another_key_or_that_is_withdrawn_is_not_taken_and_is_replaced(place, folder):
     store.withdraw(place.root, "run1", "prune-1")  # there is none
-    first = store.commit(place.root, "run1", "prune-1", record(pointer, "k1"))
-    assert store.committed(place.root, "run1", "prune-1", key="k2") is None
-    assert store.committed(place.root, "run1", "prune-1", key="k1") == first
+    assert list(store.walk(place.root)) == []
+    pointer = publish(folder, place.root)
+    first = commit(place, pointer, "k1")
+    assert committed(place, "k2") is None and committed(place, "k1") == first
     store.withdraw(place.root, "run1", "prune-1")
-    assert store.committed(place.root, "run1", "prune-1") is None
+    assert committed(place) is committed(place, "k1") is None
     for key in ("k2", "k3"):  # in place of a withdrawn one, and of another
-        written = store.commit(place.root, "run1", "prune-1", record(pointer, key))
-        assert store.committed(place.root, "run1", "prune-1") == written and written.key == key
+        written = commit(place, pointer, key)
+        assert committed(place) == written and written.key == key
 
 
 def test_a_record_of_damaged_files_counts_again_once_they_are_repaired(place, folder):
-    pointer, _ = publish(folder, place)
-    pointer = replace(pointer, step="prune-1")
+    pointer = replace(publish(folder, place.root), step="prune-1")
     store.mark_damaged(place.root, "run1", pointer)  # there is none
-    first = store.commit(place.root, "run1", "prune-1", record(pointer))
+    first = commit(place, pointer)
     store.mark_damaged(place.root, "run1", replace(pointer, digest="sha256:" + "0" * 64))  # of other files
-    assert store.committed(place.root, "run1", "prune-1") == first
+    assert committed(place) == first
     store.mark_damaged(place.root, "run1", pointer)
-    assert store.committed(place.root, "run1", "prune-1", "k1") == replace(first, damaged=True)
-    assert store.commit(place.root, "run1", "prune-1", record(pointer)) == first
+    assert committed(place, "k1") == replace(first, damaged=True)
+    assert commit(place, pointer) == first == committed(place)
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
-def test_names_cannot_leave_the_root(place, name):
-    with pytest.raises(InputError, match="must be 1-128 letters"):
-        store.committed(place.root, name, "prune-1")
-    with pytest.raises(InputError, match="must be 1-128 letters"):
-        store.committed(place.root, "run1", name)
-
-
-def test_four_writers_one_commit(place, folder):
+def test_one_of_several_writers_wins(place, folder):
     def write(attempt):
-        pointer, _ = publish(folder, place, attempt)
-        return store.commit(place.root, "run1", "prune-1", record(pointer))
+        return commit(place, publish(folder, place.root, attempt))
 
-    with ThreadPoolExecutor(4) as pool:
-        records = list(pool.map(write, "abcd"))
-    winner = store.committed(place.root, "run1", "prune-1")
-    assert records == [winner] * 4
-
-
-def test_one_claim_wins(place):
     with ThreadPoolExecutor(8) as pool:
-        values = set(pool.map(lambda value: store.claim(place.root, "run1", "parent", str(value)), range(8)))
-    assert len(values) == 1
-    assert store.claim(place.root, "run1", "parent", "late") in values
+        records = list(pool.map(write, "abcd"))
+        claims = set(pool.map(lambda value: store.claim(place.root, "run1", "parent", str(value)), range(8)))
+    assert records == [committed(place)] * 4
+    assert len(claims) == 1 and store.claim(place.root, "run1", "parent", "late") in claims
 
 
-CHILD = """
-import sys
-from dataclasses import asdict
-from pathlib import Path
-from ptl.storage import store
-folder, root, attempt = sys.argv[1:]
-print("ready", flush=True)
-sys.stdin.readline()
-uri = f"{root}/models/{attempt}/artifacts"
-files = store.publish(Path(folder), uri)
-pointer = store.Pointer(uri, digest_of(files))
-store.commit(root, "run1", "prune-1", store.Record("k", pointer))
-"""
-
-
-@pytest.mark.slow
-def test_kill_at_random_moments(place, folder, tmp_path):
-    (folder / "model.safetensors").write_bytes(random.Random(1).randbytes(24 << 20))
-    expected = contents(folder)
-    start = time.perf_counter()
-    pointer, _ = publish(folder, place, "timing")
-    seconds = time.perf_counter() - start
-    rng, outcomes = random.Random(2), []
-    for number in range(10):
-        root = f"{place.root}/{number}"
-        command = [sys.executable, "-c", CHILD, str(folder), root, "first"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        child.stdout.readline()
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-        time.sleep(rng.uniform(0, 1.3 * seconds))
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        half = store.committed(root, "run1", "prune-1")
-        cache = tmp_path / "cache" / str(number)
-        try:
-            # Even with a pointer that nobody could have yet, a half checkpoint is not accepted.
-            complete = store.fetch(replace(pointer, uri=f"{root}/models/first/artifacts"), cache)
-            assert contents(complete) == expected
-        except WorkError:
-            assert half is None
-        outcomes.append(half is not None)
-        if half is None:
-            again, _ = publish(folder, FilePlace(root), "second")
-            half = store.commit(root, "run1", "prune-1", record(again, "k"))
-        assert contents(store.fetch(half.pointer, cache)) == expected
-    assert False in outcomes  # at least one kill came before the commit, else nothing was tested
-
-
-def test_progress_counts_every_byte(place, folder, tmp_path):
-    sent, got = [], []
-    files = store.publish(folder, f"{place.root}/models/p", on_progress=sent.append)
-    store.fetch(store.Pointer(f"{place.root}/models/p", digest_of(files)), tmp_path / "c", on_progress=got.append)
-    assert sum(sent) == sum(got) == sum(file.size for file in files)
-
-
-def test_pointer_survives_json():
+def test_pointers_names_and_roots_are_read_strictly(tmp_path):
     pointer = store.Pointer("file:///a", "sha256:" + "a" * 64, params=7, gate={"cap": None, "rejections": 1})
     assert store.Pointer.load(pointer.dump()) == pointer
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "pointer: Invalid JSON"),
-        ("[]", "pointer: Input should be an object"),
-        ('{"uri": "file:///a"}', "pointer.digest: Field required"),
-        ('{"uri": "file:///a", "digest": "md5:1"}', "pointer.digest: String should match pattern"),
-        (f'{{"uri": "file:///a", "digest": "sha256:{"0" * 64}", "colour": 1}}', "pointer.colour: Unexpected"),
-        (f'{{"uri": "file:///a", "digest": "sha256:{"0" * 64}", "params": true}}', "pointer.params: .* valid integer"),
-    ],
-)
-def test_wrong_pointers(text, message):
-    with pytest.raises(InputError, match=message):
-        store.Pointer.load(text)
-
-
-def test_unknown_scheme_is_refused():
+    for field, value in {"digest": "md5:1", "colour": 1, "params": True, "uri": ""}.items():
+        with pytest.raises(InputError, match=rf"^pointer\.{field}: "):
+            store.Pointer.load(json.dumps(json.loads(pointer.dump()) | {field: value}))
+    for name in ["../up", "a/b", "", ".hidden", "a" * 129]:
+        for run, step in ((name, "prune-1"), ("run1", name)):
+            with pytest.raises(InputError, match="must be 1-128 letters"):
+                store.committed("file:///x", run, step)
     with pytest.raises(InputError, match=r"mlflow-artifacts:/1.*--no-serve-artifacts"):
         store.committed("mlflow-artifacts:/1/ptl", "run1", "prune-1")
+    with pytest.raises(InputError, match="not an absolute path"):
+        path_of("file://host/a")
+    assert path_of("file:///a%20b") == Path("/a b") and path_of("/a%20b") == Path("/a%20b")
+    assert s3.split("s3://b/a#1/c/") == ("b", "a#1/c")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        store.check(f"file://{tmp_path}/file/art")
+    store.check(f"file://{tmp_path}/art")
 
 
-def test_published_location_is_not_overwritten(place, tmp_path, folder):
-    pointer, _ = publish(folder, place)
-    with pytest.raises(WorkError, match="already holds"):
-        publish(folder, place)
-    assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
+# ---- what stays after a power failure, a full disk or a kill
 
 
-def test_stray_files_are_refused(tmp_path, folder):
-    pointer, _ = publish(folder, FilePlace(f"file://{tmp_path}/art"))
-    (path_of(pointer.uri) / "registered_model_meta").write_bytes(b"x")  # by MLflow, when it loads a registered version
-    store.fetch(pointer, tmp_path)
-    (path_of(pointer.uri) / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(WorkError, match=r"pytorch_model.bin is not part of the checkpoint"):
-        store.fetch(pointer, tmp_path)
-    (path_of(pointer.uri) / "pytorch_model.bin").unlink()
-    (path_of(pointer.uri) / "config.json").unlink()
-    (path_of(pointer.uri) / "config.json").symlink_to(folder / "config.json")
-    with pytest.raises(WorkError, match=r"config.json is not a regular file"):
-        store.fetch(pointer, tmp_path)
+@pytest.fixture
+def events(monkeypatch, tmp_path):
+    """What was made durable and given its name, in order; drafts are `.name`."""
+    seen = []
+
+    def noted(kind, real):
+        def call(*given):
+            path = Path(f"/proc/self/fd/{given[0]}").readlink() if kind == "sync" else Path(given[-1])
+            draft = path.name.startswith(".")
+            seen.append(f"{kind} {path.stem if draft else path.relative_to(tmp_path).as_posix()}")
+            return real(*given)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted("sync", os.fsync))
+    monkeypatch.setattr(os, "link", noted("link", os.link))
+    monkeypatch.setattr(Path, "replace", noted("rename", Path.replace))
+    return seen
 
 
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-from ptl.storage import store
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    store.publish(Path(sys.argv[1]), sys.argv[2])
-except store.WorkError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
+def test_bytes_are_durable_before_their_name_and_the_list_comes_last(events, folder, tmp_path):
+    store.publish(folder, f"file://{tmp_path}/a")
+    assert {*events[:3]} == {"sync a/config.json", "sync a/model.safetensors", "sync a/sub/empty.txt"}
+    assert events[3:] == ["sync a", "sync a/sub", f"sync .{FILES}", f"rename a/{FILES}", "sync a"]
+    events.clear()
+    local_files.put_once(f"file://{tmp_path}/b/c", b"1")
+    local_files.put(f"file://{tmp_path}/b/c", b"2")
+    assert events == ["sync .c", "link b/c", "sync b", "sync .c", "rename b/c", "sync b"]
+    assert local_files.put_once(f"file://{tmp_path}/b/c", b"3") == b"2"
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["c"]  # no draft
+    local_files.replace(tmp_path / "secret", b"1", 0o600)  # others can never read it
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_of_a_checkpoint_that_is_deleted_the_list_goes_first(place, folder, tmp_path, monkeypatch):
+    pointer, deleted = publish(folder, place.root), []
+    if place.root.startswith("s3:"):  # nothing is deleted after the first object
+        real = s3.client().delete_object
+        monkeypatch.setattr(s3.client(), "delete_object", lambda **given: deleted or deleted.append(real(**given)))
+    else:
+        monkeypatch.setattr(shutil, "rmtree", lambda _: None)
+    store.delete(pointer.uri, below=place.root)
+    with pytest.raises(WorkError, match="is gone"):
+        store.fetch(pointer, tmp_path / "cache")
+    assert store.read(f"{pointer.uri}/config.json") is not None
 
 
 def test_no_space(tmp_path, folder):
-    """A file size limit stands for the full disk: the kernel refuses the write in the same way."""
-    pointer, _ = publish(folder, FilePlace(f"file://{tmp_path}/art"))
-    location = f"file://{tmp_path}/art/models/b/artifacts"
-    command = [sys.executable, "-c", LIMITED, str(folder), location]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "no space left while writing" in done.stdout
-    assert "earlier checkpoints are intact" in done.stdout
+    pointer = publish(folder, f"file://{tmp_path}/art")
+    with full_disk(100_000), pytest.raises(WorkError, match=r"no space left while writing .*checkpoints are intact"):
+        publish(folder, f"file://{tmp_path}/art", "b")
     assert list((tmp_path / "art/models/b").iterdir()) == []
     assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
 
 
-def test_check_of_a_root_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        store.check(f"file://{tmp_path}/file/art")
-    store.check(f"file://{tmp_path}/art")
-    assert list((tmp_path / "art").iterdir()) == []
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from ptl.storage import store
+from ptl.storage.manifest import digest_of
+folder, root, moment = sys.argv[1:]
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment in ("put", "put_once"):
+    setattr(store._backend(root), moment, die)
+uri = f"{root}/models/first"
+files = store.publish(Path(folder), uri, on_progress=die if moment == "bytes" else lambda _: None)
+store.commit(root, "run1", "prune-1", store.Record("k1", store.Pointer(uri, digest_of(files)), {"seconds": 1.5}))
+die()
+"""
+
+
+def test_a_kill_leaves_all_or_nothing(place, folder, tmp_path):
+    """While bytes are copied, before the list, before the record and after it."""
+    pointer = publish(folder, place.root)
+    for moment in ("bytes", "put", "put_once", "end"):
+        root, cache = f"{place.root}/{moment}", tmp_path / "cache" / moment
+        child = subprocess.run([sys.executable, "-c", CHILD, str(folder), root, moment], capture_output=True, text=True)
+        assert child.returncode == -9, child.stderr
+        half = store.committed(root, "run1", "prune-1")
+        assert (half is not None) == (moment == "end")
+        first = replace(pointer, uri=f"{root}/models/first")  # which nobody has yet
+        if moment in ("bytes", "put"):
+            with pytest.raises(WorkError, match="is gone"):
+                store.fetch(first, cache)
+        else:
+            assert contents(store.fetch(first, cache)) == contents(folder)
+        again = store.commit(root, "run1", "prune-1", record(publish(folder, root, "second")))
+        assert again == half or half is None
+        assert contents(store.fetch(again.pointer, cache)) == contents(folder)
