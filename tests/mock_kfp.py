@@ -15,23 +15,12 @@ from mock_server import MockServer
 
 API = "/apis/v2beta1"
 DATA = Path(__file__).parent / "data" / "kfp-2.17"
-STATUS = {  # of the recorded answers that are not 200
-    "run-unknown": 404,
-    "post-retry-succeeded": 409,
-    "post-run-no-experiment": 404,
-    "post-run-unknown-parameter": 400,
-    "post-run-unknown-version": 500,
-    "post-run-wrong-type": 400,
-    "post-terminate-finished": 400,
-    "post-terminate-unknown": 404,
-    "upload-duplicate-version": 409,
-    "upload-invalid": 400,
-}
+STATUS = {3: 400, 5: 404, 10: 409, 13: 500}  # of HTTP, by the code of a recorded refusal, or by an upload's error
+STATUS |= {"unknown template format": 400, "Failed to create a pipeline version": 409}
 CUT, HANG = object(), object()
 ADDED = {  # not recorded: what proxies and broken connections make of an answer of 200
     "login page": b"<!DOCTYPE html><html><body>Log in</body></html>",
     "empty object": b"{}",
-    "empty body": b"",
     "bad JSON": b'{"run_id": "run-0", "state": ',
     "cut answer": CUT,
     "hang": HANG,
@@ -66,52 +55,34 @@ class MockKubeflow(MockServer):
 
     # Each returns (status, body).
 
-    def healthz(self, **_):
-        return 200, recorded("healthz")
+    def list_all(self, query, ids, **_):
+        own = {"namespace": query["namespace"]} if query.get("namespace") and ids[0] != "runs" else {}
+        return 200, {ids[0]: [_shown(entry) for entry in _matching(getattr(self, ids[0]), query, **own)]}
 
-    def list_pipelines(self, query, **_):
-        return 200, {"pipelines": _matching(self.pipelines, query, namespace=query.get("namespace"))}
-
-    def create_pipeline(self, body, **_):
-        if any(entry["display_name"] == body["display_name"] for entry in self.pipelines):
+    def create(self, body, ids, **_):
+        entries, kind = getattr(self, ids[0]), ids[0].removesuffix("s")
+        if kind == "pipeline" and any(entry["display_name"] == body["display_name"] for entry in entries):
             return 409, {"error": "pipeline exists"}
-        made = {**body, "pipeline_id": f"pipeline-{len(self.pipelines)}"}
-        self.pipelines.append(made)
-        return 200, made
+        entries.append({**body, f"{kind}_id": f"{kind}-{len(entries)}"})
+        return 200, entries[-1]
 
     def upload_version(self, query, body, **_):
-        taken = [entry for entry in self.versions if entry["pipeline_id"] == query["pipelineid"]]
-        if any(entry["display_name"] == query["name"] for entry in taken):
+        made = {"pipeline_id": query["pipelineid"], "display_name": query["name"]}
+        if any(entry.items() >= made.items() for entry in self.versions):
             return 409, {"error": "version exists"}
-        made = {
-            "pipeline_id": query["pipelineid"],
-            "pipeline_version_id": f"version-{len(self.versions)}",
-            "display_name": query["name"],
-        }
+        made["pipeline_version_id"] = f"version-{len(self.versions)}"
         self.versions.append({**made, "yaml": body})
         return 200, made
 
     def list_versions(self, query, ids, **_):
-        own = [entry for entry in self.versions if entry["pipeline_id"] == ids[0]]
-        return 200, {"pipeline_versions": [{k: v for k, v in e.items() if k != "yaml"} for e in _matching(own, query)]}
-
-    def list_experiments(self, query, **_):
-        return 200, {"experiments": _matching(self.experiments, query, namespace=query.get("namespace"))}
-
-    def create_experiment(self, body, **_):
-        made = {**body, "experiment_id": f"experiment-{len(self.experiments)}"}
-        self.experiments.append(made)
-        return 200, made
+        own = _matching(self.versions, query, pipeline_id=ids[0])
+        return 200, {"pipeline_versions": [{**entry, "yaml": None} for entry in own]}
 
     def create_run(self, body, **_):
-        made = {**body, "run_id": f"run-{len(self.runs)}", "state": "PENDING", "looks": 0}
-        made["created_at"] = "2026-01-01T00:00:00Z"
-        made["state_history"] = [{"state": "PENDING", "update_time": made["created_at"]}]
+        made = {**body, "run_id": f"run-{len(self.runs)}", "created_at": "2026-01-01T00:00:00Z", "looks": 0}
+        made |= {"state": "PENDING", "state_history": [{"state": "PENDING", "update_time": made["created_at"]}]}
         self.runs.append(made)
         return 200, _shown(made)
-
-    def list_runs(self, query, **_):
-        return 200, {"runs": [_shown(run) for run in _matching(self.runs, query)]}
 
     def get_version(self, ids, **_):
         if self.version is not None:
@@ -124,7 +95,7 @@ class MockKubeflow(MockServer):
             return 200, self.played.pop(0) if len(self.played) > 1 else self.played[0]
         run = self._run(ids[0])
         if run is None:
-            return 404, recorded("run-unknown")
+            return _with_status(recorded("run-unknown"))
         state = self.script[min(run["looks"], len(self.script) - 1)]
         run["looks"] += 1
         self.enter(run, state)
@@ -132,19 +103,19 @@ class MockKubeflow(MockServer):
 
     def enter(self, run, state):
         """A state that a run is in from now on."""
-        run["state"] = state
         now = f"2026-01-01T00:00:{len(run['state_history']):02d}Z"
-        if run["state_history"][-1]["state"] != state:
+        if run["state"] != state:
             run["state_history"].append({"state": state, "update_time": now})
+        run["state"] = state
         if state in ("SUCCEEDED", "FAILED"):
-            run["finished_at"] = f"2026-01-01T00:00:{run['looks']:02d}Z"
+            run["finished_at"] = now
 
     def terminate(self, ids, **_):
         run = self._run(ids[0])
         if run is None:
-            return 404, recorded("post-terminate-unknown")
+            return _with_status(recorded("post-terminate-unknown"))
         if run["state"] in ("SUCCEEDED", "FAILED"):
-            return 400, recorded("post-terminate-finished")
+            return _with_status(recorded("post-terminate-finished"))
         self.enter(run, "CANCELING")
         self.script = ["CANCELING", "FAILED"]
         run["looks"] = 0
@@ -154,7 +125,7 @@ class MockKubeflow(MockServer):
         if self.played:
             return 200, {}
         if self._run(ids[0])["state"] != "FAILED":
-            return 409, recorded("post-retry-succeeded")
+            return _with_status(recorded("post-retry-succeeded"))
         self.script = ["RUNNING"]
         return 200, {}
 
@@ -181,8 +152,7 @@ class MockKubeflow(MockServer):
         answer = next((a for a in self.answers if a[0] == handler.command and a[1] in path), None)
         if answer:
             self.answers.remove(answer)
-            name = answer[2]
-            return (200, ADDED[name]) if name in ADDED else (STATUS.get(name, 200), recorded(name))
+            return (200, ADDED[answer[2]]) if answer[2] in ADDED else _with_status(recorded(answer[2]))
         fault = next((f for f in self.faults if f[0] == handler.command and f[1] in path), None)
         if fault:
             self.faults.remove(fault)
@@ -197,20 +167,21 @@ class MockKubeflow(MockServer):
 
 
 ROUTES = [
-    ("GET", "/healthz", MockKubeflow.healthz),
-    ("GET", "/pipelines", MockKubeflow.list_pipelines),
-    ("POST", "/pipelines", MockKubeflow.create_pipeline),
+    ("GET", "/healthz", lambda *_, **__: (200, recorded("healthz"))),
+    ("GET", "/(pipelines|experiments|runs)", MockKubeflow.list_all),
+    ("POST", "/(pipelines|experiments)", MockKubeflow.create),
     ("POST", "/pipelines/upload_version", MockKubeflow.upload_version),
     ("GET", "/pipelines/([^/]+)/versions", MockKubeflow.list_versions),
     ("GET", "/pipelines/([^/]+)/versions/([^/]+)", MockKubeflow.get_version),
-    ("GET", "/experiments", MockKubeflow.list_experiments),
-    ("POST", "/experiments", MockKubeflow.create_experiment),
-    ("GET", "/runs", MockKubeflow.list_runs),
     ("POST", "/runs", MockKubeflow.create_run),
     ("GET", "/runs/([^/:]+)", MockKubeflow.get_run),
     ("POST", "/runs/([^/:]+):terminate", MockKubeflow.terminate),
     ("POST", "/runs/([^/:]+):retry", MockKubeflow.retry),
 ]
+
+
+def _with_status(answer):
+    return STATUS.get(answer.get("code") or answer.get("error_message"), 200), answer
 
 
 def _spec(version):
@@ -228,12 +199,10 @@ def _shown(run):
 
 def _matching(entries, query, **fields):
     predicates = json.loads(query.get("filter") or "{}").get("predicates", [])
-    wanted = {
-        predicate["key"]: predicate.get("stringValue") or predicate.get("string_value") for predicate in predicates
-    }
-    wanted = {"display_name" if key == "name" else key: value for key, value in wanted.items()}
-    wanted |= {name: value for name, value in fields.items() if value}
-    return [entry for entry in entries if all(entry.get(name) == value for name, value in wanted.items())]
+    for each in predicates:
+        key = "display_name" if each["key"] == "name" else each["key"]
+        fields[key] = each.get("stringValue") or each.get("string_value")
+    return [entry for entry in entries if all(entry.get(name) == value for name, value in fields.items())]
 
 
 def _parsed(handler, body):

@@ -14,7 +14,8 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import yaml
@@ -24,6 +25,8 @@ from ptl.steps import trainjob
 
 DATA = Path(__file__).parent / "data" / "trainer-2.3"
 NAMESPACE = "kubeflow"
+ENDED = "2026-11-25T18:20:29Z"
+RESTARTS = 3  # of a failed TrainJob
 OWN_POD = "loop-abcde-coordinator-1"
 JOBS = rf"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
 PODS = rf"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -42,28 +45,21 @@ def refusal(heading):
 
 
 UNKNOWN_RUNTIME = (403, refusal("create with an unknown runtime"))
-NO_RIGHT = (
-    403,
-    'trainjobs.trainer.kubeflow.org is forbidden: User "system:serviceaccount:kubeflow:pipeline-runner" cannot create '
-    'resource "trainjobs" in API group "trainer.kubeflow.org" in the namespace "kubeflow"',
-)
+WHO = "system:serviceaccount:kubeflow:pipeline-runner"
+NO_RIGHT = (403, f'trainjobs.trainer.kubeflow.org is forbidden: User "{WHO}" cannot create resource "trainjobs"')
 NO_TRAINER = (404, "the server could not find the requested resource")
 
 
-def pod(
-    job, node, attempt=0, phase="Running", exit_code=None, message="", reason="Error", ended="2026-11-25T18:20:29Z"
-):
+def pod(job, node, attempt=0, phase="Running", exit_code=None, message="", reason="Error", ended=ENDED):
     """A node's pod, made from the recorded one."""
-    made = copy.deepcopy(recorded("pod-of-node-0"))
+    made = recorded("pod-of-node-0")
     made["metadata"]["name"] = f"{job}-node-0-{node}-{attempt}abcd"
     made["metadata"]["labels"] |= {trainjob.OF_JOB_SET: job, trainjob.INDEX: str(node), trainjob.ATTEMPT: str(attempt)}
-    status = made["status"]["containerStatuses"][0]
-    status["state"] = {"running": {"startedAt": "2026-11-25T18:17:51Z"}} if phase == "Running" else {}
+    state = {"running": {"startedAt": "2026-11-25T18:17:51Z"}} if phase == "Running" else {}
     if exit_code is not None:
         phase = "Failed" if exit_code else "Succeeded"
-        status["state"] = {
-            "terminated": {"exitCode": exit_code, "message": message, "reason": reason, "finishedAt": ended}
-        }
+        state = {"terminated": {"exitCode": exit_code, "message": message, "reason": reason, "finishedAt": ended}}
+    made["status"]["containerStatuses"][0]["state"] = state
     made["status"]["phase"] = phase
     return made
 
@@ -86,18 +82,16 @@ class MockKubernetes(MockServer):
         super().__init__()
 
     def respond(self, handler, path, query, body):
+        name = path.rpartition("/")[2]
         if handler.command == "POST":
             assert re.fullmatch(JOBS, path)
-            _send(handler, *self.create(json.loads(body)))
+            status, answer = self.create(json.loads(body))
         elif handler.command == "DELETE":
-            name = path.rpartition("/")[2]
-            gone = self.delete(name)
-            _send(handler, 200, gone) if gone else _send(
-                handler, 404, f'trainjobs.trainer.kubeflow.org "{name}" not found'
-            )
+            answer = self.delete(name) or f'trainjobs.trainer.kubeflow.org "{name}" not found'
+            status = 404 if isinstance(answer, str) else 200
         elif self.outage:
             self.outage -= 1
-            _send(handler, 503, "the server is currently unable to handle the request")
+            status, answer = 503, "the server is currently unable to handle the request"
         elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", path):
             handler.close_connection = True  # its length is not known
             handler.send_response(200)
@@ -105,23 +99,28 @@ class MockKubernetes(MockServer):
             self.log_requests.append(query)
             for line in self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
                 handler.wfile.write(line.encode())
+            return
         else:
-            _send(handler, *self.read(path, query))
+            status, answer = self.read(path, query)
+        if isinstance(answer, str):
+            answer = {"kind": "Status", "status": "Failure", "message": answer, "code": status}
+        handler.send(status, answer)
 
     def read(self, path, query):
-        label = query.get("labelSelector", "")
         if match := re.fullmatch(rf"{JOBS}/([^/]+)", path):
             job = self.job(match[1])
             return (200, job) if job else (404, f'"{match[1]}" not found')
         if path == f"{PODS}/{OWN_POD}":
-            return 200, own_pod(self.own_env)
-        if path in self.of_run and not label.startswith(trainjob.OF_JOB_SET):
-            self.asked.append(path)
-            return 200, {"items": list(filter(partial(selected, query), self.of_run[path]))}
-        if path == PODS:
-            name = label.removeprefix(f"{trainjob.OF_JOB_SET}=")
-            items = [pod for pod in self.pods if pod["metadata"]["labels"][trainjob.OF_JOB_SET] == name]
-            return 200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items}
+            owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "loop-abcde", "uid": "u-1"}
+            owners = [owner | {"controller": True, "blockOwnerDeletion": True}]
+            spec = {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main", "env": self.own_env}]}
+            return 200, {"kind": "Pod", "metadata": {"name": OWN_POD, "ownerReferences": owners}, "spec": spec}
+        if path in self.of_run:
+            is_of_job = query.get("labelSelector", "").startswith(trainjob.OF_JOB_SET)
+            if not is_of_job:
+                self.asked.append(path)
+            objects = self.pods if is_of_job else self.of_run[path]
+            return 200, {"items": [item for item in objects if selected(query, item)]}
         return 404, f"no such path: {path}"
 
     def play(self, *looks):
@@ -156,17 +155,6 @@ class MockKubernetes(MockServer):
         return self.jobs.pop(name, None)
 
 
-def own_pod(env):
-    """The coordinator's pod."""
-    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "loop-abcde", "uid": "u-1"}
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": OWN_POD, "ownerReferences": [owner | {"controller": True, "blockOwnerDeletion": True}]},
-        "spec": {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main", "env": env}]},
-    }
-
-
 def selected(selectors, item):
     """Whether the API lists an object for these selectors, of the kinds that are used for pipeline runs."""
     name, _, label = selectors.get("labelSelector", "").partition("=")
@@ -174,33 +162,21 @@ def selected(selectors, item):
         return False
     for term in filter(None, selectors.get("fieldSelector", "").split(",")):
         path, negated, wanted = re.fullmatch(r"([\w.]+)(!?)=(.*)", term).groups()
-        value = item
-        for part in path.split("."):
-            value = value[part]
+        value = reduce(getitem, path.split("."), item)
         if (value == wanted) == bool(negated):
             return False
     return True
-
-
-def _send(handler, status, body):
-    if isinstance(body, str):
-        body = {"kind": "Status", "status": "Failure", "message": body, "code": status}
-    handler.send(status, body)
 
 
 @contextmanager
 def serving(folder):
     """The mock, with a kubeconfig that names it: the file's path is `cluster.kubeconfig`."""
     cluster = MockKubernetes()
+    config = {"current-context": "mock"}
+    config["clusters"] = [{"name": "mock", "cluster": {"server": cluster.url}}]
+    config["users"] = [{"name": "mock", "user": {"token": "t"}}]
     context = {"cluster": "mock", "user": "mock", "namespace": NAMESPACE}
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "mock", "cluster": {"server": cluster.url}}],
-        "users": [{"name": "mock", "user": {"token": "t"}}],
-        "contexts": [{"name": "mock", "context": context}],
-        "current-context": "mock",
-    }
+    config["contexts"] = [{"name": "mock", "context": context}]
     cluster.kubeconfig = folder / "kubeconfig"
     cluster.kubeconfig.write_text(yaml.safe_dump(config))
     try:
@@ -212,32 +188,32 @@ def serving(folder):
 class Processes:
     """JobSet and kubelet in one: the nodes of a TrainJob are processes here, each with a disk of its own."""
 
-    def __init__(self, cluster, folder, environment, port, restarts=3):
+    def __init__(self, cluster, folder, environment, port):
         self.cluster, self.folder, self.environment, self.port = cluster, folder, environment, port
-        self.restarts = restarts
-        self.nodes, self.outputs = [], {}
+        self.nodes = []
         self.stopped = threading.Event()
         cluster.on_create = lambda job: threading.Thread(target=self.run, args=(job,), daemon=True).start()
         cluster.on_delete = lambda name: self.stop()
 
     def stop(self):
         self.stopped.set()
+        self.kill()
+
+    def kill(self):
         for node in self.nodes:
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
 
     def run(self, job):
         name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
-        for attempt in range(self.restarts + 1):
+        for attempt in range(RESTARTS + 1):
             codes = self.attempt(name, trainer, attempt)
             if self.stopped.is_set():
                 return
-            if not any(codes):
-                self.cluster.jobs[name]["status"] = recorded("trainjob-complete")["status"]
-                return
-            if 2 in codes:  # the runtime's rule about wrong input
+            if not any(codes) or 2 in codes:  # the runtime's rule about wrong input
                 break
-        self.cluster.jobs[name]["status"] = recorded("trainjob-failed")["status"]
+        end = "trainjob-failed" if any(codes) else "trainjob-complete"
+        self.cluster.jobs[name]["status"] = recorded(end)["status"]
 
     def attempt(self, name, trainer, attempt):
         pods = [pod(name, rank, attempt) for rank in range(trainer["numNodes"])]
@@ -253,35 +229,24 @@ class Processes:
                     self.cluster.pods = list(pods)
             if any(node.poll() for node in self.nodes):  # the Job has failed: JobSet recreates all
                 time.sleep(0.5)
-                for node in self.nodes:
-                    if node.poll() is None:
-                        os.killpg(node.pid, signal.SIGKILL)
+                self.kill()
         return [node.wait() for node in self.nodes]
 
     def start(self, trainer, rank, attempt, pod_name):
         # as the kubelet expands them
         variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"] if "value" in entry}
         # as Kubeflow Trainer sets them
-        torch = {
-            "PET_NNODES": str(trainer["numNodes"]),
-            "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
-            "PET_NODE_RANK": str(rank),
-            "PET_MASTER_ADDR": "localhost",
-            "PET_MASTER_PORT": str(self.port),
-        }
-        own = {
-            "PTL_SCRATCH": str(self.folder / f"disk-{attempt}-{rank}"),
-            "PTL_TERMINATION_LOG": str(self.folder / f"words-{attempt}-{rank}"),
-        }
+        torch = {"NNODES": trainer["numNodes"], "NPROC_PER_NODE": trainer["numProcPerNode"], "NODE_RANK": rank}
+        torch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": self.port}
+        variables |= {f"PET_{name}": str(value) for name, value in torch.items()}
+        for name, file in (("PTL_SCRATCH", "disk"), ("PTL_TERMINATION_LOG", "words")):
+            variables[name] = str(self.folder / f"{file}-{attempt}-{rank}")
         output = self.folder / f"log-{attempt}-{rank}"
         self.cluster.logs[pod_name] = lambda: follow(output, lambda: self.nodes[rank].poll() is not None)
         with output.open("w") as file:
+            environment = self.environment | variables
             return subprocess.Popen(
-                trainer["command"],
-                env={**self.environment, **variables, **torch, **own},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                trainer["command"], env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
 
 
