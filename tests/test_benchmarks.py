@@ -1,107 +1,84 @@
-"""The benchmarks that a user runs on machines of his own, on a CPU and a tiny model."""
+"""The benchmarks that a user runs on machines of his own: what they measure next, and what their tables say."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import gpu
-import power
-import train
+import depth
+import depth_report
+from depth import CHOICE, RATES, RESULT, Results, Study
 
-from ptl.preflight import forecast_model
-from ptl.preflight.forecast_model import GPUS
-
-TINY = ["--shape", "0.5M", "--steps", "4", "--warmup", "2", "--length", "32", "--batch-size", "2", "--items", "4"]
-TINY += ["--new-tokens", "4", "--sequences", "4", "--repeats", "1", "--eval-batch-size", "4", "--dtype", "float32"]
+LOOP, ONE_SHOT = Study("loop of 4", 0.6, 1000), Study("one-shot", 0.6, 1000)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    train.make("0.5M", folder)
-    return folder
+def row(cell, accuracy, solved=""):
+    return depth.asdict(cell) | {"accuracy": accuracy, "solved": solved, "params": 100, "flops": 6e9, "seconds": 3.0}
 
 
-@pytest.fixture
-def measured(model, monkeypatch, capsys):
-    """A part's result, as its process prints it."""
-
-    def of(part):
-        monkeypatch.setattr(sys, "argv", ["gpu.py", *TINY, "--measure", part, "--folder", str(model)])
-        monkeypatch.chdir(gpu.ROOT)
-        gpu.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return of
+def answer(results, study, accuracy_of):
+    """Measure what is missing, by a function of the learning rate, until nothing is."""
+    asked = []
+    while missing := results.missing(study):
+        asked.append({(cell.phase, cell.learning_rate) for cell in missing})
+        for cell in missing:
+            results.add(row(cell, accuracy_of(cell.learning_rate)))
+    return asked
 
 
-@pytest.mark.slow
-def test_recovery_is_measured_beside_the_bare_loop(measured):
-    found = measured("recovery")
-    assert found["ptl"]["tokens_per_s"] > 0 and found["bare"]["tokens_per_s"] > 0
-    assert found["ptl"]["mfu"] is None  # a CPU has no data sheet here
+def test_rates_are_added_while_the_best_is_at_an_edge_of_the_grid(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    lowest = RATES[depth.FIRST_RATES[0]]
+    asked = answer(results, LOOP, lambda rate: -abs(rate - lowest))
+    assert asked[1:] == [{("choice", RATES[depth.FIRST_RATES[0] - 1])}, {("result", lowest)}] and len(asked[0]) == 3
+    assert results.best_rate(LOOP) == lowest and len(results.of(LOOP)) == depth.FEWEST_SEEDS
+    # The choice is on other seeds and problems than the results.
+    assert not set(CHOICE.seeds) & set(RESULT.seeds) and CHOICE.problem_seed != RESULT.problem_seed
+    # An interrupted study measures only what is missing.
+    path = tmp_path / "interrupted.jsonl"
+    first, *others = Results(path).missing(LOOP)
+    Results(path).add(row(first, 0.5))
+    assert Results(path).missing(LOOP) == others
 
 
-def test_prune_reports_seconds_and_memory(measured):
-    found = measured("prune")
-    assert found["params"] < 0.9 * 492_384 and found["seconds"] > 0
-    assert 0.05 < found["host_gib"] < 64
+def test_the_table_compares_with_the_best_one_shot_by_seed(tmp_path, capsys):
+    results = Results(tmp_path / "results.jsonl")
+    answer(results, ONE_SHOT, lambda rate: 0.5)
+    answer(results, LOOP, lambda rate: 0.75)
+    # Each seed of the loop solves eight problems more than the one before; the last has no counterpart.
+    for study, seeds, pattern, more in ((ONE_SHOT, 6, "01" * 1000, 0), (LOOP, 7, "0111" * 500, 8)):
+        best = results.best_rate(study)
+        for number, seed in enumerate(RESULT.seeds[:seeds]):
+            bits = pattern.replace("0", "1", more * number)
+            cell = study.cell(RESULT, best, seed)
+            results.add(row(cell, bits.count("1") / len(bits), f"{int(bits, 2):0500x}"))
+    depth_report.print_table(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| 60% | 1,000 | one-shot | ") and "| reference |" in lines[2]
+    # By hand: differences of 25.0 to 27.0 points, so t = 85 with five degrees of freedom.
+    assert "76.2 ± 0.8 | 7 | +26.0 ± 0.8 points | 4e-09 |" in lines[3]
 
 
-@pytest.mark.parametrize("part", ["evaluate-plain", "evaluate-hf"])
-def test_evaluation_is_measured_by_either(measured, part):
-    found = measured(part)
-    assert math.isclose(found["items_per_s"], 4 / found["seconds"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", ["recovery", "prune", "evaluate-plain", "evaluate-hf"])
+def test_every_part_is_measured(part, tmp_path, monkeypatch, capsys):
+    import gpu
+    import train
 
-
-def test_utilization_is_that_of_the_data_sheet(model):
-    """By hand: 6 FLOPs per weight and token, of a causal context of n tokens on average n / 2."""
-    shape = forecast_model.shape_of(str(model))
-    weights = 4 * (2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 288) + 96 * 512
-    flops = 3 * forecast_model.forward_flops(shape, shape.dimensions, 1, 1024)
-    assert flops == pytest.approx(6 * weights + 6 * 4 * 96 * 1024, rel=2e-3)  # norms are counted as weights
+    train.make("0.5M", tmp_path)
+    tiny = "--shape 0.5M --steps 4 --warmup 2 --length 32 --batch-size 2 --items 4 --new-tokens 4 --sequences 4"
+    options = [*tiny.split(), "--repeats", "1", "--eval-batch-size", "4", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--measure", part, "--folder", str(tmp_path)])
+    monkeypatch.chdir(gpu.ROOT)
+    gpu.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if part == "recovery":
+        assert found["ptl"]["tokens_per_s"] > 0 and found["bare"]["tokens_per_s"] > 0
+    elif part == "prune":
+        assert found["params"] < 0.9 * 492_384 and found["seconds"] > 0
+    else:
+        assert found["items_per_s"] == pytest.approx(4 / found["seconds"])
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16", None) == 989e12
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None) is None
-    assert gpu.peak_flops("NVIDIA H100 NVL", "bfloat16", 835e12) == 835e12
-    assert set(gpu.DRIVER_NAMES.values()) == set(GPUS)
-
-
-def test_the_table_has_what_was_measured_and_what_failed():
-    arm = {"tokens_per_s": 50_000.0, "mfu": 0.4, "gpu_gib": 30.0}
-    results = {
-        "recovery": {"ptl": arm, "bare": arm | {"tokens_per_s": 62_500.0, "mfu": 0.5}},
-        "prune": {"seconds": 3.0, "host_gib": 1.5, "gpu_gib": 2.0},
-        "evaluate-plain": {"items_per_s": 10.0},
-        "evaluate-hf": {"items_per_s": 11.0},
-        "evaluate-vllm": {"error": "OutOfMemoryError: CUDA out of memory"},
-    }
-    table = gpu.table({"results": results})
-    assert "| recovery, tokens/s | 50,000 | bare loop 62,500 | 0.800 |" in table
-    assert "| recovery, MFU in % | 40.0 | bare loop 50.0 | 0.800 |" in table
-    assert "| evaluation by hf, answers/s | 11.0 | plain lm-eval 10.0 | 1.100 |" in table
-    assert "evaluate-vllm failed: OutOfMemoryError: CUDA out of memory" in table
-
-
-def test_a_failed_part_is_a_result(measured, monkeypatch):
-    def too_large(model, given):
-        raise MemoryError("CUDA out of memory\nmore lines")
-
-    monkeypatch.setitem(gpu.PARTS, "prune", too_large)
-    assert measured("prune") == {"error": "MemoryError: CUDA out of memory"}
-
-
-def test_power_grows_with_the_items_and_the_drop():
-    shares = {
-        (n, drop): power.power(n, drop, churn=0.03, margin=0.02, alpha=0.05, trials=300)
-        for n in (200, 1319)
-        for drop in (0.0, 0.06)
-    }
-    assert all(sum(verdicts.values()) == pytest.approx(1) for verdicts in shares.values())
-    assert shares[200, 0.0]["inferior"] <= 0.05
-    assert shares[200, 0.06]["inferior"] < shares[1319, 0.06]["inferior"]
-    assert shares[1319, 0.06]["inferior"] > 0.95
-    assert shares[1319, 0.0]["not inferior"] > 0.8

@@ -1,5 +1,7 @@
 """Each tensor keeps its name and its dtype through every step, in whatever dtype the model is computed."""
 
+from itertools import product
+
 import pytest
 import torch
 from recovering import DATA, DENSE, recover, weights
@@ -17,8 +19,12 @@ from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPT = {"method": "cpt", "max_length": 64}
-KEPT = ("gate.weight", "e_score_correction_bias")  # what transformers keeps in float32 of DeepSeek-V3 and GLM-4.5
 BIAS = 8.0  # of DeepSeek-V3's routers, about as published: bfloat16 would round it to a 32nd
+
+
+def daily(*chosen, of):
+    """The cases of all days, and the others for the night."""
+    return [case if case in chosen else pytest.param(*case, marks=pytest.mark.nightly) for case in of]
 
 
 def saved(variant, folder, *, float32_routers=False, fused=False):
@@ -39,50 +45,40 @@ def saved(variant, folder, *, float32_routers=False, fused=False):
     return save(model, folder / "source", tokenizer=False, fused=fused)
 
 
-def dtypes(folder):
-    return {name: entry.dtype for name, entry in checkpoint.contents(folder).items()}
+CASES = [(variant, False, False) for variant in (*VARIANTS, *MOE_VARIANTS)]
+CASES += [(variant, True, fused) for variant in MOE_VARIANTS for fused in (False, True)]
 
 
-def after_each_step(source, folder):
-    """Names and dtypes of the tensors after import, prune, recover and recover by LoRA."""
-    import_checkpoint(str(source), None, folder / "imported")
-    family = FAMILIES[checkpoint.read_config(source)["model_type"]]
-    dense = model_dimensions(folder / "imported", family)
+@pytest.mark.parametrize(
+    ("variant", "float32_routers", "fused"),
+    daily(("gemma2", False, False), ("deepseek_v3", False, False), of=CASES),
+)
+def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, fused, tmp_path):
+    source = saved(variant, tmp_path, float32_routers=float32_routers, fused=fused)
+    import_checkpoint(str(source), None, tmp_path / "imported")
+    dense = model_dimensions(tmp_path / "imported", FAMILIES[checkpoint.read_config(source)["model_type"]])
     unit, goal = ("experts", with_experts(dense, 4).params) if dense.experts else ("neurons", dense.params * 9 // 10)
     calibration = Calibration(data=DATA.sources[0], num_sequences=4, max_length=64)
     settings = Prune(target=unit)
-    prune_checkpoint(folder / "imported", folder / "pruned", settings, calibration, unit=unit, goal=goal, seed=0)
-    recover(folder / "pruned", folder / "recovered", CPT, tokens=100)
-    recover(folder / "pruned", folder / "merged", CPT | {"lora": {"rank": 2}}, tokens=100)
-    return [dtypes(folder / step) for step in ("imported", "pruned", "recovered", "merged")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", [*VARIANTS, *MOE_VARIANTS])
-def test_what_transformers_saved_in_bfloat16_keeps_its_dtypes(variant, tmp_path):
-    source = saved(variant, tmp_path)
-    imported, pruned, recovered, merged = after_each_step(source, tmp_path)
-    assert imported == dtypes(source) and pruned == recovered == merged
-    assert pruned.items() <= imported.items()
-    has_float32 = any(name.endswith(KEPT) for name in pruned) and variant in ("deepseek_v3", "glm4_moe")
+    prune_checkpoint(tmp_path / "imported", tmp_path / "pruned", settings, calibration, unit=unit, goal=goal, seed=0)
+    recover(tmp_path / "pruned", tmp_path / "recovered", CPT, tokens=100)
+    recover(tmp_path / "pruned", tmp_path / "merged", CPT | {"lora": {"rank": 2}}, tokens=100)
+    before, imported, pruned, recovered, merged = (
+        {name: entry.dtype for name, entry in checkpoint.contents(tmp_path / step).items()}
+        for step in ("source", "imported", "pruned", "recovered", "merged")
+    )
+    assert imported == before and pruned == recovered == merged and pruned.items() <= imported.items()
+    has_float32 = float32_routers or variant in ("deepseek_v3", "glm4_moe")
     assert set(pruned.values()) == ({"BF16", "F32"} if has_float32 else {"BF16"})
     for name, value in weights(source).items():
         if name.endswith("e_score_correction_bias"):  # no gradient moves it
             assert set(weights(tmp_path / "recovered")[name].tolist()) <= set(value.tolist())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("variant", MOE_VARIANTS)
-def test_float32_routers_in_a_bfloat16_mixture_keep_their_dtypes(variant, fused, tmp_path):
-    source = saved(variant, tmp_path, float32_routers=True, fused=fused)
-    imported, pruned, recovered, merged = after_each_step(source, tmp_path)
-    assert imported == dtypes(source) and set(imported.values()) == {"BF16", "F32"}
-    assert pruned == recovered == merged and pruned.items() <= imported.items()
-
-
-@pytest.mark.parametrize("float32_routers", [False, True])
-@pytest.mark.parametrize("variant", MOE_VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "float32_routers"),
+    daily(("qwen2_moe", False), ("glm4_moe", True), of=list(product(MOE_VARIANTS, (False, True)))),
+)
 def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_routers, tmp_path):
     source = saved(variant, tmp_path, float32_routers=float32_routers)
     whole, batch = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval(), batches()[0]

@@ -1,7 +1,6 @@
 """Work that one process does at a time, and processes that end together; in every case a real process is killed."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -84,13 +83,6 @@ def test_a_lifeline_ends_what_a_killed_command_has_started(tmp_path):
     leader.communicate()
 
 
-def test_whoever_comes_too_late_for_a_lifeline_ends(tmp_path, monkeypatch):
-    monkeypatch.setenv(processes.LIFELINE, str(tmp_path / "removed"))
-    late = python(FOLLOWS)
-    late.communicate(timeout=10)
-    assert late.returncode == -signal.SIGTERM
-
-
 TIES = """
 import subprocess, sys, time
 inner = "import os, time; from ptl import processes; processes.die_with_tied(); print(os.getpid(), flush=True)"
@@ -110,13 +102,3 @@ def test_a_launcher_and_its_workers_die_with_the_step_that_was_killed():
     step.wait()
     assert gone(launcher) and gone(worker)
     step.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupted_command_says_how_to_resume(number):
-    code = "import time\nwith processes.interruptible('run it again'):\n    print('works', flush=True); time.sleep(60)"
-    command = python(code, stderr=subprocess.PIPE)
-    command.stdout.readline()
-    command.send_signal(number)
-    _, said = command.communicate(timeout=10)
-    assert said == f"\ninterrupted by {number.name}: run it again\n" and command.returncode == 128 + number
