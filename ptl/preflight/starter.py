@@ -137,8 +137,9 @@ def default_target(before: ModelDimensions, tokens: float | None) -> float:
     if before.experts:  # those that a token can do without
         removable = (before.experts - before.fewest_experts) * before.params_per_expert
     recovered = math.inf if tokens is None else PASSES * tokens / PER_PARAMETER
-    share = min(removable / 2, recovered) / before.params
-    return TARGET if share >= TARGET else max(TARGET_STEP, round(share // TARGET_STEP * TARGET_STEP, 2))
+    # Shares themselves are inexact: 0.15 // 0.05 is 2.
+    steps = min(removable / 2, recovered) // (TARGET_STEP * before.params)
+    return min(TARGET, round(max(1, steps) * TARGET_STEP, 2))
 
 
 def _tokens(removed: int, there: float | None) -> int:
