@@ -33,7 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.world.respond(self, address.path, dict(urllib.parse.parse_qsl(address.query)), body)
 
-    do_POST = do_DELETE = do_GET
+    do_POST = do_PATCH = do_DELETE = do_GET
 
     def send(self, status, body, headers=(), missing=0):
         """An answer; `missing` bytes of it are announced and not sent."""
