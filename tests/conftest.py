@@ -113,7 +113,9 @@ def pytest_terminal_summary(terminalreporter):
         return
     seconds = {}
     for report in itertools.chain(*terminalreporter.stats.values()):
-        shared = dict(report.user_properties) if getattr(report, "when", None) == "setup" else {}
+        if not hasattr(report, "duration"):
+            continue
+        shared = dict(report.user_properties) if report.when == "setup" else {}
         for name, taken in [(function_of(report.nodeid), report.duration - sum(shared.values())), *shared.items()]:
             seconds[name] = max(taken, seconds.get(name, 0))
     slow = {name: round(taken, 1) for name, taken in sorted(seconds.items()) if taken > FAST}
@@ -219,8 +221,9 @@ def stack(server, new_database, shared):
     """The suite's SeaweedFS and, over it, its MLflow server: the environment that reaches them."""
 
     def make():
-        port, artifacts = free_port(), f"s3://{servers.BUCKET}/mlflow"
-        servers.mlflow_up(shared, port, f"sqlite:///{new_database(shared)}/mlflow.db", artifacts, server)
+        port, database = free_port(), f"sqlite:///{new_database(shared)}/mlflow.db"
+        environment = server | {"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com"}
+        servers.mlflow_up(shared, port, database, f"s3://{servers.BUCKET}/mlflow", environment)
         return server | {"MLFLOW_TRACKING_URI": servers.address(port)}
 
     return once(shared / "mlflow.json", make)
@@ -230,8 +233,8 @@ def free_port():
     """A port p with p..p+3 and each of these + 10000 free."""
     while True:
         # Not the global generator: training seeds it, and then two workers of xdist take the same port.
-        # All below 32768, from where the system takes the ports of outgoing connections.
-        port = random.SystemRandom().randrange(11000, 22500)
+        # Those of gRPC are other ports, and below 32768, from where the system takes those of outgoing connections.
+        port = random.SystemRandom().randrange(11000, 20990)
         if all(unused(port + shift + extra) for shift in range(4) for extra in (0, servers.GRPC)):
             return port
 

@@ -10,14 +10,12 @@ from types import SimpleNamespace
 import golden_messages
 import pytest
 import run_records
-from conftest import free_port
 from typer.testing import CliRunner
 
 from ptl import __version__
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
 from ptl.lineage import locate, mlflow_objects, tracking
-from ptl.local import servers
 from ptl.report.build import build
 from ptl.storage import store
 from ptl.storage.local_files import path_of
@@ -264,12 +262,10 @@ def reach(env, patch):
 
 
 @pytest.fixture
-def running(tmp_path, monkeypatch):
+def running(shared, stack, monkeypatch):
     """A real S3 server and a real MLflow server: their folder, their environment."""
-    env = servers.up(tmp_path / "stack", s3_port=free_port(), mlflow_port=free_port())
-    yield tmp_path / "stack", env
+    yield shared, stack
     reach({}, monkeypatch)
-    servers.down(tmp_path / "stack")
 
 
 def test_fetch_and_compare_from_a_laptop(running, monkeypatch, tmp_path):

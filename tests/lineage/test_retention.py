@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 from mlflow import MlflowClient
 from run_records import export, scores
 from typer.testing import CliRunner
@@ -22,7 +21,6 @@ from ptl.cli import results
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_objects, retention, tracking
-from ptl.local import servers
 from ptl.steps.call import Call
 from ptl.storage import store, training_checkpoints
 from ptl.storage.local_files import COMPLETE
@@ -103,14 +101,6 @@ class Loop:
         return tracking.start(self.experiment, name, arm="loop", iteration=1, artifact_location=where)
 
 
-@pytest.fixture(scope="module")
-def served(server, new_database, tmp_path_factory):
-    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{servers.BUCKET}/gc", server)
-    yield {**server, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
-    servers.down(root)
-
-
 @pytest.fixture
 def experiment(request, mlflow_folder, monkeypatch, tmp_path):
     """A fresh experiment, with the environment of its steps: in a folder, or on servers."""
@@ -121,7 +111,7 @@ def experiment(request, mlflow_folder, monkeypatch, tmp_path):
         "PTL_ARTIFACT_ROOT": f"file://{tmp_path}/store",
     }
     if getattr(request, "param", "local") == "served":
-        environment = request.getfixturevalue("served")
+        environment = request.getfixturevalue("stack")
     for key, value in {**environment, "PTL_SCRATCH": str(tmp_path / "scratch")}.items():
         monkeypatch.setenv(key, value)
     return f"gc-{uuid.uuid4().hex[:8]}"

@@ -22,8 +22,8 @@ from whole_run import CHAIN, ROOT, Run, Servers
 from pipelines.prune_tune_loop import containers
 from ptl.config import image_names
 from ptl.config.run import load_config
-from ptl.errors import InputError, WorkError
-from ptl.local import images, runs, servers
+from ptl.errors import InputError
+from ptl.local import runs, servers
 from ptl.storage import store
 
 pytestmark = pytest.mark.xdist_group("loop")  # beside the run in processes that is compared with
@@ -99,14 +99,7 @@ def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tm
 
 
 @pytest.fixture(scope="module")
-def stack_up(weed, new_database, tmp_path_factory):
-    image = image_names.image("import-model")
-    try:
-        absent = images.missing([image])
-    except WorkError as error:
-        pytest.skip(f"skipped: no engine ({error})")
-    if absent and not os.environ.get("CI"):
-        pytest.skip(f"skipped: the engine has no {image}; `ptl images build` makes it")
+def stack_up(evaluate_image, weed, new_database, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     new_database(servers.folder(home))
     with Servers(home, free_port(), free_port()) as up:

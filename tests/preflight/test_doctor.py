@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import free_port
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from mlflow import MlflowClient
@@ -26,8 +25,6 @@ from ptl.errors import InputError
 from ptl.local import servers
 from ptl.preflight import doctor, doctor_cluster, in_cluster
 from ptl.preflight.forecast_model import checkpoint_bytes, shape_of
-
-pytestmark = pytest.mark.xdist_group("doctor")  # one MLflow server for all
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -52,16 +49,6 @@ def bucket(tracking, s3, monkeypatch):
     """The real S3 server as the location of artifacts."""
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", s3.root)
     return s3
-
-
-@pytest.fixture(scope="module")
-def tracking_server(new_database, tmp_path_factory):
-    """A real MLflow server."""
-    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    origins = {"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com"}
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"file://{root}/artifacts", origins)
-    yield f"http://127.0.0.1:{port}"
-    servers.down(root)
 
 
 def states(findings):
@@ -147,11 +134,11 @@ def test_a_run_on_this_machine_and_the_disk(config, new_database, tmp_path, monk
         checked(state, doctor.disk, config, tmp_path)
 
 
-def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, tracking_server, monkeypatch):
+def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, stack, monkeypatch):
     """The steps take addresses and keys from the cluster."""
     here = partial(doctor.tracking_and_store, config, elsewhere=True)
     assert states(here()) == {"MLflow and store": "warning"}  # a database of this machine
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", stack["MLFLOW_TRACKING_URI"])
     # Its page fills its tables by POSTs, which it refuses where links lead elsewhere.
     for page, state in (("https://other.example.com", "warning"), ("https://mlflow.example.com:443/", "ok")):
         monkeypatch.setenv("PTL_MLFLOW_UI", page)
