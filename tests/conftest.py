@@ -1,8 +1,6 @@
 """What all tests share: plain test ids, the mark `slow`, and places to store things in (a folder, a real S3 server)."""
 
-import importlib
 import inspect
-import itertools
 import json
 import os
 import random
@@ -11,11 +9,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
 import boto3
+import durations
 import pytest
 import whole_run
 import yaml
@@ -48,9 +46,10 @@ def stack_without_sources(context=0):
 # for which `inspect` looks through all modules that are loaded: a compile took 50 times as long.
 inspect.stack = stack_without_sources
 
-DURATIONS = Path(__file__).with_name("durations.json")  # of what is slow: test functions and shared fixtures
-MEASURE = "PTL_DURATIONS" in os.environ  # `make durations`
-FAST = 0.5  # seconds
+
+def pytest_configure(config):
+    if "PTL_DURATIONS" in os.environ:
+        config.pluginmanager.register(durations)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,13 +58,15 @@ def pytest_collection_modifyitems(items):
 
     A group of pytest-xdist stays together: a second process would make its fixtures again.
     """
-    slow = json.loads(DURATIONS.read_text())
+    slow = json.loads(durations.FILE.read_text())
     groups = {}
     for item in items:
         module = item.nodeid.partition("::")[0]
         params = item.callspec.params.values() if hasattr(item, "callspec") else ()  # some are names of fixtures
         fixtures = [*item.fixturenames, *(value for value in params if isinstance(value, str))]
-        needs = [function_of(item.nodeid)] + [f"{scope}::{name}" for name in fixtures for scope in (module, "tests")]
+        needs = [durations.function_of(item.nodeid)] + [
+            f"{scope}::{name}" for name in fixtures for scope in (module, "tests")
+        ]
         seconds = sum(slow.get(name, 0) for name in needs)
         if seconds:
             item.add_marker(pytest.mark.slow)
@@ -76,14 +77,7 @@ def pytest_collection_modifyitems(items):
     items[:] = [item for group in order for _, item in group]
 
 
-def function_of(nodeid):
-    return nodeid.partition("[")[0].partition("@")[0]
-
-
 def pytest_sessionstart(session):
-    if MEASURE:  # what the first import takes is no test's own
-        for module in ("lm_eval.models.huggingface", "mlflow.transformers", "trl.trainer.sft_trainer"):
-            importlib.import_module(module)
     if not hasattr(session.config, "workerinput"):
         # Servers end with the tests, also where these are killed: it sees the end of this, the first process.
         everything = session.config._tmp_path_factory.getbasetemp()
@@ -95,31 +89,6 @@ def pytest_sessionstart(session):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef, request):
-    """What a shared fixture takes is noted apart from the test that happens to pay for it."""
-    start = time.perf_counter()
-    yield
-    if MEASURE and fixturedef.scope != "function":
-        name = f"{fixturedef.baseid}::{fixturedef.argname}"
-        request._pyfuncitem.user_properties.append((name, time.perf_counter() - start))
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Write down what took longer than FAST."""
-    if not MEASURE:
-        return
-    seconds = {}
-    for report in itertools.chain(*terminalreporter.stats.values()):
-        if not hasattr(report, "duration"):
-            continue
-        shared = dict(report.user_properties) if report.when == "setup" else {}
-        for name, taken in [(function_of(report.nodeid), report.duration - sum(shared.values())), *shared.items()]:
-            seconds[name] = max(taken, seconds.get(name, 0))
-    slow = {name: round(taken, 1) for name, taken in sorted(seconds.items()) if taken > FAST}
-    DURATIONS.write_text(json.dumps(slow, indent=1) + "\n")
 
 
 def pytest_sessionfinish(session):
