@@ -30,7 +30,7 @@ depth: install ## one cell of the study of depth: pruning at once and gradually 
 test: check ## all of check, and the tests: 8 minutes on two cores
 	$(PYTEST) -m "not nightly"
 
-test-fast: install ## the tests that take less than half a second each: 1 minute
+test-fast: install ## the tests that take less than 0.3 s each: 1 minute
 	$(PYTEST) -m "not (slow or nightly)"
 
 test-all: check ## all tests, also those that are slow and rarely broken

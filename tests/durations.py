@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_suffix(".json")
-FAST = 0.5  # seconds: what takes longer is in the file
+FAST = 0.3  # seconds: what takes longer is in the file
 
 
 def function_of(nodeid):
