@@ -6,6 +6,7 @@ import itertools
 import re
 import runpy
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_metadata_has_the_fields_of_the_schema_in_order(name):
         assert list(entry) == ["name", "version"]
         assert re.fullmatch(r"(>=|<=|==)(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)", entry["version"]), entry
     assert yaml.safe_load((ROOT / "components" / name / "OWNERS").read_text())["approvers"]
+
+
+@pytest.mark.nightly
+def test_each_was_verified_within_the_year_that_the_catalogue_asks_for():
+    for name in NAMES:
+        verified = yaml.safe_load((ROOT / "components" / name / "metadata.yaml").read_text())["lastVerified"]
+        assert datetime.now(UTC) - verified < timedelta(days=365), name
 
 
 @pytest.mark.parametrize("name", NAMES)
