@@ -11,6 +11,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from unittest import mock
 
 import boto3
 import durations
@@ -139,9 +140,11 @@ class S3Place(FilePlace):
 
 
 @pytest.fixture(autouse=True)
-def no_session_of_an_earlier_test(monkeypatch):
-    """boto3's default session, which MLflow uses, keeps the keys that it has seen first: those of another server."""
+def as_before_any_test(monkeypatch):
+    """Without what commands in this process set for their steps, and without boto3's session, which keeps its keys."""
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")
