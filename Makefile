@@ -39,7 +39,7 @@ test-all: check ## all tests, also those that are slow and rarely broken
 durations: install ## measure what is slow, for the order of the tests and for test-fast
 	PTL_DURATIONS=1 $(PYTEST) -m "not nightly"
 
-mutants: install ## one-line mistakes that the tests must find: half an hour
+mutants: install ## one-line mistakes that the tests must find: 10 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 check: install ## format, lint, types and the arrows between rooms
