@@ -144,6 +144,7 @@ def as_before_any_test(monkeypatch):
     """Without what commands in this process set for their steps, and without boto3's session, which keeps its keys."""
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     with mock.patch.dict(os.environ):
+        os.environ.pop(processes.LIFELINE, None)  # of a command in a shared fixture: who inherits it would end at once
         yield
 
 
