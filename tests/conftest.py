@@ -65,10 +65,8 @@ def pytest_collection_modifyitems(items):
         module = item.nodeid.partition("::")[0]
         params = item.callspec.params.values() if hasattr(item, "callspec") else ()  # some are names of fixtures
         fixtures = [*item.fixturenames, *(value for value in params if isinstance(value, str))]
-        needs = [durations.function_of(item.nodeid)] + [
-            f"{scope}::{name}" for name in fixtures for scope in (module, "tests")
-        ]
-        seconds = sum(slow.get(name, 0) for name in needs)
+        needs = [f"{scope}::{name}" for name in fixtures for scope in (module, "tests")]
+        seconds = sum(slow.get(name, 0) for name in [durations.function_of(item.nodeid), *needs])
         if seconds:
             item.add_marker(pytest.mark.slow)
         group = item.get_closest_marker("xdist_group")
@@ -144,7 +142,6 @@ def as_before_any_test(monkeypatch):
     """Without what commands in this process set for their steps, and without boto3's session, which keeps its keys."""
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     with mock.patch.dict(os.environ):
-        os.environ.pop(processes.LIFELINE, None)  # of a command in a shared fixture: who inherits it would end at once
         yield
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import yaml
@@ -153,7 +154,11 @@ def commands(config, tmp_path_factory, new_database):
     new_database(home)
 
     def run():
-        ran = CliRunner().invoke(app, ["run", str(path), "--home", str(home)])  # in this process, which saves imports
+        with mock.patch.dict(os.environ, {PYTHON: str(python)}):  # which the command changes, for its steps
+            for name in ("MLFLOW_TRACKING_URI", "PTL_ARTIFACT_ROOT"):
+                os.environ.pop(name, None)
+            # in this process, which saves imports
+            ran = CliRunner().invoke(app, ["run", str(path), "--home", str(home)])
         latest = (home / "latest").resolve()
         manifests = (home / f"artifacts/ptl/{latest.name}").glob("*/manifest.json")
         found = {manifest.parent.name: json.loads(manifest.read_text()) for manifest in manifests}
@@ -161,25 +166,21 @@ def commands(config, tmp_path_factory, new_database):
         about = {"run": latest.name, "error": ran.exception, "output": ran.output}
         done.append(SimpleNamespace(**about, records=found, result=result))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PYTHON, str(python))
-        for name in ("MLFLOW_TRACKING_URI", "PTL_ARTIFACT_ROOT"):
-            patch.delenv(name, raising=False)
-        with patch.context() as kill:
-            # The one that forks, and KFP's own, which is used beside a GPU
-            for module, name in ((runners, "_run_forked"), (subprocess_task_handler, "run_local_subprocess")):
-                kill.setattr(module, name, killed_in_evaluate_1(getattr(module, name)))
-            run()
-            # Other questions under the same ids
-            benchmark.write_text("".join(reversed(benchmark.read_text().splitlines(keepends=True))))
-            train.write_bytes((folder / "other.jsonl").read_bytes())
-            run()
-        edit(path, lambda raw: raw["gate"].update(margin=0.5))
-        os.utime(train, (2, 2))  # the same bytes
+    with pytest.MonkeyPatch.context() as kill:
+        # The one that forks, and KFP's own, which is used beside a GPU
+        for module, name in ((runners, "_run_forked"), (subprocess_task_handler, "run_local_subprocess")):
+            kill.setattr(module, name, killed_in_evaluate_1(getattr(module, name)))
         run()
-        (folder / "broken").unlink()
-        edit(path, lambda raw: raw["export"].append({"format": "compressed-tensors", "type": "int8", "limit": 4}))
+        # Other questions under the same ids
+        benchmark.write_text("".join(reversed(benchmark.read_text().splitlines(keepends=True))))
+        train.write_bytes((folder / "other.jsonl").read_bytes())
         run()
+    edit(path, lambda raw: raw["gate"].update(margin=0.5))
+    os.utime(train, (2, 2))  # the same bytes
+    run()
+    (folder / "broken").unlink()
+    edit(path, lambda raw: raw["export"].append({"format": "compressed-tensors", "type": "int8", "limit": 4}))
+    run()
     return done
 
 
