@@ -15,8 +15,7 @@ from mock_server import MockServer
 
 API = "/apis/v2beta1"
 DATA = Path(__file__).parent / "data" / "kfp-2.17"
-STATUS = {3: 400, 5: 404, 10: 409, 13: 500}  # of HTTP, by the code of a recorded refusal, or by an upload's error
-STATUS |= {"unknown template format": 400, "Failed to create a pipeline version": 409}
+STATUS = {3: 400, 5: 404, 10: 409, 13: 500}  # of HTTP, by the code of a recorded refusal
 CUT, HANG = object(), object()
 ADDED = {  # not recorded: what proxies and broken connections make of an answer of 200
     "login page": b"<!DOCTYPE html><html><body>Log in</body></html>",
@@ -181,7 +180,7 @@ ROUTES = [
 
 
 def _with_status(answer):
-    return STATUS.get(answer.get("code") or answer.get("error_message"), 200), answer
+    return STATUS.get(answer.get("code"), 200), answer
 
 
 def _spec(version):
