@@ -99,11 +99,12 @@ def _settings(stage: str, run: Forecast) -> dict[str, list[Any]]:
         batches = [rows for rows in BATCHES if rows < config.evaluate.batch_size]
         return {"evaluate.backend": ["vllm"], "evaluate.batch_size": batches}
     # A batch is divided evenly among forward passes and GPUs.
-    passes = [
-        number
-        for number in range(2, max(each.batch_size for each in config.recover) + 1)
-        if all(each.batch_size % (number * run.training(each)) == 0 for each in config.recover)
-    ]
+    largest_batch = max(each.batch_size for each in config.recover)
+
+    def divides(number: int) -> bool:
+        return all(each.batch_size % (number * run.training(each)) == 0 for each in config.recover)
+
+    passes = list(filter(divides, range(2, largest_batch + 1)))
     return {"recover.sharding": ["fsdp"], "recover.accumulation": passes, "recover.gradient_checkpointing": [True]}
 
 
