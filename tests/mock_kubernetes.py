@@ -75,10 +75,8 @@ class MockKubernetes(MockServer):
         self.on_create = lambda job: None
         self.on_delete = lambda name: None
         self.outage = 0  # answers of 503 to come
-        self.log_requests = []  # their options
         self.own_env = []  # of the coordinator's pod
         self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
-        self.asked = []  # paths of the requests for these
         super().__init__()
 
     def respond(self, handler, path, query, body):
@@ -96,7 +94,6 @@ class MockKubernetes(MockServer):
             handler.close_connection = True  # its length is not known
             handler.send_response(200)
             handler.end_headers()
-            self.log_requests.append(query)
             for line in self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
                 handler.wfile.write(line.encode())
             return
@@ -117,8 +114,6 @@ class MockKubernetes(MockServer):
             return 200, {"kind": "Pod", "metadata": {"name": OWN_POD, "ownerReferences": owners}, "spec": spec}
         if path in self.of_run:
             is_of_job = query.get("labelSelector", "").startswith(trainjob.OF_JOB_SET)
-            if not is_of_job:
-                self.asked.append(path)
             objects = self.pods if is_of_job else self.of_run[path]
             return 200, {"items": [item for item in objects if selected(query, item)]}
         return 404, f"no such path: {path}"
