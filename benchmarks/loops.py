@@ -68,14 +68,14 @@ def work_quietly() -> None:
     torch.set_num_threads(1)
 
 
-Cut = Callable[[Path, Path, int], None]  # source, destination, parameters to end with
+Cut = Callable[[Path, Path, int, int], None]  # source, destination, parameters of this iteration and of the last
 
 
 def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
     """The prune step's own way; `prune.target` must be the same in all iterations, not `neurons_then_layers`."""
 
-    def cut(src: Path, dst: Path, goal: int) -> None:
-        prune_checkpoint(src, dst, prune, subject.calibration, unit=prune.target, goal=goal, seed=seed)
+    def cut(src: Path, dst: Path, goal: int, end: int) -> None:
+        prune_checkpoint(src, dst, prune, subject.calibration, unit=prune.target, goal=goal, end=end, seed=seed)
 
     return cut
 
@@ -86,7 +86,7 @@ def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
     batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
 
-    def cut(src: Path, dst: Path, goal: int) -> None:
+    def cut(src: Path, dst: Path, goal: int, end: int) -> None:
         dimensions = model_dimensions(src, family)
         width = width_for(dimensions, goal, prune.width_multiple)
         kept = {}
@@ -122,7 +122,7 @@ def run(
             shutil.rmtree(pruned, ignore_errors=True)
             pruned.mkdir(parents=True)
             goal = dense - int(iteration.progress * removal(dense, schedule.target))
-            cut(at, pruned, goal)
+            cut(at, pruned, goal, dense - removal(dense, schedule.target))
         at = pruned
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))

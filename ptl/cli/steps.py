@@ -63,6 +63,7 @@ def prune(
             settings.calibration,
             unit=unit,
             goal=goal,
+            end=goal,
             seed=settings.seed,
         )
         _print_report(report)

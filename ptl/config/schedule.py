@@ -27,7 +27,7 @@ DEEP_ITERATIONS, ITERATIONS = 8, 4
 # Tokens of an iteration, as a multiple of the last one's.
 GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
-Unit = Literal["neurons", "layers", "experts"]
+Unit = Literal["neurons", "width", "layers", "experts"]
 # Criteria by what they score; `random` is of both.
 NEURON_CRITERIA = ("max", "mean", "weight", "taylor")
 EXPERT_CRITERIA = ("reap", "frequency", "norm")
@@ -126,13 +126,25 @@ class Schedule(Section):
         return DEEP_ITERATIONS if share else ITERATIONS
 
 
+class Width(Section):
+    """Sizes to end with; what is left out, the loss on the calibration text decides."""
+
+    hidden: Positive | None = None
+    """dimensions of the residual stream: a multiple of the query heads"""
+    ffn: Positive | None = None
+    """FFN neurons of each layer, or of each expert"""
+    kv: Positive | None = None
+    """KV heads of each layer; their query heads go with them"""
+
+
 class Prune(Section):
     """What counts as redundant, and how widths are rounded."""
 
     # What is removed, and by which score.
-    target: Literal["neurons", "layers", "neurons_then_layers", "experts"] = Field(
+    target: Literal["neurons", "width", "layers", "neurons_then_layers", "experts"] = Field(
         "neurons",
-        description="what is removed; `neurons` of a mixture of experts are those inside each expert; "
+        description="what is removed; `neurons` of a mixture of experts are those inside each expert; `width`: hidden "
+        "size, FFN width and KV heads, divided as the loss on the calibration text is the least right after the cut; "
         "`neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
         "mixture of experts, as many in every layer",
     )
@@ -151,6 +163,14 @@ class Prune(Section):
         "of 8 whatever is set",
     )
 
+    width: Width = Width()
+    """with target `width`: sizes to end with"""
+
+    @property
+    def ends(self) -> dict[str, int | None]:
+        """`width` as a dict."""
+        return self.width.model_dump()
+
     @model_validator(mode="before")
     @classmethod
     def _experts_have_a_default_criterion(cls, values: Any) -> Any:
@@ -160,7 +180,10 @@ class Prune(Section):
 
     @model_validator(mode="after")
     def _criterion_is_one_of_the_target(self) -> Prune:
-        possible = (*(EXPERT_CRITERIA if self.target == "experts" else NEURON_CRITERIA), "random")
+        if self.target != "width" and any(self.ends.values()):
+            raise ValueError("width is for target=width: set it, or leave width out")
+        of_targets = {"experts": (*EXPERT_CRITERIA, "random"), "width": ("taylor",)}
+        possible = of_targets.get(self.target, (*NEURON_CRITERIA, "random"))
         if self.criterion not in possible:
             raise ValueError(
                 f"criterion={self.criterion} does not score what target={self.target} removes: set one of "

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, shapes
-from ptl.model.experts import BIASES, DOWN, FUSED, Experts
+from ptl.model import axes, checkpoint, shapes
+from ptl.model.axes import GROUPS, HIDDEN, NEURONS
+from ptl.model.experts import BIASES, DOWN, FUSED
 from ptl.model.families import Family, family_of
-from ptl.model.shapes import ModelShapes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ptl.model.shapes import LAYERS, OUTPUT_LAYER, ModelShapes
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -24,29 +24,69 @@ MIN_STEPS = 8  # a multiple is taken by default where the width holds at least a
 EXPERT_MULTIPLE = 8
 
 
+# A number of parameters as a sum of products of widths: what multiplies hidden^a * neurons^b * groups^c, by (a, b, c)
+Terms = Mapping[tuple[int, int, int], int]
+
+
 @dataclass(frozen=True)
 class ModelDimensions:
-    """Sizes of a checkpoint, by its config.json."""
+    """Sizes of a checkpoint, by its config.json; with other widths, layers or experts, those of a pruned one."""
 
-    params: int  # tied tensors count once
-    layers: int  # decoder layers
+    hidden: int  # dimensions of the residual stream
     width: int  # FFN neurons in each layer, or in each expert
-    params_per_neuron: int  # of one channel in every layer together, and in every expert
-    params_per_layer: int  # of the smallest layer that can be removed
+    groups: int  # KV heads in each layer, each with its query heads
+    layers: int  # decoder layers
+    layer: Terms  # parameters of a layer that can be removed, without its experts
+    outside: Terms  # of all else: embeddings, last norm, output layer, layers that stay; tied tensors count once
+    heads_per_group: int = 1  # query heads
+    fixed: Mapping[str, str] = field(default_factory=dict)  # "hidden" and "kv", where they cannot be pruned: why
     # Of a mixture of experts; 0 in a dense model
     experts: int = 0  # in each layer that has experts
+    expert: Terms = field(default_factory=dict)  # of one of them, its row of the router included
+    route: Terms = field(default_factory=dict)  # of that row
     experts_per_token: int = 0  # that each token is sent to
-    params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
-    params_per_route: int = 0  # of these, what the routers have
     fewest_experts: int = 0  # that each layer can have
     expert_groups: int = 1  # of each layer, from which as many experts go
     dense_layers: tuple[int, ...] = ()  # layers that have one MLP in place of experts; they are not removed
     narrowable: bool = True  # whether neurons can be pruned
 
+    def _count(self, terms: Terms) -> int:
+        return sum(number * self.hidden**a * self.width**b * self.groups**c for (a, b, c), number in terms.items())
+
+    @property
+    def params(self) -> int:
+        """Of the whole model."""
+        return self._count(self.outside) + self.removable_layers * self.params_per_layer
+
+    @property
+    def params_per_layer(self) -> int:
+        """Of a layer that can be removed."""
+        return self._count(self.layer) + self.experts * self._count(self.expert)
+
+    @property
+    def params_per_neuron(self) -> int:
+        """Of one channel in every layer together, and in every expert."""
+        return replace(self, width=self.width + 1).params - self.params
+
+    @property
+    def params_per_expert(self) -> int:
+        """Of one expert in every layer together, its row of the router included."""
+        return self.removable_layers * self._count(self.expert)
+
+    @property
+    def params_per_route(self) -> int:
+        """Of these, what the routers have."""
+        return self.removable_layers * self._count(self.route)
+
     @property
     def removable_layers(self) -> int:
         """Layers that may be removed, though not all of them."""
         return self.layers - len(self.dense_layers)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of each layer."""
+        return self.groups * self.heads_per_group
 
     @property
     def least_multiple(self) -> int:
@@ -69,50 +109,51 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
 
 def dimensions_of(model: ModelShapes) -> ModelDimensions:
     """What pruning changes in a model: counted in its first layer that can be removed, and times such layers."""
-    layers, experts = model.layers(), model.family.experts
+    layers, experts, config = model.layers(), model.family.experts, model.config
+    of_names = axes.of_config(model.content, model.family)
+    widths = axes.sizes(config, model.family)
+
+    def terms(names: Iterable[str], parts: int = 1) -> Terms:
+        """The parameters of these tensors, or of one of so many equal parts of them."""
+        found: Counter[tuple[int, int, int]] = Counter()
+        for name in names:
+            kinds = of_names[name]
+            powers = (kinds.count(HIDDEN), kinds.count(NEURONS), kinds.count(GROUPS))
+            found[powers] += model.tensors[name].numel() // math.prod(widths[kind] for kind in kinds if kind)
+        return {powers: number // parts for powers, number in found.items()}
+
     dense_layers = tuple(i for i, layer in enumerate(layers) if experts and DOWN not in layer)
-    removable = [layer for i, layer in enumerate(layers) if i not in dense_layers]
-    width = getattr(model.config, model.family.width_field)
-    neurons = {name: tensor for name, tensor in removable[0].items() if _has_neurons(model.family, name)}
+    removable = [i for i in range(len(layers)) if i not in dense_layers]
+    names = {part: f"{LAYERS}{removable[0]}.{part}" for part in layers[removable[0]]}
+    counted = {f"{LAYERS}{i}.{part}" for i in removable for part in names} | ({OUTPUT_LAYER} if model.tied else set())
+    mixture: dict[str, Any] = {}
+    if experts:
+        router = [name for part, name in names.items() if experts.is_router(part.removesuffix(".weight"))]
+        of_experts = [name for part, name in names.items() if part in (*FUSED, *BIASES)]
+        number = len(model.tensors[names[DOWN]])
+        mixture = {
+            "experts": number,
+            "expert": terms([*of_experts, *router], number),
+            "route": terms(router, number),
+            "experts_per_token": config.num_experts_per_tok,
+            "fewest_experts": shapes.fewest_experts(config),
+            "expert_groups": getattr(config, "n_group", 1),
+            # Not where a shared expert has the width too, or where layers and experts differ.
+            "narrowable": not any((dense_layers, experts.transposed, getattr(config, "n_shared_experts", 0))),
+        }
+        names = {part: name for part, name in names.items() if name not in (*of_experts, *router)}
     return ModelDimensions(
-        params=model.params,
+        hidden=widths[HIDDEN],
+        width=widths[NEURONS],
+        groups=widths[GROUPS],
         layers=len(layers),
-        width=width,
-        params_per_neuron=len(removable) * shapes.count(neurons) // width,
-        params_per_layer=shapes.count(removable[0]),
+        layer=terms(names.values()),
+        outside=terms(model.tensors.keys() - counted),
+        heads_per_group=config.num_attention_heads // widths[GROUPS],
+        fixed=axes.fixed(of_names, config),
         dense_layers=dense_layers,
-        **(_mixture(experts, model.config, removable, is_uniform=not dense_layers) if experts else {}),
+        **mixture,
     )
-
-
-def _has_neurons(family: Family, name: str) -> bool:
-    """Whether a dimension of a layer's tensor counts the neurons of its MLP, or of each expert."""
-    if family.experts:
-        return name in (*FUSED, BIASES[0])
-    return family.has_neurons(*name.rsplit(".", 1))
-
-
-def _mixture(
-    experts: Experts,
-    config: Any,  # transformers' own
-    layers: list[dict[str, Tensor]],  # those that have experts
-    *,
-    is_uniform: bool,  # whether no other layer has one MLP in their place
-) -> dict[str, Any]:
-    """What a mixture of experts has besides."""
-    of_experts = {name: tensor for name, tensor in layers[0].items() if name in (*FUSED, *BIASES)}
-    of_router = {name: tensor for name, tensor in layers[0].items() if experts.is_router(name.removesuffix(".weight"))}
-    number = len(of_experts[DOWN])
-    return {
-        "experts": number,
-        "experts_per_token": config.num_experts_per_tok,
-        "params_per_expert": len(layers) * shapes.count(of_experts | of_router) // number,
-        "params_per_route": len(layers) * shapes.count(of_router) // number,
-        "fewest_experts": shapes.fewest_experts(config),
-        "expert_groups": getattr(config, "n_group", 1),
-        # Not where a shared expert has the width too, or where layers and experts differ.
-        "narrowable": is_uniform and not experts.transposed and not getattr(config, "n_shared_experts", 0),
-    }
 
 
 def resolve_multiple(
@@ -148,7 +189,7 @@ def width_for(dimensions: ModelDimensions, goal: int, multiple: Multiple) -> int
     step = resolve_multiple(dimensions.width, width, multiple, dimensions.least_multiple)
     width -= width % step
     if width < step:
-        least = with_width(dimensions, step)
+        least = replace(dimensions, width=step)
         raise InputError(
             f"{goal:,} parameters cannot be reached by neurons: prune.width_multiple={step} needs at least "
             f"{least.params:,}",
@@ -156,21 +197,6 @@ def width_for(dimensions: ModelDimensions, goal: int, multiple: Multiple) -> int
             remedy="let schedule.target remove less, or lower prune.width_multiple",
         )
     return width
-
-
-def with_width(dimensions: ModelDimensions, width: int) -> ModelDimensions:
-    """Sizes when only so many neurons are left in each layer, or in each expert."""
-    removed = (dimensions.width - width) * dimensions.params_per_neuron
-    params_per_expert = dimensions.params_per_expert
-    if dimensions.experts:
-        params_per_expert -= removed // dimensions.experts
-    return replace(
-        dimensions,
-        params=dimensions.params - removed,
-        width=width,
-        params_per_layer=dimensions.params_per_layer - removed // dimensions.layers,
-        params_per_expert=params_per_expert,
-    )
 
 
 def smallest_cuts(dimensions: ModelDimensions, multiple: Multiple) -> dict[str, int]:
@@ -187,7 +213,7 @@ def smallest_cuts(dimensions: ModelDimensions, multiple: Multiple) -> dict[str, 
         return smallest
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple)
-        smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
+        smallest["neurons"] = dimensions.params - replace(dimensions, width=width).params
     return smallest
 
 
@@ -217,7 +243,7 @@ def experts_for(dimensions: ModelDimensions, goal: int) -> int:
     number = dimensions.experts - math.ceil(excess / dimensions.params_per_expert)
     number -= number % dimensions.expert_groups
     if number < dimensions.fewest_experts:
-        least = with_experts(dimensions, dimensions.fewest_experts)
+        least = replace(dimensions, experts=dimensions.fewest_experts)
         raise InputError(
             f"{goal:,} parameters cannot be reached by experts: each token needs {least.experts} of them in each "
             f"layer, and the model then has {least.params:,}",
@@ -225,18 +251,6 @@ def experts_for(dimensions: ModelDimensions, goal: int) -> int:
             remedy="let schedule.target remove less, or set another prune.target",
         )
     return number
-
-
-def with_experts(dimensions: ModelDimensions, number: int) -> ModelDimensions:
-    """Sizes when only so many experts are left in each layer."""
-    removed = (dimensions.experts - number) * dimensions.params_per_expert
-    return replace(
-        dimensions,
-        params=dimensions.params - removed,
-        params_per_neuron=dimensions.params_per_neuron // dimensions.experts * number,
-        params_per_layer=dimensions.params_per_layer - removed // dimensions.removable_layers,
-        experts=number,
-    )
 
 
 def layers_for(dimensions: ModelDimensions, goal: int) -> int:

@@ -34,6 +34,7 @@ class Family:
     prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
     tied: bool = False  # default of tie_word_embeddings
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
+    scaled_embeddings: bool = False  # whether embeddings are multiplied by the root of the hidden size
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
     experts: Experts | None = None  # of a mixture of experts
@@ -66,7 +67,7 @@ class Family:
 
 PHI3 = Family("phi3", up_projections=("mlp.gate_up_proj",), fused_projections=2)
 OLMO2 = Family("olmo2", post_norm="post_feedforward_layernorm")
-GEMMA = Family("gemma", tied=True, norm_offset=1.0)
+GEMMA = Family("gemma", tied=True, norm_offset=1.0, scaled_embeddings=True)
 GEMMA2 = replace(GEMMA, model_type="gemma2", per_layer_fields=("layer_types",), post_norm="post_feedforward_layernorm")
 QWEN2 = Family("qwen2", per_layer_fields=("layer_types",), prefix_fields=("max_window_layers",))
 DEEPSEEK = Family(

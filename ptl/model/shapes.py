@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, pretrained, text_tower
+from ptl.model import axes, checkpoint, pretrained, text_tower
 from ptl.model.checkpoint import checkpoint_error
 from ptl.model.experts import BIASES, DOWN, FUSED, Experts, stored_tensors
 from ptl.model.families import ConfigJson, Family
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "model.embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"
+LAST_NORM = "model.norm.weight"
 LAYERS = "model.layers."
 SIZE_FIELDS = ("_size", "_heads", "_dim", "_layers", "_rank", "_experts")  # ends of the names of a config's sizes
 MAX_LAYERS = 10_000  # a model beyond it is a typing error, and would take minutes to build
@@ -34,6 +35,7 @@ class ModelShapes:
     """A model without its weights."""
 
     family: Family
+    content: ConfigJson  # of config.json
     config: Any  # transformers' own, with its defaults for what config.json leaves out
     tied: bool  # whether the output layer is the embeddings
     # On the meta device, by their names in transformers' memory; the output layer's too where it is tied
@@ -76,8 +78,8 @@ class ModelShapes:
     def attention_width(self) -> int:
         """Numbers of a token's queries and of what its heads give, in all layers; 2 FLOPs each per token of context."""
         config = self.config
-        queries = getattr(config, "qk_head_dim", self._head_size)
-        values = getattr(config, "v_head_dim", self._head_size)
+        queries = getattr(config, "qk_head_dim", axes.head_size(config))
+        values = getattr(config, "v_head_dim", axes.head_size(config))
         return int(config.num_hidden_layers * config.num_attention_heads * (queries + values))
 
     @property
@@ -86,12 +88,7 @@ class ModelShapes:
         config = self.config
         if hasattr(config, "kv_lora_rank"):  # latent attention: from these it computes both
             return int(config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim))
-        return int(config.num_hidden_layers * 2 * config.num_key_value_heads * self._head_size)
-
-    @property
-    def _head_size(self) -> int:
-        config = self.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(config.num_hidden_layers * 2 * axes.kv_heads(config) * axes.head_size(config))
 
 
 def count(tensors: Mapping[str, Tensor]) -> int:
@@ -116,7 +113,7 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
         _check_experts(model.config, family.experts, source)
         if not any(name.endswith(DOWN) for name in tensors):
             raise checkpoint_error(f"{source} has no layer with experts")
-    return ModelShapes(family, model.config, family.is_tied(config), tensors)
+    return ModelShapes(family, config, model.config, family.is_tied(config), tensors)
 
 
 def of_checkpoint(folder: Path, family: Family) -> ModelShapes:

@@ -13,15 +13,13 @@ from typing import Any
 from ptl.config.run import Config
 from ptl.config.schedule import Iteration, MemoryGoal, Prune, Schedule, plan, removal
 from ptl.errors import InputError
-from ptl.model import hub
+from ptl.model import hub, widths
 from ptl.model.dimensions import (
     ModelDimensions,
     check_unit,
     experts_for,
     layers_for,
     width_for,
-    with_experts,
-    with_width,
 )
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.units import counted, memory_beside
@@ -108,8 +106,17 @@ def after_iterations(
 ) -> list[tuple[Iteration, ModelDimensions]]:
     """The iterations, each with the model's sizes after it, rounded as prune rounds them.
 
-    Raises InputError for a target that leaves all or nothing, or that neurons, experts or layers cannot reach.
+    Of the widths that a run chooses from, those in the middle. Raises InputError for a target that leaves all or
+    nothing, or that neurons, widths, experts or layers cannot reach.
     """
+    paths = after_iterations_each(model, schedule, prune)
+    return paths[len(paths) // 2]
+
+
+def after_iterations_each(
+    model: ModelDimensions, schedule: Schedule, prune: Prune
+) -> list[list[tuple[Iteration, ModelDimensions]]]:
+    """The same for each of the widths that a run chooses from; one for what is not chosen."""
     check_unit(model.experts, model.narrowable, prune.target)
     total = removal(model.params, schedule.target)
     if not 0 < total < model.params:
@@ -118,30 +125,31 @@ def after_iterations(
             field="schedule.target",
             remedy="give a share between 0 and 1, or the number of parameters to end with",
         )
-    remaining = model
-    planned = []
-    for iteration in plan(schedule, prune):
-        goal = model.params - int(iteration.progress * total)
-        if iteration.unit == "neurons":
-            remaining = with_width(remaining, width_for(remaining, goal, prune.width_multiple))
-        elif iteration.unit == "experts":
-            remaining = with_experts(remaining, experts_for(remaining, goal))
-        else:
-            remaining = _without_layers(remaining, layers_for(remaining, goal))
-        planned.append((iteration, remaining))
-    return planned
+    iterations = plan(schedule, prune)
+    ends = [model]
+    if any(iteration.unit == "width" for iteration in iterations):
+        ends = widths.candidates(model, model.params - total, prune.width_multiple, prune.ends)
+    paths = []
+    for end in ends:
+        remaining, path = model, []
+        for iteration in iterations:
+            remaining = _after(remaining, iteration, model.params - int(iteration.progress * total), end, prune)
+            path.append((iteration, remaining))
+        paths.append(path)
+    return paths
 
 
-def _without_layers(model: ModelDimensions, number: int) -> ModelDimensions:
-    left = model.removable_layers - number
-    return replace(
-        model,
-        params=model.params - number * model.params_per_layer,
-        layers=model.layers - number,
-        params_per_neuron=model.params_per_neuron * left // model.removable_layers,
-        params_per_expert=model.params_per_expert * left // model.removable_layers,
-        params_per_route=model.params_per_route * left // model.removable_layers,
-    )
+def _after(
+    model: ModelDimensions, iteration: Iteration, goal: int, end: ModelDimensions, prune: Prune
+) -> ModelDimensions:
+    """A model's sizes after an iteration that leaves it at most `goal` parameters."""
+    if iteration.unit == "width":
+        return end if iteration.last else widths.towards(model, end, goal, prune.width_multiple)
+    if iteration.unit == "neurons":
+        return replace(model, width=width_for(model, goal, prune.width_multiple))
+    if iteration.unit == "experts":
+        return replace(model, experts=experts_for(model, goal))
+    return replace(model, layers=model.layers - layers_for(model, goal))
 
 
 def _tokens(goal: MemoryGoal, shape: Shape) -> int:

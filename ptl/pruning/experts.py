@@ -11,7 +11,7 @@ tokens sent to one expert, F neurons of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ptl.pruning.layerwise import LayerwiseModel, NeuronScores, column_norms, first_order_scores, layers_in_turn
+from ptl.pruning.layerwise import Observed as LayerObserved
 
 EXPERTS = "mlp.experts"  # the module of a layer that holds all of its experts
 # Neurons that never change anything keep the order of their weights' norms, with scores below every threshold.
@@ -219,16 +220,10 @@ def _joining_changes(shares: Tensor, total: Tensor, join: Callable[[Tensor, Tens
     return run
 
 
-def _changes_by_gradient(
-    model: LayerwiseModel,
-    i: int,
-    b: int,
-    hidden: Tensor,  # [B, T, H]
-    gradient: Tensor,  # of the loss by the layer's output: [B, T, H]
-) -> tuple[Tensor, Tensor]:
-    """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [B, E, F].
+def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> LayerObserved:
+    """What neurons of experts give, and each sequence's first-order change of the loss [B, E, F].
 
-    The router's weight is part of the gradient.
+    The router's weight is part of the gradient. A layer with one MLP in place of experts has none.
     Memory: the batch's activations in all experts of the layer, which the backward pass needs.
     """
     visits: list[tuple[Routed, Tensor]] = []
@@ -241,18 +236,20 @@ def _changes_by_gradient(
     layer = model.layers[i]
     with _running_experts(layer, record):
         output = model.run(i, b, hidden)
-    by_input, *slopes = torch.autograd.grad(output, (hidden, *(values for _, values in visits)), gradient)
 
-    mask = model.batches[b]["attention_mask"]  # [B, T]
-    down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
-    changes = torch.zeros(len(mask), len(down), down.shape[-1], device=model.device)
-    for (routed, values), slope in zip(visits, slopes, strict=True):
-        of_tokens = values.detach().float() * slope.float()  # [n, F]
-        # Which tokens are whose; a product, as sums by index differ from run to run on a GPU.
-        sequence = torch.arange(len(mask), device=model.device)[:, None]
-        members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
-        changes[:, routed.expert] = members.float() @ of_tokens
-    return by_input, changes
+    def changes(slopes: Sequence[Tensor]) -> Tensor:
+        mask = model.batches[b]["attention_mask"]  # [B, T]
+        down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
+        total = torch.zeros(len(mask), len(down), down.shape[-1], device=model.device)
+        for (routed, values), slope in zip(visits, slopes, strict=True):
+            of_tokens = values.detach().float() * slope.float()  # [n, F]
+            # Which tokens are whose; a product, as sums by index differ from run to run on a GPU.
+            sequence = torch.arange(len(mask), device=model.device)[:, None]
+            members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
+            total[:, routed.expert] = members.float() @ of_tokens
+        return total
+
+    return output, [values for _, values in visits], changes
 
 
 @torch.no_grad()
@@ -289,21 +286,23 @@ CRITERIA_OF_NEURONS: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = 
     "max": partial(_by_output_change, join=_max),
     "mean": partial(_by_output_change, join=_mean),
     "weight": _by_weights,
-    "taylor": partial(first_order_scores, backwards=_changes_by_gradient),
+    "taylor": partial(first_order_scores, observe=observe_expert_neurons),
     "random": _random,
 }
 
 
 def expert_neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
-    """Score every neuron of every expert on the model's batches; returns float32 [E, F] per layer.
-
-    Where all neurons of an expert score 0, as no token is sent to it, their weights order them.
-    """
+    """Score every neuron of every expert on the model's batches; returns float32 [E, F] per layer."""
     scores = CRITERIA_OF_NEURONS[criterion](model, seed)
+    order_silent(model, scores)
+    return scores
+
+
+def order_silent(model: LayerwiseModel, scores: NeuronScores) -> None:
+    """Where all neurons of an expert score 0, as no token is sent to it, their weights order them."""
     for i, of_layer in enumerate(scores):
         silent = (of_layer == 0).all(dim=1)  # [E]
         if silent.any():
             with model.layer(i) as layer, torch.no_grad():
                 norms = _of_experts(layer, _weight_norms).cpu()
             of_layer[silent] = norms[silent] * BELOW_THRESHOLDS
-    return scores

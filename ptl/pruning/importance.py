@@ -6,22 +6,25 @@ H hidden size, F intermediate size. Scores are joined sequence by sequence, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ptl.model.families import Family
-from ptl.pruning.experts import expert_neuron_scores
+from ptl.pruning.experts import expert_neuron_scores, observe_expert_neurons, order_silent
 from ptl.pruning.layerwise import (
     LayerwiseModel,
     NeuronScores,
+    Observed,
+    WidthScores,
     column_norms,
     first_order_scores,
     layers_in_turn,
     run_with_activations,
     sequences,
+    width_scores,
 )
 
 
@@ -71,21 +74,16 @@ def _by_output_change(
     return scores
 
 
-def _changes_by_gradient(
-    model: LayerwiseModel,
-    i: int,
-    b: int,
-    hidden: Tensor,  # [B, T, H]
-    gradient: Tensor,  # of the loss by the layer's output: [B, T, H]
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [F]."""
+def _observe_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> Observed:
+    """What neurons give, and each sequence's first-order change of the loss [F]."""
     output, activations, *_ = run_with_activations(model, i, b, hidden)
-    by_input, slopes = torch.autograd.grad(output, (hidden, activations), gradient)
-    changes = []
-    for value, slope in sequences(model, b, activations.detach(), slopes):
-        of_tokens = value.float() * slope.float()  # [T, F]
-        changes.append(of_tokens.sum(dim=0))
-    return by_input, changes
+
+    def changes(slopes: Sequence[Tensor]) -> Iterator[Tensor]:
+        for value, slope in sequences(model, b, activations.detach(), slopes[0]):
+            of_tokens = value.float() * slope.float()  # [T, F]
+            yield of_tokens.sum(dim=0)
+
+    return output, [activations], changes
 
 
 @torch.no_grad()
@@ -116,7 +114,7 @@ CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
     "max": partial(_by_output_change, score=_max, join=torch.maximum),
     "mean": partial(_by_output_change, score=_mean, join=torch.add),
     "weight": _by_weights,
-    "taylor": partial(first_order_scores, backwards=_changes_by_gradient),
+    "taylor": partial(first_order_scores, observe=_observe_neurons),
     "random": _random,
 }
 
@@ -126,6 +124,21 @@ def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronSco
     if model.family.experts:
         return expert_neuron_scores(model, criterion, seed)
     return CRITERIA[criterion](model, seed)
+
+
+def all_width_scores(model: LayerwiseModel, narrowable: bool) -> WidthScores:
+    """Score dimensions of the residual stream, KV heads and, in a `narrowable` model, neurons, by `taylor`."""
+    if not narrowable:
+        return width_scores(model, observe=_observe_nothing)
+    if not model.family.experts:
+        return width_scores(model, observe=_observe_neurons)
+    scores = width_scores(model, observe=observe_expert_neurons)
+    order_silent(model, scores.neurons)
+    return scores
+
+
+def _observe_nothing(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> Observed:
+    return model.run(i, b, hidden), [], lambda _slopes: ()
 
 
 @torch.no_grad()

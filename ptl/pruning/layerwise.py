@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ptl.data.sequences import IGNORED, Batch
-from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.model import axes, checkpoint, pretrained, safetensors_io
 from ptl.model.experts import read_parameter
 from ptl.model.families import Family
 
@@ -223,33 +225,103 @@ def _inputs(batch: Batch) -> Arguments:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
 
 
-# Of a layer i, a batch b, its hidden states [B, T, H] and the gradient of the loss by the layer's output: that by its
-# input, and each sequence's first-order change of the loss, as a layer's scores are shaped
-Backwards = Callable[[LayerwiseModel, int, int, Tensor, Tensor], tuple[Tensor, Iterable[Tensor]]]
+# Of a layer i, a batch b and its hidden states [B, T, H]: the layer's output, the values by which the loss is
+# differentiated, and what makes of these derivatives each sequence's first-order change of the loss, as a layer's
+# scores are shaped
+Observed = tuple[Tensor, list[Tensor], Callable[[Sequence[Tensor]], Iterable[Tensor]]]
+Observe = Callable[[LayerwiseModel, int, int, Tensor], Observed]
+
+
+@dataclass(frozen=True)
+class WidthScores:
+    """First-order scores of all that width pruning removes."""
+
+    neurons: NeuronScores
+    hidden: Tensor  # of each dimension of the residual stream: float32 [H]
+    groups: list[Tensor]  # of each KV head with its query heads: float32 [KV heads] of each layer
+
+
+def first_order_scores(model: LayerwiseModel, _seed: int, *, observe: Observe) -> NeuronScores:
+    """Mean over the sequences of the size of the loss's first-order change when a neuron is zeroed."""
+    return width_scores(model, observe=observe, masked=False).neurons
 
 
 @torch.enable_grad()
-def first_order_scores(model: LayerwiseModel, _seed: int, *, backwards: Backwards) -> NeuronScores:
-    """Mean over the sequences of the size of the loss's first-order change when a neuron is zeroed.
+def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True) -> WidthScores:
+    """The same of neurons, dimensions of the residual stream and KV heads, in the same two sweeps.
 
-    Source: Molchanov et al. 2019, arXiv 1906.10771.
+    Source: Molchanov et al. 2019, arXiv 1906.10771. A dimension is zeroed in all that is written to the stream, the
+    embeddings and what attention and MLP of each layer give; a KV head in what its query heads give.
     Runs backwards layer by layer, each forward pass done again. Host memory: the hidden states of every layer, that is
     (layers + 1) x tokens x hidden size. A GPU holds one layer, and the states of one batch.
     """
     inputs = _states_before_layers(model)
     last_states = inputs.pop()
     gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
-    scores = []
-    for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
-        total = torch.zeros(())
+    of_stream = [torch.zeros(())] * len(gradients)  # changes of the loss by a dimension, of each batch: [B, H]
+    neurons, groups = [], []
+    for i, layer in layers_in_turn(model, "taylor, back", backwards=True):
+        total, of_groups = torch.zeros(()), torch.zeros(())
         for b, states in enumerate(inputs.pop()):
             hidden = states.to(model.device).detach().requires_grad_()  # [B, T, H]
-            gradient, changes = backwards(model, i, b, hidden, gradients[b].to(model.device))
-            gradients[b] = gradient.cpu()
-            for change in changes:
+            with _masks(layer, hidden, model.config if masked else None) as masks:
+                output, values, changes = observe(model, i, b, hidden)
+            by_input, *slopes = torch.autograd.grad(output, (hidden, *masks, *values), gradients[b].to(model.device))
+            gradients[b] = by_input.cpu()
+            for change in changes(slopes[len(masks) :]):
                 total = total + change.abs().cpu()
-        scores.append(total / model.num_sequences)
-    return scores[::-1]
+            if masked:
+                stream, heads = slopes[:2]  # [B, 1, H] and [B, 1, KV heads, 1]
+                of_stream[b] = of_stream[b] + stream.flatten(1).float().cpu()
+                of_groups = of_groups + heads.flatten(1).float().abs().sum(dim=0).cpu()
+                if i == 0:  # what the embeddings write
+                    of_stream[b] = of_stream[b] + (states.float() * gradients[b].float()).sum(dim=1)
+        neurons.append(total / model.num_sequences)
+        groups.append(of_groups / model.num_sequences)
+    of_dimensions = sum((change.abs().sum(dim=0) for change in of_stream if masked), torch.zeros(()))
+    return WidthScores(neurons[::-1], of_dimensions / model.num_sequences, groups[::-1])
+
+
+@contextmanager
+def _masks(layer: nn.Module, hidden: Tensor, config: Any) -> Iterator[tuple[Tensor, ...]]:
+    """Ones by which a layer multiplies what it writes to the residual stream, and what its KV heads give.
+
+    [B, 1, H] and [B, 1, KV heads, 1]; `hidden` [B, T, H] goes through the layer. Without a config there are none.
+    """
+    if config is None:
+        yield ()
+        return
+    attention: Any = layer.self_attn
+    ones = partial(torch.ones, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
+    stream = ones(len(hidden), 1, hidden.shape[-1])
+    heads = ones(len(hidden), 1, axes.kv_heads(config), 1)
+
+    def write(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+        return (output[0] * stream, *output[1:]) if isinstance(output, tuple) else output * stream
+
+    def read(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        by_head = arguments[0].unflatten(-1, (heads.shape[2], -1))  # [B, T, KV heads, numbers]
+        return ((by_head * heads).flatten(-2),)
+
+    with ExitStack() as hooks:
+        writers: list[Any] = [attention, layer.mlp]
+        for module in writers:
+            hooks.enter_context(module.register_forward_hook(write))
+        hooks.enter_context(attention.o_proj.register_forward_pre_hook(read))
+        yield stream, heads
+
+
+@torch.no_grad()
+def mean_loss(model: LayerwiseModel) -> float:
+    """The loss of a predicted token on the model's batches."""
+    states = model.embed()
+    for i, _ in layers_in_turn(model, "loss of a candidate"):
+        states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
+    total = 0.0
+    with model.head():
+        for b, hidden in enumerate(states):
+            total += sum(float(model.loss(b, row, hidden[row : row + 1])) for row in range(len(hidden)))
+    return total / sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in model.batches)
 
 
 @torch.no_grad()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl.model import checkpoint, safetensors_io
+from ptl.model import axes, checkpoint, safetensors_io
+from ptl.model.axes import FUSED_QKV, GROUPS, HIDDEN, Axes
 from ptl.model.experts import FUSED, GATE_UP, Experts
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
+from ptl.model.shapes import EMBEDDINGS, LAST_NORM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +29,8 @@ class Selection:
     # Of each of these layers: int64 [width], ascending, or [experts, width] of a mixture; empty: all neurons stay
     neurons: Mapping[int, Tensor]
     experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # int64 [experts that stay]; not with neurons
+    hidden: Tensor | None = None  # dimensions of the residual stream: int64 [width], ascending; None: all stay
+    groups: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # KV heads of each layer: int64 [heads]
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,27 @@ class PrunedTensor:
     name: str  # in the pruned checkpoint
     axis: int = 0  # along which it is pruned
     kept: Tensor | None = None  # int64 [n], indices that stay along the axis, or [E, n] of each expert; None: all
+    narrowed: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # int64 [n], of other axes
+    scale: float = 1.0  # of the values, plus `offset`
+    offset: float = 0.0
 
     def shape(self, source_shape: TensorShape) -> TensorShape:
         """The shape of the pruned tensor."""
         shape = list(source_shape)
         if self.kept is not None:
             shape[self.axis] = self.kept.shape[-1]
+        for axis, kept in self.narrowed.items():
+            shape[axis] = len(kept)
         return tuple(shape)
 
     def values(self, source: Tensor) -> Tensor:
         """The pruned tensor."""
         import torch
 
+        for axis, kept in self.narrowed.items():
+            source = source.index_select(axis, kept)
+        if self.scale != 1:
+            source = ((source.double() + self.offset) * self.scale - self.offset).to(source.dtype)
         if self.kept is None:
             return source
         if self.kept.dim() == 1:
@@ -87,6 +101,63 @@ def pruned_tensor(
     if part == family.down_projection:  # [hidden, intermediate]
         return PrunedTensor(new_name, axis=1, kept=kept)
     return PrunedTensor(new_name, kept=_neuron_rows(kept, shape[0], family.fused_projections))
+
+
+class Narrowing:
+    """What becomes of the tensors of a checkpoint where dimensions of the residual stream and KV heads go.
+
+    An RMS norm over fewer dimensions divides by more: with H of them before and H' afterwards, its gain times
+    sqrt(H / H') and epsilon times H / H' make it what it is where those that go are zero.
+    """
+
+    def __init__(self, src: Path, family: Family, selection: Selection) -> None:
+        config = checkpoint.read_config(src)
+        self.family, self.selection = family, selection
+        self.tied = family.is_tied(config)
+        self.config = config_with_defaults(config)
+        self.axes = axes.of_config(config, family, checkpoint.contents(src))
+
+    def of(self, pruned: PrunedTensor, name: str, shape: TensorShape) -> PrunedTensor:
+        """A tensor of the source, or of its optimizer state, narrowed besides."""
+        weight = name.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")
+        kinds = self.axes.get(weight, ())
+        match = IN_LAYER.match(name)
+        heads = self.selection.groups.get(int(match["layer"])) if match else None
+        narrowed = {}
+        for axis, kind in enumerate(kinds):
+            if kind == HIDDEN and self.selection.hidden is not None:
+                narrowed[axis] = self.selection.hidden
+            elif kind == GROUPS and heads is not None:
+                narrowed[axis] = self._rows(heads, shape[axis], fused=weight.endswith(FUSED_QKV))
+        # Adam's step does not depend on the scale of a parameter.
+        scale = self._scale(weight, kinds) if weight == name else 1.0
+        offset = self.family.norm_offset if kinds == (HIDDEN,) else 0.0
+        return replace(pruned, narrowed=narrowed, scale=scale, offset=offset)
+
+    def _rows(self, heads: Tensor, rows: int, fused: bool) -> Tensor:
+        """Rows of the KV heads that stay and of their query heads: each group's follow each other."""
+        import torch
+
+        groups = axes.kv_heads(self.config)
+        size = rows // groups  # of a group in all projections
+        per_group = self.config.num_attention_heads // groups
+        parts = [size * per_group // (per_group + 2), *[size // (per_group + 2)] * 2] if fused else [size]
+        kept, start = [], 0
+        for part in parts:  # queries, keys and values, or one of them
+            kept.append((start + heads[:, None] * part + torch.arange(part)).flatten())
+            start += part * groups
+        return torch.cat(kept)
+
+    def _scale(self, name: str, kinds: Axes) -> float:
+        if self.selection.hidden is None:
+            return 1.0
+        growth = math.sqrt(self.config.hidden_size / len(self.selection.hidden))
+        # Gemma multiplies embeddings by the root of the hidden size: a tied output layer does the last norm's part.
+        if self.family.scaled_embeddings and name == EMBEDDINGS:
+            return growth
+        is_last = self.family.scaled_embeddings and self.tied and name == LAST_NORM
+        is_norm = kinds == (HIDDEN,) and name.endswith("norm.weight") and not is_last
+        return growth if is_norm else 1.0
 
 
 def _pruned_expert_tensor(
@@ -164,6 +235,8 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         pruned[family.extra_layers] = 0
     if family.experts is not None and len(selection.layers) < depth:
         pruned |= family.experts.dense_config(config, selection.layers)
+    if selection.hidden is not None or selection.groups:
+        pruned |= _narrow_config(config, selection)
     # The selection has one width, or one number of experts, for all layers, as config.json does.
     for kept in selection.neurons.values():
         pruned[family.width_field] = kept.shape[-1]
@@ -174,14 +247,31 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
     return pruned
 
 
+def _narrow_config(config: ConfigJson, selection: Selection) -> dict[str, Any]:
+    """The fields of a config whose residual stream is narrower, or which has fewer KV heads."""
+    full = config_with_defaults(config)
+    # What transformers would otherwise derive from the hidden size
+    fields: dict[str, Any] = {"head_dim": axes.head_size(full)}
+    if selection.hidden is not None:
+        hidden = len(selection.hidden)
+        fields |= {"hidden_size": hidden, "rms_norm_eps": full.rms_norm_eps * full.hidden_size / hidden}
+    for kept in selection.groups.values():
+        per_group = full.num_attention_heads // axes.kv_heads(full)
+        fields |= {"num_key_value_heads": len(kept), "num_attention_heads": per_group * len(kept)}
+    return fields
+
+
 def write_pruned(src: Path, dst: Path, family: Family, selection: Selection) -> None:
     """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too."""
     dst.mkdir(parents=True, exist_ok=True)
+    narrowing = Narrowing(src, family, selection) if selection.hidden is not None or selection.groups else None
 
     def pruned(entry: Entry) -> NewTensor | None:
         tensor = pruned_tensor(entry.name, entry.shape, family, selection)
         if tensor is None:
             return None
+        if narrowing is not None:
+            tensor = narrowing.of(tensor, entry.name, entry.shape)
         spec = (tensor.name, entry.dtype, tensor.shape(entry.shape))
         return spec, lambda: tensor.values(safetensors_io.read_tensor(entry))
 

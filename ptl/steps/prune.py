@@ -38,6 +38,7 @@ def _arguments(call: Call) -> Metadata:
     return {
         # As planned, but a rejection may have halved the step.
         "goal": gate.goal(model.params, planned, model.gate),
+        "end": model.original_params - removed_at_end,
         "unit": iteration.unit,
         "prune": pruning,
         "calibration": call.section(Calibration, "calibration"),

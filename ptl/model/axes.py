@@ -1,0 +1,90 @@
+"""What each axis of a tensor counts, read from transformers' own model: the same config with one of its sizes doubled.
+
+So no family names the tensors of its attention, its norms or its router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ptl.model import pretrained
+from ptl.model.experts import stored_tensors
+from ptl.model.families import ConfigJson, Family
+from ptl.model.safetensors_io import Entries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HIDDEN = "hidden"  # dimensions of the residual stream
+NEURONS = "neurons"  # of each MLP, or of each expert; stacked projections are so many times as long
+GROUPS = "groups"  # KV heads, each with its query heads: a group has rows that follow each other
+FUSED_QKV = "self_attn.qkv_proj.weight"  # rows of queries, keys and values below each other
+
+Axes = tuple[str | None, ...]  # of a tensor; None: what width does not change
+
+
+def of_config(
+    content: ConfigJson,
+    family: Family,
+    names: Entries | None = None,  # of a checkpoint, to which its own names are given as well as those in memory
+) -> dict[str, Axes]:
+    """The axes of each tensor of a config.json's model. Raises InputError as `pretrained.skeleton_of_config`."""
+    config = pretrained.config_with_defaults(content)
+    plain = {**content, "head_dim": head_size(config)}
+    # Heads are doubled in a wider model: transformers wants a hidden size that they divide.
+    wide = {**plain, "hidden_size": 2 * config.hidden_size}
+    heads = {"num_attention_heads": 2 * config.num_attention_heads, "num_key_value_heads": 2 * kv_heads(config)}
+    units = sizes(config, family)
+    neurons = {family.width_field: 2 * units[NEURONS]}
+
+    def tensors(changed: ConfigJson) -> Mapping[str, Tensor]:
+        found = pretrained.skeleton_of_config(changed, "config.json").state_dict()
+        # The optimizer state has the names of transformers' memory.
+        return found if names is None else {**found, **stored_tensors(found, family.experts, names)}
+
+    single, double = tensors(plain), tensors(wide)
+    pairs = {
+        HIDDEN: (single, double),
+        GROUPS: (double, tensors({**wide, **heads})),
+        NEURONS: (single, tensors({**plain, **neurons})),
+    }
+    axes: dict[str, Axes] = {}
+    for name, tensor in single.items():
+        counted: list[str | None] = [None] * tensor.dim()
+        for kind, (before, after) in pairs.items():
+            for axis, (size, larger) in enumerate(zip(before[name].shape, after[name].shape, strict=True)):
+                if larger > size and tensor.shape[axis] % units[kind] == 0:
+                    counted[axis] = kind
+        axes[name] = tuple(counted)
+    return axes
+
+
+def sizes(config: Any, family: Family) -> dict[str, int]:
+    """How many there are of each kind; `config` is that of transformers."""
+    return {HIDDEN: config.hidden_size, NEURONS: getattr(config, family.width_field), GROUPS: kv_heads(config)}
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads of each layer."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def fixed(of_names: Mapping[str, Axes], config: Any) -> dict[str, str]:
+    """Why hidden size ("hidden") or KV groups ("kv") cannot be pruned exactly; empty: they can."""
+    reasons = {}
+    if not hasattr(config, "rms_norm_eps"):
+        reasons["hidden"] = "its norms subtract a mean, which the dimensions that go are part of"
+    for name, kinds in of_names.items():
+        if ".self_attn." not in name:
+            continue
+        if kinds.count(HIDDEN) > 1 or (kinds == (HIDDEN,) and name.endswith("norm.weight")):
+            reasons |= dict.fromkeys(("hidden", "kv"), "its attention is as wide as its hidden size")
+        elif kinds == (GROUPS,) and name.endswith("norm.weight"):
+            reasons["kv"] = "a norm is over all of its heads together"
+    return reasons
+
+
+def head_size(config: Any) -> int:
+    """Numbers of a head's keys; `config` is that of transformers."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
