@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,11 +234,12 @@ Observe = Callable[[LayerwiseModel, int, int, Tensor], Observed]
 
 @dataclass(frozen=True)
 class WidthScores:
-    """First-order scores of all that width pruning removes."""
+    """Scores of all that makes a model wide; empty: that is not scored."""
 
     neurons: NeuronScores
-    hidden: Tensor  # of each dimension of the residual stream: float32 [H]
-    groups: list[Tensor]  # of each KV head with its query heads: float32 [KV heads] of each layer
+    hidden: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the residual stream's dimensions: float32 [H]
+    groups: list[Tensor] = field(default_factory=list)  # of each layer, of its KV heads: float32 [KV heads]
+    experts: Mapping[int, Tensor] = field(default_factory=dict)  # by the layer's number: float32 [E]
 
 
 def first_order_scores(model: LayerwiseModel, _seed: int, *, observe: Observe) -> NeuronScores:

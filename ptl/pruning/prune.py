@@ -7,10 +7,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
@@ -26,9 +26,9 @@ from ptl.model.dimensions import (
     width_for,
 )
 from ptl.model.families import family_of
-from ptl.pruning.experts import ExpertScores, expert_scores
+from ptl.pruning.experts import expert_scores
 from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel, mean_loss
+from ptl.pruning.layerwise import LayerwiseModel, WidthScores, mean_loss
 from ptl.pruning.surgery import Selection, write_pruned
 
 
@@ -82,14 +82,16 @@ def prune_checkpoint(
     sequences = 0
     candidates: list[Candidate] = []
     if goal < before.params:
+        possible = _possible(unit, before, prune, goal, end)
         by_loss = unit == "width" or (unit == "neurons" and prune.criterion == "taylor")
-        count = None if unit == "width" else _count(unit, before, prune, goal)
         model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss))
-        if count is None:
-            selection, candidates = _width(src, dst, model, before, prune, goal, end, seed)
-        else:
-            selection = _SELECT[unit](model, before, prune.criterion, count, seed)
         sequences = model.num_sequences
+        select = _SCORED[unit](model, before, prune.criterion, seed)
+        candidates = _compared(src, dst, model, possible, select) if len(possible) > 1 else []
+        sizes = min(zip(candidates, possible, strict=True), key=_loss)[1] if candidates else possible[0]
+        if unit == "width" and goal > end:
+            sizes = widths.towards(before, sizes, goal, prune.width_multiple)
+        selection = select(sizes)
     write_pruned(src, dst, family, selection)
     # From the files that were written, not calculated
     after = model_dimensions(dst, family)
@@ -113,96 +115,88 @@ def prune_checkpoint(
     )
 
 
-def _count(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int) -> int:
-    """How many stay: neurons of each layer, layers, or experts of each. Raises InputError for a goal out of reach."""
+def _possible(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int, end: int) -> list[ModelDimensions]:
+    """The sizes that pruning may lead to: for `width` at the end of the loop. Raises InputError for none."""
+    if unit == "width":
+        return widths.candidates(dimensions, end, settings.width_multiple, settings.ends)
     if unit == "neurons":
-        return width_for(dimensions, goal, settings.width_multiple)
+        return [replace(dimensions, width=width_for(dimensions, goal, settings.width_multiple))]
     if unit == "layers":
-        return dimensions.layers - layers_for(dimensions, goal)
-    return experts_for(dimensions, goal)
+        return [replace(dimensions, layers=dimensions.layers - layers_for(dimensions, goal))]
+    return [replace(dimensions, experts=experts_for(dimensions, goal))]
 
 
-def _neurons(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, width: int, seed: int) -> Selection:
+Select = Callable[[ModelDimensions], Selection]  # what stays of a model that has been scored, by its sizes afterwards
+
+
+def _neurons(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, seed: int) -> Select:
     """The highest-scored neurons of each layer, or of each of its experts, as many in each."""
-    scores = neuron_scores(model, criterion, seed)  # [F] of each layer, or [E, F]
-    highest = {layer: keep_highest(of_layer, width) for layer, of_layer in enumerate(scores)}
-    return Selection(tuple(highest), highest)
+    return partial(select_widths, WidthScores(neuron_scores(model, criterion, seed)), dimensions)
 
 
-def _layers(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, count: int, _seed: int) -> Selection:
+def _experts(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, seed: int) -> Select:
+    """The highest-scored experts of each layer, as many in each, and as many in each group of a layer."""
+    return partial(select_widths, WidthScores([], experts=expert_scores(model, criterion, seed)), dimensions)
+
+
+def _width(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, seed: int) -> Select:
+    """The highest-scored neurons, dimensions of the residual stream and KV heads; experts where neurons cannot go."""
+    scores = all_width_scores(model, dimensions.narrowable)
+    if not dimensions.narrowable:
+        scores = replace(scores, experts=expert_scores(model, "reap", seed))
+    return partial(select_widths, scores, dimensions)
+
+
+def _layers(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, _seed: int) -> Select:
     """The highest-scored layers."""
     scores = layer_scores(model)  # [layers]
     scores[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
-    return Selection(tuple(keep_highest(scores, count).tolist()), {})
+    return lambda sizes: Selection(tuple(keep_highest(scores, sizes.layers).tolist()), {})
 
 
-def _width(
-    src: Path,
-    dst: Path,
-    model: LayerwiseModel,
-    dimensions: ModelDimensions,
-    prune: Prune,
-    goal: int,
-    end: int,
-    seed: int,
-) -> tuple[Selection, list[Candidate]]:
-    """The highest-scored of each width, on the way to those with which the loss is the least right after the cut.
+# By the unit that an iteration removes; each takes the model, its dimensions, a criterion and a seed
+_SCORED: dict[str, Callable[[LayerwiseModel, ModelDimensions, str, int], Select]] = {
+    "neurons": _neurons,
+    "width": _width,
+    "layers": _layers,
+    "experts": _experts,
+}
 
-    Each candidate is written beside `dst` and read layer by layer: one forward pass, whatever the model's size.
-    """
-    select = _selecting(model, dimensions, seed)
-    possible = widths.candidates(dimensions, end, prune.width_multiple, prune.ends)
+
+def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
+    """The highest-scored of all that `after` has less of than `before`."""
+    neurons, experts, hidden, groups = {}, {}, None, {}
+    if after.width < before.width:
+        neurons = {i: keep_highest(of_layer, after.width) for i, of_layer in enumerate(scores.neurons)}
+    if after.experts < before.experts:
+        for i, of_layer in scores.experts.items():
+            of_groups = of_layer.view(before.expert_groups, -1)  # experts of a group follow each other: [groups, size]
+            starts = torch.arange(before.expert_groups)[:, None] * of_groups.shape[1]
+            highest = keep_highest(of_groups, after.experts // before.expert_groups)
+            experts[i] = (highest + starts).flatten()  # [experts], ascending
+    if after.hidden < before.hidden:
+        hidden = keep_highest(scores.hidden, after.hidden)
+    if after.groups < before.groups:
+        groups = {i: keep_highest(of_layer, after.groups) for i, of_layer in enumerate(scores.groups)}
+    return Selection(tuple(range(before.layers)), neurons, experts, hidden, groups)
+
+
+def _compared(
+    src: Path, dst: Path, model: LayerwiseModel, possible: list[ModelDimensions], select: Select
+) -> list[Candidate]:
+    """The loss of each of these sizes right after the cut: written beside `dst`, and read again layer by layer."""
     compared = []
-    for sizes in possible if len(possible) > 1 else ():
-        with tempfile.TemporaryDirectory(dir=dst.parent, prefix="candidate-") as folder:
-            write_pruned(src, Path(folder), model.family, select(sizes))
-            loss = mean_loss(LayerwiseModel(Path(folder), model.family, model.batches))
+    for sizes in possible:
+        with tempfile.TemporaryDirectory(dir=dst.parent, prefix="candidate-") as name:
+            folder = Path(name)
+            write_pruned(src, folder, model.family, select(sizes))
+            loss = mean_loss(LayerwiseModel(folder, model.family, model.batches))
         compared.append(Candidate(sizes.hidden, sizes.width, sizes.groups, sizes.experts or None, loss))
-    losses = [candidate.loss for candidate in compared] or [0.0]
-    chosen = possible[losses.index(min(losses))]
-    sizes = chosen if goal <= end else widths.towards(dimensions, chosen, goal, prune.width_multiple)
-    return select(sizes), compared
+    return compared
 
 
-def _selecting(model: LayerwiseModel, dimensions: ModelDimensions, seed: int) -> Callable[[ModelDimensions], Selection]:
-    """Scores all widths once; what it returns selects the highest-scored for any sizes."""
-    scores = all_width_scores(model, dimensions.narrowable)
-    of_experts = {} if dimensions.narrowable else expert_scores(model, "reap", seed)
-
-    def select(sizes: ModelDimensions) -> Selection:
-        everything = Selection(tuple(range(dimensions.layers)), {})
-        neurons, experts, hidden, groups = {}, {}, None, {}
-        if sizes.width < dimensions.width:
-            neurons = {i: keep_highest(of_layer, sizes.width) for i, of_layer in enumerate(scores.neurons)}
-        if sizes.experts < dimensions.experts:
-            experts = _kept_experts(of_experts, dimensions.expert_groups, sizes.experts)
-        if sizes.hidden < dimensions.hidden:
-            hidden = keep_highest(scores.hidden, sizes.hidden)
-        if sizes.groups < dimensions.groups:
-            groups = {i: keep_highest(of_layer, sizes.groups) for i, of_layer in enumerate(scores.groups)}
-        return replace(everything, neurons=neurons, experts=experts, hidden=hidden, groups=groups)
-
-    return select
-
-
-def _experts(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, number: int, seed: int) -> Selection:
-    """The highest-scored experts of each layer, as many in each, and as many in each group of a layer."""
-    kept = _kept_experts(expert_scores(model, criterion, seed), dimensions.expert_groups, number)
-    return Selection(tuple(range(dimensions.layers)), {}, kept)
-
-
-def _kept_experts(scores: ExpertScores, groups: int, number: int) -> dict[int, Tensor]:
-    """The highest-scored experts of each layer: int64 [number], ascending."""
-    kept = {}
-    for layer, of_layer in scores.items():
-        of_groups = of_layer.view(groups, -1)  # experts of a group follow each other: [groups, size]
-        starts = torch.arange(groups)[:, None] * of_groups.shape[1]
-        kept[layer] = (keep_highest(of_groups, number // groups) + starts).flatten()
-    return kept
-
-
-# By the unit that an iteration removes; each takes the model, its dimensions, a criterion, how many stay, and a seed
-_SELECT = {"neurons": _neurons, "layers": _layers, "experts": _experts}
+def _loss(compared: tuple[Candidate, ModelDimensions]) -> float:
+    return compared[0].loss
 
 
 def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:
