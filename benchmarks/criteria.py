@@ -53,7 +53,7 @@ def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int)
     unit = chosen.pop("unit", "neurons")
     settings = Prune(**chosen, width_multiple=1)
     goal = body.params - (body.width - width) * body.params_per_neuron
-    prune_checkpoint(TINY.model, dst, settings, TINY.calibration, unit=unit, goal=goal, seed=seed)
+    prune_checkpoint(TINY.model, dst, settings, TINY.calibration, unit=unit, goal=goal, end=goal, seed=seed)
 
 
 def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
@@ -89,10 +89,11 @@ def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: in
 def by_torch_pruning(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
     """One cut of the dense model, as `loops.run` asks for it; of the settings only the width multiple matters."""
 
-    def cut(src: Path, dst: Path, goal: int) -> None:
+    def cut(src: Path, dst: Path, goal: int, _end: int) -> int:
         assert src == subject.model
         body = model_dimensions(src, family_of(checkpoint.read_config(src)))
         cut_theirs(dst, kind, body, width_for(body, goal, prune.width_multiple), seed)
+        return 0  # theirs is not counted
 
     return cut
 
@@ -108,7 +109,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     body = model_dimensions(TINY.model, family_of(checkpoint.read_config(TINY.model)))
     asked = list(generate("test", given.items, given.problem_seed))
     for share in given.shares:
-        width = width_for(body, int(body.params * (1 - share)), 1, 1)
+        width = width_for(body, int(body.params * (1 - share)), 1)
         for kind in given.criteria:
             for seed in given.seeds:
                 with tempfile.TemporaryDirectory() as scratch:

@@ -48,6 +48,7 @@ ONE_SHOT = {"iterations": 1}
 MAX = {"criterion": "max"}
 TAYLOR = {"criterion": "taylor"}
 LAYERS = {"target": "layers"}
+WIDTH = {"target": "width"}
 ARMS = {
     # Without a criterion in its name an arm goes by the paper's.
     "one-shot": Arm(ONE_SHOT, MAX),
@@ -62,6 +63,11 @@ ARMS = {
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
     "loop of 16, taylor": Arm({"iterations": 16}, TAYLOR),
     "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
+    # Hidden size, FFN and KV heads, divided by the loss right after the cut.
+    "one-shot, width": Arm(ONE_SHOT, WIDTH),
+    "loop of 2, width": Arm({"iterations": 2}, WIDTH),
+    "loop of 4, width": Arm({"iterations": 4}, WIDTH),
+    "loop of 8, width": Arm({"iterations": 8}, WIDTH),
     # Layers: two of the four are 46 %.
     "one-shot, layers": Arm(ONE_SHOT, LAYERS),
     "loop of 2, layers": Arm({"iterations": 2, "cuts": "uniform"}, LAYERS),
@@ -234,9 +240,19 @@ def measure(cell: Cell) -> Row:
         "accuracy": sum(solved) / len(solved),
         "solved": f"{int(''.join(map(str, solved)), 2):0{math.ceil(phase.items / 4)}x}",
         "flops": trained.flops,
+        "scoring_flops": trained.scoring_flops,
+        "widths": widths_of(trained.checkpoint),
         "seconds": round(seconds, 1),
         "torch": torch.__version__,
     }
+
+
+def widths_of(folder: Path) -> list[int]:
+    """Hidden size, FFN width and KV heads of a checkpoint."""
+    from ptl.model import checkpoint
+
+    config = checkpoint.read_config(folder)
+    return [config[name] for name in ("hidden_size", "intermediate_size", "num_key_value_heads")]
 
 
 def workers(count: int) -> ProcessPoolExecutor:

@@ -29,7 +29,7 @@ from recovery import CPT, correct_items, generate
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import paired
 from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions, with_experts, with_width
+from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
 MODEL = ROOT / ".ptl" / "models" / "tiny-experts"
@@ -61,8 +61,8 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
     """One model: as large as with `kept` experts in each layer, and trained on `tokens` tokens; 0: only pruned."""
     iterations, unit, criterion = ARMS[arm]
     dense = model_dimensions(MODEL, family_of(checkpoint.read_config(MODEL)))
-    narrow = with_width(dense, dense.width * kept // dense.experts)
-    goal = (with_experts(dense, kept) if unit == "experts" else narrow).params
+    narrow = replace(dense, width=dense.width * kept // dense.experts)
+    goal = (replace(dense, experts=kept) if unit == "experts" else narrow).params
     schedule = Schedule(target=float(goal), recovery_tokens=max(tokens, iterations), iterations=iterations)
     prune = Prune(
         target=unit,

@@ -81,7 +81,9 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         pruned.mkdir()
         planned = dense - int(it.progress * removal(dense, config.schedule.target))
         goal = gate.goal(dimensions.static_cost(accepted).params, planned, state.dump())
-        prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
+        prune_checkpoint(
+            accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, end=goal, seed=config.seed
+        )
         here = StageBudget(it.tokens, (), it.index, it.last, config.seed, token_weights(config.schedule))
         job = RecoveryJob(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
         budgets = [each.tokens for each in iterations[: it.index]]
@@ -125,7 +127,7 @@ def decide(
         target_params=dense - removal(dense, config.schedule.target),
         baseline=baseline,
         parent=parent,
-        smallest_cut=smallest_cuts(body, config.prune.width_multiple, 1).get("neurons"),
+        smallest_cut=smallest_cuts(body, config.prune.width_multiple).get("neurons"),
     )
 
 

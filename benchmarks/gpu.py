@@ -115,7 +115,7 @@ def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     goal = int(0.9 * dimensions.static_cost(model).params)
     with tempfile.TemporaryDirectory(dir=model) as dst:
         report = prune_checkpoint(
-            model, Path(dst), Prune(criterion="max"), calibration, unit="neurons", goal=goal, seed=given.seed
+            model, Path(dst), Prune(criterion="max"), calibration, unit="neurons", goal=goal, end=goal, seed=given.seed
         )
     host = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     found = {"seconds": report.seconds, "params": report.params, "sequences": report.sequences}

@@ -59,6 +59,7 @@ class Trained:
     params: int
     tokens: int  # of recovery
     flops: int  # of recovery: 6 for each parameter and token
+    scoring_flops: int  # of all prune steps: 2 for each parameter and token forward, 4 backward
 
 
 def work_quietly() -> None:
@@ -68,14 +69,22 @@ def work_quietly() -> None:
     torch.set_num_threads(1)
 
 
-Cut = Callable[[Path, Path, int, int], None]  # source, destination, parameters of this iteration and of the last
+# Source, destination, parameters to end with now and at the end of the loop -> FLOPs of scoring
+Cut = Callable[[Path, Path, int, int], int]
 
 
 def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
     """The prune step's own way; `prune.target` must be the same in all iterations, not `neurons_then_layers`."""
+    batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
 
-    def cut(src: Path, dst: Path, goal: int, end: int) -> None:
-        prune_checkpoint(src, dst, prune, subject.calibration, unit=prune.target, goal=goal, end=end, seed=seed)
+    def cut(src: Path, dst: Path, goal: int, end: int) -> int:
+        report = prune_checkpoint(
+            src, dst, prune, subject.calibration, unit=prune.target, goal=goal, end=end, seed=seed
+        )
+        # By `taylor` two passes forward and one back; each candidate one forward.
+        passes = 8 if prune.criterion == "taylor" and prune.target != "layers" else 2
+        return tokens * (passes * report.params_before + 2 * end * len(report.candidates))
 
     return cut
 
@@ -86,7 +95,7 @@ def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
     batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
 
-    def cut(src: Path, dst: Path, goal: int, end: int) -> None:
+    def cut(src: Path, dst: Path, goal: int, _end: int) -> int:
         dimensions = model_dimensions(src, family)
         width = width_for(dimensions, goal, prune.width_multiple)
         kept = {}
@@ -95,6 +104,7 @@ def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
             present = keep_highest(its_scores, dimensions.width)
             kept[layer] = torch.isin(present, keep_highest(its_scores, width)).nonzero().flatten()
         write_pruned(src, dst, family, Selection(tuple(kept), kept))
+        return 0  # of the first iteration alone
 
     return cut
 
@@ -113,7 +123,7 @@ def run(
     dense = dimensions.static_cost(subject.model).params
     iterations = plan(schedule, prune)
     at = subject.model
-    tokens = flops = 0
+    tokens = flops = scoring = 0
     for iteration in iterations:
         pruned = folder / f"pruned-{iteration.index}"
         recovered = folder / f"recovered-{iteration.index}"
@@ -122,7 +132,7 @@ def run(
             shutil.rmtree(pruned, ignore_errors=True)
             pruned.mkdir(parents=True)
             goal = dense - int(iteration.progress * removal(dense, schedule.target))
-            cut(at, pruned, goal, dense - removal(dense, schedule.target))
+            scoring += cut(at, pruned, goal, dense - removal(dense, schedule.target))
         at = pruned
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))
@@ -135,4 +145,4 @@ def run(
             tokens += iteration.tokens
             flops += 6 * dimensions.static_cost(at).params * iteration.tokens
         done.touch()
-    return Trained(at, dimensions.static_cost(at).params, tokens, flops)
+    return Trained(at, dimensions.static_cost(at).params, tokens, flops, scoring)

@@ -149,7 +149,7 @@ def work(args, folder, out):
     if args.measure == "ptl":
         goal = body.params - REMOVE * body.params_per_neuron
         report = prune_checkpoint(
-            folder, out, Prune(criterion="max"), settings(args), unit="neurons", goal=goal, seed=0
+            folder, out, Prune(criterion="max"), settings(args), unit="neurons", goal=goal, end=goal, seed=0
         )
         assert report.widths == (SHAPE["intermediate_size"] - REMOVE,) * body.layers
         return

@@ -1,12 +1,12 @@
 """Hidden size, FFN width and KV groups together: with which of them a model has so many parameters. Pure.
 
-The FFN, in a mixture whose neurons stay the number of its experts, takes what the other two leave of a goal.
+The FFN goes first, alone. Where that would leave it less than its share of the parameters, KV groups or the hidden size
+go too. In a mixture whose neurons stay, the number of its experts takes the FFN's part.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,35 +14,48 @@ from dataclasses import replace
 from ptl.errors import InputError
 from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
 
-# Hidden sizes to choose from: the share of the parameters that stays, to these powers
-POWERS = (0.0, 0.125, 0.25, 0.375)
+FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
 
 Ends = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
 
 def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends) -> list[ModelDimensions]:
-    """Ways to get a model down to at most `goal` parameters, of which its loss chooses one; the hidden sizes fall.
+    """Ways to get a model down to at most `goal` parameters, of which its loss chooses one; one or two.
 
-    Raises InputError for a goal out of reach, and for a size that the model cannot have.
+    First that with fewer KV groups, then that with all of them; the FFN alone where it keeps its share. Raises
+    InputError for a goal out of reach, and for a size that the model cannot have.
     """
     if goal >= model.params:
         return [model]
     _check(model, ends)
     found: list[ModelDimensions] = []
     for groups in _groups(model, ends):
-        fewer = replace(model, groups=groups)
-        sizes = (replace(fewer, hidden=hidden) for hidden in _hidden_sizes(model, fewer, goal, multiple, ends))
-        closed = (_closed(size, goal, multiple, ends) for size in sizes)
-        possible = [candidate for candidate in closed if candidate and candidate not in found]
-        # With a fixed FFN the hidden size takes what is left: the largest that does.
-        found += possible[:1] if ends.get("ffn") else possible
+        narrow = _narrowest(replace(model, groups=groups), model, goal, multiple, ends)
+        if narrow is not None and narrow.hidden == model.hidden and narrow.groups == model.groups:
+            return [narrow]  # neurons alone
+        found += [narrow] if narrow else []
     if found:
-        return found
+        return found[::-1]
     raise InputError(
         f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
         remedy="let schedule.target remove less, or lower prune.width_multiple or the sizes of prune.width",
     )
+
+
+def _narrowest(
+    fewer: ModelDimensions, model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
+) -> ModelDimensions | None:
+    """The widest residual stream beside which the FFN keeps its share; `fewer` is the model with its KV groups."""
+    last = None
+    for hidden in _hidden_sizes(model, fewer.heads, multiple, ends):
+        closed = _closed(replace(fewer, hidden=hidden), goal, multiple, ends)
+        if closed is None:
+            continue
+        last = closed
+        if _ffn_share(closed) >= FFN_SHARE or ends.get("ffn"):
+            break
+    return last
 
 
 def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions:
@@ -54,13 +67,10 @@ def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: M
         return end
     if goal >= model.params:  # an earlier iteration was rounded below it
         return model
-    fewer = next(
-        fewer
-        for groups in _divisors(model.groups)
-        if (fewer := replace(model, groups=groups)).params >= goal and groups >= end.groups
-    )
+    possible = (replace(model, groups=groups) for groups in _divisors(model.groups) if groups >= end.groups)
+    fewer = next(narrow for narrow in possible if narrow.params >= goal)
     removed = (model.params - goal) / (model.params - end.params)
-    step = _hidden_step(model, fewer.heads, end.hidden, multiple)
+    step = _hidden_step(model, fewer.heads, multiple)
     hidden = math.ceil((model.hidden - removed * (model.hidden - end.hidden)) / step) * step
     closed = _closed(replace(fewer, hidden=min(hidden, model.hidden)), goal, multiple, {})
     return closed or end
@@ -83,6 +93,11 @@ def _closed(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends) -
     return None
 
 
+def _ffn_share(model: ModelDimensions) -> float:
+    """What the FFN has of the parameters, in a mixture all experts."""
+    return (model.params - replace(model, width=0).params) / model.params
+
+
 def _groups(model: ModelDimensions, ends: Ends) -> list[int]:
     """Numbers of KV groups to choose from: all of them, and the next lower number that divides them."""
     if kv := ends.get("kv"):
@@ -90,26 +105,22 @@ def _groups(model: ModelDimensions, ends: Ends) -> list[int]:
     return [model.groups] if "kv" in model.fixed else _divisors(model.groups)[:-3:-1]
 
 
-def _hidden_sizes(
-    model: ModelDimensions, fewer: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
-) -> Iterator[int]:
-    """Hidden sizes to choose from, the largest first; `fewer` has the KV groups of these."""
+def _hidden_sizes(model: ModelDimensions, heads: int, multiple: Multiple, ends: Ends) -> Iterator[int]:
+    """Hidden sizes to choose from, the largest first, for so many query heads."""
     if ends.get("hidden") or "hidden" in model.fixed:
-        return iter([ends.get("hidden") or model.hidden])
-    share = goal / model.params
-    step = _hidden_step(model, fewer.heads, int(model.hidden * share ** POWERS[-1]), multiple)
-    if ends.get("ffn"):
-        return itertools.chain([model.hidden], range(model.hidden // step * step, 0, -step))
-    rounded = (max(1, round(model.hidden * share**power / step)) * step for power in POWERS[1:])
-    return itertools.chain([model.hidden], (size for size in rounded if size < model.hidden))
+        yield ends.get("hidden") or model.hidden
+        return
+    yield model.hidden
+    step = _hidden_step(model, heads, multiple)
+    yield from range((model.hidden - 1) // step * step, 0, -step)
 
 
-def _hidden_step(model: ModelDimensions, heads: int, remaining: int, multiple: Multiple) -> int:
+def _hidden_step(model: ModelDimensions, heads: int, multiple: Multiple) -> int:
     """What a hidden size is a multiple of: of the query heads in any case, as transformers refuses others."""
     if multiple != "auto":
         return math.lcm(multiple, heads)
     steps = (math.lcm(size, heads) for size in MULTIPLES)
-    return next((step for step in steps if model.hidden % step == 0 and remaining // step >= MIN_STEPS), heads)
+    return next((step for step in steps if model.hidden % step == 0 and model.hidden // step >= MIN_STEPS), heads)
 
 
 def _divisors(number: int) -> list[int]:

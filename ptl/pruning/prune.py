@@ -88,7 +88,7 @@ def prune_checkpoint(
         sequences = model.num_sequences
         select = _SCORED[unit](model, before, prune.criterion, seed)
         candidates = _compared(src, dst, model, possible, select) if len(possible) > 1 else []
-        sizes = min(zip(candidates, possible, strict=True), key=_loss)[1] if candidates else possible[0]
+        sizes = possible[_best(candidates, model.config.vocab_size)]
         if unit == "width" and goal > end:
             sizes = widths.towards(before, sizes, goal, prune.width_multiple)
         selection = select(sizes)
@@ -195,8 +195,10 @@ def _compared(
     return compared
 
 
-def _loss(compared: tuple[Candidate, ModelDimensions]) -> float:
-    return compared[0].loss
+def _best(compared: list[Candidate], vocabulary: int) -> int:
+    """Which candidate has the least loss; the first where all are above that of guessing, which ranks nothing."""
+    losses = [candidate.loss for candidate in compared]
+    return losses.index(min(losses)) if losses and min(losses) < math.log(vocabulary) else 0
 
 
 def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:

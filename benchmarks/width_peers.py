@@ -1,0 +1,162 @@
+"""Other ways to choose what goes of hidden size, FFN and KV heads: as many as ptl's rule takes, our surgery and recovery.
+
+    pip install --no-deps torch-pruning   # for its arm alone
+    python benchmarks/depth.py measure --shares 0.65 0.75 --arms "one-shot, width" "one-shot, width, minitron"
+
+minitron: means over a sequence of what the norms on the residual stream, neurons and KV heads give, and their L2 norm
+over the sequences (arXiv 2407.14679, section 2.2). norm: L2 norms of the weights. torch-pruning: its dependency graph,
+group magnitude and surgery, of neurons and hidden size; it does not know KV heads, of which ptl's choice goes first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from loops import Cut, Subject
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptl.config.schedule import Prune
+from ptl.data.sequences import calibration_batches
+from ptl.model import checkpoint
+from ptl.model.dimensions import ModelDimensions, model_dimensions
+from ptl.model.families import family_of
+from ptl.pruning.layerwise import WidthScores
+from ptl.pruning.prune import prune_checkpoint, select_widths
+from ptl.pruning.surgery import write_pruned
+
+
+def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
+    """One cut of the dense model to the sizes that ptl's own rule chooses, as `loops.run` asks for it."""
+
+    def cut(src: Path, dst: Path, goal: int, end: int) -> int:
+        with tempfile.TemporaryDirectory() as name:
+            ours = Path(name) / "ours"
+            prune_checkpoint(src, ours, prune, subject.calibration, unit="width", goal=goal, end=end, seed=seed)
+            sizes = model_dimensions(ours, family_of(checkpoint.read_config(src)))
+        if kind == "torch-pruning":
+            _torch_pruning(src, dst, sizes)
+            return 0
+        batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(src), seed)
+        _write(src, dst, KINDS[kind](src, batches, seed), sizes)
+        return 0
+
+    return cut
+
+
+def _write(src: Path, dst: Path, scores: WidthScores, sizes: ModelDimensions) -> None:
+    family = family_of(checkpoint.read_config(src))
+    write_pruned(src, dst, family, select_widths(scores, model_dimensions(src, family), sizes))
+
+
+def _blank(src: Path) -> tuple[Any, WidthScores]:
+    model = AutoModelForCausalLM.from_pretrained(src).eval()
+    config = model.config
+    layers = range(config.num_hidden_layers)
+    scores = WidthScores(
+        [torch.zeros(config.intermediate_size) for _ in layers],
+        torch.zeros(config.hidden_size),
+        [torch.zeros(config.num_key_value_heads) for _ in layers],
+    )
+    return model, scores
+
+
+@torch.no_grad()
+def _minitron(src: Path, batches: Any, _seed: int) -> WidthScores:
+    model, scores = _blank(src)
+
+    def add(total: Tensor, values: Tensor) -> None:
+        """Take in what one sequence gives: [1, T, units], or [1, T, units, numbers of each]."""
+        sizes = values.norm(dim=-1) if values.dim() == 4 else values.abs()
+        total.add_(sizes.mean(dim=(0, 1)).square())
+
+    def norm(_module: Any, _inputs: Any, output: Tensor) -> None:
+        add(scores.hidden, output)
+
+    with ExitStack() as hooks:
+        for i, layer in enumerate(model.model.layers):
+            groups = len(scores.groups[i])
+            readers = {
+                layer.mlp.down_proj: lambda _m, x, i=i: add(scores.neurons[i], x[0]),
+                layer.self_attn.o_proj: lambda _m, x, i=i, n=groups: add(scores.groups[i], x[0].unflatten(-1, (n, -1))),
+            }
+            for module, hook in readers.items():
+                hooks.enter_context(module.register_forward_pre_hook(hook))
+            for module in (layer.input_layernorm, layer.post_attention_layernorm):
+                hooks.enter_context(module.register_forward_hook(norm))
+        for sequence in _sequences(batches):
+            model(input_ids=sequence)
+    return scores
+
+
+def _sequences(batches: Any) -> Iterator[Tensor]:
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            yield ids[: mask.sum()][None]
+
+
+@torch.no_grad()
+def _norm(src: Path, _batches: Any, _seed: int) -> WidthScores:
+    model, scores = _blank(src)
+    scores.hidden.add_(model.model.embed_tokens.weight.square().sum(dim=0))
+    for i, layer in enumerate(model.model.layers):
+        down, out = layer.mlp.down_proj.weight, layer.self_attn.o_proj.weight  # [H, F] and [H, heads]
+        scores.hidden.add_(down.square().sum(dim=1) + out.square().sum(dim=1))
+        scores.neurons[i].add_(down.square().sum(dim=0))
+        scores.groups[i].add_(out.square().sum(dim=0).unflatten(0, (len(scores.groups[i]), -1)).sum(dim=1))
+    return scores
+
+
+def _random(src: Path, _batches: Any, seed: int) -> WidthScores:
+    _, scores = _blank(src)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (*scores.neurons, scores.hidden, *scores.groups):
+        tensor.uniform_(generator=generator)
+    return scores
+
+
+def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
+    """Magnitude: neurons and hidden size to the same numbers, each by the root modules that their groups begin with."""
+    import torch_pruning as tp
+
+    model, scores = _blank(src)
+    with tempfile.TemporaryDirectory() as name:
+        fewer = replace(model_dimensions(src, family_of(checkpoint.read_config(src))), groups=sizes.groups)
+        _write(src, Path(name), _norm(src, None, 0), fewer)
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+    width, hidden = model.config.intermediate_size, model.config.hidden_size
+    ratios = {layer.mlp.gate_proj: 1 - (sizes.width + 0.5) / width for layer in model.model.layers}
+    ratios[model.model.embed_tokens] = 1 - (sizes.hidden + 0.5) / hidden
+    attention = [part for layer in model.model.layers for part in _projections(layer.self_attn)]
+    pruner = tp.pruner.BasePruner(
+        model,
+        example_inputs=torch.zeros(1, 8, dtype=torch.long),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.0,
+        pruning_ratio_dict=ratios,
+        ignored_layers=attention,
+        forward_fn=lambda it, ids: it(input_ids=ids, use_cache=False).logits,
+        root_module_types=[torch.nn.Embedding, torch.nn.Linear],
+        customized_pruners={type(model.model.norm): tp.pruner.function.PrunerBox[tp.ops.OPTYPE.LN]},
+        unwrapped_parameters=[],
+    )
+    pruner.step()
+    model.config.update({"intermediate_size": sizes.width, "hidden_size": sizes.hidden})
+    assert model.model.embed_tokens.embedding_dim == sizes.hidden
+    model.save_pretrained(dst)
+    checkpoint.copy_companions(src, dst)
+
+
+def _projections(attention: Any) -> list[Any]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+KINDS: dict[str, Callable[[Path, Any, int], WidthScores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
+PEERS = {name: partial(by, name) for name in (*KINDS, "torch-pruning")}
