@@ -83,13 +83,16 @@ def prune_checkpoint(
     candidates: list[Candidate] = []
     if goal < before.params:
         possible = _possible(unit, before, prune, goal, end)
+        # Of the width the FFN alone: the other scores would not be looked at.
+        is_ffn = possible == [replace(before, width=possible[0].width)]
+        chosen_at_end, unit = unit == "width", "neurons" if is_ffn else unit
         by_loss = unit == "width" or (unit == "neurons" and prune.criterion == "taylor")
         model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss))
         sequences = model.num_sequences
         select = _SCORED[unit](model, before, prune.criterion, seed)
         candidates = _compared(src, dst, model, possible, select) if len(possible) > 1 else []
         sizes = possible[_best(candidates, model.config.vocab_size)]
-        if unit == "width" and goal > end:
+        if chosen_at_end and goal > end:
             sizes = widths.towards(before, sizes, goal, prune.width_multiple)
         selection = select(sizes)
     write_pruned(src, dst, family, selection)
