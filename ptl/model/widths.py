@@ -7,6 +7,7 @@ go too. In a mixture whose neurons stay, the number of its experts takes the FFN
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -30,12 +31,13 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
     _check(model, ends)
     found: list[ModelDimensions] = []
     for groups in _groups(model, ends):
-        narrow = _narrowest(replace(model, groups=groups), model, goal, multiple, ends)
-        if narrow is not None and narrow.hidden == model.hidden and narrow.groups == model.groups:
-            return [narrow]  # neurons alone
+        narrow = _balanced(model, groups, goal, multiple, ends)
+        if narrow is not None and narrow == replace(model, width=narrow.width):
+            return [narrow]
         found += [narrow] if narrow else []
     if found:
-        return found[::-1]
+        # Not less than the goal, where another is just that.
+        return [sizes for sizes in found if _has_cut_ffn(sizes, model)][::-1] or found[::-1]
     raise InputError(
         f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
@@ -43,49 +45,44 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
     )
 
 
-def _narrowest(
-    fewer: ModelDimensions, model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
-) -> ModelDimensions | None:
-    """The widest residual stream beside which the FFN keeps its share; `fewer` is the model with its KV groups."""
-    last = None
-    for hidden in _hidden_sizes(model, fewer.heads, multiple, ends):
-        closed = _closed(replace(fewer, hidden=hidden), goal, multiple, ends)
-        if closed is None:
-            continue
-        last = closed
-        if _ffn_share(closed) >= FFN_SHARE or ends.get("ffn"):
-            break
-    return last
-
-
 def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions:
-    """The sizes of one iteration on the way to `end`: the hidden size falls as the parameters do.
+    """The sizes of one iteration on the way to `end`, none below its own: the hidden size falls as the parameters do.
 
-    KV groups go as soon as that removes no more than the iteration's part.
+    KV groups go as soon as that removes no more than the iteration's part, or the FFN would get too narrow.
     """
     if goal <= end.params:
         return end
     if goal >= model.params:  # an earlier iteration was rounded below it
         return model
-    possible = (replace(model, groups=groups) for groups in _divisors(model.groups) if groups >= end.groups)
-    fewer = next(narrow for narrow in possible if narrow.params >= goal)
     removed = (model.params - goal) / (model.params - end.params)
-    step = _hidden_step(model, fewer.heads, multiple)
-    hidden = math.ceil((model.hidden - removed * (model.hidden - end.hidden)) / step) * step
-    closed = _closed(replace(fewer, hidden=min(hidden, model.hidden)), goal, multiple, {})
-    return closed or end
+    hidden = model.hidden - removed * (model.hidden - end.hidden)
+    possible = [groups for groups in _divisors(model.groups) if groups >= end.groups]
+    most = next(groups for groups in possible if replace(model, groups=groups).params >= goal)
+    for groups in possible[possible.index(most) :: -1]:
+        step = _step(model, groups * model.heads_per_group, multiple)
+        start = min(math.ceil(hidden / step) * step, model.hidden)
+        for size in (start, *range((start - 1) // step * step, end.hidden - 1, -step)):
+            sizes = _closed(replace(model, groups=groups, hidden=size), goal, multiple)
+            # An FFN below that of the end could not get there.
+            if sizes is not None and sizes.width >= end.width and sizes.experts >= end.experts:
+                return sizes
+    return end
 
 
-def _closed(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends) -> ModelDimensions | None:
-    """The model with an FFN that leaves at most `goal` parameters; None where there is none, or it would have to grow.
+def _balanced(model: ModelDimensions, groups: int, goal: int, multiple: Multiple, ends: Ends) -> ModelDimensions | None:
+    """With so many KV groups, the largest hidden size beside which the FFN keeps its share; None: out of reach."""
+    last = None
+    for hidden in _hidden_sizes(model, groups, multiple, ends):
+        narrow = replace(model, groups=groups, hidden=hidden, width=ends.get("ffn") or model.width)
+        closed = narrow if narrow.params <= goal else None if ends.get("ffn") else _closed(narrow, goal, multiple)
+        last = closed or last
+        if closed is not None and (ends.get("ffn") or _ffn_share(closed) >= FFN_SHARE):
+            break
+    return last
 
-    Sizes that a user has set need not be used up.
-    """
-    if ffn := ends.get("ffn"):
-        narrow = replace(model, width=ffn)
-        return narrow if narrow.params <= goal else None
-    if model.params < goal and not any(ends.values()):
-        return None
+
+def _closed(model: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions | None:
+    """The model with the widest FFN, or most experts, that leave at most `goal` parameters; None: out of reach."""
     with contextlib.suppress(InputError):
         if model.narrowable:
             return replace(model, width=width_for(model, goal, multiple))
@@ -95,7 +92,11 @@ def _closed(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends) -
 
 def _ffn_share(model: ModelDimensions) -> float:
     """What the FFN has of the parameters, in a mixture all experts."""
-    return (model.params - replace(model, width=0).params) / model.params
+    return 1 - replace(model, width=0).params / model.params
+
+
+def _has_cut_ffn(sizes: ModelDimensions, model: ModelDimensions) -> bool:
+    return sizes.width < model.width or sizes.experts < model.experts
 
 
 def _groups(model: ModelDimensions, ends: Ends) -> list[int]:
@@ -105,22 +106,26 @@ def _groups(model: ModelDimensions, ends: Ends) -> list[int]:
     return [model.groups] if "kv" in model.fixed else _divisors(model.groups)[:-3:-1]
 
 
-def _hidden_sizes(model: ModelDimensions, heads: int, multiple: Multiple, ends: Ends) -> Iterator[int]:
-    """Hidden sizes to choose from, the largest first, for so many query heads."""
+def _hidden_sizes(model: ModelDimensions, groups: int, multiple: Multiple, ends: Ends) -> Iterator[int]:
+    """Hidden sizes to choose from, the largest first."""
     if ends.get("hidden") or "hidden" in model.fixed:
-        yield ends.get("hidden") or model.hidden
-        return
-    yield model.hidden
-    step = _hidden_step(model, heads, multiple)
-    yield from range((model.hidden - 1) // step * step, 0, -step)
+        return iter([ends.get("hidden") or model.hidden])
+    step = _step(model, groups * model.heads_per_group, multiple)
+    return itertools.chain([model.hidden], range((model.hidden - 1) // step * step, 0, -step))
 
 
-def _hidden_step(model: ModelDimensions, heads: int, multiple: Multiple) -> int:
-    """What a hidden size is a multiple of: of the query heads in any case, as transformers refuses others."""
+def _step(model: ModelDimensions, heads: int, multiple: Multiple) -> int:
+    """What a hidden size is a multiple of: in any case of what transformers and torch ask for."""
+    least = _least_step(model, heads)
     if multiple != "auto":
-        return math.lcm(multiple, heads)
-    steps = (math.lcm(size, heads) for size in MULTIPLES)
-    return next((step for step in steps if model.hidden % step == 0 and model.hidden // step >= MIN_STEPS), heads)
+        return math.lcm(multiple, least)
+    steps = (math.lcm(size, least) for size in MULTIPLES)
+    return next((step for step in steps if model.hidden % step == 0 and model.hidden // step >= MIN_STEPS), least)
+
+
+def _least_step(model: ModelDimensions, heads: int) -> int:
+    """The query heads, which transformers wants to divide it, and in a mixture what rows of experts need."""
+    return math.lcm(heads, model.least_multiple)
 
 
 def _divisors(number: int) -> list[int]:
@@ -147,10 +152,11 @@ def _check(model: ModelDimensions, ends: Ends) -> None:
                 remedy="leave it out",
             )
     heads = (ends.get("kv") or model.groups) * model.heads_per_group
-    hidden = ends.get("hidden") or model.hidden
-    if hidden % heads:
-        raise InputError(
-            f"{hidden} is no multiple of {heads} query heads, which transformers asks for",
-            field="prune.width.hidden",
-            remedy=f"set {hidden // heads * heads or heads}",
-        )
+    for name, step in (("hidden", _least_step(model, heads)), ("ffn", model.least_multiple)):
+        size = ends.get(name) or step
+        if size % step:
+            raise InputError(
+                f"{size} is no multiple of {step}: of the query heads, and in a mixture of experts of 8",
+                field=f"prune.width.{name}",
+                remedy=f"set {size // step * step or step}",
+            )
