@@ -68,6 +68,11 @@ ARMS = {
     "loop of 2, width": Arm({"iterations": 2}, WIDTH),
     "loop of 4, width": Arm({"iterations": 4}, WIDTH),
     "loop of 8, width": Arm({"iterations": 8}, WIDTH),
+    # Peers' scores, for as much of each width as by ptl's rule.
+    "one-shot, width, minitron": Arm(ONE_SHOT, WIDTH, choice="minitron"),
+    "one-shot, width, norm": Arm(ONE_SHOT, WIDTH, choice="norm"),
+    "one-shot, width, random": Arm(ONE_SHOT, WIDTH, choice="random"),
+    "one-shot, width, torch-pruning": Arm(ONE_SHOT, WIDTH, choice="torch-pruning"),
     # Layers: two of the four are 46 %.
     "one-shot, layers": Arm(ONE_SHOT, LAYERS),
     "loop of 2, layers": Arm({"iterations": 2, "cuts": "uniform"}, LAYERS),
@@ -209,10 +214,11 @@ class Results:
 def choices() -> dict[str, Any]:
     """Ways to choose neurons: functions of the subject, the settings and the seed."""
     import criteria
+    import width_peers
     from loops import scored_anew, scored_once
 
     theirs = {name: partial(criteria.by_torch_pruning, name) for name in criteria.THEIRS}
-    return {"scored anew": scored_anew, "scored once": scored_once, **theirs}
+    return {"scored anew": scored_anew, "scored once": scored_once, **theirs, **width_peers.PEERS}
 
 
 def measure(cell: Cell) -> Row:

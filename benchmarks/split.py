@@ -1,47 +1,48 @@
 """Which division of a cut among hidden size, FFN and KV heads is the best, and which rule finds it without trying all?
 
-    python benchmarks/split.py measure [--shares 0.5 0.65 0.75 0.8]   # every candidate of `ptl plan`, recovered
+    python benchmarks/split.py measure [--shares 0.5 0.65 0.75 0.8]   # many divisions of a size, recovered
     python benchmarks/split.py report                                 # what each rule would have chosen
 
 Rules: the loss right after the cut, the sum of the first-order scores of all that goes, the loss after 5 % of the
-recovery, and always the same powers of the share that stays. Each candidate is a line of
-benchmarks/results/split.jsonl; what is there is not measured again.
+recovery, a hidden size by a fixed power of the share that stays, and ptl's (ptl/model/widths.py). Each division is a
+line of benchmarks/results/split.jsonl; what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from depth import ROOT, workers
 
 RESULTS = ROOT / "benchmarks" / "results" / "split.jsonl"
-# Share of the parameters -> tokens and learning rate of the recovery
-SETTINGS = {
-    0.4: (200_000, 6e-4),
-    0.5: (200_000, 6e-4),
-    0.6: (200_000, 1.2e-3),
-    0.65: (500_000, 1.7e-3),
-    0.7: (500_000, 1.7e-3),
-    0.75: (500_000, 2.4e-3),
-    0.8: (500_000, 2.4e-3),
-    0.85: (500_000, 2.4e-3),
+# Share of the parameters -> tokens and learning rate of the recovery, and hidden sizes with two KV heads and with one
+SETTINGS: dict[float, tuple[int, float, tuple[int, ...], tuple[int, ...]]] = {
+    0.5: (200_000, 6e-4, (64, 60, 52, 48), (64, 58, 54, 50)),
+    0.6: (200_000, 1.2e-3, (64, 56, 48), (64, 58, 50)),
+    0.65: (500_000, 1.7e-3, (64, 56, 48, 44), (64, 56, 50, 44)),
+    0.75: (500_000, 2.4e-3, (44, 40, 32), (64, 54, 50, 46, 38)),
+    0.8: (500_000, 2.4e-3, (36, 24), (64, 52, 42, 40, 34)),
+    0.85: (500_000, 2.4e-3, (16,), (40, 36, 30)),
 }
 SHORT = 0.05  # of the tokens
 ITEMS, PROBLEM_SEED = 1000, 99
 RULES = {"loss right after": "loss", "first order": "first_order", "loss after 5 %": "short_loss"}
+POWER = 0.25  # of the rule with a fixed ratio
 
 Row = dict[str, Any]
 
 
-def measure(share: float, number: int, seed: int, iterations: Sequence[int]) -> Row | None:
-    """One candidate: its losses, and its accuracy after the recovery at once and in loops; None: there is none."""
+def measure(share: float, hidden: int, kv: int, seed: int, iterations: Sequence[int]) -> Row:
+    """One division: its losses, and its accuracy after the recovery at once and in loops."""
     from loops import TINY, run, work_quietly
     from recovery import CPT, correct_items, generate
 
@@ -53,17 +54,15 @@ def measure(share: float, number: int, seed: int, iterations: Sequence[int]) -> 
     from ptl.pruning.layerwise import LayerwiseModel, mean_loss
 
     work_quietly()
-    tokens, rate = SETTINGS[share]
+    tokens, rate, *_ = SETTINGS[share]
     family = family_of(checkpoint.read_config(TINY.model))
     dense = model_dimensions(TINY.model, family)
-    possible = widths.candidates(dense, dense.params - removal(dense.params, share), 1, {})
-    if number >= len(possible):
-        return None
-    sizes = possible[number]
-    prune = Prune(target="width", width_multiple=1, width={"hidden": sizes.hidden, "kv": sizes.groups})
+    ends = {"hidden": hidden, "kv": kv}
+    (sizes,) = widths.candidates(dense, dense.params - removal(dense.params, share), 1, ends)
+    prune = Prune(target="width", width_multiple=1, width=ends)
     stage = CPT | {"learning_rate": rate, "save_steps": 10**9}
     batches = calibration_batches(TINY.calibration, pretrained.load_tokenizer(TINY.model), seed + 1000)
-    row: Row = {"share": share, "tokens": tokens, "rate": rate, "seed": seed, "number": number}
+    row: Row = {"share": share, "tokens": tokens, "rate": rate, "seed": seed}
     row |= {"hidden": sizes.hidden, "ffn": sizes.width, "kv": sizes.groups, "params": sizes.params}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -116,41 +115,78 @@ def main() -> None:
     if given.what == "report":
         report()
         return
-    known = {(row["share"], row["number"], row["seed"]) for row in rows()}
-    cells = [(share, number, seed) for seed in given.seeds for share in given.shares for number in range(8)]
+    known = {(row["share"], row["hidden"], row["kv"], row["seed"]) for row in rows()}
+    cells = [
+        (share, hidden, kv, seed)
+        for seed in given.seeds
+        for share in given.shares
+        for kv, sizes in zip((2, 1), SETTINGS[share][2:], strict=True)
+        for hidden in sizes
+    ]
     with workers(given.processes) as pool:
         missing = [cell for cell in cells if cell not in known]
         for done in as_completed([pool.submit(measure, *cell, given.iterations) for cell in missing]):
             row = done.result()
-            if row is not None:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
 
 
 def report() -> None:
-    """A table of the candidates, and the accuracy that each rule gives up against the best of them."""
+    """A table of the divisions, and the accuracy that each rule gives up against the best of them."""
     found = rows()
     arms = sorted({name for row in found for name in row if name.startswith("accuracy")})
     groups: dict[tuple[float, int], list[Row]] = {}
-    for row in found:
+    for row in sorted(found, key=lambda row: (-row["kv"], -row["hidden"])):
         groups.setdefault((row["share"], row["seed"]), []).append(row)
     print("| share | hidden / FFN (KV) | loss | first order | loss after 5 % |", *arms, sep=" | ", end=" |\n")
     print("|---|" + "---:|" * (4 + len(arms)))
     for (share, _), candidates in sorted(groups.items()):
-        for row in sorted(candidates, key=lambda row: row["number"]):
+        for row in candidates:
             sizes = f"{row['hidden']} / {row['ffn']} ({row['kv']})"
             values = [f"{row[name]:.2f}" for name in RULES.values()] + [f"{row[arm]:.1%}" for arm in arms]
             print(f"| -{share:.0%} | {sizes} |", " | ".join(values), "|")
-    print("\n| rule |", " | ".join(f"points below the best, {arm}" for arm in arms), "|")
+    choices = {rule: partial(_least, name) for rule, name in RULES.items()}
+    choices |= {f"hidden by power {POWER}": _fixed_ratio, "ptl": _ptl}
+    print("\n| rule |", " | ".join(f"points below the best, {arm}: each share" for arm in arms), "|")
     print("|---|" + "---:|" * len(arms))
-    for rule, name in RULES.items():
-        lost = {arm: [] for arm in arms}
-        for candidates in groups.values():
-            chosen = min(candidates, key=lambda row: row[name])
-            for arm in arms:
-                lost[arm].append(max(row[arm] for row in candidates) - chosen[arm])
-        print(f"| {rule} |", " | ".join(f"{100 * statistics.mean(values):.1f}" for values in lost.values()), "|")
+    for rule, choose in choices.items():
+        cells = []
+        for arm in arms:
+            lost = [max(row[arm] for row in each) - choose(each)[arm] for _, each in sorted(groups.items())]
+            values = ", ".join(f"{100 * value:.1f}" for value in lost)
+            cells.append(f"**{100 * statistics.mean(lost):.1f}**: {values}")
+        print(f"| {rule} |", " | ".join(cells), "|")
+
+
+def _least(name: str, candidates: Sequence[Row]) -> Row:
+    return min(candidates, key=lambda row: row[name])
+
+
+def _fixed_ratio(candidates: Sequence[Row]) -> Row:
+    """KV heads go at half of the parameters or more."""
+    share = 1 - candidates[0]["share"]
+    hidden, kv = 64 * share**POWER, 1 if share < 0.5 else 2
+    return min(candidates, key=lambda row: (row["kv"] != kv, abs(row["hidden"] - hidden)))
+
+
+def _ptl(candidates: Sequence[Row]) -> Row:
+    """Of the divisions measured the nearest to those of ptl/model/widths.py; of two that with the lower loss."""
+    from loops import TINY
+
+    from ptl.config.schedule import removal
+    from ptl.model import checkpoint, widths
+    from ptl.model.dimensions import model_dimensions
+    from ptl.model.families import family_of
+
+    dense = model_dimensions(TINY.model, family_of(checkpoint.read_config(TINY.model)))
+    possible = widths.candidates(dense, dense.params - removal(dense.params, candidates[0]["share"]), 1, {})
+    nearest = [
+        min(candidates, key=lambda row: (row["kv"] != sizes.groups, abs(row["hidden"] - sizes.hidden)))
+        for sizes in possible
+    ]
+    loss = min(row["loss"] for row in nearest)
+    return nearest[0] if loss > math.log(256) else next(row for row in nearest if row["loss"] == loss)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Other ways to choose what goes of hidden size, FFN and KV heads: as many as ptl's rule takes, our surgery and recovery.
+"""Other ways to choose what goes of hidden size, FFN and KV heads: as many as by ptl's rule, with our recovery.
 
     pip install --no-deps torch-pruning   # for its arm alone
     python benchmarks/depth.py measure --shares 0.65 0.75 --arms "one-shot, width" "one-shot, width, minitron"
 
 minitron: means over a sequence of what the norms on the residual stream, neurons and KV heads give, and their L2 norm
-over the sequences (arXiv 2407.14679, section 2.2). norm: L2 norms of the weights. torch-pruning: its dependency graph,
-group magnitude and surgery, of neurons and hidden size; it does not know KV heads, of which ptl's choice goes first.
+over the sequences (arXiv 2407.14679, section 2.2). norm: L2 norms of the weights. Both go with ptl's surgery.
+torch-pruning: its dependency graph, group magnitude and surgery, of neurons and hidden size; before that, of KV heads
+those with the least norms go.
 """
 
 from __future__ import annotations
@@ -126,7 +127,19 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
     """Magnitude: neurons and hidden size to the same numbers, each by the root modules that their groups begin with."""
     import torch_pruning as tp
 
-    model, scores = _blank(src)
+    class RmsNorm(tp.pruner.function.LayernormPruner):
+        """As its own of layer norms, for modules that have a weight and no more."""
+
+        def prune_out_channels(self, layer: Any, idxs: list[int]) -> Any:
+            kept = sorted(set(range(len(layer.weight))) - set(idxs))
+            layer.weight = torch.nn.Parameter(layer.weight.data[kept])
+            return layer
+
+        def get_out_channels(self, layer: Any) -> int:
+            return len(layer.weight)
+
+        prune_in_channels, get_in_channels = prune_out_channels, get_out_channels
+
     with tempfile.TemporaryDirectory() as name:
         fewer = replace(model_dimensions(src, family_of(checkpoint.read_config(src))), groups=sizes.groups)
         _write(src, Path(name), _norm(src, None, 0), fewer)
@@ -144,8 +157,7 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
         ignored_layers=attention,
         forward_fn=lambda it, ids: it(input_ids=ids, use_cache=False).logits,
         root_module_types=[torch.nn.Embedding, torch.nn.Linear],
-        customized_pruners={type(model.model.norm): tp.pruner.function.PrunerBox[tp.ops.OPTYPE.LN]},
-        unwrapped_parameters=[],
+        customized_pruners={type(model.model.norm): RmsNorm()},
     )
     pruner.step()
     model.config.update({"intermediate_size": sizes.width, "hidden_size": sizes.hidden})
