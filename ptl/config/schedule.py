@@ -141,12 +141,13 @@ class Prune(Section):
     """What counts as redundant, and how widths are rounded."""
 
     # What is removed, and by which score.
-    target: Literal["neurons", "width", "layers", "neurons_then_layers", "experts"] = Field(
-        "neurons",
-        description="what is removed; `neurons` of a mixture of experts are those inside each expert; `width`: hidden "
-        "size, FFN width and KV heads, divided as the loss on the calibration text is the least right after the cut; "
-        "`neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
-        "mixture of experts, as many in every layer",
+    target: Literal["auto", "neurons", "width", "layers", "neurons_then_layers", "experts"] = Field(
+        "auto",
+        description="what is removed; `neurons`: of each FFN, in a mixture of experts of each expert; `auto`: neurons, "
+        "and where these alone would leave the FFN less than 37 % of the parameters, KV heads (each with its query "
+        "heads) or hidden size too, by the criterion `taylor` alone; `width`: the same, with sizes of your own in "
+        "`width`; `neurons_then_layers` "
+        "removes layers in the last iteration; `experts` removes whole experts of a mixture, as many in every layer",
     )
     criterion: Literal["max", "mean", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
         "taylor",
@@ -245,6 +246,8 @@ def _removed_share(schedule: Schedule, index: int) -> Fraction:
 
 
 def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
+    if prune.target == "auto":
+        return "width" if prune.criterion == "taylor" else "neurons"
     if prune.target != "neurons_then_layers":
         return prune.target
     # The control's only iteration is for neurons.
