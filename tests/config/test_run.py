@@ -72,6 +72,8 @@ def test_layers_come_last_and_the_control_has_one_iteration():
     both = Prune(target="neurons_then_layers")
     assert [it.unit for it in plan(schedule, both)] == ["neurons"] * 4 + ["layers"]
     assert [it.unit for it in plan(schedule, Prune(target="layers"))] == ["layers"] * 5
+    assert [it.unit for it in plan(schedule, Prune())] == ["width"] * 5
+    assert [it.unit for it in plan(schedule, Prune(criterion="max"))] == ["neurons"] * 5  # which scores nothing else
     (control,) = plan(one_shot(schedule), both)
     assert (control.cut, control.tokens, control.unit, control.last) == (1, 100, "neurons", True)
 
