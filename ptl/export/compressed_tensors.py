@@ -47,7 +47,7 @@ def check_installed() -> None:
     extras.need_all(["evaluate"], "export")
 
 
-def check(src: Path, type: str) -> list[str]:
+def check(src: Path, type: str, _narrow: bool = False) -> list[str]:
     """Raise InputError where this type of `src` could not be written or evaluated; no notes.
 
     Of a multimodal checkpoint the text model counts, which the import takes out.

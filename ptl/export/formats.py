@@ -2,7 +2,8 @@
 
 Each format is a module of this package with these functions:
 
-- check(checkpoint, type): notes for the user; raises InputError for what cannot be made, before anything expensive
+- check(checkpoint, type, whether its hidden size may be pruned): notes for the user; raises InputError for what cannot
+  be made, before anything expensive
 - check_installed(): raises UnusableError where what writes it is not installed on this machine, or does not load
 - write(checkpoint, empty folder to fill, type, calibration, seed): notes for the user
 - language_model(folder, its checkpoint, settings, seed): a model of the harness, as of language_models.language_model
@@ -20,10 +21,13 @@ from typing import Any
 
 from ptl.config.export import Export, ServedFormat
 from ptl.config.run import Calibration, Evaluate
+from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.evaluation.paired import Item
 from ptl.extras import Check
-from ptl.model import pretrained, text_tower
+from ptl.model import axes, pretrained, shapes, text_tower
+from ptl.model.dimensions import dimensions_of
+from ptl.model.families import family_of
 from ptl.model.shapes import longrope_limit
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
@@ -36,17 +40,34 @@ def module_of(format: str) -> Any:
     return import_module(f"ptl.export.{format.replace('-', '_')}")
 
 
-def check_exports(src: Path, exports: Iterable[Export]) -> list[str]:
+def check_exports(src: Path, exports: Iterable[Export], prune: Prune | None = None) -> list[str]:
     """Raise InputError for the first export that cannot be made of a checkpoint, without writing any; else notes.
 
+    With `prune` it is as if the checkpoint had been pruned so.
     UnusableError where a format cannot be made on this machine. Takes about ten seconds for GGUF.
     """
     # Of GGUF no type makes a difference.
     distinct = {export.format if export.format == "gguf" else export.name: export for export in exports}
+    narrow = bool(distinct) and prune is not None and _is_narrowed(src, prune)
     notes = []
     for export in distinct.values():
-        notes += module_of(export.format).check(src, export.type)
+        notes += module_of(export.format).check(src, export.type, narrow)
     return notes
+
+
+def _is_narrowed(src: Path, prune: Prune) -> bool:
+    """Whether the hidden size of a pruned model may be another than that of its heads together."""
+    if prune.target != "width":
+        return False
+    content = text_tower.read_config(src)
+    model = shapes.of_config(content, family_of(content), f"config.json in {src}")
+    sizes = dimensions_of(model)
+    hidden = prune.width.hidden or (sizes.hidden if "hidden" in sizes.fixed else None)
+    groups = prune.width.kv or (sizes.groups if "kv" in sizes.fixed else None)
+    # What is not fixed, the loss decides.
+    if hidden is None or groups is None:
+        return True
+    return hidden != groups * sizes.heads_per_group * axes.head_size(model.config)
 
 
 def installation_checks(exports: Iterable[Export]) -> list[Check]:

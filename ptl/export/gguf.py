@@ -16,7 +16,7 @@ from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.gguf import gguf_language_model, gguf_speed
 from ptl.export import comparison, converter
-from ptl.model import checkpoint, llama_runtime, pretrained, text_tower
+from ptl.model import axes, checkpoint, llama_runtime, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
@@ -45,18 +45,19 @@ def check_installed() -> None:
     llama_runtime.check_loads()
 
 
-def check(src: Path, _type: str = AUTO) -> list[str]:
+def check(src: Path, _type: str = AUTO, narrow: bool = False) -> list[str]:
     """Raise InputError for a checkpoint that llama.cpp would run in another way than transformers; notes for the user.
 
-    Its tokenizer and a small random model of its config are converted and compared, which takes about ten seconds. Of a
-    multimodal checkpoint the text model counts, which the import takes out.
+    Its tokenizer and a small random model of its config are converted and compared, which takes about ten seconds.
+    `narrow`: a model of which the hidden size was pruned. Of a multimodal checkpoint the text model counts, which the
+    import takes out.
     """
     check_installed()
     with tempfile.TemporaryDirectory() as folder:
         if text_tower.has_tower(checkpoint.read_config(src)):
             src = text_tower.write_companions(src, Path(folder) / "text")
         try:
-            check_config(src)
+            (check_narrow if narrow else check_config)(src)
             _, notes = check_tokenizer(src)
         except WorkError as error:  # as it would with the weights, after the whole loop
             raise InputError(
@@ -67,12 +68,30 @@ def check(src: Path, _type: str = AUTO) -> list[str]:
     return notes
 
 
-def check_config(src: Path) -> None:
+def check_config(src: Path, narrow: bool = False) -> None:
     """Raise InputError where llama.cpp computes other logits than transformers for a small model of the config."""
     with tempfile.TemporaryDirectory() as scratch:
-        small, file = comparison.write_small(src, Path(scratch) / "small"), Path(scratch) / "small.gguf"
+        small, file = comparison.write_small(src, Path(scratch) / "small", narrow), Path(scratch) / "small.gguf"
         _convert(small, file, ["--outtype", "f32"], converter.NUMBERS)
         comparison.compare_logits(file, small, comparison.small_sequences(), 32)
+
+
+def check_narrow(src: Path) -> None:
+    """Raise InputError where llama.cpp does not compute a model whose hidden size was pruned, or not the dense one."""
+    try:
+        check_config(src, narrow=True)
+    except (InputError, WorkError) as error:
+        check_config(src)
+        config = pretrained.config_with_defaults(text_tower.read_config(src))
+        heads = axes.kv_heads(config)
+        together = config.num_attention_heads * axes.head_size(config)
+        raise InputError(
+            f"llama.cpp has no {config.model_type} whose hidden size is another than that of its heads together, as "
+            f"prune.target=width makes it ({error.problem})",
+            field="export",
+            remedy=f"set prune.target=neurons, or prune.width to a hidden size of {together // heads} for each KV head "
+            f"that stays (now hidden: {together}, kv: {heads}), or export to another format",
+        ) from error
 
 
 def check_tokenizer(src: Path) -> tuple[str, list[str]]:

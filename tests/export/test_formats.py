@@ -9,6 +9,7 @@ from gguf_files import needs_llama_cpp
 from tiny_models import build, build_multimodal, save
 
 from ptl.config.export import Export
+from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.export import gguf
 from ptl.export.compressed_tensors import write as write_compressed
@@ -30,6 +31,21 @@ def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(tmp_path):
         warnings = layer_warnings(save(build(variant), tmp_path / variant, tokenizer=False), exports, target)
         assert len(warnings) == bool(warned)
         assert all(f"prune.target={target} may remove layers, and {warned}" in warning for warning in warnings)
+
+
+def test_a_small_model_is_checked_with_the_hidden_size_that_pruning_may_leave(tmp_path, monkeypatch):
+    """In the tests' models it is 32, of 4 heads of 8 with 2 KV heads."""
+    asked = []
+    monkeypatch.setattr(gguf, "check", lambda src, type, narrow: asked.append(narrow) or [])
+    cases = [("qwen2", {}, False), ("qwen2", {"target": "width"}, True), ("olmoe", {"target": "width"}, False)]
+    for hidden, kv, narrow in ((32, 2, False), (16, 1, False), (16, 2, True), (32, None, True), (None, 2, True)):
+        cases.append(("qwen2", {"target": "width", "width": {"hidden": hidden, "kv": kv}}, narrow))
+    for variant, prune, narrow in cases:
+        folder = tmp_path / variant
+        check_exports(folder if folder.exists() else save(build(variant), folder), [GGUF], Prune(**prune))
+        assert asked.pop() is narrow, (variant, prune)
+    check_exports(tmp_path / "qwen2", [GGUF])
+    assert asked == [False]
 
 
 @needs_llama_cpp
