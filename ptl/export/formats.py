@@ -31,6 +31,8 @@ from ptl.model.families import family_of
 from ptl.model.shapes import longrope_limit
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
+# Families of which vLLM (0.33) takes the hidden size for that of all heads together, whatever head_dim says
+SQUARE_IN_VLLM = ("qwen2", "qwen2_moe")
 WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation
 TEMPLATE = Path(__file__).with_name("templates") / "inference_service.yaml"
 
@@ -76,15 +78,24 @@ def installation_checks(exports: Iterable[Export]) -> list[Check]:
     return [module_of(format).check_installed for format in formats]
 
 
-def width_warnings(src: Path, exports: Iterable[Export], width: int) -> list[str]:
-    """A warning of each export that could not be made of the checkpoint once it is pruned to this FFN width."""
-    from ptl.export import compressed_tensors
+def width_warnings(
+    src: Path,
+    exports: Iterable[Export],
+    width: int,  # of the FFN
+    hidden: int | None = None,  # dimensions of the residual stream; None: as they are
+    heads: int | None = None,  # query heads
+) -> list[str]:
+    """A warning of each export that could not be made of the checkpoint once it is pruned to these sizes, or not small.
 
+    Of `src` only config.json is read, and headers of the weights.
+    """
     warnings = []
     for export in exports:
+        if export.format == "gguf":
+            warnings += module_of("gguf").hidden_warnings(src, export.type, hidden, heads)
+            continue
         try:
-            # llama.cpp stores rows of other lengths in a larger type.
-            compressed_tensors.group_size(src, export.type, width)
+            module_of(export.format).group_size(src, export.type, width, hidden, heads)
         except InputError as error:
             warnings.append(f"the step of {export.name} will fail if the loop ends as planned: {error}")
     return warnings
@@ -93,12 +104,17 @@ def width_warnings(src: Path, exports: Iterable[Export], width: int) -> list[str
 def layer_warnings(src: Path, exports: Iterable[Export], target: str) -> list[str]:
     """Warnings of runtimes that know a layer's attention by its number, if layers may be removed (`prune.target`).
 
-    Of `src` only config.json is read.
+    And of vLLM, if the hidden size may be pruned. Of `src` only config.json is read.
     """
-    if target not in REMOVE_LAYERS:
-        return []
     content = text_tower.read_config(src)
     model_type = content["model_type"]
+    if target == "width" and model_type in SQUARE_IN_VLLM:
+        return [
+            f"vLLM ignores head_dim in the config of {model_type}, and cannot load it where prune.target=width leaves "
+            "another hidden size than that of the heads together: set prune.target=neurons, or serve with transformers"
+        ]
+    if target not in REMOVE_LAYERS:
+        return []
     warnings = []
     if any(export.format == "gguf" for export in exports) and pretrained.can_build():
         config = pretrained.config_with_defaults(content)

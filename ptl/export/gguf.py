@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -168,20 +169,42 @@ def _rounding_notes(file: Path, type: str) -> list[str]:
     """A sentence on tensors that are stored in a larger type than `type`, because of the length of their rows."""
     from gguf import GGUFReader
 
-    block = K_BLOCK if "_k" in type else BLOCK
+    block = _block(type)
     larger: dict[str, int] = {}  # length of rows by name without the layer
+    hidden = 0
     for tensor in GGUFReader(file).tensors:
         row = int(tensor.shape[0])
+        hidden = row if tensor.name.startswith("token_embd") else hidden
         # Norms and biases have one dimension, and a mixture's router stays as it is.
         if len(tensor.shape) > 1 and row % block and "ffn_gate_inp" not in tensor.name:
             larger[LAYER.sub("", tensor.name)] = row
     if not larger:
         return []
     listed = ", ".join(f"{name} ({row})" for name, row in sorted(larger.items()))
-    # The width of the FFN changes no other.
-    has_ffn = any(name.startswith("ffn_down") for name in larger)
-    remedy = f"; for ffn_down prune with prune.width_multiple: {block}" if has_ffn else ""
+    pruned = ["ffn_down"] if any(name.startswith("ffn_down") for name in larger) else []
+    if hidden % block and hidden > block:
+        pruned.append(f"rows of the hidden size ({hidden}, prune.target=width)")
+    remedy = f"; for {' and '.join(pruned)} prune with prune.width_multiple: {block}" if pruned else ""
     return [f"{type} needs rows of a multiple of {block}, and stores in a larger type: {listed}{remedy}"]
+
+
+def hidden_warnings(src: Path, type: str, hidden: int | None, heads: int | None) -> list[str]:
+    """A warning where rows of a pruned hidden size, nearly all, cannot be stored in `type`; those of `src` can."""
+    dense, block = pretrained.config_with_defaults(text_tower.read_config(src)).hidden_size, _block(type)
+    if hidden is None or hidden == dense or type not in FTYPES or dense % block or hidden % block == 0:
+        return []
+    # Of both it must be a multiple.
+    is_possible = math.lcm(block, heads or 1) < dense
+    remedy = f"prune.width_multiple: {block}" if is_possible else f"prune.width.hidden: {dense}"
+    return [
+        f"{type} needs rows of a multiple of {block}: with a hidden size of {hidden} llama.cpp stores nearly all "
+        f"matrices in a larger type. Set {remedy}, or take a type of 16 bits"
+    ]
+
+
+def _block(type: str) -> int:
+    """What rows are a multiple of in a type."""
+    return K_BLOCK if "_k" in type else BLOCK
 
 
 def _end_notes(src: Path, file: Path) -> list[str]:

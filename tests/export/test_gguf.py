@@ -226,6 +226,11 @@ def test_rows_that_cannot_be_quantized_are_named_with_what_is_stored(tmp_path):
     (note,) = notes("q4_k_m")
     assert note.startswith(f"q4_k_m needs rows of a multiple of 256, and stores in a larger type: {rows}, ")
     assert note.endswith("; for ffn_down prune with prune.width_multiple: 256")
+    other = model_of(tmp_path / "other", hidden_size=288, intermediate_size=256, head_dim=16)
+    write_gguf(other, tmp_path / "other.gguf", "f32")
+    (note,) = gguf._rounding_notes(gguf._quantize(tmp_path / "other.gguf", "q4_k_m"), "q4_k_m")
+    remedy = "; for rows of the hidden size (288, prune.target=width) prune with prune.width_multiple: 256"
+    assert "token_embd (288)" in note and note.endswith(remedy)
     (tmp_path / "whole.gguf").write_text("no GGUF file")
     with pytest.raises(WorkError, match=r"llama\.cpp could not quantize to q4_0 .*(magic|load)"):
         gguf._quantize(tmp_path / "whole.gguf", "q4_0")
