@@ -100,8 +100,9 @@ def group_size(
     raise InputError(
         f"w4a16 has groups of {', '.join(map(str, GROUP_SIZES))} weights, and no multiple of {smallest} is {named}",
         field="export",
-        remedy=f"take fp8 or int8, or for intermediate_size prune with prune.width_multiple: {GROUP_SIZES[0]}, which "
-        "with prune.target=width holds for hidden_size too; heads are set by prune.width.kv",
+        # Heads keep their size.
+        remedy=f"take fp8 or int8, or prune with prune.width_multiple: {GROUP_SIZES[0]} (intermediate_size; with "
+        "prune.target=width hidden_size too)",
     )
 
 

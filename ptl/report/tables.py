@@ -113,7 +113,7 @@ def compared_widths(result: Result) -> Table:
             taken, *others = sorted(row.compared, key=lambda sizes: sizes.loss)
             listed = tuple(f"{_sizes_text(sizes)}: {sizes.loss:.3f}" for sizes in others)
             rows.append(_cells(row.label, _sizes_text(taken), f"{taken.loss:.3f}", Cell(f"{len(listed)}", listed)))
-    return Table(("Iteration", "Widths taken", "Loss", "Others"), rows, 0)
+    return Table(("Iteration", "Widths to end with", "Loss", "Others compared"), rows, 0)
 
 
 def _sizes_text(sizes: ComparedWidths) -> str:
