@@ -27,6 +27,7 @@ def scores(params: int, accuracy: float, width: int) -> dict:
         "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
         "params": params, "active_params": params, "experts": 0, "bytes": params * 4, "flops_per_token": params * 2,
         "kv_bytes_per_token": 2048, "speed": [], "widths": [width] * 4, "seconds": 4.2,
+        "hidden_size": 64, "kv_heads": 2,
     }  # fmt: skip
 
 

@@ -37,7 +37,9 @@ class Scores:
     bytes: int  # of the weight files
     flops_per_token: int  # of a forward pass, without attention
     kv_bytes_per_token: int
+    hidden_size: int  # dimensions of the residual stream
     widths: list[int]  # FFN width of each layer, or of each of its experts
+    kv_heads: int  # of each layer
     experts: int  # in each layer; 0: a dense model
     seconds: float = 0.0  # of the whole evaluation
 

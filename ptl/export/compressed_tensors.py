@@ -47,7 +47,7 @@ def check_installed() -> None:
     extras.need_all(["evaluate"], "export")
 
 
-def check(src: Path, type: str) -> list[str]:
+def check(src: Path, type: str, _narrow: bool = False) -> list[str]:
     """Raise InputError where this type of `src` could not be written or evaluated; no notes.
 
     Of a multimodal checkpoint the text model counts, which the import takes out.
@@ -71,17 +71,25 @@ def check(src: Path, type: str) -> list[str]:
     return []
 
 
-def group_size(src: Path, type: str, width: int | None = None) -> int | None:
+def group_size(
+    src: Path,
+    type: str,
+    width: int | None = None,  # of the FFN
+    hidden: int | None = None,
+    heads: int | None = None,  # query heads
+) -> int | None:
     """The largest size of groups by which the rows of every linear layer can be divided; None: the type has none.
 
-    With `width` it is as if the FFN of `src` had been pruned to that width. Raises InputError where there is no size.
+    With other sizes it is as if `src` had been pruned to them. Raises InputError where there is no size of groups.
     """
     if type != "w4a16":
         return None
     model = shapes.of_checkpoint(src, family_of(text_tower.read_config(src)))
+    of_heads = model.layers()[0]["self_attn.o_proj.weight"].shape[1]
+    of_head = of_heads // model.config.num_attention_heads
     rows = {
-        "hidden_size": model.config.hidden_size,
-        "num_attention_heads * head_dim": model.layers()[0]["self_attn.o_proj.weight"].shape[1],
+        "hidden_size": hidden or model.config.hidden_size,
+        "num_attention_heads * head_dim": heads * of_head if heads else of_heads,
         "intermediate_size": width or model.config.intermediate_size,
     }
     for size in GROUP_SIZES:
@@ -92,8 +100,9 @@ def group_size(src: Path, type: str, width: int | None = None) -> int | None:
     raise InputError(
         f"w4a16 has groups of {', '.join(map(str, GROUP_SIZES))} weights, and no multiple of {smallest} is {named}",
         field="export",
-        # Pruning changes no other size.
-        remedy=f"take fp8 or int8, or for intermediate_size prune with prune.width_multiple: {GROUP_SIZES[0]}",
+        # Heads keep their size.
+        remedy=f"take fp8 or int8, or prune with prune.width_multiple: {GROUP_SIZES[0]} (intermediate_size; with "
+        "prune.target=width hidden_size too)",
     )
 
 

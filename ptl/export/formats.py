@@ -2,7 +2,8 @@
 
 Each format is a module of this package with these functions:
 
-- check(checkpoint, type): notes for the user; raises InputError for what cannot be made, before anything expensive
+- check(checkpoint, type, whether its hidden size may be pruned): notes for the user; raises InputError for what cannot
+  be made, before anything expensive
 - check_installed(): raises UnusableError where what writes it is not installed on this machine, or does not load
 - write(checkpoint, empty folder to fill, type, calibration, seed): notes for the user
 - language_model(folder, its checkpoint, settings, seed): a model of the harness, as of language_models.language_model
@@ -20,13 +21,18 @@ from typing import Any
 
 from ptl.config.export import Export, ServedFormat
 from ptl.config.run import Calibration, Evaluate
+from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.evaluation.paired import Item
 from ptl.extras import Check
-from ptl.model import pretrained, text_tower
+from ptl.model import axes, pretrained, shapes, text_tower
+from ptl.model.dimensions import dimensions_of
+from ptl.model.families import family_of
 from ptl.model.shapes import longrope_limit
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
+# Families of which vLLM (0.33) takes the hidden size for that of all heads together, whatever head_dim says
+SQUARE_IN_VLLM = ("qwen2", "qwen2_moe")
 WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation
 TEMPLATE = Path(__file__).with_name("templates") / "inference_service.yaml"
 
@@ -36,17 +42,34 @@ def module_of(format: str) -> Any:
     return import_module(f"ptl.export.{format.replace('-', '_')}")
 
 
-def check_exports(src: Path, exports: Iterable[Export]) -> list[str]:
+def check_exports(src: Path, exports: Iterable[Export], prune: Prune | None = None) -> list[str]:
     """Raise InputError for the first export that cannot be made of a checkpoint, without writing any; else notes.
 
+    With `prune` it is as if the checkpoint had been pruned so.
     UnusableError where a format cannot be made on this machine. Takes about ten seconds for GGUF.
     """
     # Of GGUF no type makes a difference.
     distinct = {export.format if export.format == "gguf" else export.name: export for export in exports}
+    narrow = bool(distinct) and prune is not None and _is_narrowed(src, prune)
     notes = []
     for export in distinct.values():
-        notes += module_of(export.format).check(src, export.type)
+        notes += module_of(export.format).check(src, export.type, narrow)
     return notes
+
+
+def _is_narrowed(src: Path, prune: Prune) -> bool:
+    """Whether the hidden size of a pruned model may be another than that of its heads together."""
+    if prune.target != "width":
+        return False
+    content = text_tower.read_config(src)
+    model = shapes.of_config(content, family_of(content), f"config.json in {src}")
+    sizes = dimensions_of(model)
+    hidden = prune.width.hidden or (sizes.hidden if "hidden" in sizes.fixed else None)
+    groups = prune.width.kv or (sizes.groups if "kv" in sizes.fixed else None)
+    # What is not fixed, the loss decides.
+    if hidden is None or groups is None:
+        return True
+    return hidden != groups * sizes.heads_per_group * axes.head_size(model.config)
 
 
 def installation_checks(exports: Iterable[Export]) -> list[Check]:
@@ -55,15 +78,24 @@ def installation_checks(exports: Iterable[Export]) -> list[Check]:
     return [module_of(format).check_installed for format in formats]
 
 
-def width_warnings(src: Path, exports: Iterable[Export], width: int) -> list[str]:
-    """A warning of each export that could not be made of the checkpoint once it is pruned to this FFN width."""
-    from ptl.export import compressed_tensors
+def width_warnings(
+    src: Path,
+    exports: Iterable[Export],
+    width: int,  # of the FFN
+    hidden: int | None = None,  # dimensions of the residual stream; None: as they are
+    heads: int | None = None,  # query heads
+) -> list[str]:
+    """A warning of each export that could not be made of the checkpoint once it is pruned to these sizes, or not small.
 
+    Of `src` only config.json is read, and headers of the weights.
+    """
     warnings = []
     for export in exports:
+        if export.format == "gguf":
+            warnings += module_of("gguf").hidden_warnings(src, export.type, hidden, heads)
+            continue
         try:
-            # llama.cpp stores rows of other lengths in a larger type.
-            compressed_tensors.group_size(src, export.type, width)
+            module_of(export.format).group_size(src, export.type, width, hidden, heads)
         except InputError as error:
             warnings.append(f"the step of {export.name} will fail if the loop ends as planned: {error}")
     return warnings
@@ -72,12 +104,17 @@ def width_warnings(src: Path, exports: Iterable[Export], width: int) -> list[str
 def layer_warnings(src: Path, exports: Iterable[Export], target: str) -> list[str]:
     """Warnings of runtimes that know a layer's attention by its number, if layers may be removed (`prune.target`).
 
-    Of `src` only config.json is read.
+    And of vLLM, if the hidden size may be pruned. Of `src` only config.json is read.
     """
-    if target not in REMOVE_LAYERS:
-        return []
     content = text_tower.read_config(src)
     model_type = content["model_type"]
+    if target == "width" and model_type in SQUARE_IN_VLLM:
+        return [
+            f"vLLM ignores head_dim in the config of {model_type}, and cannot load it where prune.target=width leaves "
+            "another hidden size than that of the heads together: set prune.target=neurons, or serve with transformers"
+        ]
+    if target not in REMOVE_LAYERS:
+        return []
     warnings = []
     if any(export.format == "gguf" for export in exports) and pretrained.can_build():
         config = pretrained.config_with_defaults(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.gguf import gguf_language_model, gguf_speed
 from ptl.export import comparison, converter
-from ptl.model import checkpoint, llama_runtime, pretrained, text_tower
+from ptl.model import axes, checkpoint, llama_runtime, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
@@ -45,18 +46,19 @@ def check_installed() -> None:
     llama_runtime.check_loads()
 
 
-def check(src: Path, _type: str = AUTO) -> list[str]:
+def check(src: Path, _type: str = AUTO, narrow: bool = False) -> list[str]:
     """Raise InputError for a checkpoint that llama.cpp would run in another way than transformers; notes for the user.
 
-    Its tokenizer and a small random model of its config are converted and compared, which takes about ten seconds. Of a
-    multimodal checkpoint the text model counts, which the import takes out.
+    Its tokenizer and a small random model of its config are converted and compared, which takes about ten seconds.
+    `narrow`: a model of which the hidden size was pruned. Of a multimodal checkpoint the text model counts, which the
+    import takes out.
     """
     check_installed()
     with tempfile.TemporaryDirectory() as folder:
         if text_tower.has_tower(checkpoint.read_config(src)):
             src = text_tower.write_companions(src, Path(folder) / "text")
         try:
-            check_config(src)
+            (check_narrow if narrow else check_config)(src)
             _, notes = check_tokenizer(src)
         except WorkError as error:  # as it would with the weights, after the whole loop
             raise InputError(
@@ -67,12 +69,30 @@ def check(src: Path, _type: str = AUTO) -> list[str]:
     return notes
 
 
-def check_config(src: Path) -> None:
+def check_config(src: Path, narrow: bool = False) -> None:
     """Raise InputError where llama.cpp computes other logits than transformers for a small model of the config."""
     with tempfile.TemporaryDirectory() as scratch:
-        small, file = comparison.write_small(src, Path(scratch) / "small"), Path(scratch) / "small.gguf"
+        small, file = comparison.write_small(src, Path(scratch) / "small", narrow), Path(scratch) / "small.gguf"
         _convert(small, file, ["--outtype", "f32"], converter.NUMBERS)
         comparison.compare_logits(file, small, comparison.small_sequences(), 32)
+
+
+def check_narrow(src: Path) -> None:
+    """Raise InputError where llama.cpp does not compute a model whose hidden size was pruned, or not the dense one."""
+    try:
+        check_config(src, narrow=True)
+    except (InputError, WorkError) as error:
+        check_config(src)
+        config = pretrained.config_with_defaults(text_tower.read_config(src))
+        heads = axes.kv_heads(config)
+        together = config.num_attention_heads * axes.head_size(config)
+        raise InputError(
+            f"llama.cpp has no {config.model_type} whose hidden size is another than that of its heads together, as "
+            f"prune.target=width makes it ({error.problem})",
+            field="export",
+            remedy=f"set prune.target=neurons, or prune.width to a hidden size of {together // heads} for each KV head "
+            f"that stays (now hidden: {together}, kv: {heads}), or export to another format",
+        ) from error
 
 
 def check_tokenizer(src: Path) -> tuple[str, list[str]]:
@@ -149,20 +169,42 @@ def _rounding_notes(file: Path, type: str) -> list[str]:
     """A sentence on tensors that are stored in a larger type than `type`, because of the length of their rows."""
     from gguf import GGUFReader
 
-    block = K_BLOCK if "_k" in type else BLOCK
+    block = _block(type)
     larger: dict[str, int] = {}  # length of rows by name without the layer
+    hidden = 0
     for tensor in GGUFReader(file).tensors:
         row = int(tensor.shape[0])
+        hidden = row if tensor.name.startswith("token_embd") else hidden
         # Norms and biases have one dimension, and a mixture's router stays as it is.
         if len(tensor.shape) > 1 and row % block and "ffn_gate_inp" not in tensor.name:
             larger[LAYER.sub("", tensor.name)] = row
     if not larger:
         return []
     listed = ", ".join(f"{name} ({row})" for name, row in sorted(larger.items()))
-    # The width of the FFN changes no other.
-    has_ffn = any(name.startswith("ffn_down") for name in larger)
-    remedy = f"; for ffn_down prune with prune.width_multiple: {block}" if has_ffn else ""
+    pruned = ["ffn_down"] if any(name.startswith("ffn_down") for name in larger) else []
+    if hidden % block and hidden > block:
+        pruned.append(f"rows of the hidden size ({hidden}, prune.target=width)")
+    remedy = f"; for {' and '.join(pruned)} prune with prune.width_multiple: {block}" if pruned else ""
     return [f"{type} needs rows of a multiple of {block}, and stores in a larger type: {listed}{remedy}"]
+
+
+def hidden_warnings(src: Path, type: str, hidden: int | None, heads: int | None) -> list[str]:
+    """A warning where rows of a pruned hidden size, nearly all, cannot be stored in `type`; those of `src` can."""
+    dense, block = pretrained.config_with_defaults(text_tower.read_config(src)).hidden_size, _block(type)
+    if hidden is None or hidden == dense or type not in FTYPES or dense % block or hidden % block == 0:
+        return []
+    # Of both it must be a multiple.
+    is_possible = math.lcm(block, heads or 1) < dense
+    remedy = f"prune.width_multiple: {block}" if is_possible else f"prune.width.hidden: {dense}"
+    return [
+        f"{type} needs rows of a multiple of {block}: with a hidden size of {hidden} llama.cpp stores nearly all "
+        f"matrices in a larger type. Set {remedy}, or take a type of 16 bits"
+    ]
+
+
+def _block(type: str) -> int:
+    """What rows are a multiple of in a type."""
+    return K_BLOCK if "_k" in type else BLOCK
 
 
 def _end_notes(src: Path, file: Path) -> list[str]:

@@ -275,7 +275,9 @@ class StaticCost:
     flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
     attention_flops: int  # per token of context
     kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
+    hidden_size: int  # dimensions of the residual stream
     widths: list[int]  # FFN width of each layer, or of each of its experts
+    kv_heads: int  # of each layer
     experts: int  # in each layer; 0: a dense model
 
 
@@ -291,8 +293,10 @@ def static_cost(folder: Path) -> StaticCost:
         flops_per_token=2 * model.matrix_params,  # multiply and add
         attention_flops=2 * model.attention_width,  # for scores and for values
         kv_bytes_per_token=model.cached_numbers * checkpoint.itemsize(folder),
+        hidden_size=dimensions.hidden,
         widths=[
             dense_width if layer in dimensions.dense_layers else dimensions.width for layer in range(dimensions.layers)
         ],
+        kv_heads=dimensions.groups,
         experts=dimensions.experts,
     )

@@ -122,7 +122,8 @@ class LlamaModel:
             raise InputError(
                 f"llama.cpp cannot read {file} ({last_warnings() or 'it does not say why'})",
                 field="export",
-                remedy="export the checkpoint again, or install a newer llama-cpp-py-sync",
+                remedy="export the checkpoint again, or install a newer llama-cpp-py-sync; where tensors have a wrong "
+                "shape and the hidden size was pruned, serve the checkpoint with transformers",
             )
         self.pointer = ffi.gc(model, lib.llama_model_free)
         self._vocabulary = lib.llama_model_get_vocab(model)

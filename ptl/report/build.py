@@ -14,6 +14,7 @@ from ptl.evaluation.paired import Item, Paired, match, paired
 from ptl.log import say
 from ptl.report.result import (
     Change,
+    ComparedWidths,
     Decontaminated,
     Examples,
     ExportRow,
@@ -117,16 +118,17 @@ def _rows(steps: Records) -> list[Row]:
         for name, evaluation in _evaluations(steps, arm).items():
             # The dense model was neither pruned nor recovered.
             prune = steps.get(name.replace("evaluate", "prune"))
-            indices = prune.metadata.get("removed_layers", ()) if prune else ()
-            removed = sorted(layers[index] for index in indices)
-            rows.append(_row(steps, name, removed))
+            pruned = prune.metadata if prune else {}
+            removed = sorted(layers[index] for index in pruned.get("removed_layers", ()))
+            compared = [ComparedWidths(**candidate) for candidate in pruned.get("candidates", ())]
+            rows.append(_row(steps, name, removed, compared))
             # After a rejection the next iteration begins from what this one began from.
             if evaluation["accepted"]["digest"] == evaluation["checkpoint"]["digest"]:
                 layers = [layer for layer in layers if layer not in removed]
     return rows
 
 
-def _row(steps: Records, name: str, removed_layers: list[int]) -> Row:
+def _row(steps: Records, name: str, removed_layers: list[int], compared: list[ComparedWidths]) -> Row:
     evaluation = steps[name].metadata
     scores, verdict = evaluation["scores"], evaluation["verdict"]
     first = scores["tasks"][0]
@@ -149,6 +151,7 @@ def _row(steps: Records, name: str, removed_layers: list[int]) -> Row:
         reason=verdict["reason"],
         numbers=verdict.get("numbers", {}),
         removed_layers=removed_layers,
+        compared=compared,
         scores=scores,
     )
 
@@ -238,7 +241,7 @@ def _compared(result: Result, steps: Records) -> Result:
     final = result.final_row
     if final is None:
         return result
-    goal = result.goal and result.goal.model_copy(update={"final": _needed_bytes(result.goal, final)})
+    goal = result.goal and result.goal.model_copy(update={"final": _needed_bytes(result.goal, result.dense_row, final)})
     dense = _outcomes(steps, "evaluate-0", final.step)
     control = _outcomes(steps, "control-evaluate", final.step)
     pairs = _paired({"dense": dense, "control": control}, result.tasks, result.settings["gate"])
@@ -246,11 +249,12 @@ def _compared(result: Result, steps: Records) -> Result:
     return result.model_copy(update={"goal": goal, "paired": pairs, "examples": examples})
 
 
-def _needed_bytes(goal: Goal, final: Row) -> int:
+def _needed_bytes(goal: Goal, dense: Row, final: Row) -> int:
     """Weights and KV cache of the final checkpoint by its own shapes."""
-    # Keys and values of a layer are as many as before: heads are not pruned.
-    cached_numbers = goal.sequences * goal.tokens * goal.cached_numbers_per_layer * len(final.scores.widths)
-    return (final.params + cached_numbers) * goal.itemsize
+    # KV heads and layers may be fewer.
+    numbers = goal.cached_numbers_per_layer * len(dense.scores.widths)  # of a token
+    numbers = numbers * final.scores.kv_bytes_per_token // dense.scores.kv_bytes_per_token
+    return (final.params + goal.sequences * goal.tokens * numbers) * goal.itemsize
 
 
 def _items(steps: Records, name: str) -> list[Item]:

@@ -12,6 +12,16 @@ from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
 
 
+class ComparedWidths(BaseModel):
+    """Sizes to end the loop with, of which a prune step took those with the least loss right after the cut."""
+
+    hidden: int  # dimensions of the residual stream
+    width: int  # FFN neurons of each layer, or of each expert
+    kv_heads: int  # of each layer
+    experts: int | None  # of each layer; None: a dense model
+    loss: float  # of a token of the calibration text
+
+
 class Row(BaseModel):
     """A scored checkpoint; its accuracy is the score of the run's first benchmark."""
 
@@ -32,6 +42,7 @@ class Row(BaseModel):
     reason: str  # of the verdict
     numbers: dict[str, Any]  # that the gate decided by: sizes in parameters, and paired comparisons
     removed_layers: list[int]  # in this iteration, numbered as in the dense model
+    compared: list[ComparedWidths]  # by its prune step; none where it had no choice
     scores: Scores
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import NamedTuple
 
 from ptl.address import runs_page
@@ -10,7 +11,7 @@ from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
 from ptl.report import words
-from ptl.report.result import ExportedModel, ExportRow, Result, Row
+from ptl.report.result import ComparedWidths, ExportedModel, ExportRow, Result, Row
 from ptl.report.words import Verdict, beside_control, of_pair
 from ptl.units import counted, duration, size
 
@@ -71,20 +72,53 @@ def details(result: Result) -> Table:
     rows = []
     for row in result.rows:
         scores = map(words.score, row.scores.tasks if tasks else [])
-        rows.append(_cells(row.label, _shape(row), *scores, row.reason or row.verdict))
+        rows.append(_cells(row.label, _shape(result.dense_row.scores, row), *scores, row.reason or row.verdict))
     return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
 
 
-def _shape(row: Row) -> Cell:
-    """The layers of a checkpoint, their width and their experts."""
-    low, high = min(row.scores.widths), max(row.scores.widths)
-    width = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    shape = [f"FFN width {width}"]
+def _shape(dense: Scores, row: Row) -> Cell:
+    """The layers of a checkpoint, their widths and their experts."""
+    shape = []
+    for label, before, after in _widths(dense, row.scores):
+        if _span(before) != _span(after):
+            shape.append(f"{label} {_span(before)} \u2192 {_span(after)}")
+        elif label == "FFN width":
+            shape.append(f"{label} {_span(after)}")
     if row.scores.experts:
         shape += [f"{row.scores.experts} experts", f"{row.scores.active_params:,} active"]
     if row.removed_layers:
         shape.append(f"removed layers {', '.join(map(str, row.removed_layers))}")
     return Cell(f"{len(row.scores.widths)} layers", tuple(shape))
+
+
+def _widths(dense: Scores, pruned: Scores) -> list[tuple[str, list[int], list[int]]]:
+    """Sizes of the layers of both, with their names."""
+    return [
+        ("hidden size", [dense.hidden_size], [pruned.hidden_size]),
+        ("FFN width", dense.widths, pruned.widths),
+        ("KV heads", [dense.kv_heads], [pruned.kv_heads]),
+    ]
+
+
+def _span(sizes: list[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def compared_widths(result: Result) -> Table:
+    """The sizes to end with that iterations chose from, and what each would have lost; no rows without a choice."""
+    rows = []
+    for row in result.rows:
+        if row.compared:
+            taken, *others = sorted(row.compared, key=lambda sizes: sizes.loss)
+            listed = tuple(f"{_sizes_text(sizes)}: {sizes.loss:.3f}" for sizes in others)
+            rows.append(_cells(row.label, _sizes_text(taken), f"{taken.loss:.3f}", Cell(f"{len(listed)}", listed)))
+    return Table(("Iteration", "Widths to end with", "Loss", "Others compared"), rows, 0)
+
+
+def _sizes_text(sizes: ComparedWidths) -> str:
+    experts = f", {sizes.experts} experts" if sizes.experts else ""
+    return f"hidden {sizes.hidden:,}, FFN {sizes.width:,}, KV heads {sizes.kv_heads}{experts}"
 
 
 def evidence(result: Result) -> list[Table]:
@@ -168,6 +202,10 @@ def _sizes(dense: Row, final: Row) -> Table:
         change = 100 * (after / before - 1)
         difference = f"{change:+.1f} %" if change else "the same"
         rows.append(_cells(label, printed(before), printed(after), difference))
+    for label, before, after in _widths(dense.scores, final.scores):
+        if _span(before) != _span(after):
+            difference = f"{100 * (fmean(after) / fmean(before) - 1):+.1f} %"
+            rows.append(_cells(label[0].upper() + label[1:], _span(before), _span(after), difference))
     return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
 
 

@@ -80,7 +80,7 @@ def test_the_script_needs_nothing_of_ptl():
 def test_what_cannot_be_calibrated_is_refused_before_the_start(tmp_path, mock_python):
     texts = word_calibration(tmp_path)
     for changes, given, problem in [
-        ({"intermediate_size": 80}, texts, "is intermediate_size=80; .* or for intermediate_size prune with .*: 128"),
+        ({"intermediate_size": 80}, texts, "is intermediate_size=80; .* or prune with prune.width_multiple: 128 "),
         ({"hidden_size": 48}, texts, "is hidden_size=48; take fp8 or int8, "),
         ({}, None, r"^--config: w4a16 needs text for calibration; give the run's config"),
     ]:
@@ -90,6 +90,9 @@ def test_what_cannot_be_calibrated_is_refused_before_the_start(tmp_path, mock_py
     # Groups are as large as all widths allow.
     folder = model(tmp_path, hidden_size=128, intermediate_size=384, head_dim=32)
     assert [group_size(folder, "w4a16", width) for width in (None, 192, 96)] == [128, 64, 32]
+    assert [group_size(folder, "w4a16", None, *narrow) for narrow in ((64, 4), (128, 2), (96, 1))] == [64, 64, 32]
+    with pytest.raises(InputError, match=r"is hidden_size=80; .*prune\.target=width hidden_size too"):
+        group_size(folder, "w4a16", None, 80, 4)
 
 
 def test_of_experts_only_fp8_is_written(tmp_path):

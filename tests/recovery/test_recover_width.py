@@ -1,0 +1,78 @@
+"""Recovery of a reasoner with a smaller hidden size and fewer KV heads: its teacher, adapters and optimizer state."""
+
+import math
+
+import pytest
+import torch
+from recovering import DATA, DENSE, losses, recover, weights
+
+from ptl.config.recover import RecoverStage
+from ptl.config.run import Calibration, Evaluate
+from ptl.config.schedule import Prune
+from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
+from ptl.model import checkpoint
+from ptl.pruning.prune import prune_checkpoint
+from ptl.recovery.training import ADAM_STATE, load, optimizer_for
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_width")]
+CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """The end of a first iteration, and what width leaves of it: hidden size 64 -> 56, KV heads 2 -> 1."""
+    root = tmp_path_factory.mktemp("width")
+    recover(DENSE, root / "first", CPT, tokens=300, last=False)
+    scored = Calibration(data=DATA.sources[0], num_sequences=4, max_length=128)
+    prune = Prune(target="width", width={"hidden": 56, "kv": 1})
+    (root / "second").mkdir()
+    goal = {"unit": "width", "goal": 120_000, "end": 120_000}
+    report = prune_checkpoint(root / "first", root / "second", prune, scored, **goal, seed=0)
+    assert (report.hidden, report.kv_heads, report.candidates) == (56, 1, ())
+    return root / "first", root / "second"
+
+
+def test_the_optimizer_state_is_that_of_the_widths_that_stay(narrow):
+    """Its values are those of the same rows and columns of the weights, and the optimizer takes them."""
+    first, second = narrow
+    before, after = (dict(checkpoint.tensors(folder / checkpoint.STATE)) for folder in narrow)
+    old, new = weights(first), weights(second)
+    model = load(second)
+    optimizer = optimizer_for(model, RecoverStage(), second / checkpoint.STATE)
+    for name, parameter in model.named_parameters():
+        for kind in ADAM_STATE:
+            stays = after[f"{kind}.{name}"]
+            assert stays.shape == parameter.shape and torch.equal(optimizer.state[parameter][kind], stays)
+    embeddings = "model.embed_tokens.weight"  # [tokens, hidden]
+    columns = list(old[embeddings].T)
+    kept = [next(i for i, old in enumerate(columns) if torch.equal(old, column)) for column in new[embeddings].T]
+    assert len(kept) == 56
+    for kind in ADAM_STATE:
+        assert torch.equal(after[f"{kind}.{embeddings}"], before[f"{kind}.{embeddings}"][:, kept])
+
+
+@pytest.mark.parametrize("stage", [DISTIL, CPT | {"lora": {"rank": 4}}], ids=["distil", "lora"])
+def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
+    """The teacher is the dense model, of another hidden size: only its logits count."""
+    _, second = narrow
+    out, log = tmp_path / "out", []
+    report = recover(second, out, stage, tokens=600, earlier=(300,), last=False, teacher=DENSE, log=log)
+    assert report.tokens == 600 and all(math.isfinite(loss) for _, loss in losses(log))
+    before, after = weights(second), weights(out)
+    moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert after.keys() == before.keys() and any("q_proj" in name for name in moved)
+    # Adapters have no optimizer state that pruning could select from.
+    assert (out / checkpoint.STATE).exists() == ("lora" not in stage)
+    if "lora" not in stage:
+        steps = [dict(checkpoint.tensors(folder / checkpoint.STATE))["step"] for folder in (second, out)]
+        assert steps[1] == steps[0] + report.steps
+
+
+def test_it_is_evaluated_in_batches(narrow, tmp_path):
+    task = {"name": str(DENSE.parent / "tiny_reasoner.yaml"), "limit": 6, "max_new_tokens": 8}
+    for size in (1, 4):
+        settings = Evaluate(tasks=[task], batch_size=size)
+        scores = evaluate_checkpoint(narrow[1], tmp_path / f"{size}", settings, seed=0)
+        assert (scores.hidden_size, scores.kv_heads, scores.tasks[0].items) == (56, 1, 6)
+    one, four = (read_items(tmp_path / f"{size}") for size in (1, 4))
+    assert one == four
