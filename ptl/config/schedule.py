@@ -168,9 +168,9 @@ class Prune(Section):
     """with target `width`: sizes to end with"""
 
     @property
-    def ends(self) -> dict[str, int | None]:
-        """`width` as a dict."""
-        return self.width.model_dump()
+    def ends(self) -> dict[str, int | None] | None:
+        """`width` as a dict; None with target `auto`, which removes nothing without which a runtime cannot load it."""
+        return self.width.model_dump() if self.target == "width" else None
 
     @model_validator(mode="before")
     @classmethod
@@ -181,7 +181,7 @@ class Prune(Section):
 
     @model_validator(mode="after")
     def _criterion_is_one_of_the_target(self) -> Prune:
-        if self.target != "width" and any(self.ends.values()):
+        if self.target != "width" and self.width != Width():
             raise ValueError("width is for target=width: set it, or leave width out")
         of_targets = {"experts": (*EXPERT_CRITERIA, "random"), "width": ("taylor",)}
         possible = of_targets.get(self.target, (*NEURON_CRITERIA, "random"))

@@ -40,6 +40,7 @@ class ModelDimensions:
     outside: Terms  # of all else: embeddings, last norm, output layer, layers that stay; tied tensors count once
     heads_per_group: int = 1  # query heads
     fixed: Mapping[str, str] = field(default_factory=dict)  # "hidden" and "kv", where they cannot be pruned: why
+    square: bool = False  # whether some runtime needs a hidden size of all heads together, as of Family
     # Of a mixture of experts; 0 in a dense model
     experts: int = 0  # in each layer that has experts
     expert: Terms = field(default_factory=dict)  # of one of them, its row of the router included
@@ -151,6 +152,7 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         outside=terms(model.tensors.keys() - counted),
         heads_per_group=config.num_attention_heads // widths[GROUPS],
         fixed=axes.fixed(of_names, config),
+        square=model.family.square,
         dense_layers=dense_layers,
         **mixture,
     )

@@ -38,6 +38,8 @@ class Family:
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
     experts: Experts | None = None  # of a mixture of experts
+    # Whether vLLM or llama.cpp load it only with a hidden size of all its heads together, whatever head_dim says
+    square: bool = False
     extra_layers: str = ""  # config field that counts layers after the last one, which guess further tokens (MTP)
 
     @property
@@ -65,11 +67,11 @@ class Family:
         return bool(config.get("tie_word_embeddings", self.tied))
 
 
-PHI3 = Family("phi3", up_projections=("mlp.gate_up_proj",), fused_projections=2)
-OLMO2 = Family("olmo2", post_norm="post_feedforward_layernorm")
+PHI3 = Family("phi3", up_projections=("mlp.gate_up_proj",), fused_projections=2, square=True)
+OLMO2 = Family("olmo2", post_norm="post_feedforward_layernorm", square=True)
 GEMMA = Family("gemma", tied=True, norm_offset=1.0, scaled_embeddings=True)
 GEMMA2 = replace(GEMMA, model_type="gemma2", per_layer_fields=("layer_types",), post_norm="post_feedforward_layernorm")
-QWEN2 = Family("qwen2", per_layer_fields=("layer_types",), prefix_fields=("max_window_layers",))
+QWEN2 = Family("qwen2", per_layer_fields=("layer_types",), prefix_fields=("max_window_layers",), square=True)
 DEEPSEEK = Family(
     "deepseek_v3",
     prefix_fields=("first_k_dense_replace",),
@@ -86,7 +88,7 @@ _RECORDS = (
     Family("ministral", per_layer_fields=("layer_types",)),
     Family("ministral3"),
     QWEN2,
-    replace(QWEN2, model_type="qwen3"),
+    replace(QWEN2, model_type="qwen3", square=False),
     GEMMA,
     GEMMA2,
     replace(GEMMA2, model_type="gemma3_text"),
@@ -95,14 +97,14 @@ _RECORDS = (
     replace(OLMO2, model_type="olmo3", per_layer_fields=("layer_types",)),
     replace(OLMO2, model_type="exaone4", per_layer_fields=("layer_types",)),
     Family("smollm3", per_layer_fields=("no_rope_layers", "layer_types"), tied=True),
-    Family("granite", residual_scale="residual_multiplier"),
+    Family("granite", residual_scale="residual_multiplier", square=True),
     Family("seed_oss"),
     Family("ernie4_5", tied=True),
     Family("helium"),
     Family("internlm3"),
     Family("cwm", per_layer_fields=("layer_types",)),
     replace(PHI3, model_type="glm4", post_norm="post_mlp_layernorm"),
-    Family("cohere2", per_layer_fields=("layer_types",), tied=True),
+    Family("cohere2", per_layer_fields=("layer_types",), tied=True, square=True),
     replace(
         QWEN2,
         model_type="qwen2_moe",

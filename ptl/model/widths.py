@@ -20,14 +20,19 @@ FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Whi
 Ends = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
 
-def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends) -> list[ModelDimensions]:
+def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends | None) -> list[ModelDimensions]:
     """Ways to get a model down to at most `goal` parameters, of which its loss chooses one; one or two.
 
-    First that with fewer KV groups, then that with all of them; the FFN alone where it keeps its share. Raises
-    InputError for a goal out of reach, and for a size that the model cannot have.
+    First that with fewer KV groups, then that with all of them; the FFN alone where it keeps its share, and without
+    `ends` where a runtime would not load another. Raises InputError for a goal out of reach, and for a size that the
+    model cannot have.
     """
     if goal >= model.params:
         return [model]
+    if ends is None:
+        ends = {}
+        if model.square:
+            model = replace(model, fixed=dict.fromkeys(("hidden", "kv"), "not every runtime loads another"))
     _check(model, ends)
     found: list[ModelDimensions] = []
     for groups in _groups(model, ends):
@@ -39,7 +44,7 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
         # Not less than the goal, where another is just that.
         return [sizes for sizes in found if _has_cut_ffn(sizes, model)][::-1] or found[::-1]
     raise InputError(
-        f"{goal:,} parameters cannot be reached by width",
+        f"{goal:,} parameters cannot be reached by prune.target=width",
         field="schedule.target",
         remedy="let schedule.target remove less, or lower prune.width_multiple or the sizes of prune.width",
     )
