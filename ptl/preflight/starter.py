@@ -129,7 +129,7 @@ def _config(text: str, folder: Path) -> Config:
     return check(Config, settings, "the config", folder=folder)
 
 
-def default_target(before: ModelDimensions, tokens: float | None, unit: str) -> float:
+def default_target(before: ModelDimensions, tokens: float | None, unit: str = "neurons") -> float:
     """The share to remove by default: TARGET, or less where rows of so many tokens cannot recover that.
 
     Not more than half of what can go of a `unit`: in small models most parameters are embeddings, which go with the
