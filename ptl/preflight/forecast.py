@@ -159,7 +159,7 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
         if stage not in run.gpus:
             continue  # minutes, without a GPU
-        path = target.middle(run.paths[arm])
+        path = run.paths[arm][0]
         models = [dense, *(left for _, left in path)]
         model = read = models[number]
         if stage == "evaluate":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from string import ascii_uppercase
 
 from ptl.log import table_text
-from ptl.preflight import target
 from ptl.preflight.forecast import HOUR, Forecast, sizes
 from ptl.preflight.forecast_model import GIB, checkpoint_bytes
 from ptl.units import decimal_hours, duration, size
@@ -53,9 +52,8 @@ def widths(run: Forecast) -> str | None:
     title = f"Hidden size/{'FFN neurons' if model.narrowable else 'experts'}/KV heads after each iteration"
     text = table_text(title, ["Iteration", *columns], rows, numbers=columns)
     if len(paths) > 1:
-        counted = columns[paths.index(target.middle(paths))]
         text += (
             "\nThe first prune step takes the column whose last row has the least loss on the calibration text, before "
-            f"any recovery;\nlater ones choose again, among sizes near to it. The forecast counts with column {counted}."
+            "any recovery;\nlater ones choose again, from where they are. The forecast counts with column A."
         )
     return text

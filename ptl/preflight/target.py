@@ -109,20 +109,15 @@ def sentence(config: Config) -> str:
 def after_iterations(model: ModelDimensions, schedule: Schedule, prune: Prune) -> SizePath:
     """The iterations, each with the model's sizes after it, rounded as prune rounds them.
 
-    Of several paths, that in the middle. Raises InputError as `possible_paths`.
+    Of several paths the first, which prune takes where the losses rank nothing. Raises InputError as `possible_paths`.
     """
-    return middle(possible_paths(model, schedule, prune))
-
-
-def middle(paths: list[SizePath]) -> SizePath:
-    """The path that stands for all of them where only one can be counted with."""
-    return paths[len(paths) // 2]
+    return possible_paths(model, schedule, prune)[0]
 
 
 def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> list[SizePath]:
     """The same for each of the sizes to end with among which the first prune step chooses by the loss.
 
-    Later steps choose again, among sizes near to these. All but width has one path. Raises InputError for a target that
+    Later steps choose again, from where they are. All but width has one path. Raises InputError for a target that
     leaves all or nothing, or that neurons, widths, experts or layers cannot reach.
     """
     check_unit(model.experts, model.narrowable, prune.target)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import InputError
 from ptl.model import widths
 from ptl.model.dimensions import static_cost
-from ptl.preflight import remedies, target
+from ptl.preflight import remedies, starter, target
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import forward_flops, shape_of
 from ptl.preflight.preflight import check_model
@@ -43,13 +44,13 @@ def columns(said):
 def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_chooses_from():
     said = ptl("plan", TINY, **WIDTH)
     table = columns(said)
-    assert list(table) == ["Iteration", "dense", "1", "2", "3", "4"] and table["Iteration"] == list("ABCDEFGH")
+    assert list(table) == ["Iteration", "dense", "1", "2", "3", "4"] and table["Iteration"] == ["A", "B"]
     model = shape_of(str(REASONER)).dimensions
     ends = widths.candidates(model, model.params - int(0.65 * model.params), 1, {})
     assert table["4"] == [f"{end.hidden}/{end.width}/{end.groups}" for end in ends]
-    assert "counts with column E" in said and f"about {table['2'][4]} of 64/192/2" in said
+    assert "counts with column A" in said and f"about {table['2'][0]} of 64/192/2" in said
     # The forecast is of these sizes.
-    assert f"{ends[4].params:,}" in said and f"become at most {max(end.params for end in ends):,}" in ptl(
+    assert f"{ends[0].params:,}" in said and f"become at most {max(end.params for end in ends):,}" in ptl(
         "validate", TINY, **WIDTH
     )
     # All sizes are set: nothing is compared.
@@ -104,7 +105,7 @@ def test_scoring_takes_a_forward_pass_through_each_candidate_as_well():
     ends = [path[-1][1] for path in run.paths["loop"]]
     flops = [forward_flops(run.shape, model, tokens, 256) for model in (dense, *ends)]
     hours = (3 * flops[0] + sum(flops[1:])) / (0.35 * 67e12) / 3600
-    assert len(ends) == 8 and first_prune().hours == pytest.approx(hours)
+    assert len(ends) == 2 and first_prune().hours == pytest.approx(hours)
     assert first_prune(**FIXED).hours == pytest.approx(3 * flops[0] / (0.35 * 67e12) / 3600)
     # Later ones read a narrower model.
     prunes = [step for step in run.of("prune") if not step.step.startswith("control")]
@@ -139,6 +140,15 @@ def test_experts_close_the_gap_where_their_neurons_stay(tmp_path):
     folder = save(build("glm4_moe"), tmp_path / "mixture")
     said = ptl("plan", TINY, **WIDTH | {"model.path": str(folder), "schedule.target": 0.3})
     assert "Hidden size/experts/KV heads" in said and columns(said)["dense"][0] == "32/6/2"
+
+
+def test_by_default_more_goes_of_width_than_of_neurons_alone_where_the_hidden_size_can_go():
+    model = shape_of(str(REASONER)).dimensions
+    few = replace(model, outside={(1, 0, 0): 2000})  # most of it embeddings
+    assert [starter.default_target(few, None, unit) for unit in ("neurons", "width")] == [0.2, 0.3]
+    fixed = replace(few, fixed={"hidden": "its norms subtract a mean"})
+    assert starter.default_target(fixed, None, "width") == 0.2
+    assert starter.default_target(few, 10, "width") == 0.05  # which the rows recover
 
 
 def test_prune_by_hand_reaches_the_sizes_that_are_set(tmp_path):
