@@ -190,14 +190,14 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     from ptl.export import formats
     from ptl.preflight import preflight, target
 
-    _, final = target.after_iterations(dense, config.schedule, config.prune)[-1]
-    amount = checks.planned_amount(config, dense.params - final.params)
+    ends = [path[-1][1] for path in target.possible_paths(dense, config.schedule, config.prune)]
+    amount = checks.planned_amount(config, dense.params - ends[0].params)
     if amount.sentence:
         print(amount.sentence)
     return [
         *preflight.model_warnings(config, dense),
         *formats.layer_warnings(folder, config.export, config.prune.target),
-        *formats.width_warnings(folder, config.export, final.width),
+        *(warning for end in ends for warning in formats.width_warnings(folder, config.export, end.width)),
         *amount.warnings(),
     ]
 

@@ -206,7 +206,10 @@ def _pruning(before: ModelDimensions, ends: list[ModelDimensions], run: Forecast
     shape, calibration, prune = run.shape, run.config.calibration, run.config.prune
     taylor = prune.criterion == "taylor" and prune.target != "layers"
     tokens = calibration.num_sequences * calibration.max_length
-    flops = forward_flops(shape, before, tokens, calibration.max_length) * (3 if taylor else 1)
+    passes = 3 if taylor else 1
+    if prune.target == "width" and not before.narrowable:
+        passes += 1  # of the experts, which have a score of their own
+    flops = passes * forward_flops(shape, before, tokens, calibration.max_length)
     if len(ends) > 1:
         flops += sum(forward_flops(shape, end, tokens, calibration.max_length) for end in ends)
     # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
