@@ -1,4 +1,4 @@
-"""Prune: remove this iteration's share of the neurons or layers that are redundant on the calibration text."""
+"""Prune: remove this iteration's share of what is redundant on the calibration text: widths, experts or layers."""
 
 from kfp.dsl import Input, Model, Output, component
 

@@ -97,8 +97,10 @@ def validate(
     if goal := target.sentence(settings):
         print(goal)
     numbered = target.with_number(settings)
-    _, final = target.after_iterations(dense, numbered.schedule, settings.prune)[-1]
-    print(f"{settings.name}: {dense.params:,} parameters become {final.params:,}; `ptl plan` has every step")
+    paths = target.possible_paths(dense, numbered.schedule, settings.prune)
+    ends = {path[-1][1].params for path in paths}
+    at_most = "at most " if len(ends) > 1 else ""
+    print(f"{settings.name}: {dense.params:,} parameters become {at_most}{max(ends):,}; `ptl plan` has every step")
 
 
 def plan(
@@ -114,11 +116,13 @@ def plan(
 ) -> None:
     """Forecast every step (parameters, tokens, GPU memory, hours) from the model's config, without weights."""
     from ptl.model import hub
-    from ptl.preflight import forecast, preflight, remedies
+    from ptl.preflight import forecast, forecast_table, preflight, remedies
 
     settings = load_config(config, pairs("--set", sets))
     run = forecast.forecast(settings, gpu, count, nodes)
-    print(forecast.table(run))
+    print(forecast_table.steps(run))
+    if widths := forecast_table.widths(run):
+        print(widths)
     folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
     of_model = _planned(run.config, folder, run.shape.dimensions)
     warn([*preflight.warnings(settings), *remedies.warnings(run), *of_model])
@@ -186,14 +190,14 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     from ptl.export import formats
     from ptl.preflight import preflight, target
 
-    _, final = target.after_iterations(dense, config.schedule, config.prune)[-1]
-    amount = checks.planned_amount(config, dense.params - final.params)
+    ends = [path[-1][1] for path in target.possible_paths(dense, config.schedule, config.prune)]
+    amount = checks.planned_amount(config, dense.params - ends[0].params)
     if amount.sentence:
         print(amount.sentence)
     return [
         *preflight.model_warnings(config, dense),
         *formats.layer_warnings(folder, config.export, config.prune.target),
-        *formats.width_warnings(folder, config.export, final.width),
+        *(warning for end in ends for warning in formats.width_warnings(folder, config.export, end.width)),
         *amount.warnings(),
     ]
 

@@ -202,20 +202,22 @@ def width_for(dimensions: ModelDimensions, goal: int, multiple: Multiple) -> int
 
 
 def smallest_cuts(dimensions: ModelDimensions, multiple: Multiple) -> dict[str, int]:
-    """Parameters that the smallest step of `neurons`, `layers` or `experts` removes.
+    """Parameters that the smallest step of `neurons`, `width`, `layers` or `experts` removes.
 
-    A unit that cannot shrink is left out.
+    A unit that cannot shrink is left out. Of width a small step is one of the FFN.
     """
     smallest: dict[str, int] = {}
     if dimensions.removable_layers > 1:
         smallest["layers"] = dimensions.params_per_layer
     if dimensions.experts > dimensions.fewest_experts:
         smallest["experts"] = dimensions.expert_groups * dimensions.params_per_expert
-    if not dimensions.narrowable:
-        return smallest
-    with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
-        width = width_for(dimensions, dimensions.params - 1, multiple)
-        smallest["neurons"] = dimensions.params - replace(dimensions, width=width).params
+    if dimensions.narrowable:
+        with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
+            width = width_for(dimensions, dimensions.params - 1, multiple)
+            smallest["neurons"] = dimensions.params - replace(dimensions, width=width).params
+    of_width = "neurons" if dimensions.narrowable else "experts"
+    if of_width in smallest:
+        smallest["width"] = smallest[of_width]
     return smallest
 
 
@@ -227,7 +229,7 @@ def check_unit(experts: int, narrowable: bool, unit: str) -> None:
             field="prune.target",
             remedy="set prune.target=neurons, or give a mixture of experts",
         )
-    if not narrowable and unit not in ("experts", "layers"):
+    if not narrowable and unit not in ("experts", "layers", "width"):
         raise InputError(
             f"{unit!r} would prune neurons inside of experts, which ptl does only where every layer has experts, "
             "none of them is shared by their width, and they have no biases",

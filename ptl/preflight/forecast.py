@@ -14,9 +14,8 @@ from functools import cached_property
 from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
 from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config
-from ptl.config.schedule import Schedule, one_shot, plan
+from ptl.config.schedule import Schedule, Unit, one_shot, plan
 from ptl.errors import InputError
-from ptl.log import table_text
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import target
 from ptl.preflight.forecast_model import (
@@ -28,7 +27,6 @@ from ptl.preflight.forecast_model import (
     Gpu,
     Shape,
     answering_memory,
-    checkpoint_bytes,
     decode_seconds,
     forward_flops,
     scoring_memory,
@@ -36,7 +34,6 @@ from ptl.preflight.forecast_model import (
     shape_of,
     training_memory,
 )
-from ptl.units import decimal_hours, duration, size
 
 REACHED = 0.35 * TERA  # FLOP/s of each TFLOP/s of a data sheet
 FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
@@ -89,6 +86,17 @@ class Forecast:
         return GPUS[self.kind]
 
     @cached_property
+    def schedules(self) -> dict[str, Schedule]:
+        """Of each arm."""
+        return {"loop": self.config.schedule, "control": one_shot(self.config.schedule)}
+
+    @cached_property
+    def paths(self) -> dict[str, list[target.SizePath]]:
+        """The model's possible sizes after each iteration of each arm."""
+        dense, prune = self.shape.dimensions, self.config.prune
+        return {arm: target.possible_paths(dense, schedule, prune) for arm, schedule in self.schedules.items()}
+
+    @cached_property
     def steps(self) -> tuple[StepForecast, ...]:
         """Each step that computes, in the DAG's order."""
         return tuple(_steps(self))
@@ -117,9 +125,9 @@ class Forecast:
         return devices(None if evaluate.backend == "vllm" else evaluate.processes, self.gpus["evaluate"])
 
     def memory(self, stage: str, model: ModelDimensions) -> float:
-        """Bytes on each GPU in a kind of step; of a recovery's stages the hungriest decides."""
+        """Bytes on each GPU in a kind of step that reads a model; of a recovery's stages the hungriest decides."""
         if stage == "prune":
-            return scoring_memory(self.shape, self.config.calibration)
+            return scoring_memory(self.shape.of(model), self.config.calibration)
         if stage == "evaluate":
             return answering_memory(self.shape, model, self.config.evaluate, self.answering())
         return max(training_memory(self.shape, model, each, self.training(each)) for each in self.config.recover)
@@ -146,46 +154,66 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None, num_no
 
 
 def _steps(run: Forecast) -> Iterator[StepForecast]:
-    config, dense = run.config, run.shape.dimensions
-    schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
-    models = {
-        arm: [("", dense), *((it.unit, left) for it, left in target.after_iterations(dense, schedule, config.prune))]
-        for arm, schedule in schedules.items()
-    }
-    for node in nodes(config):
+    dense = run.shape.dimensions
+    for node in nodes(run.config):
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
         if stage not in run.gpus:
             continue  # minutes, without a GPU
-        unit, model = models[arm][number]
+        path = run.paths[arm][0]
+        models = [dense, *(left for _, left in path)]
+        model = read = models[number]
         if stage == "evaluate":
             tokens, seconds, note = _evaluation(model, run)
         elif stage == "prune":
-            tokens, seconds, note = _pruning(models[arm][number - 1][1], run)
-            field = "width" if unit == "neurons" else unit
-            note = f"{getattr(model, field)} of {getattr(dense, field)} {unit}{note}"
+            read = models[number - 1]
+            ends = [each[-1][1] for each in run.paths[arm]]
+            tokens, seconds, note = _pruning(read, ends, run)
+            about = "about " if len(ends) > 1 else ""
+            note = about + _left(path[number - 1][0].unit, model, dense) + note
         else:
-            tokens, seconds, note = _recovery(model, schedules[arm], number, run)
+            tokens, seconds, note = _recovery(model, run.schedules[arm], number, run)
         yield StepForecast(
             step=node.name,
             model=model,
             tokens=tokens,
             hours=seconds / HOUR,
-            memory=run.memory(stage, model),
-            fits=run.fits(stage, model, FULL),
+            memory=run.memory(stage, read),
+            fits=run.fits(stage, read, FULL),
             gpus=run.gpus[stage],
             nodes=run.nodes if stage == "recover" else 1,
             note=note,
         )
 
 
-def _pruning(before: ModelDimensions, run: Forecast) -> Work:
-    """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back."""
+def sizes(model: ModelDimensions) -> str:
+    """Hidden size, FFN neurons and KV heads, `56/57/1`; experts where their neurons cannot be pruned."""
+    return f"{model.hidden}/{model.width if model.narrowable else model.experts}/{model.groups}"
+
+
+def _left(unit: Unit, model: ModelDimensions, dense: ModelDimensions) -> str:
+    """What is left of what an iteration removes: `25 of 192 neurons`."""
+    if unit == "width":
+        return f"{sizes(model)} of {sizes(dense)}"
+    field = "width" if unit == "neurons" else unit
+    return f"{getattr(model, field)} of {getattr(dense, field)} {unit}"
+
+
+def _pruning(before: ModelDimensions, ends: list[ModelDimensions], run: Forecast) -> Work:
+    """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back.
+
+    One more through each of several models that the loop may end with.
+    """
     shape, calibration, prune = run.shape, run.config.calibration, run.config.prune
     taylor = prune.criterion == "taylor" and prune.target != "layers"
     tokens = calibration.num_sequences * calibration.max_length
-    flops = forward_flops(shape, before, tokens, calibration.max_length) * (3 if taylor else 1)
+    passes = 3 if taylor else 1
+    if prune.target == "width" and not before.narrowable:
+        passes += 1  # of the experts, which have a score of their own
+    flops = passes * forward_flops(shape, before, tokens, calibration.max_length)
+    if len(ends) > 1:
+        flops += sum(forward_flops(shape, end, tokens, calibration.max_length) for end in ends)
     # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
-    host_memory = (before.layers + 2) * tokens * shape.hidden * shape.itemsize if taylor else 0
+    host_memory = (before.layers + 2) * tokens * shape.of(before).hidden * shape.itemsize if taylor else 0
     note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
     return tokens, flops / (run.gpu.fp32 * REACHED), note
 
@@ -252,33 +280,3 @@ def devices(processes: int | None, count: int) -> int:
     """GPUs of a step that work: with one process for each, or as many as the config says."""
     count = max(1, count)
     return min(processes or count, count)
-
-
-def table(run: Forecast) -> str:
-    """A forecast as a table."""
-    dense = run.shape.dimensions
-    headings = ["Step", "Parameters", "Active", "Tokens", "GPUs", "GiB per GPU", "Hours", "Note"]
-    rows = []
-    for step in run.steps:
-        notes = [step.note] if step.fits else ["does not fit", step.note]
-        row = [
-            step.step,
-            f"{step.params:,}",
-            f"{step.model.active_params:,}",
-            f"{step.tokens:,}",
-            f"{step.nodes} x {step.gpus}" if step.nodes > 1 else str(step.gpus),
-            f"{step.memory / GIB:.1f}",
-            decimal_hours(step.hours),
-            ", ".join(filter(None, notes)),
-        ]
-        rows.append(row)
-    if not dense.experts:  # every token meets all parameters
-        for cells in (headings, *rows):
-            del cells[2]
-    machines = f"{run.nodes} nodes of " if run.nodes > 1 else ""
-    title = (
-        f"{dense.params:,} parameters on {machines}{run.gpus['recover']} x {run.kind}: {duration(run.hours * HOUR)} of "
-        f"work, {decimal_hours(run.gpu_hours)} GPU-hours, at most {size(checkpoint_bytes(run.config, run.shape))} of "
-        "checkpoints (estimates from data sheets, without exports, queues and the start of pods)"
-    )
-    return table_text(title, headings, rows, numbers=headings[1:-1])

@@ -8,7 +8,7 @@ never stored.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
@@ -62,6 +62,7 @@ class Shape:
     cached_numbers: int  # in the KV cache for a token in all layers
     itemsize: int  # bytes of a stored weight
     context: int | None  # tokens that the model can read; None: its config has no limit
+    latent: bool = False  # whether the cache holds what keys and values of all heads are computed from
 
     @property
     def params(self) -> int:
@@ -72,6 +73,19 @@ class Shape:
     def kv_bytes(self) -> int:
         """Bytes of the KV cache for a token."""
         return self.cached_numbers * self.itemsize
+
+    def of(self, model: ModelDimensions) -> Shape:
+        """The shape of a pruned model, whose residual stream may be narrower, and its KV heads fewer."""
+        dense = self.dimensions
+        cached = self.cached_numbers if self.latent else self.cached_numbers * model.groups // dense.groups
+        return replace(
+            self,
+            dimensions=model,
+            hidden=self.hidden * model.hidden // dense.hidden,
+            lookup=self.lookup * model.hidden // dense.hidden,
+            heads_width=self.heads_width * model.groups // dense.groups,
+            cached_numbers=cached,
+        )
 
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
@@ -90,6 +104,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         cached_numbers=model.cached_numbers,
         itemsize=checkpoint.itemsize(folder),
         context=config.get("max_position_embeddings"),
+        latent=hasattr(model.config, "kv_lora_rank"),
     )
 
 
@@ -105,8 +120,9 @@ def checkpoint_bytes(config: Config, shape: Shape) -> int:
 
 def forward_flops(shape: Shape, model: ModelDimensions, tokens: float, context: float) -> float:
     """FLOPs of a forward pass of a pruned model over `tokens`, each looking back over half of `context` on average."""
-    weights = 2 * (model.active_params - shape.lookup)
-    attention = 2 * model.layers * shape.heads_width * context  # queries by keys, weights by values
+    pruned = shape.of(model)
+    weights = 2 * (model.active_params - pruned.lookup)
+    attention = 2 * model.layers * pruned.heads_width * context  # queries by keys, weights by values
     return tokens * (weights + attention)
 
 
@@ -115,7 +131,7 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
     # As if each row's token were sent to experts at random.
     unused = (1 - model.experts_per_token / model.experts) ** rows if model.experts else 0.0
     read = model.params - unused * model.experts * model.params_per_expert
-    cache = rows * context * shape.kv_bytes  # bytes
+    cache = rows * context * shape.of(model).kv_bytes  # bytes
     return (read * itemsize + cache) / (gpu.bandwidth * TERA * DECODE_SHARE)
 
 
@@ -134,30 +150,31 @@ def scoring_memory(shape: Shape, calibration: Calibration) -> float:
 def answering_memory(shape: Shape, model: ModelDimensions, evaluate: Evaluate, gpus: int) -> float:
     """Bytes on each of `gpus` in an evaluation: weights, and the cache of a batch; vLLM divides both."""
     length = PROMPT_TOKENS + max(task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks)
-    memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.kv_bytes
+    memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.of(model).kv_bytes
     return CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
 
 
 def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, gpus: int) -> float:
     """Bytes on each of `gpus`: float32 weights, gradients and optimizer state, activations, logits, teacher."""
+    pruned = shape.of(model)
     # Weights, gradients and Adam's two averages, 4 bytes each; an adapter's are too small to count.
     memory = (16.0 if stage.lora is None else 4.0) * model.params
     if stage.sharding == "fsdp" and gpus > 1:
         # A layer at work and the next one, which is gathered meanwhile, and gradients that are being reduced.
-        largest = max(model.params_per_layer, shape.vocabulary * shape.hidden)
+        largest = max(model.params_per_layer, shape.vocabulary * pruned.hidden)
         memory = memory / gpus + 3 * largest * _itemsize(stage)
     memory += CONTEXT
 
     # What a batch needs; `tokens` are those of one forward pass on one GPU.
     rows = math.ceil(stage.batch_size / (stage.accumulation * gpus))
     tokens = rows * sequence_length(stage)
-    memory += activations(shape, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
+    memory += activations(pruned, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
     # In float32: logits and their gradient, and those of the teacher.
     memory += (3 if stage.method == "distil" else 2) * 4.0 * tokens * shape.vocabulary
     if stage.method == "distil":
         memory += shape.params * shape.itemsize  # the teacher
     if stage.method == "grpo":
-        memory += tokens * shape.kv_bytes  # the cache while it generates
+        memory += tokens * pruned.kv_bytes  # the cache while it generates
         if stage.beta:
             memory += 4.0 * model.params  # the reference model
     return memory

@@ -105,7 +105,7 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
     if idle:
         found.append(
             f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its "
-            f"share: {config.prune.target} go in whole, and widths by multiples (prune.width_multiple="
+            f"share: layers and experts go in whole, and widths by multiples (prune.width_multiple="
             f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
         )
     return found

@@ -34,7 +34,9 @@ def warnings(run: Forecast) -> list[str]:
 
 
 def largest(run: Forecast, stage: str) -> ModelDimensions:
-    """The largest model in a kind of step."""
+    """The largest model that a kind of step reads."""
+    if stage == "prune":
+        return run.shape.dimensions
     return max((step.model for step in run.of(stage)), key=lambda model: model.params)
 
 

@@ -84,7 +84,7 @@ def starter(
     dense = shape.dimensions
     prune = Prune(target="experts", criterion="reap") if dense.experts else Prune()
     available = rows.tokens if rows else None
-    usual = default_target(dense, available)
+    usual = default_target(dense, available, prune.target)
     goal = usual if target is None else target
     schedule = goals.resolved(Schedule(target=goal, iterations=1, recovery_tokens=1), prune, source)
     ((_, after),) = goals.after_iterations(dense, schedule, prune)
@@ -101,6 +101,7 @@ def starter(
         "target": f"{goal:_.12g}" if isinstance(goal, float) else f"{{memory: {goal.memory}}}",
         "lowered": "" if target is None and usual < TARGET else None,
         "units": prune.target,
+        "scored": "widths" if prune.target == "width" else prune.target,
         "criterion": prune.criterion,
         "tokens": f"{tokens:_}",
         **_data_values(rows, task_names, folder),
@@ -128,13 +129,16 @@ def _config(text: str, folder: Path) -> Config:
     return check(Config, settings, "the config", folder=folder)
 
 
-def default_target(before: ModelDimensions, tokens: float | None) -> float:
+def default_target(before: ModelDimensions, tokens: float | None, unit: str = "neurons") -> float:
     """The share to remove by default: TARGET, or less where rows of so many tokens cannot recover that.
 
-    Not more than half of what can go: in small models most parameters are embeddings.
+    Not more than half of what can go of a `unit`: in small models most parameters are embeddings, which go with the
+    hidden size alone.
     """
     removable = before.width * before.params_per_neuron
-    if before.experts:  # those that a token can do without
+    if unit == "width" and "hidden" not in before.fixed:
+        removable = before.params
+    elif before.experts:  # those that a token can do without
         removable = (before.experts - before.fewest_experts) * before.params_per_expert
     recovered = math.inf if tokens is None else PASSES * tokens / PER_PARAMETER
     # Shares themselves are inexact: 0.15 // 0.05 is 2.

@@ -26,6 +26,8 @@ from ptl.units import counted, memory_beside
 
 TOKENS = 4096  # of each sequence in the KV cache, where a goal does not say
 
+SizePath = list[tuple[Iteration, ModelDimensions]]  # a model's sizes after each iteration
+
 
 def resolved(schedule: Schedule, prune: Prune, folder: Path) -> Schedule:
     """The schedule with a number as its target, for the model whose config.json is in `folder`. Raises as `params`."""
@@ -46,6 +48,8 @@ def with_number(config: Config) -> Config:
 def params(goal: MemoryGoal, prune: Prune, folder: Path) -> int:
     """The parameters of the largest model that fits into a goal's memory, whatever `prune` removes.
 
+    Only layers take their KV cache with them for sure: of width the loss decides whether KV heads go, so that all of
+    them count, and the model that is left may need less than the goal.
     Raises InputError for a goal that the dense model has already reached, or that the KV cache alone exceeds.
     """
     shape = shape_of(str(folder))
@@ -58,13 +62,14 @@ def params(goal: MemoryGoal, prune: Prune, folder: Path) -> int:
             field="schedule.target.memory",
             remedy="lower it, or give a share of the parameters to remove",
         )
-    if prune.target == "layers":  # which take their KV cache with them
+    if prune.target == "layers":
         layers = math.ceil(excess / (model.params_per_layer + cache // model.layers))
         excess = layers * model.params_per_layer
     if excess >= model.params:
         raise InputError(
-            f"{goal.memory} cannot be reached: the dense model needs {_needed(goal, shape)}, of which the KV cache, "
-            f"which only layers take with them, is {memory_beside(cache * goal.itemsize, goal.memory)}",
+            f"{goal.memory} cannot be reached: the dense model needs {_needed(goal, shape)}, of which "
+            f"{memory_beside(cache * goal.itemsize, goal.memory)} are the KV cache: only removed layers are sure to "
+            "shrink it",
             field="schedule.target.memory",
             remedy="raise it, or lower sequences or tokens"
             + ("" if prune.target == "layers" else ", or remove layers (prune.target=layers)"),
@@ -101,22 +106,20 @@ def sentence(config: Config) -> str:
     )
 
 
-def after_iterations(
-    model: ModelDimensions, schedule: Schedule, prune: Prune
-) -> list[tuple[Iteration, ModelDimensions]]:
+def after_iterations(model: ModelDimensions, schedule: Schedule, prune: Prune) -> SizePath:
     """The iterations, each with the model's sizes after it, rounded as prune rounds them.
 
-    Of the widths that a run chooses from, those in the middle. Raises InputError for a target that leaves all or
-    nothing, or that neurons, widths, experts or layers cannot reach.
+    Of several paths the first, which prune takes where the losses rank nothing. Raises InputError as `possible_paths`.
     """
-    paths = after_iterations_each(model, schedule, prune)
-    return paths[len(paths) // 2]
+    return possible_paths(model, schedule, prune)[0]
 
 
-def after_iterations_each(
-    model: ModelDimensions, schedule: Schedule, prune: Prune
-) -> list[list[tuple[Iteration, ModelDimensions]]]:
-    """The same for each of the widths that a run chooses from; one for what is not chosen."""
+def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> list[SizePath]:
+    """The same for each of the sizes to end with among which the first prune step chooses by the loss.
+
+    Later steps choose again, from where they are. All but width has one path. Raises InputError for a target that
+    leaves all or nothing, or that neurons, widths, experts or layers cannot reach.
+    """
     check_unit(model.experts, model.narrowable, prune.target)
     total = removal(model.params, schedule.target)
     if not 0 < total < model.params:
@@ -131,7 +134,8 @@ def after_iterations_each(
         ends = widths.candidates(model, model.params - total, prune.width_multiple, prune.ends)
     paths = []
     for end in ends:
-        remaining, path = model, []
+        remaining: ModelDimensions = model
+        path: SizePath = []
         for iteration in iterations:
             remaining = _after(remaining, iteration, model.params - int(iteration.progress * total), end, prune)
             path.append((iteration, remaining))
@@ -144,7 +148,9 @@ def _after(
 ) -> ModelDimensions:
     """A model's sizes after an iteration that leaves it at most `goal` parameters."""
     if iteration.unit == "width":
-        return end if iteration.last else widths.towards(model, end, goal, prune.width_multiple)
+        if iteration.last and goal < model.params:
+            return end
+        return widths.towards(model, end, goal, prune.width_multiple)
     if iteration.unit == "neurons":
         return replace(model, width=width_for(model, goal, prune.width_multiple))
     if iteration.unit == "experts":

@@ -1,4 +1,4 @@
-"""The prune step: one iteration's share of neurons or layers is removed."""
+"""The prune step: one iteration's share of a model's widths, experts or layers is removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ptl.steps.step import Step
 
 
 def prune(call: Call) -> None:
-    """Remove this iteration's share of neurons or layers."""
+    """Remove this iteration's share."""
     # After a stop by the gate there is nothing to prune.
     if call.stopped:
         return call.pass_through()
@@ -38,6 +38,7 @@ def _arguments(call: Call) -> Metadata:
     return {
         # As planned, but a rejection may have halved the step.
         "goal": gate.goal(model.params, planned, model.gate),
+        # What the sizes of all widths are chosen for
         "end": model.original_params - removed_at_end,
         "unit": iteration.unit,
         "prune": pruning,

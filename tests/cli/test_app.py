@@ -110,7 +110,7 @@ def test_software_of_a_step_that_does_not_load_is_wrong_input_or_excused(monkeyp
 
 def test_what_an_export_cannot_be_made_of_is_refused_and_notes_are_warnings(monkeypatch, capsys):
     monkeypatch.setattr(gguf, "check_installed", lambda: None)
-    monkeypatch.setattr(formats, "check_exports", lambda folder, exports: [f"{folder.name} {exports[0].type}"])
+    monkeypatch.setattr(formats, "check_exports", lambda folder, exports, *_: [f"{folder.name} {exports[0].type}"])
     settings = load_config(TINY, {"export": GGUF})
     configs.checked(settings)
     assert "warning: checkpoint q8_0\n" in capsys.readouterr().err

@@ -53,6 +53,11 @@ def test_what_decides_only_how_long_a_step_works_shrinks():
     assert shrunk(last)["recover.0.save_steps"] == [50, 1]  # 1,250 tokens are no batch
 
 
+def test_of_width_what_is_chosen_and_what_is_set_stays():
+    run = config(gate={"enabled": True}, prune={"target": "width", "width": {"kv": 1}})
+    assert rehearsal(run, gpus=0).prune == run.prune and shrunk(run)["schedule.cuts"] == ["cubic", "uniform"]
+
+
 def test_the_steps_are_those_of_the_run():
     for path, gpus in product(CONFIGS, (0, 1, 8, None)):
         run = load_config(path)

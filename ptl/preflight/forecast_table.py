@@ -1,0 +1,59 @@
+"""A forecast as text: every step of a run, and the widths that it may have after each iteration."""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+
+from ptl.log import table_text
+from ptl.preflight.forecast import HOUR, Forecast, sizes
+from ptl.preflight.forecast_model import GIB, checkpoint_bytes
+from ptl.units import decimal_hours, duration, size
+
+
+def steps(run: Forecast) -> str:
+    """Every step as a table."""
+    dense = run.shape.dimensions
+    headings = ["Step", "Parameters", "Active", "Tokens", "GPUs", "GiB per GPU", "Hours", "Note"]
+    rows = []
+    for step in run.steps:
+        notes = [step.note] if step.fits else ["does not fit", step.note]
+        row = [
+            step.step,
+            f"{step.params:,}",
+            f"{step.model.active_params:,}",
+            f"{step.tokens:,}",
+            f"{step.nodes} x {step.gpus}" if step.nodes > 1 else str(step.gpus),
+            f"{step.memory / GIB:.1f}",
+            decimal_hours(step.hours),
+            ", ".join(filter(None, notes)),
+        ]
+        rows.append(row)
+    if not dense.experts:  # every token meets all parameters
+        for cells in (headings, *rows):
+            del cells[2]
+    machines = f"{run.nodes} nodes of " if run.nodes > 1 else ""
+    title = (
+        f"{dense.params:,} parameters on {machines}{run.gpus['recover']} x {run.kind}: {duration(run.hours * HOUR)} of "
+        f"work, {decimal_hours(run.gpu_hours)} GPU-hours, at most {size(checkpoint_bytes(run.config, run.shape))} of "
+        "checkpoints (estimates from data sheets, without exports, queues and the start of pods)"
+    )
+    return table_text(title, headings, rows, numbers=headings[1:-1])
+
+
+def widths(run: Forecast) -> str | None:
+    """The possible sizes after each iteration of the loop as a table; None where the note of a step says them."""
+    paths, model = run.paths["loop"], run.shape.dimensions
+    if paths[0][0][0].unit != "width":
+        return None
+    columns = [ascii_uppercase[i] for i in range(len(paths))]
+    rows = [["dense", *(sizes(model) for _ in paths)]]
+    for i, (iteration, _) in enumerate(paths[0]):
+        rows.append([str(iteration.index), *(sizes(path[i][1]) for path in paths)])
+    title = f"Hidden size/{'FFN neurons' if model.narrowable else 'experts'}/KV heads after each iteration"
+    text = table_text(title, ["Iteration", *columns], rows, numbers=columns)
+    if len(paths) > 1:
+        text += (
+            "\nThe first prune step takes the column whose last row has the least loss on the calibration text, before "
+            "any recovery;\nlater ones choose again, from where they are. The forecast counts with column A."
+        )
+    return text

@@ -1,0 +1,174 @@
+"""Hidden size, FFN and KV heads pruned together: what a plan says of it, what it costs, and what is refused."""
+
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_models import build, save
+from typer.testing import CliRunner
+
+from ptl.cli import app
+from ptl.config.run import load_config
+from ptl.config.schedule import MemoryGoal, Prune, Schedule, removal
+from ptl.errors import InputError
+from ptl.model import widths
+from ptl.model.dimensions import static_cost
+from ptl.preflight import remedies, starter, target
+from ptl.preflight.forecast import forecast
+from ptl.preflight.forecast_model import forward_flops, shape_of
+from ptl.preflight.preflight import check_model
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
+WIDTH = {"prune.target": "width", "schedule.target": 0.65}
+FIXED = {"prune.width": {"hidden": 48, "kv": 1}}  # of which nothing is chosen
+
+
+def ptl(command, *arguments, **settings):
+    """What a command on tiny.yaml says."""
+    sets = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]
+    done = CliRunner().invoke(app.app, [command, *map(str, arguments), *sets], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def columns(said):
+    """The table of widths: its rows without borders."""
+    rows = [re.findall(r"[^\s│┃]+", line) for line in said.partition("Hidden size/")[2].splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 1 and (row[0] in ("Iteration", "dense") or row[0].isdigit())}
+
+
+def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_chooses_from():
+    said = ptl("plan", TINY, **WIDTH)
+    table = columns(said)
+    assert list(table) == ["Iteration", "dense", "1", "2", "3", "4"] and table["Iteration"] == ["A", "B"]
+    model = shape_of(str(REASONER)).dimensions
+    ends = widths.candidates(model, model.params - int(0.65 * model.params), 1, {})
+    assert table["4"] == [f"{end.hidden}/{end.width}/{end.groups}" for end in ends]
+    assert "counts with column A" in said and f"about {table['2'][0]} of 64/192/2" in said
+    # The forecast is of these sizes.
+    assert f"{ends[0].params:,}" in said and f"become at most {max(end.params for end in ends):,}" in ptl(
+        "validate", TINY, **WIDTH
+    )
+    # All sizes are set: nothing is compared.
+    one = columns(ptl("plan", TINY, **WIDTH | FIXED))
+    assert [one["4"], one["Iteration"]] == [["48/75/1"], ["A"]]
+    assert columns(ptl("plan", TINY)) == {}
+
+
+def test_no_size_grows_and_the_last_iteration_ends_as_the_candidates_do():
+    model = shape_of(str(REASONER)).dimensions
+    for share, iterations, multiple in itertools.product((0.3, 0.65, 0.75, 0.8), (1, 4, 8), (1, "auto")):
+        schedule = Schedule(target=share, iterations=iterations, recovery_tokens=1000)
+        prune = Prune(target="width", width_multiple=multiple)
+        ends = widths.candidates(model, model.params - removal(model.params, share), multiple, {})
+        for end, path in zip(ends, target.possible_paths(model, schedule, prune), strict=True):
+            sizes = [(each.hidden, each.width, each.groups) for each in (model, *(after for _, after in path))]
+            falls = all(
+                after <= before for pair in itertools.pairwise(sizes) for before, after in zip(*pair, strict=True)
+            )
+            assert falls and path[-1][1] == end, (share, iterations, multiple, sizes)
+
+
+# Dense and pruned sizes as two configs have them
+LLAMA = {
+    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16"},
+}
+LLAMA_NARROW = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
+DEEPSEEK = {
+    **{"model_type": "deepseek_v3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3},
+    **{"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000, "n_routed_experts": 8},
+    **{"moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "dtype": "bfloat16"},
+    **{
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+}
+DEEPSEEK_NARROW = {"hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(("dense", "narrow"), [(LLAMA, LLAMA_NARROW), (DEEPSEEK, DEEPSEEK_NARROW)])
+def test_costs_are_those_of_a_model_with_the_pruned_sizes(dense, narrow, tmp_path):
+    shapes = []
+    for name, sizes in (("dense", {}), ("narrow", narrow)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(dense | sizes))
+        shapes.append(shape_of(str(tmp_path / name)))
+    planned, own = shapes[0].of(shapes[1].dimensions), shapes[1]
+    assert planned == own
+    assert forward_flops(shapes[0], own.dimensions, 10, 100) == forward_flops(own, own.dimensions, 10, 100)
+    # A cache that keys and values are computed from has no heads.
+    assert (own.cached_numbers == shapes[0].cached_numbers) == (dense is DEEPSEEK)
+
+
+def first_prune(**changes):
+    return next(step for step in forecast(load_config(TINY, WIDTH | changes)).steps if step.step == "prune-1")
+
+
+def test_scoring_takes_a_forward_pass_through_each_candidate_as_well():
+    run = forecast(load_config(TINY, WIDTH))
+    dense, tokens = run.shape.dimensions, 128 * 256
+    ends = [path[-1][1] for path in run.paths["loop"]]
+    flops = [forward_flops(run.shape, model, tokens, 256) for model in (dense, *ends)]
+    hours = (3 * flops[0] + sum(flops[1:])) / (0.35 * 67e12) / 3600
+    assert len(ends) == 2 and first_prune().hours == pytest.approx(hours)
+    assert first_prune(**FIXED).hours == pytest.approx(3 * flops[0] / (0.35 * 67e12) / 3600)
+    # Later ones read a narrower model.
+    prunes = [step for step in run.of("prune") if not step.step.startswith("control")]
+    assert prunes[0].memory > prunes[3].memory and remedies.largest(run, "prune") == dense
+
+
+def test_a_goal_in_memory_holds_whatever_becomes_of_the_cache():
+    goal, shape = MemoryGoal(memory="250kB"), shape_of(str(REASONER))
+    schedule = Schedule(target=goal, recovery_tokens=1000)
+    params = target.params(goal, Prune(target="width"), REASONER)
+    assert params == target.params(goal, Prune(), REASONER)  # of all KV heads
+    for path in target.possible_paths(
+        shape.dimensions, target.resolved(schedule, Prune(), REASONER), Prune(target="width")
+    ):
+        cache = 256 * shape.of(path[-1][1]).cached_numbers
+        assert path[-1][1].params <= params and 2 * (path[-1][1].params + cache) <= goal.bytes
+
+
+def test_sizes_that_an_architecture_cannot_have_are_refused(tmp_path):
+    for variant, width, said in (
+        ("cohere2", {"hidden": 24}, "prune.width.hidden: 24 cannot be had: of this architecture it stays 32"),
+        ("glm4_moe", {"ffn": 16}, "prune.width.ffn: 16 cannot be had"),
+    ):
+        folder = save(build(variant), tmp_path / variant)
+        schedule = Schedule(target=0.2, recovery_tokens=1000)
+        with pytest.raises(InputError, match=f"^{said}"):
+            check_model(folder, schedule, Prune(target="width", width=width))
+        check_model(folder, schedule, Prune(target="width"))
+
+
+def test_experts_close_the_gap_where_their_neurons_stay(tmp_path):
+    folder = save(build("glm4_moe"), tmp_path / "mixture")
+    said = ptl("plan", TINY, **WIDTH | {"model.path": str(folder), "schedule.target": 0.3})
+    assert "Hidden size/experts/KV heads" in said and columns(said)["dense"][0] == "32/6/2"
+
+
+def test_by_default_more_goes_of_width_than_of_neurons_alone_where_the_hidden_size_can_go():
+    model = shape_of(str(REASONER)).dimensions
+    few = replace(model, outside={(1, 0, 0): 2000})  # most of it embeddings
+    assert [starter.default_target(few, None, unit) for unit in ("neurons", "width")] == [0.2, 0.3]
+    fixed = replace(few, fixed={"hidden": "its norms subtract a mean"})
+    assert starter.default_target(fixed, None, "width") == 0.2
+    assert starter.default_target(few, 10, "width") == 0.05  # which the rows recover
+
+
+def test_prune_by_hand_reaches_the_sizes_that_are_set(tmp_path):
+    settings = {"prune.target": "width", "calibration.num_sequences": 4} | FIXED
+    said = ptl("prune", REASONER, tmp_path / "out", "-c", TINY, "--target", 0.6, **settings)
+    report = json.loads(said[said.index("{\n") : said.rindex("}") + 1])
+    assert (report["hidden"], report["kv_heads"], report["candidates"]) == (48, 1, [])
+    assert report["params"] == static_cost(tmp_path / "out").params <= report["goal"]
