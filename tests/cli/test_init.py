@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +10,12 @@ import huggingface_hub
 import one_process
 import pytest
 import whole_run
+from bodies import body
 
 from ptl.config.run import load_config
 from ptl.data.sources import SourceRow, texts
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_tasks
-from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import starter, starter_rows
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import shape_of
@@ -124,12 +123,12 @@ def test_of_a_mixture_experts_are_removed_and_all_of_its_parameters_need_memory(
     assert all(step.fits for step in forecast(config).steps)
 
 
-BODY = ModelDimensions(params=1_000_000, layers=4, width=100, params_per_neuron=9_000, params_per_layer=1)
-MIXTURE = replace(BODY, experts=10, fewest_experts=4, params_per_expert=51_000)
+BODY = {"params": 1_000_000, "layers": 1, "width": 100, "params_per_neuron": 9_000, "params_per_layer": 1}
+MIXTURE = BODY | {"experts": 10, "fewest_experts": 4, "params_per_expert": 51_000}
 
 
 def test_no_more_goes_by_default_than_half_of_what_can_or_the_rows_recover():
-    for model, changes, tokens, share in (
+    for sizes, changes, tokens, share in (
         (BODY, {}, None, 0.3),
         (BODY, {"params_per_neuron": 6_000}, None, 0.3),
         (BODY, {"params_per_neuron": 5_999}, None, 0.25),  # half of what can go, in steps of 0.05
@@ -140,7 +139,7 @@ def test_no_more_goes_by_default_than_half_of_what_can_or_the_rows_recover():
         (BODY, {}, 10, 0.05),
         (MIXTURE, {}, None, 0.15),
     ):
-        assert starter.default_target(replace(model, **changes), tokens) == share, (changes, tokens)
+        assert starter.default_target(body(**sizes | changes), tokens) == share, (changes, tokens)
 
 
 def test_tokens_follow_what_is_removed_and_the_rows():

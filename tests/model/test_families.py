@@ -1,6 +1,7 @@
 """Every family, pruned right: the same statements on a tiny model of each. A new family is a line in VARIANTS."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoConfig
 
 from ptl.errors import InputError
 from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions, with_width
+from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES, family_of
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.surgery import Selection, prune_config, write_pruned
@@ -60,7 +61,7 @@ def test_without_some_neurons_it_equals_the_masked_original(variant, source, tmp
         assert torch.equal(logits(again, batch), logits(pruned, batch))
     dimensions = model_dimensions(tmp_path / "pruned", family)
     assert dimensions == model_dimensions(tmp_path / "again", family)
-    narrow = with_width(model_dimensions(source, family), 24)
+    narrow = replace(model_dimensions(source, family), width=24)
     assert dimensions.params == narrow.params - narrow.params_per_layer == pruned.num_parameters()
     assert (dimensions.layers, dimensions.width, dimensions.params_per_layer) == (3, 24, narrow.params_per_layer)
     before, after = checkpoint.read_config(source), checkpoint.read_config(tmp_path / "pruned")

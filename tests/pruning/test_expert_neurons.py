@@ -1,5 +1,7 @@
 """Neurons inside experts: scores against the whole model, then one checkpoint in and a narrower one out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import MOE_VARIANTS, NARROW_VARIANTS, SIZES, batches, build, load, logits, save, word_calibration
@@ -7,7 +9,7 @@ from torch import nn
 
 from ptl.config.schedule import Prune
 from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions, with_width
+from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.pruning.experts import CRITERIA_OF_NEURONS
 from ptl.pruning.importance import keep_highest, neuron_scores
@@ -111,8 +113,9 @@ def test_both_layouts_and_bfloat16_have_the_same_scores(variant, tmp_path):
 
 def prune(source, calibration, folder, width=16, **settings):
     family = FAMILIES[checkpoint.read_config(source)["model_type"]]
-    goal = with_width(model_dimensions(source, family), width).params
-    return prune_checkpoint(source, folder, Prune(**settings), calibration, unit="neurons", goal=goal, seed=0)
+    goal = replace(model_dimensions(source, family), width=width).params
+    amounts = {"unit": "neurons", "goal": goal, "end": goal, "seed": 0}
+    return prune_checkpoint(source, folder, Prune(**settings), calibration, **amounts)
 
 
 @pytest.mark.parametrize(
@@ -140,5 +143,5 @@ def test_a_narrow_mixture_is_pruned_again_by_neurons_and_by_experts(calibration,
     assert prune(once, calibration, tmp_path / "twice", width=8).widths == (8,) * 4
     body, fewer = model_dimensions(once, FAMILIES["qwen2_moe"]), tmp_path / "fewer"
     goal, settings = body.params - body.params_per_expert, Prune(target="experts")
-    report = prune_checkpoint(once, fewer, settings, calibration, unit="experts", goal=goal, seed=0)
+    report = prune_checkpoint(once, fewer, settings, calibration, unit="experts", goal=goal, end=goal, seed=0)
     assert (report.experts, report.widths, report.params) == (5, (16,) * 4, goal)
