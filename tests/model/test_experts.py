@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -10,14 +9,18 @@ from tiny_models import (
     MOE_VARIANTS,
     NARROW_VARIANTS,
     SIZES,
+    avoiding,
     batches,
     build,
     change_config,
     family_at,
     load,
     logits,
+    router,
     save,
+    silenced,
     skipping,
+    width_of,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,16 +53,8 @@ def source(variant, tmp_path):
     return save(build(variant), tmp_path / "source", fused=[*MOE_VARIANTS].index(variant) % 2 == 1)
 
 
-def router(layer):
-    return layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
-
-
 def expert_layers(model):
     return [i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
-
-
-def width_of(variant):
-    return MOE_VARIANTS[variant][1].get("moe_intermediate_size", SIZES["intermediate_size"])
 
 
 def selection_of(variant, unit, layers=ALL):
@@ -78,35 +73,6 @@ def num_parameters(model):
     return model.num_parameters() + sum(map(torch.numel, corrections))
 
 
-def avoiding(model, experts):
-    """The original model whose routers give the experts outside `experts` a logit of minus infinity: the reference."""
-    for i, kept in experts.items():
-        gate = router(model.get_decoder().layers[i])
-        pruned = torch.ones(len(gate.weight), dtype=torch.bool)
-        pruned[kept] = False
-        if hasattr(gate, "e_score_correction_bias"):  # the scores that choose have it added
-            gate.e_score_correction_bias[pruned] = -torch.inf
-            continue
-
-        def forward(hidden, gate=gate, pruned=pruned):
-            plain = torch.nn.functional.linear
-            with mock.patch("torch.nn.functional.linear", lambda *given: plain(*given).masked_fill(pruned, -torch.inf)):
-                return type(gate).forward(gate, hidden)
-
-        gate.forward = forward
-    return model
-
-
-def silenced(model, neurons):
-    """The original model whose experts' neurons outside `neurons` give nothing: the reference."""
-    for i, kept in neurons.items():
-        down = model.get_decoder().layers[i].mlp.experts.down_proj  # [E, H, F]
-        keep = torch.zeros(len(down), down.shape[-1]).scatter(1, kept, 1.0)  # [E, F]
-        with torch.no_grad():
-            down *= keep[:, None]
-    return model
-
-
 @pytest.mark.parametrize(("variant", "unit", "fused", "layers"), PRUNED)
 def test_a_pruned_mixture_equals_the_masked_original(variant, unit, fused, layers, tmp_path):
     """Saved, read, saved again and read again by transformers, it is the model whose routers avoid what was pruned."""
@@ -119,7 +85,7 @@ def test_a_pruned_mixture_equals_the_masked_original(variant, unit, fused, layer
     assert (len(checkpoint.shards(tmp_path / "pruned")) > 3) == (layers != ALL)
     pruned, skips = load(tmp_path / "pruned"), skipping(build(variant), layers)
     without = logits(skips, batches()[0])
-    reference = silenced(avoiding(skips, selection.experts), selection.neurons)
+    reference = silenced(avoiding(skips, selection.experts), family, selection.neurons)
     for batch in batches():
         torch.testing.assert_close(logits(pruned, batch), logits(reference, batch), **SUMMATION)
     assert not torch.allclose(without, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model

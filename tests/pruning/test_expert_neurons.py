@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import MOE_VARIANTS, NARROW_VARIANTS, SIZES, batches, build, load, logits, save, word_calibration
+from tiny_models import NARROW_VARIANTS, batches, build, load, logits, save, width_of, word_calibration
 from torch import nn
 
 from ptl.config.schedule import Prune
@@ -27,10 +27,6 @@ def variant(request):
 @pytest.fixture
 def calibration(tmp_path):
     return word_calibration(tmp_path)
-
-
-def width_of(variant):
-    return MOE_VARIANTS[variant][1].get("moe_intermediate_size", SIZES["intermediate_size"])
 
 
 def stream_of(variant, folder, model):
