@@ -225,7 +225,7 @@ def check_unit(experts: int, narrowable: bool, unit: str) -> None:
             field="prune.target",
             remedy="set prune.target=neurons, or give a mixture of experts",
         )
-    if not narrowable and unit not in ("experts", "layers"):
+    if not narrowable and unit not in ("experts", "layers", "width"):
         raise InputError(
             f"{unit!r} would prune neurons inside of experts, which ptl does only where every layer has experts, "
             "none of them is shared by their width, and they have no biases",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ptl.errors import InputError
@@ -32,10 +32,11 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
     for groups in _groups(model, ends):
         fewer = replace(model, groups=groups)
         sizes = (replace(fewer, hidden=hidden) for hidden in _hidden_sizes(model, fewer, goal, multiple, ends))
-        closed = (_closed(size, goal, multiple, ends) for size in sizes)
-        possible = [candidate for candidate in closed if candidate and candidate not in found]
+        possible = list(filter(None, (_closed(size, goal, multiple, ends) for size in sizes)))
         # With a fixed FFN the hidden size takes what is left: the largest that does.
         found += possible[:1] if ends.get("ffn") else possible
+    if not any(ends.values()):
+        found = found or _largest(model, goal, multiple)
     if found:
         return found
     raise InputError(
@@ -46,24 +47,54 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
 
 
 def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions:
-    """The sizes of one iteration on the way to `end`: the hidden size falls as the parameters do.
+    """The sizes of one iteration on the way to `end`, none below its own: the hidden size falls as the parameters do.
 
-    KV groups go as soon as that removes no more than the iteration's part.
+    KV groups go as soon as that removes no more than the iteration's part, or where the FFN would get too narrow.
     """
     if goal <= end.params:
         return end
     if goal >= model.params:  # an earlier iteration was rounded below it
         return model
-    fewer = next(
-        fewer
+    most = next(
+        groups
         for groups in _divisors(model.groups)
-        if (fewer := replace(model, groups=groups)).params >= goal and groups >= end.groups
+        if groups >= end.groups and replace(model, groups=groups).params >= goal
     )
     removed = (model.params - goal) / (model.params - end.params)
-    step = _hidden_step(model, fewer.heads, end.hidden, multiple)
-    hidden = math.ceil((model.hidden - removed * (model.hidden - end.hidden)) / step) * step
-    closed = _closed(replace(fewer, hidden=min(hidden, model.hidden)), goal, multiple, {})
-    return closed or end
+    hidden = model.hidden - removed * (model.hidden - end.hidden)
+    for groups in reversed([groups for groups in _divisors(model.groups) if end.groups <= groups <= most]):
+        fewer = replace(model, groups=groups)
+        step = _hidden_step(model, fewer.heads, end.hidden, multiple)
+        start = min(math.ceil(hidden / step) * step, model.hidden)
+        for sizes in _fitting(fewer, range(start, end.hidden - 1, -step), goal, multiple):
+            # An FFN below that of the end could not get there.
+            if sizes.width >= end.width and sizes.experts >= end.experts:
+                return sizes
+    return end
+
+
+def _largest(model: ModelDimensions, goal: int, multiple: Multiple) -> list[ModelDimensions]:
+    """For each number of KV groups the largest hidden size with which the FFN need not grow; sizes may be below `goal`.
+
+    For a model whose FFN is too narrow already to take all that is left of the goal.
+    """
+    found: list[ModelDimensions] = []
+    for groups in _groups(model, {}):
+        fewer = replace(model, groups=groups)
+        all_sizes = _down(model, _hidden_step(model, fewer.heads, 0, multiple))
+        sizes = itertools.islice(all_sizes, 1 if "hidden" in model.fixed else None)
+        found += itertools.islice(_fitting(fewer, sizes, goal, multiple), 1)
+    return found
+
+
+def _fitting(model: ModelDimensions, sizes: Iterable[int], goal: int, multiple: Multiple) -> Iterator[ModelDimensions]:
+    """The model with these hidden sizes, each with the widest FFN that leaves at most `goal` parameters."""
+    for hidden in sizes:
+        narrow = replace(model, hidden=hidden)
+        if narrow.params <= goal:
+            yield narrow
+        elif closed := _closed(narrow, goal, multiple, {}):
+            yield closed
 
 
 def _closed(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends) -> ModelDimensions | None:
@@ -99,17 +130,28 @@ def _hidden_sizes(
     share = goal / model.params
     step = _hidden_step(model, fewer.heads, int(model.hidden * share ** POWERS[-1]), multiple)
     if ends.get("ffn"):
-        return itertools.chain([model.hidden], range(model.hidden // step * step, 0, -step))
-    rounded = (max(1, round(model.hidden * share**power / step)) * step for power in POWERS[1:])
+        return _down(model, step)
+    rounded = dict.fromkeys(max(1, round(model.hidden * share**power / step)) * step for power in POWERS[1:])
     return itertools.chain([model.hidden], (size for size in rounded if size < model.hidden))
 
 
+def _down(model: ModelDimensions, step: int) -> Iterator[int]:
+    """All hidden sizes from the model's on."""
+    return itertools.chain([model.hidden], range((model.hidden - 1) // step * step, 0, -step))
+
+
 def _hidden_step(model: ModelDimensions, heads: int, remaining: int, multiple: Multiple) -> int:
-    """What a hidden size is a multiple of: of the query heads in any case, as transformers refuses others."""
+    """What a hidden size is a multiple of: in any case of what torch and transformers need."""
+    least = _least_step(model, heads)
     if multiple != "auto":
-        return math.lcm(multiple, heads)
-    steps = (math.lcm(size, heads) for size in MULTIPLES)
-    return next((step for step in steps if model.hidden % step == 0 and remaining // step >= MIN_STEPS), heads)
+        return math.lcm(multiple, least)
+    steps = (math.lcm(size, least) for size in MULTIPLES)
+    return next((step for step in steps if model.hidden % step == 0 and remaining // step >= MIN_STEPS), least)
+
+
+def _least_step(model: ModelDimensions, heads: int) -> int:
+    """Query heads, as transformers refuses other hidden sizes, and in a mixture what widths of experts are multiples of."""
+    return math.lcm(heads, model.least_multiple)
 
 
 def _divisors(number: int) -> list[int]:
@@ -135,11 +177,11 @@ def _check(model: ModelDimensions, ends: Ends) -> None:
                 field=f"prune.width.{name}",
                 remedy="leave it out",
             )
-    heads = (ends.get("kv") or model.groups) * model.heads_per_group
+    step = _least_step(model, (ends.get("kv") or model.groups) * model.heads_per_group)
     hidden = ends.get("hidden") or model.hidden
-    if hidden % heads:
+    if hidden % step:
         raise InputError(
-            f"{hidden} is no multiple of {heads} query heads, which transformers asks for",
+            f"{hidden} is no multiple of {step}: of the query heads, and in a mixture of experts of 8",
             field="prune.width.hidden",
-            remedy=f"set {hidden // heads * heads or heads}",
+            remedy=f"set {hidden // step * step or step}",
         )
