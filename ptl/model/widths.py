@@ -150,7 +150,7 @@ def _hidden_step(model: ModelDimensions, heads: int, remaining: int, multiple: M
 
 
 def _least_step(model: ModelDimensions, heads: int) -> int:
-    """Query heads, as transformers refuses other hidden sizes, and in a mixture what widths of experts are multiples of."""
+    """What transformers needs, the query heads, and in a mixture what torch needs, as for the widths of experts."""
     return math.lcm(heads, model.least_multiple)
 
 

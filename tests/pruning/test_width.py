@@ -236,7 +236,7 @@ def test_of_the_candidates_that_with_the_least_loss_is_chosen(variant, calibrati
         after.experts,
     )
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
-    assert len({candidate.loss for candidate in report.candidates}) == len(report.candidates) > 2
+    assert len({candidate.loss for candidate in report.candidates}) == len(report.candidates) > 1
     # With sizes that are set nothing is chosen.
     other = max(report.candidates, key=lambda candidate: candidate.loss)
     sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
