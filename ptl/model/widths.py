@@ -74,16 +74,16 @@ def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: M
 
 
 def _largest(model: ModelDimensions, goal: int, multiple: Multiple) -> list[ModelDimensions]:
-    """For each number of KV groups the largest hidden size with which the FFN need not grow; sizes may be below `goal`.
+    """For each number of KV groups the largest hidden size that does, half of the model's or more.
 
-    For a model whose FFN is too narrow already to take all that is left of the goal.
+    The FFN of a small model may be too narrow to take just what is left: these may be below the goal.
     """
     found: list[ModelDimensions] = []
     for groups in _groups(model, {}):
         fewer = replace(model, groups=groups)
-        all_sizes = _down(model, _hidden_step(model, fewer.heads, 0, multiple))
-        sizes = itertools.islice(all_sizes, 1 if "hidden" in model.fixed else None)
-        found += itertools.islice(_fitting(fewer, sizes, goal, multiple), 1)
+        step = _hidden_step(model, fewer.heads, 0, multiple)
+        sizes = [size for size in _down(model, step) if 2 * size >= model.hidden]
+        found += itertools.islice(_fitting(fewer, sizes[: 1 if "hidden" in model.fixed else None], goal, multiple), 1)
     return found
 
 
