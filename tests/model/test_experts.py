@@ -234,7 +234,7 @@ def test_neurons_of_other_mixtures_are_refused():
     for unit in ("neurons", "auto", "neurons_then_layers"):
         with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
             dimensions.check_unit(experts=6, narrowable=False, unit=unit)
-    for unit in ("layers", "experts"):
+    for unit in ("layers", "experts", "width"):
         dimensions.check_unit(experts=6, narrowable=False, unit=unit)
 
 

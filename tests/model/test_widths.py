@@ -2,6 +2,8 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, reduce
+from operator import or_
 
 import pytest
 from tiny_models import MOE_VARIANTS, SIZES, VARIANTS, build
@@ -14,28 +16,27 @@ from ptl.model.widths import candidates, towards
 
 EVERY = VARIANTS | MOE_VARIANTS
 FREE = {"hidden": None, "ffn": None, "kv": None}
-
-
-def dimensions(model_type, **fields):
-    """Of the model that transformers' defaults describe, but for these fields."""
-    content = {"model_type": model_type, **fields}
-    return dimensions_of(shapes.of_config(content, FAMILIES[model_type], "config.json"))
-
-
-LLAMA = dimensions("llama", num_key_value_heads=8)  # 32 layers of 4096, 11008 and 32 heads
-REASONER = dimensions(
-    "llama",
-    **{"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256, "head_dim": 16},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-)
-MIXTRAL, DEEPSEEK = dimensions("mixtral"), dimensions("deepseek_v3", num_hidden_layers=8)
-COHERE, OLMO = dimensions("cohere2"), dimensions("olmo2", num_key_value_heads=8)
-TINY = dimensions("llama", **SIZES)
-TINY_MIXTURE = dimensions("qwen3_moe", **SIZES, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+# What differs from the model that transformers' defaults describe
 MODELS = {
-    **{"llama": LLAMA, "reasoner": REASONER, "mixtral": MIXTRAL, "deepseek": DEEPSEEK, "cohere": COHERE, "olmo": OLMO},
-    **{"tiny": TINY, "tiny mixture": TINY_MIXTURE},
+    "llama": ("llama", {"num_key_value_heads": 8}),  # hidden size 4096, FFN width 11008, 32 heads
+    "reasoner": (
+        "llama",
+        HEADS | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256},
+    ),
+    "mixtral": ("mixtral", {}),
+    "deepseek": ("deepseek_v3", {"num_hidden_layers": 8}),
+    "cohere": ("cohere2", {}),
+    "olmo": ("olmo2", {"num_key_value_heads": 8}),
+    "tiny": ("llama", SIZES),
+    "mixture": ("qwen3_moe", SIZES | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
 }
+
+
+@cache
+def dimensions(name):
+    model_type, fields = MODELS[name]
+    return dimensions_of(shapes.of_config({"model_type": model_type, **fields}, FAMILIES[model_type], "config.json"))
 
 
 @pytest.mark.parametrize("variant", EVERY)
@@ -55,17 +56,13 @@ def test_parameters_are_those_of_the_narrower_model(variant):
         "ffn": ({"width": 16}, {family.width_field: 16}),
         "experts": ({"experts": 4}, dict.fromkeys(family.experts.counts if family.experts else (), 4)),
     }
-    possible = {name: pair for name, pair in sizes.items() if name not in before.fixed}
-    if not before.experts or not before.narrowable:
-        del possible["ffn" if before.experts else "experts"]
-    together = [{}, {}]
-    for planned, fields in [*possible.values(), together]:
-        narrow = dimensions_of(
-            shapes.of_config(content | {"head_dim": config.head_dim} | fields, family, "config.json")
-        )
-        assert replace(before, **planned) == narrow, planned
-        together[0] |= planned
-        together[1] |= fields
+    other = {"experts"} if before.narrowable else {"ffn"}
+    cases = [case for name, case in sizes.items() if name not in before.fixed.keys() | other]
+    cases.append(tuple(reduce(or_, parts) for parts in zip(*cases, strict=True)))
+    for planned, fields in cases:
+        narrow = shapes.of_config(content | {"head_dim": config.head_dim} | fields, family, "config.json")
+        assert replace(before, **planned) == dimensions_of(narrow), planned
+        assert replace(before, **planned).params == narrow.params, planned
 
 
 # ---- where a loop ends
@@ -73,7 +70,7 @@ def test_parameters_are_those_of_the_narrower_model(variant):
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    return MODELS[request.param]
+    return dimensions(request.param)
 
 
 @pytest.mark.parametrize("multiple", ["auto", 1, 24])
@@ -109,10 +106,11 @@ def test_goals_that_are_met_or_out_of_reach(model):
 
 
 def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
-    goal = LLAMA.params // 2
+    llama = dimensions("llama")
+    goal = llama.params // 2
 
     def found(multiple=64, goal=goal, **ends):
-        return candidates(LLAMA, goal, multiple, FREE | ends)
+        return candidates(llama, goal, multiple, FREE | ends)
 
     for each in found(hidden=3072):
         assert each.hidden == 3072 and each.params <= goal < replace(each, width=each.width + 64).params
@@ -127,31 +125,32 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
         each, hidden=each.hidden + 64
     ).params
     assert [each.groups for each in found(hidden=3072, ffn=5504)] == [8, 4]
-    assert found(hidden=3072, ffn=5504, kv=2) == [replace(LLAMA, hidden=3072, width=5504, groups=2)]
+    assert found(hidden=3072, ffn=5504, kv=2) == [replace(llama, hidden=3072, width=5504, groups=2)]
     # They need not be used up, and must do.
-    assert found(hidden=1024) == [replace(LLAMA, hidden=1024, groups=groups) for groups in (8, 4)]
+    assert found(hidden=1024) == [replace(llama, hidden=1024, groups=groups) for groups in (8, 4)]
     with pytest.raises(InputError, match="cannot be reached by width"):
         found(hidden=4096, ffn=5504, kv=8)
 
 
 @pytest.mark.parametrize(
-    ("model", "ends", "said"),
+    ("name", "ends", "said"),
     [
-        (LLAMA, {"hidden": 4128}, "hidden: 4128 is more than the model's 4096; lower it"),
-        (LLAMA, {"ffn": 11009}, "ffn: 11009 is more than the model's 11008; lower it"),
-        (LLAMA, {"kv": 9}, "kv: 9 is more than the model's 8; lower it"),
-        (COHERE, {"hidden": 4096}, "hidden: 4096 cannot be had: .* it stays 8192, as its norms subtract a mean"),
-        (OLMO, {"kv": 4}, "kv: 4 cannot be had: .* it stays 8, as a norm is over all of its heads together"),
-        (DEEPSEEK, {"ffn": 1024}, "ffn: 1024 cannot be had: .* it stays 2048, as not all of its layers have experts"),
-        (LLAMA, {"hidden": 4010}, "hidden: 4010 is no multiple of 32: .*; set 4000"),
-        (LLAMA, {"hidden": 20}, "hidden: 20 is no multiple of 32: .*; set 32"),
-        (LLAMA, {"hidden": 4016, "kv": 2}, None),  # eight query heads are left
-        (TINY, {"hidden": 28}, None),
-        (TINY_MIXTURE, {"hidden": 28}, "hidden: 28 is no multiple of 8: .*; set 24"),
-        (COHERE, {"hidden": 8192}, None),
+        ("llama", {"hidden": 4128}, "hidden: 4128 is more than the model's 4096; lower it"),
+        ("llama", {"ffn": 11009}, "ffn: 11009 is more than the model's 11008; lower it"),
+        ("llama", {"kv": 9}, "kv: 9 is more than the model's 8; lower it"),
+        ("cohere", {"hidden": 4096}, "hidden: 4096 cannot be had: .* it stays 8192, as its norms subtract a mean"),
+        ("olmo", {"kv": 4}, "kv: 4 cannot be had: .* it stays 8, as a norm is over all of its heads together"),
+        ("deepseek", {"ffn": 1024}, "ffn: 1024 cannot be had: .* it stays 2048, as not all of its layers have experts"),
+        ("llama", {"hidden": 4010}, "hidden: 4010 is no multiple of 32: .*; set 4000"),
+        ("llama", {"hidden": 20}, "hidden: 20 is no multiple of 32: .*; set 32"),
+        ("llama", {"hidden": 4016, "kv": 2}, None),  # eight query heads are left
+        ("tiny", {"hidden": 28}, None),
+        ("mixture", {"hidden": 28}, "hidden: 28 is no multiple of 8: .*; set 24"),
+        ("cohere", {"hidden": 8192}, None),
     ],
 )
-def test_sizes_that_a_model_cannot_have_are_refused(model, ends, said):
+def test_sizes_that_a_model_cannot_have_are_refused(name, ends, said):
+    model = dimensions(name)
     goal = int(model.params * 0.6)
     if said is None:
         assert candidates(model, goal, 1, FREE | ends)
@@ -182,22 +181,24 @@ def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, s
 
 
 def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
-    end = next(each for each in candidates(LLAMA, LLAMA.params // 2, "auto", FREE) if each.groups == 4)
-    without = replace(LLAMA, groups=4).params
-    assert towards(LLAMA, end, without, "auto").groups == 4
-    early = towards(LLAMA, end, without + 1, "auto")
-    assert early.groups == 8 and early.width < LLAMA.width
+    llama = dimensions("llama")
+    end = next(each for each in candidates(llama, llama.params // 2, "auto", FREE) if each.groups == 4)
+    without = replace(llama, groups=4).params
+    assert towards(llama, end, without, "auto").groups == 4
+    early = towards(llama, end, without + 1, "auto")
+    assert early.groups == 8 and early.width < llama.width
     # Nor the hidden size: it has fallen by half when half of the parameters have gone.
-    end = candidates(LLAMA, LLAMA.params // 2, "auto", FREE)[3]
-    halfway = towards(LLAMA, end, (LLAMA.params + end.params) // 2, "auto")
+    end = candidates(llama, llama.params // 2, "auto", FREE)[3]
+    halfway = towards(llama, end, (llama.params + end.params) // 2, "auto")
     assert (end.hidden, halfway.hidden) == (3200, 3712)
-    assert towards(LLAMA, end, LLAMA.params + 1, "auto") == LLAMA and towards(LLAMA, end, end.params, "auto") == end
+    assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end
 
 
 def test_where_the_ffn_would_end_too_narrow_kv_heads_go_earlier():
     """Each part is smaller than a KV head."""
-    end = replace(TINY, hidden=32, width=11, groups=1)
-    path = [TINY]
+    tiny = dimensions("tiny")
+    end = replace(tiny, hidden=32, width=11, groups=1)
+    path = [tiny]
     for goal in (26_000, 21_000, 19_000, 17_000, end.params):
         path.append(towards(path[-1], end, goal, "auto"))
     assert [each.groups for each in path] == [2, 2, 2, 1, 1, 1]
