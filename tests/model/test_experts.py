@@ -108,19 +108,6 @@ def test_a_pruned_mixture_equals_the_masked_original(variant, unit, fused, layer
         assert torch.equal(stored[f"exp_avg.{name}"], parameter * 3), name
 
 
-@pytest.mark.parametrize(("variant", "unit"), CASES)
-def test_keeping_everything_changes_no_tensor_and_no_config(variant, unit, source, tmp_path):
-    with_them, everything = expert_layers(build(variant)), torch.arange(6)
-    if unit == "neurons":
-        everything = torch.arange(width_of(variant)).expand(6, -1)
-    parts = dict.fromkeys(with_them, everything)
-    selection = Selection(ALL, {}, parts) if unit == "experts" else Selection(ALL, parts)
-    write_pruned(source, tmp_path / "pruned", family_at(source), selection)
-    before, after = (dict(checkpoint.tensors(path / checkpoint.WEIGHTS)) for path in (source, tmp_path / "pruned"))
-    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    assert checkpoint.read_config(tmp_path / "pruned") == checkpoint.read_config(source)
-
-
 def test_experts_of_the_least_width_are_multiplied_in_groups(tmp_path):
     source = save(build("mixtral").bfloat16(), tmp_path / "source")
     neurons = {i: kept[:, :8] for i, kept in selection_of("mixtral", "neurons").neurons.items()}

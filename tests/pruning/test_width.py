@@ -1,6 +1,7 @@
 """Width: hidden size and KV heads go with neurons or experts, and logits stay those of the masked original."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from ptl.pruning.surgery import Selection, write_pruned
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = VARIANTS | MOE_VARIANTS
 LAYERS = (0, 2, 3)
+OF_LAYERS = ("num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers")  # fields of config.json
 # What cannot be pruned exactly: attention as wide as the hidden size, norms that subtract a mean, or over all heads
 FIXED = {"helium": {"hidden", "kv"}, "olmoe": {"hidden", "kv"}, "cohere2": {"hidden"}, "olmo2": {"kv"}, "olmo3": {"kv"}}
 # Norms of queries and keys keep their size, and have the epsilon of the others, which grows by 32 / 20. Of the largest
@@ -79,22 +81,32 @@ def differences(model, reference):
     return torch.cat([(one - other).abs().amax(dim=1) / other.abs().max() for one, other in pairs])
 
 
-@pytest.mark.parametrize("variant", EVERY)
-def test_without_some_of_each_width_it_equals_the_masked_original(variant, tmp_path):
-    """With a layer less, in shards, and read, saved and read again by transformers."""
+@pytest.mark.parametrize(("variant", "narrow"), [*product(EVERY, [True]), *product(VARIANTS, [False])])
+def test_without_some_of_each_width_it_equals_the_masked_original(variant, narrow, tmp_path):
+    """Or without some neurons alone; with a layer less, in shards, and read, saved and read again by transformers."""
     model, selection, number = build(variant), selection_of(variant), [*EVERY].index(variant)
+    selection = selection if narrow else replace(selection, hidden=None, groups={})
     source = save(model, tmp_path / "source", "16KB" if number % 2 else "5GB", fused=number % 3 == 0)
     family, state = family_at(source), {f"exp_avg_sq.{name}": p.detach() * 3 for name, p in model.named_parameters()}
     checkpoint.write_shard(source / checkpoint.STATE, state)
     write_pruned(source, tmp_path / "pruned", family, selection)
     pruned, plain = load(tmp_path / "pruned"), skipping(build(variant), LAYERS)
-    reference = masked(model, family, selection)
-    assert (
-        differences(pruned, reference).max() < EPSILON.get(variant, EXACT) < 0.1 < differences(plain, reference).max()
-    )
+    before, after = (model_dimensions(folder, family) for folder in (source, tmp_path / "pruned"))
+    reference, exact = masked(model, family, selection), EPSILON.get(variant, EXACT)
+    assert differences(pruned, reference).max() < exact < 0.1 < differences(plain, reference).max()
     pruned.save_pretrained(tmp_path / "again")
     assert differences(load(tmp_path / "again"), pruned).max() < 1e-6
-    assert model_dimensions(tmp_path / "again", family) == model_dimensions(tmp_path / "pruned", family)
+    assert model_dimensions(tmp_path / "again", family) == after
+    if not before.dense_layers:
+        sizes = {"hidden": len(selection.hidden)} if selection.hidden is not None else {}
+        sizes |= {"groups": before.groups // 2} if selection.groups else {}
+        sizes |= {"width": 16} if selection.neurons else {"experts": 4}
+        assert after == replace(before, layers=3, **sizes)
+        assert after.params == pruned.num_parameters()
+    if not narrow:
+        old, new = (checkpoint.read_config(folder) for folder in (source, tmp_path / "pruned"))
+        changed = {name for name in new if new[name] != old[name]}
+        assert new.keys() == old.keys() and changed <= {"intermediate_size", *OF_LAYERS}
 
     # The optimizer state is cut along the same rows and columns, but not scaled.
     state = dict(checkpoint.tensors(tmp_path / "pruned" / checkpoint.STATE))
@@ -137,28 +149,40 @@ def test_the_config_has_all_sizes_that_would_follow_from_others(variant, tmp_pat
     if selection.hidden is not None:
         sizes |= {"hidden_size": 20, "rms_norm_eps": before["rms_norm_eps"] * 1.6}
     changed = {name: value for name, value in after.items() if before.get(name) != value}
-    assert {name: value for name, value in changed.items() if name not in ("layer_types", "max_window_layers")} == sizes
+    assert {name: value for name, value in changed.items() if name not in OF_LAYERS[1:]} == sizes
 
 
 @pytest.mark.parametrize("variant", EVERY)
-def test_keeping_everything_changes_no_tensor(variant, tmp_path):
-    source, fixed = save(build(variant), tmp_path / "source"), FIXED.get(variant, ())
-    family, hidden = family_at(source), None if "hidden" in fixed else torch.arange(32)
-    before = model_dimensions(source, family)
-    assert before.fixed.keys() == {*fixed}
-    groups = {} if "kv" in fixed else dict.fromkeys(range(4), torch.arange(before.groups))
-    write_pruned(source, tmp_path / "pruned", family, Selection(tuple(range(4)), {}, {}, hidden, groups))
-    old, new = (dict(checkpoint.tensors(folder / checkpoint.WEIGHTS)) for folder in (source, tmp_path / "pruned"))
-    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    config = checkpoint.read_config(source)
-    assert config | checkpoint.read_config(tmp_path / "pruned") == {"head_dim": 8} | config
+def test_keeping_everything_changes_no_tensor_and_no_config(variant, tmp_path):
+    source, fixed = save(build(variant), tmp_path / "source", fused=variant == "mixtral"), FIXED.get(variant, ())
+    body, config = model_dimensions(source, family_at(source)), checkpoint.read_config(source)
+    assert body.fixed.keys() == {*fixed}
+    layers = [i for i in range(4) if i not in body.dense_layers]
+    neurons = torch.arange(body.width).expand(*[6] * (body.experts > 0), -1)
+    groups = {} if "kv" in fixed else dict.fromkeys(range(4), torch.arange(body.groups))
+    experts = dict.fromkeys(layers if body.experts else (), torch.arange(6))
+    everything = Selection((0, 1, 2, 3), dict.fromkeys(layers, neurons) if body.narrowable else {})
+    for name, selection in {
+        "plain": everything,
+        "experts": replace(everything, neurons={}, experts=experts),
+        "narrow": replace(everything, hidden=None if "hidden" in fixed else torch.arange(32), groups=groups),
+    }.items():
+        write_pruned(source, tmp_path / name, family_at(source), selection)
+        old, new = (dict(checkpoint.tensors(folder / checkpoint.WEIGHTS)) for folder in (source, tmp_path / name))
+        assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+        head_dim = {"head_dim": 8} if name == "narrow" and groups else {}  # is written where it is left out
+        assert checkpoint.read_config(tmp_path / name) == head_dim | config
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma2", "phi3", "exaone4", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama", "qwen2-sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "exaone4", "deepseek_v3", "gpt_oss"],
+)
 def test_generation_with_the_cache_equals_generation_without(variant, tmp_path):
     source = save(build(variant), tmp_path / "source")
-    write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant))
+    write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant, (1, 2, 3)))
     pruned, prompt = load(tmp_path / "pruned"), batches(((9, 9),))[0]["input_ids"]
+    assert pruned.generation_config.max_length == 40
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached, plain = (pruned.generate(prompt, use_cache=use, **options) for use in (True, False))
     assert cached.shape == (2, 21) and torch.equal(cached, plain)
