@@ -170,6 +170,12 @@ def width_of(variant):
     return (VARIANTS | MOE_VARIANTS)[variant][1].get("moe_intermediate_size", SIZES["intermediate_size"])
 
 
+def num_parameters(model):
+    """Parameters, and the routers' corrections, which transformers counts as buffers."""
+    corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return model.num_parameters() + sum(map(torch.numel, corrections))
+
+
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts, pruned right: by experts and by the neurons inside them, in both layouts that files have."""
+"""Mixtures of experts, in both layouts that files have; what pruned ones compute is in tests/pruning/test_width.py."""
 
 import copy
 from dataclasses import replace
@@ -16,10 +16,9 @@ from tiny_models import (
     family_at,
     load,
     logits,
+    num_parameters,
     router,
     save,
-    silenced,
-    skipping,
     width_of,
 )
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,10 +35,6 @@ SUMMATION = {"rtol": 1e-4, "atol": 2e-4}
 ALL = tuple(range(4))
 FOUR = {0: [0, 2, 3, 5], 1: [1, 2, 3, 4], 2: [0, 1, 4, 5], 3: [0, 3, 4, 5]}  # of six experts, in each layer
 NARROW = 16  # neurons that stay in each expert
-CASES = [(name, "experts") for name in MOE_VARIANTS] + [(name, "neurons") for name in NARROW_VARIANTS]
-# Each layout with all layers and with some, in turn
-FILES = [(False, ALL), (True, (0, 2, 3)), (True, ALL), (False, (0, 2, 3))]
-PRUNED = [(*case, *FILES[n % 2 * 2 + half]) for n, case in enumerate(CASES) for half in (0, 1)]
 
 
 @pytest.fixture(params=MOE_VARIANTS)
@@ -65,47 +60,6 @@ def selection_of(variant, unit, layers=ALL):
     generator = torch.Generator().manual_seed(7)
     orders = torch.rand(len(layers), 6, width_of(variant), generator=generator).argsort(dim=-1)
     return Selection(layers, dict(zip(layers, orders[..., :NARROW].sort(dim=-1).values, strict=True)))
-
-
-def num_parameters(model):
-    """Parameters, and the routers' corrections, which transformers counts as buffers."""
-    corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    return model.num_parameters() + sum(map(torch.numel, corrections))
-
-
-@pytest.mark.parametrize(("variant", "unit", "fused", "layers"), PRUNED)
-def test_a_pruned_mixture_equals_the_masked_original(variant, unit, fused, layers, tmp_path):
-    """Saved, read, saved again and read again by transformers, it is the model whose routers avoid what was pruned."""
-    model, selection = build(variant), selection_of(variant, unit, layers)
-    source, family = tmp_path / "source", FAMILIES[MOE_VARIANTS[variant][0]]
-    save(model, source, "5GB" if layers == ALL else "16KB", fused=fused)
-    state = {f"exp_avg.{name}": parameter.detach() * 3 for name, parameter in model.named_parameters()}
-    checkpoint.write_shard(source / checkpoint.STATE, state)
-    write_pruned(source, tmp_path / "pruned", family, selection)
-    assert (len(checkpoint.shards(tmp_path / "pruned")) > 3) == (layers != ALL)
-    pruned, skips = load(tmp_path / "pruned"), skipping(build(variant), layers)
-    without = logits(skips, batches()[0])
-    reference = silenced(avoiding(skips, selection.experts), family, selection.neurons)
-    for batch in batches():
-        torch.testing.assert_close(logits(pruned, batch), logits(reference, batch), **SUMMATION)
-    assert not torch.allclose(without, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model
-    pruned.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(load(tmp_path / "again"), batches()[0]), logits(pruned, batches()[0]))
-
-    after = model_dimensions(tmp_path / "pruned", family)
-    assert num_parameters(pruned) == after.params < num_parameters(model)
-    assert model_dimensions(tmp_path / "again", family) == after
-    if layers == ALL:
-        size = {"experts": 4} if unit == "experts" else {"width": NARROW}
-        assert after == replace(model_dimensions(source, family), **size)
-    if layers == ALL and unit == "neurons":
-        before = checkpoint.read_config(source)
-        assert checkpoint.read_config(tmp_path / "pruned") == before | {family.experts.width: NARROW}
-    # The optimizer state is pruned with the weights.
-    stored = dict(checkpoint.tensors(tmp_path / "pruned" / checkpoint.STATE))
-    assert stored.keys() == {f"exp_avg.{name}" for name, _ in pruned.named_parameters()}
-    for name, parameter in pruned.named_parameters():
-        assert torch.equal(stored[f"exp_avg.{name}"], parameter * 3), name
 
 
 def test_experts_of_the_least_width_are_multiplied_in_groups(tmp_path):

@@ -16,14 +16,12 @@ from ptl.model.widths import candidates, towards
 
 EVERY = VARIANTS | MOE_VARIANTS
 FREE = {"hidden": None, "ffn": None, "kv": None}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+REASONER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256}
+REASONER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 # What differs from the model that transformers' defaults describe
 MODELS = {
     "llama": ("llama", {"num_key_value_heads": 8}),  # hidden size 4096, FFN width 11008, 32 heads
-    "reasoner": (
-        "llama",
-        HEADS | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256},
-    ),
+    "reasoner": ("llama", REASONER),
     "mixtral": ("mixtral", {}),
     "deepseek": ("deepseek_v3", {"num_hidden_layers": 8}),
     "cohere": ("cohere2", {}),
@@ -47,12 +45,10 @@ def test_parameters_are_those_of_the_narrower_model(variant):
     family = FAMILIES[content["model_type"]]
     before = dimensions_of(shapes.of_config(content, family, "config.json"))
     heads = before.groups // 2
+    in_config = {"num_key_value_heads": heads, "num_attention_heads": heads * before.heads_per_group}
     sizes = {
         "hidden": ({"hidden": 24}, {"hidden_size": 24}),
-        "kv": (
-            {"groups": heads},
-            {"num_key_value_heads": heads, "num_attention_heads": heads * before.heads_per_group},
-        ),
+        "kv": ({"groups": heads}, in_config),
         "ffn": ({"width": 16}, {family.width_field: 16}),
         "experts": ({"experts": 4}, dict.fromkeys(family.experts.counts if family.experts else (), 4)),
     }
@@ -85,11 +81,11 @@ def test_candidates_have_as_many_parameters_as_the_goal_allows(model, multiple):
         assert len({(each.hidden, each.width, each.groups, each.experts) for each in found}) == len(found)
         for each in found:
             step = resolve_multiple(model.width, each.width, multiple, model.least_multiple)
-            wider = (
-                {"width": each.width + step} if model.narrowable else {"experts": each.experts + model.expert_groups}
-            )
+            wider = replace(each, width=each.width + step)
+            if not model.narrowable:
+                wider = replace(each, experts=each.experts + model.expert_groups)
             # The FFN of a small model may have nothing more to give.
-            assert each.params <= goal and (goal < replace(each, **wider).params or is_small)
+            assert each.params <= goal and (goal < wider.params or is_small)
             assert each.width % step == 0 if model.narrowable else each.width == model.width
             assert each.hidden == model.hidden or "hidden" not in model.fixed
             assert each.hidden % each.heads == each.hidden % model.least_multiple == 0
@@ -121,9 +117,8 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
     (each,) = found(hidden=3072, kv=2)
     assert (each.hidden, each.groups) == (3072, 2) and each.params <= goal < replace(each, width=each.width + 64).params
     (each,) = found(ffn=7040, kv=2)
-    assert (each.width, each.groups) == (7040, 2) and each.params <= goal < replace(
-        each, hidden=each.hidden + 64
-    ).params
+    assert (each.width, each.groups) == (7040, 2)
+    assert each.params <= goal < replace(each, hidden=each.hidden + 64).params
     assert [each.groups for each in found(hidden=3072, ffn=5504)] == [8, 4]
     assert found(hidden=3072, ffn=5504, kv=2) == [replace(llama, hidden=3072, width=5504, groups=2)]
     # They need not be used up, and must do.
@@ -192,13 +187,3 @@ def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
     halfway = towards(llama, end, (llama.params + end.params) // 2, "auto")
     assert (end.hidden, halfway.hidden) == (3200, 3712)
     assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end
-
-
-def test_where_the_ffn_would_end_too_narrow_kv_heads_go_earlier():
-    """Each part is smaller than a KV head."""
-    tiny = dimensions("tiny")
-    end = replace(tiny, hidden=32, width=11, groups=1)
-    path = [tiny]
-    for goal in (26_000, 21_000, 19_000, 17_000, end.params):
-        path.append(towards(path[-1], end, goal, "auto"))
-    assert [each.groups for each in path] == [2, 2, 2, 1, 1, 1]
