@@ -199,35 +199,44 @@ def test_generation_with_the_cache_equals_generation_without(variant, tmp_path):
 
 
 def by_autograd(model):
-    """Mean over the sequences of the size of the gradients by masks of ones: [H], and [KV heads] of each layer."""
-    groups = [torch.ones(axes.kv_heads(model.config), requires_grad=True) for _ in range(4)]
-    masks = [torch.ones(32, requires_grad=True), *groups]
-    multiplied(model, masks[0], dict(enumerate(groups)))
-    totals = [torch.zeros_like(mask) for mask in masks]
+    """Mean over the sequences of the size of the gradients by factors of 1, of the whole model.
+
+    Of dimensions [H], of each layer's KV heads, and of its neurons' columns of down_proj.
+    """
+    layers, groups = model.get_decoder().layers, [torch.ones(axes.kv_heads(model.config)) for _ in range(4)]
+    factors = [mask.requires_grad_() for mask in (torch.ones(32), *groups)]
+    multiplied(model, factors[0], dict(enumerate(groups)))
+    # Without experts [H, F], with them [E, H, F]
+    downs = [getattr(layer.mlp, "experts", layer.mlp).down_proj for layer in layers]
+    downs = [getattr(down, "weight", down) for down in downs]
+    totals = [torch.zeros_like(each) for each in (*factors, *(down.sum(dim=-2) for down in downs))]
     for batch in batches():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             ids = ids[None, : mask.sum()]  # without padding
             loss = nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
-            for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
-                total += gradient.abs() / 5
-    return totals
+            slopes = torch.autograd.grad(loss, [*factors, *downs])
+            of_neurons = [(down * slope).detach().sum(dim=-2) for down, slope in zip(downs, slopes[5:], strict=True)]
+            for total, change in zip(totals, (*slopes[:5], *of_neurons), strict=True):
+                total += change.abs() / 5
+    return totals[0], totals[1:5], totals[5:]
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama", "llama-tied", "gemma2", "olmo2", "granite", "phi3", "qwen3_moe", "deepseek_v3"]
+    "variant", ["llama", "llama-tied", "gemma2", "olmo2", "granite", "phi3", "deepseek_v3", *NARROW_VARIANTS]
 )
-def test_scores_are_gradients_by_masks_of_the_whole_model(variant, tmp_path):
+def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
     model = build(variant)
-    source = save(model, tmp_path, tokenizer=False)
-    layerwise = LayerwiseModel(source, family_at(source), batches())
-    narrowable = model_dimensions(source, family_at(source)).narrowable
-    scores, (hidden, *groups) = all_width_scores(layerwise, narrowable), by_autograd(model)
+    layerwise = LayerwiseModel(save(model, tmp_path, tokenizer=False), family_at(tmp_path), batches())
+    narrowable = variant != "deepseek_v3"
+    scores, (hidden, groups, neurons) = all_width_scores(layerwise, narrowable), by_autograd(model)
     torch.testing.assert_close(scores.hidden, hidden, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(scores.groups, groups, rtol=1e-3, atol=1e-4)
     assert scores.hidden.dtype == torch.float32 and len({*scores.hidden.tolist()}) == 32
-    if narrowable:  # neurons are scored as without the masks
-        for one, other in zip(scores.neurons, neuron_scores(layerwise, "taylor", seed=0), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    if narrowable:
+        torch.testing.assert_close(scores.neurons, neurons, rtol=1e-3, atol=1e-4)
+        # They are the same without masks.
+        alone = neuron_scores(layerwise, "taylor", seed=0)
+        torch.testing.assert_close(scores.neurons, alone, rtol=1e-5, atol=1e-6)
 
 
 # ---- one step
