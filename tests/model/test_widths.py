@@ -17,7 +17,7 @@ from ptl.model.widths import candidates, towards
 EVERY = VARIANTS | MOE_VARIANTS
 FREE = {"hidden": None, "ffn": None, "kv": None}
 REASONER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256}
-REASONER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+REASONER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
 # What differs from the model that transformers' defaults describe
 MODELS = {
     "llama": ("llama", {"num_key_value_heads": 8}),  # hidden size 4096, FFN width 11008, 32 heads
