@@ -22,7 +22,7 @@ def cut(src, dst, goal):
     dst.mkdir(parents=True, exist_ok=True)
     # by `max`: the pruned reasoner still solves some problems, from which GRPO can learn
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=128)
-    prune_checkpoint(src, dst, Prune(criterion="max"), scored, unit="neurons", goal=goal, seed=0)
+    prune_checkpoint(src, dst, Prune(criterion="max"), scored, unit="neurons", goal=goal, end=goal, seed=0)
     return dst
 
 

@@ -1,5 +1,6 @@
 """Each tensor keeps its name and its dtype through every step, in whatever dtype the model is computed."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
 from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions, with_experts
+from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.hub import import_checkpoint
 from ptl.pruning.layerwise import LayerwiseModel
@@ -57,10 +58,11 @@ def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, 
     source = saved(variant, tmp_path, float32_routers=float32_routers, fused=fused)
     import_checkpoint(str(source), None, tmp_path / "imported")
     dense = model_dimensions(tmp_path / "imported", FAMILIES[checkpoint.read_config(source)["model_type"]])
-    unit, goal = ("experts", with_experts(dense, 4).params) if dense.experts else ("neurons", dense.params * 9 // 10)
+    unit, goal = ("experts", replace(dense, experts=4).params) if dense.experts else ("neurons", dense.params * 9 // 10)
     calibration = Calibration(data=DATA.sources[0], num_sequences=4, max_length=64)
     settings = Prune(target=unit)
-    prune_checkpoint(tmp_path / "imported", tmp_path / "pruned", settings, calibration, unit=unit, goal=goal, seed=0)
+    amounts = {"unit": unit, "goal": goal, "end": goal, "seed": 0}
+    prune_checkpoint(tmp_path / "imported", tmp_path / "pruned", settings, calibration, **amounts)
     recover(tmp_path / "pruned", tmp_path / "recovered", CPT, tokens=100)
     recover(tmp_path / "pruned", tmp_path / "merged", CPT | {"lora": {"rank": 2}}, tokens=100)
     before, imported, pruned, recovered, merged = (

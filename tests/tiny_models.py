@@ -1,6 +1,7 @@
 """Random models of every family, a few thousand parameters each, as checkpoints on disk."""
 
 import json
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -164,6 +165,17 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
     return folder
 
 
+def width_of(variant):
+    """Neurons of each layer, or of each expert."""
+    return (VARIANTS | MOE_VARIANTS)[variant][1].get("moe_intermediate_size", SIZES["intermediate_size"])
+
+
+def num_parameters(model):
+    """Parameters, and the routers' corrections, which transformers counts as buffers."""
+    corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return model.num_parameters() + sum(map(torch.numel, corrections))
+
+
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
@@ -184,6 +196,61 @@ def skipping(model, layers):
     for i, layer in enumerate(model.get_decoder().layers):
         if i not in layers:
             layer.forward = lambda hidden, *_args, **_kwargs: hidden
+    return model
+
+
+def router(layer):
+    return layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+
+
+def avoiding(model, experts):
+    """The original model whose routers give the experts outside `experts` a logit of minus infinity: the reference."""
+    for i, kept in experts.items():
+        gate = router(model.get_decoder().layers[i])
+        pruned = torch.ones(len(gate.weight), dtype=torch.bool)
+        pruned[kept] = False
+        if hasattr(gate, "e_score_correction_bias"):  # the scores that choose have it added
+            gate.e_score_correction_bias[pruned] = -torch.inf
+            continue
+
+        def forward(hidden, gate=gate, pruned=pruned):
+            plain = torch.nn.functional.linear
+            with mock.patch("torch.nn.functional.linear", lambda *given: plain(*given).masked_fill(pruned, -torch.inf)):
+                return type(gate).forward(gate, hidden)
+
+        gate.forward = forward
+    return model
+
+
+def silenced(model, family, neurons):
+    """The model whose neurons outside `neurons` give nothing: the reference of a model without them."""
+    for i, kept in neurons.items():
+        name = "mlp.experts.down_proj" if family.experts else f"{family.down_projection}.weight"
+        down = model.get_decoder().layers[i].get_parameter(name)  # [H, F] or [E, H, F]
+        keep = torch.zeros(*kept.shape[:-1], down.shape[-1]).scatter(-1, kept, 1.0)  # [F] or [E, F]
+        with torch.no_grad():
+            down *= keep.unsqueeze(-2)
+    return model
+
+
+def multiplied(model, stream, heads):
+    """The model with all that is written to its residual stream times `stream` [H], before norms that follow.
+
+    What its KV heads give is multiplied by `heads` [KV heads] of each layer.
+    """
+
+    def write(_module, _inputs, output):
+        return (output[0] * stream, *output[1:]) if isinstance(output, tuple) else output * stream
+
+    decoder = model.get_decoder()
+    for module in (decoder.embed_tokens, *(part for layer in decoder.layers for part in (layer.self_attn, layer.mlp))):
+        module.register_forward_hook(write)
+    for i, factors in heads.items():
+
+        def read(_module, inputs, factors=factors):
+            return ((inputs[0].unflatten(-1, (len(factors), -1)) * factors[:, None]).flatten(-2),)
+
+        decoder.layers[i].self_attn.o_proj.register_forward_pre_hook(read)
     return model
 
 

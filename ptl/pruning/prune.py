@@ -214,7 +214,7 @@ def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> l
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
             "prune.criterion=taylor has no loss to measure",
             field="calibration.max_length",
-            remedy="raise it, or set prune.criterion=max, which needs no answers",
+            remedy="raise it, or set prune.target=neurons and prune.criterion=max, which needs no answers",
         )
     return batches
 

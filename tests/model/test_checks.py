@@ -57,7 +57,7 @@ def validate(model, *stages, calibration=TINY.calibration, evaluate=TINY.evaluat
 
 
 def prune(model, tmp_path, calibration=SCORED):
-    prune_checkpoint(model, tmp_path / "cut", Prune(), calibration, unit="neurons", goal=150_000, seed=0)
+    prune_checkpoint(model, tmp_path / "cut", Prune(), calibration, unit="neurons", goal=150_000, end=150_000, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Mixtures of experts, pruned right: by experts and by the neurons inside them, in both layouts that files have."""
+"""Mixtures of experts, in both layouts that files have; what pruned ones compute is in tests/pruning/test_width.py."""
 
 import copy
-from unittest import mock
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +9,17 @@ from tiny_models import (
     MOE_VARIANTS,
     NARROW_VARIANTS,
     SIZES,
+    avoiding,
     batches,
     build,
     change_config,
     family_at,
     load,
     logits,
+    num_parameters,
+    router,
     save,
-    skipping,
+    width_of,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,10 +35,6 @@ SUMMATION = {"rtol": 1e-4, "atol": 2e-4}
 ALL = tuple(range(4))
 FOUR = {0: [0, 2, 3, 5], 1: [1, 2, 3, 4], 2: [0, 1, 4, 5], 3: [0, 3, 4, 5]}  # of six experts, in each layer
 NARROW = 16  # neurons that stay in each expert
-CASES = [(name, "experts") for name in MOE_VARIANTS] + [(name, "neurons") for name in NARROW_VARIANTS]
-# Each layout with all layers and with some, in turn
-FILES = [(False, ALL), (True, (0, 2, 3)), (True, ALL), (False, (0, 2, 3))]
-PRUNED = [(*case, *FILES[n % 2 * 2 + half]) for n, case in enumerate(CASES) for half in (0, 1)]
 
 
 @pytest.fixture(params=MOE_VARIANTS)
@@ -49,16 +48,8 @@ def source(variant, tmp_path):
     return save(build(variant), tmp_path / "source", fused=[*MOE_VARIANTS].index(variant) % 2 == 1)
 
 
-def router(layer):
-    return layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
-
-
 def expert_layers(model):
     return [i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
-
-
-def width_of(variant):
-    return MOE_VARIANTS[variant][1].get("moe_intermediate_size", SIZES["intermediate_size"])
 
 
 def selection_of(variant, unit, layers=ALL):
@@ -69,89 +60,6 @@ def selection_of(variant, unit, layers=ALL):
     generator = torch.Generator().manual_seed(7)
     orders = torch.rand(len(layers), 6, width_of(variant), generator=generator).argsort(dim=-1)
     return Selection(layers, dict(zip(layers, orders[..., :NARROW].sort(dim=-1).values, strict=True)))
-
-
-def num_parameters(model):
-    """Parameters, and the routers' corrections, which transformers counts as buffers."""
-    corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    return model.num_parameters() + sum(map(torch.numel, corrections))
-
-
-def avoiding(model, experts):
-    """The original model whose routers give the experts outside `experts` a logit of minus infinity: the reference."""
-    for i, kept in experts.items():
-        gate = router(model.get_decoder().layers[i])
-        pruned = torch.ones(len(gate.weight), dtype=torch.bool)
-        pruned[kept] = False
-        if hasattr(gate, "e_score_correction_bias"):  # the scores that choose have it added
-            gate.e_score_correction_bias[pruned] = -torch.inf
-            continue
-
-        def forward(hidden, gate=gate, pruned=pruned):
-            plain = torch.nn.functional.linear
-            with mock.patch("torch.nn.functional.linear", lambda *given: plain(*given).masked_fill(pruned, -torch.inf)):
-                return type(gate).forward(gate, hidden)
-
-        gate.forward = forward
-    return model
-
-
-def silenced(model, neurons):
-    """The original model whose experts' neurons outside `neurons` give nothing: the reference."""
-    for i, kept in neurons.items():
-        down = model.get_decoder().layers[i].mlp.experts.down_proj  # [E, H, F]
-        keep = torch.zeros(len(down), down.shape[-1]).scatter(1, kept, 1.0)  # [E, F]
-        with torch.no_grad():
-            down *= keep[:, None]
-    return model
-
-
-@pytest.mark.parametrize(("variant", "unit", "fused", "layers"), PRUNED)
-def test_a_pruned_mixture_equals_the_masked_original(variant, unit, fused, layers, tmp_path):
-    """Saved, read, saved again and read again by transformers, it is the model whose routers avoid what was pruned."""
-    model, selection = build(variant), selection_of(variant, unit, layers)
-    source, family = tmp_path / "source", FAMILIES[MOE_VARIANTS[variant][0]]
-    save(model, source, "5GB" if layers == ALL else "16KB", fused=fused)
-    state = {f"exp_avg.{name}": parameter.detach() * 3 for name, parameter in model.named_parameters()}
-    checkpoint.write_shard(source / checkpoint.STATE, state)
-    write_pruned(source, tmp_path / "pruned", family, selection)
-    assert (len(checkpoint.shards(tmp_path / "pruned")) > 3) == (layers != ALL)
-    pruned, skips = load(tmp_path / "pruned"), skipping(build(variant), layers)
-    without = logits(skips, batches()[0])
-    reference = silenced(avoiding(skips, selection.experts), selection.neurons)
-    for batch in batches():
-        torch.testing.assert_close(logits(pruned, batch), logits(reference, batch), **SUMMATION)
-    assert not torch.allclose(without, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model
-    pruned.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(load(tmp_path / "again"), batches()[0]), logits(pruned, batches()[0]))
-
-    after = model_dimensions(tmp_path / "pruned", family)
-    assert num_parameters(pruned) == after.params < num_parameters(model)
-    assert model_dimensions(tmp_path / "again", family) == after
-    if layers == ALL:
-        planned, size = (dimensions.with_experts, 4) if unit == "experts" else (dimensions.with_width, NARROW)
-        assert after == planned(model_dimensions(source, family), size)
-    if layers == ALL and unit == "neurons":
-        before = checkpoint.read_config(source)
-        assert checkpoint.read_config(tmp_path / "pruned") == before | {family.experts.width: NARROW}
-    # The optimizer state is pruned with the weights.
-    stored = dict(checkpoint.tensors(tmp_path / "pruned" / checkpoint.STATE))
-    assert stored.keys() == {f"exp_avg.{name}" for name, _ in pruned.named_parameters()}
-    for name, parameter in pruned.named_parameters():
-        assert torch.equal(stored[f"exp_avg.{name}"], parameter * 3), name
-
-
-@pytest.mark.parametrize(("variant", "unit"), CASES)
-def test_keeping_everything_changes_no_tensor_and_no_config(variant, unit, source, tmp_path):
-    with_them, everything = expert_layers(build(variant)), torch.arange(6)
-    if unit == "neurons":
-        everything = torch.arange(width_of(variant)).expand(6, -1)
-    parts = dict.fromkeys(with_them, everything)
-    selection = Selection(ALL, {}, parts) if unit == "experts" else Selection(ALL, parts)
-    write_pruned(source, tmp_path / "pruned", family_at(source), selection)
-    before, after = (dict(checkpoint.tensors(path / checkpoint.WEIGHTS)) for path in (source, tmp_path / "pruned"))
-    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    assert checkpoint.read_config(tmp_path / "pruned") == checkpoint.read_config(source)
 
 
 def test_experts_of_the_least_width_are_multiplied_in_groups(tmp_path):
@@ -194,10 +102,8 @@ def test_sizes_and_costs_are_those_of_the_real_model(variant, source):
 
 
 @pytest.mark.parametrize("variant", NARROW_VARIANTS)
-def test_narrow_experts_are_planned_in_any_order_and_cost_what_is_planned(variant, source, tmp_path):
+def test_narrow_experts_cost_less(variant, source, tmp_path):
     body = model_dimensions(source, family_at(source))
-    narrow, few = dimensions.with_width(body, NARROW), dimensions.with_experts(body, 4)
-    assert dimensions.with_experts(narrow, 4) == dimensions.with_width(few, NARROW)
     write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant, "neurons"))
     before, after = dimensions.static_cost(source), dimensions.static_cost(tmp_path / "pruned")
     # Of a neuron each token meets three weights in each of its experts.
@@ -211,7 +117,7 @@ def test_narrow_experts_are_planned_in_any_order_and_cost_what_is_planned(varian
 def test_as_many_experts_stay_as_the_goal_allows(source):
     body = model_dimensions(source, family_at(source))
     one = body.params_per_expert
-    least = dimensions.with_experts(body, body.experts_per_token)
+    least = replace(body, experts=body.experts_per_token)
     for goal in (body.params, body.params + 1, body.params - 1, body.params - one, body.params - one - 1, least.params):
         exact = (goal - least.params) // one + body.experts_per_token
         assert dimensions.experts_for(body, goal) == min(6, exact), goal
@@ -269,7 +175,7 @@ def test_neurons_of_other_mixtures_are_refused():
     for unit in ("neurons", "auto", "neurons_then_layers"):
         with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
             dimensions.check_unit(experts=6, narrowable=False, unit=unit)
-    for unit in ("layers", "experts"):
+    for unit in ("layers", "experts", "width"):
         dimensions.check_unit(experts=6, narrowable=False, unit=unit)
 
 

@@ -46,7 +46,7 @@ def ways(folder, plain, tmp_path):
     source = {"source": "x.jsonl", "format": "text"}
     calibration, stage = Calibration(data=source, max_length=32), RecoverStage(method="distil", teacher=str(folder))
     job = RecoveryJob(data=None, budget=None, scratch=tmp_path, on_log=print)
-    amounts = {"unit": "neurons", "goal": 20_000, "seed": 0}
+    amounts = {"unit": "neurons", "goal": 20_000, "end": 20_000, "seed": 0}
     return {
         "prune": lambda: prune_checkpoint(folder, tmp_path / "a", Prune(), calibration, **amounts),
         "teacher": lambda: load_teacher(plain, stage, job),

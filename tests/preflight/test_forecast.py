@@ -2,16 +2,15 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bodies import body
 
 from ptl.config.dag import nodes
 from ptl.config.recover import RecoverStage
 from ptl.config.run import load_config
 from ptl.config.schedule import plan
-from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import forecast_model, remedies
 from ptl.preflight.forecast import devices, forecast
 from ptl.preflight.forecast_model import CONTEXT, GPUS, Shape, decode_seconds, forward_flops, shape_of
@@ -54,7 +53,8 @@ def test_a_large_model_needs_its_config_only(large):
 
 
 # A model whose numbers can be counted by hand; a token has 48 bytes of cache.
-BODY = ModelDimensions(params=1000, layers=2, width=10, params_per_neuron=20, params_per_layer=300)
+SIZES = {"params": 1000, "layers": 2, "width": 10, "params_per_neuron": 20, "params_per_layer": 300}
+BODY = body(**SIZES)
 SMALL = Shape(BODY, hidden=8, vocabulary=50, lookup=100, heads_width=6, cached_numbers=24, itemsize=2, context=64)
 
 
@@ -63,7 +63,7 @@ def test_flops_and_bytes_of_decoding_are_counted():
     h100 = 3.35e12 / 2  # bytes a second
     assert decode_seconds(SMALL, BODY, 3, 4, 10, GPUS["h100"]) == pytest.approx((1000 * 4 + 3 * 10 * 48) / h100)
     # Of ten experts each token meets two: three rows leave 0.8^3 of them alone.
-    mixed = replace(BODY, experts=10, experts_per_token=2, params_per_expert=50)
+    mixed = body(**SIZES, experts=10, experts_per_token=2, params_per_expert=50)
     read = 1000 - 0.8**3 * 500
     assert decode_seconds(SMALL, mixed, 3, 2, 0, GPUS["h100"]) == pytest.approx(read * 2 / h100)
 
@@ -82,7 +82,7 @@ TRAININGS = (
 
 
 def test_memory_of_a_training_is_counted():
-    model = replace(BODY, params=700, params_per_layer=200)
+    model = body(**SIZES | {"params": 700, "params_per_layer": 200})
     for fields, expected in TRAININGS:
         stage = RecoverStage.model_validate({"batch_size": 16, "accumulation": 2, "max_length": 32} | fields)
         assert forecast_model.training_memory(SMALL, model, stage, 4) == CONTEXT + expected, fields

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from bodies import body
 from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
@@ -13,7 +14,6 @@ from ptl.cli import app
 from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
-from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import preflight, target
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
@@ -74,10 +74,11 @@ def after(model, prune, **schedule):
 
 
 # 100 neurons of 1,000 parameters, and as much again beside them
-DENSE = ModelDimensions(params=200_000, layers=4, width=100, params_per_neuron=1000, params_per_layer=40_000)
+SIZES = {"params": 200_000, "layers": 4, "width": 100, "params_per_neuron": 1000, "params_per_layer": 40_000}
+DENSE = body(**SIZES)
 # 10 experts of 10,000 parameters, of which a token meets 2; a router of 100 for each
 EXPERTS = {"experts": 10, "experts_per_token": 2, "params_per_expert": 10_100, "params_per_route": 100}
-MIXTURE = replace(DENSE, params=201_000, fewest_experts=2, **EXPERTS)
+MIXTURE = body(**SIZES | EXPERTS | {"params": 201_000, "fewest_experts": 2})
 
 
 def test_models_after_each_iteration_have_whole_units():
@@ -96,18 +97,18 @@ def test_models_after_each_iteration_have_whole_units():
     sizes, _ = after(MIXTURE, Prune(width_multiple=1))  # an expert's neurons go by eights
     assert [(each.width, each.active_params) for each in sizes[::2]] == [(64, 113_800), (40, 109_000)]
     # Only of a share `auto` knows that it is half of the model, and takes eight iterations.
-    half = replace(DENSE, params=150_000)
+    half = body(**SIZES | {"params": 150_000})
     assert "set schedule.iterations=8" in after(half, Prune(width_multiple=1), target=75_000, iterations="auto")[1]
     assert "schedule.iterations" not in after(half, Prune(width_multiple=1), target=75_001, iterations="auto")[1]
     # Of a mixture's three layers that have experts one goes, with a third of all that is in them.
     first = after(replace(MIXTURE, dense_layers=(0,)), Prune(target="layers"))[0][0]
-    assert (first.layers, first.params_per_neuron, first.params_per_expert) == (3, 666, 6733)
+    assert (first.layers, first.params_per_neuron, first.params_per_expert) == (3, 500, 5050)
 
 
 @pytest.fixture
 def command(monkeypatch):
     """A command on tiny.yaml, without its checks of the model and its start."""
-    model = ModelDimensions(params=213_568, layers=4, width=192, params_per_neuron=768, params_per_layer=50_000)
+    model = body(params=213_568, layers=4, width=192, params_per_neuron=768, params_per_layer=50_000)
     monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (Path(), model))
     monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
 

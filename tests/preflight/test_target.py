@@ -1,5 +1,7 @@
 """A target becomes a number of parameters and a plan, or an error that says what the model has now."""
 
+from dataclasses import replace
+
 import pytest
 from recovering import DENSE, ROOT
 from tiny_models import build, save
@@ -89,7 +91,7 @@ def with_model(folder, **changes):
 
 def test_experts_reach_a_goal_and_the_plan_says_how_many_remain(mixture):
     shape = shape_of(str(mixture))
-    least = dimensions.with_experts(shape.dimensions, shape.dimensions.fewest_experts + 1).params
+    least = replace(shape.dimensions, experts=shape.dimensions.fewest_experts + 1).params
     goal = MemoryGoal(memory=f"{2 * (least + 10 * shape.cached_numbers) / 1000}kB", tokens=10)
     assert target.params(goal, Prune(target="experts"), mixture) == least
     said = ptl("plan", TINY, *with_model(mixture, **{"schedule.iterations": 2}))

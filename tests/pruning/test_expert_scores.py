@@ -1,5 +1,7 @@
 """Experts: scores against the whole model, one token at a time; then one checkpoint in, one with fewer experts out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import MOE_VARIANTS, batches, build, family_at, load, logits, save, skipping, word_calibration
@@ -9,7 +11,7 @@ from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model import dimensions
-from ptl.model.dimensions import experts_for, model_dimensions, with_experts
+from ptl.model.dimensions import experts_for, model_dimensions
 from ptl.pruning.experts import CRITERIA, expert_scores
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
@@ -75,8 +77,9 @@ def test_scores_are_those_of_each_token_of_the_whole_model(variant, source):
 
 
 def prune(source, calibration, folder, experts=4, goal=None, unit="experts", **settings):
-    goal = goal or with_experts(model_dimensions(source, family_at(source)), experts).params
-    return prune_checkpoint(source, folder, Prune(target=unit, **settings), calibration, unit=unit, goal=goal, seed=0)
+    goal = goal or replace(model_dimensions(source, family_at(source)), experts=experts).params
+    amounts = {"unit": unit, "goal": goal, "end": goal, "seed": 0}
+    return prune_checkpoint(source, folder, Prune(target=unit, **settings), calibration, **amounts)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_as_many_experts_go_from_each_group_of_the_router(calibration, tmp_path)
             layer.mlp.experts.down_proj[[2, 6, 10]] = 0
     source = save(model, tmp_path / "source")
     body = model_dimensions(source, family_at(source))
-    assert [experts_for(body, with_experts(body, number).params) for number in (12, 11, 9, 8)] == [12, 9, 9, 6]
+    assert [experts_for(body, replace(body, experts=number).params) for number in (12, 11, 9, 8)] == [12, 9, 9, 6]
     assert prune(source, calibration, tmp_path / "pruned", experts=10).experts == 9
     for old, new in zip(layers, load(tmp_path / "pruned").get_decoder().layers[1:], strict=True):
         rows = [(old.mlp.gate.weight == kept).all(dim=1).nonzero().item() for kept in new.mlp.gate.weight]
@@ -121,9 +124,9 @@ def test_as_many_experts_go_from_each_group_of_the_router(calibration, tmp_path)
 def test_a_goal_between_two_numbers_of_experts_is_not_exceeded(variant, source, calibration, tmp_path):
     """The pruned mixture is pruned again, and as far as a token's experts allow it."""
     body = model_dimensions(source, family_at(source))
-    goal = with_experts(body, 5).params + 1
+    goal = replace(body, experts=5).params + 1
     report = prune(source, calibration, tmp_path / "once", goal=goal, criterion="frequency")
-    assert report.experts == 5 and report.params < goal < with_experts(body, 6).params
+    assert report.experts == 5 and report.params < goal < replace(body, experts=6).params
     few = body.experts_per_token
     report = prune(tmp_path / "once", calibration, tmp_path / "twice", experts=few)
     assert report.experts == few and dimensions.static_cost(tmp_path / "twice").params == report.params

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from bodies import body
 from tiny_models import batches, build, load, logits, save, word_calibration
 
 from ptl.config.recover import DataSource
@@ -13,7 +14,7 @@ from ptl.config.run import Calibration
 from ptl.config.schedule import EXPERT_CRITERIA, NEURON_CRITERIA, Prune
 from ptl.errors import InputError
 from ptl.model import checkpoint, dimensions
-from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, width_for
+from ptl.model.dimensions import layers_for, model_dimensions, width_for
 from ptl.model.families import FAMILIES
 from ptl.pruning import experts, importance
 from ptl.pruning.prune import _batches, _has_loss, prune_checkpoint
@@ -34,7 +35,7 @@ def calibration(tmp_path):
 
 def prune(source, calibration, folder, *, unit="neurons", goal=None, seed=0, **settings):
     goal = goal or int(model_dimensions(source, LLAMA).params * 0.8)
-    return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, seed=seed)
+    return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, end=goal, seed=seed)
 
 
 # ---- how much stays
@@ -51,34 +52,34 @@ def test_automatic_multiples():
 
 
 def test_widths_by_hand():
-    body = ModelDimensions(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
+    model = body(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
     goals = (1001, 1000, 999, 961, 960, 959)
-    assert [width_for(body, goal, 1) for goal in goals] == [16, 16, 15, 12, 12, 11]
-    assert [width_for(body, goal, 4) for goal in goals] == [16, 16, 12, 12, 12, 8]
-    assert width_for(body, 880, 4) == 4 and width_for(body, 920, 8) == 8
+    assert [width_for(model, goal, 1) for goal in goals] == [16, 16, 15, 12, 12, 11]
+    assert [width_for(model, goal, 4) for goal in goals] == [16, 16, 12, 12, 12, 8]
+    assert width_for(model, 880, 4) == 4 and width_for(model, 920, 8) == 8
     for goal, multiple in ((879, 4), (919, 8), (999, 16)):
         with pytest.raises(InputError, match=f"prune.width_multiple={multiple} needs at least"):
-            width_for(body, goal, multiple)
-    odd = dataclasses.replace(body, width=10)
-    assert width_for(odd, 1000, 8) == 10 and width_for(odd, 999, 8) == 8  # an odd width stays when nothing goes
+            width_for(model, goal, multiple)
+    odd = dataclasses.replace(model, width=10)  # an odd width stays when nothing goes
+    assert [width_for(odd, goal, 8) for goal in (odd.params, odd.params - 1)] == [10, 8]
 
 
 def test_a_loop_and_one_shot_pruning_end_with_the_same_width():
     """Also where the width is small at the end: one-shot pruning rounded it by the large width it began with."""
-    body = ModelDimensions(params=100_000, layers=4, width=64, params_per_neuron=400, params_per_layer=24_000)
+    model = body(params=100_000, layers=4, width=64, params_per_neuron=400, params_per_layer=24_000)
     for goal in range(75_500, 99_000, 1_300):
-        width = width_for(body, (goal + body.params) // 2, "auto")
-        halfway = dataclasses.replace(body, params=body.params - (body.width - width) * 400, width=width)
-        assert width_for(halfway, goal, "auto") == width_for(body, goal, "auto")
+        width = width_for(model, (goal + model.params) // 2, "auto")
+        halfway = dataclasses.replace(model, width=width)
+        assert width_for(halfway, goal, "auto") == width_for(model, goal, "auto")
 
 
 def test_layers_by_hand():
-    body = ModelDimensions(params=1000, layers=4, width=16, params_per_neuron=10, params_per_layer=200)
-    assert [layers_for(body, goal) for goal in (1001, 1000, 999, 800, 799, 400)] == [0, 0, 1, 1, 2, 3]
+    model = body(params=1000, layers=4, width=16, params_per_neuron=12, params_per_layer=200)
+    assert [layers_for(model, goal) for goal in (1001, 1000, 999, 800, 799, 400)] == [0, 0, 1, 1, 2, 3]
     with pytest.raises(InputError, match="would remove 4 of 4 layers"):
-        layers_for(body, 399)
-    assert dimensions.smallest_cuts(body, 8) == {"layers": 200, "neurons": 80}
-    assert dimensions.smallest_cuts(dataclasses.replace(body, layers=1), 8) == {"neurons": 80}  # the last one stays
+        layers_for(model, 399)
+    assert dimensions.smallest_cuts(model, 8) == {"layers": 200, "neurons": 96}
+    assert dimensions.smallest_cuts(dataclasses.replace(model, layers=1), 8) == {"neurons": 24}  # the last one stays
 
 
 @pytest.mark.parametrize("unit", ["neurons", "layers"])

@@ -1,6 +1,7 @@
 """A mixture of experts from pruning to its scores: recovery trains experts and routers, evaluation asks the result."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ptl.config.run import Calibration, Evaluate
 from ptl.config.schedule import Prune
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint, dimensions, pretrained
-from ptl.model.dimensions import model_dimensions, with_experts, with_width
+from ptl.model.dimensions import model_dimensions
 from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_experts")]
@@ -33,10 +34,10 @@ def mixtures(tmp_path_factory):
 
 
 def prune(source, folder, unit, number):
-    sizes = {"experts": with_experts, "neurons": with_width}[unit]
-    goal = sizes(model_dimensions(source, family_at(source)), number).params
+    size = {"experts": "experts", "neurons": "width"}[unit]
+    goal = replace(model_dimensions(source, family_at(source)), **{size: number}).params
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=64)
-    prune_checkpoint(source, folder, Prune(target=unit), scored, unit=unit, goal=goal, seed=0)
+    prune_checkpoint(source, folder, Prune(target=unit), scored, unit=unit, goal=goal, end=goal, seed=0)
     return folder
 
 

@@ -1,0 +1,319 @@
+"""Neurons or experts go, alone or with hidden size and KV heads, and logits stay those of the masked original."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import (
+    MOE_VARIANTS,
+    NARROW_VARIANTS,
+    VARIANTS,
+    avoiding,
+    batches,
+    build,
+    change_config,
+    family_at,
+    load,
+    logits,
+    multiplied,
+    num_parameters,
+    save,
+    silenced,
+    skipping,
+    width_of,
+    word_calibration,
+)
+from torch import nn
+
+from ptl.config.schedule import Prune
+from ptl.model import axes, checkpoint, dimensions
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import FAMILIES
+from ptl.pruning.importance import all_width_scores, neuron_scores
+from ptl.pruning.layerwise import LayerwiseModel
+from ptl.pruning.prune import _batches, prune_checkpoint
+from ptl.pruning.surgery import Selection, write_pruned
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EVERY = VARIANTS | MOE_VARIANTS
+ALL, LAYERS = (0, 1, 2, 3), (0, 2, 3)
+UNITS = [(variant, "neurons") for variant in (*VARIANTS, *NARROW_VARIANTS)]
+UNITS += [(variant, "experts") for variant in MOE_VARIANTS]
+CASES = [(*unit, narrow) for unit in UNITS for narrow in (True, False)]
+# Fields of config.json that follow the layers
+OF_LAYERS = {"num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
+# What cannot be pruned exactly: attention as wide as the hidden size, norms that subtract a mean, or over all heads
+FIXED = {"helium": {"hidden", "kv"}, "olmoe": {"hidden", "kv"}, "cohere2": {"hidden"}, "olmo2": {"kv"}, "olmo3": {"kv"}}
+# Norms of queries and keys keep their size, and have the epsilon of the others, which grows by 32 / 20. Of the largest
+# logit, where it is measurable; elsewhere sums are in another order.
+EPSILON = dict.fromkeys(("olmo2", "olmo3", "exaone4"), 3e-3)
+EXACT = 5e-5
+
+
+def some(count, layers, *sizes, seed=5):
+    """So many of each of the last size, others in each layer, ascending."""
+    orders = torch.rand(len(layers), *sizes, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
+    return dict(zip(layers, orders[..., :count].sort(dim=-1).values, strict=True))
+
+
+def selection_of(variant, unit=None, layers=LAYERS, narrow=True):
+    """Some of the unit, by default neurons where the variant has any; `narrow`: and of hidden size and KV heads."""
+    model, fixed = build(variant), FIXED.get(variant, ()) if narrow else ("hidden", "kv")
+    selection, heads = Selection(layers, {}), axes.kv_heads(model.config)
+    if (unit or dict(reversed(UNITS))[variant]) == "neurons":
+        neurons = some(16, layers, *[6] * (variant in MOE_VARIANTS), width_of(variant))
+        selection = replace(selection, neurons=neurons)
+    else:
+        with_experts = [i for i in layers if hasattr(model.get_decoder().layers[i].mlp, "experts")]
+        selection = replace(selection, experts=some(4, with_experts, 6))
+    hidden = None if "hidden" in fixed else some(20, [0], 32)[0]
+    return replace(selection, hidden=hidden, groups={} if "kv" in fixed else some(heads // 2, layers, heads))
+
+
+def masked(model, family, selection):
+    """The original without what goes: the reference."""
+    everything = torch.arange(model.config.hidden_size)
+    kept = everything if selection.hidden is None else selection.hidden
+    stream = torch.zeros(len(everything)).index_fill(0, kept, 1)
+    nothing = torch.zeros(axes.kv_heads(model.config))
+    heads = {i: nothing.index_fill(0, kept, 1) for i, kept in selection.groups.items()}
+    model = silenced(avoiding(skipping(model, selection.layers), selection.experts), family, selection.neurons)
+    return multiplied(model, stream, heads)
+
+
+def differences(model, reference):
+    """The largest difference of each token's logits, as a part of the largest logit."""
+    pairs = [(logits(model, batch), logits(reference, batch)) for batch in batches()]
+    return torch.cat([(one - other).abs().amax(dim=1) / other.abs().max() for one, other in pairs])
+
+
+@pytest.mark.parametrize(("variant", "unit", "narrow"), CASES)
+def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_path):
+    """With a layer less or with all, in one file or in shards, in both layouts of mixtures; saved and read again."""
+    layers = ALL if variant in MOE_VARIANTS and not narrow else LAYERS
+    fused = (UNITS.index((variant, unit)) % 2 == 0) == narrow
+    model, selection = build(variant), selection_of(variant, unit, layers, narrow)
+    source = save(model, tmp_path / "source", "16KB" if narrow else "5GB", fused=fused)
+    family, state = family_at(source), {f"exp_avg_sq.{name}": p.detach() * 3 for name, p in model.named_parameters()}
+    checkpoint.write_shard(source / checkpoint.STATE, state)
+    write_pruned(source, tmp_path / "pruned", family, selection)
+    assert (len(checkpoint.shards(tmp_path / "pruned")) > 1) == narrow
+    pruned, plain = load(tmp_path / "pruned"), skipping(build(variant), layers)
+    reference, exact = masked(model, family, selection), EPSILON.get(variant, EXACT) if narrow else EXACT
+    assert differences(pruned, reference).max() < exact < 0.1 < differences(plain, reference).max()
+    pruned.save_pretrained(tmp_path / "again")
+    assert differences(load(tmp_path / "again"), pruned).max() < 1e-6
+    before, after, again = (model_dimensions(tmp_path / name, family) for name in ("source", "pruned", "again"))
+    sizes = {"width": 16} if unit == "neurons" else {"experts": 4}
+    sizes |= {"hidden": 20} if selection.hidden is not None else {}
+    sizes |= {"groups": before.groups // 2} if selection.groups else {}
+    assert after == again and after.params == num_parameters(pruned)
+    assert after == replace(before, layers=len(layers), **sizes) or before.dense_layers
+    if not narrow:
+        old, new = (checkpoint.read_config(folder) for folder in (source, tmp_path / "pruned"))
+        changed = {name for name in new if new[name] != old[name]} - OF_LAYERS
+        named = family.experts.counts if unit == "experts" else [family.width_field]
+        assert new.keys() == old.keys() and changed <= {*named}
+
+    # The optimizer state is cut along the same rows and columns, but not scaled.
+    state = dict(checkpoint.tensors(tmp_path / "pruned" / checkpoint.STATE))
+    assert state.keys() == {f"exp_avg_sq.{name}" for name, _ in pruned.named_parameters()}
+    for name, parameter in pruned.named_parameters():
+        value, offset = state[f"exp_avg_sq.{name}"] / 3, family.norm_offset * name.endswith("norm.weight")
+        growth = 1.0 if torch.allclose(value, parameter, rtol=1e-5) else 1.6**0.5
+        torch.testing.assert_close(parameter, (value + offset) * growth - offset, msg=name)
+        assert growth == 1 or (narrow and name.endswith(("norm.weight", "embed_tokens.weight"))), name
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_in_bfloat16_only_the_gains_are_rounded(variant, tmp_path):
+    """Of a mixture half of the tokens: others may be sent to other experts for it."""
+    source = save(build(variant).bfloat16(), tmp_path / "source")
+    family, selection = family_at(source), selection_of(variant)
+    write_pruned(source, tmp_path / "pruned", family, selection)
+    assert {entry.dtype for entry in checkpoint.contents(tmp_path / "pruned").values()} <= {"BF16", "F32"}
+    pruned, whole = (load(folder, dtype=torch.float32) for folder in (tmp_path / "pruned", source))
+    found = differences(pruned, masked(whole, family, selection))
+    assert found.median() < 0.01 and (variant in MOE_VARIANTS or found.max() < 0.1)
+
+
+@pytest.mark.parametrize("variant", EPSILON)
+def test_nothing_but_the_epsilon_of_norms_of_queries_and_keys_differs(variant, tmp_path):
+    model, selection = build(variant, rms_norm_eps=1e-12), selection_of(variant)
+    source = save(model, tmp_path / "source")
+    write_pruned(source, tmp_path / "pruned", family_at(source), selection)
+    assert differences(load(tmp_path / "pruned"), masked(model, family_at(source), selection)).max() < EXACT
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi3", "qwen2", "granite", "cohere2", "qwen3_moe"])
+def test_the_config_has_all_sizes_that_would_follow_from_others(variant, tmp_path):
+    source = change_config(save(build(variant), tmp_path / "source"), head_dim=...)
+    selection = selection_of(variant)
+    write_pruned(source, tmp_path / "pruned", family_at(source), selection)
+    before, after = (checkpoint.read_config(folder) for folder in (source, tmp_path / "pruned"))
+    sizes = {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {family_at(source).width_field: 16}
+    if selection.hidden is not None:
+        sizes |= {"hidden_size": 20, "rms_norm_eps": before["rms_norm_eps"] * 1.6}
+    changed = {name: value for name, value in after.items() if before.get(name) != value}
+    assert {name: value for name, value in changed.items() if name not in OF_LAYERS} == sizes
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_keeping_everything_changes_no_tensor_and_no_config(variant, tmp_path):
+    source, fixed = save(build(variant), tmp_path / "source", fused=variant == "mixtral"), FIXED.get(variant, ())
+    body, config = model_dimensions(source, family_at(source)), checkpoint.read_config(source)
+    assert body.fixed.keys() == {*fixed}
+    layers = [i for i in range(4) if i not in body.dense_layers]
+    neurons = torch.arange(body.width).expand(*[6] * (body.experts > 0), -1)
+    groups = {} if "kv" in fixed else dict.fromkeys(range(4), torch.arange(body.groups))
+    experts = dict.fromkeys(layers if body.experts else (), torch.arange(6))
+    everything = Selection(ALL, dict.fromkeys(layers, neurons) if body.narrowable else {})
+    for name, selection in {
+        "plain": everything,
+        "experts": replace(everything, neurons={}, experts=experts),
+        "narrow": replace(everything, hidden=None if "hidden" in fixed else torch.arange(32), groups=groups),
+    }.items():
+        write_pruned(source, tmp_path / name, family_at(source), selection)
+        old, new = (dict(checkpoint.tensors(folder / checkpoint.WEIGHTS)) for folder in (source, tmp_path / name))
+        assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+        head_dim = {"head_dim": 8} if name == "narrow" and groups else {}  # is written where it is left out
+        assert checkpoint.read_config(tmp_path / name) == head_dim | config
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["llama", "qwen2-sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "exaone4", "deepseek_v3", "gpt_oss"],
+)
+def test_generation_with_the_cache_equals_generation_without(variant, tmp_path):
+    source = save(build(variant), tmp_path / "source")
+    write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant, layers=(1, 2, 3)))
+    pruned, prompt = load(tmp_path / "pruned"), batches(((9, 9),))[0]["input_ids"]
+    assert pruned.generation_config.max_length == 40
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached, plain = (pruned.generate(prompt, use_cache=use, **options) for use in (True, False))
+    assert cached.shape == (2, 21) and torch.equal(cached, plain)
+
+
+# ---- scores
+
+
+def by_autograd(model):
+    """Mean over the sequences of the size of the gradients by factors of 1, of the whole model.
+
+    Of dimensions [H], of each layer's KV heads, and of its neurons' columns of down_proj.
+    """
+    layers, groups = model.get_decoder().layers, [torch.ones(axes.kv_heads(model.config)) for _ in range(4)]
+    factors = [mask.requires_grad_() for mask in (torch.ones(32), *groups)]
+    multiplied(model, factors[0], dict(enumerate(groups)))
+    # Without experts [H, F], with them [E, H, F]
+    downs = [getattr(layer.mlp, "experts", layer.mlp).down_proj for layer in layers]
+    downs = [getattr(down, "weight", down) for down in downs]
+    totals = [torch.zeros_like(each) for each in (*factors, *(down.sum(dim=-2) for down in downs))]
+    for batch in batches():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            ids = ids[None, : mask.sum()]  # without padding
+            loss = nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+            slopes = torch.autograd.grad(loss, [*factors, *downs])
+            of_neurons = [(down * slope).detach().sum(dim=-2) for down, slope in zip(downs, slopes[5:], strict=True)]
+            for total, change in zip(totals, (*slopes[:5], *of_neurons), strict=True):
+                total += change.abs() / 5
+    return totals[0], totals[1:5], totals[5:]
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama-tied", "gemma2", "olmo2", "granite", "phi3", "deepseek_v3", *NARROW_VARIANTS]
+)
+def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
+    model = build(variant)
+    layerwise = LayerwiseModel(save(model, tmp_path, tokenizer=False), family_at(tmp_path), batches())
+    narrowable = variant != "deepseek_v3"
+    scores, (hidden, groups, neurons) = all_width_scores(layerwise, narrowable), by_autograd(model)
+    torch.testing.assert_close(scores.hidden, hidden, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(scores.groups, groups, rtol=1e-3, atol=1e-4)
+    assert scores.hidden.dtype == torch.float32 and len({*scores.hidden.tolist()}) == 32
+    if narrowable:
+        torch.testing.assert_close(scores.neurons, neurons, rtol=1e-3, atol=1e-4)
+        # They are the same without masks.
+        alone = neuron_scores(layerwise, "taylor", seed=0)
+        torch.testing.assert_close(scores.neurons, alone, rtol=1e-5, atol=1e-6)
+
+
+# ---- one step
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    return word_calibration(tmp_path)
+
+
+def prune(source, calibration, folder, goal, end=None, **settings):
+    amounts = {"unit": "width", "goal": goal, "end": end or goal, "seed": 0}
+    return prune_checkpoint(source, folder, Prune(target="width", **settings), calibration, **amounts)
+
+
+@torch.no_grad()
+def loss_of(folder, calibration):
+    """Of a token of the calibration text, by the whole model."""
+    model, losses = load(folder), []
+    for batch in _batches(folder, calibration, seed=0, by_loss=True):
+        predicted, targets = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
+        losses += nn.functional.cross_entropy(predicted[targets != -100], targets[targets != -100], reduction="none")
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "cohere2"])
+def test_of_the_candidates_that_with_the_least_loss_is_chosen(variant, calibration, tmp_path):
+    source = save(build(variant), tmp_path / "source")
+    dense = model_dimensions(source, family_at(source))
+    report = prune(source, calibration, tmp_path / "pruned", goal=int(dense.params * 0.6))
+    after = model_dimensions(tmp_path / "pruned", family_at(source))
+    assert (report.unit, report.criterion, report.sequences) == ("width", "taylor", 8)
+    assert report.params == after.params == dimensions.static_cost(tmp_path / "pruned").params <= report.goal
+    best = min(report.candidates, key=lambda candidate: candidate.loss)
+    sizes = (after.hidden, after.width, after.groups, after.experts)
+    assert (best.hidden, best.width, best.kv_heads, best.experts or 0) == sizes
+    assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
+    assert len({candidate.loss for candidate in report.candidates}) == len(report.candidates) > 1
+    # With sizes that are set nothing is chosen.
+    other = max(report.candidates, key=lambda candidate: candidate.loss)
+    sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
+    fixed = prune(source, calibration, tmp_path / "fixed", goal=report.goal, width=sizes)
+    assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
+    assert other.loss == pytest.approx(loss_of(tmp_path / "fixed", calibration), rel=1e-4)
+    assert not [*tmp_path.glob("candidate-*")]
+
+
+def test_a_loop_gets_to_its_end_by_way_of_its_goals(calibration, tmp_path):
+    folder = save(build("llama"), tmp_path / "source")
+    dense = model_dimensions(folder, FAMILIES["llama"])
+    end = int(dense.params * 0.45)
+    for share in (0.85, 0.7, 0.55, 0.45):
+        report = prune(folder, calibration, tmp_path / f"{share}", int(dense.params * share), end)
+        folder = tmp_path / f"{share}"
+        assert model_dimensions(folder, FAMILIES["llama"]).params == report.params <= report.goal
+        assert report.params > end * (0.9 if report.goal == end else 1)
+        # All of them are ways to the end, which this iteration need not have reached.
+        ends = [replace(dense, hidden=c.hidden, width=c.width, groups=c.kv_heads).params for c in report.candidates]
+        assert max(ends) <= end and {candidate.experts for candidate in report.candidates} == {None}
+    assert torch.isfinite(logits(load(folder), batches()[0])).all()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "granite"])
+def test_dead_widths_are_pruned_without_any_change_of_the_logits(variant, calibration, tmp_path):
+    """As those that are set by hand: here the second KV head, and of 32 dimensions and 40 neurons every fourth."""
+    model, kept = build(variant), torch.arange(40) % 4 > 0
+    stream = kept[:32].float()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(stream)
+        for layer in model.get_decoder().layers:
+            layer.self_attn.o_proj.weight[:, 16:] = 0
+            layer.mlp.down_proj.weight.mul_(kept)
+            for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                part.weight.mul_(stream[:, None])
+    source = save(model, tmp_path / "source", "8KB")
+    narrow = replace(model_dimensions(source, FAMILIES[variant]), hidden=24, width=30, groups=1)
+    sizes = {"hidden": 24, "ffn": 30, "kv": 1}
+    report = prune(source, calibration, tmp_path / "pruned", narrow.params, width=sizes, width_multiple=1)
+    assert (report.hidden, report.widths, report.kv_heads, report.params) == (24, (30,) * 4, 1, narrow.params)
+    assert differences(load(tmp_path / "pruned"), model).max() < EXACT
