@@ -28,7 +28,8 @@ from ptl.storage.store import Pointer
 from ptl.units import size
 
 NOT_METRICS = ("iteration", "started")  # numbers of a record that are no results
-COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")  # of an evaluation's scores
+# Of an evaluation's scores
+COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token", "hidden_size", "kv_heads")
 ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 WEBHOOK = "PTL_WEBHOOK_URL"
 SECONDS = 10  # to wait for the webhook's answer
