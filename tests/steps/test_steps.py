@@ -74,7 +74,7 @@ def test_a_prune_removes_its_share_of_the_dense_model(step, cuts, cap, goal, key
     model = dataclasses.replace(POINTER, params=900, original_params=1000, gate={"cap": cap} if cap else {})
     settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "calibration")}
     key = key_of_step(prune, prune.prune, step, settings, model)
-    assert (key["goal"], key["unit"], key["seed"]) == (goal, "neurons", 7)
+    assert (key["goal"], key["end"], key["unit"], key["seed"]) == (goal, 600, "width", 7)
 
 
 @pytest.mark.parametrize(
