@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shlex
 import sys
@@ -173,7 +174,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
             warnings += formats.context_notes(folder)
 
         def check_exports() -> None:
-            warnings.extend(formats.check_exports(folder, config.export))
+            warnings.extend(formats.check_exports(folder, config.export, config.prune))
 
         warnings += extras.not_checked([check_exports], excused)
         warnings += _planned(target.with_number(config), folder, dimensions)
@@ -194,10 +195,11 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     amount = checks.planned_amount(config, dense.params - ends[0].params)
     if amount.sentence:
         print(amount.sentence)
+    of_exports = [formats.width_warnings(folder, config.export, end.width, end.hidden, end.heads) for end in ends]
     return [
         *preflight.model_warnings(config, dense),
         *formats.layer_warnings(folder, config.export, config.prune.target),
-        *(warning for end in ends for warning in formats.width_warnings(folder, config.export, end.width)),
+        *itertools.chain(*of_exports),
         *amount.warnings(),
     ]
 

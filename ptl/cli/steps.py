@@ -14,7 +14,7 @@ import typer
 from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, writing
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
-from ptl.config.schedule import removal
+from ptl.config.schedule import plan, removal
 from ptl.log import on_terminal
 
 
@@ -50,7 +50,7 @@ def prune(
     if target is not None:
         overrides["schedule.target"] = target
     settings = load_config(config, overrides)
-    unit = settings.prune.target.partition("_")[0]  # of neurons_then_layers the first
+    unit = plan(settings.schedule, settings.prune)[0].unit  # of neurons_then_layers the first
     _check_folders(src, dst)
     params = dimensions.static_cost(src).params
     schedule = resolved(settings.schedule, settings.prune, src)

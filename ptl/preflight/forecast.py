@@ -167,9 +167,9 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
         elif stage == "prune":
             read = models[number - 1]
             ends = [each[-1][1] for each in run.paths[arm]]
-            tokens, seconds, note = _pruning(read, ends, run)
-            about = "about " if len(ends) > 1 else ""
-            note = about + _left(path[number - 1][0].unit, model, dense) + note
+            unit = path[number - 1][0].unit
+            tokens, seconds, note = _pruning(unit, read, ends, run)
+            note = _left(unit, model, ends, dense) + note
         else:
             tokens, seconds, note = _recovery(model, run.schedules[arm], number, run)
         yield StepForecast(
@@ -190,24 +190,31 @@ def sizes(model: ModelDimensions) -> str:
     return f"{model.hidden}/{model.width if model.narrowable else model.experts}/{model.groups}"
 
 
-def _left(unit: Unit, model: ModelDimensions, dense: ModelDimensions) -> str:
+def narrows(ends: list[ModelDimensions], dense: ModelDimensions) -> bool:
+    """Whether a model that the loop may end with has another hidden size than the dense one, or fewer KV heads."""
+    return any((end.hidden, end.groups) != (dense.hidden, dense.groups) for end in ends)
+
+
+def _left(unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense: ModelDimensions) -> str:
     """What is left of what an iteration removes: `25 of 192 neurons`."""
+    if narrows(ends, dense):
+        return f"{'about ' if len(ends) > 1 else ''}{sizes(model)} of {sizes(dense)}"
     if unit == "width":
-        return f"{sizes(model)} of {sizes(dense)}"
+        unit = "neurons" if dense.narrowable else "experts"
     field = "width" if unit == "neurons" else unit
     return f"{getattr(model, field)} of {getattr(dense, field)} {unit}"
 
 
-def _pruning(before: ModelDimensions, ends: list[ModelDimensions], run: Forecast) -> Work:
+def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], run: Forecast) -> Work:
     """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back.
 
     One more through each of several models that the loop may end with.
     """
-    shape, calibration, prune = run.shape, run.config.calibration, run.config.prune
-    taylor = prune.criterion == "taylor" and prune.target != "layers"
+    shape, calibration = run.shape, run.config.calibration
+    taylor = run.config.prune.criterion == "taylor" and unit != "layers"
     tokens = calibration.num_sequences * calibration.max_length
     passes = 3 if taylor else 1
-    if prune.target == "width" and not before.narrowable:
+    if unit == "width" and not before.narrowable:
         passes += 1  # of the experts, which have a score of their own
     flops = passes * forward_flops(shape, before, tokens, calibration.max_length)
     if len(ends) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from string import ascii_uppercase
 
 from ptl.log import table_text
-from ptl.preflight.forecast import HOUR, Forecast, sizes
+from ptl.preflight.forecast import HOUR, Forecast, narrows, sizes
 from ptl.preflight.forecast_model import GIB, checkpoint_bytes
 from ptl.units import decimal_hours, duration, size
 
@@ -41,9 +41,9 @@ def steps(run: Forecast) -> str:
 
 
 def widths(run: Forecast) -> str | None:
-    """The possible sizes after each iteration of the loop as a table; None where the note of a step says them."""
+    """The possible sizes after each iteration of the loop as a table; None where the FFN alone gets narrower."""
     paths, model = run.paths["loop"], run.shape.dimensions
-    if paths[0][0][0].unit != "width":
+    if not narrows([path[-1][1] for path in paths], model):
         return None
     columns = [ascii_uppercase[i] for i in range(len(paths))]
     rows = [["dense", *(sizes(model) for _ in paths)]]

@@ -101,7 +101,7 @@ def starter(
         "target": f"{goal:_.12g}" if isinstance(goal, float) else f"{{memory: {goal.memory}}}",
         "lowered": "" if target is None and usual < TARGET else None,
         "units": prune.target,
-        "scored": "widths" if prune.target == "width" else prune.target,
+        "scored": {"auto": "widths", "width": "widths"}.get(prune.target, prune.target),
         "criterion": prune.criterion,
         "tokens": f"{tokens:_}",
         **_data_values(rows, task_names, folder),
@@ -132,11 +132,11 @@ def _config(text: str, folder: Path) -> Config:
 def default_target(before: ModelDimensions, tokens: float | None, unit: str = "neurons") -> float:
     """The share to remove by default: TARGET, or less where rows of so many tokens cannot recover that.
 
-    Not more than half of what can go of a `unit`: in small models most parameters are embeddings, which go with the
-    hidden size alone.
+    Not more than half of what can go with `unit` as prune.target: in small models most parameters are embeddings, which
+    go with the hidden size alone.
     """
     removable = before.width * before.params_per_neuron
-    if unit == "width" and "hidden" not in before.fixed:
+    if unit in ("auto", "width") and "hidden" not in before.fixed and not before.square:
         removable = before.params
     elif before.experts:  # those that a token can do without
         removable = (before.experts - before.fewest_experts) * before.params_per_expert

@@ -120,7 +120,10 @@ def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> 
     Later steps choose again, from where they are. All but width has one path. Raises InputError for a target that
     leaves all or nothing, or that neurons, widths, experts or layers cannot reach.
     """
-    check_unit(model.experts, model.narrowable, prune.target)
+    iterations = plan(schedule, prune)
+    units = {iteration.unit for iteration in iterations}
+    for unit in units:
+        check_unit(model.experts, model.narrowable, unit)
     total = removal(model.params, schedule.target)
     if not 0 < total < model.params:
         raise InputError(
@@ -128,9 +131,8 @@ def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> 
             field="schedule.target",
             remedy="give a share between 0 and 1, or the number of parameters to end with",
         )
-    iterations = plan(schedule, prune)
     ends = [model]
-    if any(iteration.unit == "width" for iteration in iterations):
+    if "width" in units:
         ends = widths.candidates(model, model.params - total, prune.width_multiple, prune.ends)
     paths = []
     for end in ends:

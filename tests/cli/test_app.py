@@ -79,7 +79,7 @@ def test_messages(ptl, checkpoint, tmp_path, monkeypatch):
 def test_a_run_is_refused_before_any_work(tmp_path):
     """In a process of its own: code 2 and a message, before MLflow's database or a run directory exist."""
     for fields, said in (
-        ({"prune__width_multiple": 128}, "prune.width_multiple=128"),
+        ({"prune__target": "neurons", "prune__width_multiple": 128}, "prune.width_multiple=128"),
         ({"model__path": tmp_path}, "has no config.json"),
     ):
         done = command.ptl("run", TINY, "--home", tmp_path / "home", *options(**fields))

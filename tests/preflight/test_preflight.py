@@ -16,6 +16,7 @@ from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.preflight import preflight, target
 
+CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
 STAGE = {"method": "cpt", "decay": "each"}
@@ -109,7 +110,7 @@ def test_models_after_each_iteration_have_whole_units():
 def command(monkeypatch):
     """A command on tiny.yaml, without its checks of the model and its start."""
     model = body(params=213_568, layers=4, width=192, params_per_neuron=768, params_per_layer=50_000)
-    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (Path(), model))
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (CHECKPOINT, model))
     monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
 
     def run(name, *sets):

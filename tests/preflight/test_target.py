@@ -62,7 +62,7 @@ def test_the_sizes_of_what_cannot_be_are_refused():
         (0.9, "target: .* cannot be reached by neurons: prune.width_multiple="),
     ):
         with pytest.raises(InputError, match=rf"^schedule\.{said}"):
-            check_model(DENSE, Schedule(target=goal, recovery_tokens=1000), Prune())
+            check_model(DENSE, Schedule(target=goal, recovery_tokens=1000), Prune(target="neurons"))
 
 
 def ptl(*arguments):

@@ -57,7 +57,10 @@ def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_choos
     # All sizes are set: nothing is compared.
     one = columns(ptl("plan", TINY, **WIDTH | FIXED))
     assert [one["4"], one["Iteration"]] == [["48/75/1"], ["A"]]
-    assert columns(ptl("plan", TINY)) == {}
+    # The FFN alone: the notes of the steps are enough.
+    for changes in ({}, {"prune.target": "width"}, {"prune.target": "neurons"}):
+        said = ptl("plan", TINY, **changes)
+        assert columns(said) == {} and "80 of 192 neurons" in said, changes
 
 
 def test_no_size_grows_and_the_last_iteration_ends_as_the_candidates_do():

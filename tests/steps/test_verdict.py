@@ -26,7 +26,7 @@ CUT = "sha256:" + "c" * 64
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
 RULE = Gate(enabled=True)
 PRUNE = Prune()
-SMALLEST = {"smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
+SMALLEST = {"smallest_cuts": {"neurons": 1_000, "width": 1_000, "layers": 9_000}}
 SCORES = {"tasks": [{"task": "t", "accuracy": 0.9, "low": 0.8, "high": 0.95, "items": 200}]}
 
 
