@@ -117,8 +117,11 @@ def _hidden_sizes(model: ModelDimensions, groups: int, multiple: Multiple, ends:
     """Hidden sizes to choose from, the largest first."""
     if ends.get("hidden") or "hidden" in model.fixed:
         return iter([ends.get("hidden") or model.hidden])
-    step = _step(model, groups * model.heads_per_group, multiple)
-    return itertools.chain([model.hidden], range((model.hidden - 1) // step * step, 0, -step))
+    heads = groups * model.heads_per_group
+    step = _step(model, heads, multiple)
+    # Of KV heads that a user has set, the query heads need not divide today's.
+    today = [model.hidden] if groups == model.groups or model.hidden % heads == 0 else []
+    return itertools.chain(today, range((model.hidden - 1) // step * step, 0, -step))
 
 
 def _step(model: ModelDimensions, heads: int, multiple: Multiple) -> int:
