@@ -30,16 +30,17 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
     if goal >= model.params:
         return [model]
     if ends is None:
-        ends = {}
-        if model.square:
-            model = replace(model, fixed=dict.fromkeys(("hidden", "kv"), "not every runtime loads another"))
+        ends = {"hidden": model.hidden, "kv": model.groups} if model.square else {}
     _check(model, ends)
     found: list[ModelDimensions] = []
     for groups in _groups(model, ends):
         narrow = _balanced(model, groups, goal, multiple, ends)
-        if narrow is not None and narrow == replace(model, width=narrow.width):
+        if narrow is None:
+            continue
+        is_ffn = narrow == replace(model, width=narrow.width, experts=narrow.experts)
+        if is_ffn and (ends.get("ffn") or _ffn_share(narrow) >= FFN_SHARE):
             return [narrow]
-        found += [narrow] if narrow else []
+        found.append(narrow)
     if found:
         # Not less than the goal, where another is just that.
         return [sizes for sizes in found if _has_cut_ffn(sizes, model)][::-1] or found[::-1]
@@ -81,7 +82,8 @@ def _balanced(model: ModelDimensions, groups: int, goal: int, multiple: Multiple
         narrow = replace(model, groups=groups, hidden=hidden, width=ends.get("ffn") or model.width)
         closed = narrow if narrow.params <= goal else None if ends.get("ffn") else _closed(narrow, goal, multiple)
         last = closed or last
-        if closed is not None and (ends.get("ffn") or _ffn_share(closed) >= FFN_SHARE):
+        # Below this hidden size an FFN that need not be cut gets no larger share.
+        if closed is not None and (narrow.params <= goal or _ffn_share(closed) >= FFN_SHARE):
             break
     return last
 
@@ -115,8 +117,11 @@ def _hidden_sizes(model: ModelDimensions, groups: int, multiple: Multiple, ends:
     """Hidden sizes to choose from, the largest first."""
     if ends.get("hidden") or "hidden" in model.fixed:
         return iter([ends.get("hidden") or model.hidden])
-    step = _step(model, groups * model.heads_per_group, multiple)
-    return itertools.chain([model.hidden], range((model.hidden - 1) // step * step, 0, -step))
+    heads = groups * model.heads_per_group
+    step = _step(model, heads, multiple)
+    # Of KV heads that a user has set, the query heads need not divide today's.
+    today = [model.hidden] if groups == model.groups or model.hidden % heads == 0 else []
+    return itertools.chain(today, range((model.hidden - 1) // step * step, 0, -step))
 
 
 def _step(model: ModelDimensions, heads: int, multiple: Multiple) -> int:

@@ -125,8 +125,9 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
         with pytest.raises(InputError) as refused:
             size(body, too_small)
         assert refused.value.field == "schedule.target"
-    neurons = {"neurons": 8 * body.params_per_neuron} if body.narrowable else {}
-    assert dimensions.smallest_cuts(body, "auto") == {"layers": body.params_per_layer, "experts": one} | neurons
+    neurons = dict.fromkeys(("neurons", "width"), 8 * body.params_per_neuron) if body.narrowable else {}
+    cuts = {"layers": body.params_per_layer, "experts": one, "width": one} | neurons
+    assert dimensions.smallest_cuts(body, "auto") == cuts
     assert dimensions.smallest_cuts(least, "auto").keys() == {"layers", *neurons}
 
 

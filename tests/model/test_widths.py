@@ -1,5 +1,6 @@
 """Sizes that width pruning chooses from, and those on the way to them."""
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, reduce
@@ -10,14 +11,17 @@ from tiny_models import MOE_VARIANTS, SIZES, VARIANTS, build
 
 from ptl.errors import InputError
 from ptl.model import shapes
-from ptl.model.dimensions import dimensions_of, resolve_multiple, width_for
+from ptl.model.dimensions import dimensions_of, experts_for, width_for
 from ptl.model.families import FAMILIES
-from ptl.model.widths import candidates, towards
+from ptl.model.widths import FFN_SHARE, candidates, towards
 
 EVERY = VARIANTS | MOE_VARIANTS
 FREE = {"hidden": None, "ffn": None, "kv": None}
 REASONER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256}
 REASONER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
+# More than its share in embeddings
+GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "vocab_size": 262144}
+GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1}
 # What differs from the model that transformers' defaults describe
 MODELS = {
     "llama": ("llama", {"num_key_value_heads": 8}),  # hidden size 4096, FFN width 11008, 32 heads
@@ -26,6 +30,7 @@ MODELS = {
     "deepseek": ("deepseek_v3", {"num_hidden_layers": 8}),
     "cohere": ("cohere2", {}),
     "olmo": ("olmo2", {"num_key_value_heads": 8}),
+    "gemma": ("gemma3_text", GEMMA),
     "tiny": ("llama", SIZES),
     "mixture": ("qwen3_moe", SIZES | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
 }
@@ -69,35 +74,69 @@ def model(request):
     return dimensions(request.param)
 
 
+def ffn_share(sizes):
+    return 1 - replace(sizes, width=0).params / sizes.params
+
+
+def filled(sizes, whole, goal, multiple):
+    """With as much of the whole model's FFN as the goal leaves room for."""
+    sizes = replace(sizes, width=whole.width, experts=whole.experts)
+    if sizes.narrowable:
+        return replace(sizes, width=width_for(sizes, goal, multiple))
+    return replace(sizes, experts=experts_for(sizes, goal))
+
+
 @pytest.mark.parametrize("multiple", ["auto", 1, 24])
 def test_candidates_have_as_many_parameters_as_the_goal_allows(model, multiple):
-    is_small = model.hidden < 64
-    for share in () if is_small and multiple == 24 else (0.9, 0.7, 0.5, 0.4):
-        goal = int(share * model.params)
-        found = candidates(model, goal, multiple, FREE)
-        with suppress(InputError):  # where the FFN does it alone, that is one of them
-            width_for(model, goal, multiple)
-            assert (found[0].hidden, found[0].groups) == (model.hidden, model.groups)
-        assert len({(each.hidden, each.width, each.groups, each.experts) for each in found}) == len(found)
-        for each in found:
-            step = resolve_multiple(model.width, each.width, multiple, model.least_multiple)
-            wider = replace(each, width=each.width + step)
-            if not model.narrowable:
-                wider = replace(each, experts=each.experts + model.expert_groups)
-            # The FFN of a small model may have nothing more to give.
-            assert each.params <= goal and (goal < wider.params or is_small)
-            assert each.width % step == 0 if model.narrowable else each.width == model.width
+    """And no larger hidden size leaves the FFN its share."""
+    for part in () if model.hidden < 64 and multiple == 24 else (0.9, 0.7, 0.5, 0.3):
+        goal = int(part * model.params)
+        for each in candidates(model, goal, multiple, FREE):
+            assert each.params <= goal and each == filled(each, model, goal, multiple)
+            is_whole = (each.width, each.experts) == (model.width, model.experts)
+            assert ffn_share(each) >= FFN_SHARE or is_whole or "hidden" in model.fixed
             assert each.hidden == model.hidden or "hidden" not in model.fixed
             assert each.hidden % each.heads == each.hidden % model.least_multiple == 0
             assert multiple != 24 or each.hidden == model.hidden or each.hidden % 24 == 0
-            assert each.groups in ({model.groups} if "kv" in model.fixed else {model.groups, model.groups // 2})
+            if multiple == 1 and each.hidden < model.hidden:
+                step = math.lcm(each.heads, model.least_multiple)
+                with suppress(InputError):  # the FFN would get too narrow for anything
+                    larger = filled(replace(each, hidden=each.hidden + step), model, goal, multiple)
+                    assert ffn_share(larger) < FFN_SHARE
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "expected", "of_auto"),
+    [
+        ("llama", 0.5, [(4096, 3456, 8)], None),
+        ("llama", 0.4, [(4096, 3584, 4), (3712, 2560, 8)], None),
+        ("mixtral", 0.1, [(4096, 960, 8)], None),
+        ("deepseek", 0.2, [(7168, 2048, 128)], None),  # experts alone
+        ("deepseek", 0.1, [(5632, 2048, 64), (5120, 2048, 128)], None),
+        # With both KV heads the whole FFN would stay, and less than the goal.
+        ("tiny", 0.5, [(32, 15, 1)], None),
+        # What cannot be pruned stays, and what not every runtime loads.
+        ("olmo", 0.4, [(3456, 2816, 8)], [(4096, 1664, 8)]),
+        ("cohere", 0.7, [(8192, 11776, 64)], None),
+        ("cohere", 0.5, [(8192, 10112, 32), (8192, 4608, 64)], [(8192, 4608, 64)]),
+        # The FFN never had its share.
+        ("gemma", 0.61, [(384, 2048, 1)], None),
+    ],
+)
+def test_the_ffn_goes_alone_where_it_keeps_its_share(name, share, expected, of_auto):
+    model = dimensions(name)
+    for ends, sizes in ((FREE, expected), (None, of_auto or expected)):
+        found = candidates(model, int(share * model.params), "auto", ends)
+        assert [(each.hidden, each.width, each.groups) for each in found] == sizes
+        assert all(each.fixed == model.fixed for each in found)  # nothing else is changed
 
 
 def test_goals_that_are_met_or_out_of_reach(model):
     assert candidates(model, model.params, "auto", FREE) == [model]
-    for ends in (FREE, FREE | {"ffn": model.width}, FREE | {"hidden": model.hidden, "kv": model.groups}):
-        with pytest.raises(InputError, match="1,000 parameters cannot be reached by width") as refused:
-            candidates(model, 1000, "auto", ends)
+    whole = {"hidden": model.hidden, "kv": model.groups}
+    for ends in (FREE, None, FREE | {"ffn": model.width}, FREE | whole):
+        with pytest.raises(InputError, match="500 parameters cannot be reached by") as refused:
+            candidates(model, 500, "auto", ends)
         assert refused.value.field == "schedule.target"
 
 
@@ -112,18 +151,22 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
         assert each.hidden == 3072 and each.params <= goal < replace(each, width=each.width + 64).params
     for each in found(ffn=5504):  # the largest hidden size with it
         assert each.width == 5504 and each.params <= goal < replace(each, hidden=each.hidden + 64).params
-    assert [each.groups for each in found(ffn=5504)] == [each.groups for each in found(hidden=3072)] == [8, 4]
-    assert {each.groups for each in found(kv=2)} == {2} and len(found(kv=2)) == 4
+    assert [each.groups for each in found(ffn=5504)] == [each.groups for each in found(hidden=3072)] == [4, 8]
+    assert found(ffn=3456) == [replace(llama, width=3456)]
+    (each,) = found(kv=2)
+    assert (each.hidden, each.groups) == (4096, 2) and each.params <= goal < replace(each, width=each.width + 64).params
     (each,) = found(hidden=3072, kv=2)
     assert (each.hidden, each.groups) == (3072, 2) and each.params <= goal < replace(each, width=each.width + 64).params
     (each,) = found(ffn=7040, kv=2)
     assert (each.width, each.groups) == (7040, 2)
     assert each.params <= goal < replace(each, hidden=each.hidden + 64).params
-    assert [each.groups for each in found(hidden=3072, ffn=5504)] == [8, 4]
+    (each,) = found(multiple=1, kv=3)  # twelve query heads are left, which do not divide 4096
+    assert (each.hidden, each.groups) == (4092, 3)
+    assert [each.groups for each in found(hidden=3072, ffn=5504)] == [4, 8]
     assert found(hidden=3072, ffn=5504, kv=2) == [replace(llama, hidden=3072, width=5504, groups=2)]
     # They need not be used up, and must do.
-    assert found(hidden=1024) == [replace(llama, hidden=1024, groups=groups) for groups in (8, 4)]
-    with pytest.raises(InputError, match="cannot be reached by width"):
+    assert found(hidden=1024) == [replace(llama, hidden=1024, groups=groups) for groups in (4, 8)]
+    with pytest.raises(InputError, match=r"cannot be reached by prune\.target=width"):
         found(hidden=4096, ffn=5504, kv=8)
 
 
@@ -158,7 +201,7 @@ def test_sizes_that_a_model_cannot_have_are_refused(name, ends, said):
 
 
 @pytest.mark.parametrize("iterations", [3, 8])
-@pytest.mark.parametrize("share", [0.6, 0.45])
+@pytest.mark.parametrize("share", [0.6, 0.35])
 def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, share, iterations):
     goals = [int(model.params * (1 - (1 - share) * i / iterations)) for i in range(1, iterations + 1)]
     for end in candidates(model, goals[-1], "auto", FREE):
@@ -177,13 +220,12 @@ def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, s
 
 def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
     llama = dimensions("llama")
-    end = next(each for each in candidates(llama, llama.params // 2, "auto", FREE) if each.groups == 4)
+    end, with_all = candidates(llama, int(llama.params * 0.3), "auto", FREE)
     without = replace(llama, groups=4).params
-    assert towards(llama, end, without, "auto").groups == 4
+    assert towards(llama, end, without, "auto").groups == end.groups == 4
     early = towards(llama, end, without + 1, "auto")
     assert early.groups == 8 and early.width < llama.width
     # Nor the hidden size: it has fallen by half when half of the parameters have gone.
-    end = candidates(llama, llama.params // 2, "auto", FREE)[3]
-    halfway = towards(llama, end, (llama.params + end.params) // 2, "auto")
-    assert (end.hidden, halfway.hidden) == (3200, 3712)
+    halfway = towards(llama, with_all, (llama.params + with_all.params) // 2, "auto")
+    assert (with_all.hidden, halfway.hidden) == (2816, 3456)
     assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end

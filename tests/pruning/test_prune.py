@@ -78,8 +78,9 @@ def test_layers_by_hand():
     assert [layers_for(model, goal) for goal in (1001, 1000, 999, 800, 799, 400)] == [0, 0, 1, 1, 2, 3]
     with pytest.raises(InputError, match="would remove 4 of 4 layers"):
         layers_for(model, 399)
-    assert dimensions.smallest_cuts(model, 8) == {"layers": 200, "neurons": 96}
-    assert dimensions.smallest_cuts(dataclasses.replace(model, layers=1), 8) == {"neurons": 24}  # the last one stays
+    assert dimensions.smallest_cuts(model, 8) == {"layers": 200, "neurons": 96, "width": 96}
+    # The last one stays.
+    assert dimensions.smallest_cuts(dataclasses.replace(model, layers=1), 8) == {"neurons": 24, "width": 24}
 
 
 @pytest.mark.parametrize("unit", ["neurons", "layers"])

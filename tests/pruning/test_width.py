@@ -1,5 +1,6 @@
 """Neurons or experts go, alone or with hidden size and KV heads, and logits stay those of the masked original."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -247,9 +248,9 @@ def calibration(tmp_path):
     return word_calibration(tmp_path)
 
 
-def prune(source, calibration, folder, goal, end=None, **settings):
-    amounts = {"unit": "width", "goal": goal, "end": end or goal, "seed": 0}
-    return prune_checkpoint(source, folder, Prune(target="width", **settings), calibration, **amounts)
+def prune(source, calibration, folder, goal, end=None, unit="width", **settings):
+    amounts = {"unit": unit, "goal": goal, "end": end or goal, "seed": 0}
+    return prune_checkpoint(source, folder, Prune(**{"target": "width"} | settings), calibration, **amounts)
 
 
 @torch.no_grad()
@@ -262,21 +263,35 @@ def loss_of(folder, calibration):
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "cohere2"])
-def test_of_the_candidates_that_with_the_least_loss_is_chosen(variant, calibration, tmp_path):
-    source = save(build(variant), tmp_path / "source")
+def fitted(model, calibration, folder):
+    """Saved after its output layer has learned the calibration text: its loss is below that of guessing."""
+    optimizer = torch.optim.Adam(model.get_output_embeddings().parameters(), lr=0.05)
+    for batch in 10 * _batches(save(model, folder), calibration, seed=0, by_loss=True):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return save(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("variant", "share", "ranked"),
+    [("qwen3_moe", 0.45, True), ("cohere2", 0.6, True), ("llama", 0.6, False), ("deepseek_v3", 0.45, False)],
+)
+def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant, share, ranked, calibration, tmp_path):
+    model = build(variant)
+    source = fitted(model, calibration, tmp_path / "fitted") if ranked else save(model, tmp_path / "source")
     dense = model_dimensions(source, family_at(source))
-    report = prune(source, calibration, tmp_path / "pruned", goal=int(dense.params * 0.6))
+    report = prune(source, calibration, tmp_path / "pruned", goal=int(dense.params * share))
     after = model_dimensions(tmp_path / "pruned", family_at(source))
     assert (report.unit, report.criterion, report.sequences) == ("width", "taylor", 8)
     assert report.params == after.params == dimensions.static_cost(tmp_path / "pruned").params <= report.goal
-    best = min(report.candidates, key=lambda candidate: candidate.loss)
+    first, least = report.candidates
+    assert least.loss < first.loss and (least.loss < math.log(model.config.vocab_size)) == ranked
+    best, other = (least, first) if ranked else (first, least)
     sizes = (after.hidden, after.width, after.groups, after.experts)
     assert (best.hidden, best.width, best.kv_heads, best.experts or 0) == sizes
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
-    assert len({candidate.loss for candidate in report.candidates}) == len(report.candidates) > 1
     # With sizes that are set nothing is chosen.
-    other = max(report.candidates, key=lambda candidate: candidate.loss)
     sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
     fixed = prune(source, calibration, tmp_path / "fixed", goal=report.goal, width=sizes)
     assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
@@ -284,18 +299,38 @@ def test_of_the_candidates_that_with_the_least_loss_is_chosen(variant, calibrati
     assert not [*tmp_path.glob("candidate-*")]
 
 
+@pytest.mark.parametrize(
+    ("variant", "share", "target"),
+    [("llama", 0.9, "width"), ("qwen3_moe", 0.6, "auto"), ("granite", 0.6, "auto")],  # and where not all runtimes load
+)
+def test_where_only_the_ffn_shrinks_neurons_are_pruned(variant, share, target, calibration, tmp_path):
+    source = save(build(variant), tmp_path / "source")
+    dense = model_dimensions(source, family_at(source)).params
+    goal = int(dense * (1 + share) / 2)
+    for end in (goal, int(dense * share)):  # of the last iteration, and of one before
+        reports = [
+            prune(source, calibration, tmp_path / unit, goal, end, unit=unit, target=target)
+            for unit in ("width", "neurons")
+        ]
+        one, same = (replace(report, seconds=0) for report in reports)
+        assert one == same and one.unit == "neurons" and one.candidates == ()
+        one, same = ((tmp_path / unit / checkpoint.WEIGHTS).read_bytes() for unit in ("width", "neurons"))
+        assert one == same
+
+
 def test_a_loop_gets_to_its_end_by_way_of_its_goals(calibration, tmp_path):
     folder = save(build("llama"), tmp_path / "source")
     dense = model_dimensions(folder, FAMILIES["llama"])
-    end = int(dense.params * 0.45)
+    end, compared = int(dense.params * 0.45), []
     for share in (0.85, 0.7, 0.55, 0.45):
         report = prune(folder, calibration, tmp_path / f"{share}", int(dense.params * share), end)
         folder = tmp_path / f"{share}"
         assert model_dimensions(folder, FAMILIES["llama"]).params == report.params <= report.goal
         assert report.params > end * (0.9 if report.goal == end else 1)
-        # All of them are ways to the end, which this iteration need not have reached.
-        ends = [replace(dense, hidden=c.hidden, width=c.width, groups=c.kv_heads).params for c in report.candidates]
-        assert max(ends) <= end and {candidate.experts for candidate in report.candidates} == {None}
+        compared += report.candidates
+    # All of them are ways to the end, which an iteration need not have reached.
+    ends = [replace(dense, hidden=c.hidden, width=c.width, groups=c.kv_heads).params for c in compared]
+    assert len(ends) > 1 and max(ends) <= end and {candidate.experts for candidate in compared} == {None}
     assert torch.isfinite(logits(load(folder), batches()[0])).all()
 
 
