@@ -45,7 +45,7 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
         # Not less than the goal, where another is just that.
         return [sizes for sizes in found if _has_cut_ffn(sizes, model)][::-1] or found[::-1]
     raise InputError(
-        f"{goal:,} parameters cannot be reached by prune.target=width",
+        f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
         remedy="let schedule.target remove less, or lower prune.width_multiple or the sizes of prune.width",
     )
@@ -66,7 +66,11 @@ def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: M
     most = next(groups for groups in possible if replace(model, groups=groups).params >= goal)
     for groups in possible[possible.index(most) :: -1]:
         step = _step(model, groups * model.heads_per_group, multiple)
-        start = min(math.ceil(hidden / step) * step, model.hidden)
+        # Not below the goal before the FFN is pruned: the gate may allow for no more.
+        rounded = range(math.ceil(hidden / step) * step, model.hidden, step)
+        start = next(
+            (size for size in rounded if replace(model, groups=groups, hidden=size).params >= goal), model.hidden
+        )
         for size in (start, *range((start - 1) // step * step, end.hidden - 1, -step)):
             sizes = _closed(replace(model, groups=groups, hidden=size), goal, multiple)
             # An FFN below that of the end could not get there.
@@ -166,7 +170,7 @@ def _check(model: ModelDimensions, ends: Ends) -> None:
         size = ends.get(name) or step
         if size % step:
             raise InputError(
-                f"{size} is no multiple of {step}: of the query heads, and in a mixture of experts of 8",
+                f"{size} is no multiple of {step} (the query heads; of 8 in a mixture of experts)",
                 field=f"prune.width.{name}",
                 remedy=f"set {size // step * step or step}",
             )
