@@ -241,13 +241,14 @@ def measure(cell: Cell) -> Row:
         trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), cut)
         seconds = time.process_time() - began
         solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
+        widths = widths_of(trained.checkpoint)
     return asdict(cell) | {
         "params": trained.params,
         "accuracy": sum(solved) / len(solved),
         "solved": f"{int(''.join(map(str, solved)), 2):0{math.ceil(phase.items / 4)}x}",
         "flops": trained.flops,
         "scoring_flops": trained.scoring_flops,
-        "widths": widths_of(trained.checkpoint),
+        "widths": widths,
         "seconds": round(seconds, 1),
         "torch": torch.__version__,
     }

@@ -39,6 +39,7 @@ class ModelDimensions:
     layer: Terms  # parameters of a layer that can be removed, without its experts
     outside: Terms  # of all else: embeddings, last norm, output layer, layers that stay; tied tensors count once
     heads_per_group: int = 1  # query heads
+    head_size: int = 1  # numbers of what a head gives
     fixed: Mapping[str, str] = field(default_factory=dict)  # "hidden" and "kv", where they cannot be pruned: why
     square: bool = False  # whether some runtime needs a hidden size of all heads together, as of Family
     # Of a mixture of experts; 0 in a dense model
@@ -151,6 +152,7 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         layer=terms(names.values()),
         outside=terms(model.tensors.keys() - counted),
         heads_per_group=config.num_attention_heads // widths[GROUPS],
+        head_size=getattr(config, "v_head_dim", axes.head_size(config)),
         fixed=axes.fixed(of_names, config),
         square=model.family.square,
         dense_layers=dense_layers,

@@ -16,6 +16,7 @@ from ptl.errors import InputError
 from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
 
 FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
+QUERIES = 0.4  # of the hidden size, that all query heads together keep: KV heads do not go in every iteration anew
 
 Ends = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
@@ -114,7 +115,9 @@ def _groups(model: ModelDimensions, ends: Ends) -> list[int]:
     """Numbers of KV groups to choose from: all of them, and the next lower number that divides them."""
     if kv := ends.get("kv"):
         return [kv]
-    return [model.groups] if "kv" in model.fixed else _divisors(model.groups)[:-3:-1]
+    fewer = [] if "kv" in model.fixed else _divisors(model.groups)[-2:-1]
+    per_group = model.heads_per_group * model.head_size
+    return [model.groups, *(groups for groups in fewer if groups * per_group >= QUERIES * model.hidden)]
 
 
 def _hidden_sizes(model: ModelDimensions, groups: int, multiple: Multiple, ends: Ends) -> Iterator[int]:

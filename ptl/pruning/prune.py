@@ -192,7 +192,7 @@ def _compared(
     for sizes in possible:
         with tempfile.TemporaryDirectory(dir=dst.parent, prefix="candidate-") as name:
             folder = Path(name)
-            write_pruned(src, folder, model.family, select(sizes))
+            write_pruned(src, folder, model.family, select(sizes), state=False)
             loss = mean_loss(LayerwiseModel(folder, model.family, model.batches))
         compared.append(Candidate(sizes.hidden, sizes.width, sizes.groups, sizes.experts or None, loss))
     return compared

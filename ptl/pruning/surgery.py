@@ -261,8 +261,8 @@ def _narrow_config(config: ConfigJson, selection: Selection) -> dict[str, Any]:
     return fields
 
 
-def write_pruned(src: Path, dst: Path, family: Family, selection: Selection) -> None:
-    """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too."""
+def write_pruned(src: Path, dst: Path, family: Family, selection: Selection, *, state: bool = True) -> None:
+    """Write the pruned checkpoint to `dst`, tensor by tensor; with `state` also the optimizer's that is next to it."""
     dst.mkdir(parents=True, exist_ok=True)
     narrowing = Narrowing(src, family, selection) if selection.hidden is not None or selection.groups else None
 
@@ -277,8 +277,8 @@ def write_pruned(src: Path, dst: Path, family: Family, selection: Selection) -> 
 
     checkpoint.rewrite(src, dst, pruned)
     # Recovery resumes with the optimizer state of what stays.
-    state = src / checkpoint.STATE
-    if state.is_file():
-        safetensors_io.rewrite(state, dst / checkpoint.STATE, pruned)
+    moments = src / checkpoint.STATE
+    if state and moments.is_file():
+        safetensors_io.rewrite(moments, dst / checkpoint.STATE, pruned)
     checkpoint.write_json(dst / "config.json", prune_config(checkpoint.read_config(src), family, selection))
     checkpoint.copy_companions(src, dst)

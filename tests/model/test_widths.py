@@ -131,6 +131,15 @@ def test_the_ffn_goes_alone_where_it_keeps_its_share(name, share, expected, of_a
         assert all(each.fixed == model.fixed for each in found)  # nothing else is changed
 
 
+def test_kv_heads_do_not_go_twice_unless_the_hidden_size_has_followed():
+    """Of Llama 3's heads together, 4,096 wide as the residual stream, half are left."""
+    llama = replace(dimensions("llama"), groups=4)
+    for hidden, groups in ((3584, [4]), (2560, [2, 4])):
+        narrow = replace(llama, hidden=hidden)
+        found = candidates(narrow, int(0.25 * narrow.params), "auto", FREE)
+        assert [each.groups for each in found] == groups
+
+
 def test_goals_that_are_met_or_out_of_reach(model):
     assert candidates(model, model.params, "auto", FREE) == [model]
     whole = {"hidden": model.hidden, "kv": model.groups}

@@ -275,7 +275,7 @@ def fitted(model, calibration, folder):
 
 @pytest.mark.parametrize(
     ("variant", "share", "ranked"),
-    [("qwen3_moe", 0.45, True), ("cohere2", 0.6, True), ("llama", 0.6, False), ("deepseek_v3", 0.45, False)],
+    [("qwen3_moe", 0.45, True), ("cohere2", 0.6, True), ("llama", 0.6, False), ("glm4_moe", 0.6, False)],
 )
 def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant, share, ranked, calibration, tmp_path):
     model = build(variant)
