@@ -2,6 +2,8 @@
 
     python benchmarks/prune_scale.py [--sizes 1.1B 3B] [--scratch DIR] [--rows 10] [--length 512]
 
+Also by `taylor`: of neurons alone, and of neurons, hidden size and KV heads in the same sweeps.
+
 Each measurement runs in a process of its own, so that its peak memory (VmHWM) is its own. The two sizes have the same
 layers and embeddings and differ in depth alone: memory that does not grow with depth shows as the same peak.
 """
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 DEPTHS = {"0.2B": 2, "1.1B": 16, "3B": 46}
@@ -146,12 +149,16 @@ def work(args, folder, out):
 
     torch.set_num_threads(args.threads)
     body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-    if args.measure == "ptl":
-        goal = body.params - REMOVE * body.params_per_neuron
-        report = prune_checkpoint(
-            folder, out, Prune(criterion="max"), settings(args), unit="neurons", goal=goal, end=goal, seed=0
-        )
-        assert report.widths == (SHAPE["intermediate_size"] - REMOVE,) * body.layers
+    if args.measure in ("ptl", "taylor", "width"):
+        smaller = replace(body, width=body.width - REMOVE)
+        prune = Prune(criterion="max" if args.measure == "ptl" else "taylor")
+        if args.measure == "width":
+            smaller = replace(smaller, hidden=1792, groups=4)
+            prune = Prune(target="width", width={"hidden": 1792, "ffn": smaller.width, "kv": 4})
+        unit = "width" if args.measure == "width" else "neurons"
+        goal = smaller.params
+        report = prune_checkpoint(folder, out, prune, settings(args), unit=unit, goal=goal, end=goal, seed=0)
+        assert (report.widths[0], report.hidden, report.kv_heads) == (smaller.width, smaller.hidden, smaller.groups)
         return
     batches = calibration_batches(settings(args), AutoTokenizer.from_pretrained(folder), 0)
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
@@ -174,7 +181,9 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument(
-        "--measure", choices=["make", "imports", "cp", "forward", "ptl", "full"], help=argparse.SUPPRESS
+        "--measure",
+        choices=["make", "imports", "cp", "forward", "ptl", "taylor", "width", "full"],
+        help=argparse.SUPPRESS,
     )
     parser.add_argument("--size", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -186,7 +195,7 @@ def main():
         text(args.scratch / "rows.jsonl", args.rows, args.length)
         found = {}
         for size in args.sizes:
-            for name in ("make", "imports", "cp", "ptl", "forward", "full"):
+            for name in ("make", "imports", "cp", "ptl", "taylor", "width", "forward", "full"):
                 command = [sys.executable, __file__, "--measure", name, "--size", size, "--scratch", scratch]
                 command += ["--rows", str(args.rows), "--length", str(args.length), "--threads", str(args.threads)]
                 os.sync()  # else one measurement waits for what the one before it wrote
@@ -195,10 +204,11 @@ def main():
                 print(done.stdout.splitlines()[-1], flush=True)
             shutil.rmtree(args.scratch / size)
             for clock in ("seconds", "cpu_seconds"):  # the second one hardly depends on what else the machine does
-                cost = {name: found[size, name][clock] for name in ("ptl", "forward", "cp", "full")}
+                cost = {name: found[size, name][clock] for name in ("ptl", "forward", "cp", "full", "taylor", "width")}
                 aim = cost["forward"] + 2.5 * cost["cp"]
                 print(
-                    f"{size} {clock}: ptl {cost['ptl']}, forward + 2.5 cp {aim:.1f}, full load {cost['full']}",
+                    f"{size} {clock}: ptl {cost['ptl']}, forward + 2.5 cp {aim:.1f}, full load {cost['full']}; "
+                    f"width {cost['width'] / cost['taylor']:.2f} times neurons alone",
                     flush=True,
                 )
         if len(args.sizes) > 1:
