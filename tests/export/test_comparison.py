@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp, nightly_but
-from tiny_models import build, save
+from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp
+from tiny_models import build, nightly_but, save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp, nightly_but
-from tiny_models import MOE_VARIANTS, build, save
+from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
+from tiny_models import MOE_VARIANTS, build, nightly_but, save
 from transformers import AutoModelForCausalLM
 
 from ptl.config.export import TYPES

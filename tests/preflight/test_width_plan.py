@@ -1,6 +1,5 @@
 """Hidden size, FFN and KV heads pruned together: what a plan says of it, what it costs, and what is refused."""
 
-import itertools
 import json
 import re
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 from ptl.cli import app
 from ptl.config.run import load_config
-from ptl.config.schedule import MemoryGoal, Prune, Schedule, removal
+from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import InputError
 from ptl.model import widths
 from ptl.model.dimensions import static_cost
@@ -61,20 +60,6 @@ def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_choos
     for changes in ({}, {"prune.target": "width"}, {"prune.target": "neurons"}):
         said = ptl("plan", TINY, **changes)
         assert columns(said) == {} and "80 of 192 neurons" in said, changes
-
-
-def test_no_size_grows_and_the_last_iteration_ends_as_the_candidates_do():
-    model = shape_of(str(REASONER)).dimensions
-    for share, iterations, multiple in itertools.product((0.3, 0.65, 0.75, 0.8), (1, 4, 8), (1, "auto")):
-        schedule = Schedule(target=share, iterations=iterations, recovery_tokens=1000)
-        prune = Prune(target="width", width_multiple=multiple)
-        ends = widths.candidates(model, model.params - removal(model.params, share), multiple, {})
-        for end, path in zip(ends, target.possible_paths(model, schedule, prune), strict=True):
-            sizes = [(each.hidden, each.width, each.groups) for each in (model, *(after for _, after in path))]
-            falls = all(
-                after <= before for pair in itertools.pairwise(sizes) for before, after in zip(*pair, strict=True)
-            )
-            assert falls and path[-1][1] == end, (share, iterations, multiple, sizes)
 
 
 # Dense and pruned sizes as two configs have them

@@ -6,13 +6,11 @@ import pytest
 import torch
 from recovering import DATA, DENSE, losses, recover, weights
 
-from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Evaluate
 from ptl.config.schedule import Prune
 from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
 from ptl.model import checkpoint
 from ptl.pruning.prune import prune_checkpoint
-from ptl.recovery.training import ADAM_STATE, load, optimizer_for
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_width")]
 CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
@@ -30,25 +28,6 @@ def narrow(tmp_path_factory):
     report = prune_checkpoint(root / "first", root / "second", prune, scored, **goal, seed=0)
     assert (report.hidden, report.kv_heads, report.candidates) == (56, 1, ())
     return root / "first", root / "second"
-
-
-def test_the_optimizer_state_is_that_of_the_widths_that_stay(narrow):
-    """Its values are those of the same rows and columns of the weights, and the optimizer takes them."""
-    first, second = narrow
-    before, after = (dict(checkpoint.tensors(folder / checkpoint.STATE)) for folder in narrow)
-    old, new = weights(first), weights(second)
-    model = load(second)
-    optimizer = optimizer_for(model, RecoverStage(), second / checkpoint.STATE)
-    for name, parameter in model.named_parameters():
-        for kind in ADAM_STATE:
-            stays = after[f"{kind}.{name}"]
-            assert stays.shape == parameter.shape and torch.equal(optimizer.state[parameter][kind], stays)
-    embeddings = "model.embed_tokens.weight"  # [tokens, hidden]
-    columns = list(old[embeddings].T)
-    kept = [next(i for i, old in enumerate(columns) if torch.equal(old, column)) for column in new[embeddings].T]
-    assert len(kept) == 56
-    for kind in ADAM_STATE:
-        assert torch.equal(after[f"{kind}.{embeddings}"], before[f"{kind}.{embeddings}"][:, kept])
 
 
 @pytest.mark.parametrize("stage", [DISTIL, CPT | {"lora": {"rank": 4}}], ids=["distil", "lora"])
