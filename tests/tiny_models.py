@@ -39,11 +39,7 @@ SIZES = {
 KINDS = yaml.safe_load(Path(__file__).with_name("variants.yaml").read_text())
 # By variant: its model_type, and what differs from SIZES
 VARIANTS, MOE_VARIANTS = (
-    {
-        name: (fields["model_type"], {k: v for k, v in fields.items() if k != "model_type"})
-        for name, fields in KINDS[kind].items()
-    }
-    for kind in ("dense", "mixtures")
+    {name: (fields.pop("model_type"), fields) for name, fields in KINDS[kind].items()} for kind in ("dense", "mixtures")
 )
 YARN = KINDS[".yarn"]
 # What differs by more than numbers: of each day, where the others find the same mistakes
