@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bodies import PUBLISHED
 from tiny_models import build, save
 from typer.testing import CliRunner
 
@@ -63,24 +64,8 @@ def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_choos
 
 
 # Dense and pruned sizes as two configs have them
-LLAMA = {
-    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16"},
-}
+LLAMA, DEEPSEEK = PUBLISHED["llama3_8b"] | {"head_dim": 128}, PUBLISHED["deepseek"]
 LLAMA_NARROW = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
-DEEPSEEK = {
-    **{"model_type": "deepseek_v3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3},
-    **{"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000, "n_routed_experts": 8},
-    **{"moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "dtype": "bfloat16"},
-    **{
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 96,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-    },
-}
 DEEPSEEK_NARROW = {"hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 

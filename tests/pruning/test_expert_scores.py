@@ -14,7 +14,6 @@ from tiny_models import (
     logits,
     save,
     skipping,
-    word_calibration,
 )
 
 from ptl.config.recover import DataSource
@@ -39,11 +38,6 @@ def variant(request):
 def source(variant, tmp_path):
     """A checkpoint in one of the two layouts, the one or the other in turn."""
     return save(build(variant), tmp_path / "source", fused=[*MOE_VARIANTS].index(variant) % 2 == 1)
-
-
-@pytest.fixture
-def calibration(tmp_path):
-    return word_calibration(tmp_path)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from bodies import body
-from tiny_models import batches, build, load, logits, save, word_calibration
+from tiny_models import batches, build, load, logits, save
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
@@ -25,11 +25,6 @@ LLAMA = FAMILIES["llama"]
 @pytest.fixture
 def source(tmp_path):
     return save(build("llama"), tmp_path / "source")
-
-
-@pytest.fixture
-def calibration(tmp_path):
-    return word_calibration(tmp_path)
 
 
 def prune(source, calibration, folder, *, unit="neurons", goal=None, seed=0, **settings):

@@ -24,7 +24,6 @@ from tiny_models import (
     silenced,
     skipping,
     width_of,
-    word_calibration,
 )
 from torch import nn
 
@@ -236,11 +235,6 @@ def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
 
 
 # ---- one step
-
-
-@pytest.fixture
-def calibration(tmp_path):
-    return word_calibration(tmp_path)
 
 
 def prune(source, calibration, folder, goal, end=None, unit="width", **settings):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from recovering import DATA, DENSE, losses, recover, weights
 
-from ptl.config.run import Calibration, Evaluate
+from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
-from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
 from ptl.model import checkpoint
 from ptl.pruning.prune import prune_checkpoint
 
@@ -45,13 +44,3 @@ def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
     if "lora" not in stage:
         steps = [dict(checkpoint.tensors(folder / checkpoint.STATE))["step"] for folder in (second, out)]
         assert steps[1] == steps[0] + report.steps
-
-
-def test_it_is_evaluated_in_batches(narrow, tmp_path):
-    task = {"name": str(DENSE.parent / "tiny_reasoner.yaml"), "limit": 6, "max_new_tokens": 8}
-    for size in (1, 4):
-        settings = Evaluate(tasks=[task], batch_size=size)
-        scores = evaluate_checkpoint(narrow[1], tmp_path / f"{size}", settings, seed=0)
-        assert (scores.hidden_size, scores.kv_heads, scores.tasks[0].items) == (56, 1, 6)
-    one, four = (read_items(tmp_path / f"{size}") for size in (1, 4))
-    assert one == four
