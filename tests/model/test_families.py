@@ -1,4 +1,4 @@
-"""Every family: the same statements on a tiny model of each. A new family is a line in VARIANTS.
+"""Every family: the same statements on a tiny model of each. A new family is a line in variants.yaml.
 
 What their pruned models compute is in tests/pruning/test_width.py.
 """

@@ -224,9 +224,10 @@ def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
     assert towards(llama, end, without, "auto").groups == end.groups == 4
     early = towards(llama, end, without + 1, "auto")
     assert early.groups == 8 and early.width < llama.width
-    # Nor the hidden size: it has fallen by half when half of the parameters have gone.
-    halfway = towards(llama, with_all, (llama.params + with_all.params) // 2, "auto")
-    assert (with_all.hidden, halfway.hidden) == (2816, 3456)
+    # Nor the hidden size: it has fallen by half when half of the parameters have gone, by whole multiples of 128.
+    removed = llama.params - with_all.params
+    half, third = (towards(llama, with_all, llama.params - removed // part, "auto") for part in (2, 3))
+    assert (with_all.hidden, half.hidden, third.hidden) == (2816, 3456, 3712)
     assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end
 
 
