@@ -78,7 +78,8 @@ docs: install ## the documentation in site/, with the pages of all fields and co
 
 golden: install ## write the compiled pipelines, reports and messages that tests compare with; read the diff
 	PTL_UPDATE_GOLDEN=1 $(BIN)/pytest tests/pipelines/test_compile.py tests/report/test_words.py \
-		tests/config/test_config_input.py tests/cli/test_app.py tests/cli/test_fetch.py -k "golden or words or message"
+		tests/config/test_config_input.py tests/config/test_dag.py tests/cli/test_app.py tests/cli/test_fetch.py \
+		-k "golden or words or message"
 
 # checkov pins old libraries, hence an environment of its own.
 checkov: install ## check the manifests with checkov too

@@ -1,7 +1,12 @@
-"""Sizes of models that can be counted by hand."""
+"""Sizes of models: of published ones, and of such as can be counted by hand."""
+
+from pathlib import Path
+
+import yaml
 
 from ptl.model.dimensions import ModelDimensions
 
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 COUNTED = ("params", "params_per_layer", "params_per_neuron", "params_per_expert", "params_per_route")
 
 

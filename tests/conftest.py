@@ -145,6 +145,13 @@ def as_before_any_test(monkeypatch):
         yield
 
 
+@pytest.fixture
+def calibration(tmp_path):
+    from tiny_models import word_calibration
+
+    return word_calibration(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Tiny models are faster with one thread, and their times steadier."""

@@ -25,11 +25,6 @@ except InputError as error:
 needs_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP or "it is there")
 
 
-def nightly_but(*always, of):
-    """Parameters: the others of these take seconds each, and find the same mistakes."""
-    return [pytest.param(case, marks=[] if case in always else pytest.mark.nightly) for case in of]
-
-
 @contextlib.contextmanager
 def converter_in_process():
     """The converter does not start a process of its own, which takes seconds."""

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from recovering import DATA, DENSE, recover, weights
-from tiny_models import MOE_VARIANTS, VARIANTS, batches, build, save
+from tiny_models import MOE_VARIANTS, VARIANTS, batches, build, nightly_but, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl.config.run import Calibration
@@ -21,11 +21,6 @@ from ptl.pruning.prune import prune_checkpoint
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPT = {"method": "cpt", "max_length": 64}
 BIAS = 8.0  # of DeepSeek-V3's routers, about as published: bfloat16 would round it to a 32nd
-
-
-def daily(*chosen, of):
-    """The cases of all days, and the others for the night."""
-    return [case if case in chosen else pytest.param(*case, marks=pytest.mark.nightly) for case in of]
 
 
 def saved(variant, folder, *, float32_routers=False, fused=False):
@@ -52,7 +47,7 @@ CASES += [(variant, True, fused) for variant in MOE_VARIANTS for fused in (False
 
 @pytest.mark.parametrize(
     ("variant", "float32_routers", "fused"),
-    daily(("gemma2", False, False), ("deepseek_v3", False, False), of=CASES),
+    nightly_but(("gemma2", False, False), ("deepseek_v3", True, False), of=CASES),
 )
 def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, fused, tmp_path):
     source = saved(variant, tmp_path, float32_routers=float32_routers, fused=fused)
@@ -79,7 +74,7 @@ def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, 
 
 @pytest.mark.parametrize(
     ("variant", "float32_routers"),
-    daily(("qwen2_moe", False), ("glm4_moe", True), of=list(product(MOE_VARIANTS, (False, True)))),
+    nightly_but(("qwen2_moe", False), ("glm4_moe", True), of=product(MOE_VARIANTS, (False, True))),
 )
 def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_routers, tmp_path):
     source = saved(variant, tmp_path, float32_routers=float32_routers)

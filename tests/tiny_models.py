@@ -1,9 +1,12 @@
 """Random models of every family, a few thousand parameters each, as checkpoints on disk."""
 
 import json
+from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -33,88 +36,27 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.2,  # far enough from zero that every part matters
 }
-WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 4,  # shorter than the tests' sequences, which the scaling then changes
-}
-# One line per family and variant: what differs from SIZES.
-VARIANTS = {
-    "llama": ("llama", {}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": 5}),
-    "qwen2": ("qwen2", {}),
-    "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
-    "qwen3": ("qwen3", {"head_dim": 12}),
-    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8}),
-    "gemma2-untied": ("gemma2", {"sliding_window": 5, "tie_word_embeddings": False}),
-    "gemma3_text": ("gemma3_text", {"query_pre_attn_scalar": 8} | WINDOWS),
-    "phi3": ("phi3", {"sliding_window": 5}),
-    "olmo2": ("olmo2", {}),
-    "ministral": ("ministral", WINDOWS),
-    "ministral3": ("ministral3", {"sliding_window": 5, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}),
-    "gemma": ("gemma", {}),
-    "olmo3": ("olmo3", WINDOWS),
-    "exaone4": ("exaone4", WINDOWS),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 5}),
-    "granite": (
-        "granite",
-        {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 0.5},
-    ),
-    "seed_oss": ("seed_oss", {"mlp_bias": True}),
-    "ernie4_5": ("ernie4_5", {"use_bias": True}),
-    "helium": ("helium", {"attention_bias": True}),
-    "internlm3": ("internlm3", {"qkv_bias": True, "bias": True}),
-    "cwm": ("cwm", {"sliding_window": 5}),
-    "glm4": ("glm4", {}),
-    "cohere2": ("cohere2", WINDOWS),
-}
-# Mixtures of experts, as above
-QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-GROUPED_EXPERTS = {"n_routed_experts": 6, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
-MOE_VARIANTS = {
-    "qwen3_moe": ("qwen3_moe", {**QWEN_EXPERTS, "norm_topk_prob": True}),
-    "qwen3_moe-dense": ("qwen3_moe", {**QWEN_EXPERTS, "mlp_only_layers": [2]}),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 20, "use_sliding_window": True, "sliding_window": 5},
-    ),
-    "qwen2_moe-dense": (
-        "qwen2_moe",
-        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "qkv_bias": False},
-    ),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            **GROUPED_EXPERTS,
-            **{"num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "attention_bias": True},
-            **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5},
-            **{"num_key_value_heads": 4, "head_dim": 4, "num_mtp_layers": 0},
-        },
-    ),
-    "glm4_moe": (
-        "glm4_moe",
-        {
-            **GROUPED_EXPERTS,
-            **{"num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 2, "attention_bias": True},
-            **{"use_qk_norm": True, "routed_scaling_factor": 1.5, "num_mtp_layers": 0},
-        },
-    ),
-    "gpt_oss": (
-        "gpt_oss",
-        {**WINDOWS, "num_local_experts": 6, "num_experts_per_tok": 2, "rope_parameters": {**YARN, "truncate": False}},
-    ),
-    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
-    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
-}
+KINDS = yaml.safe_load(Path(__file__).with_name("variants.yaml").read_text())
+# By variant: its model_type, and what differs from SIZES
+VARIANTS, MOE_VARIANTS = (
+    {name: (fields.pop("model_type"), fields) for name, fields in KINDS[kind].items()} for kind in ("dense", "mixtures")
+)
+YARN = KINDS[".yarn"]
+# What differs by more than numbers: of each day, where the others find the same mistakes
+DAILY = ("llama-biases", "llama-tied", "qwen2-sliding", "gemma2", "gemma2-untied", "phi3", "olmo2", "smollm3")
+DAILY += ("granite", "cohere2", "helium", "qwen3_moe-dense", "qwen2_moe", "deepseek_v3", "gpt_oss", "olmoe", "mixtral")
 # Those whose experts can be narrowed: all layers have them, none is shared by their width
 NARROW_VARIANTS = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
 VISION_TOWERS = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
 VISION_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION_SIZES |= {"head_dim": 8, "image_size": 28, "patch_size": 14}
+
+
+def nightly_but(*always, of):
+    """Parameters: the others of these find the same mistakes."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in of]
+    always = [case if isinstance(case, tuple) else (case,) for case in always]
+    return [pytest.param(*case, marks=[] if case in always else pytest.mark.nightly) for case in cases]
 
 
 def build(variant, seed=0, **changes):

@@ -10,7 +10,7 @@ import huggingface_hub
 import one_process
 import pytest
 import whole_run
-from bodies import body
+from bodies import PUBLISHED, body
 
 from ptl.config.run import load_config
 from ptl.data.sources import SourceRow, texts
@@ -23,17 +23,6 @@ from ptl.preflight.forecast_model import shape_of
 ROOT = Path(__file__).parents[2]
 REASONER = ROOT / "examples/tiny_reasoner"
 ROWS = ["--data", REASONER / "train.jsonl.gz", "--task", REASONER / "tiny_reasoner.yaml"]
-# Qwen3-8B, as its config.json says it.
-QWEN3_8B = {
-    **{"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-    **{"max_position_embeddings": 40960, "tie_word_embeddings": False, "torch_dtype": "bfloat16"},
-}
-# Qwen3-30B-A3B
-QWEN3_30B = QWEN3_8B | {
-    **{"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_key_value_heads": 4},
-    **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
-}
 
 
 def folder_of(config, name):
@@ -64,7 +53,7 @@ def init(ptl):
 
 @pytest.fixture
 def qwen3_8b(ptl):
-    return folder_of(QWEN3_8B, "qwen3-8b")
+    return folder_of(PUBLISHED["qwen3_8b"], "qwen3-8b")
 
 
 def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
@@ -116,7 +105,7 @@ def test_a_users_own_model_rows_and_task_validate(ptl, init):
 
 
 def test_of_a_mixture_experts_are_removed_and_all_of_its_parameters_need_memory(init):
-    config, said = init(folder_of(QWEN3_30B, "qwen3-30b"), "--gpus", 8)
+    config, said = init(folder_of(PUBLISHED["qwen3_30b_a3b"], "qwen3-30b"), "--gpus", 8)
     assert "from 30.5B to 21.2B" in said
     assert (config.prune.target, config.prune.criterion) == ("experts", "reap")
     assert (config.resources.accelerators, config.recover[0].sharding, config.recover[0].lora) == (8, "fsdp", None)

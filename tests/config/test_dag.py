@@ -3,6 +3,7 @@
 from itertools import product
 from pathlib import Path
 
+import golden_messages
 import pytest
 
 from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
@@ -19,53 +20,20 @@ def dag_of(iterations=2, *, gate=False, control="off", doctor=False, export=()):
     return nodes(load_config(TINY, changes))
 
 
-def lines(dag):
-    """A line for each step: its inputs, and what else it waits for."""
-    for node in dag:
-        inputs = [f"{name}={source.step}.{source.output}" for name, source in node.inputs.items()]
-        yield " ".join([node.name, *inputs, *(["after", *node.after] if node.after else [])])
+def test_golden_steps_inputs_and_order():
+    """A line for each step: its inputs, and what else it waits for.
 
+    The first verdict waits for the dense model's scores, which a training need not.
+    """
 
-CASES = {
-    "control beside the loop, an export": (
-        {"control": "beside", "export": EXPORTS[:1]},
-        """import-model
-        evaluate-0 model=import-model.out
-        prune-1 model=import-model.out
-        recover-1 model=prune-1.out
-        evaluate-1 model=recover-1.out
-        prune-2 model=recover-1.out
-        recover-2 model=prune-2.out
-        evaluate-2 model=recover-2.out
-        control-prune model=import-model.out
-        control-recover model=control-prune.out
-        control-evaluate model=control-recover.out
-        export-gguf-q4-k-m model=evaluate-2.accepted dense=import-model.out after evaluate-0
-        report final=evaluate-2.accepted control=control-evaluate.accepted after evaluate-1 export-gguf-q4-k-m""",
-    ),
-    # The first verdict waits for the dense model's scores, which a training need not.
-    "gate, control after the loop, doctor": (
-        {"gate": True, "control": "after", "doctor": True},
-        """doctor
-        import-model after doctor
-        evaluate-0 model=import-model.out
-        prune-1 model=import-model.out
-        recover-1 model=prune-1.out
-        evaluate-1 model=recover-1.out fallback=import-model.out after evaluate-0
-        prune-2 model=evaluate-1.accepted
-        recover-2 model=prune-2.out
-        evaluate-2 model=recover-2.out fallback=evaluate-1.accepted
-        control-prune model=import-model.out after evaluate-2
-        control-recover model=control-prune.out
-        control-evaluate model=control-recover.out
-        report final=evaluate-2.accepted control=control-evaluate.accepted""",
-    ),
-}
+    def lines(*options):
+        with_control = next((each for each in options if each in ("beside", "after")), "off")
+        export = EXPORTS[: "export" in options]
+        for node in dag_of(gate="gate" in options, control=with_control, doctor="doctor" in options, export=export):
+            inputs = [f"{name}={source.step}.{source.output}" for name, source in node.inputs.items()]
+            yield " ".join([node.name, *inputs, *(["after", *node.after] if node.after else [])])
 
-
-def test_steps_inputs_and_order():
-    for name, (options, expected) in CASES.items():
-        assert list(lines(dag_of(**options))) == [line.strip() for line in expected.splitlines()], name
+    golden_messages.check("dag.txt", lambda *options: "\n".join(lines(*options)))
 
 
 def test_every_dag_can_be_executed_in_its_order():

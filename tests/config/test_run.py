@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -79,11 +80,12 @@ def test_layers_come_last_and_the_control_has_one_iteration():
 
 
 def test_the_criteria_and_methods_of_the_config_are_those_of_the_code():
-    from ptl.pruning.importance import CRITERIA
+    from ptl.pruning import experts, importance
     from ptl.recovery.recover import RECOVERIES
 
-    criteria = set(Prune.model_fields["criterion"].annotation.__args__)
-    assert criteria == set(CRITERIA) | set(EXPERT_CRITERIA) and set(CRITERIA) == {*NEURON_CRITERIA, "random"}
+    assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys() == {*NEURON_CRITERIA, "random"}
+    assert [*importance.CRITERIA, *experts.CRITERIA] == [*get_args(Prune.model_fields["criterion"].annotation)]
+    assert [*experts.CRITERIA] == [*EXPERT_CRITERIA]
     stage = Config.model_json_schema()["$defs"]["RecoverStage"]["properties"]
     assert stage["method"]["enum"] == list(RECOVERIES)
     # By default experts have their own.

@@ -56,6 +56,7 @@ def test_scores_and_items_of_the_tiny_reasoner(scored):
     assert (task.items, task.num_fewshot, task.truncated, task.cut_prompts) == (LIMIT, 0, 0.0, 0.0)
     assert task.accuracy >= 0.9 and task.higher_is_better
     assert (task.low, task.high) == wilson(round(task.accuracy * LIMIT), LIMIT)
+    assert (scores.hidden_size, scores.kv_heads) == (64, 2)
     assert scores.bytes == sum(path.stat().st_size for path in REASONER.glob("*.safetensors"))
     written = json.loads((dst / SCORES).read_text())
     assert written["tasks"] == [{name: value for name, value in asdict(task).items() if name != "seconds"}]

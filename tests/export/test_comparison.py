@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp, nightly_but
-from tiny_models import build, save
+import yaml
+from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp
+from tiny_models import build, nightly_but, save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -127,43 +128,9 @@ def test_characters_that_are_composed_are_noted_and_unknown_tokenizers_refused(t
 # ---- logits, of a small random model with a user's config
 
 
-def of(model_type, architecture, **fields):
-    return {"model_type": model_type, "architectures": [f"{architecture}ForCausalLM"], **fields}
-
-
-FEW = {"num_hidden_layers": 3}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3_ROPE |= {"original_max_position_embeddings": 8192}
-MISTRAL = of("mistral", "Mistral", max_position_embeddings=32768) | FEW
-LLAMA3 = of("llama", "Llama", max_position_embeddings=131072, rope_scaling=LLAMA3_ROPE) | FEW
-QWEN2 = of("qwen2", "Qwen2") | FEW
-QWEN3 = of("qwen3", "Qwen3", head_dim=128) | FEW
-GEMMA2 = of("gemma2", "Gemma2", hidden_size=4608, num_attention_heads=32, num_key_value_heads=8)
-GEMMA2 |= {"head_dim": 128, "query_pre_attn_scalar": 144}  # the 27B, whose scale llama.cpp knows by its 46 layers
-OLMO3_ROPE = YARN | {"factor": 8.0, "attention_factor": 1.2079441541679836}
-OLMO3 = of("olmo3", "Olmo3", sliding_window=4096, rope_scaling=OLMO3_ROPE)
-EXAONE4 = of("exaone4", "Exaone4")
-QWEN3_MOE = of("qwen3_moe", "Qwen3Moe", norm_topk_prob=True) | FEW
-WINDOWED = ["sliding_attention"] * 2 + ["full_attention"] * 30
-SAME = {
-    "mistral-without-a-window": MISTRAL | {"sliding_window": None},
-    "llama-3.1": LLAMA3,
-    "gemma2-27b": GEMMA2 | {"num_hidden_layers": 46},
-    "gemma3": of("gemma3_text", "Gemma3", sliding_window_pattern=6, num_hidden_layers=12),
-    "olmo3-without-some-layers": OLMO3 | {"layer_types": WINDOWED},
-    "exaone4-32b": EXAONE4 | {"num_hidden_layers": 64},
-    "qwen3-30b-a3b": QWEN3_MOE | {"head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
-}
-OTHER = {
-    "mistral-0.1": MISTRAL | {"sliding_window": 4096},
-    "gemma2-without-some-layers": GEMMA2 | {"layer_types": WINDOWED[1:4]} | FEW,
-    "llama-with-gelu": LLAMA3 | {"hidden_act": "gelu"},
-    "qwen2-with-llama-s-rope": LLAMA3 | QWEN2,
-    "yarn-s-factor": QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.5}},
-    "exaone4-32b-without-a-layer": EXAONE4 | {"num_hidden_layers": 63},
-    "qwen3-moe-not-normalized": QWEN3_MOE | {"norm_topk_prob": False},
-}
+CONFIGS = yaml.safe_load(Path(__file__).with_name("llama_cpp.yaml").read_text())
+SAME, OTHER = CONFIGS["same"], CONFIGS["other"]
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 3, "head_dim": 128}
 
 
 def config_only(folder, config):

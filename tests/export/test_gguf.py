@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp, nightly_but
-from tiny_models import MOE_VARIANTS, build, save
+import yaml
+from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
+from tiny_models import MOE_VARIANTS, build, nightly_but, save
 from transformers import AutoModelForCausalLM
 
 from ptl.config.export import TYPES
@@ -80,39 +81,7 @@ def logits(file):
     return LlamaContext(LlamaModel(file), 1, 32).append([Part(0, IDS, len(IDS))])
 
 
-FULL = ["full_attention"] * 4
-WINDOWS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-PATTERN = ["sliding_attention"] * 3 + ["full_attention"]
-NO_BIAS = {"attention_bias": False}
-SCALED_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4}
-SCALED_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-# Of each family that llama.cpp has: the variant, and what its config must be for llama.cpp to compute the same
-COMPARED = {
-    "llama": {},
-    "llama-tied": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"vocab_size": VOCABULARY + 1},  # its tokenizer class adds a token
-    "qwen3": {},
-    "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3_text": {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 4},
-    "phi3": {"sliding_window": None},
-    "olmo2": {},
-    "olmo3": {"layer_types": WINDOWS},
-    "ministral3": {"sliding_window": None, "rope_parameters": SCALED_YARN},
-    "smollm3": {"no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False, "sliding_window": None},
-    "granite": {},
-    "exaone4": {"sliding_window": None, "layer_types": FULL},
-    "seed_oss": {"mlp_bias": False},
-    "ernie4_5": {"use_bias": False},
-    "glm4": {},
-    "cohere2": {"layer_types": PATTERN, "rotary_pct": 1.0, "logit_scale": 1.0},
-    "qwen3_moe": {},
-    "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 4} | NO_BIAS,
-    "mixtral": {"sliding_window": None},
-}
-
-
+COMPARED = yaml.safe_load(Path(__file__).with_name("llama_cpp.yaml").read_text())["compared"]
 # Families of which llama.cpp takes the hidden size for that of all heads together
 SQUARE = ("qwen2", "phi3", "olmo2", "olmo3", "granite", "exaone4", "cohere2")
 

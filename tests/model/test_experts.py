@@ -9,7 +9,6 @@ from tiny_models import (
     MOE_VARIANTS,
     NARROW_VARIANTS,
     SIZES,
-    avoiding,
     batches,
     build,
     change_config,
@@ -30,11 +29,7 @@ from ptl.model.families import FAMILIES
 from ptl.pruning.surgery import Selection, write_pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Experts add up in another order: logits of size ~10 may differ by a few units in the last place.
-SUMMATION = {"rtol": 1e-4, "atol": 2e-4}
 ALL = tuple(range(4))
-FOUR = {0: [0, 2, 3, 5], 1: [1, 2, 3, 4], 2: [0, 1, 4, 5], 3: [0, 3, 4, 5]}  # of six experts, in each layer
-NARROW = 16  # neurons that stay in each expert
 
 
 @pytest.fixture(params=MOE_VARIANTS)
@@ -52,19 +47,9 @@ def expert_layers(model):
     return [i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
 
 
-def selection_of(variant, unit, layers=ALL):
-    """Four experts of each layer that has them, or sixteen neurons of each expert; others in each."""
-    if unit == "experts":
-        with_them = [i for i in expert_layers(build(variant)) if i in layers]
-        return Selection(layers, {}, {i: torch.tensor(FOUR[i]) for i in with_them})
-    generator = torch.Generator().manual_seed(7)
-    orders = torch.rand(len(layers), 6, width_of(variant), generator=generator).argsort(dim=-1)
-    return Selection(layers, dict(zip(layers, orders[..., :NARROW].sort(dim=-1).values, strict=True)))
-
-
 def test_experts_of_the_least_width_are_multiplied_in_groups(tmp_path):
     source = save(build("mixtral").bfloat16(), tmp_path / "source")
-    neurons = {i: kept[:, :8] for i, kept in selection_of("mixtral", "neurons").neurons.items()}
+    neurons = dict.fromkeys(ALL, torch.arange(8).expand(6, -1))
     write_pruned(source, tmp_path / "pruned", FAMILIES["mixtral"], Selection(ALL, neurons))
     model = copy.deepcopy(load(tmp_path / "pruned", dtype="auto"))  # not mapped: transformers avoids these
     assert torch.isfinite(logits(model, batches()[0])).all()
@@ -101,18 +86,6 @@ def test_sizes_and_costs_are_those_of_the_real_model(variant, source):
     assert counter.get_total_flops() == 7 * (static.flops_per_token + 7 * static.attention_flops)
 
 
-@pytest.mark.parametrize("variant", NARROW_VARIANTS)
-def test_narrow_experts_cost_less(variant, source, tmp_path):
-    body = model_dimensions(source, family_at(source))
-    write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant, "neurons"))
-    before, after = dimensions.static_cost(source), dimensions.static_cost(tmp_path / "pruned")
-    # Of a neuron each token meets three weights in each of its experts.
-    met = 4 * 3 * SIZES["hidden_size"] * body.experts_per_token * (width_of(variant) - NARROW)
-    assert before.flops_per_token - after.flops_per_token == 2 * met
-    assert before.active_params - after.active_params == met
-    assert (after.widths, after.experts, after.kv_bytes_per_token) == ([NARROW] * 4, 6, before.kv_bytes_per_token)
-
-
 @pytest.mark.parametrize("variant", ["qwen3_moe", "olmoe", "glm4_moe"])
 def test_as_many_experts_stay_as_the_goal_allows(source):
     body = model_dimensions(source, family_at(source))
@@ -136,24 +109,6 @@ def test_layers_without_experts_are_not_removed(tmp_path):
     assert body.dense_layers == (2,) and dimensions.layers_for(body, body.params - 2 * body.params_per_layer) == 2
     with pytest.raises(InputError, match="would remove 3 of 3 layers"):
         dimensions.layers_for(body, body.params - 2 * body.params_per_layer - 1)
-
-
-def test_as_many_experts_stay_in_each_group_that_a_router_chooses(tmp_path):
-    """A group is chosen by its two best experts."""
-    model = build("deepseek_v3", n_routed_experts=12, n_group=3, topk_group=2)
-    source = save(model, tmp_path / "source")
-    body = model_dimensions(source, family_at(source))
-    one = body.params_per_expert
-    assert dimensions.experts_for(body, body.params - one) == dimensions.experts_for(body, body.params - 3 * one) == 9
-    assert dimensions.smallest_cuts(body, "auto")["experts"] == 3 * one
-    assert dimensions.experts_for(body, body.params - 6 * one) == 6
-    with pytest.raises(InputError, match="each token needs 6 of them in each layer"):
-        dimensions.experts_for(body, body.params - 6 * one - 1)
-    kept = dict.fromkeys(expert_layers(model), torch.tensor([0, 2, 3, 4, 5, 7, 9, 10, 11]))
-    write_pruned(source, tmp_path / "pruned", family_at(source), Selection(ALL, {}, kept))
-    pruned, reference = load(tmp_path / "pruned"), avoiding(model, kept)
-    for batch in batches():
-        torch.testing.assert_close(logits(pruned, batch), logits(reference, batch), **SUMMATION)
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
@@ -214,26 +169,16 @@ def test_layers_that_guess_further_tokens_are_left_behind(tmp_path):
     assert torch.equal(logits(load(tmp_path / "pruned"), batches()[0]), logits(model, batches()[0]))
 
 
-def test_a_router_may_have_float32_beside_weights_in_bfloat16(tmp_path):
-    model, experts = build("glm4_moe").bfloat16(), selection_of("glm4_moe", "experts").experts
-    for i in experts:
-        model.get_decoder().layers[i].mlp.gate.float()
-    source, family = save(model, tmp_path / "source"), FAMILIES["glm4_moe"]
-    assert {entry.dtype for entry in checkpoint.contents(source).values()} == {"BF16", "F32"}
-    write_pruned(source, tmp_path / "pruned", family, Selection(ALL, {}, experts))
-    gate = load(tmp_path / "pruned", dtype="auto").get_decoder().layers[3].mlp.gate
-    assert torch.equal(gate.weight, model.get_decoder().layers[3].mlp.gate.weight[experts[3]])
-
-
-@pytest.mark.parametrize("chosen", [slice(1), slice(1, 2), slice(2)])
-def test_each_name_of_the_number_of_experts_is_read_and_written(variant, source, tmp_path, chosen):
+def test_each_name_of_the_number_of_experts_is_read_and_written(variant, source, tmp_path):
     names = family_at(source).experts.counts
-    present = names[chosen] or names
-    change_config(source, **dict.fromkeys(names, ...) | dict.fromkeys(present, 6))
-    write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant, "experts"))
-    after = checkpoint.read_config(tmp_path / "pruned")
-    assert {name: after[name] for name in names if name in after} == dict.fromkeys(present, 4)
-    assert model_dimensions(tmp_path / "pruned", family_at(source)).experts == 4
+    experts = dict.fromkeys(expert_layers(build(variant)), torch.tensor([0, 2, 3, 5]))
+    for present in filter(None, (names[:1], names[1:2], names[2:], names)):
+        change_config(source, **dict.fromkeys(names, ...) | dict.fromkeys(present, 6))
+        folder = tmp_path / "-".join(present)
+        write_pruned(source, folder, family_at(source), Selection(ALL, {}, experts))
+        after = checkpoint.read_config(folder)
+        assert {name: after[name] for name in names if name in after} == dict.fromkeys(present, 4)
+        assert model_dimensions(folder, family_at(source)).experts == 4
 
 
 @pytest.mark.parametrize(

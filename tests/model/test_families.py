@@ -1,4 +1,4 @@
-"""Every family: the same statements on a tiny model of each. A new family is a line in VARIANTS.
+"""Every family: the same statements on a tiny model of each. A new family is a line in variants.yaml.
 
 What their pruned models compute is in tests/pruning/test_width.py.
 """
@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from tiny_models import (
+    DAILY,
     MOE_VARIANTS,
     VARIANTS,
     batches,
@@ -16,6 +17,7 @@ from tiny_models import (
     family_at,
     load,
     logits,
+    nightly_but,
     save,
     skipping,
 )
@@ -30,11 +32,9 @@ from ptl.pruning.surgery import Selection, prune_config, write_pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = tuple(range(4))
-LAYERS = ((0, 2, 3), (1, 2), (3,), (0, 3))
-LISTED = ("layer_types", "no_rope_layers")  # config fields with an entry for each layer
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def variant(request):
     return request.param
 
@@ -44,24 +44,6 @@ def source(variant, tmp_path):
     return save(build(variant), tmp_path / "source")
 
 
-def test_without_some_layers_it_equals_the_model_that_skips_them(variant, tmp_path):
-    """In bfloat16 and in shards, of which some have no tensor left."""
-    layers, family = LAYERS[[*VARIANTS].index(variant) % len(LAYERS)], FAMILIES[VARIANTS[variant][0]]
-    source = save(build(variant).bfloat16(), tmp_path / "source", "8KB")
-    write_pruned(source, tmp_path / "pruned", family, Selection(layers, {}))
-    assert 1 < len(checkpoint.shards(tmp_path / "pruned")) < len(checkpoint.shards(source))
-    pruned, whole = (load(path, dtype="auto") for path in (tmp_path / "pruned", source))
-    skipping(whole, layers)
-    assert pruned.dtype == torch.bfloat16
-    for batch in batches():
-        assert torch.equal(logits(pruned, batch), logits(whole, batch))
-    assert [layer.self_attn.layer_idx for layer in pruned.get_decoder().layers] == list(range(len(layers)))
-    for field in LISTED:
-        if getattr(whole.config, field, None):
-            assert getattr(pruned.config, field) == [getattr(whole.config, field)[i] for i in layers]
-
-
-@pytest.mark.parametrize("variant", VARIANTS | MOE_VARIANTS, indirect=True)
 def test_layer_by_layer_it_computes_what_the_whole_model_does(variant, source):
     model, texts = build(variant), batches()
     texts[0]["labels"][:, :4] = -100  # a prompt
@@ -81,10 +63,9 @@ def test_layer_by_layer_it_computes_what_the_whole_model_does(variant, source):
     assert all(parameter.device.type == "meta" for parameter in layerwise.causal_lm.parameters())
 
 
-@pytest.mark.parametrize("layers", [(0, 1, 3), (1,)])
 @pytest.mark.parametrize("variant", ["qwen2-sliding", "gemma2", "gemma3_text", "smollm3", "cwm"], indirect=True)
-def test_lists_that_the_file_leaves_out_stay_with_their_layers(source, tmp_path, layers):
-    family = family_at(source)
+def test_lists_that_the_file_leaves_out_stay_with_their_layers(source):
+    family, layers = family_at(source), (0, 1, 3)
     change_config(source, **dict.fromkeys(family.per_layer_fields, ...))
     whole = AutoConfig.from_pretrained(source)
     pruned = AutoConfig.for_model(**prune_config(checkpoint.read_config(source), family, Selection(layers, {})))

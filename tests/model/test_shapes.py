@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, build, change_config, save
+from tiny_models import DAILY, VARIANTS, build, change_config, nightly_but, save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -55,7 +55,7 @@ def refusal(folder, variant):
     return str(error.value)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS))
 def test_sizes_and_costs_are_those_of_the_real_model(folders, variant):
     """By config.json alone as by the weights."""
     model, folder = build(variant), folders(variant)
@@ -65,27 +65,12 @@ def test_sizes_and_costs_are_those_of_the_real_model(folders, variant):
     assert (body.layers, body.width) == (4, 40)
     assert body.params_per_layer == sum(p.numel() for p in model.get_decoder().layers[0].parameters())
     assert counted.matrix_params == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert (static.active_params, static.widths, static.experts) == (static.params, [40] * 4, 0)
     model.set_attn_implementation("eager")
     for length in (1, 7):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
         assert counter.get_total_flops() == length * (static.flops_per_token + length * static.attention_flops)
-
-
-@pytest.mark.parametrize(("variant", "embeddings"), [("llama-tied", 1), ("llama", 2)])
-def test_static_costs_by_hand(folders, variant, embeddings):
-    static = dimensions.static_cost(folders(variant))
-    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 40  # attention and MLP, without the norms
-    assert static.params == static.active_params == 48 * 32 * embeddings + 4 * (layer + 2 * 32) + 32
-    assert static.bytes == (folders(variant) / "model.safetensors").stat().st_size
-    assert static.flops_per_token == 2 * (4 * layer + 48 * 32)
-    assert static.kv_bytes_per_token == 2 * 4 * 2 * 8 * 4  # keys and values, layers, KV heads, head_dim, float32
-    assert (static.widths, static.experts) == ([40] * 4, 0)
-    with torch.inference_mode():
-        tokens = torch.zeros(1, 5, dtype=torch.long)
-        cache = build(variant)(input_ids=tokens, use_cache=True).past_key_values
-    held = sum(t.numel() * t.element_size() for part in cache.layers for t in (part.keys, part.values))
-    assert held == 5 * static.kv_bytes_per_token
 
 
 @pytest.mark.parametrize(("dtype", "size", "named"), [(torch.bfloat16, 2, None), (torch.float32, 4, ...)])
@@ -101,7 +86,7 @@ def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size
 # ---- a config.json that is wrong
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS))
 def test_a_size_that_differs_from_the_weights_is_named(folders, tmp_path, variant):
     """Two of the sizes in each variant, each size in several."""
     number = [*VARIANTS].index(variant)

@@ -4,10 +4,11 @@ import math
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, reduce
+from itertools import product
 from operator import or_
 
 import pytest
-from tiny_models import MOE_VARIANTS, SIZES, VARIANTS, build
+from tiny_models import DAILY, MOE_VARIANTS, SIZES, VARIANTS, build, nightly_but
 
 from ptl.errors import InputError
 from ptl.model import shapes
@@ -15,7 +16,6 @@ from ptl.model.dimensions import dimensions_of, experts_for, width_for
 from ptl.model.families import FAMILIES
 from ptl.model.widths import FFN_SHARE, candidates, towards
 
-EVERY = VARIANTS | MOE_VARIANTS
 FREE = {"hidden": None, "ffn": None, "kv": None}
 REASONER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256}
 REASONER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
@@ -42,7 +42,7 @@ def dimensions(name):
     return dimensions_of(shapes.of_config({"model_type": model_type, **fields}, FAMILIES[model_type], "config.json"))
 
 
-@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def test_parameters_are_those_of_the_narrower_model(variant):
     """Of each size by itself, and of all together, as transformers builds it."""
     config = build(variant).config
@@ -86,10 +86,10 @@ def filled(sizes, whole, goal, multiple):
     return replace(sizes, experts=experts_for(sizes, goal))
 
 
-@pytest.mark.parametrize("multiple", ["auto", 1, 24])
-def test_candidates_have_as_many_parameters_as_the_goal_allows(model, multiple):
+def test_candidates_have_as_many_parameters_as_the_goal_allows(model):
     """And no larger hidden size leaves the FFN its share."""
-    for part in () if model.hidden < 64 and multiple == 24 else (0.9, 0.7, 0.5, 0.3):
+    multiples = ("auto", 1) if model.hidden < 64 else ("auto", 1, 24)
+    for multiple, part in product(multiples, (0.9, 0.7, 0.5, 0.3)):
         goal = int(part * model.params)
         for each in candidates(model, goal, multiple, FREE):
             assert each.params <= goal and each == filled(each, model, goal, multiple)
@@ -209,8 +209,7 @@ def test_sizes_that_a_model_cannot_have_are_refused(name, ends, said):
 # ---- on the way
 
 
-@pytest.mark.parametrize("iterations", [3, 8])
-@pytest.mark.parametrize("share", [0.6, 0.35])
+@pytest.mark.parametrize(("share", "iterations"), nightly_but((0.6, 8), (0.35, 3), of=product((0.6, 0.35), (3, 8))))
 def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, share, iterations):
     goals = [int(model.params * (1 - (1 - share) * i / iterations)) for i in range(1, iterations + 1)]
     for end in candidates(model, goals[-1], "auto", FREE):
@@ -234,7 +233,16 @@ def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
     assert towards(llama, end, without, "auto").groups == end.groups == 4
     early = towards(llama, end, without + 1, "auto")
     assert early.groups == 8 and early.width < llama.width
-    # Nor the hidden size: it has fallen by half when half of the parameters have gone.
-    halfway = towards(llama, with_all, (llama.params + with_all.params) // 2, "auto")
-    assert (with_all.hidden, halfway.hidden) == (2816, 3456)
+    # Nor the hidden size: it has fallen by half when half of the parameters have gone, by whole multiples of 128.
+    removed = llama.params - with_all.params
+    half, third = (towards(llama, with_all, llama.params - removed // part, "auto") for part in (2, 3))
+    assert (with_all.hidden, half.hidden, third.hidden) == (2816, 3456, 3712)
     assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end
+
+
+def test_an_iteration_is_as_small_as_the_gate_says():
+    """Also where KV heads are among what goes."""
+    model = dimensions("reasoner")
+    for end, removed in product(candidates(model, int(model.params * 0.25), 1, FREE), (92_601, 25_000, 1_000)):
+        found = model.params - towards(model, end, model.params - removed, 1).params
+        assert removed <= found < removed + model.params_per_neuron

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bodies import body
+from bodies import PUBLISHED, body
 
 from ptl.config.dag import nodes
 from ptl.config.recover import RecoverStage
@@ -18,23 +18,12 @@ from ptl.preflight.forecast_model import CONTEXT, GPUS, Shape, decode_seconds, f
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
-# As their config.json has them.
-LLAMA3 = {
-    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"},
-}
-QWEN3_30B = {
-    **{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
-    **{"num_experts": 128, "num_experts_per_tok": 8, "mlp_only_layers": [], "decoder_sparse_step": 1},
-    **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
-    **{"vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False, "dtype": "bfloat16"},
-}
 
 
 @pytest.fixture
 def large(tmp_path):
     """Only the config of an 8B model: there are no weights to read."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA3))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["llama3_8b"]))
     return tmp_path
 
 
@@ -168,7 +157,7 @@ def test_every_kind_of_training_takes_its_passes(large):
 def test_a_remedy_that_is_applied_fits(large):
     """Llama 3 70B on H100s: weights alone exceed one of them, so that no smaller batch can help."""
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    (large / "config.json").write_text(json.dumps(LLAMA3 | sizes))
+    (large / "config.json").write_text(json.dumps(PUBLISHED["llama3_8b"] | sizes))
 
     def too_large(stage, count, nodes=1):
         said = remedies.warnings(forecast(config(large, recover=[{"dtype": "bfloat16"} | stage]), "h100", count, nodes))
@@ -225,7 +214,7 @@ def test_gpu_hours_are_of_all_gpus_that_a_step_holds_on_all_nodes(large):
 
 
 def test_each_iteration_counts_its_own_unit(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["qwen3_30b_a3b"]))
     shape = shape_of(str(tmp_path))
     # 30.5 billion parameters, 3.3 billion of them active, say its authors.
     assert (shape.params, shape.dimensions.active_params) == (30_532_122_624, 3_353_032_704)

@@ -1,18 +1,18 @@
 """Hidden size, FFN and KV heads pruned together: what a plan says of it, what it costs, and what is refused."""
 
-import itertools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bodies import PUBLISHED
 from tiny_models import build, save
 from typer.testing import CliRunner
 
 from ptl.cli import app
 from ptl.config.run import load_config
-from ptl.config.schedule import MemoryGoal, Prune, Schedule, removal
+from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import InputError
 from ptl.model import widths
 from ptl.model.dimensions import static_cost
@@ -63,39 +63,9 @@ def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_choos
         assert columns(said) == {} and "80 of 192 neurons" in said, changes
 
 
-def test_no_size_grows_and_the_last_iteration_ends_as_the_candidates_do():
-    model = shape_of(str(REASONER)).dimensions
-    for share, iterations, multiple in itertools.product((0.3, 0.65, 0.75, 0.8), (1, 4, 8), (1, "auto")):
-        schedule = Schedule(target=share, iterations=iterations, recovery_tokens=1000)
-        prune = Prune(target="width", width_multiple=multiple)
-        ends = widths.candidates(model, model.params - removal(model.params, share), multiple, {})
-        for end, path in zip(ends, target.possible_paths(model, schedule, prune), strict=True):
-            sizes = [(each.hidden, each.width, each.groups) for each in (model, *(after for _, after in path))]
-            falls = all(
-                after <= before for pair in itertools.pairwise(sizes) for before, after in zip(*pair, strict=True)
-            )
-            assert falls and path[-1][1] == end, (share, iterations, multiple, sizes)
-
-
 # Dense and pruned sizes as two configs have them
-LLAMA = {
-    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16"},
-}
+LLAMA, DEEPSEEK = PUBLISHED["llama3_8b"] | {"head_dim": 128}, PUBLISHED["deepseek"]
 LLAMA_NARROW = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
-DEEPSEEK = {
-    **{"model_type": "deepseek_v3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3},
-    **{"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000, "n_routed_experts": 8},
-    **{"moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "dtype": "bfloat16"},
-    **{
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 96,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-    },
-}
 DEEPSEEK_NARROW = {"hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 

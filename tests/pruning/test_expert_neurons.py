@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import NARROW_VARIANTS, batches, build, load, logits, save, width_of, word_calibration
+from tiny_models import NARROW_VARIANTS, batches, build, load, logits, save, width_of
 
 from ptl.config.schedule import Prune
 from ptl.model import checkpoint
@@ -21,11 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(params=NARROW_VARIANTS)
 def variant(request):
     return request.param
-
-
-@pytest.fixture
-def calibration(tmp_path):
-    return word_calibration(tmp_path)
 
 
 def stream_of(variant, folder, model):

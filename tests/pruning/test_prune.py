@@ -2,21 +2,20 @@
 
 import dataclasses
 import json
-from typing import get_args
 
 import pytest
 import torch
 from bodies import body
-from tiny_models import batches, build, load, logits, save, word_calibration
+from tiny_models import batches, build, load, logits, save
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
-from ptl.config.schedule import EXPERT_CRITERIA, NEURON_CRITERIA, Prune
+from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import layers_for, model_dimensions, width_for
 from ptl.model.families import FAMILIES
-from ptl.pruning import experts, importance
+from ptl.pruning import importance
 from ptl.pruning.prune import _batches, _has_loss, prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,11 +25,6 @@ LLAMA = FAMILIES["llama"]
 @pytest.fixture
 def source(tmp_path):
     return save(build("llama"), tmp_path / "source")
-
-
-@pytest.fixture
-def calibration(tmp_path):
-    return word_calibration(tmp_path)
 
 
 def prune(source, calibration, folder, *, unit="neurons", goal=None, seed=0, **settings):
@@ -101,12 +95,6 @@ def test_every_criterion_reaches_the_goal(source, calibration, tmp_path, criteri
     assert report.widths == (report.widths[0],) * 4 and report.removed_layers == ()
     assert load(tmp_path / "pruned").num_parameters() == report.params < report.params_before
     assert json.loads(json.dumps(dataclasses.asdict(report)))["experts"] is None  # plain data
-
-
-def test_settings_and_criteria_are_the_same_names():
-    assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys() == {*NEURON_CRITERIA, "random"}
-    assert [*importance.CRITERIA, *experts.CRITERIA] == [*get_args(Prune.model_fields["criterion"].annotation)]
-    assert [*experts.CRITERIA] == [*EXPERT_CRITERIA]
 
 
 @pytest.mark.parametrize("criterion", ["max", "mean", "taylor"])

@@ -22,20 +22,6 @@ def prune_tensor(name, tensor, family=LLAMA, selection=SELECTION):
     return None if pruned is None else (pruned.name, pruned.values(tensor))
 
 
-def test_rows_and_columns_of_a_tensor_and_of_its_optimizer_state():
-    tensor = torch.arange(30.0).view(6, 5)
-    for kind in ("", "exp_avg.", "exp_avg_sq."):
-        name, rows = prune_tensor(f"{kind}model.layers.2.mlp.gate_proj.weight", tensor)
-        assert name == f"{kind}model.layers.1.mlp.gate_proj.weight" and torch.equal(rows, tensor[[1, 3, 4]])
-        _, columns = prune_tensor(f"{kind}model.layers.0.mlp.down_proj.weight", tensor.t())
-        assert torch.equal(columns, tensor.t()[:, [0, 2, 3]])
-        _, bias = prune_tensor(f"{kind}model.layers.0.mlp.up_proj.bias", tensor[:, 0])
-        assert bias.tolist() == [0, 10, 15]
-    fused = torch.arange(20.0).view(10, 2)  # gate rows 0-4, up rows 5-9
-    _, pruned = prune_tensor("model.layers.0.mlp.gate_up_proj.weight", fused, FAMILIES["phi3"])
-    assert torch.equal(pruned, fused[[0, 2, 3, 5, 7, 8]])
-
-
 def test_other_tensors_move_or_go():
     tensor = torch.rand(6)
     for name, new in {
@@ -76,23 +62,6 @@ def test_layers_of_a_mixture_stay_of_their_kind(listed, step, layers, dense):
     assert prune_config(plain, FAMILIES["qwen3_moe"], Selection((0, 1), {})) == plain | {"num_hidden_layers": 2}
     experts = Selection((0, 1), {}, {0: KEPT, 1: KEPT})  # their number is written where the file leaves it out
     assert prune_config(plain, FAMILIES["qwen3_moe"], experts)["num_experts"] == 3
-
-
-def test_the_optimizer_state_is_pruned_with_the_weights(tmp_path):
-    """Each of its tensors is a known function of its weight, which it must still be."""
-    model = build("llama")
-    source = save(model, tmp_path / "source")
-    state = {f"exp_avg.{name}": p.detach() * 2 for name, p in model.named_parameters()}
-    state |= {f"exp_avg_sq.{name}": p.detach() ** 2 for name, p in model.named_parameters()}
-    checkpoint.write_shard(source / checkpoint.STATE, state | {"step": torch.tensor(7.0)})
-    write_pruned(source, tmp_path / "pruned", LLAMA, Selection((0, 1, 3), dict.fromkeys((0, 1, 3), KEPT)))
-    assert checkpoint.read_config(tmp_path / "pruned")["intermediate_size"] == 3
-    weights = dict(checkpoint.tensors(tmp_path / "pruned/model.safetensors"))
-    after = dict(checkpoint.tensors(tmp_path / "pruned" / checkpoint.STATE))
-    assert after.pop("step") == 7 and len(after) == 2 * len(weights) < len(state)
-    for name, weight in weights.items():
-        assert torch.equal(after[f"exp_avg.{name}"], weight * 2)
-        assert torch.equal(after[f"exp_avg_sq.{name}"], weight**2)
 
 
 def test_a_shard_of_removed_layers_disappears_from_the_index(tmp_path):

@@ -6,13 +6,10 @@ import pytest
 import torch
 from recovering import DATA, DENSE, losses, recover, weights
 
-from ptl.config.recover import RecoverStage
-from ptl.config.run import Calibration, Evaluate
+from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
-from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
 from ptl.model import checkpoint
 from ptl.pruning.prune import prune_checkpoint
-from ptl.recovery.training import ADAM_STATE, load, optimizer_for
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_width")]
 CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
@@ -32,25 +29,6 @@ def narrow(tmp_path_factory):
     return root / "first", root / "second"
 
 
-def test_the_optimizer_state_is_that_of_the_widths_that_stay(narrow):
-    """Its values are those of the same rows and columns of the weights, and the optimizer takes them."""
-    first, second = narrow
-    before, after = (dict(checkpoint.tensors(folder / checkpoint.STATE)) for folder in narrow)
-    old, new = weights(first), weights(second)
-    model = load(second)
-    optimizer = optimizer_for(model, RecoverStage(), second / checkpoint.STATE)
-    for name, parameter in model.named_parameters():
-        for kind in ADAM_STATE:
-            stays = after[f"{kind}.{name}"]
-            assert stays.shape == parameter.shape and torch.equal(optimizer.state[parameter][kind], stays)
-    embeddings = "model.embed_tokens.weight"  # [tokens, hidden]
-    columns = list(old[embeddings].T)
-    kept = [next(i for i, old in enumerate(columns) if torch.equal(old, column)) for column in new[embeddings].T]
-    assert len(kept) == 56
-    for kind in ADAM_STATE:
-        assert torch.equal(after[f"{kind}.{embeddings}"], before[f"{kind}.{embeddings}"][:, kept])
-
-
 @pytest.mark.parametrize("stage", [DISTIL, CPT | {"lora": {"rank": 4}}], ids=["distil", "lora"])
 def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
     """The teacher is the dense model, of another hidden size: only its logits count."""
@@ -66,13 +44,3 @@ def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
     if "lora" not in stage:
         steps = [dict(checkpoint.tensors(folder / checkpoint.STATE))["step"] for folder in (second, out)]
         assert steps[1] == steps[0] + report.steps
-
-
-def test_it_is_evaluated_in_batches(narrow, tmp_path):
-    task = {"name": str(DENSE.parent / "tiny_reasoner.yaml"), "limit": 6, "max_new_tokens": 8}
-    for size in (1, 4):
-        settings = Evaluate(tasks=[task], batch_size=size)
-        scores = evaluate_checkpoint(narrow[1], tmp_path / f"{size}", settings, seed=0)
-        assert (scores.hidden_size, scores.kv_heads, scores.tasks[0].items) == (56, 1, 6)
-    one, four = (read_items(tmp_path / f"{size}") for size in (1, 4))
-    assert one == four

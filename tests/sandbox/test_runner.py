@@ -23,19 +23,15 @@ pytestmark = pytest.mark.skipif(
     lockdown.missing_support() is not None, reason=f"no sandbox here: {lockdown.missing_support()}"
 )
 
-ATTACKS = """
-def outcomes():
-    results = []
-    for attack in {attacks!r}:
-        try:
-            exec(attack, {{}})
-            results.append("reached")
-        except FileNotFoundError:
-            results.append("absent")
-        except (OSError, RuntimeError):
-            results.append("denied")
-    return [*zip({attacks!r}, results)]
-"""
+
+def programs(file):
+    """By name what is in a file, of which each part begins with ### and its name."""
+    parts = Path(__file__).with_name(file).read_text().split("\n### ")[1:]
+    return {name.strip(): code for name, _, code in (part.partition("\n") for part in parts)}
+
+
+PROGRAMS = programs("programs.txt")
+ATTACKS, MEMORY, SQUARES, FAIL_CLOSED = (PROGRAMS[name] for name in ("attacks", "memory", "squares", "fail closed"))
 
 
 def all_denied(*attacks: str) -> None:
@@ -111,44 +107,7 @@ def test_values_survive_the_way_to_the_candidate_and_back():
 
 
 def test_classes_iterators_callbacks_and_exceptions_of_the_candidate_are_usable():
-    candidate = """
-class Stack:
-    def __init__(self): self.items = []
-    def push(self, x): self.items.append(x); return self
-    def __len__(self): return len(self.items)
-    def __add__(self, other): s = Stack(); s.items = self.items + other.items; return s
-    def __eq__(self, other): return isinstance(other, Stack) and self.items == other.items
-class Empty(LookupError): pass
-def count():
-    n = 0
-    while True:
-        yield n
-        n += 1
-def apply(f, x): return f(x)
-def fail(): raise Empty("nothing")
-def bad(): return int("x")
-def clear(xs): xs.clear(); xs.append(7)
-"""
-    tests = """
-s = Stack().push(1).push(2)
-assert len(s) == 2 and s.items == [1, 2] and isinstance(s, Stack) and not isinstance(5, Stack)
-s.name = "n"
-assert s.name == "n" and s == Stack().push(1).push(2) and s != Stack() and s + Stack() == s
-it = count()
-assert [next(it), next(it), next(it)] == [0, 1, 2]
-assert apply(lambda x: x + 1, 2) == 3 and apply(str, 2) == "2" and apply(abs, -2) == 2
-for function, error in ((fail, Empty), (fail, LookupError), (bad, ValueError)):
-    try:
-        function()
-    except error as raised:
-        assert str(raised)
-    else:
-        raise AssertionError("no exception")
-xs = [1, 2]
-clear(xs)
-assert xs == [7]
-"""
-    outcome = run_tests(candidate, tests)
+    outcome = run_tests(PROGRAMS["classes, iterators, callbacks and exceptions"], PROGRAMS["their tests"])
     assert outcome.passed, outcome
 
 
@@ -259,24 +218,6 @@ def test_the_parent_cannot_be_killed_slowed_or_limited():
     assert (os.getpriority(os.PRIO_PROCESS, 0), resource.getrlimit(resource.RLIMIT_NOFILE)) == (nice, files)
 
 
-MEMORY = """
-import ctypes, os
-libc = ctypes.CDLL(None, use_errno=True)
-libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-class IO(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
-def peek(pid, address):
-    buffer = ctypes.create_string_buffer(8)
-    here, there = IO(ctypes.addressof(buffer), 8), IO(address, 8)
-    got = libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
-    put = libc.process_vm_writev(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) if got < 0 else 0
-    return got, put
-def own():
-    return ctypes.addressof(mine)
-mine = ctypes.create_string_buffer(b"something")
-"""
-
-
 def test_no_memory_of_another_process_is_reached():
     secret = ctypes.create_string_buffer(b"a secret")
     control = subprocess.run(
@@ -380,23 +321,7 @@ def test_a_crash_is_named_and_nothing_stays_behind():
 
 # ------------------------------------------------------------------------------------ forged success: never believed
 
-TEXT = Path(__file__).with_name("forgeries.txt").read_text()
-FORGERIES = {name.strip(): code for name, _, code in (part.partition("\n") for part in TEXT.split("\n### ")[1:])}
-
-SQUARES = """
-import math
-def check(candidate):
-    for got in map(candidate, [2, 3]):
-        assert all([abs(got - 4) < 1e-6 or abs(got - 9) < 1e-6])
-    assert candidate(2) == 4
-    assert not candidate(3) != 9
-    assert math.isclose(candidate(4), 16)
-    seen = 0
-    for got in map(candidate, [5, 6]):
-        seen += got
-    assert seen == 61
-check(f)
-"""
+FORGERIES = programs("forgeries.txt")
 
 
 def test_forged_success_does_not_pass():
@@ -452,22 +377,6 @@ assert look() == (0, False, False), look()
 
 
 # -------------------------------------------------------------------------------------------------- it fails closed
-
-FAIL_CLOSED = """
-import ctypes, struct, sys
-from ptl.errors import WorkError
-from ptl.sandbox.runner import run_tests
-libc = ctypes.CDLL(None, use_errno=True)
-code = [(0x20, 0, 0, 0), (0x15, 0, 1, {number}), (0x06, 0, 0, 0x00050000 | 38), (0x06, 0, 0, 0x7FFF0000)]
-body = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *c) for c in code))
-assert libc.prctl(38, ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3) == 0
-program = struct.pack("<HxxxxxxQ", len(code), ctypes.addressof(body))
-assert libc.prctl(22, ctypes.c_ulong(2), program, *[ctypes.c_ulong(0)] * 2) == 0
-try:
-    print(run_tests("print('the candidate ran')", "assert 1"))
-except WorkError as error:
-    print("WorkError:", error)
-"""
 
 
 # landlock_create_ruleset, landlock_restrict_self, seccomp, capset: of x86 and of ARM

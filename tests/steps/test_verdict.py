@@ -9,12 +9,9 @@ import pytest
 
 from ptl.config.run import Gate, load_config
 from ptl.config.schedule import Prune
-from ptl.model import checkpoint, widths
-from ptl.model.dimensions import model_dimensions
-from ptl.model.families import family_of
 from ptl.steps import evaluate
 from ptl.steps.call import Call, Output, key_of
-from ptl.steps.prune import _arguments, prune
+from ptl.steps.prune import prune
 from ptl.steps.step import Step
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
@@ -155,23 +152,6 @@ def test_smallest_cuts_of_a_real_checkpoint():
     assert "neurons" not in evaluate.cuts_of(REASONER, Prune(width_multiple=192))
     # A small step of width is one of the FFN, which takes what the other sizes leave.
     assert whole["width"] == whole["neurons"]
-
-
-def test_a_step_of_width_is_as_small_as_the_gate_says():
-    """Also where KV heads are among what goes."""
-    config = load_config(TINY, {"prune.target": "width", "schedule.target": 0.75})
-    settings = {name: config.model_dump(mode="json")[name] for name in ("prune", "calibration", "seed")}
-    settings |= {"iterations": 4, "target": 0.75, "cuts": "cubic"}
-    family = family_of(checkpoint.read_config(REASONER))
-    model = model_dimensions(REASONER, family)
-    dense = Pointer("file:///dense", CUT, params=model.params, original_params=model.params)
-    for cap, removed in ((None, 92_601), (25_000, 25_000), (1_000, 1_000)):
-        parent = dataclasses.replace(dense, gate={"cap": cap})
-        work = _arguments(Call("prune-1", "e", settings, {"model": parent}))
-        assert (work["unit"], model.params - work["goal"], model.params - work["end"]) == ("width", removed, 160_176)
-        for end in widths.candidates(model, work["end"], 1, {}):
-            step = model.params - widths.towards(model, end, work["goal"], 1).params
-            assert removed <= step < removed + model.params_per_neuron
 
 
 def test_the_speed_is_measured_where_the_loop_ends():
