@@ -173,11 +173,14 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         if config.export or config.evaluate.backend == "vllm":
             warnings += formats.context_notes(folder)
 
+        numbered = target.with_number(config)
+        ends = [path[-1][1] for path in target.possible_paths(dimensions, numbered.schedule, config.prune)]
+
         def check_exports() -> None:
-            warnings.extend(formats.check_exports(folder, config.export, config.prune))
+            warnings.extend(formats.check_exports(folder, config.export, ends))
 
         warnings += extras.not_checked([check_exports], excused)
-        warnings += _planned(target.with_number(config), folder, dimensions)
+        warnings += _planned(numbered, folder, dimensions)
     warn(warnings)
     return dimensions
 

@@ -13,7 +13,7 @@ Each format is a module of this package with these functions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -21,13 +21,11 @@ from typing import Any
 
 from ptl.config.export import Export, ServedFormat
 from ptl.config.run import Calibration, Evaluate
-from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.evaluation.paired import Item
 from ptl.extras import Check
-from ptl.model import axes, pretrained, shapes, text_tower
-from ptl.model.dimensions import dimensions_of
-from ptl.model.families import family_of
+from ptl.model import pretrained, text_tower
+from ptl.model.dimensions import ModelDimensions
 from ptl.model.shapes import longrope_limit
 
 REMOVE_LAYERS = ("layers", "neurons_then_layers")  # values of prune.target
@@ -42,34 +40,19 @@ def module_of(format: str) -> Any:
     return import_module(f"ptl.export.{format.replace('-', '_')}")
 
 
-def check_exports(src: Path, exports: Iterable[Export], prune: Prune | None = None) -> list[str]:
+def check_exports(src: Path, exports: Iterable[Export], ends: Sequence[ModelDimensions] = ()) -> list[str]:
     """Raise InputError for the first export that cannot be made of a checkpoint, without writing any; else notes.
 
-    With `prune` it is as if the checkpoint had been pruned so.
+    `ends` are the sizes to which it may be pruned before.
     UnusableError where a format cannot be made on this machine. Takes about ten seconds for GGUF.
     """
     # Of GGUF no type makes a difference.
     distinct = {export.format if export.format == "gguf" else export.name: export for export in exports}
-    narrow = bool(distinct) and prune is not None and _is_narrowed(src, prune)
+    narrow = any(end.hidden != end.heads * end.head_size for end in ends)
     notes = []
     for export in distinct.values():
         notes += module_of(export.format).check(src, export.type, narrow)
     return notes
-
-
-def _is_narrowed(src: Path, prune: Prune) -> bool:
-    """Whether the hidden size of a pruned model may be another than that of its heads together."""
-    if prune.target != "width":
-        return False
-    content = text_tower.read_config(src)
-    model = shapes.of_config(content, family_of(content), f"config.json in {src}")
-    sizes = dimensions_of(model)
-    hidden = prune.width.hidden or (sizes.hidden if "hidden" in sizes.fixed else None)
-    groups = prune.width.kv or (sizes.groups if "kv" in sizes.fixed else None)
-    # What is not fixed, the loss decides.
-    if hidden is None or groups is None:
-        return True
-    return hidden != groups * sizes.heads_per_group * axes.head_size(model.config)
 
 
 def installation_checks(exports: Iterable[Export]) -> list[Check]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,12 @@ from gguf_files import needs_llama_cpp
 from tiny_models import build, build_multimodal, save
 
 from ptl.config.export import Export
-from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.export import gguf
 from ptl.export.compressed_tensors import write as write_compressed
 from ptl.export.formats import check_exports, context_notes, layer_warnings, width_warnings
 from ptl.export.gguf import write_gguf
+from ptl.model.dimensions import ModelDimensions
 
 TOKENIZER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 GGUF, FP8 = Export(format="gguf", type="q8_0"), Export(format="compressed-tensors", type="fp8")
@@ -50,18 +51,14 @@ def test_a_hidden_size_whose_rows_would_be_stored_in_a_larger_type_is_warned_of(
 
 
 def test_a_small_model_is_checked_with_the_hidden_size_that_pruning_may_leave(tmp_path, monkeypatch):
-    """In the tests' models it is 32, of 4 heads of 8 with 2 KV heads."""
+    """The heads of the tests' models have 8 numbers; two share a KV head."""
     asked = []
     monkeypatch.setattr(gguf, "check", lambda src, type, narrow: asked.append(narrow) or [])
-    cases = [("qwen2", {}, False), ("qwen2", {"target": "width"}, True), ("olmoe", {"target": "width"}, False)]
-    for hidden, kv, narrow in ((32, 2, False), (16, 1, False), (16, 2, True), (32, None, True), (None, 2, True)):
-        cases.append(("qwen2", {"target": "width", "width": {"hidden": hidden, "kv": kv}}, narrow))
-    for variant, prune, narrow in cases:
-        folder = tmp_path / variant
-        check_exports(folder if folder.exists() else save(build(variant), folder), [GGUF], Prune(**prune))
-        assert asked.pop() is narrow, (variant, prune)
-    check_exports(tmp_path / "qwen2", [GGUF])
-    assert asked == [False]
+    heads = ModelDimensions(16, 1, groups=1, layers=1, layer={}, outside={}, heads_per_group=2, head_size=8)
+    ends = [heads, replace(heads, hidden=24)]
+    for possible, narrow in (([], False), (ends[:1], False), (ends, True)):
+        check_exports(tmp_path, [GGUF], possible)
+        assert asked.pop() is narrow
 
 
 @needs_llama_cpp
