@@ -187,10 +187,11 @@ def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDime
 def _compared(
     src: Path, dst: Path, model: LayerwiseModel, possible: list[ModelDimensions], select: Select
 ) -> list[Candidate]:
-    """The loss of each of these sizes right after the cut: written beside `dst`, and read again layer by layer."""
+    """The loss of each of these sizes right after the cut: written to `dst` for a while, and read layer by layer."""
     compared = []
+    dst.mkdir(parents=True, exist_ok=True)
     for sizes in possible:
-        with tempfile.TemporaryDirectory(dir=dst.parent, prefix="candidate-") as name:
+        with tempfile.TemporaryDirectory(dir=dst, prefix="candidate-") as name:
             folder = Path(name)
             write_pruned(src, folder, model.family, select(sizes), state=False)
             loss = mean_loss(LayerwiseModel(folder, model.family, model.batches))

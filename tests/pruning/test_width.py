@@ -285,7 +285,7 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
     fixed = prune(source, calibration, tmp_path / "fixed", goal=report.goal, width=sizes)
     assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
     assert other.loss == pytest.approx(loss_of(tmp_path / "fixed", calibration), rel=1e-4)
-    assert not [*tmp_path.glob("candidate-*")]
+    assert not [*tmp_path.rglob("candidate-*")]
 
 
 @pytest.mark.parametrize(
