@@ -5,6 +5,7 @@ from __future__ import annotations
 from string import ascii_uppercase
 
 from ptl.log import table_text
+from ptl.preflight import target
 from ptl.preflight.forecast import HOUR, Forecast, narrows, sizes
 from ptl.preflight.forecast_model import GIB, checkpoint_bytes
 from ptl.units import decimal_hours, duration, size
@@ -43,7 +44,7 @@ def steps(run: Forecast) -> str:
 def widths(run: Forecast) -> str | None:
     """The possible sizes after each iteration of the loop as a table; None where the FFN alone gets narrower."""
     paths, model = run.paths["loop"], run.shape.dimensions
-    if not narrows([path[-1][1] for path in paths], model):
+    if not narrows(target.ends(paths), model):
         return None
     columns = [ascii_uppercase[i] for i in range(len(paths))]
     rows = [["dense", *(sizes(model) for _ in paths)]]
@@ -54,6 +55,7 @@ def widths(run: Forecast) -> str | None:
     if len(paths) > 1:
         text += (
             "\nThe first prune step takes the column whose last row has the least loss on the calibration text, before "
-            "any recovery;\nlater ones choose again, from where they are. The forecast counts with column A."
+            "any recovery,\nor A where all losses are above that of guessing; later ones choose again, from where they "
+            "are.\nThe forecast counts with column A."
         )
     return text

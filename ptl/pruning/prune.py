@@ -41,6 +41,7 @@ class Candidate:
     kv_heads: int
     experts: int | None
     loss: float
+    taken: bool = False  # whether the loop goes on towards it
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def prune_checkpoint(
         sequences = model.num_sequences
         select = _SCORED[unit](model, before, prune.criterion, seed)
         candidates = _compared(src, dst, model, possible, select) if len(possible) > 1 else []
-        sizes = possible[_best(candidates, model.config.vocab_size)]
+        best = _best(candidates, model.config.vocab_size)
+        candidates = [replace(candidate, taken=i == best) for i, candidate in enumerate(candidates)]
+        sizes = possible[best]
         if chosen_at_end and goal > end:
             sizes = widths.towards(before, sizes, goal, prune.width_multiple)
         selection = select(sizes)

@@ -13,13 +13,14 @@ from ptl.evaluation.scoring import TaskScore
 
 
 class ComparedWidths(BaseModel):
-    """Sizes to end the loop with, of which a prune step took those with the least loss right after the cut."""
+    """Sizes to end the loop with, of which a prune step took one: by the loss right after the cut, where that tells."""
 
     hidden: int  # dimensions of the residual stream
     width: int  # FFN neurons of each layer, or of each expert
     kv_heads: int  # of each layer
     experts: int | None  # of each layer; None: a dense model
     loss: float  # of a token of the calibration text
+    taken: bool
 
 
 class Row(BaseModel):

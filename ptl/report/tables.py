@@ -110,7 +110,7 @@ def compared_widths(result: Result) -> Table:
     rows = []
     for row in result.rows:
         if row.compared:
-            taken, *others = sorted(row.compared, key=lambda sizes: sizes.loss)
+            taken, *others = sorted(row.compared, key=lambda sizes: not sizes.taken)
             listed = tuple(f"{_sizes_text(sizes)}: {sizes.loss:.3f}" for sizes in others)
             rows.append(_cells(row.label, _sizes_text(taken), f"{taken.loss:.3f}", Cell(f"{len(listed)}", listed)))
     return Table(("Iteration", "Widths to end with", "Loss", "Others compared"), rows, 0)

@@ -277,6 +277,7 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
     first, least = report.candidates
     assert least.loss < first.loss and (least.loss < math.log(model.config.vocab_size)) == ranked
     best, other = (least, first) if ranked else (first, least)
+    assert best.taken and not other.taken
     sizes = (after.hidden, after.width, after.groups, after.experts)
     assert (best.hidden, best.width, best.kv_heads, best.experts or 0) == sizes
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)

@@ -169,12 +169,16 @@ def goal_missed_by_two_bytes(records, settings):
 
 
 def width_pruned(records, settings):
-    """Hidden size in each iteration, KV heads from the second on; the third and the fourth had no choice."""
+    """Hidden size in each iteration, KV heads from the second on; the third and the fourth had no choice.
+
+    The control took what had not the least loss, as where all are above that of guessing.
+    """
     ends = [(56, 57, 1, 2.5626), (64, 43, 1, 2.84), (48, 43, 2, 4.28)]
     candidates = [dict(zip(("hidden", "width", "kv_heads", "loss"), end, strict=True), experts=None) for end in ends]
-    records["prune-1"].metadata["candidates"] = candidates[::-1]
-    records["prune-2"].metadata["candidates"] = candidates[:2]
-    records["control-prune"].metadata["candidates"] = [candidate | {"experts": 4} for candidate in candidates]
+    for step, among, taken in (("prune-1", candidates[::-1], 2), ("prune-2", candidates[:2], 0)):
+        records[step].metadata["candidates"] = [each | {"taken": i == taken} for i, each in enumerate(among)]
+    of_control = [each | {"experts": 4, "taken": i == 1} for i, each in enumerate(candidates)]
+    records["control-prune"].metadata["candidates"] = of_control
     for step, hidden, heads in (("1", 62, 2), ("2", 60, 1), ("3", 58, 1), ("4", 56, 1), ("control", 56, 1)):
         name = "control-evaluate" if step == "control" else f"evaluate-{step}"
         shape = {"hidden_size": hidden, "kv_heads": heads, "kv_bytes_per_token": 1024 * heads}
