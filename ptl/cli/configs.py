@@ -99,7 +99,7 @@ def validate(
         print(goal)
     numbered = target.with_number(settings)
     paths = target.possible_paths(dense, numbered.schedule, settings.prune)
-    ends = {path[-1][1].params for path in paths}
+    ends = {end.params for end in target.ends(paths)}
     at_most = "at most " if len(ends) > 1 else ""
     print(f"{settings.name}: {dense.params:,} parameters become {at_most}{max(ends):,}; `ptl plan` has every step")
 
@@ -174,7 +174,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
             warnings += formats.context_notes(folder)
 
         numbered = target.with_number(config)
-        ends = [path[-1][1] for path in target.possible_paths(dimensions, numbered.schedule, config.prune)]
+        ends = target.ends(target.possible_paths(dimensions, numbered.schedule, config.prune))
 
         def check_exports() -> None:
             warnings.extend(formats.check_exports(folder, config.export, ends))
@@ -194,7 +194,7 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     from ptl.export import formats
     from ptl.preflight import preflight, target
 
-    ends = [path[-1][1] for path in target.possible_paths(dense, config.schedule, config.prune)]
+    ends = target.ends(target.possible_paths(dense, config.schedule, config.prune))
     amount = checks.planned_amount(config, dense.params - ends[0].params)
     if amount.sentence:
         print(amount.sentence)

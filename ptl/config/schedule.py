@@ -146,8 +146,8 @@ class Prune(Section):
         description="what is removed; `neurons`: of each FFN, in a mixture of experts of each expert; `auto`: neurons, "
         "and where these alone would leave the FFN less than 37 % of the parameters, KV heads (each with its query "
         "heads) or hidden size too, by the criterion `taylor` alone; `width`: the same, with sizes of your own in "
-        "`width`; `neurons_then_layers` "
-        "removes layers in the last iteration; `experts` removes whole experts of a mixture, as many in every layer",
+        "`width`; `neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
+        "mixture, as many in every layer",
     )
     criterion: Literal["max", "mean", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
         "taylor",

@@ -85,6 +85,11 @@ def fixed(of_names: Mapping[str, Axes], config: Any) -> dict[str, str]:
     return reasons
 
 
+def value_size(config: Any) -> int:
+    """Numbers of what a head gives."""
+    return int(getattr(config, "v_head_dim", head_size(config)))
+
+
 def head_size(config: Any) -> int:
     """Numbers of a head's keys; `config` is that of transformers."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -152,7 +152,7 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         layer=terms(names.values()),
         outside=terms(model.tensors.keys() - counted),
         heads_per_group=config.num_attention_heads // widths[GROUPS],
-        head_size=getattr(config, "v_head_dim", axes.head_size(config)),
+        head_size=axes.value_size(config),
         fixed=axes.fixed(of_names, config),
         square=model.family.square,
         dense_layers=dense_layers,

@@ -79,8 +79,7 @@ class ModelShapes:
         """Numbers of a token's queries and of what its heads give, in all layers; 2 FLOPs each per token of context."""
         config = self.config
         queries = getattr(config, "qk_head_dim", axes.head_size(config))
-        values = getattr(config, "v_head_dim", axes.head_size(config))
-        return int(config.num_hidden_layers * config.num_attention_heads * (queries + values))
+        return int(config.num_hidden_layers * config.num_attention_heads * (queries + axes.value_size(config)))
 
     @property
     def cached_numbers(self) -> int:

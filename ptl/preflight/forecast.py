@@ -166,7 +166,7 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
             tokens, seconds, note = _evaluation(model, run)
         elif stage == "prune":
             read = models[number - 1]
-            ends = [each[-1][1] for each in run.paths[arm]]
+            ends = target.ends(run.paths[arm])
             unit = path[number - 1][0].unit
             tokens, seconds, note = _pruning(unit, read, ends, run)
             note = _left(unit, model, ends, dense) + note

@@ -145,6 +145,11 @@ def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> 
     return paths
 
 
+def ends(paths: list[SizePath]) -> list[ModelDimensions]:
+    """The sizes that each path ends with."""
+    return [path[-1][1] for path in paths]
+
+
 def _after(
     model: ModelDimensions, iteration: Iteration, goal: int, end: ModelDimensions, prune: Prune
 ) -> ModelDimensions:
