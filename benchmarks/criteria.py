@@ -25,7 +25,7 @@ from recovery import CPT, correct, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl.config.recover import Recovery
-from ptl.config.schedule import Prune
+from ptl.config.schedule import Prune, Unit
 from ptl.data.sequences import calibration_batches
 from ptl.evaluation import paired
 from ptl.model import checkpoint
@@ -89,7 +89,7 @@ def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: in
 def by_torch_pruning(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
     """One cut of the dense model, as `loops.run` asks for it; of the settings only the width multiple matters."""
 
-    def cut(src: Path, dst: Path, goal: int, _end: int) -> int:
+    def cut(src: Path, dst: Path, _unit: Unit, goal: int, _end: int) -> int:
         assert src == subject.model
         body = model_dimensions(src, family_of(checkpoint.read_config(src)))
         cut_theirs(dst, kind, body, width_for(body, goal, prune.width_multiple), seed)

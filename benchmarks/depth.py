@@ -42,9 +42,12 @@ class Arm:
     prune: Row = field(default_factory=dict)
     stage: Row = field(default_factory=dict)  # of `recover`
     choice: str = "scored anew"  # of `choices`
+    tokens: float = 1  # times the budget
+    layers_last: bool = False  # the last iteration removes layers
 
 
 ONE_SHOT = {"iterations": 1}
+UNIFORM = {"iterations": 8, "cuts": "uniform"}
 MAX = {"criterion": "max"}
 TAYLOR = {"criterion": "taylor"}
 LAYERS = {"target": "layers"}
@@ -68,6 +71,8 @@ ARMS = {
     "loop of 2, width": Arm({"iterations": 2}, WIDTH),
     "loop of 4, width": Arm({"iterations": 4}, WIDTH),
     "loop of 8, width": Arm({"iterations": 8}, WIDTH),
+    # About the FLOPs of a loop of 8, scoring included.
+    "one-shot, width, 1.4 times the tokens": Arm(ONE_SHOT, WIDTH, tokens=1.4),
     # Peers' scores, for as much of each width as by ptl's rule.
     "one-shot, width, minitron": Arm(ONE_SHOT, WIDTH, choice="minitron"),
     "one-shot, width, norm": Arm(ONE_SHOT, WIDTH, choice="norm"),
@@ -76,11 +81,13 @@ ARMS = {
     # Layers: two of the four are 46 %.
     "one-shot, layers": Arm(ONE_SHOT, LAYERS),
     "loop of 2, layers": Arm({"iterations": 2, "cuts": "uniform"}, LAYERS),
+    "loop of 8, neurons then layers": Arm(UNIFORM, TAYLOR, layers_last=True),
+    "loop of 8, width then layers": Arm(UNIFORM, WIDTH, layers_last=True),
     # One thing switched off at a time.
     "loop of 8, taylor, scored once": Arm({"iterations": 8}, TAYLOR, choice="scored once"),
     "loop of 8, taylor, fresh optimizer": Arm({"iterations": 8}, TAYLOR, {"carry_moments": False}),
     "loop of 8, taylor, decay from the start": Arm({"iterations": 8}, TAYLOR, {"decay": 1}),
-    "loop of 8, taylor, uniform cuts": Arm({"iterations": 8, "cuts": "uniform"}, TAYLOR),
+    "loop of 8, taylor, uniform cuts": Arm(UNIFORM, TAYLOR),
     "loop of 8, taylor, uniform tokens": Arm({"iterations": 8, "tokens": "uniform"}, TAYLOR),
     # Peers: their choice of neurons, our recovery.
     "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
@@ -232,13 +239,13 @@ def measure(cell: Cell) -> Row:
     work_quietly()
     arm = ARMS[cell.arm]
     phase = CHOICE if cell.phase == CHOICE.name else RESULT
-    schedule = Schedule(target=cell.share, recovery_tokens=cell.tokens, **arm.schedule)
+    schedule = Schedule(target=cell.share, recovery_tokens=int(arm.tokens * cell.tokens), **arm.schedule)
     prune = Prune(width_multiple=1, **arm.prune)
     stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         cut = choices()[arm.choice](TINY, prune, cell.seed)
-        trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), cut)
+        trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), cut, arm.layers_last)
         seconds = time.process_time() - began
         solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
         widths = widths_of(trained.checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune, Schedule, plan, removal, token_weights
+from ptl.config.schedule import Prune, Schedule, Unit, plan, removal, token_weights
 from ptl.data.sequences import calibration_batches
 from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions, width_for
@@ -69,21 +69,19 @@ def work_quietly() -> None:
     torch.set_num_threads(1)
 
 
-# Source, destination, parameters to end with now and at the end of the loop -> FLOPs of scoring
-Cut = Callable[[Path, Path, int, int], int]
+# Source, destination, what to remove, parameters to end with now and after all of its iterations -> FLOPs of scoring
+Cut = Callable[[Path, Path, Unit, int, int], int]
 
 
 def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
-    """The prune step's own way; `prune.target` must be the same in all iterations, not `neurons_then_layers`."""
+    """The prune step's own way."""
     batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
 
-    def cut(src: Path, dst: Path, goal: int, end: int) -> int:
-        report = prune_checkpoint(
-            src, dst, prune, subject.calibration, unit=prune.target, goal=goal, end=end, seed=seed
-        )
+    def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
+        report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, goal=goal, end=end, seed=seed)
         # By `taylor` two passes forward and one back; each candidate one forward.
-        passes = 8 if prune.criterion == "taylor" and prune.target != "layers" else 2
+        passes = 8 if prune.criterion == "taylor" and unit != "layers" else 2
         return tokens * (passes * report.params_before + 2 * end * len(report.candidates))
 
     return cut
@@ -95,7 +93,7 @@ def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
     batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
 
-    def cut(src: Path, dst: Path, goal: int, _end: int) -> int:
+    def cut(src: Path, dst: Path, _unit: Unit, goal: int, _end: int) -> int:
         dimensions = model_dimensions(src, family)
         width = width_for(dimensions, goal, prune.width_multiple)
         kept = {}
@@ -117,22 +115,26 @@ def run(
     seed: int,
     folder: Path,  # with what an earlier call has left there, which is continued
     cut: Cut | None = None,  # default: as the prune step does, scored anew in each iteration
+    layers_last: bool = False,  # the last iteration removes layers
 ) -> Trained:
     """Prune and recover by a schedule."""
     cut = cut or scored_anew(subject, prune, seed)
     dense = dimensions.static_cost(subject.model).params
     iterations = plan(schedule, prune)
+    if layers_last:
+        iterations[-1] = replace(iterations[-1], unit="layers")
+    goals = [dense - int(iteration.progress * removal(dense, schedule.target)) for iteration in iterations]
+    ends = {iteration.unit: goal for iteration, goal in zip(iterations, goals, strict=True)}
     at = subject.model
     tokens = flops = scoring = 0
-    for iteration in iterations:
+    for iteration, goal in zip(iterations, goals, strict=True):
         pruned = folder / f"pruned-{iteration.index}"
         recovered = folder / f"recovered-{iteration.index}"
         done = folder / f"done-{iteration.index}"
         if not done.exists():
             shutil.rmtree(pruned, ignore_errors=True)
             pruned.mkdir(parents=True)
-            goal = dense - int(iteration.progress * removal(dense, schedule.target))
-            scoring += cut(at, pruned, goal, dense - removal(dense, schedule.target))
+            scoring += cut(at, pruned, iteration.unit, goal, ends[iteration.unit])
         at = pruned
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))

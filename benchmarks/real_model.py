@@ -51,6 +51,7 @@ class Arm:
 
 
 ONE_SHOT = 1
+WIDTH = {"target": "width", "width_multiple": "auto"}
 ARMS = {
     "one-shot, max": Arm(ONE_SHOT, {"criterion": "max"}),
     "one-shot, mean": Arm(ONE_SHOT, {"criterion": "mean"}),
@@ -58,6 +59,12 @@ ARMS = {
     "one-shot, taylor": Arm(ONE_SHOT, {"criterion": "taylor"}),
     "loop of 4, max": Arm(4, {"criterion": "max"}),
     "loop of 4, taylor": Arm(4, {"criterion": "taylor"}),
+    # Hidden size 576, three KV heads: by ptl's rule, and divisions of our own.
+    "one-shot, width": Arm(ONE_SHOT, WIDTH),
+    "one-shot, hidden 504": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 504, "kv": 3}}),
+    "one-shot, hidden 432": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 432, "kv": 3}}),
+    "one-shot, 1 KV head": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 576, "kv": 1}}),
+    "loop of 4, width": Arm(4, WIDTH),
 }
 REFERENCE = "one-shot, taylor"
 
@@ -108,7 +115,7 @@ def measure(cell: Cell, data: Path) -> Row:
     arm = ARMS.get(cell.arm, Arm(ONE_SHOT, {}))
     # Without a removal the dense model is only trained.
     schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=arm.iterations)
-    prune = Prune(width_multiple=32, **arm.prune)
+    prune = Prune(**({"width_multiple": 32} | arm.prune))
     folder = WORK / "-".join(map(str, asdict(cell).values())).replace(" ", "-")
     began = time.process_time()
     stages = [training_stage(cell.method, cell.learning_rate)] if cell.tokens else []

@@ -1,11 +1,12 @@
 """Which division of a cut among hidden size, FFN and KV heads is the best, and which rule finds it without trying all?
 
-    python benchmarks/split.py measure [--shares 0.5 0.65 0.75 0.8]   # many divisions of a size, recovered
-    python benchmarks/split.py report                                 # what each rule would have chosen
+    python benchmarks/split.py measure [--model mixture] [--shares 0.5 0.65]   # many divisions of a size, recovered
+    python benchmarks/split.py report [--model mixture]                        # what each rule would have chosen
 
 Rules: the loss right after the cut, the sum of the first-order scores of all that goes, the loss after 5 % of the
 recovery, a hidden size by a fixed power of the share that stays, and ptl's (ptl/model/widths.py). Each division is a
-line of benchmarks/results/split.jsonl; what is there is not measured again.
+line of benchmarks/results/split.jsonl; what is there is not measured again. The mixture is that of
+benchmarks/experts.py.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ from typing import Any
 from depth import ROOT, workers
 
 RESULTS = ROOT / "benchmarks" / "results" / "split.jsonl"
-# Share of the parameters -> tokens and learning rate of the recovery, and hidden sizes with two KV heads and with one
-SETTINGS: dict[float, tuple[int, float, tuple[int, ...], tuple[int, ...]]] = {
-    0.5: (200_000, 6e-4, (64, 60, 52, 48), (64, 58, 54, 50)),
-    0.6: (200_000, 1.2e-3, (64, 56, 48), (64, 58, 50)),
-    0.65: (500_000, 1.7e-3, (64, 56, 48, 44), (64, 56, 50, 44)),
-    0.75: (500_000, 2.4e-3, (44, 40, 32), (64, 54, 50, 46, 38)),
-    0.8: (500_000, 2.4e-3, (36, 24), (64, 52, 42, 40, 34)),
-    0.85: (500_000, 2.4e-3, (16,), (40, 36, 30)),
+# Model -> share of the parameters -> tokens and rate of the recovery, hidden sizes with two KV heads and with one
+SETTINGS: dict[str, dict[float, tuple[int, float, tuple[int, ...], tuple[int, ...]]]] = {
+    "dense": {
+        0.5: (200_000, 6e-4, (64, 60, 52, 48), (64, 58, 54, 50)),
+        0.6: (200_000, 1.2e-3, (64, 56, 48), (64, 58, 50)),
+        0.65: (500_000, 1.7e-3, (64, 56, 48, 44), (64, 56, 50, 44)),
+        0.75: (500_000, 2.4e-3, (44, 40, 32), (64, 54, 50, 46, 38)),
+        0.8: (500_000, 2.4e-3, (36, 24), (64, 52, 42, 40, 34)),
+        0.85: (500_000, 2.4e-3, (16,), (40, 36, 30)),
+    },
+    # Its widths are multiples of 8.
+    "mixture": {
+        0.65: (200_000, 1.7e-3, (64, 56, 48, 40), (64, 56, 48)),
+        0.75: (200_000, 2.4e-3, (64, 56, 48, 40), (64, 56, 48, 40)),
+        0.85: (500_000, 2.4e-3, (48, 40, 32), (64, 56, 40, 32)),
+    },
 }
 SHORT = 0.05  # of the tokens
 ITEMS, PROBLEM_SEED = 1000, 99
@@ -41,9 +50,16 @@ POWER = 0.25  # of the rule with a fixed ratio
 Row = dict[str, Any]
 
 
-def measure(share: float, hidden: int, kv: int, seed: int, iterations: Sequence[int]) -> Row:
+def subject_of(model: str) -> Any:
+    import experts
+    from loops import TINY
+
+    return {"dense": TINY, "mixture": experts.SUBJECT}[model]
+
+
+def measure(model: str, share: float, hidden: int, kv: int, seed: int, iterations: Sequence[int]) -> Row:
     """One division: its losses, and its accuracy after the recovery at once and in loops."""
-    from loops import TINY, run, work_quietly
+    from loops import run, work_quietly
     from recovery import CPT, correct_items, generate
 
     from ptl.config.schedule import Prune, Schedule, removal
@@ -54,45 +70,44 @@ def measure(share: float, hidden: int, kv: int, seed: int, iterations: Sequence[
     from ptl.pruning.layerwise import LayerwiseModel, mean_loss
 
     work_quietly()
-    tokens, rate, *_ = SETTINGS[share]
-    family = family_of(checkpoint.read_config(TINY.model))
-    dense = model_dimensions(TINY.model, family)
+    subject = subject_of(model)
+    tokens, rate, *_ = SETTINGS[model][share]
+    family = family_of(checkpoint.read_config(subject.model))
+    dense = model_dimensions(subject.model, family)
     ends = {"hidden": hidden, "kv": kv}
     (sizes,) = widths.candidates(dense, dense.params - removal(dense.params, share), 1, ends)
     prune = Prune(target="width", width_multiple=1, width=ends)
     stage = CPT | {"learning_rate": rate, "save_steps": 10**9}
-    batches = calibration_batches(TINY.calibration, pretrained.load_tokenizer(TINY.model), seed + 1000)
-    row: Row = {"share": share, "tokens": tokens, "rate": rate, "seed": seed}
+    batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed + 1000)
+    row: Row = {"model": model, "share": share, "tokens": tokens, "rate": rate, "seed": seed}
     row |= {"hidden": sizes.hidden, "ffn": sizes.width, "kv": sizes.groups, "params": sizes.params}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cut = run(TINY, Schedule(target=share, iterations=1, recovery_tokens=1), prune, [], seed, folder / "cut")
+        cut = run(subject, Schedule(target=share, iterations=1, recovery_tokens=1), prune, [], seed, folder / "cut")
         row["loss"] = mean_loss(LayerwiseModel(cut.checkpoint, family, batches))
-        row["first_order"] = first_order(sizes, seed)
+        row["first_order"] = first_order(subject, sizes, seed)
         short = Schedule(target=share, iterations=1, recovery_tokens=int(SHORT * tokens))
-        trained = run(TINY, short, prune, [stage], seed, folder / "short")
+        trained = run(subject, short, prune, [stage], seed, folder / "short")
         row["short_loss"] = mean_loss(LayerwiseModel(trained.checkpoint, family, batches))
         for count in iterations:
             schedule = Schedule(target=share, iterations=count, recovery_tokens=tokens)
-            trained = run(TINY, schedule, prune, [stage], seed, folder / str(count))
+            trained = run(subject, schedule, prune, [stage], seed, folder / str(count))
             solved = correct_items(trained.checkpoint, list(generate("test", ITEMS, PROBLEM_SEED)))
             row[f"accuracy of {count}"] = statistics.mean(solved)
     return row
 
 
-def first_order(sizes: Any, seed: int) -> float:
+def first_order(subject: Any, sizes: Any, seed: int) -> float:
     """The sum of the first-order scores of all that goes: changes of a sequence's summed loss."""
-    from loops import TINY
-
     from ptl.data.sequences import calibration_batches
     from ptl.model import checkpoint, pretrained
     from ptl.model.families import family_of
     from ptl.pruning.importance import all_width_scores
     from ptl.pruning.layerwise import LayerwiseModel
 
-    family = family_of(checkpoint.read_config(TINY.model))
-    batches = calibration_batches(TINY.calibration, pretrained.load_tokenizer(TINY.model), seed)
-    scores = all_width_scores(LayerwiseModel(TINY.model, family, batches), True)
+    family = family_of(checkpoint.read_config(subject.model))
+    batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed)
+    scores = all_width_scores(LayerwiseModel(subject.model, family, batches), True)
     total = float(scores.hidden.sort().values[: len(scores.hidden) - sizes.hidden].sum())
     for neurons, groups in zip(scores.neurons, scores.groups, strict=True):
         total += float(neurons.sort().values[: len(neurons) - sizes.width].sum())
@@ -107,20 +122,22 @@ def rows() -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["measure", "report"])
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--model", choices=SETTINGS, default="dense")
+    parser.add_argument("--shares", type=float, nargs="+", help="default: all")
     parser.add_argument("--iterations", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[71])
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     if given.what == "report":
-        report()
+        report(given.model)
         return
-    known = {(row["share"], row["hidden"], row["kv"], row["seed"]) for row in rows()}
+    known = {(row["model"], row["share"], row["hidden"], row["kv"], row["seed"]) for row in rows()}
+    settings = SETTINGS[given.model]
     cells = [
-        (share, hidden, kv, seed)
+        (given.model, share, hidden, kv, seed)
         for seed in given.seeds
-        for share in given.shares
-        for kv, sizes in zip((2, 1), SETTINGS[share][2:], strict=True)
+        for share in given.shares or settings
+        for kv, sizes in zip((2, 1), settings[share][2:], strict=True)
         for hidden in sizes
     ]
     with workers(given.processes) as pool:
@@ -132,9 +149,9 @@ def main() -> None:
             print(json.dumps(row), flush=True)
 
 
-def report() -> None:
+def report(model: str) -> None:
     """A table of the divisions, and the accuracy that each rule gives up against the best of them."""
-    found = rows()
+    found = [row for row in rows() if row["model"] == model]
     arms = sorted({name for row in found for name in row if name.startswith("accuracy")})
     groups: dict[tuple[float, int], list[Row]] = {}
     for row in sorted(found, key=lambda row: (-row["kv"], -row["hidden"])):
@@ -172,14 +189,13 @@ def _fixed_ratio(candidates: Sequence[Row]) -> Row:
 
 def _ptl(candidates: Sequence[Row]) -> Row:
     """Of the divisions measured the nearest to those of ptl/model/widths.py; of two that with the lower loss."""
-    from loops import TINY
-
     from ptl.config.schedule import removal
     from ptl.model import checkpoint, widths
     from ptl.model.dimensions import model_dimensions
     from ptl.model.families import family_of
 
-    dense = model_dimensions(TINY.model, family_of(checkpoint.read_config(TINY.model)))
+    folder = subject_of(candidates[0]["model"]).model
+    dense = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
     possible = widths.candidates(dense, dense.params - removal(dense.params, candidates[0]["share"]), 1, {})
     nearest = [
         min(candidates, key=lambda row: (row["kv"] != sizes.groups, abs(row["hidden"] - sizes.hidden)))

@@ -24,7 +24,7 @@ from loops import Cut, Subject
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptl.config.schedule import Prune
+from ptl.config.schedule import Prune, Unit
 from ptl.data.sequences import calibration_batches
 from ptl.model import checkpoint
 from ptl.model.dimensions import ModelDimensions, model_dimensions
@@ -37,10 +37,10 @@ from ptl.pruning.surgery import write_pruned
 def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
     """One cut of the dense model to the sizes that ptl's own rule chooses, as `loops.run` asks for it."""
 
-    def cut(src: Path, dst: Path, goal: int, end: int) -> int:
+    def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
         with tempfile.TemporaryDirectory() as name:
             ours = Path(name) / "ours"
-            prune_checkpoint(src, ours, prune, subject.calibration, unit="width", goal=goal, end=end, seed=seed)
+            prune_checkpoint(src, ours, prune, subject.calibration, unit=unit, goal=goal, end=end, seed=seed)
             sizes = model_dimensions(ours, family_of(checkpoint.read_config(src)))
         if kind == "torch-pruning":
             _torch_pruning(src, dst, sizes)
