@@ -49,7 +49,7 @@ class Arm:
 ONE_SHOT = {"iterations": 1}
 UNIFORM = {"iterations": 8, "cuts": "uniform"}
 MAX = {"criterion": "max"}
-TAYLOR = {"criterion": "taylor"}
+TAYLOR = {"criterion": "taylor", "target": "neurons"}
 LAYERS = {"target": "layers"}
 WIDTH = {"target": "width"}
 ARMS = {

@@ -51,14 +51,15 @@ class Arm:
 
 
 ONE_SHOT = 1
+TAYLOR = {"criterion": "taylor", "target": "neurons"}
 WIDTH = {"target": "width", "width_multiple": "auto"}
 ARMS = {
     "one-shot, max": Arm(ONE_SHOT, {"criterion": "max"}),
     "one-shot, mean": Arm(ONE_SHOT, {"criterion": "mean"}),
     "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
-    "one-shot, taylor": Arm(ONE_SHOT, {"criterion": "taylor"}),
+    "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
     "loop of 4, max": Arm(4, {"criterion": "max"}),
-    "loop of 4, taylor": Arm(4, {"criterion": "taylor"}),
+    "loop of 4, taylor": Arm(4, TAYLOR),
     # Hidden size 576, three KV heads: by ptl's rule, and divisions of our own.
     "one-shot, width": Arm(ONE_SHOT, WIDTH),
     "one-shot, hidden 504": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 504, "kv": 3}}),
