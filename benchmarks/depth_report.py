@@ -1,12 +1,13 @@
 """What benchmarks/depth.py has measured: a Markdown table on standard output, and docs/depth.svg.
 
-    python benchmarks/depth_report.py
+    python benchmarks/depth_report.py [--against "one-shot, width"] # default: the best that prunes at once, per size
 
 p and the intervals are Student's, over the seeds that both arms have: models differ by more than their problems do.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import statistics
@@ -18,7 +19,12 @@ from depth import ARMS, ONE_SHOTS, RESULT, RESULTS, ROOT, Results, Row, Study
 
 BESIDE = 0.25  # percent, so that intervals do not hide each other
 PICTURE = ROOT / "docs" / "depth.svg"
-SHOWN = ("one-shot", "one-shot, taylor", "loop of 4, taylor, quadrupling", "loop of 8, taylor")  # in the picture
+SHOWN = {  # in the picture
+    "one-shot, taylor": "FFN alone, at once",
+    "loop of 8, taylor": "FFN alone, loop of 8",
+    "one-shot, width": "KV heads, hidden size too, at once",
+    "loop of 8, width": "KV heads, hidden size too, loop of 8",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Summary:
     learning_rate: float
     params: int
     solved: dict[int, list[int]]  # of each seed, 0 or 1 for each problem
-    flops: float
+    flops: float  # of training
+    scoring_flops: float | None  # of the prune steps; None where it was measured without
     seconds: float
 
     @property
@@ -75,14 +82,15 @@ def _summary(study: Study, rows: Sequence[Row]) -> Summary:
         params=rows[0]["params"],
         solved=solved,
         flops=statistics.mean(row["flops"] for row in rows),
+        scoring_flops=rows[0].get("scoring_flops"),
         seconds=statistics.mean(row["seconds"] for row in rows),
     )
 
 
-def best_one_shot(group: Sequence[Summary]) -> Summary | None:
-    """Of the arms at one size and budget, the best that prunes at once."""
-    at_once = [summary for summary in group if summary.study.arm in ONE_SHOTS]
-    return max(at_once, key=lambda summary: summary.mean, default=None)
+def best_of(arms: Sequence[str], group: Sequence[Summary]) -> Summary | None:
+    """The best of these arms at one size and budget."""
+    possible = [summary for summary in group if summary.study.arm in arms]
+    return max(possible, key=lambda summary: summary.mean, default=None)
 
 
 def difference(ours: Summary, its: Summary) -> str:
@@ -95,21 +103,23 @@ def difference(ours: Summary, its: Summary) -> str:
     return f"{100 * statistics.mean(by_seed):+.1f} ± {100 * half_width(by_seed):.1f} points | {p:.1g}"
 
 
-def print_table(results: Results) -> None:
-    """Each arm beside the best that prunes at once."""
+def print_table(results: Results, references: Sequence[str] = ONE_SHOTS) -> None:
+    """Each arm beside the best of the references."""
     print(
-        "| removed | tokens | arm | rate | accuracy (95 %) | seeds | against the best one-shot | p | GFLOPs | seconds |"
+        "| removed | tokens | arm | rate | accuracy (95 %) | seeds | difference | p | GFLOPs: training | scoring "
+        "| seconds |"
     )
-    print("|---|---:|---|---|---|---:|---|---|---:|---:|")
+    print("|---|---:|---|---|---|---:|---|---:|---:|---:|---:|")
     for (tokens, share), grouped in itertools.groupby(summaries(results), lambda it: (it.study.tokens, it.study.share)):
         group = list(grouped)
-        reference = best_one_shot(group)
+        reference = best_of(references, group)
         for it in group:
             compared = "reference |" if reference is None or it is reference else difference(it, reference)
+            scoring = "-" if it.scoring_flops is None else f"{it.scoring_flops / 1e9:.0f}"
             print(
                 f"| {share:.0%} | {tokens:,} | {it.study.arm} | {it.learning_rate:g} "
                 f"| {100 * it.mean:.1f} ± {100 * it.half_width:.1f} | {len(it.solved)} | {compared} "
-                f"| {it.flops / 1e9:.0f} | {it.seconds:.0f} |"
+                f"| {it.flops / 1e9:.0f} | {scoring} | {it.seconds:.0f} |"
             )
 
 
@@ -127,14 +137,14 @@ def plot(results: Results, path: Path) -> None:
         1, len(budgets), figsize=(4.6 * len(budgets), 3.8), sharex=True, sharey=True, squeeze=False
     )
     for axis, tokens in zip(axes[0], budgets, strict=True):
-        for position, arm in enumerate(SHOWN):
+        for position, (arm, label) in enumerate(SHOWN.items()):
             line = [summary for summary in found if (summary.study.arm, summary.study.tokens) == (arm, tokens)]
             axis.errorbar(
                 [100 * summary.study.share + BESIDE * position for summary in line],
                 [100 * summary.mean for summary in line],
                 yerr=[100 * summary.half_width for summary in line],
-                label=arm,
-                color=f"C{position}",
+                label=label,
+                color=f"C{position // 2}",
                 linestyle="--" if arm in ONE_SHOTS else "-",
                 marker="o",
                 markersize=4,
@@ -150,10 +160,13 @@ def plot(results: Results, path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--against", nargs="+", choices=ARMS, default=ONE_SHOTS, metavar="ARM")
+    given = parser.parse_args()
     results = Results(RESULTS)
     if not summaries(results):
         raise SystemExit(f"{RESULTS} has no complete result: benchmarks/depth.py measure")
-    print_table(results)
+    print_table(results, given.against)
     plot(results, PICTURE)
 
 
