@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HIDDEN = "hidden"  # dimensions of the residual stream
 NEURONS = "neurons"  # of each MLP, or of each expert; stacked projections are so many times as long
 GROUPS = "groups"  # KV heads, each with its query heads: a group has rows that follow each other
-FUSED_QKV = "self_attn.qkv_proj.weight"  # rows of queries, keys and values below each other
+FUSED_QKV = "self_attn.qkv_proj"  # rows of queries, keys and values below each other
 
 Axes = tuple[str | None, ...]  # of a tensor; None: what width does not change
 

@@ -54,10 +54,6 @@ class Experts:
         match = re.match(rf"{self.block}\.experts\.(\d+)\.", part)
         return int(match[1]) if match else None
 
-    def is_down_projection(self, part: str) -> bool:
-        """Whether a part of an expert, or of all experts, is [hidden, neurons]."""
-        return part == DOWN or part.endswith(f".{self.projections[2]}")
-
     def renumbered(self, part: str, expert: int) -> str:
         """The name of a part once its expert has another number."""
         return self.part(expert, part.rpartition(".")[2])

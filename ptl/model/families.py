@@ -47,12 +47,6 @@ class Family:
         """The field of config.json that holds the number of neurons of each layer, or of each expert."""
         return self.experts.width if self.experts else "intermediate_size"
 
-    def has_neurons(self, part: str, kind: str) -> bool:
-        """Whether a dimension of the part's `weight` or `bias` counts the FFN neurons."""
-        if part == self.down_projection:
-            return kind == "weight"  # the bias is that of the hidden state
-        return part in self.up_projections
-
     def is_read(self, name: str, config: ConfigJson) -> bool:
         """Whether a tensor of a checkpoint is part of the model as transformers loads it.
 

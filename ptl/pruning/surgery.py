@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import axes, checkpoint, safetensors_io
-from ptl.model.axes import FUSED_QKV, GROUPS, HIDDEN, Axes
-from ptl.model.experts import FUSED, GATE_UP, Experts
+from ptl.model.axes import FUSED_QKV, GROUPS, HIDDEN, NEURONS, Axes
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
@@ -38,73 +38,31 @@ class PrunedTensor:
     """How a tensor of the source gets into the pruned checkpoint."""
 
     name: str  # in the pruned checkpoint
-    axis: int = 0  # along which it is pruned
-    kept: Tensor | None = None  # int64 [n], indices that stay along the axis, or [E, n] of each expert; None: all
-    narrowed: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # int64 [n], of other axes
+    kept: Mapping[int, Tensor]  # of an axis what stays: int64 [n], or [E, n] of each expert
     scale: float = 1.0  # of the values, plus `offset`
     offset: float = 0.0
 
     def shape(self, source_shape: TensorShape) -> TensorShape:
         """The shape of the pruned tensor."""
-        shape = list(source_shape)
-        if self.kept is not None:
-            shape[self.axis] = self.kept.shape[-1]
-        for axis, kept in self.narrowed.items():
-            shape[axis] = len(kept)
-        return tuple(shape)
+        return tuple(self.kept[axis].shape[-1] if axis in self.kept else size for axis, size in enumerate(source_shape))
 
     def values(self, source: Tensor) -> Tensor:
         """The pruned tensor."""
         import torch
 
-        for axis, kept in self.narrowed.items():
-            source = source.index_select(axis, kept)
+        for axis, kept in self.kept.items():
+            if kept.dim() == 1:
+                source = source.index_select(axis, kept)
+            else:
+                experts = zip(source, kept, strict=True)
+                source = torch.stack([expert.index_select(axis - 1, its) for expert, its in experts])
         if self.scale != 1:
             source = ((source.double() + self.offset) * self.scale - self.offset).to(source.dtype)
-        if self.kept is None:
-            return source
-        if self.kept.dim() == 1:
-            return source.index_select(self.axis, self.kept)
-        experts = zip(source, self.kept, strict=True)
-        return torch.stack([expert.index_select(self.axis - 1, kept) for expert, kept in experts])
+        return source
 
 
-def pruned_tensor(
-    name: str,
-    shape: TensorShape,
-    family: Family,
-    selection: Selection,
-) -> PrunedTensor | None:
-    """What becomes of a tensor; None where it is removed. The same for weights and their optimizer state."""
-    if ROTARY.match(name):
-        return None
-    # Embeddings, the last norm and the output layer stay as they are.
-    match = IN_LAYER.match(name)
-    if match is None:
-        return PrunedTensor(name)
-    layer = int(match["layer"])
-    if layer not in selection.layers:
-        return None
-    # The layers that stay are numbered anew, without gaps.
-    number = selection.layers.index(layer)
-    part, kind = match["part"], match["kind"]
-    prefix = f"{match['prefix']}{number}."
-    new_name = f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"
-    kept_experts = selection.experts.get(layer)
-    if kept_experts is not None and family.experts is not None:
-        return _pruned_expert_tensor(new_name, prefix, part, family.experts, kept_experts)
-    kept = selection.neurons.get(layer)
-    if kept is not None and family.experts is not None:
-        return _narrowed_expert_tensor(new_name, part, shape, family.experts, kept)
-    if kept is None or not family.has_neurons(part, kind):
-        return PrunedTensor(new_name)
-    if part == family.down_projection:  # [hidden, intermediate]
-        return PrunedTensor(new_name, axis=1, kept=kept)
-    return PrunedTensor(new_name, kept=_neuron_rows(kept, shape[0], family.fused_projections))
-
-
-class Narrowing:
-    """What becomes of the tensors of a checkpoint where dimensions of the residual stream and KV heads go.
+class Surgery:
+    """What becomes of the tensors of a checkpoint and of its optimizer state.
 
     An RMS norm over fewer dimensions divides by more: with H of them before and H' afterwards, its gain times
     sqrt(H / H') and epsilon times H / H' make it what it is where those that go are zero.
@@ -115,24 +73,57 @@ class Narrowing:
         self.family, self.selection = family, selection
         self.tied = family.is_tied(config)
         self.config = config_with_defaults(config)
+        self.neurons = axes.sizes(self.config, family)[NEURONS]
         self.axes = axes.of_config(config, family, checkpoint.contents(src))
 
-    def of(self, pruned: PrunedTensor, name: str, shape: TensorShape) -> PrunedTensor:
-        """A tensor of the source, or of its optimizer state, narrowed besides."""
+    def of(self, name: str, shape: TensorShape) -> PrunedTensor | None:
+        """How a tensor is pruned; None where it is removed."""
+        match = IN_LAYER.match(name)
+        new_name = self._renumbered(match) if match else name
+        if new_name is None or ROTARY.match(name):
+            return None
         weight = name.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")
         kinds = self.axes.get(weight, ())
-        match = IN_LAYER.match(name)
-        heads = self.selection.groups.get(int(match["layer"])) if match else None
-        narrowed = {}
-        for axis, kind in enumerate(kinds):
-            if kind == HIDDEN and self.selection.hidden is not None:
-                narrowed[axis] = self.selection.hidden
-            elif kind == GROUPS and heads is not None:
-                narrowed[axis] = self._rows(heads, shape[axis], fused=weight.endswith(FUSED_QKV))
-        # Adam's step does not depend on the scale of a parameter.
-        scale = self._scale(weight, kinds) if weight == name else 1.0
-        offset = self.family.norm_offset if kinds == (HIDDEN,) else 0.0
-        return replace(pruned, narrowed=narrowed, scale=scale, offset=offset)
+        kept = {axis: self._kept(kind, match, shape[axis]) for axis, kind in enumerate(kinds)}
+        if match and self.family.experts and self.family.experts.counts_experts(match["part"]):
+            kept[0] = self.selection.experts.get(int(match["layer"]))
+        return PrunedTensor(
+            new_name,
+            {axis: indices for axis, indices in kept.items() if indices is not None},
+            # Adam's step does not depend on the scale of a parameter.
+            scale=self._scale(weight, kinds) if weight == name else 1.0,
+            offset=self.family.norm_offset if kinds == (HIDDEN,) else 0.0,
+        )
+
+    def _renumbered(self, match: re.Match[str]) -> str | None:
+        """The name in the pruned checkpoint: layers and experts that stay are numbered anew, without gaps."""
+        layer, part, experts = int(match["layer"]), match["part"], self.family.experts
+        if layer not in self.selection.layers:
+            return None
+        staying = self.selection.experts.get(layer)
+        expert = experts.number(part) if experts else None
+        if experts and expert is not None and staying is not None:
+            if expert not in staying.tolist():
+                return None
+            part = experts.renumbered(part, staying.tolist().index(expert))
+        kind = f".{match['kind']}" if match["kind"] else ""
+        return f"{match['prefix']}{self.selection.layers.index(layer)}.{part}{kind}"
+
+    def _kept(self, kind: str | None, match: re.Match[str] | None, size: int) -> Tensor | None:
+        """What stays of an axis of this kind and size: int64 [n], or [E, n] of each expert; None: all."""
+        if kind == HIDDEN:
+            return self.selection.hidden
+        if kind is None or match is None:
+            return None
+        layer, part = int(match["layer"]), match["part"]
+        if kind == GROUPS:
+            heads = self.selection.groups.get(layer)
+            return None if heads is None else self._rows(heads, size, fused=part == FUSED_QKV)
+        neurons = self.selection.neurons.get(layer)
+        expert = self.family.experts.number(part) if self.family.experts else None
+        if neurons is None:
+            return None
+        return _stacked(neurons if expert is None else neurons[expert], self.neurons, size // self.neurons)
 
     def _rows(self, heads: Tensor, rows: int, fused: bool) -> Tensor:
         """Rows of the KV heads that stay and of their query heads: each group's follow each other."""
@@ -160,51 +151,11 @@ class Narrowing:
         return growth if is_norm else 1.0
 
 
-def _pruned_expert_tensor(
-    new_name: str,
-    prefix: str,  # of the layer, in the pruned checkpoint
-    part: str,
-    experts: Experts,
-    kept: Tensor,  # int64 [experts that stay], ascending
-) -> PrunedTensor | None:
-    """What becomes of a layer's tensor where whole experts go; None where it belongs to one of those."""
-    if experts.counts_experts(part):  # the router's rows, and fused experts
-        return PrunedTensor(new_name, kept=kept)
-    expert = experts.number(part)
-    if expert is None:
-        return PrunedTensor(new_name)
-    staying = kept.tolist()
-    if expert not in staying:
-        return None
-    # The experts that stay are numbered anew, as the router's rows are.
-    return PrunedTensor(f"{prefix}{experts.renumbered(part, staying.index(expert))}.weight")
-
-
-def _narrowed_expert_tensor(
-    new_name: str,
-    part: str,
-    shape: TensorShape,
-    experts: Experts,
-    kept: Tensor,  # int64 [experts, neurons that stay], ascending
-) -> PrunedTensor:
-    """What becomes of a layer's tensor where every expert keeps some of its neurons."""
-    expert = experts.number(part)
-    if expert is not None:
-        kept = kept[expert]
-    elif part not in FUSED:  # the router, and what is outside of the experts
-        return PrunedTensor(new_name)
-    if experts.is_down_projection(part):  # [..., hidden, intermediate]
-        return PrunedTensor(new_name, axis=len(shape) - 1, kept=kept)
-    axis = len(shape) - 2
-    rows = _neuron_rows(kept, shape[axis], fused_projections=2) if part == GATE_UP else kept
-    return PrunedTensor(new_name, axis, rows)
-
-
-def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
-    """Rows of the kept neurons [..., n] in a weight of so many rows: the same in each of the stacked projections."""
+def _stacked(kept: Tensor, rows: int, projections: int) -> Tensor:
+    """Rows that stay [..., n] in a tensor of several projections with so many rows each: the same in each of them."""
     import torch
 
-    starts = rows // fused_projections * torch.arange(fused_projections)  # [projections]
+    starts = rows * torch.arange(projections)  # [projections]
     return (kept.unsqueeze(-2) + starts[:, None]).flatten(-2)
 
 
@@ -264,14 +215,12 @@ def _narrow_config(config: ConfigJson, selection: Selection) -> dict[str, Any]:
 def write_pruned(src: Path, dst: Path, family: Family, selection: Selection, *, state: bool = True) -> None:
     """Write the pruned checkpoint to `dst`, tensor by tensor; with `state` also the optimizer's that is next to it."""
     dst.mkdir(parents=True, exist_ok=True)
-    narrowing = Narrowing(src, family, selection) if selection.hidden is not None or selection.groups else None
+    surgery = Surgery(src, family, selection)
 
     def pruned(entry: Entry) -> NewTensor | None:
-        tensor = pruned_tensor(entry.name, entry.shape, family, selection)
+        tensor = surgery.of(entry.name, entry.shape)
         if tensor is None:
             return None
-        if narrowing is not None:
-            tensor = narrowing.of(tensor, entry.name, entry.shape)
         spec = (tensor.name, entry.dtype, tensor.shape(entry.shape))
         return spec, lambda: tensor.values(safetensors_io.read_tensor(entry))
 

@@ -9,31 +9,25 @@ from tiny_models import build, save
 
 from ptl.model import checkpoint, dimensions, safetensors_io
 from ptl.model.families import FAMILIES
-from ptl.pruning.surgery import Selection, prune_config, pruned_tensor, write_pruned
+from ptl.pruning.surgery import Selection, Surgery, prune_config, write_pruned
 
 LLAMA = FAMILIES["llama"]
 KEPT = torch.tensor([0, 2, 3])
 SELECTION = Selection((0, 2), {0: KEPT, 2: KEPT + 1})
 
 
-def prune_tensor(name, tensor, family=LLAMA, selection=SELECTION):
-    """New name and value of a tensor; None where its layer goes."""
-    pruned = pruned_tensor(name, tensor.shape, family, selection)
-    return None if pruned is None else (pruned.name, pruned.values(tensor))
-
-
-def test_other_tensors_move_or_go():
-    tensor = torch.rand(6)
+def test_other_tensors_move_or_go(tmp_path):
+    tensor, surgery = torch.rand(6), Surgery(save(build("llama"), tmp_path), LLAMA, SELECTION)
     for name, new in {
         "model.layers.2.mlp.down_proj.bias": "model.layers.1.mlp.down_proj.bias",
-        "model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
-        "lm_head.weight": "lm_head.weight",
+        "model.norm.weight": "model.norm.weight",
         "step": "step",
         "model.layers.1.input_layernorm.weight": None,
         "exp_avg.model.layers.1.mlp.up_proj.weight": None,
         "model.layers.0.self_attn.rotary_emb.inv_freq": None,
     }.items():
-        assert prune_tensor(name, tensor) == (new and (new, tensor)), name
+        pruned = surgery.of(name, tensor.shape)
+        assert (pruned and (pruned.name, pruned.values(tensor))) == (new and (new, tensor)), name
 
 
 def test_counts_and_lists_of_layers_in_the_config():
