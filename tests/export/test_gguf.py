@@ -49,9 +49,9 @@ def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
 def narrow_model(variant, tmp_path, hidden=48, **changes):
     """The dense model, and the same with a smaller hidden size and half of the KV heads, as far as it can be pruned."""
     source, family = dense_model(variant, tmp_path, **changes)
-    fixed = model_dimensions(source, family).fixed
-    dimensions = None if "hidden" in fixed else torch.arange(64)[-hidden:]
-    groups = {} if "kv" in fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
+    sizes = model_dimensions(source, family)
+    dimensions = None if "hidden" in sizes.fixed else torch.arange(sizes.hidden)[-hidden:]
+    groups = {} if "kv" in sizes.fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
     write_pruned(source, tmp_path / "narrow", family, Selection((0, 1, 2, 3), {}, {}, dimensions, groups))
     return source, tmp_path / "narrow"
 
