@@ -77,9 +77,12 @@ def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
     """The prune step's own way."""
     batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
+    chosen: dict[str, int] = {}  # widths to end with
 
     def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
-        report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, goal=goal, end=end, seed=seed)
+        numbers = {"goal": goal, "end": end, "chosen": chosen, "seed": seed}
+        report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, **numbers)
+        chosen.update(report.end)
         # By `taylor` two passes forward and one back; each candidate one forward.
         passes = 8 if prune.criterion == "taylor" and unit != "layers" else 2
         return tokens * (passes * report.params_before + 2 * end * len(report.candidates))

@@ -153,12 +153,12 @@ def work(args, folder, out):
         smaller = replace(body, width=body.width - REMOVE)
         prune = Prune(criterion="max" if args.measure == "ptl" else "taylor")
         if args.measure == "width":
-            smaller = replace(smaller, hidden=1792, groups=4)
+            smaller = replace(smaller, hidden=1792, kv_heads=4)
             prune = Prune(target="width", width={"hidden": 1792, "ffn": smaller.width, "kv": 4})
         unit = "width" if args.measure == "width" else "neurons"
         goal = smaller.params
         report = prune_checkpoint(folder, out, prune, settings(args), unit=unit, goal=goal, end=goal, seed=0)
-        assert (report.widths[0], report.hidden, report.kv_heads) == (smaller.width, smaller.hidden, smaller.groups)
+        assert (report.widths[0], report.hidden, report.kv_heads) == (smaller.width, smaller.hidden, smaller.kv_heads)
         return
     batches = calibration_batches(settings(args), AutoTokenizer.from_pretrained(folder), 0)
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]

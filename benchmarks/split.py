@@ -80,7 +80,7 @@ def measure(model: str, share: float, hidden: int, kv: int, seed: int, iteration
     stage = CPT | {"learning_rate": rate, "save_steps": 10**9}
     batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed + 1000)
     row: Row = {"model": model, "share": share, "tokens": tokens, "rate": rate, "seed": seed}
-    row |= {"hidden": sizes.hidden, "ffn": sizes.width, "kv": sizes.groups, "params": sizes.params}
+    row |= {"hidden": sizes.hidden, "ffn": sizes.width, "kv": sizes.kv_heads, "params": sizes.params}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cut = run(subject, Schedule(target=share, iterations=1, recovery_tokens=1), prune, [], seed, folder / "cut")
@@ -109,9 +109,9 @@ def first_order(subject: Any, sizes: Any, seed: int) -> float:
     batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed)
     scores = all_width_scores(LayerwiseModel(subject.model, family, batches), True)
     total = float(scores.hidden.sort().values[: len(scores.hidden) - sizes.hidden].sum())
-    for neurons, groups in zip(scores.neurons, scores.groups, strict=True):
+    for neurons, kv_heads in zip(scores.neurons, scores.kv_heads, strict=True):
         total += float(neurons.sort().values[: len(neurons) - sizes.width].sum())
-        total += float(groups.sort().values[: len(groups) - sizes.groups].sum())
+        total += float(kv_heads.sort().values[: len(kv_heads) - sizes.kv_heads].sum())
     return total
 
 
@@ -198,7 +198,7 @@ def _ptl(candidates: Sequence[Row]) -> Row:
     dense = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
     possible = widths.candidates(dense, dense.params - removal(dense.params, candidates[0]["share"]), 1, {})
     nearest = [
-        min(candidates, key=lambda row: (row["kv"] != sizes.groups, abs(row["hidden"] - sizes.hidden)))
+        min(candidates, key=lambda row: (row["kv"] != sizes.kv_heads, abs(row["hidden"] - sizes.hidden)))
         for sizes in possible
     ]
     loss = min(row["loss"] for row in nearest)

@@ -83,10 +83,12 @@ def _minitron(src: Path, batches: Any, _seed: int) -> WidthScores:
 
     with ExitStack() as hooks:
         for i, layer in enumerate(model.model.layers):
-            groups = len(scores.groups[i])
+            kv_heads = len(scores.kv_heads[i])
             readers = {
                 layer.mlp.down_proj: lambda _m, x, i=i: add(scores.neurons[i], x[0]),
-                layer.self_attn.o_proj: lambda _m, x, i=i, n=groups: add(scores.groups[i], x[0].unflatten(-1, (n, -1))),
+                layer.self_attn.o_proj: lambda _m, x, i=i, n=kv_heads: add(
+                    scores.kv_heads[i], x[0].unflatten(-1, (n, -1))
+                ),
             }
             for module, hook in readers.items():
                 hooks.enter_context(module.register_forward_pre_hook(hook))
@@ -111,14 +113,14 @@ def _norm(src: Path, _batches: Any, _seed: int) -> WidthScores:
         down, out = layer.mlp.down_proj.weight, layer.self_attn.o_proj.weight  # [H, F] and [H, heads]
         scores.hidden.add_(down.square().sum(dim=1) + out.square().sum(dim=1))
         scores.neurons[i].add_(down.square().sum(dim=0))
-        scores.groups[i].add_(out.square().sum(dim=0).unflatten(0, (len(scores.groups[i]), -1)).sum(dim=1))
+        scores.kv_heads[i].add_(out.square().sum(dim=0).unflatten(0, (len(scores.kv_heads[i]), -1)).sum(dim=1))
     return scores
 
 
 def _random(src: Path, _batches: Any, seed: int) -> WidthScores:
     _, scores = _blank(src)
     generator = torch.Generator().manual_seed(seed)
-    for tensor in (*scores.neurons, scores.hidden, *scores.groups):
+    for tensor in (*scores.neurons, scores.hidden, *scores.kv_heads):
         tensor.uniform_(generator=generator)
     return scores
 
@@ -141,7 +143,7 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
         prune_in_channels, get_in_channels = prune_out_channels, get_out_channels
 
     with tempfile.TemporaryDirectory() as name:
-        fewer = replace(model_dimensions(src, family_of(checkpoint.read_config(src))), groups=sizes.groups)
+        fewer = replace(model_dimensions(src, family_of(checkpoint.read_config(src))), kv_heads=sizes.kv_heads)
         _write(src, Path(name), _norm(src, None, 0), fewer)
         model = AutoModelForCausalLM.from_pretrained(name).eval()
     width, hidden = model.config.intermediate_size, model.config.hidden_size

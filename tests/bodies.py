@@ -20,6 +20,6 @@ def body(*, layers, width, experts=0, **fields):
     layer, of_expert = ({(0, 0, 0): in_layer - experts * expert}, parts) if experts else (parts, {})
     fields |= {"layer": layer, "outside": {(0, 0, 0): params - layers * in_layer}}
     fields |= {"experts": experts, "expert": of_expert, "route": {(0, 0, 0): route}}
-    made = ModelDimensions(hidden=1, groups=1, layers=layers, width=width, **fields)
+    made = ModelDimensions(hidden=1, kv_heads=1, layers=layers, width=width, **fields)
     assert {name: getattr(made, name) for name in COUNTED} == counted
     return made

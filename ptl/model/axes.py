@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HIDDEN = "hidden"  # dimensions of the residual stream
 NEURONS = "neurons"  # of each MLP, or of each expert; stacked projections are so many times as long
-GROUPS = "groups"  # KV heads, each with its query heads: a group has rows that follow each other
+KV_HEADS = "kv_heads"  # KV heads, each with its query heads: a group has rows that follow each other
 FUSED_QKV = "self_attn.qkv_proj"  # rows of queries, keys and values below each other
 
 Axes = tuple[str | None, ...]  # of a tensor; None: what width does not change
@@ -46,7 +46,7 @@ def of_config(
     single, double = tensors(plain), tensors(wide)
     pairs = {
         HIDDEN: (single, double),
-        GROUPS: (double, tensors({**wide, **heads})),
+        KV_HEADS: (double, tensors({**wide, **heads})),
         NEURONS: (single, tensors({**plain, **neurons})),
     }
     axes: dict[str, Axes] = {}
@@ -62,7 +62,7 @@ def of_config(
 
 def sizes(config: Any, family: Family) -> dict[str, int]:
     """How many there are of each kind; `config` is that of transformers."""
-    return {HIDDEN: config.hidden_size, NEURONS: getattr(config, family.width_field), GROUPS: kv_heads(config)}
+    return {HIDDEN: config.hidden_size, NEURONS: getattr(config, family.width_field), KV_HEADS: kv_heads(config)}
 
 
 def kv_heads(config: Any) -> int:
@@ -71,7 +71,7 @@ def kv_heads(config: Any) -> int:
 
 
 def fixed(of_names: Mapping[str, Axes], config: Any) -> dict[str, str]:
-    """Why hidden size ("hidden") or KV groups ("kv") cannot be pruned exactly; empty: they can."""
+    """Why hidden size ("hidden") or KV heads ("kv") cannot be pruned exactly; empty: they can."""
     reasons = {}
     if not hasattr(config, "rms_norm_eps"):
         reasons["hidden"] = "its norms subtract a mean, which the dimensions that go are part of"
@@ -80,7 +80,7 @@ def fixed(of_names: Mapping[str, Axes], config: Any) -> dict[str, str]:
             continue
         if kinds.count(HIDDEN) > 1 or (kinds == (HIDDEN,) and name.endswith("norm.weight")):
             reasons |= dict.fromkeys(("hidden", "kv"), "its attention is as wide as its hidden size")
-        elif kinds == (GROUPS,) and name.endswith("norm.weight"):
+        elif kinds == (KV_HEADS,) and name.endswith("norm.weight"):
             reasons["kv"] = "a norm is over all of its heads together"
     return reasons
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ptl.errors import InputError
 from ptl.model import axes, checkpoint, shapes
-from ptl.model.axes import GROUPS, HIDDEN, NEURONS
+from ptl.model.axes import HIDDEN, KV_HEADS, NEURONS
 from ptl.model.experts import BIASES, DOWN, FUSED
 from ptl.model.families import Family, family_of
 from ptl.model.shapes import LAYERS, OUTPUT_LAYER, ModelShapes
@@ -24,7 +24,7 @@ MIN_STEPS = 8  # a multiple is taken by default where the width holds at least a
 EXPERT_MULTIPLE = 8
 
 
-# A number of parameters as a sum of products of widths: what multiplies hidden^a * neurons^b * groups^c, by (a, b, c)
+# A number of parameters as a sum of products of widths: what multiplies hidden^a * neurons^b * kv_heads^c, by (a, b, c)
 Terms = Mapping[tuple[int, int, int], int]
 
 
@@ -34,11 +34,11 @@ class ModelDimensions:
 
     hidden: int  # dimensions of the residual stream
     width: int  # FFN neurons in each layer, or in each expert
-    groups: int  # KV heads in each layer, each with its query heads
+    kv_heads: int  # KV heads in each layer, each with its query heads
     layers: int  # decoder layers
     layer: Terms  # parameters of a layer that can be removed, without its experts
     outside: Terms  # of all else: embeddings, last norm, output layer, layers that stay; tied tensors count once
-    heads_per_group: int = 1  # query heads
+    heads_per_kv_head: int = 1  # query heads
     head_size: int = 1  # numbers of what a head gives
     fixed: Mapping[str, str] = field(default_factory=dict)  # "hidden" and "kv", where they cannot be pruned: why
     square: bool = False  # whether some runtime needs a hidden size of all heads together, as of Family
@@ -53,7 +53,7 @@ class ModelDimensions:
     narrowable: bool = True  # whether neurons can be pruned
 
     def _count(self, terms: Terms) -> int:
-        return sum(number * self.hidden**a * self.width**b * self.groups**c for (a, b, c), number in terms.items())
+        return sum(number * self.hidden**a * self.width**b * self.kv_heads**c for (a, b, c), number in terms.items())
 
     @property
     def params(self) -> int:
@@ -88,7 +88,7 @@ class ModelDimensions:
     @property
     def heads(self) -> int:
         """Query heads of each layer."""
-        return self.groups * self.heads_per_group
+        return self.kv_heads * self.heads_per_kv_head
 
     @property
     def least_multiple(self) -> int:
@@ -120,7 +120,7 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         found: Counter[tuple[int, int, int]] = Counter()
         for name in names:
             kinds = of_names[name]
-            powers = (kinds.count(HIDDEN), kinds.count(NEURONS), kinds.count(GROUPS))
+            powers = (kinds.count(HIDDEN), kinds.count(NEURONS), kinds.count(KV_HEADS))
             found[powers] += model.tensors[name].numel() // math.prod(widths[kind] for kind in kinds if kind)
         return {powers: number // parts for powers, number in found.items()}
 
@@ -147,11 +147,11 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
     return ModelDimensions(
         hidden=widths[HIDDEN],
         width=widths[NEURONS],
-        groups=widths[GROUPS],
+        kv_heads=widths[KV_HEADS],
         layers=len(layers),
         layer=terms(names.values()),
         outside=terms(model.tensors.keys() - counted),
-        heads_per_group=config.num_attention_heads // widths[GROUPS],
+        heads_per_kv_head=config.num_attention_heads // widths[KV_HEADS],
         head_size=axes.value_size(config),
         fixed=axes.fixed(of_names, config),
         square=model.family.square,
@@ -229,14 +229,14 @@ def check_unit(experts: int, narrowable: bool, unit: str) -> None:
         raise InputError(
             "a dense model has no experts",
             field="prune.target",
-            remedy="set prune.target=neurons, or give a mixture of experts",
+            remedy="set prune.target=auto, or give a mixture of experts",
         )
     if not narrowable and unit not in ("experts", "layers", "width"):
         raise InputError(
             f"{unit!r} would prune neurons inside of experts, which ptl does only where every layer has experts, "
             "none of them is shared by their width, and they have no biases",
             field="prune.target",
-            remedy="set prune.target=experts, or prune.target=layers",
+            remedy="set prune.target=auto, experts or layers",
         )
 
 
@@ -303,6 +303,6 @@ def static_cost(folder: Path) -> StaticCost:
         widths=[
             dense_width if layer in dimensions.dense_layers else dimensions.width for layer in range(dimensions.layers)
         ],
-        kv_heads=dimensions.groups,
+        kv_heads=dimensions.kv_heads,
         experts=dimensions.experts,
     )

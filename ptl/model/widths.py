@@ -1,6 +1,6 @@
-"""Hidden size, FFN width and KV groups together: with which of them a model has so many parameters. Pure.
+"""Hidden size, FFN width and KV heads together: with which of them a model has so many parameters. Pure.
 
-The FFN goes first, alone. Where that would leave it less than its share of the parameters, KV groups or the hidden size
+The FFN goes first, alone. Where that would leave it less than its share of the parameters, KV heads or the hidden size
 go too. In a mixture whose neurons stay, the number of its experts takes the FFN's part.
 """
 
@@ -16,7 +16,8 @@ from ptl.errors import InputError
 from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
 
 FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
-QUERIES = 0.4  # of the hidden size, that all query heads together keep: KV heads do not go in every iteration anew
+
+ROUNDED = 0.98  # of the parameters asked for, that sizes may have which cannot be rounded nearer
 
 Ends = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
@@ -24,18 +25,20 @@ Ends = Mapping[str, int | None]  # sizes to end with that a user has set: "hidde
 def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends | None) -> list[ModelDimensions]:
     """Ways to get a model down to at most `goal` parameters, of which its loss chooses one; one or two.
 
-    First that with fewer KV groups, then that with all of them; the FFN alone where it keeps its share, and without
+    First that with fewer KV heads, then that with all of them; the FFN alone where it keeps its share, and without
     `ends` where a runtime would not load another. Raises InputError for a goal out of reach, and for a size that the
     model cannot have.
     """
     if goal >= model.params:
         return [model]
+    is_whole = ends is None and model.square
     if ends is None:
-        ends = {"hidden": model.hidden, "kv": model.groups} if model.square else {}
+        ends = {"hidden": model.hidden, "kv": model.kv_heads} if is_whole else {}
     _check(model, ends)
+    _check_goal(model, ends, goal)
     found: list[ModelDimensions] = []
-    for groups in _groups(model, ends):
-        narrow = _balanced(model, groups, goal, multiple, ends)
+    for kv_heads in _kv_heads(model, ends):
+        narrow = _balanced(model, kv_heads, goal, multiple, ends)
         if narrow is None:
             continue
         is_ffn = narrow == replace(model, width=narrow.width, experts=narrow.experts)
@@ -48,14 +51,19 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends
     raise InputError(
         f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
-        remedy="let schedule.target remove less, or lower prune.width_multiple or the sizes of prune.width",
+        remedy="let schedule.target remove less, or "
+        + (
+            "set prune.target=width, with which llama.cpp or vLLM may not load it"
+            if is_whole
+            else "lower prune.width_multiple or the sizes of prune.width"
+        ),
     )
 
 
 def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions:
     """The sizes of one iteration on the way to `end`, none below its own: the hidden size falls as the parameters do.
 
-    KV groups go as soon as that removes no more than the iteration's part, or the FFN would get too narrow.
+    KV heads go as soon as that removes no more than the iteration's part, or the FFN would get too narrow.
     """
     if goal <= end.params:
         return end
@@ -63,33 +71,36 @@ def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: M
         return model
     removed = (model.params - goal) / (model.params - end.params)
     hidden = model.hidden - removed * (model.hidden - end.hidden)
-    possible = [groups for groups in _divisors(model.groups) if groups >= end.groups]
-    most = next(groups for groups in possible if replace(model, groups=groups).params >= goal)
-    for groups in possible[possible.index(most) :: -1]:
-        step = _step(model, groups * model.heads_per_group, multiple)
+    possible = [kv_heads for kv_heads in _divisors(model.kv_heads) if kv_heads >= end.kv_heads]
+    most = next(kv_heads for kv_heads in possible if replace(model, kv_heads=kv_heads).params >= goal)
+    for kv_heads in possible[possible.index(most) :: -1]:
+        step = _step(model, kv_heads * model.heads_per_kv_head, multiple, end.hidden)
         # Not below the goal before the FFN is pruned: the gate may allow for no more.
         rounded = range(math.ceil(hidden / step) * step, model.hidden, step)
         start = next(
-            (size for size in rounded if replace(model, groups=groups, hidden=size).params >= goal), model.hidden
+            (size for size in rounded if replace(model, kv_heads=kv_heads, hidden=size).params >= goal), model.hidden
         )
         for size in (start, *range((start - 1) // step * step, end.hidden - 1, -step)):
-            sizes = _closed(replace(model, groups=groups, hidden=size), goal, multiple)
+            sizes = _closed(replace(model, kv_heads=kv_heads, hidden=size), goal, multiple)
             # An FFN below that of the end could not get there.
             if sizes is not None and sizes.width >= end.width and sizes.experts >= end.experts:
                 return sizes
     return end
 
 
-def _balanced(model: ModelDimensions, groups: int, goal: int, multiple: Multiple, ends: Ends) -> ModelDimensions | None:
-    """With so many KV groups, the largest hidden size beside which the FFN keeps its share; None: out of reach."""
+def _balanced(
+    model: ModelDimensions, kv_heads: int, goal: int, multiple: Multiple, ends: Ends
+) -> ModelDimensions | None:
+    """With so many KV heads, the largest hidden size beside which the FFN keeps its share; None: out of reach."""
     last = None
-    for hidden in _hidden_sizes(model, groups, multiple, ends):
-        narrow = replace(model, groups=groups, hidden=hidden, width=ends.get("ffn") or model.width)
-        closed = narrow if narrow.params <= goal else None if ends.get("ffn") else _closed(narrow, goal, multiple)
+    for hidden in _hidden_sizes(model, kv_heads, multiple, ends):
+        narrow = replace(model, kv_heads=kv_heads, hidden=hidden, width=ends.get("ffn") or model.width)
+        if narrow.params <= goal:  # an FFN that need not be cut gets no larger share
+            return narrow if last is None or narrow.params >= ROUNDED * goal else last
+        closed = None if ends.get("ffn") else _closed(narrow, goal, multiple)
+        if closed is not None and _ffn_share(closed) >= FFN_SHARE:
+            return closed
         last = closed or last
-        # Below this hidden size an FFN that need not be cut gets no larger share.
-        if closed is not None and (narrow.params <= goal or _ffn_share(closed) >= FFN_SHARE):
-            break
     return last
 
 
@@ -111,32 +122,35 @@ def _has_cut_ffn(sizes: ModelDimensions, model: ModelDimensions) -> bool:
     return sizes.width < model.width or sizes.experts < model.experts
 
 
-def _groups(model: ModelDimensions, ends: Ends) -> list[int]:
-    """Numbers of KV groups to choose from: all of them, and the next lower number that divides them."""
+def _kv_heads(model: ModelDimensions, ends: Ends) -> list[int]:
+    """Numbers of KV heads to choose from: all of them, and the next lower number that divides them."""
     if kv := ends.get("kv"):
         return [kv]
-    fewer = [] if "kv" in model.fixed else _divisors(model.groups)[-2:-1]
-    per_group = model.heads_per_group * model.head_size
-    return [model.groups, *(groups for groups in fewer if groups * per_group >= QUERIES * model.hidden)]
+    return [model.kv_heads, *([] if "kv" in model.fixed else _divisors(model.kv_heads)[-2:-1])]
 
 
-def _hidden_sizes(model: ModelDimensions, groups: int, multiple: Multiple, ends: Ends) -> Iterator[int]:
+def _hidden_sizes(model: ModelDimensions, kv_heads: int, multiple: Multiple, ends: Ends) -> Iterator[int]:
     """Hidden sizes to choose from, the largest first."""
     if ends.get("hidden") or "hidden" in model.fixed:
         return iter([ends.get("hidden") or model.hidden])
-    heads = groups * model.heads_per_group
+    heads = kv_heads * model.heads_per_kv_head
     step = _step(model, heads, multiple)
     # Of KV heads that a user has set, the query heads need not divide today's.
-    today = [model.hidden] if groups == model.groups or model.hidden % heads == 0 else []
+    today = [model.hidden] if kv_heads == model.kv_heads or model.hidden % heads == 0 else []
     return itertools.chain(today, range((model.hidden - 1) // step * step, 0, -step))
 
 
-def _step(model: ModelDimensions, heads: int, multiple: Multiple) -> int:
-    """What a hidden size is a multiple of: in any case of what transformers and torch ask for."""
+def _step(model: ModelDimensions, heads: int, multiple: Multiple, end: int | None = None) -> int:
+    """What a hidden size is a multiple of: in any case of what transformers and torch ask for.
+
+    On the way to an `end`, which was chosen of the dense model's, of what that is a multiple of.
+    """
     least = _least_step(model, heads)
     if multiple != "auto":
         return math.lcm(multiple, least)
     steps = (math.lcm(size, least) for size in MULTIPLES)
+    if end is not None:
+        return next((step for step in steps if model.hidden % step == end % step == 0), least)
     return next((step for step in steps if model.hidden % step == 0 and model.hidden // step >= MIN_STEPS), least)
 
 
@@ -149,9 +163,23 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
+def _check_goal(model: ModelDimensions, ends: Ends, goal: int) -> None:
+    """Raise InputError where the sizes that a user has set remove more than the target: the last iteration would."""
+    hidden, width, kv_heads = (ends.get(name) for name in ("hidden", "ffn", "kv"))
+    least = replace(
+        model, hidden=hidden or model.hidden, width=width or model.width, kv_heads=kv_heads or model.kv_heads
+    )
+    if least.params < ROUNDED * goal:
+        raise InputError(
+            f"the sizes of prune.width leave {least.params:,} parameters or fewer, and schedule.target {goal:,}",
+            field="schedule.target",
+            remedy=f"set {least.params} or less, or raise the sizes",
+        )
+
+
 def _check(model: ModelDimensions, ends: Ends) -> None:
     """Raise InputError for a size to end with that the model cannot have."""
-    sizes = {"hidden": model.hidden, "ffn": model.width, "kv": model.groups}
+    sizes = {"hidden": model.hidden, "ffn": model.width, "kv": model.kv_heads}
     fixed = dict(model.fixed)
     if not model.narrowable:
         fixed["ffn"] = "not all of its layers have experts, or these share weights"
@@ -168,10 +196,10 @@ def _check(model: ModelDimensions, ends: Ends) -> None:
                 field=f"prune.width.{name}",
                 remedy="leave it out",
             )
-    heads = (ends.get("kv") or model.groups) * model.heads_per_group
+    heads = (ends.get("kv") or model.kv_heads) * model.heads_per_kv_head
     for name, step in (("hidden", _least_step(model, heads)), ("ffn", model.least_multiple)):
         size = ends.get(name) or step
-        if size % step:
+        if size % step and size != sizes[name]:
             raise InputError(
                 f"{size} is no multiple of {step} (the query heads; of 8 in a mixture of experts)",
                 field=f"prune.width.{name}",

@@ -187,12 +187,12 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
 
 def sizes(model: ModelDimensions) -> str:
     """Hidden size, FFN neurons and KV heads, `56/57/1`; experts where their neurons cannot be pruned."""
-    return f"{model.hidden}/{model.width if model.narrowable else model.experts}/{model.groups}"
+    return f"{model.hidden}/{model.width if model.narrowable else model.experts}/{model.kv_heads}"
 
 
 def narrows(ends: list[ModelDimensions], dense: ModelDimensions) -> bool:
     """Whether a model that the loop may end with has another hidden size than the dense one, or fewer KV heads."""
-    return any((end.hidden, end.groups) != (dense.hidden, dense.groups) for end in ends)
+    return any((end.hidden, end.kv_heads) != (dense.hidden, dense.kv_heads) for end in ends)
 
 
 def _left(unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense: ModelDimensions) -> str:

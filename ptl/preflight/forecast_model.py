@@ -77,13 +77,13 @@ class Shape:
     def of(self, model: ModelDimensions) -> Shape:
         """The shape of a pruned model, whose residual stream may be narrower, and its KV heads fewer."""
         dense = self.dimensions
-        cached = self.cached_numbers if self.latent else self.cached_numbers * model.groups // dense.groups
+        cached = self.cached_numbers if self.latent else self.cached_numbers * model.kv_heads // dense.kv_heads
         return replace(
             self,
             dimensions=model,
             hidden=self.hidden * model.hidden // dense.hidden,
             lookup=self.lookup * model.hidden // dense.hidden,
-            heads_width=self.heads_width * model.groups // dense.groups,
+            heads_width=self.heads_width * model.kv_heads // dense.kv_heads,
             cached_numbers=cached,
         )
 

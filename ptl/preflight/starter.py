@@ -101,7 +101,7 @@ def starter(
         "target": f"{goal:_.12g}" if isinstance(goal, float) else f"{{memory: {goal.memory}}}",
         "lowered": "" if target is None and usual < TARGET else None,
         "units": prune.target,
-        "scored": {"auto": "widths", "width": "widths"}.get(prune.target, prune.target),
+        "scored": "widths" if prune.target == "auto" else prune.target,
         "criterion": prune.criterion,
         "tokens": f"{tokens:_}",
         **_data_values(rows, task_names, folder),

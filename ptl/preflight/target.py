@@ -117,7 +117,7 @@ def after_iterations(model: ModelDimensions, schedule: Schedule, prune: Prune) -
 def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> list[SizePath]:
     """The same for each of the sizes to end with among which the first prune step chooses by the loss.
 
-    Later steps choose again, from where they are. All but width has one path. Raises InputError for a target that
+    All but width has one path. Raises InputError for a target that
     leaves all or nothing, or that neurons, widths, experts or layers cannot reach.
     """
     iterations = plan(schedule, prune)

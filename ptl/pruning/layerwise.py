@@ -238,7 +238,7 @@ class WidthScores:
 
     neurons: NeuronScores
     hidden: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the residual stream's dimensions: float32 [H]
-    groups: list[Tensor] = field(default_factory=list)  # of each layer, of its KV heads: float32 [KV heads]
+    kv_heads: list[Tensor] = field(default_factory=list)  # of each layer, of its KV heads: float32 [KV heads]
     experts: Mapping[int, Tensor] = field(default_factory=dict)  # by the layer's number: float32 [E]
 
 
@@ -260,7 +260,7 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
     last_states = inputs.pop()
     gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
     of_stream = [torch.zeros(())] * len(gradients)  # changes of the loss by a dimension, of each batch: [B, H]
-    neurons, groups = [], []
+    neurons, kv_heads = [], []
     for i, layer in layers_in_turn(model, "taylor, back", backwards=True):
         total, of_groups = torch.zeros(()), torch.zeros(())
         for b, states in enumerate(inputs.pop()):
@@ -278,9 +278,9 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
                 if i == 0:  # what the embeddings write
                     of_stream[b] = of_stream[b] + (states.float() * gradients[b].float()).sum(dim=1)
         neurons.append(total / model.num_sequences)
-        groups.append(of_groups / model.num_sequences)
+        kv_heads.append(of_groups / model.num_sequences)
     of_dimensions = sum((change.abs().sum(dim=0) for change in of_stream if masked), torch.zeros(()))
-    return WidthScores(neurons[::-1], of_dimensions / model.num_sequences, groups[::-1])
+    return WidthScores(neurons[::-1], of_dimensions / model.num_sequences, kv_heads[::-1])
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -59,17 +61,28 @@ class PruneReport:
     kv_heads: int  # of each layer
     experts: int | None  # that stay in each layer; None: a dense model
     candidates: tuple[Candidate, ...]  # ways to the end of the loop that were compared; none but for "width"
+    end: dict[str, int]  # fields of ModelDimensions at the end of the loop; empty but for "width"
     removed_layers: tuple[int, ...]  # their numbers in the source
     sequences: int  # calibration sequences scored; 0: none were needed
     seconds: float  # wall-clock time
 
 
 def prune_checkpoint(
-    src: Path, dst: Path, prune: Prune, calibration: Calibration, *, unit: str, goal: int, end: int, seed: int
+    src: Path,
+    dst: Path,
+    prune: Prune,
+    calibration: Calibration,
+    *,
+    unit: str,
+    goal: int,
+    end: int,
+    chosen: Mapping[str, Any] = MappingProxyType({}),
+    seed: int,
 ) -> PruneReport:
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, width, layers or experts; write `dst`.
 
-    `end` are the parameters that the loop ends with, for which `width` chooses the sizes.
+    `end` are the parameters that the loop ends with, for which `width` chooses the sizes, unless an earlier iteration
+    has `chosen` them (`PruneReport.end`).
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
     keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
@@ -82,20 +95,23 @@ def prune_checkpoint(
     selection = Selection(tuple(range(before.layers)), {})
     sequences = 0
     candidates: list[Candidate] = []
+    criterion: str = "max" if unit == "layers" else prune.criterion
     if goal < before.params:
-        possible = _possible(unit, before, prune, goal, end)
-        # Of the width the FFN alone: the other scores would not be looked at.
-        is_ffn = possible == [replace(before, width=possible[0].width)]
-        chosen_at_end, unit = unit == "width", "neurons" if is_ffn else unit
-        by_loss = unit == "width" or (unit == "neurons" and prune.criterion == "taylor")
+        is_width = unit == "width"
+        possible = [replace(before, **chosen)] if is_width and chosen else _possible(unit, before, prune, goal, end)
+        if is_width and len(possible) == 1:
+            unit, criterion = _removed(before, possible[0])
+        by_loss = unit == "width" or (unit == "neurons" and criterion == "taylor")
         model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss))
         sequences = model.num_sequences
-        select = _SCORED[unit](model, before, prune.criterion, seed)
+        select = _SCORED[unit](model, before, criterion, seed)
         candidates = _compared(src, dst, model, possible, select) if len(possible) > 1 else []
         best = _best(candidates, model.config.vocab_size)
         candidates = [replace(candidate, taken=i == best) for i, candidate in enumerate(candidates)]
         sizes = possible[best]
-        if chosen_at_end and goal > end:
+        if is_width:
+            chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
+        if is_width and goal > end:
             sizes = widths.towards(before, sizes, goal, prune.width_multiple)
         selection = select(sizes)
     write_pruned(src, dst, family, selection)
@@ -105,15 +121,16 @@ def prune_checkpoint(
     removed = after.params < before.params
     return PruneReport(
         unit=unit if removed else "nothing",
-        criterion="max" if unit == "layers" else prune.criterion,
+        criterion=criterion,
         params_before=before.params,
         params=after.params,
         goal=goal,
         layers=after.layers,
         widths=(after.width,) * after.layers,
         hidden=after.hidden,
-        kv_heads=after.groups,
+        kv_heads=after.kv_heads,
         candidates=tuple(candidates),
+        end=dict(chosen),
         experts=after.experts or None,
         removed_layers=tuple(removed_layers),
         sequences=sequences,
@@ -130,6 +147,13 @@ def _possible(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int
     if unit == "layers":
         return [replace(dimensions, layers=dimensions.layers - layers_for(dimensions, goal))]
     return [replace(dimensions, experts=experts_for(dimensions, goal))]
+
+
+def _removed(before: ModelDimensions, after: ModelDimensions) -> tuple[str, str]:
+    """What width removes, and by which criterion: of neurons or experts alone the other scores are not looked at."""
+    if after == replace(before, width=after.width):
+        return "neurons", "taylor"
+    return ("experts", "reap") if after == replace(before, experts=after.experts) else ("width", "taylor")
 
 
 Select = Callable[[ModelDimensions], Selection]  # what stays of a model that has been scored, by its sizes afterwards
@@ -171,7 +195,7 @@ _SCORED: dict[str, Callable[[LayerwiseModel, ModelDimensions, str, int], Select]
 
 def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
     """The highest-scored of all that `after` has less of than `before`."""
-    neurons, experts, hidden, groups = {}, {}, None, {}
+    neurons, experts, hidden, kv_heads = {}, {}, None, {}
     if after.width < before.width:
         neurons = {i: keep_highest(of_layer, after.width) for i, of_layer in enumerate(scores.neurons)}
     if after.experts < before.experts:
@@ -182,9 +206,9 @@ def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDime
             experts[i] = (highest + starts).flatten()  # [experts], ascending
     if after.hidden < before.hidden:
         hidden = keep_highest(scores.hidden, after.hidden)
-    if after.groups < before.groups:
-        groups = {i: keep_highest(of_layer, after.groups) for i, of_layer in enumerate(scores.groups)}
-    return Selection(tuple(range(before.layers)), neurons, experts, hidden, groups)
+    if after.kv_heads < before.kv_heads:
+        kv_heads = {i: keep_highest(of_layer, after.kv_heads) for i, of_layer in enumerate(scores.kv_heads)}
+    return Selection(tuple(range(before.layers)), neurons, experts, hidden, kv_heads)
 
 
 def _compared(
@@ -198,13 +222,13 @@ def _compared(
             folder = Path(name)
             write_pruned(src, folder, model.family, select(sizes), state=False)
             loss = mean_loss(LayerwiseModel(folder, model.family, model.batches))
-        compared.append(Candidate(sizes.hidden, sizes.width, sizes.groups, sizes.experts or None, loss))
+        compared.append(Candidate(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss))
     return compared
 
 
 def _best(compared: list[Candidate], vocabulary: int) -> int:
     """Which candidate has the least loss; the first where all are above that of guessing, which ranks nothing."""
-    losses = [candidate.loss for candidate in compared]
+    losses = [math.inf if math.isnan(candidate.loss) else candidate.loss for candidate in compared]
     return losses.index(min(losses)) if losses and min(losses) < math.log(vocabulary) else 0
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import axes, checkpoint, safetensors_io
-from ptl.model.axes import FUSED_QKV, GROUPS, HIDDEN, NEURONS, Axes
+from ptl.model.axes import FUSED_QKV, HIDDEN, KV_HEADS, NEURONS, Axes
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
-from ptl.model.shapes import EMBEDDINGS, LAST_NORM
+from ptl.model.shapes import EMBEDDINGS, LAST_NORM, OUTPUT_LAYER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Selection:
     neurons: Mapping[int, Tensor]
     experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # int64 [experts that stay]; not with neurons
     hidden: Tensor | None = None  # dimensions of the residual stream: int64 [width], ascending; None: all stay
-    groups: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # KV heads of each layer: int64 [heads]
+    kv_heads: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # KV heads of each layer: int64 [heads]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ class PrunedTensor:
             else:
                 experts = zip(source, kept, strict=True)
                 source = torch.stack([expert.index_select(axis - 1, its) for expert, its in experts])
-        if self.scale != 1:
-            source = ((source.double() + self.offset) * self.scale - self.offset).to(source.dtype)
-        return source
+        if self.scale == 1:
+            return source
+        if self.offset:
+            return ((source.double() + self.offset) * self.scale - self.offset).to(source.dtype)
+        return source * self.scale
 
 
 class Surgery:
@@ -116,8 +118,8 @@ class Surgery:
         if kind is None or match is None:
             return None
         layer, part = int(match["layer"]), match["part"]
-        if kind == GROUPS:
-            heads = self.selection.groups.get(layer)
+        if kind == KV_HEADS:
+            heads = self.selection.kv_heads.get(layer)
             return None if heads is None else self._rows(heads, size, fused=part == FUSED_QKV)
         neurons = self.selection.neurons.get(layer)
         expert = self.family.experts.number(part) if self.family.experts else None
@@ -129,14 +131,14 @@ class Surgery:
         """Rows of the KV heads that stay and of their query heads: each group's follow each other."""
         import torch
 
-        groups = axes.kv_heads(self.config)
-        size = rows // groups  # of a group in all projections
-        per_group = self.config.num_attention_heads // groups
+        kv_heads = axes.kv_heads(self.config)
+        size = rows // kv_heads  # of a group in all projections
+        per_group = self.config.num_attention_heads // kv_heads
         parts = [size * per_group // (per_group + 2), *[size // (per_group + 2)] * 2] if fused else [size]
         kept, start = [], 0
         for part in parts:  # queries, keys and values, or one of them
             kept.append((start + heads[:, None] * part + torch.arange(part)).flatten())
-            start += part * groups
+            start += part * kv_heads
         return torch.cat(kept)
 
     def _scale(self, name: str, kinds: Axes) -> float:
@@ -144,7 +146,7 @@ class Surgery:
             return 1.0
         growth = math.sqrt(self.config.hidden_size / len(self.selection.hidden))
         # Gemma multiplies embeddings by the root of the hidden size: a tied output layer does the last norm's part.
-        if self.family.scaled_embeddings and name == EMBEDDINGS:
+        if self.family.scaled_embeddings and (name == EMBEDDINGS or (self.tied and name == OUTPUT_LAYER)):
             return growth
         is_last = self.family.scaled_embeddings and self.tied and name == LAST_NORM
         is_norm = kinds == (HIDDEN,) and name.endswith("norm.weight") and not is_last
@@ -186,7 +188,7 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         pruned[family.extra_layers] = 0
     if family.experts is not None and len(selection.layers) < depth:
         pruned |= family.experts.dense_config(config, selection.layers)
-    if selection.hidden is not None or selection.groups:
+    if selection.hidden is not None or selection.kv_heads:
         pruned |= _narrow_config(config, selection)
     # The selection has one width, or one number of experts, for all layers, as config.json does.
     for kept in selection.neurons.values():
@@ -206,7 +208,7 @@ def _narrow_config(config: ConfigJson, selection: Selection) -> dict[str, Any]:
     if selection.hidden is not None:
         hidden = len(selection.hidden)
         fields |= {"hidden_size": hidden, "rms_norm_eps": full.rms_norm_eps * full.hidden_size / hidden}
-    for kept in selection.groups.values():
+    for kept in selection.kv_heads.values():
         per_group = full.num_attention_heads // axes.kv_heads(full)
         fields |= {"num_key_value_heads": len(kept), "num_attention_heads": per_group * len(kept)}
     return fields

@@ -38,8 +38,9 @@ def _arguments(call: Call) -> Metadata:
     return {
         # As planned, but a rejection may have halved the step.
         "goal": gate.goal(model.params, planned, model.gate),
-        # What the sizes of all widths are chosen for
+        # What the widths are chosen for, and which an earlier iteration has chosen
         "end": model.original_params - removed_at_end,
+        "chosen": model.end,
         "unit": iteration.unit,
         "prune": pruning,
         "calibration": call.section(Calibration, "calibration"),

@@ -54,7 +54,7 @@ def test_a_small_model_is_checked_with_the_hidden_size_that_pruning_may_leave(tm
     """The heads of the tests' models have 8 numbers; two share a KV head."""
     asked = []
     monkeypatch.setattr(gguf, "check", lambda src, type, narrow: asked.append(narrow) or [])
-    heads = ModelDimensions(16, 1, groups=1, layers=1, layer={}, outside={}, heads_per_group=2, head_size=8)
+    heads = ModelDimensions(16, 1, kv_heads=1, layers=1, layer={}, outside={}, heads_per_kv_head=2, head_size=8)
     ends = [heads, replace(heads, hidden=24)]
     for possible, narrow in (([], False), (ends[:1], False), (ends, True)):
         check_exports(tmp_path, [GGUF], possible)

@@ -51,8 +51,8 @@ def narrow_model(variant, tmp_path, hidden=48, **changes):
     source, family = dense_model(variant, tmp_path, **changes)
     sizes = model_dimensions(source, family)
     dimensions = None if "hidden" in sizes.fixed else torch.arange(sizes.hidden)[-hidden:]
-    groups = {} if "kv" in sizes.fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
-    write_pruned(source, tmp_path / "narrow", family, Selection((0, 1, 2, 3), {}, {}, dimensions, groups))
+    kv_heads = {} if "kv" in sizes.fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
+    write_pruned(source, tmp_path / "narrow", family, Selection((0, 1, 2, 3), {}, {}, dimensions, kv_heads))
     return source, tmp_path / "narrow"
 
 

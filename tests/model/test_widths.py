@@ -14,7 +14,7 @@ from ptl.errors import InputError
 from ptl.model import shapes
 from ptl.model.dimensions import dimensions_of, experts_for, width_for
 from ptl.model.families import FAMILIES
-from ptl.model.widths import FFN_SHARE, candidates, towards
+from ptl.model.widths import FFN_SHARE, ROUNDED, _step, candidates, towards
 
 FREE = {"hidden": None, "ffn": None, "kv": None}
 REASONER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256}
@@ -49,11 +49,11 @@ def test_parameters_are_those_of_the_narrower_model(variant):
     content = config.to_dict()
     family = FAMILIES[content["model_type"]]
     before = dimensions_of(shapes.of_config(content, family, "config.json"))
-    heads = before.groups // 2
-    in_config = {"num_key_value_heads": heads, "num_attention_heads": heads * before.heads_per_group}
+    heads = before.kv_heads // 2
+    in_config = {"num_key_value_heads": heads, "num_attention_heads": heads * before.heads_per_kv_head}
     sizes = {
         "hidden": ({"hidden": 24}, {"hidden_size": 24}),
-        "kv": ({"groups": heads}, in_config),
+        "kv": ({"kv_heads": heads}, in_config),
         "ffn": ({"width": 16}, {family.width_field: 16}),
         "experts": ({"experts": 4}, dict.fromkeys(family.experts.counts if family.experts else (), 4)),
     }
@@ -94,7 +94,10 @@ def test_candidates_have_as_many_parameters_as_the_goal_allows(model):
         for each in candidates(model, goal, multiple, FREE):
             assert each.params <= goal and each == filled(each, model, goal, multiple)
             is_whole = (each.width, each.experts) == (model.width, model.experts)
-            assert ffn_share(each) >= FFN_SHARE or is_whole or "hidden" in model.fixed
+            step = _step(model, each.heads, multiple)
+            narrower = replace(each, hidden=each.hidden - step, width=model.width, experts=model.experts)
+            overshoots = narrower.params < ROUNDED * goal  # so that the FFN has to be narrower than it should
+            assert ffn_share(each) >= FFN_SHARE or is_whole or overshoots or "hidden" in model.fixed
             assert each.hidden == model.hidden or "hidden" not in model.fixed
             assert each.hidden % each.heads == each.hidden % model.least_multiple == 0
             assert multiple != 24 or each.hidden == model.hidden or each.hidden % 24 == 0
@@ -127,22 +130,13 @@ def test_the_ffn_goes_alone_where_it_keeps_its_share(name, share, expected, of_a
     model = dimensions(name)
     for ends, sizes in ((FREE, expected), (None, of_auto or expected)):
         found = candidates(model, int(share * model.params), "auto", ends)
-        assert [(each.hidden, each.width, each.groups) for each in found] == sizes
+        assert [(each.hidden, each.width, each.kv_heads) for each in found] == sizes
         assert all(each.fixed == model.fixed for each in found)  # nothing else is changed
-
-
-def test_kv_heads_do_not_go_twice_unless_the_hidden_size_has_followed():
-    """Of Llama 3's heads together, 4,096 wide as the residual stream, half are left."""
-    llama = replace(dimensions("llama"), groups=4)
-    for hidden, groups in ((3584, [4]), (2560, [2, 4])):
-        narrow = replace(llama, hidden=hidden)
-        found = candidates(narrow, int(0.25 * narrow.params), "auto", FREE)
-        assert [each.groups for each in found] == groups
 
 
 def test_goals_that_are_met_or_out_of_reach(model):
     assert candidates(model, model.params, "auto", FREE) == [model]
-    whole = {"hidden": model.hidden, "kv": model.groups}
+    whole = {"hidden": model.hidden, "kv": model.kv_heads}
     for ends in (FREE, None, FREE | {"ffn": model.width}, FREE | whole):
         with pytest.raises(InputError, match="500 parameters cannot be reached by") as refused:
             candidates(model, 500, "auto", ends)
@@ -160,21 +154,27 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
         assert each.hidden == 3072 and each.params <= goal < replace(each, width=each.width + 64).params
     for each in found(ffn=5504):  # the largest hidden size with it
         assert each.width == 5504 and each.params <= goal < replace(each, hidden=each.hidden + 64).params
-    assert [each.groups for each in found(ffn=5504)] == [each.groups for each in found(hidden=3072)] == [4, 8]
+    assert [each.kv_heads for each in found(ffn=5504)] == [each.kv_heads for each in found(hidden=3072)] == [4, 8]
     assert found(ffn=3456) == [replace(llama, width=3456)]
     (each,) = found(kv=2)
-    assert (each.hidden, each.groups) == (4096, 2) and each.params <= goal < replace(each, width=each.width + 64).params
+    assert (each.hidden, each.kv_heads) == (4096, 2) and each.params <= goal < replace(
+        each, width=each.width + 64
+    ).params
     (each,) = found(hidden=3072, kv=2)
-    assert (each.hidden, each.groups) == (3072, 2) and each.params <= goal < replace(each, width=each.width + 64).params
+    assert (each.hidden, each.kv_heads) == (3072, 2) and each.params <= goal < replace(
+        each, width=each.width + 64
+    ).params
     (each,) = found(ffn=7040, kv=2)
-    assert (each.width, each.groups) == (7040, 2)
+    assert (each.width, each.kv_heads) == (7040, 2)
     assert each.params <= goal < replace(each, hidden=each.hidden + 64).params
     (each,) = found(multiple=1, kv=3)  # twelve query heads are left, which do not divide 4096
-    assert (each.hidden, each.groups) == (4092, 3)
-    assert [each.groups for each in found(hidden=3072, ffn=5504)] == [4, 8]
-    assert found(hidden=3072, ffn=5504, kv=2) == [replace(llama, hidden=3072, width=5504, groups=2)]
-    # They need not be used up, and must do.
-    assert found(hidden=1024) == [replace(llama, hidden=1024, groups=groups) for groups in (4, 8)]
+    assert (each.hidden, each.kv_heads) == (4092, 3)
+    assert [each.kv_heads for each in found(hidden=3072, ffn=5952)] == [4, 8]
+    fixed = replace(llama, hidden=3072, width=5504, kv_heads=2)
+    assert found(goal=fixed.params, hidden=3072, ffn=5504, kv=2) == [fixed]
+    # They must do, and not alone remove more.
+    with pytest.raises(InputError, match=rf"leave {fixed.params:,} parameters or fewer, .*; set {fixed.params} or"):
+        found(hidden=3072, ffn=5504, kv=2)
     with pytest.raises(InputError, match=r"cannot be reached by width"):
         found(hidden=4096, ffn=5504, kv=8)
 
@@ -219,20 +219,17 @@ def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, s
             path.append(end if goal == goals[-1] else towards(path[-1], end, goal, "auto"))
             assert path[-1].params <= goal
             assert path[-1].hidden % path[-1].heads == path[-1].hidden % model.least_multiple == 0
-            for name in ("hidden", "width", "groups", "experts"):
+            for name in ("hidden", "width", "kv_heads", "experts"):
                 assert getattr(path[-2], name) >= getattr(path[-1], name) >= getattr(end, name), (name, end)
-        # Each iteration chooses anew: whatever it took on the way, there is a way on.
-        for reached in path:
-            assert all(each.params <= goals[-1] for each in candidates(reached, goals[-1], "auto", FREE))
 
 
 def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
     llama = dimensions("llama")
     end, with_all = candidates(llama, int(llama.params * 0.3), "auto", FREE)
-    without = replace(llama, groups=4).params
-    assert towards(llama, end, without, "auto").groups == end.groups == 4
+    without = replace(llama, kv_heads=4).params
+    assert towards(llama, end, without, "auto").kv_heads == end.kv_heads == 4
     early = towards(llama, end, without + 1, "auto")
-    assert early.groups == 8 and early.width < llama.width
+    assert early.kv_heads == 8 and early.width < llama.width
     # Nor the hidden size: it has fallen by half when half of the parameters have gone, by whole multiples of 128.
     removed = llama.params - with_all.params
     half, third = (towards(llama, with_all, llama.params - removed // part, "auto") for part in (2, 3))

@@ -48,7 +48,7 @@ def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_choos
     assert list(table) == ["Iteration", "dense", "1", "2", "3", "4"] and table["Iteration"] == ["A", "B"]
     model = shape_of(str(REASONER)).dimensions
     ends = widths.candidates(model, model.params - int(0.65 * model.params), 1, {})
-    assert table["4"] == [f"{end.hidden}/{end.width}/{end.groups}" for end in ends]
+    assert table["4"] == [f"{end.hidden}/{end.width}/{end.kv_heads}" for end in ends]
     assert "counts with column A" in said and f"about {table['2'][0]} of 64/192/2" in said
     # The forecast is of these sizes.
     assert f"{ends[0].params:,}" in said and f"become at most {max(end.params for end in ends):,}" in ptl(

@@ -69,7 +69,7 @@ def selection_of(variant, unit=None, layers=LAYERS, narrow=True):
         with_experts = [i for i in layers if hasattr(model.get_decoder().layers[i].mlp, "experts")]
         selection = replace(selection, experts=some(4, with_experts, 6))
     hidden = None if "hidden" in fixed else some(20, [0], 32)[0]
-    return replace(selection, hidden=hidden, groups={} if "kv" in fixed else some(heads // 2, layers, heads))
+    return replace(selection, hidden=hidden, kv_heads={} if "kv" in fixed else some(heads // 2, layers, heads))
 
 
 def masked(model, family, selection):
@@ -78,7 +78,7 @@ def masked(model, family, selection):
     kept = everything if selection.hidden is None else selection.hidden
     stream = torch.zeros(len(everything)).index_fill(0, kept, 1)
     nothing = torch.zeros(axes.kv_heads(model.config))
-    heads = {i: nothing.index_fill(0, kept, 1) for i, kept in selection.groups.items()}
+    heads = {i: nothing.index_fill(0, kept, 1) for i, kept in selection.kv_heads.items()}
     model = silenced(avoiding(skipping(model, selection.layers), selection.experts), family, selection.neurons)
     return multiplied(model, stream, heads)
 
@@ -109,7 +109,7 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
     before, after, again = (model_dimensions(tmp_path / name, family) for name in ("source", "pruned", "again"))
     sizes = {"width": 16} if unit == "neurons" else {"experts": 4}
     sizes |= {"hidden": 20} if selection.hidden is not None else {}
-    sizes |= {"groups": before.groups // 2} if selection.groups else {}
+    sizes |= {"kv_heads": before.kv_heads // 2} if selection.kv_heads else {}
     assert after == again and after.params == num_parameters(pruned)
     assert after == replace(before, layers=len(layers), **sizes) or before.dense_layers
     if not narrow:
@@ -161,18 +161,18 @@ def test_keeping_everything_changes_no_tensor_and_no_config(variant, tmp_path):
     assert body.fixed.keys() == {*fixed}
     layers = [i for i in range(4) if i not in body.dense_layers]
     neurons = torch.arange(body.width).expand(*[6] * (body.experts > 0), -1)
-    groups = {} if "kv" in fixed else dict.fromkeys(range(4), torch.arange(body.groups))
+    kv_heads = {} if "kv" in fixed else dict.fromkeys(range(4), torch.arange(body.kv_heads))
     experts = dict.fromkeys(layers if body.experts else (), torch.arange(6))
     everything = Selection(ALL, dict.fromkeys(layers, neurons) if body.narrowable else {})
     for name, selection in {
         "plain": everything,
         "experts": replace(everything, neurons={}, experts=experts),
-        "narrow": replace(everything, hidden=None if "hidden" in fixed else torch.arange(32), groups=groups),
+        "narrow": replace(everything, hidden=None if "hidden" in fixed else torch.arange(32), kv_heads=kv_heads),
     }.items():
         write_pruned(source, tmp_path / name, family_at(source), selection)
         old, new = (dict(checkpoint.tensors(folder / checkpoint.WEIGHTS)) for folder in (source, tmp_path / name))
         assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
-        head_dim = {"head_dim": 8} if name == "narrow" and groups else {}  # is written where it is left out
+        head_dim = {"head_dim": 8} if name == "narrow" and kv_heads else {}  # is written where it is left out
         assert checkpoint.read_config(tmp_path / name) == head_dim | config
 
 
@@ -198,9 +198,9 @@ def by_autograd(model):
 
     Of dimensions [H], of each layer's KV heads, and of its neurons' columns of down_proj.
     """
-    layers, groups = model.get_decoder().layers, [torch.ones(axes.kv_heads(model.config)) for _ in range(4)]
-    factors = [mask.requires_grad_() for mask in (torch.ones(32), *groups)]
-    multiplied(model, factors[0], dict(enumerate(groups)))
+    layers, kv_heads = model.get_decoder().layers, [torch.ones(axes.kv_heads(model.config)) for _ in range(4)]
+    factors = [mask.requires_grad_() for mask in (torch.ones(32), *kv_heads)]
+    multiplied(model, factors[0], dict(enumerate(kv_heads)))
     # Without experts [H, F], with them [E, H, F]
     downs = [getattr(layer.mlp, "experts", layer.mlp).down_proj for layer in layers]
     downs = [getattr(down, "weight", down) for down in downs]
@@ -223,9 +223,9 @@ def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
     model = build(variant)
     layerwise = LayerwiseModel(save(model, tmp_path, tokenizer=False), family_at(tmp_path), batches())
     narrowable = variant != "deepseek_v3"
-    scores, (hidden, groups, neurons) = all_width_scores(layerwise, narrowable), by_autograd(model)
+    scores, (hidden, kv_heads, neurons) = all_width_scores(layerwise, narrowable), by_autograd(model)
     torch.testing.assert_close(scores.hidden, hidden, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(scores.groups, groups, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(scores.kv_heads, kv_heads, rtol=1e-3, atol=1e-4)
     assert scores.hidden.dtype == torch.float32 and len({*scores.hidden.tolist()}) == 32
     if narrowable:
         torch.testing.assert_close(scores.neurons, neurons, rtol=1e-3, atol=1e-4)
@@ -237,8 +237,8 @@ def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
 # ---- one step
 
 
-def prune(source, calibration, folder, goal, end=None, unit="width", **settings):
-    amounts = {"unit": unit, "goal": goal, "end": end or goal, "seed": 0}
+def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width", **settings):
+    amounts = {"unit": unit, "goal": goal, "end": end or goal, "chosen": chosen or {}, "seed": 0}
     return prune_checkpoint(source, folder, Prune(**{"target": "width"} | settings), calibration, **amounts)
 
 
@@ -278,12 +278,15 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
     assert least.loss < first.loss and (least.loss < math.log(model.config.vocab_size)) == ranked
     best, other = (least, first) if ranked else (first, least)
     assert best.taken and not other.taken
-    sizes = (after.hidden, after.width, after.groups, after.experts)
+    sizes = (after.hidden, after.width, after.kv_heads, after.experts)
     assert (best.hidden, best.width, best.kv_heads, best.experts or 0) == sizes
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
     # With sizes that are set nothing is chosen.
     sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
-    fixed = prune(source, calibration, tmp_path / "fixed", goal=report.goal, width=sizes)
+    goal = replace(
+        dense, hidden=other.hidden, width=other.width, kv_heads=other.kv_heads, experts=other.experts or 0
+    ).params
+    fixed = prune(source, calibration, tmp_path / "fixed", goal, width=sizes)
     assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
     assert other.loss == pytest.approx(loss_of(tmp_path / "fixed", calibration), rel=1e-4)
     assert not [*tmp_path.rglob("candidate-*")]
@@ -299,28 +302,31 @@ def test_where_only_the_ffn_shrinks_neurons_are_pruned(variant, share, target, c
     goal = int(dense * (1 + share) / 2)
     for end in (goal, int(dense * share)):  # of the last iteration, and of one before
         reports = [
-            prune(source, calibration, tmp_path / unit, goal, end, unit=unit, target=target)
+            prune(source, calibration, tmp_path / unit, goal, end, None, unit, target=target)
             for unit in ("width", "neurons")
         ]
-        one, same = (replace(report, seconds=0) for report in reports)
+        one, same = (replace(report, seconds=0, end={}) for report in reports)
         assert one == same and one.unit == "neurons" and one.candidates == ()
         one, same = ((tmp_path / unit / checkpoint.WEIGHTS).read_bytes() for unit in ("width", "neurons"))
         assert one == same
 
 
-def test_a_loop_gets_to_its_end_by_way_of_its_goals(calibration, tmp_path):
+def test_a_loop_gets_to_the_end_that_its_first_iteration_chooses(calibration, tmp_path):
     folder = save(build("llama"), tmp_path / "source")
     dense = model_dimensions(folder, FAMILIES["llama"])
-    end, compared = int(dense.params * 0.45), []
+    end, compared, chosen = int(dense.params * 0.45), [], {}
     for share in (0.85, 0.7, 0.55, 0.45):
-        report = prune(folder, calibration, tmp_path / f"{share}", int(dense.params * share), end)
+        report = prune(folder, calibration, tmp_path / f"{share}", int(dense.params * share), end, chosen)
         folder = tmp_path / f"{share}"
-        assert model_dimensions(folder, FAMILIES["llama"]).params == report.params <= report.goal
+        after = model_dimensions(folder, FAMILIES["llama"])
+        assert after.params == report.params <= report.goal
         assert report.params > end * (0.9 if report.goal == end else 1)
-        compared += report.candidates
-    # All of them are ways to the end, which an iteration need not have reached.
-    ends = [replace(dense, hidden=c.hidden, width=c.width, groups=c.kv_heads).params for c in compared]
-    assert len(ends) > 1 and max(ends) <= end and {candidate.experts for candidate in compared} == {None}
+        compared.append(report.candidates)
+        chosen = report.end
+    # Both are ways to the end, which an iteration need not have reached; the later ones keep to the first one's.
+    ends = [replace(dense, hidden=c.hidden, width=c.width, kv_heads=c.kv_heads).params for c in compared[0]]
+    assert len(ends) == 2 and max(ends) <= end and compared[1:] == [()] * 3
+    assert after == replace(dense, **chosen)
     assert torch.isfinite(logits(load(folder), batches()[0])).all()
 
 
@@ -337,7 +343,7 @@ def test_dead_widths_are_pruned_without_any_change_of_the_logits(variant, calibr
             for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 part.weight.mul_(stream[:, None])
     source = save(model, tmp_path / "source", "8KB")
-    narrow = replace(model_dimensions(source, FAMILIES[variant]), hidden=24, width=30, groups=1)
+    narrow = replace(model_dimensions(source, FAMILIES[variant]), hidden=24, width=30, kv_heads=1)
     sizes = {"hidden": 24, "ffn": 30, "kv": 1}
     report = prune(source, calibration, tmp_path / "pruned", narrow.params, width=sizes, width_multiple=1)
     assert (report.hidden, report.widths, report.kv_heads, report.params) == (24, (30,) * 4, 1, narrow.params)
