@@ -84,7 +84,8 @@ def group_size(
     """
     if type != "w4a16":
         return None
-    model = shapes.of_checkpoint(src, family_of(text_tower.read_config(src)))
+    content = text_tower.read_config(src)
+    model = shapes.of_config(content, family_of(content), str(src / "config.json"))
     of_heads = model.layers()[0]["self_attn.o_proj.weight"].shape[1]
     of_head = of_heads // model.config.num_attention_heads
     rows = {

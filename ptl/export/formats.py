@@ -65,12 +65,12 @@ def width_warnings(
     src: Path,
     exports: Iterable[Export],
     width: int,  # of the FFN
-    hidden: int | None = None,  # dimensions of the residual stream; None: as they are
-    heads: int | None = None,  # query heads
+    hidden: int,  # dimensions of the residual stream
+    heads: int,  # query heads
 ) -> list[str]:
     """A warning of each export that could not be made of the checkpoint once it is pruned to these sizes, or not small.
 
-    Of `src` only config.json is read, and headers of the weights.
+    Of `src` only config.json is read.
     """
     warnings = []
     for export in exports:

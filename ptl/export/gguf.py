@@ -188,13 +188,13 @@ def _rounding_notes(file: Path, type: str) -> list[str]:
     return [f"{type} needs rows of a multiple of {block}, and stores in a larger type: {listed}{remedy}"]
 
 
-def hidden_warnings(src: Path, type: str, hidden: int | None, heads: int | None) -> list[str]:
+def hidden_warnings(src: Path, type: str, hidden: int, heads: int) -> list[str]:
     """A warning where rows of a pruned hidden size, nearly all, cannot be stored in `type`; those of `src` can."""
     dense, block = pretrained.config_with_defaults(text_tower.read_config(src)).hidden_size, _block(type)
-    if hidden is None or hidden == dense or type not in FTYPES or dense % block or hidden % block == 0:
+    if hidden == dense or type not in FTYPES or dense % block or hidden % block == 0:
         return []
     # Of both it must be a multiple.
-    is_possible = math.lcm(block, heads or 1) < dense
+    is_possible = math.lcm(block, heads) < dense
     remedy = f"prune.width_multiple: {block}" if is_possible else f"prune.width.hidden: {dense}"
     return [
         f"{type} needs rows of a multiple of {block}: with a hidden size of {hidden} llama.cpp stores nearly all "

@@ -293,21 +293,30 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
 
 
 @pytest.mark.parametrize(
-    ("variant", "share", "target"),
-    [("llama", 0.9, "width"), ("qwen3_moe", 0.6, "auto"), ("granite", 0.6, "auto")],  # and where not all runtimes load
+    ("variant", "share", "target", "unit"),
+    [
+        ("llama", 0.9, "width", "neurons"),
+        ("qwen3_moe", 0.6, "auto", "neurons"),
+        ("granite", 0.6, "auto", "neurons"),  # of which not all runtimes load another
+        ("glm4_moe", 0.8, "auto", "experts"),
+    ],
 )
-def test_where_only_the_ffn_shrinks_neurons_are_pruned(variant, share, target, calibration, tmp_path):
+def test_where_only_the_ffn_shrinks_nothing_else_is_scored(variant, share, target, unit, calibration, tmp_path):
     source = save(build(variant), tmp_path / "source")
     dense = model_dimensions(source, family_at(source)).params
     goal = int(dense * (1 + share) / 2)
     for end in (goal, int(dense * share)):  # of the last iteration, and of one before
+        ways = {
+            "width": {"target": target},
+            unit: {"target": unit, "criterion": "reap" if unit == "experts" else "taylor"},
+        }
         reports = [
-            prune(source, calibration, tmp_path / unit, goal, end, None, unit, target=target)
-            for unit in ("width", "neurons")
+            prune(source, calibration, tmp_path / way, goal, end, None, way, **settings)
+            for way, settings in ways.items()
         ]
         one, same = (replace(report, seconds=0, end={}) for report in reports)
-        assert one == same and one.unit == "neurons" and one.candidates == ()
-        one, same = ((tmp_path / unit / checkpoint.WEIGHTS).read_bytes() for unit in ("width", "neurons"))
+        assert one == same and one.unit == unit and one.candidates == ()
+        one, same = ((tmp_path / way / checkpoint.WEIGHTS).read_bytes() for way in ways)
         assert one == same
 
 
