@@ -158,17 +158,17 @@ class Prune(Section):
     # Widths that GPUs multiply fast, and that can be divided between several.
     width_multiple: Multiple = Field(
         "auto",
-        description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
-        "divides the width and is at most an eighth of what is left of it. For N GPUs that will share the model "
-        "(tensor parallelism) set a multiple of N, for example 128 x N. In a mixture of experts widths are multiples "
-        "of 8 whatever is set",
+        description="round the FFN width, and a pruned hidden size, down to a multiple of this; `auto`: the largest of "
+        "128, 64, 8 and 1 that divides it and is at most an eighth of what is left of it. For N GPUs that will share "
+        "the model (tensor parallelism) set a multiple of N, for example 128 x N. In a mixture of experts widths are "
+        "multiples of 8 whatever is set",
     )
 
     width: Width = Width()
     """with target `width`: sizes to end with"""
 
     @property
-    def ends(self) -> dict[str, int | None] | None:
+    def wanted(self) -> dict[str, int | None] | None:
         """`width` as a dict; None with target `auto`, which removes nothing without which a runtime cannot load it."""
         return self.width.model_dump() if self.target == "width" else None
 

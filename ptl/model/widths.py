@@ -16,33 +16,32 @@ from ptl.errors import InputError
 from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
 
 FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
-
 ROUNDED = 0.98  # of the parameters asked for, that sizes may have which cannot be rounded nearer
 
-Ends = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
+Wanted = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
 
-def candidates(model: ModelDimensions, goal: int, multiple: Multiple, ends: Ends | None) -> list[ModelDimensions]:
+def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wanted | None) -> list[ModelDimensions]:
     """Ways to get a model down to at most `goal` parameters, of which its loss chooses one; one or two.
 
     First that with fewer KV heads, then that with all of them; the FFN alone where it keeps its share, and without
-    `ends` where a runtime would not load another. Raises InputError for a goal out of reach, and for a size that the
+    `wanted` where a runtime would not load another. Raises InputError for a goal out of reach, and for a size that the
     model cannot have.
     """
     if goal >= model.params:
         return [model]
-    is_whole = ends is None and model.square
-    if ends is None:
-        ends = {"hidden": model.hidden, "kv": model.kv_heads} if is_whole else {}
-    _check(model, ends)
-    _check_goal(model, ends, goal)
+    is_whole = wanted is None and model.square
+    if wanted is None:
+        wanted = {"hidden": model.hidden, "kv": model.kv_heads} if is_whole else {}
+    _check(model, wanted)
+    _check_goal(model, wanted, goal)
     found: list[ModelDimensions] = []
-    for kv_heads in _kv_heads(model, ends):
-        narrow = _balanced(model, kv_heads, goal, multiple, ends)
+    for kv_heads in _kv_heads(model, wanted):
+        narrow = _balanced(model, kv_heads, goal, multiple, wanted)
         if narrow is None:
             continue
         is_ffn = narrow == replace(model, width=narrow.width, experts=narrow.experts)
-        if is_ffn and (ends.get("ffn") or _ffn_share(narrow) >= FFN_SHARE):
+        if is_ffn and (wanted.get("ffn") or _ffn_share(narrow) >= FFN_SHARE):
             return [narrow]
         found.append(narrow)
     if found:
@@ -89,15 +88,15 @@ def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: M
 
 
 def _balanced(
-    model: ModelDimensions, kv_heads: int, goal: int, multiple: Multiple, ends: Ends
+    model: ModelDimensions, kv_heads: int, goal: int, multiple: Multiple, wanted: Wanted
 ) -> ModelDimensions | None:
     """With so many KV heads, the largest hidden size beside which the FFN keeps its share; None: out of reach."""
     last = None
-    for hidden in _hidden_sizes(model, kv_heads, multiple, ends):
-        narrow = replace(model, kv_heads=kv_heads, hidden=hidden, width=ends.get("ffn") or model.width)
+    for hidden in _hidden_sizes(model, kv_heads, multiple, wanted):
+        narrow = replace(model, kv_heads=kv_heads, hidden=hidden, width=wanted.get("ffn") or model.width)
         if narrow.params <= goal:  # an FFN that need not be cut gets no larger share
             return narrow if last is None or narrow.params >= ROUNDED * goal else last
-        closed = None if ends.get("ffn") else _closed(narrow, goal, multiple)
+        closed = None if wanted.get("ffn") else _closed(narrow, goal, multiple)
         if closed is not None and _ffn_share(closed) >= FFN_SHARE:
             return closed
         last = closed or last
@@ -122,17 +121,17 @@ def _has_cut_ffn(sizes: ModelDimensions, model: ModelDimensions) -> bool:
     return sizes.width < model.width or sizes.experts < model.experts
 
 
-def _kv_heads(model: ModelDimensions, ends: Ends) -> list[int]:
+def _kv_heads(model: ModelDimensions, wanted: Wanted) -> list[int]:
     """Numbers of KV heads to choose from: all of them, and the next lower number that divides them."""
-    if kv := ends.get("kv"):
+    if kv := wanted.get("kv"):
         return [kv]
     return [model.kv_heads, *([] if "kv" in model.fixed else _divisors(model.kv_heads)[-2:-1])]
 
 
-def _hidden_sizes(model: ModelDimensions, kv_heads: int, multiple: Multiple, ends: Ends) -> Iterator[int]:
+def _hidden_sizes(model: ModelDimensions, kv_heads: int, multiple: Multiple, wanted: Wanted) -> Iterator[int]:
     """Hidden sizes to choose from, the largest first."""
-    if ends.get("hidden") or "hidden" in model.fixed:
-        return iter([ends.get("hidden") or model.hidden])
+    if wanted.get("hidden") or "hidden" in model.fixed:
+        return iter([wanted.get("hidden") or model.hidden])
     heads = kv_heads * model.heads_per_kv_head
     step = _step(model, heads, multiple)
     # Of KV heads that a user has set, the query heads need not divide today's.
@@ -163,9 +162,9 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _check_goal(model: ModelDimensions, ends: Ends, goal: int) -> None:
+def _check_goal(model: ModelDimensions, wanted: Wanted, goal: int) -> None:
     """Raise InputError where the sizes that a user has set remove more than the target: the last iteration would."""
-    hidden, width, kv_heads = (ends.get(name) for name in ("hidden", "ffn", "kv"))
+    hidden, width, kv_heads = (wanted.get(name) for name in ("hidden", "ffn", "kv"))
     least = replace(
         model, hidden=hidden or model.hidden, width=width or model.width, kv_heads=kv_heads or model.kv_heads
     )
@@ -177,13 +176,13 @@ def _check_goal(model: ModelDimensions, ends: Ends, goal: int) -> None:
         )
 
 
-def _check(model: ModelDimensions, ends: Ends) -> None:
+def _check(model: ModelDimensions, wanted: Wanted) -> None:
     """Raise InputError for a size to end with that the model cannot have."""
     sizes = {"hidden": model.hidden, "ffn": model.width, "kv": model.kv_heads}
     fixed = dict(model.fixed)
     if not model.narrowable:
         fixed["ffn"] = "not all of its layers have experts, or these share weights"
-    for name, size in ends.items():
+    for name, size in wanted.items():
         if size is None:
             continue
         if size > sizes[name]:
@@ -196,9 +195,9 @@ def _check(model: ModelDimensions, ends: Ends) -> None:
                 field=f"prune.width.{name}",
                 remedy="leave it out",
             )
-    heads = (ends.get("kv") or model.kv_heads) * model.heads_per_kv_head
+    heads = (wanted.get("kv") or model.kv_heads) * model.heads_per_kv_head
     for name, step in (("hidden", _least_step(model, heads)), ("ffn", model.least_multiple)):
-        size = ends.get(name) or step
+        size = wanted.get(name) or step
         if size % step and size != sizes[name]:
             raise InputError(
                 f"{size} is no multiple of {step} (the query heads; of 8 in a mixture of experts)",

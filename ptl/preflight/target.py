@@ -133,7 +133,7 @@ def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> 
         )
     ends = [model]
     if "width" in units:
-        ends = widths.candidates(model, model.params - total, prune.width_multiple, prune.ends)
+        ends = widths.candidates(model, model.params - total, prune.width_multiple, prune.wanted)
     paths = []
     for end in ends:
         remaining: ModelDimensions = model

@@ -141,7 +141,7 @@ def prune_checkpoint(
 def _possible(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int, end: int) -> list[ModelDimensions]:
     """The sizes that pruning may lead to: for `width` at the end of the loop. Raises InputError for none."""
     if unit == "width":
-        return widths.candidates(dimensions, end, settings.width_multiple, settings.ends)
+        return widths.candidates(dimensions, end, settings.width_multiple, settings.wanted)
     if unit == "neurons":
         return [replace(dimensions, width=width_for(dimensions, goal, settings.width_multiple))]
     if unit == "layers":

@@ -75,7 +75,7 @@ class Surgery:
         self.family, self.selection = family, selection
         self.tied = family.is_tied(config)
         self.config = config_with_defaults(config)
-        self.neurons = axes.sizes(self.config, family)[NEURONS]
+        self.width = axes.sizes(self.config, family)[NEURONS]
         self.axes = axes.of_config(config, family, checkpoint.contents(src))
 
     def of(self, name: str, shape: TensorShape) -> PrunedTensor | None:
@@ -125,7 +125,7 @@ class Surgery:
         expert = self.family.experts.number(part) if self.family.experts else None
         if neurons is None:
             return None
-        return _stacked(neurons if expert is None else neurons[expert], self.neurons, size // self.neurons)
+        return _stacked(neurons if expert is None else neurons[expert], self.width, size // self.width)
 
     def _rows(self, heads: Tensor, rows: int, fused: bool) -> Tensor:
         """Rows of the KV heads that stay and of their query heads: each group's follow each other."""
