@@ -66,7 +66,7 @@ ARMS = {
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
     "loop of 16, taylor": Arm({"iterations": 16}, TAYLOR),
     "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
-    # Hidden size, FFN and KV heads, divided by the loss right after the cut.
+    # Hidden size, FFN and KV heads, divided by ptl's rule.
     "one-shot, width": Arm(ONE_SHOT, WIDTH),
     "loop of 2, width": Arm({"iterations": 2}, WIDTH),
     "loop of 4, width": Arm({"iterations": 4}, WIDTH),
@@ -106,7 +106,7 @@ class Claim:
     tokens: int
 
 
-CLAIM = Claim(("one-shot, taylor", "loop of 8, taylor"), 0.65, 1_000_000)
+CLAIM = Claim(("one-shot, width", "loop of 4, width"), 0.8, 500_000)
 
 
 @dataclass(frozen=True)

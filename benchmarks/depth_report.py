@@ -114,7 +114,9 @@ def print_table(results: Results, references: Sequence[str] = ONE_SHOTS) -> None
         group = list(grouped)
         reference = best_of(references, group)
         for it in group:
-            compared = "reference |" if reference is None or it is reference else difference(it, reference)
+            compared = (
+                "- | -" if reference is None else "reference | -" if it is reference else difference(it, reference)
+            )
             scoring = "-" if it.scoring_flops is None else f"{it.scoring_flops / 1e9:.0f}"
             print(
                 f"| {share:.0%} | {tokens:,} | {it.study.arm} | {it.learning_rate:g} "

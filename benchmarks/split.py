@@ -110,7 +110,7 @@ def first_order(subject: Any, sizes: Any, seed: int) -> float:
     scores = all_width_scores(LayerwiseModel(subject.model, family, batches), True)
     total = float(scores.hidden.sort().values[: len(scores.hidden) - sizes.hidden].sum())
     for neurons, kv_heads in zip(scores.neurons, scores.kv_heads, strict=True):
-        total += float(neurons.sort().values[: len(neurons) - sizes.width].sum())
+        total += float(neurons.sort().values[..., : neurons.shape[-1] - sizes.width].sum())  # of an MLP or each expert
         total += float(kv_heads.sort().values[: len(kv_heads) - sizes.kv_heads].sum())
     return total
 

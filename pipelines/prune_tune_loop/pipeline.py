@@ -135,7 +135,7 @@ def _image(config: Config, step: str) -> str:
 def _structure(config: Config, step: str) -> dict[str, Any]:
     """What a step gets that is the same in every run of the compiled pipeline."""
     stage = dag.stage_of(step)
-    iterations = config.schedule.num_iterations
+    iterations = config.schedule.iterations
     settings = essentials(config)
     if stage == "doctor":
         return {"settings": settings}

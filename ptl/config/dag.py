@@ -96,7 +96,7 @@ def nodes(config: Config) -> list[Node]:
     # The loop.
     gated = config.gate.enabled
     parent = dense
-    for number in range(1, config.schedule.num_iterations + 1):
+    for number in range(1, config.schedule.iterations + 1):
         # Later verdicts come after the first one.
         dense_scores = ("evaluate-0",) if gated and number == 1 else ()
         iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated, dense_scores=dense_scores)

@@ -82,7 +82,7 @@ def _schedule(config: Config) -> dict[str, Any]:
     """Few tokens, equally distributed, or the first of many iterations would get none."""
     schedule = config.schedule
     budgets = filter(None, Recovery(stages=config.recover).budgets(MANY))  # GRPO may count in steps
-    fewest = schedule.num_iterations * math.ceil(STAGE_TOKENS * MANY / min(budgets, default=MANY))
+    fewest = schedule.iterations * math.ceil(STAGE_TOKENS * MANY / min(budgets, default=MANY))
     tokens = min(math.ceil(schedule.recovery_tokens / SHARE), MOST_TOKENS)
     changes: dict[str, Any] = {
         "tokens": "uniform",
@@ -97,7 +97,7 @@ def _schedule(config: Config) -> dict[str, Any]:
 
 def _shrink_stages(settings: dict[str, Any], config: Config, gpus: int) -> None:
     """Stages keep their own batches, except for GRPO, whose batches are answers that take long to write."""
-    iterations = config.schedule.num_iterations
+    iterations = config.schedule.iterations
     nodes = settings["resources"]["steps"].get(TRAINED, {}).get("nodes", 1)
     budgets = Recovery(stages=config.recover).budgets(settings["schedule"]["recovery_tokens"] // iterations)
     for stage, budget, of_run in zip(settings["recover"], budgets, config.recover, strict=True):

@@ -242,7 +242,7 @@ class Config(Section):
             shared_out = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
             if not all(iteration.tokens for iteration in plan(shared_out, self.prune)):
                 raise ValueError(
-                    f"recover.steps={stage.steps}, shared out over {self.schedule.num_iterations} iterations, "
+                    f"recover.steps={stage.steps}, shared out over {self.schedule.iterations} iterations, "
                     "leaves one without a step: raise it, or set schedule.tokens=uniform"
                 )
         return self
@@ -253,7 +253,7 @@ class Config(Section):
         undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
         if undivided:
             raise ValueError(undivided)
-        if self.prune.target == "neurons_then_layers" and self.schedule.num_iterations == 1:
+        if self.prune.target == "neurons_then_layers" and self.schedule.iterations == 1:
             raise ValueError(
                 "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"
             )

@@ -20,10 +20,6 @@ BY_GOAL = 0.0  # as the pipeline's parameter `target`: its parameter `goal` says
 _MEMORY_TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 
-# Iterations by default: docs/results.md, "Is a loop worth it?".
-DEEP = 0.5  # share of the parameters
-DEEP_ITERATIONS, ITERATIONS = 8, 4
-
 # Tokens of an iteration, as a multiple of the last one's.
 GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
@@ -32,9 +28,6 @@ Unit = Literal["neurons", "width", "layers", "experts"]
 NEURON_CRITERIA = ("max", "mean", "weight", "taylor")
 EXPERT_CRITERIA = ("reap", "frequency", "norm")
 
-Iterations = Annotated[
-    Annotated[int, Field(ge=1, le=64)] | Literal["auto"], one_error("must be a whole number from 1 to 64, or auto")
-]
 Multiple = Annotated[
     Annotated[int, Field(ge=1)] | Literal["auto"], one_error("must be a whole number of 1 or more, or auto")
 ]
@@ -102,11 +95,8 @@ Target = Annotated[
 class Schedule(Section):
     """How much each iteration removes, and how many tokens each recovery gets."""
 
-    iterations: Iterations = Field(
-        "auto",
-        description="number of iterations, each of which prunes, recovers and evaluates; `auto`: 8 where `target` is a "
-        "share of 0.5 or more, otherwise 4",
-    )
+    iterations: Annotated[int, Field(ge=1, le=64)] = 4
+    """each prunes, recovers and evaluates"""
     target: Target
     """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with; or a goal"""
     cuts: Literal["uniform", "cubic"] = "cubic"
@@ -115,15 +105,6 @@ class Schedule(Section):
     """equal token budgets, or in each iteration twice or four times those of the last"""
     recovery_tokens: Count
     """tokens of recovery training over all iterations"""
-
-    @property
-    def num_iterations(self) -> int:
-        """`iterations` as a number."""
-        if self.iterations != "auto":
-            return self.iterations
-        # Parameters to end with and goals are no share before the model is known.
-        share = not isinstance(self.target, MemoryGoal) and DEEP <= self.target < 1
-        return DEEP_ITERATIONS if share else ITERATIONS
 
 
 class Width(Section):
@@ -212,7 +193,7 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     The cubic curve is that of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1): after iteration i of k the
     share 1 - (1 - i/k)^3 of the removal is done. With doubling tokens iteration i has 2^(i-1) / (2^k - 1) of them.
     """
-    count = schedule.num_iterations
+    count = schedule.iterations
     weights = token_weights(schedule)
     # The state after each iteration, the 0th included.
     removed = [_removed_share(schedule, index) for index in range(count + 1)]
@@ -236,12 +217,12 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
 def token_weights(schedule: Schedule) -> tuple[int, ...]:
     """What each iteration gets of the recovery, relative to the others."""
     growth = GROWTH[schedule.tokens]
-    return tuple(growth**index for index in range(schedule.num_iterations))
+    return tuple(growth**index for index in range(schedule.iterations))
 
 
 def _removed_share(schedule: Schedule, index: int) -> Fraction:
     """Share of the removal that is done after an iteration."""
-    uniform = Fraction(index, schedule.num_iterations)
+    uniform = Fraction(index, schedule.iterations)
     return uniform if schedule.cuts == "uniform" else 1 - (1 - uniform) ** 3
 
 
@@ -251,7 +232,7 @@ def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
     if prune.target != "neurons_then_layers":
         return prune.target
     # The control's only iteration is for neurons.
-    return "layers" if index == schedule.num_iterations > 1 else "neurons"
+    return "layers" if index == schedule.iterations > 1 else "neurons"
 
 
 def one_shot(schedule: Schedule) -> Schedule:

@@ -113,7 +113,7 @@ def checkpoint_bytes(config: Config, shape: Shape) -> int:
 
     All but the last iteration's hold the optimizer's state.
     """
-    iterations = config.schedule.num_iterations
+    iterations = config.schedule.iterations
     checkpoints = 1 + 2 * iterations + 2 * config.control
     return shape.params * (checkpoints * shape.itemsize + 2 * (iterations - 1) * OPTIMIZER_STATE)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptl.config.cluster import StepName
 from ptl.config.run import Config
-from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Prune, Schedule, plan, removal
+from ptl.config.schedule import Prune, Schedule, plan
 from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
@@ -84,31 +84,23 @@ def warnings(config: Config) -> list[str]:
 
 
 def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
-    """Too few iterations, and such that find nothing left to remove, as an earlier one was rounded below their goal.
+    """Iterations that find nothing left to remove, as an earlier one was rounded below their goal.
 
     `model` has the dense model's sizes, and the schedule's target is a number.
     """
     before = model.params
     idle = []
-    found = []
-    share = removal(model.params, config.schedule.target) / model.params
-    is_automatic = config.schedule.iterations == "auto" and config.schedule.num_iterations < DEEP_ITERATIONS
-    if is_automatic and share >= DEEP:
-        found.append(
-            f"schedule.iterations=auto is {config.schedule.num_iterations} where schedule.target is no share, and it "
-            f"removes {100 * share:.0f} % of this model's parameters: set schedule.iterations={DEEP_ITERATIONS}"
-        )
     for iteration, after in target.after_iterations(model, config.schedule, config.prune):
         if after.params == before:
             idle.append(iteration.index)
         before = after.params
-    if idle:
-        found.append(
-            f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its "
-            f"share: layers and experts go in whole, and widths by multiples (prune.width_multiple="
-            f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
-        )
-    return found
+    if not idle:
+        return []
+    return [
+        f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its "
+        f"share: layers and experts go in whole, and widths by multiples (prune.width_multiple="
+        f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
+    ]
 
 
 def _idle_accelerators(config: Config) -> Iterator[str]:
@@ -153,7 +145,7 @@ def _starved_iterations(config: Config) -> list[str]:
 def _undecayed(config: Config) -> list[str]:
     """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
     decays = [stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"]
-    if not decays or config.schedule.num_iterations == 1:
+    if not decays or config.schedule.iterations == 1:
         return []
     return [
         f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, and a "

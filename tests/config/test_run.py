@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptl.config.dag import nodes
 from ptl.config.run import Config, essentials, load_config, pairs
 from ptl.config.schedule import (
     EXPERT_CRITERIA,
@@ -20,7 +19,6 @@ from ptl.config.schedule import (
     one_shot,
     plan,
     removal,
-    token_weights,
 )
 from ptl.errors import InputError
 
@@ -90,15 +88,6 @@ def test_the_criteria_and_methods_of_the_config_are_those_of_the_code():
     assert stage["method"]["enum"] == list(RECOVERIES)
     # By default experts have their own.
     assert Prune(target="experts").criterion == "reap" and Prune().criterion == "taylor"
-
-
-def test_half_and_more_is_removed_in_eight_iterations():
-    for target, iterations in ((0.49, 4), (0.5, 8), (150_000, 4)):
-        schedule = Schedule(target=target, recovery_tokens=1000)
-        assert schedule.num_iterations == len(plan(schedule, Prune())) == len(token_weights(schedule)) == iterations
-        deep = load_config(TINY, {"schedule.iterations": "auto", "schedule.target": target})
-        assert len([node for node in nodes(deep) if node.name.startswith("prune-")]) == iterations
-        assert "iterations" not in essentials(deep)["schedule"]  # a default is not carried along
 
 
 def test_target_is_a_share_or_the_parameters_to_end_with():

@@ -97,10 +97,6 @@ def test_models_after_each_iteration_have_whole_units():
     assert [each.active_params for each in sizes] == [120_600, 120_400, 120_400, 120_400]
     sizes, _ = after(MIXTURE, Prune(width_multiple=1))  # an expert's neurons go by eights
     assert [(each.width, each.active_params) for each in sizes[::2]] == [(64, 113_800), (40, 109_000)]
-    # Only of a share `auto` knows that it is half of the model, and takes eight iterations.
-    half = body(**SIZES | {"params": 150_000})
-    assert "set schedule.iterations=8" in after(half, Prune(width_multiple=1), target=75_000, iterations="auto")[1]
-    assert "schedule.iterations" not in after(half, Prune(width_multiple=1), target=75_001, iterations="auto")[1]
     # Of a mixture's three layers that have experts one goes, with a third of all that is in them.
     first = after(replace(MIXTURE, dense_layers=(0,)), Prune(target="layers"))[0][0]
     assert (first.layers, first.params_per_neuron, first.params_per_expert) == (3, 500, 5050)
