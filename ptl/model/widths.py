@@ -16,7 +16,7 @@ from ptl.errors import InputError
 from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
 
 FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
-ROUNDED = 0.98  # of the parameters asked for, that sizes may have which cannot be rounded nearer
+ROUNDED = 0.9  # of the parameters asked for: with fewer, by multiples that are coarse for it, other sizes are better
 
 Wanted = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
@@ -91,16 +91,19 @@ def _balanced(
     model: ModelDimensions, kv_heads: int, goal: int, multiple: Multiple, wanted: Wanted
 ) -> ModelDimensions | None:
     """With so many KV heads, the largest hidden size beside which the FFN keeps its share; None: out of reach."""
-    last = None
+    rounded = last = None
     for hidden in _hidden_sizes(model, kv_heads, multiple, wanted):
         narrow = replace(model, kv_heads=kv_heads, hidden=hidden, width=wanted.get("ffn") or model.width)
         if narrow.params <= goal:  # an FFN that need not be cut gets no larger share
-            return narrow if last is None or narrow.params >= ROUNDED * goal else last
+            last = narrow if last is None or narrow.params >= ROUNDED * goal else last
+            break
         closed = None if wanted.get("ffn") else _closed(narrow, goal, multiple)
         if closed is not None and _ffn_share(closed) >= FFN_SHARE:
-            return closed
+            if closed.params >= ROUNDED * goal:
+                return closed
+            rounded = rounded or closed
         last = closed or last
-    return last
+    return rounded or last
 
 
 def _closed(model: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions | None:
