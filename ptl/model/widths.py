@@ -45,8 +45,9 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wa
             return [narrow]
         found.append(narrow)
     if found:
+        found = found[::-1]
         # Not less than the goal, where another is just that.
-        return [sizes for sizes in found if _has_cut_ffn(sizes, model)][::-1] or found[::-1]
+        return [sizes for sizes in found if _has_cut_ffn(sizes, model)] or found
     raise InputError(
         f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
