@@ -126,7 +126,7 @@ def test_candidates_have_as_many_parameters_as_the_goal_allows(model):
         ("cohere", 0.5, [(8192, 10112, 32), (8192, 4608, 64)], [(8192, 4608, 64)]),
         # The FFN never had its share.
         ("gemma", 0.61, [(384, 2048, 1)], None),
-        ("gemma", 0.9, [(576, 1920, 1)], None),  # with the next hidden size nothing of it would go, but a tenth too much
+        ("gemma", 0.9, [(576, 1920, 1)], None),  # the next hidden size alone would leave a tenth less
     ],
 )
 def test_the_ffn_goes_alone_where_it_keeps_its_share(name, share, expected, of_auto):
