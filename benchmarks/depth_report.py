@@ -18,12 +18,13 @@ from pathlib import Path
 from depth import ARMS, ONE_SHOTS, RESULT, RESULTS, ROOT, Results, Row, Study
 
 BESIDE = 0.25  # percent, so that intervals do not hide each other
+BUDGET = 500_000  # tokens, of the picture
 PICTURE = ROOT / "docs" / "depth.svg"
 SHOWN = {  # in the picture
     "one-shot, taylor": "FFN alone, at once",
     "loop of 8, taylor": "FFN alone, loop of 8",
-    "one-shot, width": "KV heads, hidden size too, at once",
-    "loop of 8, width": "KV heads, hidden size too, loop of 8",
+    "one-shot, width": "KV heads or hidden size too, at once",
+    "loop of 4, width": "KV heads or hidden size too, loop of 4",
 }
 
 
@@ -126,7 +127,7 @@ def print_table(results: Results, references: Sequence[str] = ONE_SHOTS) -> None
 
 
 def plot(results: Results, path: Path) -> None:
-    """Accuracy against removed share: a panel for each budget, a line for each arm, with intervals over the seeds."""
+    """Accuracy against removed share, a line for each arm, with intervals over the seeds."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -134,29 +135,25 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     found = summaries(results)
-    budgets = sorted({summary.study.tokens for summary in found})
-    figure, axes = pyplot.subplots(
-        1, len(budgets), figsize=(4.6 * len(budgets), 3.8), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, tokens in zip(axes[0], budgets, strict=True):
-        for position, (arm, label) in enumerate(SHOWN.items()):
-            line = [summary for summary in found if (summary.study.arm, summary.study.tokens) == (arm, tokens)]
-            axis.errorbar(
-                [100 * summary.study.share + BESIDE * position for summary in line],
-                [100 * summary.mean for summary in line],
-                yerr=[100 * summary.half_width for summary in line],
-                label=label,
-                color=f"C{position // 2}",
-                linestyle="--" if arm in ONE_SHOTS else "-",
-                marker="o",
-                markersize=4,
-                capsize=3,
-            )
-        axis.set_title(f"{tokens:,} recovery tokens", fontsize=10)
-        axis.set_xlabel("parameters removed (%)")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("problems solved (%)")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    figure, axis = pyplot.subplots(figsize=(7.2, 3.8))
+    for position, (arm, label) in enumerate(SHOWN.items()):
+        line = [summary for summary in found if (summary.study.arm, summary.study.tokens) == (arm, BUDGET)]
+        axis.errorbar(
+            [100 * summary.study.share + BESIDE * position for summary in line],
+            [100 * summary.mean for summary in line],
+            yerr=[100 * summary.half_width for summary in line],
+            label=label,
+            color=f"C{position // 2}",
+            linestyle="--" if arm in ONE_SHOTS else "-",
+            marker="o",
+            markersize=4,
+            capsize=3,
+        )
+    axis.set_title(f"{BUDGET:,} recovery tokens", fontsize=10)
+    axis.set_xlabel("parameters removed (%)")
+    axis.set_ylabel("problems solved (%)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
