@@ -58,9 +58,9 @@ class PrunedTensor:
                 source = torch.stack([expert.index_select(axis - 1, its) for expert, its in experts])
         if self.scale == 1:
             return source
-        if self.offset:
-            return ((source.double() + self.offset) * self.scale - self.offset).to(source.dtype)
-        return source * self.scale
+        # Gains exactly; embeddings are too large for twice as many bits.
+        wide = source.double() if source.dim() == 1 else source
+        return ((wide + self.offset) * self.scale - self.offset).to(source.dtype)
 
 
 class Surgery:
