@@ -6,7 +6,7 @@
 Rules: the loss right after the cut, the sum of the first-order scores of all that goes, the loss after 5 % of the
 recovery, a hidden size by a fixed power of the share that stays, and ptl's (ptl/model/widths.py). Each division is a
 line of benchmarks/results/split.jsonl; what is there is not measured again. The mixture is that of
-benchmarks/experts.py.
+benchmarks/experts.py, which says how to train it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,6 @@ def widths(run: Forecast) -> str | None:
     if len(paths) > 1:
         text += (
             "\nThe first prune step takes the column whose last row has the least loss on the calibration text, before "
-            "any recovery,\nor A where all losses are above that of guessing; later ones choose again, from where they "
-            "are.\nThe forecast counts with column A."
+            "any recovery,\nor A where all losses are above that of guessing. The forecast counts with column A."
         )
     return text
