@@ -82,7 +82,7 @@ def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
     def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
         numbers = {"goal": goal, "end": end, "chosen": chosen, "seed": seed}
         report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, **numbers)
-        chosen.update(report.end)
+        chosen.update(report.chosen)
         # By `taylor` two passes forward and one back; each candidate one forward.
         passes = 8 if prune.criterion == "taylor" and unit != "layers" else 2
         return tokens * (passes * report.params_before + 2 * end * len(report.candidates))

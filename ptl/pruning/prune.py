@@ -43,7 +43,7 @@ class Candidate:
     kv_heads: int
     experts: int | None
     loss: float
-    taken: bool = False  # whether the loop goes on towards it
+    taken: bool  # whether it was chosen
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PruneReport:
     kv_heads: int  # of each layer
     experts: int | None  # that stay in each layer; None: a dense model
     candidates: tuple[Candidate, ...]  # ways to the end of the loop that were compared; none but for "width"
-    end: dict[str, int]  # fields of ModelDimensions at the end of the loop; empty but for "width"
+    chosen: dict[str, int]  # widths to end the loop with, as fields of ModelDimensions; empty but for "width"
     removed_layers: tuple[int, ...]  # their numbers in the source
     sequences: int  # calibration sequences scored; 0: none were needed
     seconds: float  # wall-clock time
@@ -82,7 +82,7 @@ def prune_checkpoint(
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, width, layers or experts; write `dst`.
 
     `end` are the parameters that the loop ends with, for which `width` chooses the sizes, unless an earlier iteration
-    has `chosen` them (`PruneReport.end`).
+    has `chosen` them (`PruneReport.chosen`).
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
     keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
@@ -93,34 +93,25 @@ def prune_checkpoint(
     check_unit(before.experts, before.narrowable, unit)
     # Otherwise nothing has to be removed: no text is read, and no layer is scored.
     selection = Selection(tuple(range(before.layers)), {})
-    sequences = 0
+    model: LayerwiseModel | None = None
     candidates: list[Candidate] = []
     criterion: str = "max" if unit == "layers" else prune.criterion
     if goal < before.params:
         is_width = unit == "width"
-        possible = [replace(before, **chosen)] if is_width and chosen else _possible(unit, before, prune, goal, end)
+        possible = _possible(unit, before, prune, goal, end, chosen)
         if is_width and len(possible) == 1:
             unit, criterion = _removed(before, possible[0])
-        by_loss = unit == "width" or (unit == "neurons" and criterion == "taylor")
-        model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss))
-        sequences = model.num_sequences
+        model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss=criterion == "taylor"))
         select = _SCORED[unit](model, before, criterion, seed)
-        candidates = _compared(src, dst, model, possible, select) if len(possible) > 1 else []
-        best = _best(candidates, model.config.vocab_size)
-        candidates = [replace(candidate, taken=i == best) for i, candidate in enumerate(candidates)]
-        sizes = possible[best]
+        sizes, candidates = _compared(src, dst, model, possible, select)
         if is_width:
             chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
-        if is_width and goal > end:
-            sizes = widths.towards(before, sizes, goal, prune.width_multiple)
+            sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
         selection = select(sizes)
     write_pruned(src, dst, family, selection)
-    # From the files that were written, not calculated
-    after = model_dimensions(dst, family)
-    removed_layers = [i for i in range(before.layers) if i not in selection.layers]
-    removed = after.params < before.params
+    after = model_dimensions(dst, family)  # from the files that were written, not calculated
     return PruneReport(
-        unit=unit if removed else "nothing",
+        unit=unit if after.params < before.params else "nothing",
         criterion=criterion,
         params_before=before.params,
         params=after.params,
@@ -130,17 +121,21 @@ def prune_checkpoint(
         hidden=after.hidden,
         kv_heads=after.kv_heads,
         candidates=tuple(candidates),
-        end=dict(chosen),
+        chosen=dict(chosen),
         experts=after.experts or None,
-        removed_layers=tuple(removed_layers),
-        sequences=sequences,
+        removed_layers=tuple(i for i in range(before.layers) if i not in selection.layers),
+        sequences=model.num_sequences if model else 0,
         seconds=time.monotonic() - started,
     )
 
 
-def _possible(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int, end: int) -> list[ModelDimensions]:
+def _possible(
+    unit: str, dimensions: ModelDimensions, settings: Prune, goal: int, end: int, chosen: Mapping[str, Any]
+) -> list[ModelDimensions]:
     """The sizes that pruning may lead to: for `width` at the end of the loop. Raises InputError for none."""
     if unit == "width":
+        if chosen:
+            return [replace(dimensions, **chosen)]
         return widths.candidates(dimensions, end, settings.width_multiple, settings.wanted)
     if unit == "neurons":
         return [replace(dimensions, width=width_for(dimensions, goal, settings.width_multiple))]
@@ -213,23 +208,28 @@ def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDime
 
 def _compared(
     src: Path, dst: Path, model: LayerwiseModel, possible: list[ModelDimensions], select: Select
-) -> list[Candidate]:
-    """The loss of each of these sizes right after the cut: written to `dst` for a while, and read layer by layer."""
-    compared = []
+) -> tuple[ModelDimensions, list[Candidate]]:
+    """The sizes with the least loss right after the cut, and what was compared.
+
+    The first where all are above that of guessing, which ranks nothing. Each is written to `dst` for a while, and read
+    layer by layer.
+    """
+    if len(possible) == 1:
+        return possible[0], []
+    losses = []
     dst.mkdir(parents=True, exist_ok=True)
     for sizes in possible:
         with tempfile.TemporaryDirectory(dir=dst, prefix="candidate-") as name:
             folder = Path(name)
             write_pruned(src, folder, model.family, select(sizes), state=False)
-            loss = mean_loss(LayerwiseModel(folder, model.family, model.batches))
-        compared.append(Candidate(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss))
-    return compared
-
-
-def _best(compared: list[Candidate], vocabulary: int) -> int:
-    """Which candidate has the least loss; the first where all are above that of guessing, which ranks nothing."""
-    losses = [math.inf if math.isnan(candidate.loss) else candidate.loss for candidate in compared]
-    return losses.index(min(losses)) if losses and min(losses) < math.log(vocabulary) else 0
+            losses.append(mean_loss(LayerwiseModel(folder, model.family, model.batches)))
+    ranked = [math.inf if math.isnan(loss) else loss for loss in losses]
+    best = ranked.index(min(ranked)) if min(ranked) < math.log(model.config.vocab_size) else 0
+    candidates = [
+        Candidate(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss, taken=i == best)
+        for i, (sizes, loss) in enumerate(zip(possible, losses, strict=True))
+    ]
+    return possible[best], candidates
 
 
 def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:

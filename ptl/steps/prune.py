@@ -40,7 +40,7 @@ def _arguments(call: Call) -> Metadata:
         "goal": gate.goal(model.params, planned, model.gate),
         # What the widths are chosen for, and which an earlier iteration has chosen
         "end": model.original_params - removed_at_end,
-        "chosen": model.end,
+        "chosen": model.chosen,
         "unit": iteration.unit,
         "prune": pruning,
         "calibration": call.section(Calibration, "calibration"),

@@ -269,7 +269,7 @@ class Step:
             gate=parent.gate if parent else {},
             step=run.step,
             target_params=parent.target_params if parent else metadata.get("target_params", 0),
-            end=metadata.get("end") or (parent.end if parent else {}),
+            chosen=metadata.get("chosen") or (parent.chosen if parent else {}),
         )
 
     def _repaired(self, pointer: Pointer) -> Pointer:

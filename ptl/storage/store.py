@@ -41,7 +41,7 @@ class Pointer:
     gate: dict[str, Any] = field(default_factory=dict)  # gate state that travels with an accepted model
     step: str = ""  # that made it
     target_params: int = 0  # to end with, where the run's target is a goal; 0: it is a number, which each step has
-    end: dict[str, int] = field(default_factory=dict)  # widths to end with, which the first prune step has chosen
+    chosen: dict[str, int] = field(default_factory=dict)  # widths to end with, by the first prune step
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -314,7 +314,7 @@ def test_where_only_the_ffn_shrinks_nothing_else_is_scored(variant, share, targe
             prune(source, calibration, tmp_path / way, goal, end, None, way, **settings)
             for way, settings in ways.items()
         ]
-        one, same = (replace(report, seconds=0, end={}) for report in reports)
+        one, same = (replace(report, seconds=0, chosen={}) for report in reports)
         assert one == same and one.unit == unit and one.candidates == ()
         one, same = ((tmp_path / way / checkpoint.WEIGHTS).read_bytes() for way in ways)
         assert one == same
@@ -331,7 +331,7 @@ def test_a_loop_gets_to_the_end_that_its_first_iteration_chooses(calibration, tm
         assert after.params == report.params <= report.goal
         assert report.params > end * (0.9 if report.goal == end else 1)
         compared.append(report.candidates)
-        chosen = report.end
+        chosen = report.chosen
     # Both are ways to the end, which an iteration need not have reached; the later ones keep to the first one's.
     ends = [replace(dense, hidden=c.hidden, width=c.width, kv_heads=c.kv_heads).params for c in compared[0]]
     assert len(ends) == 2 and max(ends) <= end and compared[1:] == [()] * 3

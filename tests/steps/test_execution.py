@@ -176,11 +176,11 @@ def test_a_record_has_what_later_steps_and_the_report_need(begin):
     made = execute(Call("import-model", experiment), None, {}, lambda *given: Work()(*given) | {"target_params": 7})
     assert (made.pointer.original_params, made.pointer.parent_digest, made.pointer.target_params) == (1, "", 7)
     parent = dataclasses.replace(made.pointer, original_params=100, gate={"cap": 5})
-    of_work = {"seconds": 500.0, "end": {"hidden": 4}}
+    of_work = {"seconds": 500.0, "chosen": {"hidden": 4}}
     record = execute(Call("prune-2", experiment), parent, {}, lambda *given: Work()(*given) | of_work)
     pointer, metadata = record.pointer, record.metadata
     recovered = execute(Call("recover-2", experiment), pointer, {}, Work()).pointer
-    assert parent.end == {} and recovered.end == pointer.end == {"hidden": 4}
+    assert parent.chosen == {} and recovered.chosen == pointer.chosen == {"hidden": 4}
     assert (pointer.params, pointer.original_params, pointer.parent_digest) == (1, 100, parent.digest)
     assert (pointer.gate, pointer.step, pointer.target_params) == ({"cap": 5}, "prune-2", 7)
     assert (metadata["stage"], metadata["arm"], metadata["iteration"]) == ("prune", "loop", 2)

@@ -71,7 +71,7 @@ def key_of_step(monkeypatch):
 )
 def test_a_prune_removes_its_share_of_the_dense_model(step, cuts, cap, goal, key_of_step):
     """Of 1,000 parameters, of which 900 are left, to 600 in four iterations."""
-    changes = {"params": 900, "original_params": 1000, "end": {"hidden": 8}}
+    changes = {"params": 900, "original_params": 1000, "chosen": {"hidden": 8}}
     model = dataclasses.replace(POINTER, **changes, gate={"cap": cap} if cap else {})
     settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "calibration")}
     key = key_of_step(prune, prune.prune, step, settings, model)
