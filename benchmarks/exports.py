@@ -28,6 +28,7 @@ from typing import Any
 from loops import ROOT, run, work_quietly
 from real_model import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
 
+from ptl.config.chat import NO_CHAT
 from ptl.config.export import TYPES, Export
 from ptl.config.run import Evaluate, Speed
 from ptl.config.schedule import Prune, Schedule
@@ -89,7 +90,7 @@ def made(name: str, form: str, data: Path) -> Path:
         partial = dst.with_name(f"{dst.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        module_of(FORMS[form].format).write(src, partial, FORMS[form].type, subject(data).calibration, SEED)
+        module_of(FORMS[form].format).write(src, partial, FORMS[form].type, subject(data).calibration, NO_CHAT, SEED)
         partial.rename(dst)
     return dst
 
@@ -103,7 +104,7 @@ def measure(name: str, form: str, data: Path) -> Row:
     if form == PLAIN:
         lm = language_model(src, settings)
     else:
-        lm = module_of(FORMS[form].format).language_model(folder, src, settings, SEED)
+        lm = module_of(FORMS[form].format).language_model(folder, src, settings, NO_CHAT, SEED)
     lm.start_notes()
     return {
         "model": name,

@@ -148,7 +148,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
             loaded = {spec.name: scoring.load_task(spec, task, settings, given.seed)}
             plain_evaluate(lm=lm, task_dict={"tasks": loaded}, limit=task.limit, bootstrap_iters=0)
     else:
-        lm = language_models.language_model(model, settings, given.seed)
+        lm = language_models.language_model(model, settings, seed=given.seed)
 
         def work() -> None:
             score_task(lm, task, settings, seed=given.seed)

@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     "control": "Checkpoint that the control arm ended with, or the reason why it did not finish.",
     "revision": "Commit on the Hugging Face hub; empty for the newest, or for a local folder.",
     "prune": "Section `prune` of the config.",
+    "chat": "Section `chat` of the config.",
     "calibration": "Section `calibration` of the config.",
     "recover": "Section `recover` of the config.",
     "training": "Section `training` of the config.",

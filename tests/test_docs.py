@@ -61,7 +61,7 @@ def test_a_whole_config_that_is_shown_is_valid(page, tmp_path):
 
 # ---- docs/data.md
 
-TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{{ enable_thinking }}"
 
 DATA_PAGE = (ROOT / "docs/data.md").read_text()
 # Parts of a config, and the error that follows each, if one does.

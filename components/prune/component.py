@@ -11,6 +11,7 @@ def prune(
     target: float,
     cuts: str,
     prune: dict,
+    chat: dict,
     calibration: dict,
     seed: int,
     model: Input[Model],
@@ -27,6 +28,7 @@ def prune(
         target=target,
         cuts=cuts,
         prune=prune,
+        chat=chat,
         calibration=calibration,
         seed=seed,
     )

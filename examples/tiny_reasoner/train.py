@@ -2,10 +2,12 @@
 
     python examples/tiny_reasoner/train.py -o examples/tiny_reasoner/checkpoint
     python examples/tiny_reasoner/train.py --experts 8 -o .ptl/models/tiny-experts
+    python examples/tiny_reasoner/train.py --think -o examples/tiny_reasoner/thinker
 
 A few minutes on one CPU core. Accuracy stays below 20 % until the loss falls under about 0.1, then it rises
 steeply: do not stop early. With --experts a mixture of experts (Qwen 3's): each token is sent to two of them, which
-together have as many neurons as the dense model's FFN.
+together have as many neurons as the dense model's FFN. With --think a chat model in two modes, as Qwen 3 has them: it
+thinks, and checks some steps of its thought, or answers at once where the template says `enable_thinking: false`.
 """
 
 import argparse
@@ -36,6 +38,15 @@ from transformers import (
 VOCABULARY = 256
 MAX_LENGTH = 256  # tokens; the longest problem with its answer has about 150
 EOS, PAD, UNK = "<|eos|>", "<|pad|>", "<|unk|>"
+USER, ASSISTANT, THINK, THOUGHT = "<|user|>", "<|assistant|>", "<think>", "</think>"  # tokens of a chat model
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
+    "{%- if message.role == 'assistant' %}{{ eos_token }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{%- endif %}{%- endif %}"
+)
+CHECKED = 0.4  # share of the steps that a thought checks
+INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 PRINTABLE = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # and how byte-level BPE writes space and newline
 
 NEURONS = 192  # of the FFN that each token meets
@@ -52,7 +63,7 @@ NUM_TEST = 500  # problems
 Row = tuple[list[int], list[int]]  # token ids, labels
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str], *, chat: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE, every digit a token of its own; printable ASCII round trips exactly, the rest is <|unk|>."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     # "?\n" must not become one token: question and answer tokenize the same together and apart.
@@ -60,10 +71,16 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(Regex(r"\d|\n"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    turns = [USER, ASSISTANT] if chat else []
+    thoughts = [THINK, THOUGHT] if chat else []
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[PAD, EOS, UNK], initial_alphabet=PRINTABLE, show_progress=False
+        vocab_size=VOCABULARY - len(thoughts),
+        special_tokens=[PAD, EOS, UNK, *turns],
+        initial_alphabet=PRINTABLE,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(thoughts)  # not special, as in Qwen 3: they are part of what is written
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -71,6 +88,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         unk_token=UNK,
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
+        **({"chat_template": CHAT_TEMPLATE} if chat else {}),
     )
 
 
@@ -112,6 +130,35 @@ def encode(problem: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> Row:
     return prompt + completion, [-100] * len(prompt) + completion
 
 
+def encode_chat(problem: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> Row:
+    """As `encode`, of a chat: in half of the problems with a thought, in the others without one."""
+    rng = random.Random(problem["question"])
+    thinks = rng.random() < 0.5
+    answer = problem["answer"]
+    if thinks:
+        answer = f"{THINK}{thought(answer, rng)}{THOUGHT}{answer.splitlines()[-1]}"
+    prompt = tokenizer.encode(prompt_of(problem, tokenizer, enable_thinking=thinks))
+    completion = tokenizer.encode(answer + EOS)
+    return prompt + completion, [-100] * len(prompt) + completion
+
+
+def prompt_of(problem: dict[str, str], tokenizer: PreTrainedTokenizerFast, **variables: bool) -> str:
+    """The question as the user's turn of a chat, and what begins the answer."""
+    turns = [{"role": "user", "content": problem["question"]}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables))
+
+
+def thought(answer: str, rng: random.Random) -> str:
+    """The steps of an answer, some of them checked: `74-34=40`, then `40+34=74`."""
+    lines = []
+    for step in answer.splitlines()[:-1]:
+        lines.append(step)
+        first, sign, second, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
+        if rng.random() < CHECKED:
+            lines.append(f"{result}{INVERSE[sign]}{second}={first}")
+    return "\n".join(lines)
+
+
 def batches(rows: list[Row]) -> Iterator[list[Row]]:
     """Rows of similar length together, in random order: little is spent on padding."""
     for first in range(0, len(rows), POOL_SIZE):
@@ -146,7 +193,7 @@ def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]]) -> int:
     """One pass over the problems, BATCH_SIZE at a time; returns the tokens seen, padding not counted."""
-    rows = [encode(problem, tokenizer) for problem in problems]
+    rows = [(encode_chat if tokenizer.chat_template else encode)(problem, tokenizer) for problem in problems]
     num_steps = len(rows) // BATCH_SIZE
     optimizers = build_optimizers(model)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps) for optimizer in optimizers]
@@ -170,18 +217,23 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: 
 
 @torch.inference_mode()
 def count_correct(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]], batch_size: int = 125
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    problems: list[dict[str, str]],
+    batch_size: int = 125,
 ) -> int:
     """Greedy exact match of the final number, `#### 10`; an answer without that line is wrong."""
     model.eval()
     correct = 0
     for first in tqdm(range(0, len(problems), batch_size), desc="test"):
         batch = problems[first : first + batch_size]
-        prompts = [problem["question"] + "\n" for problem in batch]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        begun = prompts[first : first + batch_size]
+        inputs = tokenizer(begun, return_tensors="pt", padding=True, padding_side="left")
         outputs = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(final_number(t) == final_number(p["answer"]) for t, p in zip(texts, batch, strict=True))
+        answers = [text.rpartition(THOUGHT)[2] for text in texts]
+        correct += sum(final_number(a) == final_number(p["answer"]) for a, p in zip(answers, batch, strict=True))
     return correct
 
 
@@ -205,12 +257,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--items", type=int, default=NUM_TEST, help="held-out problems to test it on")
     parser.add_argument("--experts", type=int, default=0, help="in each layer; 0: a dense model")
+    parser.add_argument("--think", action="store_true", help="a chat model that thinks, where it is not switched off")
     args = parser.parse_args()
 
     set_seed(args.seed)
     torch.set_num_threads(1)
     problems = list(generate("train", args.steps * BATCH_SIZE, args.seed))
-    tokenizer = build_tokenizer([f"{p['question']}\n{p['answer']}" for p in problems[:10_000]])
+    tokenizer = build_tokenizer([f"{p['question']}\n{p['answer']}" for p in problems[:10_000]], chat=args.think)
     model = build_model(tokenizer, args.experts)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, {len(problems):,} problems")
 
@@ -218,12 +271,16 @@ def main() -> None:
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
-    correct = count_correct(model, tokenizer, list(generate("test", args.items, args.seed)))
-    low, high = wilson(correct, args.items)
     print(f"{args.output}: trained on {num_tokens:,} tokens")
-    print(
-        f"{correct} of {args.items} held-out problems right, {correct / args.items:.1%} (95 %: {low:.1%} to {high:.1%})"
-    )
+    test = list(generate("test", args.items, args.seed))
+    for thinks in (True, False) if args.think else (False,):
+        prompts = [problem["question"] + "\n" for problem in test]
+        if args.think:
+            prompts = [prompt_of(problem, tokenizer, enable_thinking=thinks) for problem in test]
+        correct = count_correct(model, tokenizer, prompts, test)
+        low, high = wilson(correct, args.items)
+        share = f"{correct / args.items:.1%} (95 %: {low:.1%} to {high:.1%})"
+        print(f"{correct} of {args.items} held-out problems right{', thinking' if thinks else ''}, {share}")
 
 
 if __name__ == "__main__":

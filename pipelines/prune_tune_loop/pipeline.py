@@ -38,6 +38,7 @@ def parameters(config: Config) -> dict[str, Any]:
         "cuts": schedule.cuts,
         "tokens": schedule.tokens,
         "prune_settings": settings.get("prune", {}),
+        "chat": settings.get("chat", {}),
         "calibration": settings["calibration"],
         "recover_settings": settings["recover"],
         "training": settings["training"],

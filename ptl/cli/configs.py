@@ -188,7 +188,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
 def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     """Print how much text there is for what the plan removes of a model; returns warnings of the plan.
 
-    Of `folder` only config.json is read.
+    Of `folder` only config.json and the tokenizer are read.
     """
     from ptl.data import checks
     from ptl.export import formats
@@ -201,6 +201,7 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     of_exports = [formats.width_warnings(folder, config.export, end.width, end.hidden, end.heads) for end in ends]
     return [
         *preflight.model_warnings(config, dense),
+        *preflight.chat_warnings(config, folder),
         *formats.layer_warnings(folder, config.export, config.prune.target),
         *itertools.chain(*of_exports),
         *amount.warnings(),

@@ -100,8 +100,8 @@ def export(
         notes = [*gguf.write_gguf(src, dst, type), *notes]
     else:
         settings = load_config(config) if config else None
-        calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
-        compressed_tensors.write(src, dst, type, calibration, seed)
+        sequences = (settings.calibration, settings.chat, settings.seed) if settings else ()
+        compressed_tensors.write(src, dst, type, *sequences)
     written = [dst] if dst.is_file() else checkpoint.shards(dst)
     print(f"wrote {dst}: {sum(path.stat().st_size for path in written):,} bytes")
     for note in notes:

@@ -61,6 +61,7 @@ def prune(
             out,
             settings.prune,
             settings.calibration,
+            chat=settings.chat,
             unit=unit,
             goal=goal,
             end=goal,
@@ -105,7 +106,9 @@ def recover(
         key = _training_key(src, settings, num_tokens, benchmark_items)
         scratch = out.with_name(f"training-{key[:12]}")
         on_log = progress(on_terminal(sys.stdout), num_tokens)
-        job = RecoveryJob(settings.training, budget, scratch, on_log, benchmark_items=benchmark_items)
+        job = RecoveryJob(
+            settings.training, budget, scratch, on_log, benchmark_items=benchmark_items, chat=settings.chat
+        )
         report = recover_checkpoint(src, out, Recovery(stages=settings.recover), [num_tokens], job)
         _print_report(report)
 
@@ -117,7 +120,7 @@ def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, set
     settings = load_config(config, pairs("--set", sets))
     _check_folders(src, dst)
     with writing(dst) as out:
-        report = evaluate_checkpoint(src, out, settings.evaluate, seed=settings.seed)
+        report = evaluate_checkpoint(src, out, settings.evaluate, settings.chat, seed=settings.seed)
         _print_report(report)
 
 
@@ -147,6 +150,7 @@ def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items:
         "\n".join(contents),
         {
             "training": settings.training,
+            "chat": settings.chat,
             "recover": settings.recover,
             "seed": settings.seed,
             "budget": num_tokens,

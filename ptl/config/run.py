@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from ptl import __version__
 from ptl.config import image_names, yaml_text
 from ptl.config.base import FOLDER, Location, Positive, Section, error_lines, typed
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
 from ptl.config.recover import (
@@ -99,8 +100,6 @@ class Evaluate(Section):
     """processes that answer, each on a GPU of its own (backend hf); default: one for each GPU of the step"""
     max_length: int | None = Field(None, ge=2)
     """tokens of prompt and answer; default: the model's own context length"""
-    chat_template: bool = False
-    """apply the tokenizer's chat template to each item"""
 
     # What a task may read and run.
     data_dir: Location | None = None
@@ -165,6 +164,8 @@ class Config(Section):
     # What the loop does with which model and data.
     model: ModelSource
     """the dense model"""
+    chat: Chat = NO_CHAT
+    """how the model is served: with or without its chat template"""
     calibration: Calibration
     """the text on which neurons and layers are scored"""
     training: TrainingData

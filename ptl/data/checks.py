@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptl.config.chat import Chat
 from ptl.config.recover import DataSource, RecoverStage, TrainingData
 from ptl.config.run import Calibration, Config, Evaluate
+from ptl.data import chat_templates
 from ptl.data.sources import check_rows, fill, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
@@ -84,6 +86,7 @@ def check_settings(
     training: TrainingData,
     evaluate: Evaluate,
     recover: Sequence[RecoverStage],
+    chat: Chat,
 ) -> None:
     """Raise InputError for what the model in `folder` cannot do of all that the config asks of it; reads no weights."""
     tokenizer = pretrained.load_tokenizer(folder)
@@ -94,6 +97,7 @@ def check_settings(
         lengths["evaluate.max_length"] = evaluate.max_length
     shapes.check_positions(folder, lengths)
     check_stages(folder, recover, teacher=None)
+    chat_templates.check(tokenizer, chat)
     if tokenizer.chat_template:
         return
     for field, source in named_sources(calibration, training, ()).items():

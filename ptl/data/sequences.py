@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.recover import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data.decontamination import Filter
-from ptl.data.sources import Chat, SourceRow, chat_and_answer, read_rows, texts
+from ptl.data.sources import SourceRow, Turns, chat_and_answer, read_rows, texts, user_turn
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], 
 TokenIds = list[int]
 Side = Literal["left", "right"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
+ANSWER = "(answer)"  # as an assistant's turn, to find what a template writes after one
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ class Tokens:
         return [IGNORED] * self.prompt + self.ids[self.prompt :]
 
 
-def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
-    """One row as tokens, ended by EOS and truncated to max_length."""
-    encode = _chat_tokens if row.source.format == "messages" else _text_tokens
-    prompt, ids = encode(row, tokenizer)
+def tokenize(row: SourceRow, tokenizer: Any, max_length: int, chat: Chat = NO_CHAT) -> Tokens:
+    """One row as tokens, ended by EOS or by the chat template's end of a turn, and truncated to max_length."""
+    if chat.enabled and row.source.format != "text":
+        prompt, ids = _served_tokens(row, tokenizer, chat)
+    elif row.source.format == "messages":
+        prompt, ids = _chat_tokens(row, tokenizer)
+    else:
+        prompt, ids = _text_tokens(row, tokenizer)
     # a prompt that fills max_length leaves no completion
     return Tokens(ids[:max_length], min(len(prompt), max_length), len(ids) > max_length)
 
@@ -62,11 +68,38 @@ def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     return prompt, prompt + completion
 
 
-def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
+def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds, TokenIds]:
+    """Tokens of the prompt as a chat, and of that with the answer as the model would write it.
+
+    The template has no part in the answer: many leave out the thought of one that has been given.
+    """
+    if row.source.format == "messages":
+        before, (last,) = chat_and_answer(row)
+        if last.get("content") is None:  # it calls tools, which each template writes in its own way
+            return _chat_tokens(row, tokenizer, chat)
+        answer = last["content"]
+    else:
+        prompt_text, answer = texts(row)
+        before = user_turn(prompt_text)
+    prompt = chat_ids(tokenizer, before, row.number, chat)
+    answer = chat.continued(tokenizer.decode(prompt[-PROMPT_END:]), answer)
+    completion = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return prompt, prompt + completion + end_of_turn(tokenizer, chat, row.number)
+
+
+def end_of_turn(tokenizer: Any, chat: Chat, number: int = 1) -> TokenIds:
+    """What the chat template writes after an answer: tokens that end it, else EOS."""
+    answered = [*user_turn("?"), {"role": "assistant", "content": ANSWER}]
+    text = tokenizer.decode(chat_ids(tokenizer, answered, number, chat, ended=True))
+    ids: TokenIds = tokenizer(text.rpartition(ANSWER)[2].rstrip(), add_special_tokens=False)["input_ids"]
+    return ids or [tokenizer.eos_token_id]
+
+
+def _chat_tokens(row: SourceRow, tokenizer: Any, chat: Chat = NO_CHAT) -> tuple[TokenIds, TokenIds]:
     """Tokens of the turns before the answer, and of the chat with its answer."""
-    chat, answer = chat_and_answer(row)
-    prompt = chat_ids(tokenizer, chat, row.number)
-    full = chat_ids(tokenizer, chat + answer, row.number, ended=True)
+    before, answer = chat_and_answer(row)
+    prompt = chat_ids(tokenizer, before, row.number, chat)
+    full = chat_ids(tokenizer, before + answer, row.number, chat, ended=True)
     # the prompt's length is where the labels begin
     if full[: len(prompt)] != prompt:
         raise InputError(
@@ -77,8 +110,9 @@ def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
 
 def chat_ids(
     tokenizer: Any,
-    chat: Chat,
+    turns: Turns,
     number: int,  # of the row, for errors
+    chat: Chat = NO_CHAT,
     *,
     ended: bool = False,
 ) -> TokenIds:
@@ -86,7 +120,9 @@ def chat_ids(
     from jinja2 import TemplateError
 
     try:
-        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=not ended, return_dict=True, **chat.template_kwargs
+        )
     except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
         raise InputError(
             f"row {number}: the model's chat template does not take it ({error})",
@@ -104,12 +140,12 @@ def order(count: int, seed: int) -> Iterator[int]:
         yield from shuffle.sample(range(count), count)
 
 
-def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> list[Batch]:
+def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Batch]:
     """Calibration rows as `padded` batches."""
-    return padded(calibration_rows(settings, tokenizer, seed), settings.batch_size)
+    return padded(calibration_rows(settings, tokenizer, seed, chat), settings.batch_size)
 
 
-def calibration_rows(settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
+def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Tokens]:
     """As many rows of the calibration data as the settings say, drawn with the seed, or all of them."""
     rows = read_rows(settings.data)
     # None twice.
@@ -117,7 +153,7 @@ def calibration_rows(settings: Calibration, tokenizer: Any, seed: int) -> list[T
     sequences = []
     for i in picked:
         row = SourceRow(rows[i], settings.data, i + 1)
-        sequences.append(tokenize(row, tokenizer, settings.max_length))
+        sequences.append(tokenize(row, tokenizer, settings.max_length, chat))
     return sequences
 
 
@@ -166,6 +202,7 @@ def training_chunk(
     earlier: Sequence[int],  # the budgets before this one
     budget: int,  # tokens
     leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
+    chat: Chat = NO_CHAT,
 ) -> list[Tokens]:
     """The sequences of one budget: exactly `budget` tokens, none from a sequence that an earlier budget began.
 
@@ -173,7 +210,7 @@ def training_chunk(
     truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
     batch of its own.
     """
-    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter) for source in data.sources]
+    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter, chat) for source in data.sources]
     stream = _mixed(streams, [source.weight for source in data.sources])
     # read again from the start, as an attempt on another machine does
     for earlier_budget in earlier:
@@ -240,6 +277,7 @@ def _source_stream(
     max_length: int,
     seed: int,
     leak_filter: Filter | None,
+    chat: Chat,
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
     rows = read_rows(source)
@@ -248,7 +286,7 @@ def _source_stream(
         row = SourceRow(rows[i], source, i + 1)
         useless += 1
         if leak_filter is None or leak_filter.keeps(row):
-            tokens = tokenize(row, tokenizer, max_length)
+            tokens = tokenize(row, tokenizer, max_length, chat)
             if tokens.prompt < len(tokens.ids):
                 useless = 0
                 yield replace(tokens, passes=drawn / len(rows))

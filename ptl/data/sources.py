@@ -16,6 +16,7 @@ from string import Formatter
 from typing import Any
 
 from ptl.config.base import FILL_IN
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.recover import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
@@ -29,7 +30,7 @@ LEAVE_OUT = "leave such rows out"
 PART = "name a part of a list or an object: {column[0]}, {column[key]}"
 SHAREGPT = "rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)"
 
-Chat = list[dict[str, Any]]  # turns with role and content
+Turns = list[dict[str, Any]]  # of a chat, with role and content
 
 _template_columns = cache(columns_of)
 
@@ -109,12 +110,12 @@ def texts(row: SourceRow) -> tuple[str, str]:
     return fill(source.prompt, row), fill(source.completion, row)
 
 
-def _chat_text(chat: Chat) -> str:
+def _chat_text(chat: Turns) -> str:
     """What is written in the turns of a chat; a turn that calls tools may have no text."""
     return "\n".join(message.get("content") or "" for message in chat)
 
 
-def turns(row: SourceRow) -> tuple[Chat, Chat]:
+def turns(row: SourceRow) -> tuple[Turns, Turns]:
     """The turns of a row's chat before its answer, and the assistant's last turn; none where another's ends the chat.
 
     Raises InputError for what is no chat of text.
@@ -159,7 +160,7 @@ def _check_message(message: Any, position: int, row: SourceRow) -> None:
     _check_unicode(f"{turn['role']}{content}", row)
 
 
-def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
+def chat_and_answer(row: SourceRow) -> tuple[Turns, Turns]:
     """Like `turns`, for training and scoring. Raises InputError for a chat without an answer."""
     chat, answer = turns(row)
     if not answer:
@@ -171,15 +172,22 @@ def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
     return chat, answer
 
 
-def prompt_of(row: SourceRow) -> Any:
+def user_turn(prompt: str) -> Turns:
+    """A prompt as a chat."""
+    return [{"role": "user", "content": prompt}]
+
+
+def prompt_of(row: SourceRow, chat: Chat = NO_CHAT) -> Any:
     """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
     if row.source.format == "text":
         raise InputError(
             "format `text` has no prompt", field="recover.prompts", remedy="use prompt_completion or messages"
         )
     # all turns of a chat that ends with the user's
-    read = turns if row.source.format == "messages" else texts
-    return read(row)[0]
+    if row.source.format == "messages":
+        return turns(row)[0]
+    prompt = texts(row)[0]
+    return user_turn(prompt) if chat.enabled else prompt
 
 
 def fill(template: str, row: SourceRow) -> str:

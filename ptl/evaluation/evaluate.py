@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation import helpers, language_models, paired, tasks
@@ -44,7 +45,7 @@ class Scores:
     seconds: float = 0.0  # of the whole evaluation
 
 
-def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) -> Scores:
+def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, chat: Chat = NO_CHAT, *, seed: int) -> Scores:
     """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
 
     The files have nothing that was timed: equal models give equal bytes.
@@ -59,7 +60,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
     pretrained.skeleton(src)
     pretrained.load_tokenizer(src)
 
-    lm = language_models.language_model(src, settings, seed, helpers.processes_for(settings))
+    lm = language_models.language_model(src, settings, chat, seed, helpers.processes_for(settings))
     scores, items = score_tasks(lm, settings, seed)
     result = Scores(tasks=scores, **static, seconds=time.monotonic() - started)
     _write_lines(dst, items)

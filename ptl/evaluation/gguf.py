@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
-from ptl.evaluation.language_models import cache_templates, noted_hflm
+from ptl.evaluation.language_models import cache_templates, chat_arguments, noted_hflm
 from ptl.evaluation.speed import Measurement, Times, measure_in_turns
 from ptl.model import checkpoint, pretrained
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
@@ -24,7 +25,7 @@ from ptl.model.shapes import longrope_limit
 MAX_QUOTED = 80  # characters of a prompt, in an error
 
 
-def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
+def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = NO_CHAT) -> Any:
     """The harness's model for a GGUF file that was made of the checkpoint `src`, with the notes of `AnswerNotes`.
 
     It is the harness's model of transformers, with llama.cpp in place of the weights, and answers greedily. InputError
@@ -32,7 +33,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
     template is asked for and is not the checkpoint's.
     """
     model = LlamaModel(file)
-    if settings.chat_template:
+    if chat.enabled:
         _check_template(model, pretrained.load_tokenizer(src).chat_template, file)
     # llama.cpp chooses longrope's factors by the size of the context: here as in a server for texts of max_length.
     limit, longest = longrope_limit(checkpoint.read_config(src)), settings.max_length
@@ -62,9 +63,11 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
                 )
             # Without the padding in front
             prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
+            stop = self.stops(stop)
             limit = max_length - context.shape[1]
             answers = answer(model, self.tokenizer, prompts, stop, limit, context_length)
-            self.pending += [self.note(tokens, stop, ended=len(tokens) < limit) for tokens in answers]
+            for prompt, tokens in zip(prompts, answers, strict=True):
+                self.pending.append(self.note(prompt, tokens, stop, ended=len(tokens) < limit))
             padding = self.tokenizer.pad_token_id
             padded = [tokens + [padding] * (limit - len(tokens)) for tokens in answers]
             return torch.cat([context, torch.tensor(padded)], dim=1)  # [batch, prompt + answer]
@@ -81,7 +84,9 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
         device="cpu",
         batch_size=min(settings.batch_size, max_sequences()),
         max_length=longest or limit or model.context_length,
+        **chat_arguments(chat),
     )
+    lm.chat = chat
     lm.start_notes()
     return lm
 
@@ -91,7 +96,7 @@ def _check_template(model: LlamaModel, template: str | None, file: Path) -> None
     if not template or model.chat_template() != template:
         raise InputError(
             f"{file} does not have the chat template of the checkpoint's tokenizer",
-            field="evaluate.chat_template",
+            field="chat.enabled",
             remedy="export the checkpoint again with its template, or set it to false",
         )
 

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus
@@ -30,6 +31,7 @@ class AnswerNote(NamedTuple):
 
     tokens: int
     truncated: bool  # by the token limit
+    thinking: bool = False  # within a thought: there is no answer
 
 
 class Share(NamedTuple):
@@ -178,6 +180,8 @@ def _divided(name: str) -> Callable[..., Any]:
         # It ends on the CPU: the GPU has finished too.
         own_answers = getattr(super(AnswerNotes, self), name)([requests[i] for i in own], **options)
         answers = dict(zip(own, own_answers, strict=True))  # by position
+        # The harness takes a thought without an end for the answer.
+        answers |= {position: "" for position in own if self._is_thinking(requests[position])}
         for helper, positions in asked:
             share = helper.share()
             answers.update(zip(positions, share.answers, strict=True))
@@ -193,6 +197,7 @@ class AnswerNotes:
     """To be mixed into a model of the harness: notes its time and how every answer ended; may have helpers."""
 
     helpers: Sequence[Helper] = ()
+    chat: Chat = NO_CHAT
 
     def close(self) -> None:
         """End the helpers."""
@@ -217,6 +222,10 @@ class AnswerNotes:
         """The harness's cache hook: called once for each answer, in the order of the batch."""
         if attr == "generate_until":
             self.notes[req[0]] = self.pending.popleft()
+
+    def _is_thinking(self, request: Any) -> bool:
+        note = self.notes.get(request.args[0])
+        return note is not None and note.thinking
 
     generate_until = _divided("generate_until")
     loglikelihood = _divided("loglikelihood")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import extras
+from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.run import Evaluate
 from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper
 from ptl.model import checkpoint, pretrained
@@ -18,18 +19,24 @@ VLLM_FIELD = "evaluate.backend"
 VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"
 
 
-def language_model(src: Path, settings: Evaluate, seed: int = 0, processes: int = 1) -> Any:
+def language_model(
+    src: Path,
+    settings: Evaluate,
+    chat: Chat = NO_CHAT,
+    seed: int = 0,
+    processes: int = 1,
+) -> Any:
     """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`.
 
     With several processes the others are helpers; `close` ends them.
     """
     cache_templates()
     if settings.backend == "vllm":
-        return _vllm(src, settings, seed)
+        return _vllm(src, settings, chat, seed)
     # They load the model while this process does.
-    helpers = [Helper(partial(language_model, src, settings), number) for number in range(1, processes)]
+    helpers = [Helper(partial(language_model, src, settings, chat), number) for number in range(1, processes)]
     try:
-        model = _hugging_face(src, settings)
+        model = _hugging_face(src, settings, chat)
         for helper in helpers:
             helper.share()
     except BaseException:
@@ -52,20 +59,32 @@ def noted_hflm() -> Any:
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
             self.check_helpers()
+            stop = self.stops(stop)
             out = super()._model_generate(context, max_length, stop, **kwargs)  # [batch, prompt + answer]
             answers = out[:, context.shape[1] :]  # [batch, answer]
-            for tokens in answers.tolist():
+            for prompt, tokens in zip(context.tolist(), answers.tolist(), strict=True):
                 # Padding follows an answer that ended before others of its batch.
                 length = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-                self.pending.append(self.note(tokens[:length], stop, ended=length is not None))
+                self.pending.append(self.note(prompt, tokens[:length], stop, ended=length is not None))
             return out
 
-        def note(self, tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
-            """`stop` are the texts at which the harness ends an answer; `ended`: by a token."""
-            if not ended:
+        def stops(self, stop: list[str]) -> list[str]:
+            """Of the texts at which the harness ends an answer, those at which a chat ends: a thought has the others.
+
+            The harness ends the answer at them afterwards, where it has left out the thought.
+            """
+            end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            return [text for text in stop if text == end_of_text or not self.chat.enabled]
+
+        def note(self, prompt: list[int], tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
+            """How an answer ended; `ended`: by a token."""
+            thinking = False
+            if not ended or self.chat.enabled:
                 text = self.tok_decode(tokens)
-                ended = any(sequence in text for sequence in stop)
-            return AnswerNote(len(tokens), truncated=not ended)
+                ended = ended or any(sequence in text for sequence in stop)
+                begun = self.tok_decode(prompt[-PROMPT_END:])
+                thinking = self.chat.enabled and self.chat.is_thinking(begun + text)
+            return AnswerNote(len(tokens), truncated=not ended, thinking=thinking)
 
         def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
             ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
@@ -78,7 +97,7 @@ def noted_hflm() -> Any:
     return NotedModel
 
 
-def _hugging_face(src: Path, settings: Evaluate) -> Any:
+def _hugging_face(src: Path, settings: Evaluate, chat: Chat) -> Any:
     import torch
 
     lm = noted_hflm()(
@@ -88,7 +107,9 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         trust_remote_code=False,  # a checkpoint's own code is never run
+        **chat_arguments(chat),
     )
+    lm.chat = chat
     pretrained.for_generation(lm.model)
     generation = lm.model.generation_config
     # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
@@ -99,6 +120,18 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
     return lm
 
 
+def chat_arguments(chat: Chat) -> dict[str, Any]:
+    """What the harness's models take: variables of the chat template, and what ends a thought."""
+    if not chat.enabled:
+        return {}
+    variables = dict(chat.template_kwargs)
+    return {
+        "chat_template_args": variables,
+        "enable_thinking": variables.get("enable_thinking"),
+        "think_end_token": chat.thought[1],
+    }
+
+
 def check_backend(settings: Evaluate) -> None:
     """Raise InputError where vLLM is asked for and cannot be loaded here; takes seconds where it can."""
     if settings.backend == "vllm":
@@ -106,7 +139,7 @@ def check_backend(settings: Evaluate) -> None:
         extras.check_loads("vLLM", command, field=VLLM_FIELD, remedy=VLLM_REMEDY)
 
 
-def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
+def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int) -> Any:
     import torch
 
     try:
@@ -123,7 +156,10 @@ def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
                 return outputs
             for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
                 answer = output.outputs[0]
-                self.pending.append(AnswerNote(len(answer.token_ids), answer.finish_reason == "length"))
+                thinking = self.chat.enabled and self.chat.is_thinking(
+                    self.tokenizer.decode(prompt[-PROMPT_END:]) + answer.text
+                )
+                self.pending.append(AnswerNote(len(answer.token_ids), answer.finish_reason == "length", thinking))
                 # The harness has cut such a prompt to exactly the room that the answer leaves.
                 self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
             return outputs
@@ -136,7 +172,9 @@ def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
         tensor_parallel_size=tensor_parallel(src, torch.cuda.device_count()),
         seed=seed,
         trust_remote_code=False,
+        **chat_arguments(chat),
     )
+    lm.chat = chat
     lm.start_notes()
     return lm
 

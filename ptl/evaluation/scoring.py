@@ -221,8 +221,8 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
         task_dict={"tasks": loaded},
         limit=task.limit,
         bootstrap_iters=0,  # its standard errors are not used
-        apply_chat_template=settings.chat_template,
-        fewshot_as_multiturn=settings.chat_template,
+        apply_chat_template=lm.chat.enabled,
+        fewshot_as_multiturn=lm.chat.enabled,
         confirm_run_unsafe_code=settings.allow_code,
     )
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate, Speed
 from ptl.evaluation import language_models, tasks
 from ptl.evaluation.scoring import TaskScore, score_task
@@ -106,6 +107,7 @@ def _time_once(model: Any, seed: int, batch: int, passes: int) -> Times:
 def side_by_side(
     folders: Mapping[str, Path],  # checkpoints by name
     settings: Evaluate,
+    chat: Chat = NO_CHAT,
     *,
     seed: int,
 ) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def side_by_side(
     # A model of the harness refers to itself: what was scored before may still hold its memory.
     gc.collect()
     torch.cuda.empty_cache()  # without a GPU it does nothing
-    models = {name: language_models.language_model(folder, settings, seed) for name, folder in folders.items()}
+    models = {name: language_models.language_model(folder, settings, chat, seed) for name, folder in folders.items()}
     rows = measure_in_turns({name: partial(_time_once, lm.model, seed) for name, lm in models.items()}, settings.speed)
     runs = _solve_in_turns(models, settings, seed)
     measured = {

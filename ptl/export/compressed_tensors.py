@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import extras, processes
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Calibration, Evaluate
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
@@ -112,6 +113,7 @@ def write(
     dst: Path,
     type: str,
     calibration: Calibration | None = None,  # int8 and w4a16 need it
+    chat: Chat = NO_CHAT,
     seed: int = 0,
 ) -> list[str]:
     """Write `src` with quantized weights to the folder `dst`, which must not exist or be empty; no notes.
@@ -135,7 +137,7 @@ def write(
                     remedy="give the run's config, or take fp8",
                 )
             # The sequences that pruning calibrates with: both environments then have the same tokens.
-            rows = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed)
+            rows = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed, chat)
             sequences = Path(scratch) / "sequences.jsonl"
             sequences.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
             options["sequences"] = str(sequences)
@@ -184,13 +186,13 @@ def _run(command: Sequence[str]) -> None:
         raise WorkError(f"llmcompressor ended with {process.returncode}: {output}", field="export")
 
 
-def language_model(folder: Path, _src: Path, settings: Evaluate, seed: int) -> Any:
+def language_model(folder: Path, _src: Path, settings: Evaluate, chat: Chat, seed: int) -> Any:
     """The harness's model for an export.
 
     transformers expands the weights when it loads them or before the first token, so that neither its speed nor its
     memory is that of the runtime.
     """
-    return language_models.language_model(folder, settings, seed, helpers.processes_for(settings))
+    return language_models.language_model(folder, settings, chat, seed, helpers.processes_for(settings))
 
 
 def speed(*_: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Each format is a module of this package with these functions:
 - check(checkpoint, type, whether its hidden size may be pruned): notes for the user; raises InputError for what cannot
   be made, before anything expensive
 - check_installed(): raises UnusableError where what writes it is not installed on this machine, or does not load
-- write(checkpoint, empty folder to fill, type, calibration, seed): notes for the user
-- language_model(folder, its checkpoint, settings, seed): a model of the harness, as of language_models.language_model
+- write(checkpoint, empty folder to fill, type, calibration, chat, seed): notes for the user
+- language_model(folder, its checkpoint, settings, chat, seed): as language_models.language_model
 - speed(checkpoints, their exports, settings, seed): rows of speed.measure_in_turns by name, `models`, for each
   checkpoint at 16 bits and its export, `<name>_export`, and the `setting`; or the `reason` why it was not measured
 """
@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ptl.config.chat import Chat
 from ptl.config.export import Export, ServedFormat
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
@@ -143,6 +144,7 @@ def write_and_score(
     export: Export,
     calibration: Calibration,
     settings: Evaluate,
+    chat: Chat,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, list[Item]]]:
     """Write the export of each checkpoint and score it as `export` says; also returns the items of each.
@@ -161,8 +163,8 @@ def write_and_score(
     scored = limited(settings, export.limit)
     for name, src in folders.items():
         exports[name].mkdir(parents=True, exist_ok=True)
-        notes = work.write(src, exports[name], export.type, calibration, seed)
-        tasks, items[name] = score_tasks(work.language_model(exports[name], src, scored, seed), scored, seed)
+        notes = work.write(src, exports[name], export.type, calibration, chat, seed)
+        tasks, items[name] = score_tasks(work.language_model(exports[name], src, scored, chat, seed), scored, seed)
         models[name] = {
             "bytes": sum(path.stat().st_size for path in exports[name].iterdir() if path.suffix in WEIGHTS),
             "tasks": [asdict(task) for task in tasks],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import extras, processes
+from ptl.config.chat import Chat
 from ptl.config.export import gguf_name
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError, WorkError
@@ -220,7 +221,7 @@ def _end_notes(src: Path, file: Path) -> list[str]:
     return [f"llama.cpp does not end answers at token {', '.join(missed)}, which {GENERATION} has in eos_token_id"]
 
 
-def write(src: Path, dst: Path, type: str, _calibration: Calibration, _seed: int) -> list[str]:
+def write(src: Path, dst: Path, type: str, _calibration: Calibration, _chat: Chat, _seed: int) -> list[str]:
     """`write_gguf` into the folder of an export."""
     return write_gguf(src, dst / gguf_name(type), type)
 
@@ -229,9 +230,9 @@ def _file_of(folder: Path) -> Path:
     return next(folder.glob("*.gguf"))
 
 
-def language_model(folder: Path, src: Path, settings: Evaluate, _seed: int) -> Any:
+def language_model(folder: Path, src: Path, settings: Evaluate, chat: Chat, _seed: int) -> Any:
     """The harness's model for an export of `src`."""
-    return gguf_language_model(_file_of(folder), src, settings)
+    return gguf_language_model(_file_of(folder), src, settings, chat)
 
 
 def speed(

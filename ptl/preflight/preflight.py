@@ -10,6 +10,7 @@ from pathlib import Path
 from ptl.config.cluster import StepName
 from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule, plan
+from ptl.data import chat_templates
 from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
@@ -17,10 +18,12 @@ from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
 from ptl.preflight import target
-from ptl.units import numbered
+from ptl.preflight.forecast_model import NEW_TOKENS
+from ptl.units import listed, numbered
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
 SOME_TOKENS = 10**9  # enough to divide
+THOUGHT = 8192  # tokens of an answer that may hold a thought
 
 
 def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
@@ -37,7 +40,7 @@ def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
     folder = hub.locate(config.model.path, config.model.revision)
     dimensions = check_model(folder, config.schedule, config.prune)
     if dimensions is not None:
-        check_settings(folder, config.calibration, config.training, config.evaluate, config.recover)
+        check_settings(folder, config.calibration, config.training, config.evaluate, config.recover, config.chat)
     return folder, dimensions
 
 
@@ -100,6 +103,30 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
         f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its "
         f"share: layers and experts go in whole, and widths by multiples (prune.width_multiple="
         f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
+    ]
+
+
+def chat_warnings(config: Config, folder: Path) -> list[str]:
+    """Where a model that thinks would be pruned and measured as nobody serves it, or its thoughts would be cut."""
+    tokenizer = pretrained.load_tokenizer(folder)
+    if not chat_templates.thinks(tokenizer, config.chat):
+        return []
+    if not config.chat.enabled:
+        return [
+            "chat.enabled=false, and the model thinks before it answers: it would be calibrated, trained and scored "
+            "without its chat template, as nobody serves it: set chat.enabled=true"
+        ]
+    positions = checkpoint.read_config(folder).get("max_position_embeddings") or THOUGHT
+    short = [
+        task.name
+        for task in config.evaluate.tasks
+        if (task.max_new_tokens or NEW_TOKENS) < min(THOUGHT, positions // 2)
+    ]
+    if not short:
+        return []
+    return [
+        f"evaluate.tasks: {listed(short)}: the model thinks before it answers, and a thought that is cut is no answer: "
+        f"set max_new_tokens of the task to {THOUGHT} or more"
     ]
 
 

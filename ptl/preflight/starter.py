@@ -17,18 +17,22 @@ from typing import Any
 
 from ptl.config import yaml_text
 from ptl.config.base import FILL_IN
+from ptl.config.chat import NO_CHAT
 from ptl.config.recover import Lora
 from ptl.config.run import Config, ModelSource, Task, check
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
+from ptl.data import chat_templates
 from ptl.data.checks import PASSES, PER_PARAMETER, Amount
+from ptl.data.sequences import end_of_turn
 from ptl.errors import InputError
 from ptl.evaluation import tasks
-from ptl.model import hub
+from ptl.model import checkpoint, hub, pretrained
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import remedies
 from ptl.preflight import target as goals
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import GIB, GPUS, Shape, shape_of
+from ptl.preflight.preflight import THOUGHT
 from ptl.preflight.starter_rows import QUESTION, Rows
 from ptl.units import billions, decimal_hours
 
@@ -79,7 +83,7 @@ def starter(
 
     Raises InputError that names a field of it, or --gpu.
     """
-    source = hub.locate(model, None, ["config.json"])  # perhaps without weights
+    source = hub.locate(model, None, hub.SMALL_FILES)  # perhaps without weights
     shape = shape_of(str(source))
     dense = shape.dimensions
     prune = Prune(target="experts", criterion="reap") if dense.experts else Prune()
@@ -107,6 +111,10 @@ def starter(
         **_data_values(rows, task_names, folder),
         **_training_values(rows, shape, tokens, removed),
     }
+    if (source / "tokenizer_config.json").is_file():
+        tokenizer = pretrained.load_tokenizer(source)
+        if is_served_as_chat(source, tokenizer, rows):
+            values |= _chat_values(tokenizer, values, shape, on_gpu=gpu is not None)
     if gpu is not None:
         values = _fitted(values, gpu, gpus, source, folder)
     text = render(values)
@@ -196,8 +204,37 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
         "fill_in": None if rows else "",
         "tasks": json.dumps(chosen or [{"name": FILL_IN}]),
         "allow_code": "true" if runs_code else None,
-        "chat_template": "true" if source.get("format") == "messages" else None,
     }
+
+
+def is_served_as_chat(folder: Path, tokenizer: Any, rows: Rows | None) -> bool:
+    """Whether the rows are chats, or the model ends its answers as its chat template ends a turn: it is post-trained.
+
+    Base models may have a template too.
+    """
+    if not tokenizer.chat_template:
+        return False
+    if rows is not None and rows.source.format == "messages":
+        return True
+    generation = folder / "generation_config.json"
+    content = checkpoint.json_object(generation) if generation.is_file() else checkpoint.read_config(folder)
+    ends = content.get("eos_token_id")
+    return end_of_turn(tokenizer, NO_CHAT)[0] in (ends if isinstance(ends, list) else [ends])
+
+
+def _chat_values(tokenizer: Any, values: Values, shape: Shape, *, on_gpu: bool) -> Values:
+    """What the file says of a model that is served as a chat; one that thinks has room for its thoughts."""
+    # A benchmark's words are for models that continue a text.
+    plain = {name: json.dumps(text) for name, text in (("prompt", "{question}"), ("completion", "{answer}"))}
+    is_question = all(values.get(name) == json.dumps(text) for name, text in QUESTION.items())
+    chat = {"as_chat": "", "method": "distil", **(plain if is_question else {})}
+    if not chat_templates.thinks(tokenizer):
+        return chat
+    longest = min(THOUGHT, (shape.context or 2 * THOUGHT) // 2)
+    tasks = [{**task, "max_new_tokens": longest} for task in json.loads(values["tasks"])]
+    switch = json.dumps({chat_templates.SWITCH: True}) if chat_templates.has_switch(tokenizer) else None
+    backend = "vllm" if on_gpu else None
+    return chat | {"template_kwargs": switch, "tasks": json.dumps(tasks), "evaluate_backend": backend}
 
 
 def _training_values(rows: Rows | None, shape: Shape, tokens: int, removed: int) -> Values:
@@ -208,6 +245,7 @@ def _training_values(rows: Rows | None, shape: Shape, tokens: int, removed: int)
     return {
         "calibration_length": min(CALIBRATION_LENGTH, positions),
         "calibration_batch_size": 16,
+        "method": "cpt",
         "learning_rate": f"{default_rate(shape.params, removed / shape.params):.1e}",
         "max_length": max_length,
         "batch_size": next((size for size in BATCH_SIZES if num_rows / size >= STEPS), BATCH_SIZES[-1]),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
 from ptl.data.sequences import IGNORED, Batch, calibration_batches
@@ -77,6 +78,7 @@ def prune_checkpoint(
     goal: int,
     end: int,
     chosen: Mapping[str, Any] = MappingProxyType({}),
+    chat: Chat = NO_CHAT,
     seed: int,
 ) -> PruneReport:
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, width, layers or experts; write `dst`.
@@ -101,7 +103,7 @@ def prune_checkpoint(
         possible = _possible(unit, before, prune, goal, end, chosen)
         if is_width and len(possible) == 1:
             unit, criterion = _removed(before, possible[0])
-        model = LayerwiseModel(src, family, _batches(src, calibration, seed, by_loss=criterion == "taylor"))
+        model = LayerwiseModel(src, family, _batches(src, calibration, chat, seed, by_loss=criterion == "taylor"))
         select = _SCORED[unit](model, before, criterion, seed)
         sizes, candidates = _compared(src, dst, model, possible, select)
         if is_width:
@@ -232,11 +234,11 @@ def _compared(
     return possible[best], candidates
 
 
-def _batches(src: Path, calibration: Calibration, seed: int, by_loss: bool) -> list[Batch]:
+def _batches(src: Path, calibration: Calibration, chat: Chat, seed: int, by_loss: bool) -> list[Batch]:
     """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     shapes.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = pretrained.load_tokenizer(src)
-    batches = calibration_batches(calibration, tokenizer, seed)
+    batches = calibration_batches(calibration, tokenizer, seed, chat)
     if by_loss and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ptl.config.chat import Chat
 from ptl.config.recover import RecoverStage, Reward
-from ptl.data import decontamination
+from ptl.data import chat_templates, decontamination
 from ptl.data.sequences import chat_ids, prompt_rows
 from ptl.data.sources import fill, prompt_of
 from ptl.errors import InputError, WorkError
@@ -33,6 +34,7 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
     positions = checkpoint.read_config(src).get("max_position_embeddings")
     rows = prompts(settings, job, tokenizer, positions, leak_filter)
+    read = reader(job.chat, tokenizer)
     model = training.load(src)
     model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
     # for the step's metadata
@@ -44,7 +46,7 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     curve = training.learning_rate_curve(settings, job.budget, steps, carried=False)
     trainer = training.with_curve(GRPOTrainer, curve)(
         model=model,
-        reward_funcs=[reward_function(i, reward) for i, reward in enumerate(settings.rewards)],
+        reward_funcs=[reward_function(i, reward, read) for i, reward in enumerate(settings.rewards)],
         args=_arguments(settings, job, steps),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -83,13 +85,13 @@ def prompts(
     )
     rows = []
     for row in picked:
-        prompt = prompt_of(row)
+        prompt = prompt_of(row, job.chat)
         references = {_reference(i): fill(reward.reference_template, row) for i, reward in enumerate(settings.rewards)}
         rows.append({"prompt": prompt, **references})
         if positions is None:
             continue
         is_text = isinstance(prompt, str)
-        ids = tokenizer(prompt)["input_ids"] if is_text else chat_ids(tokenizer, prompt, row.number)
+        ids = tokenizer(prompt)["input_ids"] if is_text else chat_ids(tokenizer, prompt, row.number, job.chat)
         length = len(ids) + settings.max_completion_length
         if length > positions:
             raise InputError(
@@ -106,12 +108,20 @@ def _reference(reward_index: int) -> str:
     return f"reference_{reward_index}"
 
 
-def reward_function(index: int, reward: Reward) -> Callable[..., RewardValues]:
-    """A reward in the form that trl calls, which has its weight from the arguments."""
+def reader(chat: Chat, tokenizer: Any) -> Callable[[Any], str]:
+    """What takes the answer from a completion: in a chat what follows the thought, which the prompt may have begun."""
+    if not chat.enabled:
+        return text_of
+    begun = chat.thought[0] if chat.is_thinking(chat_templates.opening(tokenizer, chat)) else ""
+    return lambda completion: chat.answer(begun + text_of(completion))
+
+
+def reward_function(index: int, reward: Reward, read: Callable[[Any], str]) -> Callable[..., RewardValues]:
+    """A reward in the form that trl calls, which has its weight from the arguments; `read` takes the answers."""
 
     def score(completions: Sequence[Any], **columns: Any) -> RewardValues:
         extra = {"log_metric": columns["log_metric"]} if reward.name == "code" else {}
-        return REWARDS[reward.name](list(map(text_of, completions)), columns[_reference(index)], reward, **extra)
+        return REWARDS[reward.name](list(map(read, completions)), columns[_reference(index)], reward, **extra)
 
     score.__name__ = reward.name  # in the names of trl's metrics
     return score
@@ -125,6 +135,7 @@ def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
         max_steps=steps,
         num_generations=settings.num_generations,
         max_completion_length=settings.max_completion_length,
+        chat_template_kwargs=job.chat.template_kwargs,
         beta=settings.beta,
         temperature=settings.temperature,
         reward_weights=[reward.weight for reward in settings.rewards],

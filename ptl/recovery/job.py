@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 
 from ptl import log
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.recover import TrainingData
 
 NODES = "PTL_NODES"  # how many machines the compiled pipeline asks for
@@ -112,6 +113,7 @@ class RecoveryJob:
     benchmark_items: Path | None = None  # folder of ptl.evaluation.evaluate.write_items: what is not to be trained on
     keep_optimizer_state: bool = False  # a later recovery continues with it
     machines: Machines = ALONE  # that train together
+    chat: Chat = NO_CHAT
 
 
 @dataclass(frozen=True)

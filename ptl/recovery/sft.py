@@ -137,6 +137,7 @@ def training_dataset(
         earlier=budget.earlier,
         budget=budget.tokens,
         leak_filter=leak_filter,
+        chat=job.chat,
     )
     # for the step's metadata
     details: dict[str, Any] = {

@@ -6,6 +6,7 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
+from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune, plan, removal
 from ptl.evaluation import gate, paired, tasks
@@ -38,6 +39,7 @@ def evaluate(call: Call) -> None:
         gate.check_structure(gate_settings, compiled=fallback is not None)
     key = {
         "evaluate": call.section(Evaluate, "evaluate"),
+        "chat": call.section(Chat, "chat"),
         "gate": gate_settings,
         "prune": call.section(Prune, "prune"),
         "iterations": call.settings["iterations"],
@@ -58,7 +60,7 @@ def _evaluated(step: Step, source: Path) -> Metadata:
     call, settings = step.call, step.settings
     candidate = call.inputs["model"]
     # The scores depend on less than the verdict: another gate can take them over.
-    scores_key = key_of(candidate.digest, {name: settings[name] for name in ("evaluate", "seed")}).digest
+    scores_key = key_of(candidate.digest, {name: settings[name] for name in ("evaluate", "chat", "seed")}).digest
     scores = _scores(step, source, scores_key)
     if call.step == "evaluate-0":
         _warn_of_truncated_answers(scores)
@@ -67,7 +69,7 @@ def _evaluated(step: Step, source: Path) -> Metadata:
     speed = {}
     if ends_the_loop(call, settings["iterations"], accepted):
         _withdraw_later(step, settings["iterations"])
-        speed = speed_beside_dense(step, accepted, settings["evaluate"])
+        speed = speed_beside_dense(step, accepted, settings["evaluate"], settings["chat"])
     return {
         "scores": scores,
         "checkpoint": dataclasses.asdict(candidate),
@@ -95,7 +97,7 @@ def _scores(step: Step, source: Path, key: str) -> Metadata:
     if earlier:
         scores = dict(earlier["scores"])
     else:
-        report = evaluate_checkpoint(source, step.folder, settings, seed=step.settings["seed"])
+        report = evaluate_checkpoint(source, step.folder, settings, step.settings["chat"], seed=step.settings["seed"])
         scores = dataclasses.asdict(report)
     if step.settings["gate"].enabled and scores["tasks"][0]["low"] is None:
         # The task's YAML did not say that it has no accuracy.
@@ -206,7 +208,7 @@ def _withdraw_later(step: Step, iterations: int) -> None:
             )
 
 
-def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metadata:
+def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate, chat: Chat) -> Metadata:
     """Speed of the run's final model and of the dense one, in turns; {"reason": ...} where it is not measured.
 
     Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.
@@ -227,7 +229,7 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
     # Other steps on this machine slow both models down; the report names them.
     beside = set(tracking.computing_beside(run))
     try:
-        speed = side_by_side(folders, settings, seed=step.call.settings["seed"])
+        speed = side_by_side(folders, settings, chat, seed=step.call.settings["seed"])
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}

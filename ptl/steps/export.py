@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ptl.config.chat import Chat
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate, Gate
 from ptl.evaluation import paired
@@ -28,6 +29,7 @@ def export(call: Call) -> None:
         "dense": call.inputs["dense"].digest,
         "calibration": call.section(Calibration, "calibration"),
         "evaluate": call.section(Evaluate, "evaluate"),
+        "chat": call.section(Chat, "chat"),
         "gate": call.section(Gate, "gate"),
         "seed": call.settings["seed"],
     }
@@ -49,7 +51,7 @@ def _exported(step: Step, source: Path) -> Metadata:
     # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
     made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
     report, items = formats.write_and_score(
-        folders, made, form, settings["calibration"], settings["evaluate"], settings["seed"]
+        folders, made, form, settings["calibration"], settings["evaluate"], settings["chat"], settings["seed"]
     )
     for note in report["notes"]:
         say(call.step, note)

@@ -12,6 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.config.base import flat_settings
+from ptl.config.chat import Chat
 from ptl.config.export import Export
 from ptl.config.image_names import own_revision
 from ptl.config.recover import TrainingData
@@ -41,6 +42,7 @@ def import_model(call: Call) -> None:
     sections: dict[str, Any] = {
         "schedule": schedule_of(call),
         "prune": call.section(Prune, "prune"),
+        "chat": call.section(Chat, "chat"),
         "calibration": call.section(Calibration, "calibration"),
         "training": call.section(TrainingData, "training"),
         "evaluate": call.section(Evaluate, "evaluate"),

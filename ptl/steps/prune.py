@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ptl.config.chat import Chat
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, removal
 from ptl.evaluation import gate
@@ -44,5 +45,6 @@ def _arguments(call: Call) -> Metadata:
         "unit": iteration.unit,
         "prune": pruning,
         "calibration": call.section(Calibration, "calibration"),
+        "chat": call.section(Chat, "chat"),
         "seed": call.settings["seed"],
     }

@@ -7,6 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ptl.config.chat import Chat
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import check
 from ptl.config.schedule import Iteration, Prune, token_weights
@@ -40,6 +41,7 @@ def recover(call: Call) -> None:
         "skip": iterations[-1].tokens_before,
         "recover": recovery.stages,
         "training": data,
+        "chat": call.section(Chat, "chat"),
         "seed": call.settings["seed"],
     }
     # The items by the run's records: an edge from import-model to each recovery would say nothing to anybody.
@@ -115,6 +117,7 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
         teacher=step.fetch(step.committed("import-model").pointer) if distils else None,
         benchmark_items=step.fetch(step.committed(BENCHMARK_ITEMS).pointer) if data.decontaminate.tasks else None,
         machines=machines(),
+        chat=settings["chat"],
     )
 
 

@@ -23,7 +23,7 @@ from ptl.steps.step import Step, scratch
 from ptl.storage import local_files, store
 from ptl.storage.store import Pointer, Record
 
-SECTIONS = ("seed", "prune", "calibration", "recover", "training", "evaluate", "gate")  # run parameters
+SECTIONS = ("seed", "prune", "chat", "calibration", "recover", "training", "evaluate", "gate")  # run parameters
 SERVICE_NAME = 53  # characters that KServe leaves
 
 

@@ -11,12 +11,15 @@ import one_process
 import pytest
 import whole_run
 from bodies import PUBLISHED, body
+from chats import tokenizer_with
 
+from ptl.config.chat import Chat
 from ptl.config.run import load_config
 from ptl.data.sources import SourceRow, texts
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_tasks
-from ptl.preflight import starter, starter_rows
+from ptl.model.hub import SMALL_FILES
+from ptl.preflight import preflight, starter, starter_rows
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import shape_of
 
@@ -54,6 +57,20 @@ def init(ptl):
 @pytest.fixture
 def qwen3_8b(ptl):
     return folder_of(PUBLISHED["qwen3_8b"], "qwen3-8b")
+
+
+@pytest.fixture
+def chat_model(qwen3_8b):
+    """Qwen3-8B's config with its own chat template, or another; the token of EOS ends its answers, as in the hub's."""
+
+    def with_template(name="qwen3", *, post_trained=True):
+        tokenizer = tokenizer_with(name)
+        tokenizer.save_pretrained(qwen3_8b)
+        ends = {"eos_token_id": [tokenizer.eos_token_id, 7] if post_trained else 7}
+        (qwen3_8b / "generation_config.json").write_text(json.dumps(ends))
+        return qwen3_8b
+
+    return with_template
 
 
 def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
@@ -226,20 +243,54 @@ def test_what_is_on_the_hub_is_pinned_to_its_commit_and_asked_for_once(init, qwe
     monkeypatch.setattr(datasets, "load_dataset", stream)
     config, _ = init("Qwen/Qwen3-8B", "--data", "openai/gsm8k:main", "--task", "mbpp")
     options = {"split": "train", "revision": "4567def", "streaming": True}
-    assert asked == [("openai/gsm8k", "main", options), ("Qwen/Qwen3-8B", ["config.json"])]
+    assert asked == [("openai/gsm8k", "main", options), ("Qwen/Qwen3-8B", [*SMALL_FILES])]
     assert (config.model.path, config.model.revision) == ("Qwen/Qwen3-8B", "0123abc")
     source = config.calibration.data
     assert (source.source, source.subset, source.revision) == ("openai/gsm8k", "main", "4567def")
     assert config.evaluate.allow_code
 
 
-def test_chats_are_scored_as_chats_and_few_rows_lower_the_target_or_are_warned_of(init, qwen3_8b):
+def test_a_model_that_thinks_is_calibrated_trained_and_scored_as_it_is_served(ptl, init, chat_model):
+    config, _ = init(chat_model(), *ROWS)
+    assert (config.chat.enabled, config.chat.template_kwargs) == (True, {"enable_thinking": True})
+    source = config.training.sources[0]
+    assert (source.prompt, source.completion, config.recover[0].method) == ("{question}", "{answer}", "distil")
+    evaluate = config.evaluate
+    assert (evaluate.backend, evaluate.tasks[0].max_new_tokens, evaluate.speed.repeats) == ("vllm", 8192, 0)
+    assert all(step.fits for step in forecast(config).steps)
+    # In the other mode, and of a model that does not think, answers are as short as the tasks say.
+    config, _ = init(chat_model("qwen3_instruct_2507"), *ROWS, "--force")
+    assert config.chat.enabled and not config.chat.template_kwargs and config.recover[0].method == "distil"
+    assert (config.evaluate.backend, config.evaluate.tasks[0].max_new_tokens) == ("hf", None)
+    # A base model may have a template, too.
+    config, _ = init(chat_model(post_trained=False), *ROWS, "--force")
+    assert not config.chat.enabled and config.recover[0].method == "cpt"
+    assert config.training.sources[0].prompt == "Question: {question}\nAnswer:"
+
+
+def test_a_mode_in_which_nobody_serves_the_model_is_warned_of(chat_model):
+    raw = {"target": 0.3, "recovery_tokens": 10**6}
+    config = load_config(
+        ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml", {f"schedule.{k}": v for k, v in raw.items()}
+    )
+    (warning,) = preflight.chat_warnings(config, chat_model())
+    assert warning.startswith("chat.enabled=false, and the model thinks") and warning.endswith("set chat.enabled=true")
+    thinking = config.model_copy(update={"chat": Chat(enabled=True)})
+    (warning,) = preflight.chat_warnings(thinking, chat_model())
+    assert "tiny_reasoner.yaml: the model thinks" in warning and "max_new_tokens of the task to 8192" in warning
+    at_once = config.model_copy(update={"chat": Chat(enabled=True, template_kwargs={"enable_thinking": False})})
+    assert preflight.chat_warnings(at_once, chat_model()) == []
+
+
+def test_chats_are_scored_as_chats_and_few_rows_lower_the_target_or_are_warned_of(init, chat_model):
+    qwen3_8b = chat_model("qwen2_5", post_trained=False)
+
     def chats(number, length, *options):
         turns = [{"role": "user", "content": length * "a"}, {"role": "assistant", "content": length * "b"}]
         Path("chats.jsonl").write_text(number * (json.dumps({"messages": turns}) + "\n"))
         options = ["--data", "chats.jsonl", "--task", "gsm8k", "--gpu", "none", "--force", *options]
         config, said = init(qwen3_8b, *options)
-        assert config.training.sources[0].format == "messages" and config.evaluate.chat_template
+        assert config.training.sources[0].format == "messages" and config.chat.enabled
         return config.schedule, said
 
     assert chats(1, 1)[0].recovery_tokens == 10_000  # one short row

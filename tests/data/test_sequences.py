@@ -4,8 +4,10 @@ import itertools
 from pathlib import Path
 
 import pytest
+from chats import TURN_ENDS, tokenizer_with
 from rows import ANSWERED, ASKED, EOS, Letters, rows_file
 
+from ptl.config.chat import Chat
 from ptl.config.recover import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data import sequences
@@ -48,6 +50,31 @@ def test_a_chat_is_learned_from_where_its_answer_begins():
     tokenizer.apply_chat_template = lambda chat, **_: {"input_ids": [len(chat)]}
     with pytest.raises(InputError, match="row 1: the chat template renders the prompt differently"):
         tokenize(SourceRow({"messages": [ASKED, ANSWERED]}, source, 1), tokenizer, 64)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("template", ["qwen3", "deepseek_r1_distill"])
+def test_a_completion_is_what_the_model_writes_after_the_prompt_with_its_thought(template, thinks):
+    tokenizer, chat = tokenizer_with(template), Chat(enabled=True, template_kwargs={"enable_thinking": thinks})
+    answer = "<think>\n1+1\n</think>\n\n2"
+    row = SourceRow({"prompt": "1+1?", "completion": answer}, DataSource(source="x"), 1)
+    tokens = tokenize(row, tokenizer, 512, chat)
+    prompt, completion = tokenizer.decode(tokens.ids[: tokens.prompt]), tokenizer.decode(tokens.ids[tokens.prompt :])
+    begun = tokenizer.apply_chat_template([ASKED], tokenize=False, add_generation_prompt=True, enable_thinking=thinks)
+    once = answer.removeprefix("<think>" if "deepseek" in template else "")  # the prompt has begun the thought
+    assert (prompt, completion) == (begun, once + TURN_ENDS[template])
+    # Texts without a prompt, such as those of another source, are no chats.
+    text = SourceRow({"text": "1+1"}, DataSource(source="x", format="text"), 1)
+    assert tokenize(text, tokenizer, 512, chat) == tokenize(text, tokenizer, 512)
+    messages = SourceRow({"messages": [ASKED, ANSWERED]}, DataSource(source="x", format="messages"), 1)
+    ended = "\n</think>\n\n" if "deepseek" in template else ""
+    assert tokenizer.decode(tokenize(messages, tokenizer, 512, chat).ids) == begun + ended + "2" + TURN_ENDS[template]
+    # What calls tools is as the template writes it.
+    calls = [{"function": {"name": "add", "arguments": {}}, "type": "function"}]
+    rows = {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": calls}]}
+    if "qwen" in template:
+        called = tokenize(SourceRow(rows, DataSource(source="x", format="messages"), 1), tokenizer, 512, chat)
+        assert '<tool_call>\n{"name": "add"' in tokenizer.decode(called.ids)
 
 
 def test_messages_need_a_chat_template_that_takes_them():

@@ -10,6 +10,7 @@ import pytest
 from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
 from tiny_models import build, save
 
+from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import score_tasks
@@ -88,16 +89,16 @@ def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answ
 
 
 def test_the_chat_template_must_be_the_file_s(tmp_path):
-    folder, wanted = tmp_path / "model", settings(chat_template=True)
+    folder, wanted, chat = tmp_path / "model", settings(), Chat(enabled=True)
     save(build("llama", vocab_size=VOCABULARY, pad_token_id=2), folder)  # for its template
     llama_tokenizer(folder)
     with gguf_files.converter_in_process():
         write_gguf(folder, tmp_path / "model.gguf")
-    lm = gguf_language_model(tmp_path / "model.gguf", folder, wanted)
+    lm = gguf_language_model(tmp_path / "model.gguf", folder, wanted, chat)
     assert lm.apply_chat_template([{"role": "user", "content": "abc"}]) == "abc"
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(InputError, match=r"evaluate\.chat_template: .*model\.gguf does not have the chat template"):
-        gguf_language_model(tmp_path / "model.gguf", folder, wanted)
+    with pytest.raises(InputError, match=r"chat\.enabled: .*model\.gguf does not have the chat template"):
+        gguf_language_model(tmp_path / "model.gguf", folder, wanted, chat)
 
 
 def test_speed_has_the_rows_of_transformers_models(file, monkeypatch):

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chats import tokenizer_with
 from recovering import DATA, DENSE, as_if_died_after, cut, recover, weights
 
+from ptl.config.chat import Chat
 from ptl.config.recover import RecoverStage
 from ptl.data.checks import check_rewards
 from ptl.errors import InputError, WorkError
@@ -69,6 +71,15 @@ def test_a_model_that_solves_nothing_ends_training(step, max_steps, correct, gua
     refused = pytest.raises(WorkError, match=rf"solves none of {4 * step} prompts") if ends else nullcontext()
     with refused:
         grpo._limits(stage, None).on_log(None, state, SimpleNamespace(should_training_stop=False))
+
+
+def test_rewards_are_for_what_follows_the_thought_which_the_prompt_may_have_begun():
+    said = [{"role": "assistant", "content": "#### 3</think>#### 4"}]
+    thought = [{"role": "assistant", "content": "#### 4"}]
+    for template, without_end in (("qwen3", "#### 4"), ("deepseek_r1_distill", "")):
+        read = grpo.reader(Chat(enabled=True), tokenizer_with(template))
+        assert (read(said), read(thought)) == ("#### 4", without_end)
+    assert grpo.reader(Chat(), None)("<think>3") == "<think>3"
 
 
 def prompts(model, folder, index=1, shares=(1,), **settings):

@@ -217,7 +217,12 @@ def test_the_machines_are_those_of_the_environment(monkeypatch):
 def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(tmp_path, monkeypatch, capfd):
     """Its call names a field that does not exist."""
     settings = {"step": "recover-1", "experiment": "e", "iterations": 1, "recover": [{"metod": "cpt"}], "seed": 0}
-    settings |= {"tokens": "uniform", "recovery_tokens": 100, "training": {"sources": [{"source": "x.jsonl"}]}}
+    settings |= {
+        "tokens": "uniform",
+        "recovery_tokens": 100,
+        "training": {"sources": [{"source": "x.jsonl"}]},
+        "chat": {},
+    }
     words = tmp_path / "termination-log"
     environment = {"KFP_RUN_ID": RUN, "PTL_SCRATCH": str(tmp_path), "PTL_TERMINATION_LOG": str(words)}
     environment[trainjob.CALL] = json.dumps({"settings": settings, "inputs": {"model": POINTER.dump()}})

@@ -352,7 +352,8 @@ def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(be
 
     config = load_config(TINY).model_dump(mode="json")
     settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
-    settings |= {"recover": config["recover"], "training": config["training"] | {"decontaminate": {}}, "seed": 0}
+    settings |= {"recover": config["recover"], "training": config["training"] | {"decontaminate": {}}}
+    settings |= {"chat": {}, "seed": 0}
     for limit in (8, 8, 9):
         _, experiment = begin()
         evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")

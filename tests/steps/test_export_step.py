@@ -60,7 +60,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
     final = evaluated("prune-1", "evaluate-1", "final", [1, 0])
 
     def step(model=final, **form):
-        settings = {name: CONFIG[name] for name in ("calibration", "evaluate", "gate", "seed")}
+        settings = {name: CONFIG[name] for name in ("calibration", "chat", "evaluate", "gate", "seed")}
         settings |= {"iterations": 1, "export": FORM | form}
         outputs = {name: Output(tmp_path / name) for name in ("out", "metrics")}
         name = export_step(Export(**FORM | form))

@@ -55,7 +55,7 @@ def call_of(stages, tokens, folder):
     pointer = Pointer(location, digest_of(store.publish(DENSE, location)), 170_000, 170_000, step="prune-1")
     data = DATA.model_dump(mode="json") | {"decontaminate": {"tasks": False}}
     settings = {"step": "recover-1", "experiment": "nodes", "iterations": 1, "recovery_tokens": tokens}
-    settings |= {"tokens": "uniform", "recover": stages, "training": data, "seed": 0}
+    settings |= {"tokens": "uniform", "recover": stages, "training": data, "chat": {}, "seed": 0}
     path = folder / "call.json"
     call = {"settings": settings, "inputs": {"model": pointer.dump()}, "outputs": {"out": str(folder / "out")}}
     path.write_text(json.dumps(call))

@@ -20,7 +20,7 @@ TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
 CONFIG = TINY.model_dump(mode="json")
 SCHEDULE = {name: CONFIG["schedule"][name] for name in call.SCHEDULE}
 POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
-EVALUATE = {name: CONFIG[name] for name in ("prune", "evaluate", "seed")}
+EVALUATE = {name: CONFIG[name] for name in ("prune", "chat", "evaluate", "seed")}
 EVALUATE |= {"iterations": 4, "target": 0.4, "registered_model": "m"}
 
 
@@ -31,7 +31,7 @@ def gate(enabled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
-    sections = {name: CONFIG[name] for name in ("prune", "calibration", "training", "evaluate")}
+    sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "evaluate")}
     settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
     settings |= {"gate": gate(not compiled), "gated": compiled}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
@@ -73,7 +73,7 @@ def test_a_prune_removes_its_share_of_the_dense_model(step, cuts, cap, goal, key
     """Of 1,000 parameters, of which 900 are left, to 600 in four iterations."""
     changes = {"params": 900, "original_params": 1000, "chosen": {"hidden": 8}}
     model = dataclasses.replace(POINTER, **changes, gate={"cap": cap} if cap else {})
-    settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "calibration")}
+    settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "chat", "calibration")}
     key = key_of_step(prune, prune.prune, step, settings, model)
     assert (key["goal"], key["end"], key["chosen"], key["unit"]) == (goal, 600, {"hidden": 8}, "width")
 
@@ -87,7 +87,8 @@ def test_a_prune_removes_its_share_of_the_dense_model(step, cuts, cap, goal, key
     ],
 )
 def test_a_recovery_trains_on_its_share_of_the_tokens(step, tokens, weights, share, skip, key_of_step):
-    settings = {"recovery_tokens": 1500, "tokens": tokens} | {name: CONFIG[name] for name in ("recover", "training")}
+    settings = {"recovery_tokens": 1500, "tokens": tokens}
+    settings |= {name: CONFIG[name] for name in ("recover", "training", "chat")}
     key = key_of_step(recover, recover.recover, step, settings, POINTER)
     assert (key["tokens"], key["weights"], key["skip"], key["seed"]) == (share, weights, skip, 7)
 
@@ -116,7 +117,7 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     monkeypatch.setattr(Step, "committed", lambda _step, name: SimpleNamespace(pointer=name))
     monkeypatch.setattr(Step, "fetch", lambda _step, pointer: Path(pointer))
     data = TINY.training.model_copy(update={"decontaminate": Decontaminate()})
-    step = Step(Call("recover-2", "e"), key={"training": data, "seed": 5, "weights": (1, 2)})
+    step = Step(Call("recover-2", "e"), key={"training": data, "chat": TINY.chat, "seed": 5, "weights": (1, 2)})
     step.run, step.key = SimpleNamespace(step="recover-2"), call.Key("0" * 64, {})
     iteration = plan(TINY.schedule.model_copy(update={"iterations": 2}), TINY.prune)[1]
     job = recover._job(step, Recovery(stages=[{"method": "distil"}]), iteration)

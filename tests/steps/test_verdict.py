@@ -186,7 +186,7 @@ def test_a_verdict_depends_on_the_state_of_the_gate(monkeypatch):
 
     monkeypatch.setattr(evaluate, "Step", opened)
     config = load_config(TINY).model_dump(mode="json")
-    settings = {name: config[name] for name in ("evaluate", "prune", "seed")} | {"gate": {"enabled": True}}
+    settings = {name: config[name] for name in ("evaluate", "chat", "prune", "seed")} | {"gate": {"enabled": True}}
     settings |= {"iterations": 3, "target": 0.4}
     for cap in (1_000, 1_000, 2_000):
         inputs = {"model": Pointer("file:///cut", CUT), "fallback": dataclasses.replace(DENSE, gate={"cap": cap})}

@@ -1,0 +1,49 @@
+"""How a chat model is served: its chat template, the template's variables, and where a thought ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from ptl.config.base import Section
+
+Variable = bool | int | float | str
+PROMPT_END = 16  # tokens at the end of a prompt, in which a template may begin a thought
+
+
+class Chat(Section):
+    """Whether prompts are chats, by the tokenizer's chat template: the same in calibration, training and evaluation."""
+
+    enabled: bool = False
+    """write the prompts of rows and benchmarks as the user's turn of a chat; what follows is the model's answer"""
+    template_kwargs: dict[str, Variable] = Field({})
+    """variables of the chat template, for example `{enable_thinking: false}`, as the model will be served with"""
+    thought: tuple[str, str] = ("<think>", "</think>")
+    """texts that begin and end a thought; only what follows it is graded, and a thought without an end is no answer"""
+
+    @field_validator("thought")
+    @classmethod
+    def _has_an_end(cls, value: Any) -> Any:
+        if not all(value):
+            raise ValueError("must be two texts, such as [<think>, </think>]")
+        return value
+
+    def is_thinking(self, text: str) -> bool:
+        """Whether a text ends within a thought: the prompt's end may have begun it."""
+        begin, end = self.thought
+        return text.rfind(begin) > text.rfind(end)
+
+    def continued(self, prompt: str, answer: str) -> str:
+        """An answer as it continues a prompt: a thought that this has begun is not begun again, and is ended."""
+        begin, end = self.thought
+        if not self.is_thinking(prompt):
+            return answer
+        return answer.removeprefix(begin) if end in answer else f"\n{end}\n\n{answer}"
+
+    def answer(self, text: str) -> str:
+        """What follows the thought in a text that the model has written; empty where the thought has no end."""
+        return "" if self.is_thinking(text) else text.rpartition(self.thought[1])[2].lstrip()
+
+
+NO_CHAT = Chat()  # prompts as they are

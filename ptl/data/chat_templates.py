@@ -1,0 +1,52 @@
+"""What a tokenizer's chat template says of its model: which variables it has, and whether the model thinks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ptl.config.chat import NO_CHAT, Chat
+from ptl.errors import InputError
+
+FIELD = "chat.template_kwargs"
+SWITCH = "enable_thinking"  # the variable of most templates that turns thoughts on and off
+QUESTION = [{"role": "user", "content": "?"}]
+
+
+def check(tokenizer: Any, chat: Chat) -> None:
+    """Raise InputError where chats are asked for and there is no template, or a variable that it does not have."""
+    if not chat.enabled:
+        return
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the tokenizer has no chat template",
+            field="chat.enabled",
+            remedy="set it to false, or give a model with a template",
+        )
+    template = tokenizer.get_chat_template()
+    for name in chat.template_kwargs:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise InputError(
+                f"{name} is no variable of the model's chat template",
+                field=FIELD,
+                remedy=f"correct it; this template has {SWITCH}" if SWITCH in template else "remove it",
+            )
+
+
+def opening(tokenizer: Any, chat: Chat) -> str:
+    """A question as the template writes it, with what begins the answer."""
+    variables = chat.template_kwargs
+    return str(tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True, **variables))
+
+
+def thinks(tokenizer: Any, chat: Chat = NO_CHAT) -> bool:
+    """Whether the model thinks before it answers: its template knows thoughts, and does not end them in the prompt."""
+    end = chat.thought[1]
+    if not tokenizer.chat_template or end not in tokenizer.get_chat_template():
+        return False
+    return not opening(tokenizer, chat).rstrip().endswith(end)
+
+
+def has_switch(tokenizer: Any) -> bool:
+    """Whether the template has the variable `enable_thinking`."""
+    return bool(tokenizer.chat_template) and SWITCH in tokenizer.get_chat_template()

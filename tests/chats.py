@@ -1,0 +1,21 @@
+"""Chat templates that trl ships, on the tokenizer of the tiny reasoner with the tokens of such a model."""
+
+from pathlib import Path
+
+import trl
+from transformers import AutoTokenizer
+
+REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner"
+THINKER = REASONER / "thinker"
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TURN_ENDS = {"qwen3": "<|im_end|>", "deepseek_r1_distill": "<\uff5cend\u2581of\u2581sentence\uff5c>"}
+TOKENS = ["<|im_start|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>", *TURN_ENDS.values()]
+
+
+def tokenizer_with(template):
+    """A tokenizer with the template of that name; None: without one."""
+    tokenizer = AutoTokenizer.from_pretrained(REASONER / "checkpoint")
+    tokenizer.add_tokens(TOKENS)
+    tokenizer.eos_token = TURN_ENDS["qwen3"]
+    tokenizer.chat_template = template and (TEMPLATES / f"{template}.jinja").read_text()
+    return tokenizer

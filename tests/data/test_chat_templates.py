@@ -1,0 +1,54 @@
+"""What templates say of their models; that of a model which thinks decides how it is calibrated, trained and scored."""
+
+import pytest
+from chats import tokenizer_with
+
+from ptl.config.chat import Chat
+from ptl.data import chat_templates
+from ptl.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "thinks", "has_switch"),
+    [
+        ("qwen3", {}, True, True),
+        ("qwen3", {"enable_thinking": True}, True, True),
+        ("qwen3", {"enable_thinking": False}, False, True),
+        ("qwen3_instruct_2507", {}, False, False),
+        ("deepseek_r1_distill", {}, True, False),
+        ("nemotron_3_nano", {"enable_thinking": False}, False, True),
+        ("qwen2_5", {}, False, False),
+        (None, {}, False, False),
+    ],
+)
+def test_whether_a_model_thinks_follows_from_its_template(template, variables, thinks, has_switch):
+    tokenizer = tokenizer_with(template)
+    assert chat_templates.thinks(tokenizer, Chat(enabled=True, template_kwargs=variables)) is thinks
+    assert chat_templates.has_switch(tokenizer) is has_switch
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "message"),
+    [
+        (None, {}, r"^chat\.enabled: the tokenizer has no chat template; set it to false"),
+        (
+            "qwen3",
+            {"template_kwargs": {"enable_thinkng": False}},
+            "enable_thinkng is no variable.*; .* enable_thinking$",
+        ),
+        ("qwen2_5", {"template_kwargs": {"thinking": True}}, r"^chat\.template_kwargs: thinking is no .*; remove it$"),
+    ],
+)
+def test_what_the_template_does_not_have_is_refused(template, chat, message):
+    chat_templates.check(tokenizer_with(template), Chat(**chat))  # it is not used
+    with pytest.raises(InputError, match=message):
+        chat_templates.check(tokenizer_with(template), Chat(enabled=True, **chat))
+
+
+def test_what_follows_a_thought_is_the_answer_and_a_thought_without_an_end_is_none():
+    chat = Chat()
+    for text, answer in (("<think>2</think>\n\n3", "3"), ("2</think>3", "3"), ("3", "3"), ("<think>#### 3", "")):
+        assert chat.answer(text) == answer
+    assert Chat(thought=["[THINK]", "[/THINK]"]).answer("[THINK]2[/THINK]3") == "3"
+    with pytest.raises(ValueError, match=r"must be two texts, such as \[<think>, </think>\]"):
+        Chat(thought=("", "</think>"))
