@@ -45,7 +45,7 @@ DESCRIPTIONS = {
     "settings": "Sections of the config that are not run parameters.",
     "out": "Pointer to the new checkpoint: location, digest, MLflow ids. The weights are in the store.",
     "accepted": "Pointer to the checkpoint that the loop continues with.",
-    "metrics": "Accuracy, its interval, items and parameters.",
+    "metrics": "Accuracy, its interval, items and parameters; of answers how many were written, ended, and kept.",
     "html": "The report as one page.",
     "markdown": "The report as Markdown.",
 }

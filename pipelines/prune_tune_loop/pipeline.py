@@ -6,6 +6,7 @@ from typing import Any
 
 from kfp import compiler, dsl
 
+from components.answers.component import answers
 from components.doctor.component import doctor
 from components.evaluate.component import evaluate
 from components.export.component import export
@@ -77,6 +78,7 @@ def compile_pipeline(config: Config, path: Path) -> None:
 COMPONENTS = {
     "doctor": doctor,
     "import": import_model,
+    "answers": answers,
     "prune": prune,
     "recover": recover,
     "evaluate": evaluate,
@@ -116,8 +118,8 @@ def _cluster_stage(config: Config, step: str) -> str:
     stage = dag.stage_of(step)
     if stage == "export":
         return f"export-{_export(config, step).format}"
-    # The doctor looks where prune will run.
-    return {"import": "import-model", "doctor": "prune"}.get(stage, stage)
+    # The doctor looks where prune will run; answers are made as those of an evaluation.
+    return {"import": "import-model", "doctor": "prune", "answers": "evaluate"}.get(stage, stage)
 
 
 def _export(config: Config, step: str) -> Export:
@@ -154,5 +156,7 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
             # Not part of the step's key: the same run under another name is the same run.
             "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
         }
+    if stage == "answers":
+        return {}
     # The control prunes at once what the loop prunes in many iterations.
     return {"iterations": iterations if dag.arm_of(step) == "loop" else 1}

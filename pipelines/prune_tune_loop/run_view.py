@@ -120,7 +120,7 @@ def _position(name: str) -> tuple[int, int, int]:
         return 1, int(last), STAGES.index(before)
     if before == "control":
         return 2, 0, STAGES.index(last)
-    return (0 if name in ("doctor", "import-model") else 3), 0, 0
+    return (0 if name in ("doctor", "import-model", "answers") else 3), 0, 0
 
 
 def view(

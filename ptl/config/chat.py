@@ -19,13 +19,13 @@ class Chat(Section):
     """write the prompts of rows and benchmarks as the user's turn of a chat; what follows is the model's answer"""
     template_kwargs: dict[str, Variable] = Field({})
     """variables of the chat template, for example `{enable_thinking: false}`, as the model will be served with"""
-    thought: tuple[str, str] = ("<think>", "</think>")
+    thought: tuple[str, ...] = ("<think>", "</think>")
     """texts that begin and end a thought; only what follows it is graded, and a thought without an end is no answer"""
 
     @field_validator("thought")
     @classmethod
-    def _has_an_end(cls, value: Any) -> Any:
-        if not all(value):
+    def _has_two_ends(cls, value: Any) -> Any:
+        if len(value) != 2 or not all(value):
             raise ValueError("must be two texts, such as [<think>, </think>]")
         return value
 

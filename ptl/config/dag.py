@@ -15,7 +15,7 @@ from ptl.config.run import Config
 
 Arm = Literal["loop", "control", "export"]
 _NAME = re.compile(
-    r"(control-)?(?:(doctor|import|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?|(export)-[a-z0-9-]+)"
+    r"(control-)?(?:(doctor|import|answers|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?|(export)-[a-z0-9-]+)"
 )
 
 
@@ -43,7 +43,7 @@ class Node:
 
 
 def stage_of(name: str) -> str:
-    """`doctor`, `import`, `prune`, `recover`, `evaluate`, `export` or `report`."""
+    """`doctor`, `import`, `answers`, `prune`, `recover`, `evaluate`, `export` or `report`."""
     return _name_parts(name)[1]
 
 
@@ -93,13 +93,18 @@ def nodes(config: Config) -> list[Node]:
         Node("evaluate-0", {"model": dense}),
     ]
 
+    # What calibration and recoveries read of it: the loop and the control begin after it.
+    own_answers: tuple[str, ...] = ("answers",) if config.training.answers == "self" else ()
+    steps += [Node(name, {"model": dense}) for name in own_answers]
+
     # The loop.
     gated = config.gate.enabled
     parent = dense
     for number in range(1, config.schedule.iterations + 1):
         # Later verdicts come after the first one.
         dense_scores = ("evaluate-0",) if gated and number == 1 else ()
-        iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated, dense_scores=dense_scores)
+        after = own_answers if number == 1 else ()
+        iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated, after=after, dense_scores=dense_scores)
         steps += iteration
         _, recover, evaluate = iteration
         # With the gate the next iteration waits for the verdict, which decides what it starts from.
@@ -109,7 +114,7 @@ def nodes(config: Config) -> list[Node]:
 
     # The control arm.
     if config.control:
-        after = _ends(steps) if config.resources.control == "after" else ()
+        after = _ends(steps) if config.resources.control == "after" else own_answers
         control = _iteration_nodes("control-{}", dense, fallback=False, after=after)
         steps += control
         results["control"] = Source(control[-1].name, "accepted")

@@ -88,66 +88,6 @@ class DataSource(Section):
     """its share of the tokens, relative to the other sources of `training`"""
 
 
-class Decontaminate(Section):
-    """Leave out training rows and prompts that share 13 words in a row with a benchmark's item."""
-
-    # the run's own benchmarks need no data here: import-model has written their items
-    tasks: bool = True
-    """compare with the items of `evaluate.tasks`, as import-model stored them"""
-    against: tuple[DataSource, ...] = ()
-    """more benchmarks; only the text of their items is used"""
-
-
-class TrainingData(Section):
-    """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
-
-    sources: tuple[DataSource, ...] = Field(min_length=1)
-    """where the rows come from, mixed by `weight`"""
-    decontaminate: Decontaminate = Decontaminate()
-    """which rows are left out; `off`: none"""
-
-    @field_validator("decontaminate", mode="before", json_schema_input_type=Decontaminate | Off)
-    @classmethod
-    def _off_means_no_tasks(cls, value: Any) -> Any:
-        # YAML 1.1 reads off as false
-        if value is False or value == "off":
-            return {"tasks": False}
-        return value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The schema of the section or of one of its short forms, which only the validator below knows."""
-        section = handler(core)
-        fields = handler.resolve_ref_schema(section)["properties"]
-        source = fields["sources"]["items"]
-        # beside the fields of the one source
-        single = dict(handler.resolve_ref_schema(source))
-        single["title"] = "SingleSource"
-        single["properties"] = single["properties"] | {"decontaminate": fields["decontaminate"]}
-        return {"anyOf": [section, single, {"type": "array", "items": source, "minItems": 1}]}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, raw: Any) -> Any:
-        if isinstance(raw, list | tuple):
-            return {"sources": raw}
-        if not isinstance(raw, dict):
-            return raw
-        # `decontaminate` may be beside the fields of the one source.
-        section = dict(raw)
-        decontaminate = section.pop("decontaminate", None)
-        if "sources" not in section:
-            section = {"sources": [section]}
-        return section if decontaminate is None else section | {"decontaminate": decontaminate}
-
-
-class Lora(Section):
-    """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
-
-    rank: Positive = 16
-    """rank of each adapter's two matrices; the update is scaled by 2"""
-
-
 class Reward(Section):
     """One part of the reward."""
 
@@ -178,6 +118,93 @@ class Reward(Section):
         if self.name == "format":
             return ""
         return self.answer or ("{test}" if self.name == "code" else "{answer}")
+
+
+class Decontaminate(Section):
+    """Leave out training rows and prompts that share 13 words in a row with a benchmark's item."""
+
+    # the run's own benchmarks need no data here: import-model has written their items
+    tasks: bool = True
+    """compare with the items of `evaluate.tasks`, as import-model stored them"""
+    against: tuple[DataSource, ...] = ()
+    """more benchmarks; only the text of their items is used"""
+
+
+class TrainingData(Section):
+    """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
+
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    """where the rows come from, mixed by `weight`"""
+    decontaminate: Decontaminate = Decontaminate()
+    """which rows are left out; `off`: none"""
+
+    # answers of the dense model in the place of the rows' own; a source of format `text` has none, and stays
+    answers: Literal["given", "self"] = "given"
+    """`self`: train on what the dense model answers to the rows' prompts, as it is served"""
+    num_prompts: Positive = 2000
+    """answers `self`: prompts that it answers, divided among the sources by weight"""
+    samples: Positive = 1
+    """answers `self`: answers to each prompt, sampled as its generation_config.json says"""
+    max_new_tokens: Positive = 1024
+    """answers `self`: tokens of the longest answer"""
+    keep: Literal["correct", "ended", "all"] = "correct"
+    """answers `self`: those that `reward` finds correct; `ended`: also wrong ones; `all`: also those that were cut"""
+    reward: Reward = Reward(name="math")
+    """answers `self`: how an answer is verified"""
+
+    @property
+    def prompted(self) -> tuple[DataSource, ...]:
+        """The sources that have prompts."""
+        return tuple(source for source in self.sources if source.format != "text")
+
+    @model_validator(mode="after")
+    def _own_answers_have_prompts(self) -> Self:
+        if self.answers == "self" and not self.prompted:
+            raise ValueError("answers=self needs a source with prompts (prompt_completion or messages): give one")
+        if self.answers == "self" and self.keep == "correct" and self.reward.name == "format":
+            raise ValueError("reward.name=format verifies no answer: use final_answer, math or code, or keep=ended")
+        return self
+
+    @field_validator("decontaminate", mode="before", json_schema_input_type=Decontaminate | Off)
+    @classmethod
+    def _off_means_no_tasks(cls, value: Any) -> Any:
+        # YAML 1.1 reads off as false
+        if value is False or value == "off":
+            return {"tasks": False}
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema of the section or of one of its short forms, which only the validator below knows."""
+        section = handler(core)
+        fields = handler.resolve_ref_schema(section)["properties"]
+        source = fields["sources"]["items"]
+        # beside the fields of the one source
+        single = dict(handler.resolve_ref_schema(source))
+        single["title"] = "SingleSource"
+        others = {name: field for name, field in fields.items() if name != "sources"}
+        single["properties"] = single["properties"] | others
+        return {"anyOf": [section, single, {"type": "array", "items": source, "minItems": 1}]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, raw: Any) -> Any:
+        if isinstance(raw, list | tuple):
+            return {"sources": raw}
+        if not isinstance(raw, dict):
+            return raw
+        # Its own fields may be beside those of the one source.
+        if "sources" in raw:
+            return raw
+        own = {name: value for name, value in raw.items() if name in cls.model_fields}
+        return own | {"sources": [{name: value for name, value in raw.items() if name not in own}]}
+
+
+class Lora(Section):
+    """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
+
+    rank: Positive = 16
+    """rank of each adapter's two matrices; the update is scaled by 2"""
 
 
 # The methods that a field is of; one that is not here is of all.

@@ -54,6 +54,10 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
         storage["registered_model"] = _renamed(storage["registered_model"], LONGEST_MODEL)
     calibration = settings["calibration"]
     calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
+    training = settings["training"]
+    if training["answers"] == "self":  # so few and short ones that none need be correct, nor end
+        training |= {"num_prompts": min(training["num_prompts"], SEQUENCES), "samples": min(training["samples"], 2)}
+        training |= {"max_new_tokens": min(training["max_new_tokens"], NEW_TOKENS), "keep": "all"}
     for task in settings["evaluate"]["tasks"]:
         task["limit"] = min(task["limit"] or ITEMS, ITEMS)
         task["max_new_tokens"] = min(task["max_new_tokens"] or NEW_TOKENS, NEW_TOKENS)

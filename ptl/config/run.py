@@ -44,6 +44,8 @@ class Calibration(Section):
 
     data: DataSource
     """where the text comes from"""
+    answers: Literal["given", "self"] = "given"
+    """`self`: the answers of `training.answers: self`, with their prompts and thoughts, in the place of `data`"""
     num_sequences: Positive = 64
     """number of sequences to score on, drawn with the run's seed"""
     max_length: int = Field(512, ge=2)
@@ -254,6 +256,14 @@ class Config(Section):
         undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
         if undivided:
             raise ValueError(undivided)
+        if self.calibration.answers == "self" and self.training.answers != "self":
+            raise ValueError("calibration.answers=self takes the answers of training.answers=self: set both")
+        if (
+            self.training.answers == "self"
+            and not self.chat.enabled
+            and any(source.format == "messages" for source in self.training.sources)
+        ):
+            raise ValueError("training.answers=self needs chat.enabled=true for sources of format messages: set it")
         if self.prune.target == "neurons_then_layers" and self.schedule.iterations == 1:
             raise ValueError(
                 "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"

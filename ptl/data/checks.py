@@ -33,10 +33,11 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
 
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
-    trains_on_answers = _trains_on_answers(recover)
+    trains_on_answers = _trains_on_answers(recover) and training.answers == "given"
     checked = set()  # the calibration data is often the training data
     for field, source in named_sources(calibration, training, ()).items():
-        answers = field == "calibration.data" or (trains_on_answers and field.startswith("training.sources"))
+        is_scored = field == "calibration.data" and calibration.answers == "given"
+        answers = is_scored or (trains_on_answers and field.startswith("training.sources"))
         if (source, answers) not in checked:
             checked.add((source, answers))
             check_rows(source, answers=answers, field=field)
@@ -55,6 +56,19 @@ def named_sources(
 
 def _trains_on_answers(stages: Sequence[RecoverStage]) -> bool:
     return any(stage.method != "grpo" for stage in stages)
+
+
+def check_own_answers(training: TrainingData) -> None:
+    """Check local prompts that the dense model is to answer, and that they have what the answers are verified by."""
+    if training.answers == "given":
+        return
+    for source in training.prompted:
+        if local_file(source) is None:
+            continue
+        for row in numbered_rows(source):
+            prompt_of(row)
+            if training.keep == "correct":
+                fill(training.reward.reference_template, row)
 
 
 def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
@@ -171,7 +185,8 @@ class Amount:
 def planned_amount(config: Config, removed: int) -> Amount:
     """What a config gives to a removal of so many parameters; rows are those of files on this machine."""
     lengths = [stage.max_length for stage in config.recover if stage.method != "grpo"]
-    if not lengths:  # reinforcement learning alone, which trains on the model's own answers
+    # Reinforcement learning alone, or answers that are not written yet.
+    if not lengths or config.training.answers == "self":
         return Amount(0, removed, None)
     tokens, sources = config.schedule.recovery_tokens, config.training.sources
     weights = sum(source.weight for source in sources)

@@ -198,6 +198,7 @@ class AnswerNotes:
 
     helpers: Sequence[Helper] = ()
     chat: Chat = NO_CHAT
+    thoughts: bool = False  # whether they stay in the answers
 
     def close(self) -> None:
         """End the helpers."""
@@ -225,7 +226,7 @@ class AnswerNotes:
 
     def _is_thinking(self, request: Any) -> bool:
         note = self.notes.get(request.args[0])
-        return note is not None and note.thinking
+        return note is not None and note.thinking and not self.thoughts
 
     generate_until = _divided("generate_until")
     loglikelihood = _divided("loglikelihood")

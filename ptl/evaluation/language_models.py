@@ -25,18 +25,23 @@ def language_model(
     chat: Chat = NO_CHAT,
     seed: int = 0,
     processes: int = 1,
+    *,
+    thoughts: bool = False,
 ) -> Any:
     """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`.
+
+    Its answers are without their thoughts, unless with `thoughts`.
 
     With several processes the others are helpers; `close` ends them.
     """
     cache_templates()
     if settings.backend == "vllm":
-        return _vllm(src, settings, chat, seed)
+        return _vllm(src, settings, chat, seed, thoughts)
     # They load the model while this process does.
-    helpers = [Helper(partial(language_model, src, settings, chat), number) for number in range(1, processes)]
+    load = partial(language_model, src, settings, chat, thoughts=thoughts)
+    helpers = [Helper(load, number) for number in range(1, processes)]
     try:
-        model = _hugging_face(src, settings, chat)
+        model = _hugging_face(src, settings, chat, thoughts)
         for helper in helpers:
             helper.share()
     except BaseException:
@@ -97,7 +102,7 @@ def noted_hflm() -> Any:
     return NotedModel
 
 
-def _hugging_face(src: Path, settings: Evaluate, chat: Chat) -> Any:
+def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> Any:
     import torch
 
     lm = noted_hflm()(
@@ -107,9 +112,9 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat) -> Any:
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         trust_remote_code=False,  # a checkpoint's own code is never run
-        **chat_arguments(chat),
+        **chat_arguments(chat, thoughts),
     )
-    lm.chat = chat
+    lm.chat, lm.thoughts = chat, thoughts
     pretrained.for_generation(lm.model)
     generation = lm.model.generation_config
     # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
@@ -120,15 +125,15 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat) -> Any:
     return lm
 
 
-def chat_arguments(chat: Chat) -> dict[str, Any]:
-    """What the harness's models take: variables of the chat template, and what ends a thought."""
+def chat_arguments(chat: Chat, thoughts: bool = False) -> dict[str, Any]:
+    """What the harness's models take: variables of the chat template, and what ends a thought, which is left out."""
     if not chat.enabled:
         return {}
     variables = dict(chat.template_kwargs)
     return {
         "chat_template_args": variables,
-        "enable_thinking": variables.get("enable_thinking"),
-        "think_end_token": chat.thought[1],
+        "enable_thinking": None if thoughts else variables.get("enable_thinking"),
+        "think_end_token": None if thoughts else chat.thought[1],
     }
 
 
@@ -139,7 +144,7 @@ def check_backend(settings: Evaluate) -> None:
         extras.check_loads("vLLM", command, field=VLLM_FIELD, remedy=VLLM_REMEDY)
 
 
-def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int) -> Any:
+def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) -> Any:
     import torch
 
     try:
@@ -172,9 +177,9 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int) -> Any:
         tensor_parallel_size=tensor_parallel(src, torch.cuda.device_count()),
         seed=seed,
         trust_remote_code=False,
-        **chat_arguments(chat),
+        **chat_arguments(chat, thoughts),
     )
-    lm.chat = chat
+    lm.chat, lm.thoughts = chat, thoughts
     lm.start_notes()
     return lm
 

@@ -157,6 +157,8 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
     dense = run.shape.dimensions
     for node in nodes(run.config):
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
+        if stage == "answers":
+            yield _answers(run)
         if stage not in run.gpus:
             continue  # minutes, without a GPU
         path = run.paths[arm][0]
@@ -225,24 +227,47 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
     return tokens, flops / (run.gpu.fp32 * REACHED), note
 
 
-def _evaluation(model: ModelDimensions, run: Forecast) -> Work:
-    """Generation, the items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
+def _answers(run: Forecast) -> StepForecast:
+    """The dense model's own answers, each of full length."""
+    training, dense, gpus = run.config.training, run.shape.dimensions, run.answering()
+    tokens, seconds = _generation(dense, run, training.num_prompts * training.samples, training.max_new_tokens)
+    memory = answering_memory(run.shape, dense, run.config.evaluate, gpus, training.max_new_tokens)
+    return StepForecast(
+        step="answers",
+        model=dense,
+        tokens=tokens,
+        hours=seconds / HOUR,
+        memory=memory,
+        fits=memory <= FULL * run.gpu.gib * GIB,
+        gpus=run.gpus["evaluate"],
+        nodes=1,
+        note="each of full length",
+    )
+
+
+def _generation(model: ModelDimensions, run: Forecast, items: int, new_tokens: int) -> tuple[int, float]:
+    """Tokens and seconds, items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
     shape, gpu, gpus = run.shape, run.gpu, run.answering()
     rows = run.config.evaluate.batch_size
+    length = PROMPT_TOKENS + new_tokens
+    # All prompts are read at once, then each batch answers token by token.
+    prefill = forward_flops(shape, model, items * PROMPT_TOKENS, PROMPT_TOKENS)
+    seconds = prefill / (gpu.bf16 * REACHED * gpus)
+    batches = math.ceil(items / gpus / rows)  # of each GPU
+    seconds += batches * new_tokens * decode_seconds(shape, model, rows, shape.itemsize, length, gpu)
+    return items * length, seconds
+
+
+def _evaluation(model: ModelDimensions, run: Forecast) -> Work:
+    """Generation of the answers to all benchmarks."""
     tokens, seconds, note = 0, 0.0, ""
     for task in run.config.evaluate.tasks:
         items = task.limit or ITEMS.get(task.name)
         if items is None:
             items = UNKNOWN_ITEMS
             note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"
-        new_tokens = task.max_new_tokens or NEW_TOKENS
-        length = PROMPT_TOKENS + new_tokens
-        tokens += items * length
-        # All prompts are read at once, then each batch answers token by token.
-        prefill = forward_flops(shape, model, items * PROMPT_TOKENS, PROMPT_TOKENS)
-        seconds += prefill / (gpu.bf16 * REACHED * gpus)
-        batches = math.ceil(items / gpus / rows)  # of each GPU
-        seconds += batches * new_tokens * decode_seconds(shape, model, rows, shape.itemsize, length, gpu)
+        of_task = _generation(model, run, items, task.max_new_tokens or NEW_TOKENS)
+        tokens, seconds = tokens + of_task[0], seconds + of_task[1]
     return tokens, seconds, note
 
 

@@ -147,9 +147,15 @@ def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     return weights + hidden_states + max(batch, logits) + CONTEXT
 
 
-def answering_memory(shape: Shape, model: ModelDimensions, evaluate: Evaluate, gpus: int) -> float:
+def answering_memory(
+    shape: Shape,
+    model: ModelDimensions,
+    evaluate: Evaluate,
+    gpus: int,
+    new_tokens: int | None = None,  # of an answer; None: as the benchmarks say
+) -> float:
     """Bytes on each of `gpus` in an evaluation: weights, and the cache of a batch; vLLM divides both."""
-    length = PROMPT_TOKENS + max(task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks)
+    length = PROMPT_TOKENS + (new_tokens or max(task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks))
     memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.of(model).kv_bytes
     return CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
 

@@ -11,7 +11,7 @@ from ptl.config.cluster import StepName
 from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule, plan
 from ptl.data import chat_templates
-from ptl.data.checks import check_data, check_rewards, check_settings, named_sources
+from ptl.data.checks import check_data, check_own_answers, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
@@ -33,6 +33,7 @@ def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
     """
     check_data(config.calibration, config.training, config.recover)
     check_rewards(config.recover, config.training)
+    check_own_answers(config.training)
     check_tasks(config.evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
     check_gate(config.evaluate, config.gate)

@@ -44,6 +44,9 @@ FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
 CALIBRATION_LENGTH = 512  # tokens
+ANSWER = 1024  # tokens of one without a thought
+FEWEST_PROMPTS = 1000
+TYPICAL = 4  # the longest answer is so many times as long as a typical one
 # Parameters up to which a learning rate holds where SHARES[0] of them go, of the shipped configs if there is one of
 # that size. With each RATE_DOUBLES more the rate doubles, as the best rates of the tiny reasoner's loops do within
 # SHARES (docs/results.md).
@@ -88,6 +91,13 @@ def starter(
     dense = shape.dimensions
     prune = Prune(target="experts", criterion="reap") if dense.experts else Prune()
     available = rows.tokens if rows else None
+    tokenizer = pretrained.load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
+    format = rows.source.format if rows else ""
+    is_post_trained = tokenizer is not None and bool(tokenizer.chat_template) and ends_turns(source, tokenizer)
+    # Tokens of the longest of its own answers, of which each row has one; 0: it learns from those of the rows.
+    longest = longest_answer(tokenizer, shape) if is_post_trained and format != "text" else 0
+    if rows and available and longest:
+        available *= longest / TYPICAL / rows.mean_length
     usual = default_target(dense, available, prune.target)
     goal = usual if target is None else target
     schedule = goals.resolved(Schedule(target=goal, iterations=1, recovery_tokens=1), prune, source)
@@ -111,10 +121,8 @@ def starter(
         **_data_values(rows, task_names, folder),
         **_training_values(rows, shape, tokens, removed),
     }
-    if (source / "tokenizer_config.json").is_file():
-        tokenizer = pretrained.load_tokenizer(source)
-        if is_served_as_chat(source, tokenizer, rows):
-            values |= _chat_values(tokenizer, values, shape, on_gpu=gpu is not None)
+    if tokenizer is not None and (is_post_trained or format == "messages"):
+        values |= _chat_values(tokenizer, values, longest, tokens, on_gpu=gpu is not None)
     if gpu is not None:
         values = _fitted(values, gpu, gpus, source, folder)
     text = render(values)
@@ -207,34 +215,54 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
     }
 
 
-def is_served_as_chat(folder: Path, tokenizer: Any, rows: Rows | None) -> bool:
-    """Whether the rows are chats, or the model ends its answers as its chat template ends a turn: it is post-trained.
-
-    Base models may have a template too.
-    """
-    if not tokenizer.chat_template:
-        return False
-    if rows is not None and rows.source.format == "messages":
-        return True
+def ends_turns(folder: Path, tokenizer: Any) -> bool:
+    """Whether a model ends its answers as its chat template ends a turn: base models with a template do not."""
     generation = folder / "generation_config.json"
     content = checkpoint.json_object(generation) if generation.is_file() else checkpoint.read_config(folder)
     ends = content.get("eos_token_id")
     return end_of_turn(tokenizer, NO_CHAT)[0] in (ends if isinstance(ends, list) else [ends])
 
 
-def _chat_values(tokenizer: Any, values: Values, shape: Shape, *, on_gpu: bool) -> Values:
-    """What the file says of a model that is served as a chat; one that thinks has room for its thoughts."""
-    # A benchmark's words are for models that continue a text.
-    plain = {name: json.dumps(text) for name, text in (("prompt", "{question}"), ("completion", "{answer}"))}
-    is_question = all(values.get(name) == json.dumps(text) for name, text in QUESTION.items())
-    chat = {"as_chat": "", "method": "distil", **(plain if is_question else {})}
+def longest_answer(tokenizer: Any, shape: Shape) -> int:
+    """Tokens of an answer for which there is room, of a model that thinks with its thought."""
+    longest = THOUGHT if chat_templates.thinks(tokenizer) else ANSWER
+    return min(longest, (shape.context or 2 * THOUGHT) // 2)
+
+
+def _chat_values(tokenizer: Any, values: Values, longest: int, tokens: int, *, on_gpu: bool) -> Values:
+    """What the file says of a model that is served as a chat: it learns from its own answers and the dense logits.
+
+    `longest`: tokens of an own answer; 0: it learns from those of the rows. `tokens` of recovery are read PASSES times.
+    """
+    chat: Values = {"as_chat": ""}
+    if longest:
+        chat |= _own_answers(values, longest, tokens)
     if not chat_templates.thinks(tokenizer):
         return chat
-    longest = min(THOUGHT, (shape.context or 2 * THOUGHT) // 2)
-    tasks = [{**task, "max_new_tokens": longest} for task in json.loads(values["tasks"])]
+    tasks = [{**task, "max_new_tokens": longest or THOUGHT} for task in json.loads(values["tasks"])]
     switch = json.dumps({chat_templates.SWITCH: True}) if chat_templates.has_switch(tokenizer) else None
     backend = "vllm" if on_gpu else None
     return chat | {"template_kwargs": switch, "tasks": json.dumps(tasks), "evaluate_backend": backend}
+
+
+def _own_answers(values: Values, longest: int, tokens: int) -> Values:
+    """The fields of calibration and training for answers that the model writes."""
+    is_question = all(values.get(name) == json.dumps(text) for name, text in QUESTION.items())
+    num_prompts = max(FEWEST_PROMPTS, tokens / PASSES / (longest / TYPICAL))
+    answers = {
+        "method": "distil",
+        "given": None,
+        "own": "",
+        "answers": "self",
+        "num_prompts": f"{float(f'{num_prompts:.2g}'):_.0f}",
+        "answer_tokens": longest,
+        "keep": "correct" if is_question else "ended",
+        "max_length": max(values["max_length"], longest // 2),  # few are longer
+        "calibration_length": max(values["calibration_length"], longest // TYPICAL),
+    }
+    # A benchmark's words are for models that continue a text.
+    plain = {name: json.dumps(text) for name, text in (("prompt", "{question}"), ("completion", "{answer}"))}
+    return answers | plain if is_question else answers
 
 
 def _training_values(rows: Rows | None, shape: Shape, tokens: int, removed: int) -> Values:
@@ -245,6 +273,7 @@ def _training_values(rows: Rows | None, shape: Shape, tokens: int, removed: int)
     return {
         "calibration_length": min(CALIBRATION_LENGTH, positions),
         "calibration_batch_size": 16,
+        "given": "",
         "method": "cpt",
         "learning_rate": f"{default_rate(shape.params, removed / shape.params):.1e}",
         "max_length": max_length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Rows:
     source: DataSource
     tokens: float | None  # roughly; None: of a data set on the hub
     max_length: int  # tokens of a row
+    mean_length: float  # tokens of a row, roughly
 
 
 def read(name: str, columns: str | None) -> Rows:
@@ -48,9 +50,10 @@ def read(name: str, columns: str | None) -> Rows:
     else:
         sample = [row.columns for row in itertools.islice(numbered_rows(source, FIELD), SAMPLE)]
     source = source.model_copy(update=settings_of(sample[0], columns))
-    longest = max(_characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1))
-    max_length = next((length for length in LENGTHS if length * CHARACTERS >= longest), LENGTHS[-1])
-    return Rows(source, tokens_of(source, max_length, FIELD) or None, max_length)
+    lengths = [_characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1)]
+    max_length = next((length for length in LENGTHS if length * CHARACTERS >= max(lengths)), LENGTHS[-1])
+    mean_length = statistics.mean(min(length / CHARACTERS, max_length) for length in lengths)
+    return Rows(source, tokens_of(source, max_length, FIELD) or None, max_length, mean_length)
 
 
 def settings_of(row: Row, columns: str | None) -> dict[str, str]:

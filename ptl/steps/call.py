@@ -61,7 +61,7 @@ class Call:
 
     @property
     def stage(self) -> str:
-        """`doctor`, `import`, `prune`, `recover`, `evaluate`, `export` or `report`."""
+        """As of `dag.stage_of`."""
         return dag.stage_of(self.step)
 
     @property

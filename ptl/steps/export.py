@@ -10,6 +10,7 @@ from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate, Gate
 from ptl.evaluation import paired
 from ptl.log import say
+from ptl.steps import answers
 from ptl.steps.call import Call, Metadata
 from ptl.steps.reporting import accuracy
 from ptl.steps.step import Step
@@ -33,7 +34,7 @@ def export(call: Call) -> None:
         "gate": call.section(Gate, "gate"),
         "seed": call.settings["seed"],
     }
-    with Step(call, key=key) as step:
+    with Step(call, key=key, reads=answers.reads(key["calibration"])) as step:
         record = step.record or step.publish(_exported(step, step.fetch_model()))
         shown = {name: record.metadata[name] for name in ("accuracy", "bytes")}
         call.outputs["metrics"].metadata.update(shown)
@@ -50,8 +51,9 @@ def _exported(step: Step, source: Path) -> Metadata:
     folders = {"final": source} if final.digest == dense.digest else {"dense": step.fetch(dense), "final": source}
     # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
     made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
+    text = answers.calibration(step, settings["calibration"], settings["chat"])
     report, items = formats.write_and_score(
-        folders, made, form, settings["calibration"], settings["evaluate"], settings["chat"], settings["seed"]
+        folders, made, form, text, settings["evaluate"], settings["chat"], settings["seed"]
     )
     for note in report["notes"]:
         say(call.step, note)

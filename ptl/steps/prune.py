@@ -7,6 +7,7 @@ from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, removal
 from ptl.evaluation import gate
 from ptl.model import checkpoint
+from ptl.steps import answers
 from ptl.steps.call import Call, Metadata, iterations_until, schedule_of
 from ptl.steps.step import Step
 
@@ -16,13 +17,16 @@ def prune(call: Call) -> None:
     # After a stop by the gate there is nothing to prune.
     if call.stopped:
         return call.pass_through()
-    with Step(call, key=_arguments(call)) as step:
+    arguments = _arguments(call)
+    with Step(call, key=arguments, reads=answers.reads(arguments["calibration"])) as step:
         if step.record is None:
             # torch is imported by the work alone: a step that was done before needs none.
             from ptl.pruning.prune import prune_checkpoint
 
             # What the result depends on is what the work is given.
-            report = prune_checkpoint(step.fetch_model(), step.folder, **step.settings)
+            source = step.fetch_model()
+            text = answers.calibration(step, arguments["calibration"], arguments["chat"])
+            report = prune_checkpoint(source, step.folder, **arguments | {"calibration": text})
             checkpoint.write_mlflow_model(step.folder)
             step.publish(report)
     return None

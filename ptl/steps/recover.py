@@ -16,7 +16,7 @@ from ptl.lineage import tracking
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.recovery.job import Log, RecoveryJob, StageBudget, is_node, machines, progress
-from ptl.steps import coordinator, reporting
+from ptl.steps import answers, coordinator, reporting
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
 from ptl.steps.step import Step, is_coordinator, scratch
 from ptl.storage.training_checkpoints import TrainingCheckpoints
@@ -45,7 +45,7 @@ def recover(call: Call) -> None:
         "seed": call.settings["seed"],
     }
     # The items by the run's records: an edge from import-model to each recovery would say nothing to anybody.
-    reads = [BENCHMARK_ITEMS] if data.decontaminate.tasks else []
+    reads = [*([BENCHMARK_ITEMS] if data.decontaminate.tasks else []), *answers.reads(data)]
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
@@ -98,6 +98,10 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
     """What a training is given beside the model and its stages."""
     call, settings = step.call, step.settings
     data: TrainingData = settings["training"]
+    if data.answers == "self":
+        from ptl.recovery.answers import in_place_of
+
+        data = in_place_of(data, answers.folder(step), settings["chat"])
     tracking.tag(step.run, {"tokens": iteration.tokens})
     # Distillation learns from the model as it was before any pruning.
     distils = any(stage.method == "distil" for stage in recovery.stages)

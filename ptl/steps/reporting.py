@@ -132,6 +132,8 @@ def summary(metadata: Metadata) -> str:
             return f"{_score(metadata['scores']['tasks'][0])}, {metadata['verdict']['decision']}"
         case "recover":
             return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
+        case "answers":
+            return f"{metadata['kept']:,} of {metadata['written']:,} answers kept"
         case "export":
             return f"{size(metadata['bytes'])}, {_score(metadata['models']['final']['tasks'][0])}"
     # Of an import or a prune the size is what there is to say.

@@ -38,6 +38,7 @@ from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of
 
+NO_MODEL = ("evaluate", "answers")  # stages that make none
 SMALL_MODEL = 5_000_000  # parameters below which more threads than one only wait for each other
 
 
@@ -249,8 +250,8 @@ class Step:
     def _published(self, metadata: Metadata) -> Pointer:
         """Publish the folder under a fresh location; the pointer to it."""
         run, parent = self.run, self.parent
-        if self.call.stage == "evaluate":
-            # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
+        if self.call.stage in NO_MODEL:
+            # It belongs to the model that it scores or lets answer, and its files to its own run.
             assert parent is not None
             params = parent.params
             model_id, location = parent.model_id, fresh_location(run)
@@ -295,12 +296,13 @@ class Step:
         assert record is not None
         output: str | None = record.pointer.model_id
         pointer = record.pointer
+        if self.call.stage in NO_MODEL:
+            output = None
         if self.call.stage == "evaluate":
             assert parent is not None
             # First, since whoever watches the step reads its verdict as soon as it has finished.
             reporting.track_evaluation(self.run, iteration, parent, record.metadata)
-            # An evaluation makes no model.
-            output, pointer = None, pointer_of(record.metadata["accepted"])
+            pointer = pointer_of(record.metadata["accepted"])
         tracking.finish(
             self.run,
             params=flat_settings(to_jsonable_python(self.settings)),

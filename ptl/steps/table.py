@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ptl.steps.answers import answers
 from ptl.steps.call import Call
 from ptl.steps.evaluate import evaluate
 from ptl.steps.export import export
@@ -27,6 +28,7 @@ def doctor(call: Call) -> None:
 STEPS: dict[str, Callable[[Call], None]] = {
     "doctor": doctor,
     "import": import_model,
+    "answers": answers,
     "prune": prune,
     "recover": recover,
     "evaluate": evaluate,

@@ -14,8 +14,9 @@ TINY = next(path for path in CONFIGS if path.stem == "tiny")
 EXPORTS = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors", "type": "fp8"}]
 
 
-def dag_of(iterations=2, *, gate=False, control="off", doctor=False, export=()):
+def dag_of(iterations=2, *, gate=False, control="off", doctor=False, export=(), answers="given"):
     changes = {"schedule.iterations": iterations, "gate.enabled": gate, "resources.doctor": doctor, "export": export}
+    changes["training.answers"] = answers
     changes |= {"control": control != "off"} | ({"resources.control": control} if control != "off" else {})
     return nodes(load_config(TINY, changes))
 
@@ -29,7 +30,9 @@ def test_golden_steps_inputs_and_order():
     def lines(*options):
         with_control = next((each for each in options if each in ("beside", "after")), "off")
         export = EXPORTS[: "export" in options]
-        for node in dag_of(gate="gate" in options, control=with_control, doctor="doctor" in options, export=export):
+        answers = "self" if "answers" in options else "given"
+        settings = {"gate": "gate" in options, "doctor": "doctor" in options, "answers": answers}
+        for node in dag_of(control=with_control, export=export, **settings):
             inputs = [f"{name}={source.step}.{source.output}" for name, source in node.inputs.items()]
             yield " ".join([node.name, *inputs, *(["after", *node.after] if node.after else [])])
 
@@ -37,9 +40,10 @@ def test_golden_steps_inputs_and_order():
 
 
 def test_every_dag_can_be_executed_in_its_order():
-    structures = product((1, 3), (False, True), ("off", "beside", "after"), (False, True), ((), EXPORTS))
-    for iterations, gate, control, doctor, export in structures:
-        executable(dag_of(iterations, gate=gate, control=control, doctor=doctor, export=export))
+    controls, answers = ("off", "beside", "after"), ("given", "self")
+    names = ("gate", "control", "doctor", "export", "answers")
+    for iterations, *choice in product((1, 3), (False, True), controls, (False, True), ((), EXPORTS), answers):
+        executable(dag_of(iterations, **dict(zip(names, choice, strict=True))))
     for path in CONFIGS:
         executable(nodes(load_config(path)))
 

@@ -10,7 +10,7 @@ from ptl.config.recover import Decontaminate, Recovery
 from ptl.config.run import load_config
 from ptl.config.schedule import MemoryGoal, plan
 from ptl.errors import InputError
-from ptl.steps import call, evaluate, import_model, prune, recover
+from ptl.steps import answers, call, evaluate, import_model, prune, recover
 from ptl.steps.call import Call, Output
 from ptl.steps.step import Step
 from ptl.storage.store import Pointer, pointer_of
@@ -125,3 +125,11 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     assert (job.budget.tokens, job.budget.iteration, job.budget.last) == (iteration.tokens, 2, True)
     assert (job.budget.seed, job.budget.weights) == (5, (1, 2))
     assert recover._job(step, Recovery(stages=[{"method": "cpt"}]), iteration).teacher is None
+    # Its own answers, which the text that is scored on may be too.
+    step.settings["training"] = data.model_copy(update={"answers": "self"})
+    own = recover._job(step, Recovery(stages=[{"method": "cpt"}]), iteration).data.sources
+    assert [source.source for source in own] == ["answers/answers.jsonl"]
+    assert answers.calibration(step, TINY.calibration, TINY.chat) is TINY.calibration
+    scored = TINY.calibration.model_copy(update={"answers": "self"})
+    assert answers.calibration(step, scored, TINY.chat).data == own[0]
+    assert (answers.reads(scored), answers.reads(data)) == (["answers"], [])

@@ -1,0 +1,1 @@
+from components.answers.component import answers as answers

@@ -1,0 +1,163 @@
+"""A model's own answers to the prompts of the training data, verified: what recoveries train on.
+
+Self-data distillation (2410.09982) and RESP (2512.02185) recover pruned reasoning models on such answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptl.config.chat import Chat
+from ptl.config.recover import DataSource, Reward, TrainingData
+from ptl.config.run import Evaluate
+from ptl.data.sequences import prompt_rows
+from ptl.data.sources import SourceRow, fill, prompt_of
+from ptl.errors import WorkError
+from ptl.evaluation import helpers, language_models
+from ptl.log import say
+from ptl.model import checkpoint
+from ptl.recovery.rewards import REWARDS
+
+FILE = "answers.jsonl"
+STEP = "answers"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
+LONGEST_OPENING = 64  # characters at the end of a prompt, in which a template may begin a thought
+TEMPERATURE = 1.0  # of several answers to a prompt, where a model's makers recommend no sampling
+
+
+@dataclass(frozen=True)
+class AnswersReport:
+    """What was written, and how much of it is of use."""
+
+    prompts: int
+    written: int  # answers
+    ended: int  # that the token limit did not cut
+    kept: int  # of these: all, or those that are correct
+    answer_tokens: float  # mean over what was written
+    sampling: dict[str, Any]  # none: greedy
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, with its thought."""
+
+    row: SourceRow
+    prompt: Any  # a text, or the turns of a chat
+    text: str
+    conclusion: str  # what follows the thought
+    ended: bool  # else the token limit has cut it
+
+
+def write_answers(
+    src: Path, dst: Path, data: TrainingData, evaluate: Evaluate, chat: Chat, *, model: str, seed: int
+) -> AnswersReport:
+    """Let the checkpoint in `src` answer prompts of `data`; write those to keep to dst/answers.jsonl.
+
+    A line has prompt and completion, or in a chat `messages`; source and row of the prompt, number of the sample, seed,
+    sampling, and `model`, the checkpoint's digest. Of `evaluate` only the backend and how it batches matters. Raises
+    WorkError where nothing is left to train on.
+    """
+    lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
+    sampling = _sampling(src, data.samples)
+    num_ended = num_kept = num_tokens = 0
+    dst.mkdir(parents=True, exist_ok=True)
+    try:
+        prompts = dict(_prompts(lm, data, chat, seed))
+        with (dst / FILE).open("w", encoding="utf-8") as file:
+            for sample in range(data.samples):
+                answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, chat, seed + sample))
+                ended = [answer for answer in answers if answer.ended]
+                num_ended += len(ended)
+                num_tokens += sum(note.tokens for note in lm.notes.values())
+                kept = answers if data.keep == "all" else ended
+                if data.keep == "correct":
+                    kept = _correct(ended, data.reward)
+                for answer in kept:
+                    settings = {"sample": sample, "seed": seed, "sampling": sampling, "model": model}
+                    file.write(json.dumps(_line(answer) | settings, ensure_ascii=False) + "\n")
+                num_kept += len(kept)
+                say(STEP, f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}")
+    finally:
+        lm.close()
+    written = len(prompts) * data.samples
+    if not num_kept:
+        raise WorkError(
+            f"none of {written:,} answers is of use ({num_ended:,} ended, and none of them is correct)",
+            field="training.answers",
+            remedy="raise training.max_new_tokens, correct training.reward, or set training.keep=ended",
+        )
+    return AnswersReport(len(prompts), written, num_ended, num_kept, num_tokens / written, sampling)
+
+
+def source_of(folder: Path, chat: Chat, weight: float) -> DataSource:
+    """The answers that were written to a folder, as a source of training data."""
+    format = "messages" if chat.enabled else "prompt_completion"
+    return DataSource(source=str(folder / FILE), format=format, weight=weight)
+
+
+def in_place_of(data: TrainingData, folder: Path, chat: Chat) -> TrainingData:
+    """The training data with the answers in a folder in the place of the rows' own; texts without prompts stay."""
+    weight = sum(source.weight for source in data.prompted)
+    texts = tuple(source for source in data.sources if source.format == "text")
+    return data.model_copy(update={"sources": (source_of(folder, chat, weight), *texts)})
+
+
+def _sampling(src: Path, samples: int) -> dict[str, Any]:
+    """How the model's makers recommend to sample; empty: greedily."""
+    file = src / "generation_config.json"
+    recommended = checkpoint.json_object(file) if file.is_file() else {}
+    if not recommended.get("do_sample"):
+        return {"temperature": TEMPERATURE} if samples > 1 else {}
+    given = {name: recommended[name] for name in SAMPLING if recommended.get(name) is not None}
+    return {"temperature": TEMPERATURE} | given
+
+
+def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tuple[str, tuple[SourceRow, Any]]]:
+    """As the model reads it, each prompt with its row: so many of each source as its weight says."""
+    total = sum(source.weight for source in data.prompted)
+    for source in data.prompted:
+        count = max(1, round(data.num_prompts * source.weight / total))
+        for row in prompt_rows(source, seed=seed, skip=0, count=count):
+            prompt = prompt_of(row, chat)
+            yield prompt if isinstance(prompt, str) else lm.apply_chat_template(prompt), (row, prompt)
+
+
+def _answers(
+    lm: Any,
+    prompts: dict[str, tuple[SourceRow, Any]],
+    limit: int,  # tokens of an answer
+    sampling: dict[str, Any],
+    chat: Chat,
+    seed: int,
+) -> Iterator[Answer]:
+    """An answer to each prompt."""
+    from lm_eval.api.instance import Instance
+    from transformers import set_seed
+
+    set_seed(seed)
+    options = {"until": [], "max_gen_toks": limit, "do_sample": bool(sampling), **sampling}
+    requests = [Instance("generate_until", {}, (text, options), number) for number, text in enumerate(prompts)]
+    lm.start_notes()
+    for (text, (row, prompt)), written in zip(prompts.items(), lm.generate_until(requests), strict=True):
+        note = lm.notes[text]
+        begun = chat.thought[0] if chat.is_thinking(text[-LONGEST_OPENING:]) else ""
+        conclusion = chat.answer(begun + written) if chat.enabled else written
+        yield Answer(row, prompt, written, conclusion, ended=not (note.truncated or note.thinking))
+
+
+def _correct(answers: Sequence[Answer], reward: Reward) -> list[Answer]:
+    """Those that the reward function finds correct."""
+    references = [fill(reward.reference_template, answer.row) for answer in answers]
+    values = REWARDS[reward.name]([answer.conclusion for answer in answers], references, reward)
+    return [answer for answer, value in zip(answers, values, strict=True) if value == 1.0]
+
+
+def _line(answer: Answer) -> dict[str, Any]:
+    source = {"source": answer.row.source.source, "row": answer.row.number}
+    if isinstance(answer.prompt, str):
+        return {"prompt": answer.prompt, "completion": answer.text, **source}
+    return {"messages": [*answer.prompt, {"role": "assistant", "content": answer.text}], **source}

@@ -1,0 +1,64 @@
+"""The answers step: the dense model answers prompts of the training data, for the run's calibration and recoveries.
+
+They find its record by the run, as they find the benchmarks' items: an edge from it to each would say nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptl.config.chat import Chat
+from ptl.config.recover import TrainingData
+from ptl.config.run import Calibration, Evaluate
+from ptl.steps.call import Call
+from ptl.steps.step import Step
+
+STEP = "answers"  # and its record
+
+
+def answers(call: Call) -> None:
+    """Write the answers, unless an earlier run has."""
+    evaluate = call.section(Evaluate, "evaluate")
+    key = {
+        "training": call.section(TrainingData, "training"),
+        "chat": call.section(Chat, "chat"),
+        "backend": evaluate.backend,
+        "seed": call.settings["seed"],
+    }
+    with Step(call, key=key) as step:
+        if step.record is None:
+            from ptl.recovery.answers import write_answers
+
+            settings = step.settings
+            report = write_answers(
+                step.fetch_model(),
+                step.folder,
+                settings["training"],
+                evaluate,
+                settings["chat"],
+                model=call.inputs["model"].digest,
+                seed=settings["seed"],
+            )
+            step.publish(report)
+        assert step.record is not None
+        shown = {name: step.record.metadata[name] for name in ("written", "ended", "kept", "answer_tokens")}
+        call.outputs["metrics"].metadata.update(shown)
+
+
+def reads(*sections: TrainingData | Calibration) -> list[str]:
+    """The records that a step depends on for these sections."""
+    return [STEP] if any(section.answers == "self" for section in sections) else []
+
+
+def folder(step: Step) -> Path:
+    """Where the run's answers are, verified."""
+    return step.fetch(step.committed(STEP).pointer)
+
+
+def calibration(step: Step, settings: Calibration, chat: Chat) -> Calibration:
+    """The section with the text that is scored on: where it says so, the answers."""
+    if settings.answers == "given":
+        return settings
+    from ptl.recovery.answers import source_of
+
+    return settings.model_copy(update={"data": source_of(folder(step), chat, 1.0)})

@@ -1,0 +1,81 @@
+"""A model's own answers: written as it is served, verified, and read in the place of the rows'."""
+
+import json
+
+import pytest
+from chats import REASONER, THINKER
+
+from ptl.config.chat import Chat
+from ptl.config.recover import TrainingData
+from ptl.config.run import Evaluate
+from ptl.data.sequences import training_chunk
+from ptl.errors import WorkError
+from ptl.model import pretrained
+from ptl.recovery.answers import in_place_of, write_answers
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("answers")]
+ROWS = {"source": str(REASONER / "train.jsonl.gz"), "prompt": "{question}", "completion": "{answer}"}
+OWN = ROWS | {"answers": "self", "num_prompts": 12, "max_new_tokens": 150, "reward": {"name": "final_answer"}}
+EVALUATE = Evaluate(tasks=[{"name": "gsm8k"}], batch_size=12)
+
+
+def written(dst, src=THINKER, chat=True, **changes):
+    """The report, the rows, and the training data with them."""
+    settings = {"enabled": chat, "template_kwargs": {"enable_thinking": True} if chat else {}}
+    data, chat = TrainingData(**OWN | changes), Chat(**settings)
+    report = write_answers(src, dst, data, EVALUATE, chat, model="sha256:abc", seed=3)
+    rows = [json.loads(line) for line in (dst / "answers.jsonl").read_text().splitlines()]
+    return report, rows, in_place_of(data, dst, chat)
+
+
+def test_correct_answers_are_kept_with_their_thoughts_and_trained_on(tmp_path):
+    report, rows, data = written(tmp_path / "a")
+    assert (report.prompts, report.written, report.ended, report.sampling) == (12, 12, 12, {})
+    assert 8 <= report.kept == len(rows) <= 12 and 20 < report.answer_tokens < 100
+    for row in rows:
+        question, answer = row["messages"]
+        assert question["role"] == "user" and answer["content"].startswith("<think>")
+        assert "</think>#### " in answer["content"]
+        assert (row["sample"], row["seed"], row["model"], row["sampling"]) == (0, 3, "sha256:abc", {})
+    assert written(tmp_path / "b")[1] == rows  # greedily
+    tokenizer = pretrained.tokenizer(THINKER)
+    budget = {"seed": 0, "earlier": [], "budget": 400, "chat": Chat(enabled=True)}
+    texts = [tokenizer.decode(tokens.ids) for tokens in training_chunk(data, tokenizer, 256, **budget)[1:]]
+    said = {"<|user|>{}<|assistant|>{}<|eos|>".format(*(turn["content"] for turn in row["messages"])) for row in rows}
+    assert texts and set(texts) <= said
+
+
+def test_samples_are_drawn_as_the_makers_recommend_and_texts_stay(tmp_path):
+    settings = {"answers": "self", "keep": "ended", "samples": 2, "num_prompts": 12, "max_new_tokens": 150}
+    sources = [ROWS | {"weight": 3}, {"source": "texts.jsonl", "format": "text"}]
+    src = tmp_path / "model"
+    src.mkdir()
+    for path in THINKER.iterdir():
+        (src / path.name).symlink_to(path)
+    (src / "generation_config.json").unlink()
+    recommended = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
+    (src / "generation_config.json").write_text(json.dumps(recommended))
+    data, chat = TrainingData(sources=sources, **settings), Chat(enabled=True)
+    report = write_answers(src, tmp_path / "a", data, EVALUATE, chat, model="m", seed=0)
+    assert report.sampling == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    assert report.written == 24 and report.kept == report.ended
+    rows = [json.loads(line) for line in (tmp_path / "a/answers.jsonl").read_text().splitlines()]
+    answers = [{row["messages"][1]["content"] for row in rows if row["sample"] == sample} for sample in (0, 1)]
+    assert answers[0] != answers[1]
+    own, texts = in_place_of(data, tmp_path / "a", chat).sources
+    assert (own.format, own.weight, texts) == ("messages", 3, data.sources[1])
+
+
+def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path):
+    with pytest.raises(
+        WorkError, match=r"^training\.answers: none of 12 answers is of use \(0 ended.*; raise training"
+    ):
+        written(tmp_path / "a", max_new_tokens=8)
+    report, rows, _ = written(tmp_path / "b", max_new_tokens=8, keep="all")
+    assert (report.ended, report.kept) == (0, 12) and all(row["messages"][1]["content"] for row in rows)
+
+
+def test_without_a_chat_a_completion_follows_its_prompt(tmp_path):
+    report, rows, data = written(tmp_path, REASONER / "checkpoint", chat=False, prompt="{question}\n")
+    assert report.kept >= 10 and data.sources[0].format == "prompt_completion"
+    assert all(row["prompt"].endswith("?\n") and row["completion"].count("#### ") == 1 for row in rows)
