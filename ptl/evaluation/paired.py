@@ -182,6 +182,21 @@ def match(
     return before, after
 
 
+def p_longer(reference: Sequence[Item], candidate: Sequence[Item], task: str) -> float | None:
+    """Wilcoxon's signed-rank test (1945), one-sided, that the candidate's answers to the same items have more tokens.
+
+    None where nothing was generated.
+    """
+    from scipy.stats import wilcoxon
+
+    before = {item["id"]: item["tokens"] for item in reference if item["task"] == task}
+    after = {item["id"]: item["tokens"] for item in candidate if item["task"] == task}
+    differences = [after[key] - before[key] for key in before]
+    if not any(before.values()):
+        return None
+    return float(wilcoxon(differences, alternative="greater").pvalue) if any(differences) else 1.0
+
+
 def describe(pair: Paired) -> str:
     """One comparison in words, with its numbers in percentage points."""
     return (

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ptl.config.run import Evaluate, Task
 from ptl.errors import InputError, WorkError
 from ptl.evaluation import task_files, tasks
@@ -143,6 +145,7 @@ class TaskScore:
     code_timeouts: int  # answers whose code ran out of time; they count as wrong
     cut_prompts: float  # share of the prompts whose beginning did not fit into the context
     answer_tokens: float  # mean length of the generated answers
+    answer_tokens_p95: float  # their 95th percentile
     seconds: float  # in the model; divided by the right answers it is the time per solved problem
 
 
@@ -201,6 +204,7 @@ def score_task(
         higher_is_better=bool(results["higher_is_better"][first.name].get(metric, True)),
         code_timeouts=sum(harness_task.code_eval.timeouts for harness_task in loaded.values()),
         answer_tokens=sum(note.tokens for note in notes) / max(len(notes), 1),
+        answer_tokens_p95=float(np.percentile([note.tokens for note in notes] or [0], 95)),
         cut_prompts=lm.cut_prompts / len(values),
         seconds=lm.seconds,
     )

@@ -10,7 +10,7 @@ from ptl.config.dag import export_step
 from ptl.config.export import Export
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
-from ptl.evaluation.paired import Item, Paired, match, paired
+from ptl.evaluation.paired import Item, Paired, match, p_longer, paired
 from ptl.log import say
 from ptl.report.result import (
     Change,
@@ -93,6 +93,7 @@ def build(
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
         paired={},
+        longer={},
         examples=None,
         settings=config,
     )
@@ -246,7 +247,10 @@ def _compared(result: Result, steps: Records) -> Result:
     control = _outcomes(steps, "control-evaluate", final.step)
     pairs = _paired({"dense": dense, "control": control}, result.tasks, result.settings["gate"])
     examples = _examples(steps, final.step, dense) if dense else None
-    return result.model_copy(update={"goal": goal, "paired": pairs, "examples": examples})
+    before, after = _items(steps, "evaluate-0"), _items(steps, final.step)
+    longer = {task: p_longer(before, after, task) for task in dense}
+    longer = {task: p for task, p in longer.items() if p is not None}
+    return result.model_copy(update={"goal": goal, "paired": pairs, "longer": longer, "examples": examples})
 
 
 def _needed_bytes(goal: Goal, dense: Row, final: Row) -> int:

@@ -11,6 +11,8 @@ from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
 
+RAMBLES, RAMBLES_P = 1.1, 0.01  # times as many tokens in an answer, and p of it
+
 
 class ComparedWidths(BaseModel):
     """Sizes to end the loop with, of which a prune step took one: by the loss right after the cut, where that tells."""
@@ -221,6 +223,7 @@ class Result(BaseModel):
     decontaminated: Decontaminated | None
     sequences: Sequences
     paired: dict[str, dict[str, Paired]]  # task -> dense, control -> the final model against it, item by item
+    longer: dict[str, float]  # task -> p of the paired test that the final model's answers have more tokens
     examples: Examples | None
     settings: dict[str, Any]  # the effective config
 
@@ -249,6 +252,15 @@ class Result(BaseModel):
     def pair(self, reference: str, task: str = "") -> Paired | None:
         """The final model against `dense` or `control` on a task (the first one); None without items."""
         return self.paired.get(task or self.dense_row.task, {}).get(reference)
+
+    def rambles(self, task: str) -> bool:
+        """Whether the final model's answers are longer than the dense model's, and not by chance."""
+        position = self.tasks.index(task)
+        final = self.final_row
+        if final is None or self.longer.get(task, 1.0) > RAMBLES_P:
+            return False
+        before, after = (row.scores.tasks[position].answer_tokens for row in (self.dense_row, final))
+        return after > RAMBLES * before
 
     def total_tokens(self, arm: str) -> int:
         """Recovery tokens of all steps of an arm, rejected iterations included."""

@@ -126,7 +126,7 @@ def evidence(result: Result) -> list[Table]:
     dense, final, control = result.dense_row, result.final_row, result.control_row
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
-        tables.append(_sizes(dense, final))
+        tables += [_answers(result, dense, final), _sizes(dense, final)]
     speeds = [_cells(*row) for row in speed.rows(result.speed)]
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
@@ -186,6 +186,24 @@ def _comparison(pair: Paired) -> Cell:
         f"{pair.items:,} items, p {pair.p_different:.2g}",
     )
     return Cell(f"{words.signed_points(pair.difference)} points", details)
+
+
+def _answers(result: Result, dense: Row, final: Row) -> Table:
+    """How long the answers are, of the benchmarks that have some."""
+    rows = []
+    for before, after in zip(dense.scores.tasks, final.scores.tasks, strict=True):
+        if not before.answer_tokens:
+            continue
+        p = result.longer.get(before.task)
+        details = () if p is None else (f"longer: p {p:.2g}",)
+        change = f"{100 * (after.answer_tokens / before.answer_tokens - 1):+.1f} %"
+        cells = [Cell(f"{task.answer_tokens:,.1f}", _length_details(task)) for task in (before, after)]
+        rows.append([Cell(before.task), *cells, Cell(change, details, "bad" if result.rambles(before.task) else "")])
+    return Table(("Tokens of an answer", "Dense", "Final", "Difference"), rows, 3)
+
+
+def _length_details(task: TaskScore) -> tuple[str, ...]:
+    return f"95th percentile {task.answer_tokens_p95:,.0f}", f"{words.percent(task.truncated)} hit the limit"
 
 
 def _sizes(dense: Row, final: Row) -> Table:

@@ -130,6 +130,10 @@ def headline(result: Result) -> str:
     sentence = _scores(result)
     if result.control_failed:
         sentence += "; the control arm did not finish"
+    for position, task in enumerate(result.tasks):
+        if result.final_row and result.rambles(task):
+            before, after = (row.scores.tasks[position].answer_tokens for row in (result.dense_row, result.final_row))
+            sentence += f"; it rambles on {task}: {after:,.0f} tokens an answer in the place of {before:,.0f}"
     return f"{sentence}."
 
 

@@ -31,6 +31,7 @@ NOT_METRICS = ("iteration", "started")  # numbers of a record that are no result
 # Of an evaluation's scores
 COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token", "hidden_size", "kv_heads")
 ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
+ANSWERS = ("answer_tokens", "answer_tokens_p95", "truncated")  # of one whose answers are generated
 WEBHOOK = "PTL_WEBHOOK_URL"
 SECONDS = 10  # to wait for the webhook's answer
 
@@ -89,6 +90,7 @@ def metrics(metadata: Metadata) -> dict[str, float]:
             shown["active_params"] = scores["active_params"]
         for task in scores["tasks"]:
             shown |= {f"{task['task']}/{name}": value for name, value in accuracy(task).items()}
+            shown |= {f"{task['task']}/{name}": task[name] for name in ANSWERS if task["answer_tokens"]}
         # The first benchmark is the run's accuracy.
         shown["accuracy"] = scores["tasks"][0]["accuracy"]
     return {name: float(value) for name, value in shown.items() if isinstance(value, int | float)}

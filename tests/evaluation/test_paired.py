@@ -135,6 +135,18 @@ def item(i, correct=1, task="t", digest="d"):
     return {"task": task, "id": str(i), "prompt_digest": digest, "correct": correct}
 
 
+def test_longer_answers_are_told_from_chance():
+    def answers(lengths):
+        return [item(i) | {"tokens": length} for i, length in enumerate(lengths)] + [item(0, task="u") | {"tokens": 9}]
+
+    before = range(20, 40)
+    assert paired.p_longer(answers(before), answers([n + 5 + n % 3 for n in before]), "t") < 1e-3
+    assert paired.p_longer(answers(before), answers([n + (-1) ** n for n in before]), "t") > 0.3
+    assert paired.p_longer(answers(before), answers([n - 5 for n in before]), "t") > 0.99
+    assert paired.p_longer(answers(before), answers(before), "t") == 1.0
+    assert paired.p_longer(answers([0] * 20), answers([0] * 20), "t") is None  # choices
+
+
 def test_items_are_matched_by_task_and_id_and_other_items_refused():
     old, new = [item(1, 1), item(2, 0), item(1, 0, "u")], [item(1, 1, "u"), item(2, 1), item(1, 0)]
     assert paired.match(old, new) == ([1, 0, 0], [0, 1, 1])

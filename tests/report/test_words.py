@@ -118,7 +118,9 @@ def leaves_much_out(records, settings):
     remove(records, *CONTROL)
     records["evaluate-4"].metadata["speed"] = {}
     task = records["evaluate-4"].metadata["scores"]["tasks"][0]
-    task |= {"truncated": 0.12, "cut_prompts": 0.5, "code_timeouts": 3}
+    task |= {"truncated": 0.12, "cut_prompts": 0.5, "code_timeouts": 3, "answer_tokens": 45.0}
+    for answer in records["evaluate-4"].metadata["items"]:
+        answer["tokens"] *= 2
     settings["schedule"]["target"] = 0.5
 
 

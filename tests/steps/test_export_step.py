@@ -26,7 +26,7 @@ CONFIG = load_config("pipelines/prune_tune_loop/configs/tiny.yaml").model_dump(m
 FORM = {"format": "compressed-tensors", "type": "fp8"}
 SCORE = TaskScore(
     task="t", version=1, metric="exact_match", accuracy=0.5, low=0.1, high=0.9, items=2, num_fewshot=0, truncated=0.0,
-    code_timeouts=0, cut_prompts=0.0, higher_is_better=True, seconds=1.0, answer_tokens=1.0,
+    code_timeouts=0, cut_prompts=0.0, higher_is_better=True, seconds=1.0, answer_tokens=1.0, answer_tokens_p95=1.0,
 )  # fmt: skip
 
 
