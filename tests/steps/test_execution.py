@@ -342,8 +342,8 @@ class OpenedError(Exception):
     """The step has its key now, and would fetch its model."""
 
 
-def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(begin, monkeypatch):
-    """Other items are another training: it is neither resumed nor taken over."""
+def test_a_recovery_finds_items_and_own_answers_by_the_run_and_depends_on_them(begin, monkeypatch):
+    """Others are another training: it is neither resumed nor taken over."""
     keys = []
 
     def opened(step, _pointer):
@@ -352,16 +352,21 @@ def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(be
 
     config = load_config(TINY).model_dump(mode="json")
     settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
-    settings |= {"recover": config["recover"], "training": config["training"] | {"decontaminate": {}}}
+    settings |= {
+        "recover": config["recover"],
+        "training": config["training"] | {"decontaminate": {}, "answers": "self"},
+    }
     settings |= {"chat": {}, "seed": 0}
-    for limit in (8, 8, 9):
+    for limit, own in ((8, "a"), (8, "a"), (9, "a"), (8, "b")):
         _, experiment = begin()
         evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
         run = Call("import-model", experiment).start()
         import_model._commit_items(run, evaluate, 0)
         items = store.committed(run.root, run.run, "items").pointer
         assert len(read_items(store.fetch(items, scratch("cache")))) == limit
+        answered = Record("key", Pointer("file:///answers", f"sha256:{own * 64}"), {"stage": "answers"})
+        store.commit(run.root, run.run, "answers", answered)
         with monkeypatch.context() as patched, pytest.raises(OpenedError):
             patched.setattr(Step, "fetch", opened)
             recover.recover(Call("recover-1", experiment, settings, {"model": NOWHERE}))
-    assert keys[0] == keys[1] != keys[2]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
