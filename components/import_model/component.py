@@ -25,6 +25,7 @@ def import_model(
     gate: dict,
     seed: int,
     gated: bool,
+    answered: bool,
     exports: list,
     out: Output[Model],
 ) -> None:
@@ -53,5 +54,6 @@ def import_model(
         gate=gate,
         seed=seed,
         gated=gated,
+        answered=answered,
         exports=exports,
     )

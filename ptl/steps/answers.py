@@ -10,6 +10,7 @@ from pathlib import Path
 from ptl.config.chat import Chat
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate
+from ptl.errors import InputError
 from ptl.steps.call import Call
 from ptl.steps.step import Step
 
@@ -43,6 +44,17 @@ def answers(call: Call) -> None:
         assert step.record is not None
         shown = {name: step.record.metadata[name] for name in ("written", "ended", "kept", "answer_tokens")}
         call.outputs["metrics"].metadata.update(shown)
+
+
+def check_structure(training: TrainingData, compiled: bool) -> None:
+    """Raise InputError where a run's parameter asks for own answers and no step writes them, or the other way round."""
+    if (training.answers == "self") != compiled:
+        raise InputError(
+            f"{training.answers}, but this pipeline was compiled with{'' if compiled else 'out'} the step that writes "
+            "own answers",
+            field="training.answers",
+            remedy="set training.answers in the config, and compile and submit it again",
+        )
 
 
 def reads(*sections: TrainingData | Calibration) -> list[str]:

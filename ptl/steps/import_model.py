@@ -25,6 +25,7 @@ from ptl.lineage.run_status import MAX_EARLIER, StepRun
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.report import run_page
+from ptl.steps import answers
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, schedule_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
@@ -48,8 +49,9 @@ def import_model(call: Call) -> None:
         "evaluate": call.section(Evaluate, "evaluate"),
         "gate": call.section(Gate, "gate"),
     }
-    # What waits for what was compiled: a run parameter cannot switch the gate.
+    # Which steps there are, and what they wait for, was compiled: a run parameter cannot change it.
     gate.check_structure(sections["gate"], call.settings["gated"])
+    answers.check_structure(sections["training"], call.settings["answered"])
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
     folder, dimensions = preflight.preflight(Config.model_construct(model=model, recover=(), **sections))
     assert dimensions is not None, "a step has torch"

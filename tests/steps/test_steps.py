@@ -33,9 +33,13 @@ def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
     sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "evaluate")}
     settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
-    settings |= {"gate": gate(not compiled), "gated": compiled}
+    settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
         import_model.import_model(Call("import-model", "e", settings))
+    with pytest.raises(
+        InputError, match=r"training\.answers: given, but .* with the step that writes own .*; set train"
+    ):
+        import_model.import_model(Call("import-model", "e", settings | {"gated": not compiled}))
     inputs = {"model": POINTER} | ({"fallback": POINTER} if compiled else {})
     outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
