@@ -18,6 +18,7 @@ from huggingface_hub import errors
 
 from ptl.cli import app, arguments, configs
 from ptl.cli.steps import _training_key
+from ptl.config.chat import NO_CHAT
 from ptl.config.run import Config, load_config
 from ptl.errors import InputError
 from ptl.export import compressed_tensors, formats, gguf
@@ -146,7 +147,7 @@ def test_the_configs_calibration_text_is_passed_on(ptl, monkeypatch):
 
     monkeypatch.setattr(compressed_tensors, "write", write)
     said = ptl("export", CHECKPOINT, "out", "--to", "compressed-tensors", "--type", "int8", "-c", "tiny")
-    assert written == [("int8", load_config(TINY).calibration, 0)]
+    assert written == [("int8", load_config(TINY).calibration, NO_CHAT, 0)]
     assert said == (0, f"wrote out: {(CHECKPOINT / 'model.safetensors').stat().st_size:,} bytes\n")
 
 

@@ -8,6 +8,7 @@ import torch
 from bodies import body
 from tiny_models import batches, build, load, logits, save
 
+from ptl.config.chat import NO_CHAT
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
@@ -128,7 +129,7 @@ def test_the_seed_chooses_the_rows_and_the_same_seed_gives_the_same_bytes(source
         prune(source, calibration, tmp_path / name, criterion="random", seed=seed)
     one, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "same", "other"))
     assert one == same != other
-    batches = (_batches(source, calibration, seed, by_loss=False) for seed in (0, 1))
+    batches = (_batches(source, calibration, NO_CHAT, seed, by_loss=False) for seed in (0, 1))
     rows, other_rows = (sorted(row for batch in of_seed for row in batch["input_ids"].tolist()) for of_seed in batches)
     assert rows != other_rows
 

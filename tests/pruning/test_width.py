@@ -27,6 +27,7 @@ from tiny_models import (
 )
 from torch import nn
 
+from ptl.config.chat import NO_CHAT
 from ptl.config.schedule import Prune
 from ptl.model import axes, checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions
@@ -246,7 +247,7 @@ def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width"
 def loss_of(folder, calibration):
     """Of a token of the calibration text, by the whole model."""
     model, losses = load(folder), []
-    for batch in _batches(folder, calibration, seed=0, by_loss=True):
+    for batch in _batches(folder, calibration, NO_CHAT, seed=0, by_loss=True):
         predicted, targets = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
         losses += nn.functional.cross_entropy(predicted[targets != -100], targets[targets != -100], reduction="none")
     return float(torch.stack(losses).mean())
@@ -255,7 +256,7 @@ def loss_of(folder, calibration):
 def fitted(model, calibration, folder):
     """Saved after its output layer has learned the calibration text: its loss is below that of guessing."""
     optimizer = torch.optim.Adam(model.get_output_embeddings().parameters(), lr=0.05)
-    for batch in 10 * _batches(save(model, folder), calibration, seed=0, by_loss=True):
+    for batch in 10 * _batches(save(model, folder), calibration, NO_CHAT, seed=0, by_loss=True):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
