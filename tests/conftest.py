@@ -18,6 +18,7 @@ import durations
 import pytest
 import whole_run
 import yaml
+from checkout import TINY
 from mock_kfp import MockKubeflow
 
 from ptl import processes
@@ -28,8 +29,6 @@ from ptl.lineage import mlflow_client
 from ptl.local import images, servers
 from ptl.storage.local_files import path_of
 from ptl.storage.s3 import SETTINGS, split
-
-TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 def stack_without_sources(context=0):

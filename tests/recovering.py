@@ -1,7 +1,8 @@
 """What the tests of recovery share: a small pruned reasoner, and one call that trains it."""
 
 import shutil
-from pathlib import Path
+
+from checkout import DENSE
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
@@ -11,8 +12,6 @@ from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
-ROOT = Path(__file__).parents[1]
-DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
 SOURCE = {"source": str(DENSE.parent / "train.jsonl.gz"), "prompt": "{question}\n", "completion": "{answer}"}
 DATA = TrainingData(sources=[SOURCE])
 SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "processes": 1}

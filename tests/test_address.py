@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from command import ROOT, ptl
+from checkout import TINY
+from command import ptl
 from mock_server import MockServer
 
 from ptl import address
@@ -12,7 +13,6 @@ from ptl.lineage import mlflow_client
 from ptl.steps import reporting
 from ptl.steps.call import Call
 
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI")
 
 

@@ -4,14 +4,10 @@ import json
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from checkout import DENSE, ROOT, TINY
 from packaging.requirements import Requirement
-
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
 
 SCRIPT = """
 import contextlib, io, json, sys

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from checkout import ROOT
 from conftest import free_port
 
 from ptl.config.run import load_config
@@ -22,7 +23,6 @@ from ptl.local import servers
 from ptl.steps import trainjob
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
-ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 CI = ROOT / "examples/ci"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())

@@ -6,16 +6,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import ptl
 import release
 from ptl.cli import arguments, configs
 from ptl.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 STEM = f"prune_tune_loop-{ptl.__version__}"
 WHEEL = f"{STEM}-py3-none-any.whl"
 SDIST = f"{STEM}.tar.gz"

@@ -13,6 +13,7 @@ import golden_messages
 import huggingface_hub
 import one_process
 import pytest
+from checkout import DENSE, EXAMPLE, ROOT, TINY
 from gguf_files import converter_in_process, needs_llama_cpp
 from huggingface_hub import errors
 
@@ -23,10 +24,6 @@ from ptl.errors import InputError
 from ptl.export import compressed_tensors, formats, gguf
 from ptl.extras import AbsentError, UnusableError
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-REASONER = ROOT / "examples/tiny_reasoner"
-CHECKPOINT = REASONER / "checkpoint"
 GGUF = [{"format": "gguf", "type": "q8_0"}]
 
 
@@ -43,7 +40,7 @@ def ptl(monkeypatch, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(DENSE, tmp_path / "checkpoint"))
 
 
 def test_messages(ptl, checkpoint, tmp_path, monkeypatch):
@@ -71,7 +68,7 @@ def test_messages(ptl, checkpoint, tmp_path, monkeypatch):
         return f"{code} {printed}"
 
     before = sorted(path for path in Path().rglob("*"))
-    golden_messages.check("commands.txt", message, reasoner=CHECKPOINT, root=ROOT, folder=tmp_path)
+    golden_messages.check("commands.txt", message, reasoner=DENSE, root=ROOT, folder=tmp_path)
     assert sorted(path for path in Path().rglob("*")) == before
     assert Path("other/config.yaml").read_text() == "name: other\n"
 
@@ -131,7 +128,7 @@ def test_a_width_that_an_export_cannot_have_is_warned_of(ptl):
 @needs_llama_cpp
 def test_bytes_and_notes_are_printed(ptl):
     with converter_in_process():
-        code, printed = ptl("export", CHECKPOINT, "model.gguf", "--type", "q4_k_m")
+        code, printed = ptl("export", DENSE, "model.gguf", "--type", "q4_k_m")
     assert code == 0, printed
     assert f"wrote model.gguf: {Path('model.gguf').stat().st_size:,} bytes\n" in printed
     assert re.findall("^note: ([^ ]+)", printed, re.M) == ["llama.cpp", "q4_k_m"]
@@ -145,9 +142,9 @@ def test_the_configs_calibration_text_is_passed_on(ptl, monkeypatch):
         shutil.copytree(src, dst)
 
     monkeypatch.setattr(compressed_tensors, "write", write)
-    said = ptl("export", CHECKPOINT, "out", "--to", "compressed-tensors", "--type", "int8", "-c", "tiny")
+    said = ptl("export", DENSE, "out", "--to", "compressed-tensors", "--type", "int8", "-c", "tiny")
     assert written == [("int8", load_config(TINY).calibration, 0)]
-    assert said == (0, f"wrote out: {(CHECKPOINT / 'model.safetensors').stat().st_size:,} bytes\n")
+    assert said == (0, f"wrote out: {(DENSE / 'model.safetensors').stat().st_size:,} bytes\n")
 
 
 def test_validate_prints_the_final_size_and_schema_the_fields(ptl):
@@ -157,11 +154,11 @@ def test_validate_prints_the_final_size_and_schema_the_fields(ptl):
 
 
 def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
-    assert command.ptl("recover", CHECKPOINT, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
+    assert command.ptl("recover", DENSE, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
     assert not (tmp_path / "out").exists()
-    task = f"{{name: {REASONER / 'tiny_reasoner.yaml'}, limit: 64}}"
+    task = f"{{name: {EXAMPLE / 'tiny_reasoner.yaml'}, limit: 64}}"
     sets = options(training__decontaminate="{tasks: true}", evaluate__tasks=f"[{task}]")
-    done = command.ptl("recover", CHECKPOINT, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
+    done = command.ptl("recover", DENSE, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
     assert done.stdout.startswith("[----------] 0% 0 of 2,000 tokens\n") and "{'" not in done.stdout
     compared = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]
     assert (compared["items"], compared["not_compared"]) == (64, []) and compared["rows"] > compared["dropped"]
@@ -169,7 +166,7 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(checkpoint, tmp_path):
     """A leftover of another source must not become this one's weights."""
-    data = shutil.copyfile(REASONER / "train.jsonl.gz", tmp_path / "train.jsonl.gz")
+    data = shutil.copyfile(EXAMPLE / "train.jsonl.gz", tmp_path / "train.jsonl.gz")
     teacher = Path(shutil.copytree(checkpoint, tmp_path / "teacher"))
     distil = {"recover": [{"method": "distil", "teacher": str(teacher)}]}
 

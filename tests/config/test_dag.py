@@ -1,16 +1,14 @@
 """The DAG as data: its steps and what they wait for, whatever the options of structure."""
 
 from itertools import product
-from pathlib import Path
 
 import golden_messages
 import pytest
+from checkout import SHIPPED, TINY
 
 from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
 from ptl.config.run import load_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
-TINY = next(path for path in CONFIGS if path.stem == "tiny")
 EXPORTS = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors", "type": "fp8"}]
 
 
@@ -40,7 +38,7 @@ def test_every_dag_can_be_executed_in_its_order():
     structures = product((1, 3), (False, True), ("off", "beside", "after"), (False, True), ((), EXPORTS))
     for iterations, gate, control, doctor, export in structures:
         executable(dag_of(iterations, gate=gate, control=control, doctor=doctor, export=export))
-    for path in CONFIGS:
+    for path in SHIPPED:
         executable(nodes(load_config(path)))
 
 

@@ -1,15 +1,14 @@
 """`ptl validate --schema`: an editor that checks by it accepts and refuses what `ptl validate` does."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import SHIPPED
 
 from ptl.config.recover import TrainingData
 from ptl.config.run import Config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 SOURCE = {"source": "rows.jsonl"}
 
 
@@ -39,7 +38,7 @@ def problems():
 
 
 def test_every_shipped_config_fits(problems):
-    for path in CONFIGS:
+    for path in SHIPPED:
         assert problems(yaml.load(path.read_text(), EditorsLoader)) == [], path
 
 

@@ -4,14 +4,13 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from ptl.errors import WorkError
 from ptl.lineage import mlflow_client
 
-ROOT = Path(__file__).parents[2]
 HALF = "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1].removeprefix('sqlite:///')); "
 HALF += "db.execute('create table one (x)'); db.commit(); time.sleep(%g); db.execute('create table two (x)')"
 CREATES = "import sys; from ptl.lineage import mlflow_client; mlflow_client.DATABASE_CODE = sys.argv[2]; "

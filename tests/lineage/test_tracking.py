@@ -3,7 +3,6 @@
 import hashlib
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import run_records
@@ -16,8 +15,6 @@ from ptl.lineage import mlflow_objects, tracking
 from ptl.report import run_page
 from ptl.report.build import build
 from ptl.storage import store
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
@@ -19,9 +20,7 @@ from ptl.config.run import load_config, pairs
 from ptl.errors import InputError, WorkError
 from ptl.local import images
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "pipelines" / "prune_tune_loop" / "configs"
-TINY = CONFIGS / "tiny.yaml"
 LOCKS = ROOT / "docker" / "locks"
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.IMAGES)}
 ALL_DIGESTS = DIGESTS | {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.OPTIONAL, 3)}

@@ -2,18 +2,16 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import TINY
 
 from ptl import processes
 from ptl.config.run import Config, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.local import run_directory, runs
 from ptl.local.run_directory import missing_exports, open_run, working
-
-TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import checkout
 import pytest
-from recovering import DATA, DENSE, ROOT, SOURCE, recover
+from checkout import DENSE
+from recovering import DATA, SOURCE, recover
 from transformers import AutoTokenizer
 
 from ptl.config.recover import Recovery
@@ -17,7 +19,7 @@ from ptl.preflight.preflight import preflight
 from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery import distillation, training
 
-TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
+TINY = load_config(checkout.TINY)
 CPT = {"method": "cpt", "max_length": 128}
 GRPO = {"method": "grpo", "max_completion_length": 44}
 SCORED = Calibration(data=DATA.sources[0], num_sequences=2, max_length=128)

@@ -11,7 +11,8 @@ from pathlib import Path
 import compiled
 import pytest
 import yaml
-from compiled import CONFIGS, TINY, documents
+from checkout import CONFIGS, ROOT, SHIPPED, TINY
+from compiled import documents
 
 from pipelines.prune_tune_loop.compact import local_copy
 from pipelines.prune_tune_loop.pipeline import parameters
@@ -19,9 +20,7 @@ from ptl.config import dag
 from ptl.config.cluster import Storage
 from ptl.config.run import Config, check, essentials, load_config
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 HEAVY = {"torch", "transformers", "trl", "mlflow", "lm_eval", "peft", "datasets", "numpy"}
 
 

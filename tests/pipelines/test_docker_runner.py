@@ -13,11 +13,11 @@ from pathlib import Path
 import compiled
 import pytest
 import whole_run
+from checkout import ROOT, TINY
 from command import ptl
-from compiled import TINY
 from conftest import free_port
 from mlflow import MlflowClient
-from whole_run import CHAIN, ROOT, Run, Servers
+from whole_run import CHAIN, Run, Servers
 
 from pipelines.prune_tune_loop import containers
 from ptl.config import image_names

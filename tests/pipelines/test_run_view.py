@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from compiled import TINY
+from checkout import TINY
 
 from pipelines.prune_tune_loop import run_view
 from pipelines.prune_tune_loop.pods import Pod

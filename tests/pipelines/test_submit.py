@@ -5,7 +5,7 @@ import pytest
 import run_records
 import typer
 import yaml
-from compiled import TINY
+from checkout import TINY
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 

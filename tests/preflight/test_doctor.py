@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from checkout import ROOT, TINY
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from mlflow import MlflowClient
@@ -25,9 +26,6 @@ from ptl.errors import InputError
 from ptl.local import servers
 from ptl.preflight import doctor, doctor_cluster, in_cluster
 from ptl.preflight.forecast_model import checkpoint_bytes, shape_of
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from bodies import PUBLISHED, body
+from checkout import TINY
 
 from ptl.config.dag import nodes
 from ptl.config.recover import RecoverStage
@@ -14,10 +14,6 @@ from ptl.config.schedule import plan
 from ptl.preflight import forecast_model, remedies
 from ptl.preflight.forecast import devices, forecast
 from ptl.preflight.forecast_model import CONTEXT, GPUS, Shape, decode_seconds, forward_flops, shape_of
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from recovering import DENSE, ROOT
+from checkout import DENSE, TINY
 from tiny_models import build, save
 from typer.testing import CliRunner
 
@@ -15,7 +15,6 @@ from ptl.preflight import target
 from ptl.preflight.forecast_model import shape_of
 from ptl.preflight.preflight import check_model
 
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 PARAMS = 213_568  # of the tiny reasoner, which has 4 layers and reads 256 tokens
 NEURON = 4 * 3 * 64  # parameters
 CACHE = 2 * 4 * 2 * 2 * 16  # bytes of a token: in each layer two keys and two values of 16 numbers

@@ -7,8 +7,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from checkout import ROOT
 from conftest import free_port
-from recovering import DATA, DENSE, ROOT, as_if_died_after, cut, losses, recover, weights
+from recovering import DATA, DENSE, as_if_died_after, cut, losses, recover, weights
 
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError

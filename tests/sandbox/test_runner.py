@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from ptl.errors import InputError
 from ptl.sandbox import lockdown
 from ptl.sandbox.runner import DEFAULT_LIMITS, Limits, Outcome, run_many, run_tests
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PTL_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 pytestmark = pytest.mark.skipif(
