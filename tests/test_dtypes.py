@@ -81,9 +81,8 @@ def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_
     whole, batch = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval(), batches()[0]
     model = LayerwiseModel(source, FAMILIES[checkpoint.read_config(source)["model_type"]], [batch])
     for kind in ("named_parameters", "named_buffers"):
-        assert {name: tensor.dtype for name, tensor in getattr(model.causal_lm, kind)()} == {
-            name: tensor.dtype for name, tensor in getattr(whole, kind)()
-        }
+        mine, theirs = (getattr(each, kind)() for each in (model.causal_lm, whole))
+        assert {name: tensor.dtype for name, tensor in mine} == {name: tensor.dtype for name, tensor in theirs}
     with torch.no_grad():
         states = model.embed()
         for i in range(len(model.layers)):

@@ -196,6 +196,29 @@ def multiplied(model, stream, heads):
     return model
 
 
+@torch.no_grad()
+def changes_by_removal(stream, neurons):
+    """Largest and mean change of each layer's output when one neuron goes: float32 [layers, experts or 1, neurons]."""
+    experts = stream.family.experts
+    largest, mean = torch.zeros(2, 4, 6 if experts else 1, len(neurons))
+    states = stream.embed()
+    for i in range(4):
+        with stream.layer(i) as layer:
+            plain = None if experts else layer.get_submodule(stream.family.down_projection).weight
+            for b, hidden in enumerate(states):
+                states[b] = stream.run(i, b, hidden)
+                mask = stream.batches[b]["attention_mask"]
+                for expert, down in enumerate(layer.mlp.experts.down_proj if experts else [plain]):
+                    for n, neuron in enumerate(neurons):
+                        column = down[:, neuron].clone()
+                        down[:, neuron] = 0
+                        change = (stream.run(i, b, hidden) - states[b]).norm(dim=-1) * mask
+                        down[:, neuron] = column
+                        largest[i, expert, n] = torch.maximum(largest[i, expert, n], change.max())
+                        mean[i, expert, n] += (change.sum(dim=1) / mask.sum(dim=1)).sum() / 5
+    return {"max": largest, "mean": mean}
+
+
 def batches(lengths=((12, 9, 12), (5, 7)), seed=1):
     """Right-padded batches with sequences of these lengths, as calibration_batches makes them."""
     generator = torch.Generator().manual_seed(seed)

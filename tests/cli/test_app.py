@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -75,11 +76,14 @@ def test_messages(ptl, checkpoint, tmp_path, monkeypatch):
 
 def test_a_run_is_refused_before_any_work(tmp_path):
     """In a process of its own: code 2 and a message, before MLflow's database or a run directory exist."""
-    for fields, said in (
-        ({"prune__target": "neurons", "prune__width_multiple": 128}, "prune.width_multiple=128"),
-        ({"model__path": tmp_path}, "has no config.json"),
+    for uri, words, said in (
+        ("", options(prune__target="neurons", prune__width_multiple=128), "prune.width_multiple=128"),
+        ("", options(model__path=tmp_path), "has no config.json"),
+        ("", ["--runner", "docker"], "--runner docker: the steps' images speak to an MLflow server only"),
+        ("http://127.0.0.1:9", [], "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9: "),
     ):
-        done = command.ptl("run", TINY, "--home", tmp_path / "home", *options(**fields))
+        environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
+        done = command.ptl("run", TINY, "--home", tmp_path / "home", *words, env=environment)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert not (tmp_path / "home").exists()
 

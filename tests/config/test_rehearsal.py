@@ -83,9 +83,8 @@ def test_the_gate_accepts_the_worst_candidate():
     settings = rehearsed.gate
     # Of sixteen tasks of eight items each was right before.
     worst = paired([1] * 128, [0] * 128, settings.margin, settings.alpha)
-    decision = gate.decide(
-        settings, gate.State(), params=90, target_params=60, parent_params=100, baseline=worst, parent=worst
-    )
+    sizes = {"params": 90, "target_params": 60, "parent_params": 100}
+    decision = gate.decide(settings, gate.State(), **sizes, baseline=worst, parent=worst)
     assert settings.enabled and decision.decision == "accepted"
 
 

@@ -23,9 +23,7 @@ from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
 from ptl.pruning.surgery import Selection, write_pruned
 
 pytestmark = needs_llama_cpp
-EXPERTS = {
-    layer: torch.tensor(kept) for layer, kept in enumerate(([0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5], [2, 3, 4, 5]))
-}
+EXPERTS = dict(enumerate(torch.tensor([[0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5], [2, 3, 4, 5]])))
 
 
 def dense_model(variant, tmp_path, **changes):

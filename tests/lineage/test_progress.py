@@ -24,13 +24,6 @@ SCORED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def patience_of_a_watcher(monkeypatch):
-    """Steps that ran in this process before have left MLflow's own patience, minutes, in its environment."""
-    for name in run_status.WATCHING:
-        monkeypatch.delenv(name, raising=False)
-
-
 def test_what_each_step_says_of_itself_in_one_search(tracked, monkeypatch):
     parent = tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING})
     tracked("run-q", {"evaluate-1": {"status": "FAILED"}})
@@ -96,13 +89,11 @@ class Hanging(MockServer):
 
 
 def test_without_an_address_or_a_server_that_answers_it_says_so_soon(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set"):
         run_status.read("run-p")
     server = Hanging()
-    monkeypatch.setattr(
-        run_status, "WATCHING", dict.fromkeys(run_status.WATCHING, "1") | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    )
+    impatient = dict.fromkeys(run_status.WATCHING, "1") | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    monkeypatch.setattr(run_status, "WATCHING", impatient)
     for address, error in (("http://127.0.0.1:9", r"MLflow at http://127\.0\.0\.1:9"), (server.url, "imed out")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(WorkError, match=error):

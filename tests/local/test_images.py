@@ -1,12 +1,7 @@
 """The images: names, locks, and builds and pushes with a stub in place of docker."""
 
 import configparser
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from checkout import ROOT, TINY
@@ -126,36 +121,7 @@ def test_locks_satisfy_setup_cfg(name):
         assert releases and all(map(requirement.specifier.contains, releases)), f"{requirement}: run `make lock`"
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["hadolint docker/Dockerfile", "shellcheck .ci/docker.sh .ci/run docker/lock.sh docker/install-lock.sh"],
-)
-def test_linters(command):
-    name, *files = command.split()
-    program = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip(f"skipped: {name} is not installed; it is in the dev extra")
-    files = [file for file in files if (ROOT / file).is_file()]  # a release has no .ci
-    done = subprocess.run([program, *files], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "")
-
-
 # ---- build, push and digests, with a stub in place of docker
-
-
-@pytest.fixture
-def docker(tmp_path, monkeypatch):
-    """A stub named docker: it notes its arguments and settings in docker.log, and fails where FAIL says so."""
-    program = tmp_path / "bin" / "docker"
-    program.parent.mkdir()
-    program.write_text(
-        '#!/bin/sh\necho "$* | ${REGISTRY-} ${TAG-} ${BASE_IMAGE-} ${LOCKS-} ${HASHES-}" >>"$0.log"\n'
-        'case "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAIL", "nothing")
-    return program
 
 
 def calls(docker, verb=""):

@@ -90,9 +90,8 @@ def test_lengths_above_the_context(model, tmp_path):
         ("recover.max_length", lambda: recover(model, tmp_path / "out", CPT, sft)),
         ("recover.max_completion_length", lambda: validate(model, CPT, grpo)),
     ]:
-        with pytest.raises(InputError, match="257 is more than the model's 256 positions") as refused:
+        with pytest.raises(InputError, match=rf"^{field}: 257 is more than the model's 256 positions"):
             check()
-        assert refused.value.field == field
     validate(model, calibration=SCORED.model_copy(update={"max_length": 256}))
 
 

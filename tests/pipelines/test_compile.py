@@ -13,6 +13,7 @@ import pytest
 import yaml
 from checkout import CONFIGS, ROOT, SHIPPED, TINY
 from compiled import documents
+from golden_messages import expect
 
 from pipelines.prune_tune_loop.compact import local_copy
 from pipelines.prune_tune_loop.pipeline import parameters
@@ -20,7 +21,6 @@ from ptl.config import dag
 from ptl.config.cluster import Storage
 from ptl.config.run import Config, check, essentials, load_config
 
-GOLDEN = ROOT / "tests" / "golden"
 HEAVY = {"torch", "transformers", "trl", "mlflow", "lm_eval", "peft", "datasets", "numpy"}
 
 
@@ -53,10 +53,7 @@ def test_golden(name):
     """PTL_UPDATE_GOLDEN=1 writes the files again; read the difference before committing it."""
     text = compiled.text(load_config(CONFIGS / f"{name}.yaml"))
     text = re.sub(r"^sdkVersion: .*$", "sdkVersion: any", text, flags=re.MULTILINE)
-    golden = GOLDEN / f"{name}.yaml"
-    if os.environ.get("PTL_UPDATE_GOLDEN"):
-        golden.write_text(text)
-    assert text == golden.read_text()
+    expect(f"{name}.yaml", text)
 
 
 def test_another_process_compiles_the_same_bytes_and_imports_nothing_heavy(tmp_path):

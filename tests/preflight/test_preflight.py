@@ -22,9 +22,8 @@ STAGE = {"method": "cpt", "decay": "each"}
 
 def warnings(**fields):
     config = {"gate.enabled": True, "recover": [STAGE], "schedule.iterations": 8}
-    return preflight.warnings(
-        load_config(TINY, config | {name.replace("__", "."): value for name, value in fields.items()})
-    )
+    config |= {name.replace("__", "."): value for name, value in fields.items()}
+    return preflight.warnings(load_config(TINY, config))
 
 
 def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():

@@ -57,8 +57,6 @@ def test_the_sizes_of_what_cannot_be_are_refused():
     for goal, said in (
         (MemoryGoal(memory="100kB", sequences=2), "target.memory: 100kB cannot be reached: .* the KV cache"),
         (MemoryGoal(memory="300kB", sequences=2), "target: .* cannot be reached by neurons"),
-        (PARAMS, "target: 213568 is no size below the model's own 213,568 parameters"),
-        (0.9, "target: .* cannot be reached by neurons: prune.width_multiple="),
     ):
         with pytest.raises(InputError, match=rf"^schedule\.{said}"):
             check_model(DENSE, Schedule(target=goal, recovery_tokens=1000), Prune(target="neurons"))

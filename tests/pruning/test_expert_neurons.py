@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import NARROW_VARIANTS, batches, build, load, logits, save, width_of
+from tiny_models import NARROW_VARIANTS, batches, build, changes_by_removal, load, logits, save, width_of
 
 from ptl.config.schedule import Prune
 from ptl.model import checkpoint
@@ -30,32 +30,10 @@ def stream_of(variant, folder, model):
 # ---- scores
 
 
-def changes_by_removal(stream, neurons):
-    """Largest and mean change of each layer's output when a neuron of an expert goes: float32 [layers, 6, neurons]."""
-    largest, mean = torch.zeros(2, 4, 6, len(neurons))
-    states = stream.embed()
-    for i in range(4):
-        with stream.layer(i) as layer:
-            for b, hidden in enumerate(states):
-                states[b] = stream.run(i, b, hidden)
-                mask = stream.batches[b]["attention_mask"]
-                for expert, down in enumerate(layer.mlp.experts.down_proj):
-                    for n, neuron in enumerate(neurons):
-                        column = down[:, neuron].clone()
-                        down[:, neuron] = 0
-                        change = (stream.run(i, b, hidden) - states[b]).norm(dim=-1) * mask
-                        down[:, neuron] = column
-                        largest[i, expert, n] = torch.maximum(largest[i, expert, n], change.max())
-                        mean[i, expert, n] += (change.sum(dim=1) / mask.sum(dim=1)).sum() / 5
-    return {"max": largest, "mean": mean}
-
-
 def test_scores_are_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     model, some = build(variant), range(0, width_of(variant), 6)
     stream = stream_of(variant, tmp_path, model)
-    with torch.no_grad():
-        changes = changes_by_removal(stream, some)
-    for criterion, expected in changes.items():
+    for criterion, expected in changes_by_removal(stream, some).items():
         scores = torch.stack(neuron_scores(stream, criterion, seed=0))
         torch.testing.assert_close(scores[..., some], expected, rtol=1e-3, atol=1e-4)
     for scores, layer in zip(neuron_scores(stream, "weight", seed=0), model.get_decoder().layers, strict=True):

@@ -283,10 +283,8 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
     # With sizes that are set nothing is chosen.
     sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
-    goal = replace(
-        dense, hidden=other.hidden, width=other.width, kv_heads=other.kv_heads, experts=other.experts or 0
-    ).params
-    fixed = prune(source, calibration, tmp_path / "fixed", goal, width=sizes)
+    goal = replace(dense, hidden=other.hidden, width=other.width, kv_heads=other.kv_heads, experts=other.experts or 0)
+    fixed = prune(source, calibration, tmp_path / "fixed", goal.params, width=sizes)
     assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
     assert other.loss == pytest.approx(loss_of(tmp_path / "fixed", calibration), rel=1e-4)
     assert not [*tmp_path.rglob("candidate-*")]
@@ -306,14 +304,10 @@ def test_where_only_the_ffn_shrinks_nothing_else_is_scored(variant, share, targe
     dense = model_dimensions(source, family_at(source)).params
     goal = int(dense * (1 + share) / 2)
     for end in (goal, int(dense * share)):  # of the last iteration, and of one before
-        ways = {
-            "width": {"target": target},
-            unit: {"target": unit, "criterion": "reap" if unit == "experts" else "taylor"},
-        }
-        reports = [
-            prune(source, calibration, tmp_path / way, goal, end, None, way, **settings)
-            for way, settings in ways.items()
-        ]
+        ways = {"width": {"target": target}}
+        ways[unit] = {"target": unit, "criterion": "reap" if unit == "experts" else "taylor"}
+        folders = {way: tmp_path / way for way in ways}
+        reports = [prune(source, calibration, folders[way], goal, end, None, way, **ways[way]) for way in ways]
         one, same = (replace(report, seconds=0, chosen={}) for report in reports)
         assert one == same and one.unit == unit and one.candidates == ()
         one, same = ((tmp_path / way / checkpoint.WEIGHTS).read_bytes() for way in ways)

@@ -4,16 +4,15 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import full_disk
 
 from ptl.errors import InputError, WorkError
 from ptl.storage import local_files, manifest, s3, store
@@ -53,17 +52,6 @@ def committed(place, key=None, step="prune-1"):
 def contents(folder):
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != FILES]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-@contextmanager
-def full_disk(size):
-    """A file size limit stands for the full disk: the kernel refuses the write in the same way."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---- the list of files and its digest
