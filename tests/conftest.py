@@ -34,6 +34,8 @@ from ptl.local import images, servers
 from ptl.storage.local_files import path_of
 from ptl.storage.s3 import SETTINGS, split
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
+
 
 def stack_without_sources(context=0):
     """The callers, without the lines of their sources."""
@@ -140,11 +142,11 @@ class S3Place(FilePlace):
 
 
 # Of a shell, or of a command in this process: addresses, logins and runs, and the patience of MLflow's client
-SET = (*SETTINGS, *run_status.WATCHING, "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH", "KUBECONFIG")
-SET += tuple(f"KFP_{name}" for name in ("RUN_ID", "POD_UID", "RETRY_INDEX", "NAMESPACE", "TOKEN", "CA_CERT"))
-SET += tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD"))
-SET += tuple(f"PTL_{name}" for name in ("RUN_ID", "RUN_DIR", "LAUNCH", "RETRIES", "TIMEOUT", "ARGO_NODE"))
-SET += ("PTL_ARTIFACT_ROOT",)
+UNSET = (*SETTINGS, *run_status.WATCHING, "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH", "KUBECONFIG")
+UNSET += tuple(f"KFP_{name}" for name in ("RUN_ID", "POD_UID", "RETRY_INDEX", "NAMESPACE", "TOKEN", "CA_CERT"))
+UNSET += tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD"))
+UNSET += tuple(f"PTL_{name}" for name in ("RUN_ID", "RUN_DIR", "LAUNCH", "RETRIES", "TIMEOUT", "ARGO_NODE"))
+UNSET += ("PTL_ARTIFACT_ROOT",)
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +154,7 @@ def as_before_any_test(monkeypatch):
     """Without what a shell or commands in this process set, and without boto3's session, which keeps its keys."""
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     with mock.patch.dict(os.environ):
-        for name in SET:
+        for name in UNSET:
             os.environ.pop(name, None)
         yield
 

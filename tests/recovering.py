@@ -1,4 +1,4 @@
-"""What the tests of recovery share: a small pruned reasoner, and one call that trains it."""
+"""What the tests of recovery share: one call that prunes, a small pruned reasoner, and one call that trains it."""
 
 import shutil
 
@@ -21,8 +21,14 @@ def cut(src, dst, goal):
     dst.mkdir(parents=True, exist_ok=True)
     # by `max`: the pruned reasoner still solves some problems, from which GRPO can learn
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=128)
-    prune_checkpoint(src, dst, Prune(criterion="max"), scored, unit="neurons", goal=goal, end=goal, seed=0)
+    prune_to(goal, src, dst, scored, criterion="max")
     return dst
+
+
+def prune_to(goal, source, folder, calibration, *, unit="neurons", end=None, chosen=None, seed=0, **settings):
+    """Prune to so many parameters as a step does, with these settings of `prune`."""
+    amounts = {"unit": unit, "goal": goal, "end": end or goal, "chosen": chosen or {}, "seed": seed}
+    return prune_checkpoint(source, folder, Prune(**settings), calibration, **amounts)
 
 
 def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, data=DATA, stores=(), **more):

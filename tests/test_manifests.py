@@ -15,7 +15,7 @@ import pytest
 import requests
 import yaml
 from checkout import ROOT
-from conftest import free_port
+from conftest import PREFACE, free_port
 
 from ptl.config.run import load_config
 from ptl.errors import InputError
@@ -27,7 +27,6 @@ MANIFESTS = ROOT / "manifests"
 CI = ROOT / "examples/ci"
 SCRIPTS = ("examples/ci/*.sh", "docker/*.sh", ".ci/docker.sh", ".ci/run")  # a release has no .ci
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
 
 
 def tool(name):

@@ -99,9 +99,8 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
         words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
         core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
         core.pre_tokenizer = pre_tokenizers.Whitespace()
-        made = PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-        )
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+        made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
         made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         made.save_pretrained(folder)
     return folder

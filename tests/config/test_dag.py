@@ -46,7 +46,7 @@ def executable(dag):
     ended, behind = set(), {}
     for node in dag:
         assert node.name not in ended and set(node.needs) <= ended, node
-        # Kubeflow's metadata store refuses the second event of an artifact and an execution: the run fails there.
+        # Kubeflow's metadata store has UNIQUE(artifact, execution, type): a second event kills the task's driver.
         assert len(set(node.inputs.values())) == len(node.inputs), node
         behind[node.name] = {*node.needs, *(name for needed in node.needs for name in behind[needed])}
         ended.add(node.name)

@@ -16,9 +16,8 @@ class EditorsLoader(yaml.SafeLoader):
     """Reads 6e-4 as a number, as editors do; for PyYAML it is a text, from which pydantic makes a number."""
 
 
-EditorsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("+-0123456789")
-)
+NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+EditorsLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("+-0123456789"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The database is there complete or not at all. MLflow's seconds are mocked by a sleep between two tables."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,8 +19,6 @@ CREATES += "mlflow_client.create_database(sys.argv[1], 'file:///nowhere')"
 
 
 def tables(path):
-    import sqlite3
-
     return {name for (name,) in sqlite3.connect(path).execute("select name from sqlite_master")}
 
 

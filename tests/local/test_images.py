@@ -3,11 +3,12 @@
 import configparser
 import re
 
+import one_process
 import pytest
+import yaml
 from checkout import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from typer.testing import CliRunner
 
 import ptl
 from ptl.config import image_names
@@ -43,8 +44,6 @@ def test_a_name_is_registry_image_version_and_digest():
 
 
 def test_a_config_names_images_by_digests_and_needs_those_of_its_steps(tmp_path):
-    import yaml
-
     from pipelines.prune_tune_loop import pipeline
 
     six, three = ({"images": {**SECTION, "digests": digests}} for digests in (ALL_DIGESTS, DIGESTS))
@@ -128,12 +127,6 @@ def calls(docker, verb=""):
     return [line for line in docker.with_suffix(".log").read_text().splitlines() if line.startswith(verb)]
 
 
-def command_line(*arguments):
-    from ptl.cli.app import app
-
-    return CliRunner().invoke(app, ["images", *map(str, arguments)])
-
-
 def test_build_passes_the_settings_to_bake(docker, tmp_path, monkeypatch):
     assert images.build(REGISTRY, "7", base_image="base:1", cpu=True) == image_names.names(REGISTRY, "7")
     bake = "buildx bake --file docker/docker-bake.hcl --load prune recover evaluate"
@@ -144,7 +137,7 @@ def test_build_passes_the_settings_to_bake(docker, tmp_path, monkeypatch):
     ca, wheels, index = tmp_path / "ca.pem", tmp_path / "wheels", "https://user:word@index.example/simple"
     ca.write_text("PEM")
     wheels.mkdir()
-    assert command_line("build", "--cpu", "--ca", ca, "--index", index, "--wheels", wheels).exit_code == 0
+    assert one_process.ptl("images", "build", "--cpu", "--ca", ca, "--index", index, "--wheels", wheels)[0] == 0
     settings = f"--set *.secrets=id=ca,src={ca} --set *.secrets=id=index,env=PIP_INDEX_URL"
     called = calls(docker, "buildx")[-1]
     assert f"--load {settings} --set *.contexts.wheels={wheels} prune recover evaluate |" in called
@@ -182,7 +175,7 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(docker):
     ]
     with docker.open("a") as program:
         program.write("\n".join(['case "$*" in', *lines, "image*) echo '[]' ;;", "esac", ""]))
-    printed = command_line("digests", "--registry", REGISTRY, "--tag", "7").stdout
+    _, printed = one_process.ptl("images", "digests", "--registry", REGISTRY, "--tag", "7")
     config = load_config(CONFIGS / "onprem.yaml", pairs("--set", ["seed=3", f"images={printed}"]))
     assert config.images.model_dump() == SECTION and config.seed == 3
     with pytest.raises(InputError, match=re.escape("export-gguf:7; push it first (`ptl images push --with export-")):

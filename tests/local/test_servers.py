@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import free_port, unused
+from conftest import PREFACE, free_port, unused
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
@@ -53,9 +53,6 @@ def test_up_again_changes_nothing_and_ports_are_checked_before_anything_starts(r
             with pytest.raises(InputError, match=refusal):
                 servers.up(folder, s3_port=s3, mlflow_port=mlflow)
     assert notes(root) == before and notes(tmp_path) == {}
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
 
 
 def test_only_loopback_and_no_open_door(running):

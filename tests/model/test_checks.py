@@ -6,17 +6,15 @@ import shutil
 import checkout
 import pytest
 from checkout import DENSE
-from recovering import DATA, SOURCE, recover
+from recovering import DATA, SOURCE, prune_to, recover
 from transformers import AutoTokenizer
 
 from ptl.config.recover import Recovery
 from ptl.config.run import Calibration, Evaluate, ModelSource, load_config
-from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model import checkpoint
 from ptl.model.hub import import_checkpoint
 from ptl.preflight.preflight import preflight
-from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery import distillation, training
 
 TINY = load_config(checkout.TINY)
@@ -59,7 +57,7 @@ def validate(model, *stages, calibration=TINY.calibration, evaluate=TINY.evaluat
 
 
 def prune(model, tmp_path, calibration=SCORED):
-    prune_checkpoint(model, tmp_path / "cut", Prune(), calibration, unit="neurons", goal=150_000, end=150_000, seed=0)
+    prune_to(150_000, model, tmp_path / "cut", calibration)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_costs_are_those_of_a_model_with_the_pruned_sizes(dense, narrow, tmp_pat
 
 
 def first_prune(**changes):
-    return next(step for step in forecast(load_config(TINY, WIDTH | changes)).steps if step.step == "prune-1")
+    return forecast(load_config(TINY, WIDTH | changes)).of("prune")[0]
 
 
 def test_scoring_takes_a_forward_pass_through_each_candidate_as_well():

@@ -4,17 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recovering import prune_to
 from tiny_models import MOE_VARIANTS, avoiding, batches, build, family_at, load, logits, router, save, skipping
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model import dimensions
 from ptl.model.dimensions import experts_for, model_dimensions
 from ptl.pruning.experts import CRITERIA, expert_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,8 +72,7 @@ def test_scores_are_those_of_each_token_of_the_whole_model(variant, source):
 
 def prune(source, calibration, folder, experts=4, goal=None, unit="experts", **settings):
     goal = goal or replace(model_dimensions(source, family_at(source)), experts=experts).params
-    amounts = {"unit": unit, "goal": goal, "end": goal, "seed": 0}
-    return prune_checkpoint(source, folder, Prune(target=unit, **settings), calibration, **amounts)
+    return prune_to(goal, source, folder, calibration, unit=unit, target=unit, **settings)
 
 
 @pytest.mark.parametrize(

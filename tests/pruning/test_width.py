@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recovering import prune_to
 from tiny_models import (
     DAILY,
     MOE_VARIANTS,
@@ -27,13 +28,12 @@ from tiny_models import (
 )
 from torch import nn
 
-from ptl.config.schedule import Prune
 from ptl.model import axes, checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.pruning.importance import all_width_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import _batches, prune_checkpoint
+from ptl.pruning.prune import _batches
 from ptl.pruning.surgery import Selection, write_pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,8 +238,8 @@ def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
 
 
 def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width", **settings):
-    amounts = {"unit": unit, "goal": goal, "end": end or goal, "chosen": chosen or {}, "seed": 0}
-    return prune_checkpoint(source, folder, Prune(**{"target": "width"} | settings), calibration, **amounts)
+    settings = {"target": "width"} | settings
+    return prune_to(goal, source, folder, calibration, unit=unit, end=end, chosen=chosen, **settings)
 
 
 @torch.no_grad()

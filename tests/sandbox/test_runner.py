@@ -19,9 +19,8 @@ from ptl.sandbox.runner import DEFAULT_LIMITS, Limits, Outcome, run_many, run_te
 
 DATA = Path(os.environ.get("PTL_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
-pytestmark = pytest.mark.skipif(
-    lockdown.missing_support() is not None, reason=f"no sandbox here: {lockdown.missing_support()}"
-)
+MISSING = lockdown.missing_support()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no sandbox here: {MISSING}")
 
 
 def programs(file):

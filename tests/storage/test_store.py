@@ -64,9 +64,8 @@ def test_each_block_has_a_digest(tmp_path, monkeypatch):
     parts |= {"e": [data[:100], data[100:101]], "f": [data[:100], data[100:]]}
     for name, own in parts.items():
         (tmp_path / name).write_bytes(b"".join(own))
-    rows = [
-        [name, sum(map(len, own)), [hashlib.sha256(part).hexdigest() for part in own]] for name, own in parts.items()
-    ]
+    digests = {name: [hashlib.sha256(part).hexdigest() for part in own] for name, own in parts.items()}
+    rows = [[name, sum(map(len, own)), digests[name]] for name, own in parts.items()]
     expected = tuple(File(name, size, tuple(blocks)) for name, size, blocks in rows)
     assert hash_files(tmp_path, parts, moved.append) == expected
     assert sorted(moved) == [0, 1, 1, 99, 100, 100, 100, 100]

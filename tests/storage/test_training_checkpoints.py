@@ -109,7 +109,7 @@ def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
     assert steps(other) == [6] and checkpoints.records() == []
 
 
-def test_the_interval_is_kept(tmp_path, monkeypatch):
+def test_the_interval_is_kept(monkeypatch):
     saved, clock = [], [0.0]
     monkeypatch.setattr(TrainingCheckpoints, "save", lambda _, path: saved.append(path))
     monkeypatch.setattr(training_checkpoints.time, "monotonic", lambda: clock[0])
