@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import get_context, reduction
-from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
+from checkout import ROOT
+
 CLEAN = dict(os.environ)  # before any test changes it: modules read settings while they are imported
 HEAVY = ["transformers.models.llama.modeling_llama", "transformers.generation", "accelerate", "scipy.optimize"]
 HEAVY += ["mlflow.transformers", "kfp.compiler", "kfp.kubernetes", "boto3", "lm_eval.tasks", "ptl.cli.app"]

@@ -5,11 +5,13 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -18,27 +20,29 @@ import durations
 import pytest
 import whole_run
 import yaml
+from checkout import TINY
 from mock_kfp import MockKubeflow
+from mock_server import MockServer
 
+from pipelines.prune_tune_loop import kfp_api
 from ptl import processes
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client
+from ptl.lineage import mlflow_client, run_status
 from ptl.local import images, servers
 from ptl.storage.local_files import path_of
 from ptl.storage.s3 import SETTINGS, split
 
-TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
 
 
 def stack_without_sources(context=0):
     """The callers, without the lines of their sources."""
     frames, frame = [], sys._getframe(1)
     while frame:
-        frames.append(
-            inspect.FrameInfo(frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None, None)
-        )
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
         frame = frame.f_back
     return frames
 
@@ -137,11 +141,21 @@ class S3Place(FilePlace):
             self.client.delete_object(Bucket=bucket, Key=item["Key"])
 
 
+# Of a shell, or of a command in this process: addresses, logins and runs, and the patience of MLflow's client
+UNSET = (*SETTINGS, *run_status.WATCHING, "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH", "KUBECONFIG")
+UNSET += tuple(f"KFP_{name}" for name in ("RUN_ID", "POD_UID", "RETRY_INDEX", "NAMESPACE", "TOKEN", "CA_CERT"))
+UNSET += tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD"))
+UNSET += tuple(f"PTL_{name}" for name in ("RUN_ID", "RUN_DIR", "LAUNCH", "RETRIES", "TIMEOUT", "ARGO_NODE"))
+UNSET += ("PTL_ARTIFACT_ROOT",)
+
+
 @pytest.fixture(autouse=True)
 def as_before_any_test(monkeypatch):
-    """Without what commands in this process set for their steps, and without boto3's session, which keeps its keys."""
+    """Without what a shell or commands in this process set, and without boto3's session, which keeps its keys."""
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     with mock.patch.dict(os.environ):
+        for name in UNSET:
+            os.environ.pop(name, None)
         yield
 
 
@@ -221,11 +235,20 @@ def unused(port):
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@contextmanager
+def full_disk(size):
+    """A file size limit stands for the full disk: the kernel refuses the write in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.fixture
 def s3(server, monkeypatch):
     """The environment set for one test, and a fresh root in the bucket."""
-    for name in SETTINGS:
-        monkeypatch.delenv(name, raising=False)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
     return S3Place(f"s3://{servers.BUCKET}/{uuid.uuid4().hex}/ptl")
@@ -246,6 +269,22 @@ def require_images(*steps):
     assert not absent or not {*steps} <= {*promised}, f"built before the tests, and not there: {absent}"
     if absent:
         pytest.skip(f"skipped: the engine has no {', '.join(absent)}; `.ci/docker.sh build` makes them")
+
+
+@pytest.fixture
+def docker(tmp_path, monkeypatch):
+    """A stub named docker: it notes arguments and settings in docker.log, says ANSWER, and fails where FAIL says so."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\necho "$* | ${REGISTRY-} ${TAG-} ${BASE_IMAGE-} ${LOCKS-} ${HASHES-}" >>"$0.log"\n'
+        'case "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\nprintf %s "${ANSWER-}"\n'
+    )
+    program.chmod(0o755)
+    for name, value in {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "FAIL": "nothing"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
+    return program
 
 
 @pytest.fixture(scope="session")
@@ -334,10 +373,9 @@ def tracked(mlflow_folder, monkeypatch):
             client.set_terminated(run_id, status, None if ended is None else int(ended * 1000))
 
     def make(run, steps, status="RUNNING", experiment="tracked"):
-        found = client.get_experiment_by_name(experiment)
-        place = (
-            found.experiment_id if found else client.create_experiment(experiment, f"file://{mlflow_folder}/artifacts")
-        )
+        if client.get_experiment_by_name(experiment) is None:
+            client.create_experiment(experiment, f"file://{mlflow_folder}/artifacts")
+        place = client.get_experiment_by_name(experiment).experiment_id
         parent = client.create_run(place, tags={"ptl.run": run, "ptl.role": "parent"}).info.run_id
         made.append(parent)
         for name, step in steps.items():
@@ -355,6 +393,14 @@ def tracked(mlflow_folder, monkeypatch):
         client.delete_run(run_id)
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The tiny reasoner, pruned."""
+    from recovering import DENSE, cut  # and transformers
+
+    return cut(DENSE, tmp_path_factory.mktemp("small"), 130_000)
+
+
 @pytest.fixture
 def converter_in_process():
     """Run llama.cpp's converter in this process, which saves the start of another for each file."""
@@ -365,11 +411,31 @@ def converter_in_process():
 
 
 @pytest.fixture
-def world():
-    """The mock of Kubeflow's API server."""
+def world(monkeypatch):
+    """The mock of Kubeflow's API server, which needs no patience; there is no Kubernetes."""
+    monkeypatch.setattr(kfp_api, "PAUSE", 0.01)
+    monkeypatch.setenv("KUBECONFIG", "none")
     made = MockKubeflow()
     yield made
     made.close()
+
+
+@pytest.fixture
+def serve():
+    """Start a server, of which a function of a request, its path and its body makes the answers; gives its address."""
+    started = []
+
+    def start(answer):
+        class Server(MockServer):
+            def respond(self, handler, path, query, body):
+                handler.send(*answer(handler, path, body))
+
+        started.append(Server())
+        return started[-1].url
+
+    yield start
+    for server in started:
+        server.close()
 
 
 @pytest.fixture

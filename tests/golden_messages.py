@@ -1,6 +1,6 @@
-"""Messages in golden files: a paragraph is what a user writes, and below it all that is said to that.
+"""Golden files. Of messages: a paragraph is what a user writes, and below it all that is said to that.
 
-PTL_UPDATE_GOLDEN=1 writes the messages anew; read the diff.
+PTL_UPDATE_GOLDEN=1 writes the files anew; read the diff.
 """
 
 import os
@@ -24,9 +24,12 @@ def check(name, answer, /, **values):
             text = text.replace(str(value), f"<{placeholder}>")
         return text.rstrip()
 
-    file = FOLDER / name
-    lines = [paragraph.partition("\n")[0] for paragraph in file.read_text().split("\n\n")]
-    text = "\n\n".join(f"{line}\n{said(line)}" for line in lines) + "\n"
+    lines = [paragraph.partition("\n")[0] for paragraph in (FOLDER / name).read_text().split("\n\n")]
+    expect(name, "\n\n".join(f"{line}\n{said(line)}" for line in lines) + "\n")
+
+
+def expect(name, text):
+    """The text is that of a golden file."""
     if os.environ.get("PTL_UPDATE_GOLDEN"):
-        file.write_text(text)
-    assert text == file.read_text()
+        (FOLDER / name).write_text(text)
+    assert text == (FOLDER / name).read_text()

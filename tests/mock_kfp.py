@@ -39,7 +39,6 @@ class MockKubeflow(MockServer):
         self.version = None  # the recorded version of a played run
         self.faults = []  # (method, part of the path, status, whether the request takes effect), each used once
         self.answers = []  # (method, part of the path, name of a recorded or an added answer), each used once
-        self.redirect = ""  # the server that every request is redirected to
         self.requests, self.bodies = [], []
         super().__init__()
 
@@ -140,12 +139,9 @@ class MockKubeflow(MockServer):
         elif answer is CUT:
             handler.send(status, b'{"run_id": "run-0"', missing=100)
         else:
-            redirection = [("Location", f"{self.redirect}{handler.path}")] if status == 302 else ()
-            handler.send(status, answer, redirection)
+            handler.send(status, answer)
 
     def answer(self, handler, path, query, body):
-        if self.redirect:
-            return 302, b""
         if self.token and handler.headers.get("authorization") != f"Bearer {self.token}":
             return 401, {"error": "token is not valid"}
         answer = next((a for a in self.answers if a[0] == handler.command and a[1] in path), None)

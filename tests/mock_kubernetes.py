@@ -239,10 +239,8 @@ class Processes:
         output = self.folder / f"log-{attempt}-{rank}"
         self.cluster.logs[pod_name] = lambda: follow(output, lambda: self.nodes[rank].poll() is not None)
         with output.open("w") as file:
-            environment = self.environment | variables
-            return subprocess.Popen(
-                trainer["command"], env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            return subprocess.Popen(trainer["command"], env=self.environment | variables, **options)
 
 
 def follow(path, ended):

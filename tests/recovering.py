@@ -1,7 +1,8 @@
-"""What the tests of recovery share: a small pruned reasoner, and one call that trains it."""
+"""What the tests of recovery share: one call that prunes, a small pruned reasoner, and one call that trains it."""
 
 import shutil
-from pathlib import Path
+
+from checkout import DENSE
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
@@ -11,8 +12,6 @@ from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
-ROOT = Path(__file__).parents[1]
-DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
 SOURCE = {"source": str(DENSE.parent / "train.jsonl.gz"), "prompt": "{question}\n", "completion": "{answer}"}
 DATA = TrainingData(sources=[SOURCE])
 SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "processes": 1}
@@ -22,8 +21,14 @@ def cut(src, dst, goal):
     dst.mkdir(parents=True, exist_ok=True)
     # by `max`: the pruned reasoner still solves some problems, from which GRPO can learn
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=128)
-    prune_checkpoint(src, dst, Prune(criterion="max"), scored, unit="neurons", goal=goal, end=goal, seed=0)
+    prune_to(goal, src, dst, scored, criterion="max")
     return dst
+
+
+def prune_to(goal, source, folder, calibration, *, unit="neurons", end=None, chosen=None, seed=0, **settings):
+    """Prune to so many parameters as a step does, with these settings of `prune`."""
+    amounts = {"unit": unit, "goal": goal, "end": end or goal, "chosen": chosen or {}, "seed": seed}
+    return prune_checkpoint(source, folder, Prune(**settings), calibration, **amounts)
 
 
 def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, data=DATA, stores=(), **more):

@@ -4,17 +4,13 @@ import json
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from checkout import DENSE, ROOT, TINY
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
-
 SCRIPT = """
-import contextlib, io, json, sys
+import json, sys
 blocked, commands = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 
 class Blocker:
@@ -26,19 +22,8 @@ sys.meta_path.insert(0, Blocker())
 import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in blocked else found(name, package)
-from ptl.cli.app import main
-done = []
-for command in commands:
-    sys.argv, code = ["ptl", *command], 0
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code or 0
-        except Exception as error:
-            print(f"Traceback: {error!r}")
-    done.append([code, out.getvalue()])
-print(json.dumps(done))
+from one_process import ptl
+print(json.dumps([ptl(*command) for command in commands]))
 """
 
 
@@ -85,25 +70,15 @@ NEEDS = {
 def test_commands_of_a_base_install_work_or_name_the_extra_that_they_need(tmp_path):
     """What its requirements do not bring is not there; all in one process."""
     text = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("[options.")[0]
-    there = modules_of(Requirement(line).name for line in text.strip().splitlines()) | {
-        "ptl",
-        "mlflow",
-        "pip",
-        "setuptools",
-        "_virtualenv",
-    }
+    there = modules_of(Requirement(line).name for line in text.strip().splitlines())
+    there |= {"ptl", "mlflow", "pip", "setuptools", "_virtualenv"}
     blocked = sorted(set(metadata.packages_distributions()) - there)
     assert {"torch", "kfp", "lm_eval", "trl", "flask", "sqlalchemy", "pandas"} <= set(blocked)
     commands = [[str(word) for word in command] for command in (*WORKS, *NEEDS)]
     environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(blocked), json.dumps(commands)],
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"
+    command = [sys.executable, "-c", SCRIPT, json.dumps(blocked), json.dumps(commands)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answers = dict(zip((*WORKS, *NEEDS), json.loads(done.stdout), strict=True))
     assert {command: answers[command][0] for command in WORKS} == WORKS, answers

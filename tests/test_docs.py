@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from checkout import ROOT, TINY
 
 from ptl.cli import app
 from ptl.cli.configs import checked
 from ptl.config.run import load_config
 from ptl.errors import InputError
-
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.mark.nightly

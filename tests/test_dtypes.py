@@ -5,18 +5,16 @@ from itertools import product
 
 import pytest
 import torch
-from recovering import DATA, DENSE, recover, weights
+from recovering import DATA, DENSE, prune_to, recover, weights
 from tiny_models import MOE_VARIANTS, VARIANTS, batches, build, nightly_but, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.hub import import_checkpoint
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPT = {"method": "cpt", "max_length": 64}
@@ -55,9 +53,7 @@ def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, 
     dense = model_dimensions(tmp_path / "imported", FAMILIES[checkpoint.read_config(source)["model_type"]])
     unit, goal = ("experts", replace(dense, experts=4).params) if dense.experts else ("neurons", dense.params * 9 // 10)
     calibration = Calibration(data=DATA.sources[0], num_sequences=4, max_length=64)
-    settings = Prune(target=unit)
-    amounts = {"unit": unit, "goal": goal, "end": goal, "seed": 0}
-    prune_checkpoint(tmp_path / "imported", tmp_path / "pruned", settings, calibration, **amounts)
+    prune_to(goal, tmp_path / "imported", tmp_path / "pruned", calibration, unit=unit, target=unit)
     recover(tmp_path / "pruned", tmp_path / "recovered", CPT, tokens=100)
     recover(tmp_path / "pruned", tmp_path / "merged", CPT | {"lora": {"rank": 2}}, tokens=100)
     before, imported, pruned, recovered, merged = (
@@ -81,9 +77,8 @@ def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_
     whole, batch = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval(), batches()[0]
     model = LayerwiseModel(source, FAMILIES[checkpoint.read_config(source)["model_type"]], [batch])
     for kind in ("named_parameters", "named_buffers"):
-        assert {name: tensor.dtype for name, tensor in getattr(model.causal_lm, kind)()} == {
-            name: tensor.dtype for name, tensor in getattr(whole, kind)()
-        }
+        mine, theirs = (getattr(each, kind)() for each in (model.causal_lm, whole))
+        assert {name: tensor.dtype for name, tensor in mine} == {name: tensor.dtype for name, tensor in theirs}
     with torch.no_grad():
         states = model.embed()
         for i in range(len(model.layers)):

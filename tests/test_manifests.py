@@ -1,4 +1,4 @@
-"""The manifests: every overlay builds, is valid and secure, and no secret value is in git. The CI examples' linters."""
+"""The manifests: every overlay builds, is valid and secure, and no secret value is in git. The linters of all files."""
 
 import base64
 import fnmatch
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
-from conftest import free_port
+from checkout import ROOT
+from conftest import PREFACE, free_port
 
 from ptl.config.run import load_config
 from ptl.errors import InputError
@@ -22,11 +23,10 @@ from ptl.local import servers
 from ptl.steps import trainjob
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
-ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 CI = ROOT / "examples/ci"
+SCRIPTS = ("examples/ci/*.sh", "docker/*.sh", ".ci/docker.sh", ".ci/run")  # a release has no .ci
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
 
 
 def tool(name):
@@ -212,10 +212,10 @@ def test_checkov(built):
     "command",
     [
         ("yamllint", "--strict", "-c", MANIFESTS / ".yamllint", MANIFESTS, CI),
-        ("hadolint", MANIFESTS / "mlflow-image/Dockerfile"),
+        ("hadolint", MANIFESTS / "mlflow-image/Dockerfile", ROOT / "docker/Dockerfile"),
         ("actionlint", *sorted(CI.glob("github/*.yml"))),
         ("zizmor", "--offline", *sorted(CI.glob("github/*.yml"))),
-        ("shellcheck", *sorted(CI.glob("*.sh"))),
+        ("shellcheck", *(path for pattern in SCRIPTS for path in sorted(ROOT.glob(pattern)))),
     ],
     ids=lambda command: command[0],
 )

@@ -4,14 +4,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from ptl import processes
 from ptl.errors import InputError
-
-ROOT = Path(__file__).parents[1]
 
 
 def python(code, *arguments, **more):

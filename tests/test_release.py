@@ -6,16 +6,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import ptl
 import release
 from ptl.cli import arguments, configs
 from ptl.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 STEM = f"prune_tune_loop-{ptl.__version__}"
 WHEEL = f"{STEM}-py3-none-any.whl"
 SDIST = f"{STEM}.tar.gz"
@@ -34,9 +33,8 @@ def git(folder, *arguments):
 def make(checkout, *options, **environment):
     """What `make release` prints in a repository of its own."""
     env = {**os.environ, "PYTHONPATH": str(checkout), **environment}
-    done = subprocess.run(
-        [sys.executable, "release.py", *options], cwd=checkout, env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "release.py", *options]
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,9 +43,7 @@ def test_wrong_images_a_changed_checkout_and_a_tag_of_another_commit_are_refused
     file = tmp_path / "images.json"
     file.write_text(json.dumps(SECTION))
     assert release.known_images(file, []) == SECTION
-    with pytest.raises(
-        InputError, match="has no digest of export-gguf; make it with `ptl images digests --with export-"
-    ):
+    with pytest.raises(InputError, match="no digest of export-gguf; make it with `ptl images digests --with export-"):
         release.known_images(file, ["export-gguf"])
     file.write_text(json.dumps({**SECTION, "tag": "9"}))
     with pytest.raises(InputError, match="is of images 9"):
@@ -99,17 +95,8 @@ def test_a_release_is_complete_and_its_wheel_compiles_what_the_checkout_compiles
         wheel.extractall(installed)
     (folder / "pipelines").mkdir(parents=True)
     (folder / "pipelines" / "__init__.py").touch()
-    command = [
-        sys.executable,
-        "-m",
-        "ptl",
-        "compile",
-        "tiny",
-        "-o",
-        "tiny.yaml",
-        "--set",
-        f"images={images.read_text()}",
-    ]
+    command = [sys.executable, "-m", "ptl", "compile", "tiny", "-o", "tiny.yaml"]
+    command += ["--set", f"images={images.read_text()}"]
     subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(installed)}, check=True)
     monkeypatch.chdir(ROOT)
     configs.compile(arguments.CONFIGS / "tiny.yaml", tmp_path / "tiny.yaml", [f"images={images.read_text()}"])

@@ -1,18 +1,14 @@
-"""The tiny reasoner: shipped problems, tokenizer, task and the shipped checkpoint."""
+"""The tiny reasoner: shipped problems and their task; tests/pipelines/test_loop.py has what the checkpoint solves."""
 
 import gzip
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "examples" / "tiny_reasoner"
-CHECKPOINT = FOLDER / "checkpoint"
+from checkout import EXAMPLE
 
 
 @pytest.mark.nightly
@@ -21,7 +17,7 @@ def test_the_training_script_makes_a_mixture_of_experts_that_can_be_pruned(tmp_p
     from ptl.model.dimensions import model_dimensions
     from ptl.model.families import FAMILIES
 
-    command = [sys.executable, FOLDER / "train.py", "--experts", "4", "--steps", "2", "--items", "2", "-o", tmp_path]
+    command = [sys.executable, EXAMPLE / "train.py", "--experts", "4", "--steps", "2", "--items", "2", "-o", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
     dimensions = model_dimensions(tmp_path, FAMILIES["qwen3_moe"])
     assert (dimensions.experts, dimensions.experts_per_token, dimensions.width) == (4, 2, 96)
@@ -30,20 +26,13 @@ def test_the_training_script_makes_a_mixture_of_experts_that_can_be_pruned(tmp_p
 @pytest.fixture(scope="module")
 def texts():
     """Lines of the shipped problems."""
-    with gzip.open(FOLDER / "train.jsonl.gz", "rt") as trained:
-        return {"train": trained.read(), "test": (FOLDER / "test.jsonl").read_text()}
+    with gzip.open(EXAMPLE / "train.jsonl.gz", "rt") as trained:
+        return {"train": trained.read(), "test": (EXAMPLE / "test.jsonl").read_text()}
 
 
 @pytest.fixture(scope="module")
 def problems(texts):
     return {split: [json.loads(line) for line in text.splitlines()] for split, text in texts.items()}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(CHECKPOINT)
 
 
 def test_no_tested_arithmetic_was_trained_on(problems):
@@ -71,7 +60,7 @@ def test_every_step_is_right_and_leads_to_the_next(problems):
 
 @pytest.mark.parametrize(("split", "count"), [("train", 10_000), ("test", 1000)])
 def test_shipped_data_is_what_the_command_writes(texts, tmp_path, split, count):
-    command = [sys.executable, FOLDER / "problems.py", "--split", split, "--count", str(count), "--seed", "0"]
+    command = [sys.executable, EXAMPLE / "problems.py", "--split", split, "--count", str(count), "--seed", "0"]
     subprocess.run([*command, "-o", tmp_path / "written"], check=True)
     assert (tmp_path / "written").read_text() == texts[split]
 
@@ -79,8 +68,8 @@ def test_shipped_data_is_what_the_command_writes(texts, tmp_path, split, count):
 def test_answers_are_graded_by_the_first_final_number(problems):
     from lm_eval.api.task import ConfigurableTask
 
-    config = yaml.safe_load((FOLDER / "tiny_reasoner.yaml").read_text())
-    config["dataset_kwargs"] = {"data_files": {"test": str(FOLDER / "test.jsonl")}}
+    config = yaml.safe_load((EXAMPLE / "tiny_reasoner.yaml").read_text())
+    config["dataset_kwargs"] = {"data_files": {"test": str(EXAMPLE / "test.jsonl")}}
     task = ConfigurableTask(config=config)
     right = ["{answer}", "{answer}\n#### 1000"]
     wrong = ["", "{n}", "####{n}", "### {n}", "#### {n}.5", "#### {n} or 1000", "#### about {n}", "so #### {n}"]
@@ -96,19 +85,3 @@ def test_answers_are_graded_by_the_first_final_number(problems):
     for instance, text in zip(task.instances, right + wrong, strict=True):
         scores = task.process_results(documents[instance.doc_id], [instance.filtered_resps["final-number"]])
         assert scores["exact_match"] == (text in right), text
-
-
-def test_shipped_checkpoint_solves_held_out_problems(tokenizer, problems):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT).eval()
-    chosen = problems["test"][:40]
-    prompts = [problem["question"] + "\n" for problem in chosen]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    with torch.inference_mode():
-        outputs = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    expected = [problem["answer"].split("#### ")[1:] for problem in chosen]
-    finals = [re.findall(r"^#### (-?\d+)$", answer, flags=re.MULTILINE)[:1] for answer in answers]
-    assert sum(map(list.__eq__, finals, expected)) >= 39

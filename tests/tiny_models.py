@@ -99,9 +99,8 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
         words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
         core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
         core.pre_tokenizer = pre_tokenizers.Whitespace()
-        made = PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-        )
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+        made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
         made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         made.save_pretrained(folder)
     return folder
@@ -194,6 +193,29 @@ def multiplied(model, stream, heads):
 
         decoder.layers[i].self_attn.o_proj.register_forward_pre_hook(read)
     return model
+
+
+@torch.no_grad()
+def changes_by_removal(stream, neurons):
+    """Largest and mean change of each layer's output when one neuron goes: float32 [layers, experts or 1, neurons]."""
+    experts = stream.family.experts
+    largest, mean = torch.zeros(2, 4, 6 if experts else 1, len(neurons))
+    states = stream.embed()
+    for i in range(4):
+        with stream.layer(i) as layer:
+            plain = None if experts else layer.get_submodule(stream.family.down_projection).weight
+            for b, hidden in enumerate(states):
+                states[b] = stream.run(i, b, hidden)
+                mask = stream.batches[b]["attention_mask"]
+                for expert, down in enumerate(layer.mlp.experts.down_proj if experts else [plain]):
+                    for n, neuron in enumerate(neurons):
+                        column = down[:, neuron].clone()
+                        down[:, neuron] = 0
+                        change = (stream.run(i, b, hidden) - states[b]).norm(dim=-1) * mask
+                        down[:, neuron] = column
+                        largest[i, expert, n] = torch.maximum(largest[i, expert, n], change.max())
+                        mean[i, expert, n] += (change.sum(dim=1) / mask.sum(dim=1)).sum() / 5
+    return {"max": largest, "mean": mean}
 
 
 def batches(lengths=((12, 9, 12), (5, 7)), seed=1):

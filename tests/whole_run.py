@@ -9,9 +9,10 @@ import threading
 import time
 from pathlib import Path
 
+from checkout import ROOT
+
 from ptl.local import servers
 
-ROOT = Path(__file__).parents[1]
 CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
 S3_DOWN, MLFLOW_DOWN = 3, 6  # seconds
 

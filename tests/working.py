@@ -9,8 +9,6 @@ from ptl.steps.step import Step
 def run_locally(monkeypatch, folder, database):
     """Be in a new pipeline run on one machine: its id. Its files are in `folder`, MLflow's in the folder `database`."""
     run = f"run-{uuid.uuid4().hex[:8]}"
-    for name in ("KFP_RUN_ID", "PTL_LAUNCH", "PTL_RETRIES", "PTL_RUN_DIR"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}/mlflow.db")
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{folder}/artifacts")
     monkeypatch.setenv("PTL_RUN_ID", run)

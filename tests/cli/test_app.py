@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import golden_messages
 import huggingface_hub
 import one_process
 import pytest
+from checkout import DENSE, EXAMPLE, ROOT, TINY
 from gguf_files import converter_in_process, needs_llama_cpp
 from huggingface_hub import errors
 
@@ -24,10 +26,6 @@ from ptl.errors import InputError
 from ptl.export import compressed_tensors, formats, gguf
 from ptl.extras import AbsentError, UnusableError
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-REASONER = ROOT / "examples/tiny_reasoner"
-CHECKPOINT = REASONER / "checkpoint"
 GGUF = [{"format": "gguf", "type": "q8_0"}]
 
 
@@ -44,7 +42,7 @@ def ptl(monkeypatch, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(DENSE, tmp_path / "checkpoint"))
 
 
 def test_messages(ptl, checkpoint, tmp_path, monkeypatch):
@@ -72,18 +70,21 @@ def test_messages(ptl, checkpoint, tmp_path, monkeypatch):
         return f"{code} {printed}"
 
     before = sorted(path for path in Path().rglob("*"))
-    golden_messages.check("commands.txt", message, reasoner=CHECKPOINT, root=ROOT, folder=tmp_path)
+    golden_messages.check("commands.txt", message, reasoner=DENSE, root=ROOT, folder=tmp_path)
     assert sorted(path for path in Path().rglob("*")) == before
     assert Path("other/config.yaml").read_text() == "name: other\n"
 
 
 def test_a_run_is_refused_before_any_work(tmp_path):
     """In a process of its own: code 2 and a message, before MLflow's database or a run directory exist."""
-    for fields, said in (
-        ({"prune__target": "neurons", "prune__width_multiple": 128}, "prune.width_multiple=128"),
-        ({"model__path": tmp_path}, "has no config.json"),
+    for uri, words, said in (
+        ("", options(prune__target="neurons", prune__width_multiple=128), "prune.width_multiple=128"),
+        ("", options(model__path=tmp_path), "has no config.json"),
+        ("", ["--runner", "docker"], "--runner docker: the steps' images speak to an MLflow server only"),
+        ("http://127.0.0.1:9", [], "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9: "),
     ):
-        done = command.ptl("run", TINY, "--home", tmp_path / "home", *options(**fields))
+        environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
+        done = command.ptl("run", TINY, "--home", tmp_path / "home", *words, env=environment)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert not (tmp_path / "home").exists()
 
@@ -132,7 +133,7 @@ def test_a_width_that_an_export_cannot_have_is_warned_of(ptl):
 @needs_llama_cpp
 def test_bytes_and_notes_are_printed(ptl):
     with converter_in_process():
-        code, printed = ptl("export", CHECKPOINT, "model.gguf", "--type", "q4_k_m")
+        code, printed = ptl("export", DENSE, "model.gguf", "--type", "q4_k_m")
     assert code == 0, printed
     assert f"wrote model.gguf: {Path('model.gguf').stat().st_size:,} bytes\n" in printed
     assert re.findall("^note: ([^ ]+)", printed, re.M) == ["llama.cpp", "q4_k_m"]
@@ -146,9 +147,9 @@ def test_the_configs_calibration_text_is_passed_on(ptl, monkeypatch):
         shutil.copytree(src, dst)
 
     monkeypatch.setattr(compressed_tensors, "write", write)
-    said = ptl("export", CHECKPOINT, "out", "--to", "compressed-tensors", "--type", "int8", "-c", "tiny")
+    said = ptl("export", DENSE, "out", "--to", "compressed-tensors", "--type", "int8", "-c", "tiny")
     assert written == [("int8", load_config(TINY).calibration, NO_CHAT, 0)]
-    assert said == (0, f"wrote out: {(CHECKPOINT / 'model.safetensors').stat().st_size:,} bytes\n")
+    assert said == (0, f"wrote out: {(DENSE / 'model.safetensors').stat().st_size:,} bytes\n")
 
 
 def test_validate_prints_the_final_size_and_schema_the_fields(ptl):
@@ -158,11 +159,11 @@ def test_validate_prints_the_final_size_and_schema_the_fields(ptl):
 
 
 def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
-    assert command.ptl("recover", CHECKPOINT, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
+    assert command.ptl("recover", DENSE, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
     assert not (tmp_path / "out").exists()
-    task = f"{{name: {REASONER / 'tiny_reasoner.yaml'}, limit: 64}}"
+    task = f"{{name: {EXAMPLE / 'tiny_reasoner.yaml'}, limit: 64}}"
     sets = options(training__decontaminate="{tasks: true}", evaluate__tasks=f"[{task}]")
-    done = command.ptl("recover", CHECKPOINT, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
+    done = command.ptl("recover", DENSE, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
     assert done.stdout.startswith("[----------] 0% 0 of 2,000 tokens\n") and "{'" not in done.stdout
     compared = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]
     assert (compared["items"], compared["not_compared"]) == (64, []) and compared["rows"] > compared["dropped"]
@@ -170,7 +171,7 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(checkpoint, tmp_path):
     """A leftover of another source must not become this one's weights."""
-    data = shutil.copyfile(REASONER / "train.jsonl.gz", tmp_path / "train.jsonl.gz")
+    data = shutil.copyfile(EXAMPLE / "train.jsonl.gz", tmp_path / "train.jsonl.gz")
     teacher = Path(shutil.copytree(checkpoint, tmp_path / "teacher"))
     distil = {"recover": [{"method": "distil", "teacher": str(teacher)}]}
 

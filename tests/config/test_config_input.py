@@ -2,11 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 
 import golden_messages
 import pytest
 import yaml
+from checkout import ROOT, TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +16,6 @@ from ptl.config.schedule import plan, removal
 from ptl.errors import InputError
 from ptl.local import run_directory
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 FIELDS = [".".join(path) for path in base.field_paths(Config)]
 
 numbers = st.one_of(

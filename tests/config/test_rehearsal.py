@@ -1,9 +1,9 @@
 """A rehearsal runs the steps of its run, each with little to do, and nothing ends it early."""
 
 from itertools import product
-from pathlib import Path
 
 import yaml
+from checkout import SHIPPED, TINY
 
 from ptl.config import dag
 from ptl.config.recover import MIN_TOKENS, Recovery
@@ -13,12 +13,9 @@ from ptl.config.schedule import plan
 from ptl.evaluation import gate
 from ptl.evaluation.paired import paired
 
-FOLDER = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs"
-CONFIGS = sorted(FOLDER.glob("*.yaml"))
-
 
 def config(**fields):
-    settings = yaml.safe_load((FOLDER / "tiny.yaml").read_text())
+    settings = yaml.safe_load(TINY.read_text())
     for name, value in fields.items():
         settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
     return Config.model_validate(settings)
@@ -59,7 +56,7 @@ def test_of_width_what_is_chosen_and_what_is_set_stays():
 
 
 def test_the_steps_are_those_of_the_run():
-    for path, gpus in product(CONFIGS, (0, 1, 8, None)):
+    for path, gpus in product(SHIPPED, (0, 1, 8, None)):
         run = load_config(path)
         rehearsed = rehearsal(run, gpus)
         assert dag.nodes(rehearsed) == dag.nodes(run), (path, gpus)
@@ -86,9 +83,8 @@ def test_the_gate_accepts_the_worst_candidate():
     settings = rehearsed.gate
     # Of sixteen tasks of eight items each was right before.
     worst = paired([1] * 128, [0] * 128, settings.margin, settings.alpha)
-    decision = gate.decide(
-        settings, gate.State(), params=90, target_params=60, parent_params=100, baseline=worst, parent=worst
-    )
+    sizes = {"params": 90, "target_params": 60, "parent_params": 100}
+    decision = gate.decide(settings, gate.State(), **sizes, baseline=worst, parent=worst)
     assert settings.enabled and decision.decision == "accepted"
 
 

@@ -1,10 +1,10 @@
 """The plan adds up exactly, targets are shares, counts or memory, and overrides are checked like the file."""
 
 from fractions import Fraction
-from pathlib import Path
 from typing import get_args
 
 import pytest
+from checkout import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +21,6 @@ from ptl.config.schedule import (
     removal,
 )
 from ptl.errors import InputError
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 schedules = st.builds(
     Schedule,

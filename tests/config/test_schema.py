@@ -1,15 +1,14 @@
 """`ptl validate --schema`: an editor that checks by it accepts and refuses what `ptl validate` does."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import SHIPPED
 
 from ptl.config.recover import TrainingData
 from ptl.config.run import Config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 SOURCE = {"source": "rows.jsonl"}
 
 
@@ -17,9 +16,8 @@ class EditorsLoader(yaml.SafeLoader):
     """Reads 6e-4 as a number, as editors do; for PyYAML it is a text, from which pydantic makes a number."""
 
 
-EditorsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("+-0123456789")
-)
+NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+EditorsLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("+-0123456789"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def problems():
 
 
 def test_every_shipped_config_fits(problems):
-    for path in CONFIGS:
+    for path in SHIPPED:
         assert problems(yaml.load(path.read_text(), EditorsLoader)) == [], path
 
 

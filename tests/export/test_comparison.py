@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import EXAMPLE
 from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp
 from tiny_models import build, nightly_but, save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -18,7 +19,6 @@ from ptl.export.gguf import check, check_config, check_tokenizer, write_gguf
 from ptl.model.llama_runtime import LlamaModel
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("converter_in_process")]
-EXAMPLE = Path(__file__).parents[2] / "examples/tiny_reasoner"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

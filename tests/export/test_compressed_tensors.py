@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import DENSE, ROOT
 from tiny_models import build, save, word_calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,8 +19,6 @@ from ptl.export.compressed_tensors import PYTHON, check, group_size
 from ptl.export.compressed_tensors import write as write_compressed
 from ptl.model import checkpoint
 
-ROOT = Path(__file__).parents[2]
-REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 # In place of a Python with llmcompressor: notes its arguments and its sequences, and copies the checkpoint without its
 # tokenizer
 MOCK = """#!/bin/sh
@@ -115,14 +114,14 @@ def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, o
     source = DataSource(source=train, format="prompt_completion", **columns)
     out = tmp_path / "out"
     pytest.importorskip("compressed_tensors")
-    write_compressed(REASONER, out, type, Calibration(data=source, num_sequences=16, max_length=256))
-    sizes = [sum(path.stat().st_size for path in checkpoint.shards(folder)) for folder in (out, REASONER)]
+    write_compressed(DENSE, out, type, Calibration(data=source, num_sequences=16, max_length=256))
+    sizes = [sum(path.stat().st_size for path in checkpoint.shards(folder)) for folder in (out, DENSE)]
     assert sizes[0] < sizes[1] / 3  # from float32; the embeddings stay
     assert checkpoint.read_config(out)["quantization_config"]["ignore"] == ["lm_head"]
 
     task = Task(name=str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml"), limit=20)
     settings = Evaluate(tasks=[task], speed=Speed(repeats=0))
-    (score,), items = score_tasks(compressed_tensors.language_model(out, REASONER, settings, 0), settings, seed=0)
+    (score,), items = score_tasks(compressed_tensors.language_model(out, DENSE, settings, 0), settings, seed=0)
     assert score.accuracy >= 0.9 and len(items) == 20
 
 

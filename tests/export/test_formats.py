@@ -4,9 +4,9 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from checkout import DENSE
 from gguf_files import needs_llama_cpp
 from tiny_models import build, build_multimodal, save
 
@@ -18,7 +18,6 @@ from ptl.export.formats import check_exports, context_notes, layer_warnings, wid
 from ptl.export.gguf import write_gguf
 from ptl.model.dimensions import ModelDimensions
 
-TOKENIZER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 GGUF, FP8 = Export(format="gguf", type="q8_0"), Export(format="compressed-tensors", type="fp8")
 
 
@@ -65,7 +64,7 @@ def test_a_small_model_is_checked_with_the_hidden_size_that_pruning_may_leave(tm
 def test_of_a_multimodal_model_the_text_model_counts(tmp_path, monkeypatch, converter_in_process):
     """Its import takes that out; the files as they are cannot be written."""
     folder = save(build_multimodal("gemma3", "gemma3_text"), tmp_path / "model", tokenizer=False)
-    for file in TOKENIZER.glob("tokenizer*"):
+    for file in DENSE.glob("tokenizer*"):
         shutil.copy(file, folder)
     check_exports(folder, [FP8])
     config = json.loads((folder / "config.json").read_text())

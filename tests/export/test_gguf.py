@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkout import DENSE
 from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
 from tiny_models import MOE_VARIANTS, build, nightly_but, save
 from transformers import AutoModelForCausalLM
@@ -22,10 +23,7 @@ from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
 from ptl.pruning.surgery import Selection, write_pruned
 
 pytestmark = needs_llama_cpp
-REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
-EXPERTS = {
-    layer: torch.tensor(kept) for layer, kept in enumerate(([0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5], [2, 3, 4, 5]))
-}
+EXPERTS = dict(enumerate(torch.tensor([[0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5], [2, 3, 4, 5]])))
 
 
 def dense_model(variant, tmp_path, **changes):
@@ -141,7 +139,7 @@ def test_a_hidden_size_that_is_pruned_with_the_heads_can_be_that_of_all_of_them(
 
 def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenizer(tmp_path):
     """In a process of its own, as for a user."""
-    names = gguf._convert(REASONER, tmp_path / "model.gguf", ["--vocab-only"], "smollm")
+    names = gguf._convert(DENSE, tmp_path / "model.gguf", ["--vocab-only"], "smollm")
     assert "qwen2" in names and (tmp_path / "model.gguf").is_file()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
 from test_gguf import cut_model, narrow_model
 from tiny_models import MOE_VARIANTS, YARN, word_calibration
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,6 @@ from ptl.export.compressed_tensors import write as write_compressed
 from ptl.export.formats import SQUARE_IN_VLLM
 from ptl.model.families import FAMILIES
 
-ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("PTL_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
 pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("loads")]
 

@@ -1,17 +1,17 @@
 """The database is there complete or not at all. MLflow's seconds are mocked by a sleep between two tables."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from ptl.errors import WorkError
 from ptl.lineage import mlflow_client
 
-ROOT = Path(__file__).parents[2]
 HALF = "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1].removeprefix('sqlite:///')); "
 HALF += "db.execute('create table one (x)'); db.commit(); time.sleep(%g); db.execute('create table two (x)')"
 CREATES = "import sys; from ptl.lineage import mlflow_client; mlflow_client.DATABASE_CODE = sys.argv[2]; "
@@ -19,8 +19,6 @@ CREATES += "mlflow_client.create_database(sys.argv[1], 'file:///nowhere')"
 
 
 def tables(path):
-    import sqlite3
-
     return {name for (name,) in sqlite3.connect(path).execute("select name from sqlite_master")}
 
 

@@ -1,6 +1,5 @@
 """Lost answers and lost databases: a proxy before a real MLflow server, and databases that are deleted or restored."""
 
-import http.client
 import json
 import shutil
 import sqlite3
@@ -12,30 +11,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import free_port
 from mlflow.store.entities import PagedList
-from mock_server import MockServer
+from mock_server import Proxy
 from working import execute, run_locally
 
 from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
 from ptl.local import runs, servers
 from ptl.steps.call import Call
-
-
-class LostAnswers(MockServer):
-    """A proxy before a server, which closes the connection instead of handing on an answer where `loses` says so."""
-
-    def __init__(self, port, loses):
-        self.port, self.loses = port, loses
-        super().__init__()
-
-    def respond(self, handler, path, query, body):
-        upstream = http.client.HTTPConnection("127.0.0.1", self.port)
-        upstream.request(handler.command, handler.path, body, dict(handler.headers))
-        answer = upstream.getresponse()
-        data = answer.read()
-        upstream.close()
-        handler.close_connection = True
-        if not self.loses(handler.command, path.rpartition("mlflow/")[2]):
-            handler.send(answer.status, data)
 
 
 @pytest.fixture
@@ -61,13 +42,14 @@ def test_each_is_created_once_though_the_first_answers_are_lost(new_database, en
     """Of every kind of writing request to every address the first two answers are lost."""
     seen, experiment, name = Counter(), f"lost-{uuid.uuid4().hex[:6]}", f"tiny-{uuid.uuid4().hex[:6]}"
 
-    def loses(method, path):
+    def lost(request, _):
+        method, path = request.command, request.path.partition("?")[0].rpartition("mlflow/")[2]
         seen[method, path] += 1
-        return (method != "GET" and "search" not in path) and seen[method, path] <= 2
+        return (lambda _: None) if method != "GET" and "search" not in path and seen[method, path] <= 2 else None
 
     new_database(tmp_path)
     port = free_port()
-    proxy = LostAnswers(port, loses)
+    proxy = Proxy(f"127.0.0.1:{port}", lost)
     environment.delenv("PTL_ARTIFACT_ROOT")
     servers.mlflow_up(tmp_path, port, f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts", {})
     environment.setenv("MLFLOW_TRACKING_URI", proxy.url)

@@ -11,7 +11,6 @@ from ptl.lineage import tracking
 @pytest.fixture
 def client(mlflow_folder, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_folder}/mlflow.db")
-    monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", f"kfp-{uuid.uuid4().hex[:8]}")
     return MlflowClient()
 

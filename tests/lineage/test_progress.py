@@ -1,13 +1,13 @@
 """The steps' own records, read from a real MLflow database on sqlite."""
 
 import os
+import socket
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 from mlflow import MlflowClient
-from mock_server import MockServer
 
 from ptl.errors import InputError, WorkError
 from ptl.lineage import run_status
@@ -22,13 +22,6 @@ SCORED = {
     "metrics": {"seconds": 33.5, "accuracy": 0.875},
     "ended": 1_800_000_000,
 }
-
-
-@pytest.fixture(autouse=True)
-def patience_of_a_watcher(monkeypatch):
-    """Steps that ran in this process before have left MLflow's own patience, minutes, in its environment."""
-    for name in run_status.WATCHING:
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_what_each_step_says_of_itself_in_one_search(tracked, monkeypatch):
@@ -90,24 +83,16 @@ def test_closing_ends_what_is_running_and_nothing_else_until_a_retry(tracked):
     assert run.info.status == "FINISHED" and "ptl.error" not in run.data.tags
 
 
-class Hanging(MockServer):
-    def respond(self, *_):
-        self.closing.wait(30)
-
-
 def test_without_an_address_or_a_server_that_answers_it_says_so_soon(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set"):
         run_status.read("run-p")
-    server = Hanging()
-    monkeypatch.setattr(
-        run_status, "WATCHING", dict.fromkeys(run_status.WATCHING, "1") | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    )
-    for address, error in (("http://127.0.0.1:9", r"MLflow at http://127\.0\.0\.1:9"), (server.url, "imed out")):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        with pytest.raises(WorkError, match=error):
-            run_status.read("run-p", ["1"])
-    server.close()
+    impatient = dict.fromkeys(run_status.WATCHING, "1") | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    monkeypatch.setattr(run_status, "WATCHING", impatient)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port, error in ((9, r"MLflow at http://127\.0\.0\.1:9"), (silent.getsockname()[1], "imed out")):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            with pytest.raises(WorkError, match=error):
+                run_status.read("run-p", ["1"])
 
 
 def run(step, status, arm="loop"):

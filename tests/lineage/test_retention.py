@@ -25,7 +25,6 @@ from ptl.steps.call import Call
 from ptl.storage import store, training_checkpoints
 from ptl.storage.local_files import COMPLETE
 from ptl.storage.manifest import digest_of
-from ptl.storage.s3 import SETTINGS
 from ptl.storage.store import Pointer, Record
 from ptl.units import size
 
@@ -104,8 +103,6 @@ class Loop:
 @pytest.fixture
 def experiment(request, mlflow_folder, monkeypatch, tmp_path):
     """A fresh experiment, with the environment of its steps: in a folder, or on servers."""
-    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", "PTL_LAUNCH", *SETTINGS):
-        monkeypatch.delenv(name, raising=False)
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{mlflow_folder}/mlflow.db",
         "PTL_ARTIFACT_ROOT": f"file://{tmp_path}/store",

@@ -1,17 +1,14 @@
 """The images: names, locks, and builds and pushes with a stub in place of docker."""
 
 import configparser
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import one_process
 import pytest
+import yaml
+from checkout import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from typer.testing import CliRunner
 
 import ptl
 from ptl.config import image_names
@@ -19,9 +16,7 @@ from ptl.config.run import load_config, pairs
 from ptl.errors import InputError, WorkError
 from ptl.local import images
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "pipelines" / "prune_tune_loop" / "configs"
-TINY = CONFIGS / "tiny.yaml"
 LOCKS = ROOT / "docker" / "locks"
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.IMAGES)}
 ALL_DIGESTS = DIGESTS | {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.OPTIONAL, 3)}
@@ -49,8 +44,6 @@ def test_a_name_is_registry_image_version_and_digest():
 
 
 def test_a_config_names_images_by_digests_and_needs_those_of_its_steps(tmp_path):
-    import yaml
-
     from pipelines.prune_tune_loop import pipeline
 
     six, three = ({"images": {**SECTION, "digests": digests}} for digests in (ALL_DIGESTS, DIGESTS))
@@ -127,46 +120,11 @@ def test_locks_satisfy_setup_cfg(name):
         assert releases and all(map(requirement.specifier.contains, releases)), f"{requirement}: run `make lock`"
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["hadolint docker/Dockerfile", "shellcheck .ci/docker.sh .ci/run docker/lock.sh docker/install-lock.sh"],
-)
-def test_linters(command):
-    name, *files = command.split()
-    program = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip(f"skipped: {name} is not installed; it is in the dev extra")
-    files = [file for file in files if (ROOT / file).is_file()]  # a release has no .ci
-    done = subprocess.run([program, *files], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "")
-
-
 # ---- build, push and digests, with a stub in place of docker
-
-
-@pytest.fixture
-def docker(tmp_path, monkeypatch):
-    """A stub named docker: it notes its arguments and settings in docker.log, and fails where FAIL says so."""
-    program = tmp_path / "bin" / "docker"
-    program.parent.mkdir()
-    program.write_text(
-        '#!/bin/sh\necho "$* | ${REGISTRY-} ${TAG-} ${BASE_IMAGE-} ${LOCKS-} ${HASHES-}" >>"$0.log"\n'
-        'case "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAIL", "nothing")
-    return program
 
 
 def calls(docker, verb=""):
     return [line for line in docker.with_suffix(".log").read_text().splitlines() if line.startswith(verb)]
-
-
-def command_line(*arguments):
-    from ptl.cli.app import app
-
-    return CliRunner().invoke(app, ["images", *map(str, arguments)])
 
 
 def test_build_passes_the_settings_to_bake(docker, tmp_path, monkeypatch):
@@ -179,7 +137,7 @@ def test_build_passes_the_settings_to_bake(docker, tmp_path, monkeypatch):
     ca, wheels, index = tmp_path / "ca.pem", tmp_path / "wheels", "https://user:word@index.example/simple"
     ca.write_text("PEM")
     wheels.mkdir()
-    assert command_line("build", "--cpu", "--ca", ca, "--index", index, "--wheels", wheels).exit_code == 0
+    assert one_process.ptl("images", "build", "--cpu", "--ca", ca, "--index", index, "--wheels", wheels)[0] == 0
     settings = f"--set *.secrets=id=ca,src={ca} --set *.secrets=id=index,env=PIP_INDEX_URL"
     called = calls(docker, "buildx")[-1]
     assert f"--load {settings} --set *.contexts.wheels={wheels} prune recover evaluate |" in called
@@ -217,7 +175,7 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(docker):
     ]
     with docker.open("a") as program:
         program.write("\n".join(['case "$*" in', *lines, "image*) echo '[]' ;;", "esac", ""]))
-    printed = command_line("digests", "--registry", REGISTRY, "--tag", "7").stdout
+    _, printed = one_process.ptl("images", "digests", "--registry", REGISTRY, "--tag", "7")
     config = load_config(CONFIGS / "onprem.yaml", pairs("--set", ["seed=3", f"images={printed}"]))
     assert config.images.model_dump() == SECTION and config.seed == 3
     with pytest.raises(InputError, match=re.escape("export-gguf:7; push it first (`ptl images push --with export-")):

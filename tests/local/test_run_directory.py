@@ -2,18 +2,16 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import TINY
 
 from ptl import processes
 from ptl.config.run import Config, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.local import run_directory, runs
 from ptl.local.run_directory import missing_exports, open_run, working
-
-TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def result(**failed):
     return json.dumps({"exports": exports})
 
 
-def test_a_run_is_executed_once_at_a_time(tmp_path, config, monkeypatch):
+def test_a_run_is_executed_once_at_a_time(tmp_path, config):
     run, _ = open_run(tmp_path, config, None, False)
     with working(run, config):
         again, resumed = open_run(tmp_path, config, None, False)
@@ -48,7 +46,6 @@ def test_a_run_is_executed_once_at_a_time(tmp_path, config, monkeypatch):
     with working(again, config):
         assert (tmp_path / "latest").resolve() == run.path
     # Each command gives the steps new attempts.
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     variables = [runs.environment(command, {}) for command in (run, again)]
     assert [each["PTL_RUN_ID"] for each in variables] == [run.run_id, run.run_id]
     assert [each["PTL_LAUNCH"] for each in variables] == [run.launch, again.launch] and run.launch != again.launch

@@ -12,14 +12,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import free_port, unused
+from conftest import PREFACE, free_port, unused
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
-from ptl.lineage import tracking
 from ptl.local import servers
-from ptl.storage import store
-from ptl.storage.manifest import digest_of
 
 pytestmark = pytest.mark.xdist_group("servers")  # one stack for all
 
@@ -36,28 +33,6 @@ def running(weed, tmp_path_factory):
 
 def notes(root):
     return {path.name: json.loads(path.read_text()) for path in (root / "stack").glob("*.service.json")}
-
-
-def test_a_step_through_both_servers(running, tmp_path, monkeypatch):
-    """It starts, publishes, commits, finishes and fetches."""
-    from mlflow import MlflowClient
-
-    for name, value in (running[3] | {"PTL_RUN_ID": "run"}).items():
-        monkeypatch.setenv(name, value)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
-    step = tracking.start("through-both", "import-model", arm="loop", iteration=0)
-    model, location = tracking.new_model(step, "tiny", {"params": 10}, {})
-    assert location.startswith(f"s3://{servers.BUCKET}/mlflow/") and step.root.startswith("s3://")
-    files = store.publish(folder, location)
-    pointer = store.Pointer(location, digest_of(files), 10, run_id=step.run_id, model_id=model)
-    store.commit(step.root, step.run, "import-model", store.Record("k", pointer))
-    tracking.finish(step, params={"seed": 0}, metrics={"accuracy": 1.0}, inputs=[], output=model, step=0)
-    fetched = store.fetch(pointer, tmp_path / "cache")
-    assert (fetched / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    run = MlflowClient().get_run(step.run_id)
-    assert run.info.status == "FINISHED" and run.outputs.model_outputs[0].model_id == model
 
 
 def test_up_again_changes_nothing_and_ports_are_checked_before_anything_starts(running, tmp_path):
@@ -78,9 +53,6 @@ def test_up_again_changes_nothing_and_ports_are_checked_before_anything_starts(r
             with pytest.raises(InputError, match=refusal):
                 servers.up(folder, s3_port=s3, mlflow_port=mlflow)
     assert notes(root) == before and notes(tmp_path) == {}
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
 
 
 def test_only_loopback_and_no_open_door(running):

@@ -152,18 +152,13 @@ def test_shards_that_do_not_fit_the_index_are_named(single, sharded):
         refused(sharded, checkpoint.INDEX)
 
 
-def test_a_folder_without_config_weights_or_tokenizer_or_with_an_adapter_is_refused(single, tmp_path):
+def test_a_folder_without_config_or_weights_or_with_an_adapter_is_refused(single, tmp_path):
     refused(tmp_path / "none", "no folder")
     refused(tmp_path, "has no config.json")
     (single / checkpoint.ADAPTER).write_text("{}")
     refused(single, "has adapter_config.json")
     (single / checkpoint.ADAPTER).unlink()
-    (single / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="has no tokenizer"):
-        checkpoint.check_tokenizer(single)
-    (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    refused(single, "only pickled weights (pytorch_model.bin)")
-    (single / "pytorch_model.bin").unlink()
+    (single / "model.safetensors").unlink()
     refused(single, "has no model.safetensors")
 
 

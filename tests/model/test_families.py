@@ -104,6 +104,5 @@ def test_every_family_is_tested():
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, ["llama"], "ernie4_5_moe", "gemma3n"])
 def test_other_architectures_are_refused(model_type):
-    with pytest.raises(InputError, match=r"is not supported \(supported: cohere2, cwm, deepseek_v3, ") as refused:
+    with pytest.raises(InputError, match=r"^model: .*is not supported \(supported: cohere2, cwm, deepseek_v3, "):
         family_of({"model_type": model_type})
-    assert refused.value.field == "model"

@@ -1,9 +1,9 @@
 """A checkpoint's own Python is never run, and nobody is asked whether it may be."""
 
 import shutil
-from pathlib import Path
 
 import pytest
+from checkout import ROOT, TINY
 from tiny_models import build, change_config, save
 
 from ptl.config.recover import RecoverStage
@@ -18,8 +18,6 @@ from ptl.recovery import training
 from ptl.recovery.distillation import load_teacher
 from ptl.recovery.job import RecoveryJob
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
 CLASSES = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
 

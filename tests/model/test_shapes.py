@@ -1,10 +1,10 @@
 """Sizes and costs are read from config.json and headers; a config that does not fit its weights is named from them."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import TINY
 from safetensors.torch import load_file, save_file
 from tiny_models import DAILY, VARIANTS, build, change_config, nightly_but, save
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,6 @@ from ptl.preflight.forecast_model import shape_of
 from ptl.preflight.preflight import check_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 SCHEDULE = Schedule(target=0.3, recovery_tokens=100)
 UNREADABLE = "transformers cannot read config.json in "
 WRONG_SIZES = [("hidden_size", 64), ("num_attention_heads", 2), ("num_attention_heads", 8), ("vocab_size", 47)]

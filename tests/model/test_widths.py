@@ -141,9 +141,8 @@ def test_goals_that_are_met_or_out_of_reach(model):
     assert candidates(model, model.params, "auto", FREE) == [model]
     whole = {"hidden": model.hidden, "kv": model.kv_heads}
     for ends in (FREE, None, FREE | {"ffn": model.width}, FREE | whole):
-        with pytest.raises(InputError, match="500 parameters cannot be reached by") as refused:
+        with pytest.raises(InputError, match=r"^schedule\.target: 500 parameters cannot be reached by"):
             candidates(model, 500, "auto", ends)
-        assert refused.value.field == "schedule.target"
 
 
 def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
@@ -153,23 +152,20 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
     def found(multiple=64, goal=goal, **ends):
         return candidates(llama, goal, multiple, FREE | ends)
 
+    def is_largest(each, **larger):
+        return each.params <= goal < replace(each, **larger).params
+
     for each in found(hidden=3072):
-        assert each.hidden == 3072 and each.params <= goal < replace(each, width=each.width + 64).params
+        assert each.hidden == 3072 and is_largest(each, width=each.width + 64)
     for each in found(ffn=5504):  # the largest hidden size with it
-        assert each.width == 5504 and each.params <= goal < replace(each, hidden=each.hidden + 64).params
+        assert each.width == 5504 and is_largest(each, hidden=each.hidden + 64)
     assert [each.kv_heads for each in found(ffn=5504)] == [each.kv_heads for each in found(hidden=3072)] == [4, 8]
     assert found(ffn=3456) == [replace(llama, width=3456)]
-    (each,) = found(kv=2)
-    assert (each.hidden, each.kv_heads) == (4096, 2) and each.params <= goal < replace(
-        each, width=each.width + 64
-    ).params
-    (each,) = found(hidden=3072, kv=2)
-    assert (each.hidden, each.kv_heads) == (3072, 2) and each.params <= goal < replace(
-        each, width=each.width + 64
-    ).params
+    for ends, hidden in (({"kv": 2}, 4096), ({"hidden": 3072, "kv": 2}, 3072)):
+        (each,) = found(**ends)
+        assert (each.hidden, each.kv_heads) == (hidden, 2) and is_largest(each, width=each.width + 64)
     (each,) = found(ffn=7040, kv=2)
-    assert (each.width, each.kv_heads) == (7040, 2)
-    assert each.params <= goal < replace(each, hidden=each.hidden + 64).params
+    assert (each.width, each.kv_heads) == (7040, 2) and is_largest(each, hidden=each.hidden + 64)
     (each,) = found(multiple=1, kv=3)  # twelve query heads are left, which do not divide 4096
     assert (each.hidden, each.kv_heads) == (4092, 3)
     assert [each.kv_heads for each in found(hidden=3072, ffn=5504)] == [4, 8]

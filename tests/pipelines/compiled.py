@@ -4,13 +4,12 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from checkout import TINY
 
 from pipelines.prune_tune_loop.compact import Loader
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
 from ptl.config.run import load_config
 
-CONFIGS = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs"
-TINY = CONFIGS / "tiny.yaml"
 TEXTS = {}  # by config
 
 

@@ -5,7 +5,7 @@ import json
 
 import compiled
 import pytest
-from compiled import TINY
+from checkout import TINY
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from ptl.config.run import load_config

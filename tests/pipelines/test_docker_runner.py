@@ -13,11 +13,10 @@ from pathlib import Path
 import compiled
 import pytest
 import whole_run
-from command import ptl
-from compiled import TINY
+from checkout import ROOT, TINY
 from conftest import free_port
 from mlflow import MlflowClient
-from whole_run import CHAIN, ROOT, Run, Servers
+from whole_run import CHAIN, Run, Servers
 
 from pipelines.prune_tune_loop import containers
 from ptl.config import image_names
@@ -32,19 +31,7 @@ pytestmark = pytest.mark.xdist_group("loop")  # beside the run in processes that
 # ---- refused before any work
 
 
-@pytest.fixture
-def stub_docker(tmp_path, monkeypatch):
-    """A stub named docker on PATH; fails where FAIL matches its arguments."""
-    program = tmp_path / "bin" / "docker"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\ncase "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\necho "$ANSWER"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAIL", "nothing")
-    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
-
-
-def test_what_containers_need_is_asked_first(stub_docker, monkeypatch):
+def test_what_containers_need_is_asked_first(docker, monkeypatch):
     config = load_config(TINY, {"export": [{"format": "gguf", "type": "q8_0"}]})
     containers.check(config, "http://")
     no_image = "the engine has no {}; make them with `ptl images build"
@@ -58,21 +45,10 @@ def test_what_containers_need_is_asked_first(stub_docker, monkeypatch):
             containers.check(config, "http://")
 
 
-def test_a_run_that_cannot_begin_leaves_no_directory(tmp_path):
-    for uri, arguments, message in (
-        ("", ["--runner", "docker"], "--runner docker: the steps' images speak to an MLflow server only"),
-        ("http://127.0.0.1:9", [], "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9: "),
-    ):
-        environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
-        done = ptl("run", TINY, "--home", tmp_path / "home", *arguments, env=environment)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert not (tmp_path / "home" / "runs").exists()
-
-
 # ---- what a container gets
 
 
-def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tmp_path):
+def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     config = load_config(TINY)
     given = containers.arguments(config, tmp_path / "run", {"PTL_RUN_ID": "r"}, f"file://{tmp_path}/artifacts")

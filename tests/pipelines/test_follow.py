@@ -5,13 +5,12 @@ import copy
 import gzip
 import json
 import signal
-from contextlib import closing
 from datetime import UTC, datetime
 
 import mock_kubernetes
 import pytest
 from mlflow import MlflowClient
-from mock_kfp import MockKubeflow, recorded
+from mock_kfp import recorded
 from mock_kubernetes import EVENTS, PODS, WORKFLOWS
 
 from pipelines.prune_tune_loop import follow, kfp_api, pods, run_view
@@ -20,14 +19,6 @@ from pipelines.prune_tune_loop.pods import NODE
 from ptl.errors import InputError, WorkError
 
 SIX = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1", "report")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    monkeypatch.setattr(kfp_api, "PAUSE", 0.01)
-    for name in ("MLFLOW_TRACKING_URI", "KFP_NAMESPACE", "KFP_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("KUBECONFIG", "none")
 
 
 @pytest.fixture
@@ -198,8 +189,7 @@ def test_only_a_run_that_has_failed_is_retried(world, said, command, tracked):
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"),
-    [("status", "cut answer"), ("cancel", "empty object"), ("cancel", "hang"), ("retry", "bad JSON")],
+    ("name", "fault"), [("status", "cut answer"), ("cancel", "empty object"), ("cancel", "hang"), ("retry", "bad JSON")]
 )
 def test_nonsense_is_no_success_of_any_command(world, said, command, monkeypatch, name, fault):
     """The server's own answer to a request is `{}`, and so may be that of a proxy that has passed nothing on."""
@@ -211,16 +201,6 @@ def test_nonsense_is_no_success_of_any_command(world, said, command, monkeypatch
     with pytest.raises(WorkError, match=r"Kubeflow Pipelines at|as before; the session may have expired"):
         command(getattr(follow, name), run)
     assert not any("asked to end" in text or "runs again" in text for text in said)
-
-
-def test_no_request_follows_a_redirect(world, monkeypatch):
-    """A token would go with it, or a login page would come back."""
-    monkeypatch.setenv("KFP_TOKEN", "secret")
-    with closing(MockKubeflow()) as other:
-        world.redirect = f"http://user:secret@{other.url.removeprefix('http://')}"
-        with pytest.raises(InputError, match=r"302 it points to http://\*\*\*@127.*log in again") as error:
-            follow.cancel("run-0", Server(host=world.url))
-        assert len(world.requests) == 1 and other.requests == [] and "secret" not in str(error.value)
 
 
 def test_a_run_is_named_by_its_name_too(world, command):

@@ -11,11 +11,12 @@ from unittest import mock
 
 import pytest
 import yaml
+from checkout import EXAMPLE
 from conftest import free_port
 from kfp.local import subprocess_task_handler
 from mlflow import MlflowClient
 from typer.testing import CliRunner
-from whole_run import MLFLOW_DOWN, ROOT, S3_DOWN, Run, Servers
+from whole_run import MLFLOW_DOWN, S3_DOWN, Run, Servers
 
 from pipelines.prune_tune_loop import runners
 from ptl.cli.app import app
@@ -23,7 +24,6 @@ from ptl.export.compressed_tensors import PYTHON
 from ptl.local import runs, servers
 from ptl.storage import store
 
-EXAMPLE = ROOT / "examples/tiny_reasoner"
 STEPS = ["import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1"]
 FAILED, ADDED = "export-compressed-tensors-fp8", "export-compressed-tensors-int8"
 # In place of a Python with llmcompressor: it fails while there is a file `broken` beside it, else copies float weights

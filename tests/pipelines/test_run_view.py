@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from compiled import TINY
+from checkout import TINY
 
 from pipelines.prune_tune_loop import run_view
 from pipelines.prune_tune_loop.pods import Pod
@@ -42,9 +42,8 @@ NO_CONTAINER = "its driver failed: no container of the step was started"
 
 def look(history, records=None, pods=None, names=NAMES):
     """A run that has had these states, one a minute, looked at in the fifth; it is in the last one."""
-    entries = [
-        SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in enumerate(history.split())
-    ]
+    moments = enumerate(history.split())
+    entries = [SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in moments]
     about = {"run_id": "id", "display_name": "tiny-1", "created_at": BEGIN, "state": entries[-1].state}
     run = SimpleNamespace(state_history=entries, **about)
     return run_view.view(run, names, records, pods or {}, lambda command: f"see {command}")
@@ -67,12 +66,7 @@ def look(history, records=None, pods=None, names=NAMES):
         ("CANCELING FAILED RUNNING FAILED", {"prune-1": NAN}, {}, {"run": "prune-1: nan"}),
         # Why a step failed
         ("FAILED", {"recover-1": RUNNING}, {"recover-1": OOM}, {"run": f"recover-1: {OUT_OF_MEMORY}"}),
-        (
-            "FAILED",
-            {"evaluate-0": NAN, "prune-1": RUNNING},
-            {},
-            {"prune-1": STOPPED, "run": "evaluate-0: nan"},
-        ),
+        ("FAILED", {"evaluate-0": NAN, "prune-1": RUNNING}, {}, {"prune-1": STOPPED, "run": "evaluate-0: nan"}),
         # Not by the control
         (
             "FAILED",

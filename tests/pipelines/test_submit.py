@@ -5,7 +5,7 @@ import pytest
 import run_records
 import typer
 import yaml
-from compiled import TINY
+from checkout import TINY
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -21,13 +21,8 @@ CONFIG, GATED = load_config(TINY), load_config(TINY, {"gate.enabled": True})
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(kfp_api, "PAUSE", 0.01)
+def quick(world, monkeypatch):
     monkeypatch.setattr(pipeline, "compile_pipeline", compiled.write)
-    for name in ("KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH", "KFP_NAMESPACE", "KFP_CA_CERT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("KUBECONFIG", "none")
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from checkout import ROOT, TINY
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from mlflow import MlflowClient
 from mock_kfp import MockKubeflow
-from mock_server import MockServer
 from typer.testing import CliRunner
 
 from ptl.cli.app import app
@@ -26,9 +26,6 @@ from ptl.local import servers
 from ptl.preflight import doctor, doctor_cluster, in_cluster
 from ptl.preflight.forecast_model import checkpoint_bytes, shape_of
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-
 
 @pytest.fixture
 def config():
@@ -37,9 +34,7 @@ def config():
 
 @pytest.fixture
 def tracking(new_database, tmp_path, monkeypatch):
-    """MLflow without a server, and no S3 or Kubeflow settings of the machine."""
-    for name in ("KFP_RUN_ID", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.delenv(name, raising=False)
+    """MLflow without a server."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new_database(tmp_path)}/mlflow.db")
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/artifacts")
 
@@ -90,23 +85,18 @@ def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeyp
 
 
 @pytest.fixture
-def answers():
-    """A mock of a server that answers (status, body) to each path of a table."""
-    started = []
+def answers(serve):
+    """The address of a server that answers (status, body) to each path of a table."""
 
     def start(table):
-        class Server(MockServer):
-            def respond(self, handler, path, query, body):
-                status, answer = table.get(path, (404, {}))
-                refused = handler.headers["Authorization"] == "Bearer other"
-                handler.send(401 if refused else status, answer.encode() if isinstance(answer, str) else answer)
+        def answer(request, path, _):
+            status, body = table.get(path, (404, {}))
+            refused = request.headers["Authorization"] == "Bearer other"
+            return 401 if refused else status, body.encode() if isinstance(body, str) else body
 
-        started.append(Server())
-        return started[-1].url
+        return serve(answer)
 
-    yield start
-    for server in started:
-        server.close()
+    return start
 
 
 def test_an_mlflow_that_takes_no_run(config, tracking, answers, monkeypatch):
@@ -122,9 +112,6 @@ def test_an_mlflow_that_takes_no_run(config, tracking, answers, monkeypatch):
 
 def test_a_run_on_this_machine_and_the_disk(config, new_database, tmp_path, monkeypatch):
     """Without any setting, as `ptl run` in a folder."""
-    for name in ("MLFLOW_TRACKING_URI", "PTL_ARTIFACT_ROOT", "KFP_RUN_ID"):
-        monkeypatch.setenv(name, "")  # so that what the doctor sets is undone
-        monkeypatch.delenv(name)
     findings = doctor.local(config, new_database(tmp_path))
     assert states(findings) == dict.fromkeys(["MLflow", "store", "GPU", "disk"], "ok"), findings
     assert f"sqlite:///{tmp_path}/mlflow.db" in findings[0].message and f"{tmp_path}/artifacts" in findings[1].message
@@ -150,8 +137,6 @@ def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, 
 
 
 def test_the_command_checks_what_the_environment_names(tmp_path, monkeypatch):
-    for name in ("KF_PIPELINES_ENDPOINT", "KFP_NAMESPACE", "KFP_TOKEN", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
     calls = []
     for module, name in ((doctor, "local"), (doctor_cluster, "cluster")):
         monkeypatch.setattr(module, name, lambda _, *options, name=name: calls.append((name, *options)) or [])
@@ -276,12 +261,11 @@ def test_kubeflows_own_namespace(config, kubernetes):
 
 def test_several_nodes_need_trainer_and_its_runtime(config, kubernetes, monkeypatch):
     api, review = "/apis/trainer.kubeflow.org/v1alpha1", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    runtime = yaml.safe_load((ROOT / "manifests/components/trainer/runtime.yaml").read_text())
     with_trainer = {
         api: {"resources": [{"name": "trainjobs"}]},
         "/apis/jobset.x-k8s.io": {"kind": "APIGroup"},
-        f"{api}/namespaces/team/trainingruntimes/ptl-recover": yaml.safe_load(
-            (ROOT / "manifests/components/trainer/runtime.yaml").read_text()
-        ),
+        f"{api}/namespaces/team/trainingruntimes/ptl-recover": runtime,
     }
     assert doctor_cluster.trainer(config, "team") == doctor_cluster.trainer_in_step(config) == []
     two_nodes = load_config(TINY, {"resources.steps": {"recover": {"nodes": 2}}})
@@ -303,7 +287,6 @@ def test_several_nodes_need_trainer_and_its_runtime(config, kubernetes, monkeypa
 def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
     all_steps = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 64}
     recover = {"resources.accelerator": "nvidia.com/gpu", "resources.steps": {"recover": {"accelerators": 64}}}
-    monkeypatch.delenv("KFP_RUN_ID", raising=False)
     for settings, in_step in ((all_steps, "error"), (recover, "ok")):  # the doctor's step has what prune has
         config = load_config(TINY, settings)
         checked("warning", doctor.gpu, config)

@@ -2,10 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from bodies import PUBLISHED, body
+from checkout import TINY
 
 from ptl.config.dag import nodes
 from ptl.config.recover import RecoverStage
@@ -14,10 +14,6 @@ from ptl.config.schedule import plan
 from ptl.preflight import forecast_model, remedies
 from ptl.preflight.forecast import devices, forecast
 from ptl.preflight.forecast_model import CONTEXT, GPUS, Shape, decode_seconds, forward_flops, shape_of
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
 
 
 @pytest.fixture
@@ -135,13 +131,13 @@ def test_steps_tokens_and_hours_are_those_of_the_plan(large):
 def test_every_kind_of_training_takes_its_passes(large):
     def hours(gpus=1, **stage):
         settings = config(large, recover=[{"dtype": "bfloat16"} | stage], control=False)
-        return recovery_of(forecast(settings, count=gpus)).hours
+        return forecast(settings, count=gpus).of("recover")[0].hours
 
     plain = hours()
     assert hours(gradient_checkpointing=True) == pytest.approx(4 / 3 * plain)
     assert hours(dtype="float32") == pytest.approx(989 / 67 * plain)
     run = forecast(config(large))
-    step = recovery_of(run)
+    step = run.of("recover")[0]
     teacher = forward_flops(run.shape, run.shape.dimensions, step.tokens, 512) / (0.35 * 989e12) / 3600
     assert hours(method="distil") == pytest.approx(plain + teacher)
     # GRPO by its steps: 16 of the first iteration's 240 / 15.
@@ -176,7 +172,7 @@ def test_a_remedy_that_is_applied_fits(large):
 
 def test_pruning_holds_taylors_hidden_states_in_host_memory(large):
     def first_prune(**changes):
-        return next(step for step in forecast(config(large, **changes)).steps if step.step == "prune-1")
+        return forecast(config(large, **changes)).of("prune")[0]
 
     paper, taylor = (first_prune(prune={"criterion": criterion}) for criterion in ("max", "taylor"))
     assert taylor.memory == paper.memory and taylor.hours == pytest.approx(3 * paper.hours)
@@ -194,11 +190,6 @@ def test_more_gpus_take_less_time(large):
     assert (alone.hours, alone.gpus) == (pytest.approx(one.steps[0].hours), 4)  # the other three are held, and idle
 
 
-def recovery_of(run):
-    """The first recovery."""
-    return next(step for step in run.steps if step.step == "recover-1")
-
-
 def test_gpu_hours_are_of_all_gpus_that_a_step_holds_on_all_nodes(large):
     steps = {"prune": {"accelerators": 2}, "recover": {"nodes": 4}}
     gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8, "resources.steps": steps}
@@ -208,8 +199,9 @@ def test_gpu_hours_are_of_all_gpus_that_a_step_holds_on_all_nodes(large):
     assert (held["recover-1"], held["prune-1"], held["evaluate-0"]) == ((8, 4, 32), (2, 1, 2), (8, 1, 8))
     assert run.gpu_hours == pytest.approx(sum(step.gpu_hours for step in run.steps))
     # The command line comes before the config.
-    assert recovery_of(forecast(asked, num_nodes=2)).nodes == 2 and recovery_of(forecast(asked, count=4)).gpus == 4
-    one, four = (recovery_of(forecast(asked, num_nodes=nodes)) for nodes in (1, 4))
+    assert forecast(asked, num_nodes=2).of("recover")[0].nodes == 2
+    assert forecast(asked, count=4).of("recover")[0].gpus == 4
+    one, four = (forecast(asked, num_nodes=nodes).of("recover")[0] for nodes in (1, 4))
     assert four.hours == pytest.approx(one.hours / 4) and four.gpu_hours == pytest.approx(one.gpu_hours)
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 from bodies import body
+from checkout import DENSE as CHECKPOINT
+from checkout import SHIPPED, TINY
 from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
@@ -16,17 +17,13 @@ from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.preflight import preflight, target
 
-CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
-CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
-TINY = next(path for path in CONFIGS if path.stem == "tiny")
 STAGE = {"method": "cpt", "decay": "each"}
 
 
 def warnings(**fields):
     config = {"gate.enabled": True, "recover": [STAGE], "schedule.iterations": 8}
-    return preflight.warnings(
-        load_config(TINY, config | {name.replace("__", "."): value for name, value in fields.items()})
-    )
+    config |= {name.replace("__", "."): value for name, value in fields.items()}
+    return preflight.warnings(load_config(TINY, config))
 
 
 def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():
@@ -41,7 +38,7 @@ def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():
     fields = {"recover": [{"method": "grpo", "steps": 510}], "schedule__recovery_tokens": 0}
     assert "gets 0.4 % of the recovery" in warnings(**fields)[0]
     # No shipped config is warned of anything.
-    assert not any(preflight.warnings(load_config(path)) for path in CONFIGS)
+    assert not any(preflight.warnings(load_config(path)) for path in SHIPPED)
 
 
 def test_a_rate_that_decays_only_at_the_end_of_the_run_is_warned_of():

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import NARROW_VARIANTS, batches, build, load, logits, save, width_of
+from recovering import prune_to
+from tiny_models import NARROW_VARIANTS, batches, build, changes_by_removal, family_at, load, logits, save, width_of
 
-from ptl.config.schedule import Prune
-from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.pruning.experts import CRITERIA_OF_NEURONS
 from ptl.pruning.importance import keep_highest, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,32 +28,10 @@ def stream_of(variant, folder, model):
 # ---- scores
 
 
-def changes_by_removal(stream, neurons):
-    """Largest and mean change of each layer's output when a neuron of an expert goes: float32 [layers, 6, neurons]."""
-    largest, mean = torch.zeros(2, 4, 6, len(neurons))
-    states = stream.embed()
-    for i in range(4):
-        with stream.layer(i) as layer:
-            for b, hidden in enumerate(states):
-                states[b] = stream.run(i, b, hidden)
-                mask = stream.batches[b]["attention_mask"]
-                for expert, down in enumerate(layer.mlp.experts.down_proj):
-                    for n, neuron in enumerate(neurons):
-                        column = down[:, neuron].clone()
-                        down[:, neuron] = 0
-                        change = (stream.run(i, b, hidden) - states[b]).norm(dim=-1) * mask
-                        down[:, neuron] = column
-                        largest[i, expert, n] = torch.maximum(largest[i, expert, n], change.max())
-                        mean[i, expert, n] += (change.sum(dim=1) / mask.sum(dim=1)).sum() / 5
-    return {"max": largest, "mean": mean}
-
-
 def test_scores_are_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     model, some = build(variant), range(0, width_of(variant), 6)
     stream = stream_of(variant, tmp_path, model)
-    with torch.no_grad():
-        changes = changes_by_removal(stream, some)
-    for criterion, expected in changes.items():
+    for criterion, expected in changes_by_removal(stream, some).items():
         scores = torch.stack(neuron_scores(stream, criterion, seed=0))
         torch.testing.assert_close(scores[..., some], expected, rtol=1e-3, atol=1e-4)
     for scores, layer in zip(neuron_scores(stream, "weight", seed=0), model.get_decoder().layers, strict=True):
@@ -88,10 +64,8 @@ def test_both_layouts_and_bfloat16_have_the_same_scores(variant, tmp_path):
 
 
 def prune(source, calibration, folder, width=16, **settings):
-    family = FAMILIES[checkpoint.read_config(source)["model_type"]]
-    goal = replace(model_dimensions(source, family), width=width).params
-    amounts = {"unit": "neurons", "goal": goal, "end": goal, "seed": 0}
-    return prune_checkpoint(source, folder, Prune(**settings), calibration, **amounts)
+    goal = replace(model_dimensions(source, family_at(source)), width=width).params
+    return prune_to(goal, source, folder, calibration, **settings)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +92,6 @@ def test_a_narrow_mixture_is_pruned_again_by_neurons_and_by_experts(calibration,
     prune(save(build("qwen2_moe"), tmp_path / "source"), calibration, once := tmp_path / "once")
     assert prune(once, calibration, tmp_path / "twice", width=8).widths == (8,) * 4
     body, fewer = model_dimensions(once, FAMILIES["qwen2_moe"]), tmp_path / "fewer"
-    goal, settings = body.params - body.params_per_expert, Prune(target="experts")
-    report = prune_checkpoint(once, fewer, settings, calibration, unit="experts", goal=goal, end=goal, seed=0)
+    goal = body.params - body.params_per_expert
+    report = prune_to(goal, once, fewer, calibration, unit="experts", target="experts")
     assert (report.experts, report.widths, report.params) == (5, (16,) * 4, goal)

@@ -4,27 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import (
-    MOE_VARIANTS,
-    avoiding,
-    batches,
-    build,
-    family_at,
-    load,
-    logits,
-    save,
-    skipping,
-)
+from recovering import prune_to
+from tiny_models import MOE_VARIANTS, avoiding, batches, build, family_at, load, logits, router, save, skipping
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model import dimensions
 from ptl.model.dimensions import experts_for, model_dimensions
 from ptl.pruning.experts import CRITERIA, expert_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,8 +72,7 @@ def test_scores_are_those_of_each_token_of_the_whole_model(variant, source):
 
 def prune(source, calibration, folder, experts=4, goal=None, unit="experts", **settings):
     goal = goal or replace(model_dimensions(source, family_at(source)), experts=experts).params
-    amounts = {"unit": unit, "goal": goal, "end": goal, "seed": 0}
-    return prune_checkpoint(source, folder, Prune(target=unit, **settings), calibration, **amounts)
+    return prune_to(goal, source, folder, calibration, unit=unit, target=unit, **settings)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +93,7 @@ def test_experts_that_give_nothing_go_first(variant, calibration, tmp_path, crit
     for old, new in zip(model.get_decoder().layers, after.get_decoder().layers, strict=True):
         if hasattr(old.mlp, "experts"):
             assert torch.equal(new.mlp.experts.down_proj, old.mlp.experts.down_proj[stay])
-            old_router, new_router = (getattr(layer.mlp, "router", None) or layer.mlp.gate for layer in (old, new))
-            assert torch.equal(new_router.weight, old_router.weight[stay])
+            assert torch.equal(router(new).weight, router(old).weight[stay])
 
 
 def test_as_many_experts_go_from_each_group_of_the_router(calibration, tmp_path):
@@ -134,9 +121,8 @@ def test_as_many_experts_go_from_each_group_of_the_router(calibration, tmp_path)
 @pytest.mark.parametrize(("variant", "unit"), [("llama", "experts"), ("deepseek_v3", "neurons")])
 def test_a_unit_that_a_model_does_not_have_is_refused(variant, unit, tmp_path):
     source, nothing = save(build(variant), tmp_path / "source"), Calibration(data=DataSource(source="x.jsonl"))
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match=r"^prune\.target: "):
         prune(source, nothing, tmp_path / "out", goal=1, unit=unit)
-    assert refused.value.field == "prune.target"
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe-dense", "glm4_moe", "gpt_oss"])

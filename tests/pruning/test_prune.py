@@ -6,18 +6,18 @@ import json
 import pytest
 import torch
 from bodies import body
+from recovering import prune_to
 from tiny_models import batches, build, load, logits, save
 
 from ptl.config.chat import NO_CHAT
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import layers_for, model_dimensions, width_for
 from ptl.model.families import FAMILIES
 from ptl.pruning import importance
-from ptl.pruning.prune import _batches, _has_loss, prune_checkpoint
+from ptl.pruning.prune import _batches, _has_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA = FAMILIES["llama"]
@@ -28,9 +28,9 @@ def source(tmp_path):
     return save(build("llama"), tmp_path / "source")
 
 
-def prune(source, calibration, folder, *, unit="neurons", goal=None, seed=0, **settings):
+def prune(source, calibration, folder, *, goal=None, **settings):
     goal = goal or int(model_dimensions(source, LLAMA).params * 0.8)
-    return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, end=goal, seed=seed)
+    return prune_to(goal, source, folder, calibration, **settings)
 
 
 # ---- how much stays

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recovering import prune_to
 from tiny_models import (
     DAILY,
     MOE_VARIANTS,
@@ -28,13 +29,12 @@ from tiny_models import (
 from torch import nn
 
 from ptl.config.chat import NO_CHAT
-from ptl.config.schedule import Prune
 from ptl.model import axes, checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.pruning.importance import all_width_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import _batches, prune_checkpoint
+from ptl.pruning.prune import _batches
 from ptl.pruning.surgery import Selection, write_pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,8 +239,8 @@ def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
 
 
 def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width", **settings):
-    amounts = {"unit": unit, "goal": goal, "end": end or goal, "chosen": chosen or {}, "seed": 0}
-    return prune_checkpoint(source, folder, Prune(**{"target": "width"} | settings), calibration, **amounts)
+    settings = {"target": "width"} | settings
+    return prune_to(goal, source, folder, calibration, unit=unit, end=end, chosen=chosen, **settings)
 
 
 @torch.no_grad()
@@ -284,10 +284,8 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
     # With sizes that are set nothing is chosen.
     sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
-    goal = replace(
-        dense, hidden=other.hidden, width=other.width, kv_heads=other.kv_heads, experts=other.experts or 0
-    ).params
-    fixed = prune(source, calibration, tmp_path / "fixed", goal, width=sizes)
+    goal = replace(dense, hidden=other.hidden, width=other.width, kv_heads=other.kv_heads, experts=other.experts or 0)
+    fixed = prune(source, calibration, tmp_path / "fixed", goal.params, width=sizes)
     assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
     assert other.loss == pytest.approx(loss_of(tmp_path / "fixed", calibration), rel=1e-4)
     assert not [*tmp_path.rglob("candidate-*")]
@@ -307,14 +305,10 @@ def test_where_only_the_ffn_shrinks_nothing_else_is_scored(variant, share, targe
     dense = model_dimensions(source, family_at(source)).params
     goal = int(dense * (1 + share) / 2)
     for end in (goal, int(dense * share)):  # of the last iteration, and of one before
-        ways = {
-            "width": {"target": target},
-            unit: {"target": unit, "criterion": "reap" if unit == "experts" else "taylor"},
-        }
-        reports = [
-            prune(source, calibration, tmp_path / way, goal, end, None, way, **settings)
-            for way, settings in ways.items()
-        ]
+        ways = {"width": {"target": target}}
+        ways[unit] = {"target": unit, "criterion": "reap" if unit == "experts" else "taylor"}
+        folders = {way: tmp_path / way for way in ways}
+        reports = [prune(source, calibration, folders[way], goal, end, None, way, **ways[way]) for way in ways]
         one, same = (replace(report, seconds=0, chosen={}) for report in reports)
         assert one == same and one.unit == unit and one.candidates == ()
         one, same = ((tmp_path / way / checkpoint.WEIGHTS).read_bytes() for way in ways)

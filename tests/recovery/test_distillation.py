@@ -13,11 +13,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("di
 DISTIL = {"method": "distil"}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
-
-
 def test_the_loss_is_the_hand_computed_one():
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])
     of_one = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)

@@ -7,8 +7,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from checkout import ROOT
 from conftest import free_port
-from recovering import DATA, DENSE, ROOT, as_if_died_after, cut, losses, recover, weights
+from recovering import DATA, as_if_died_after, losses, recover, weights
 
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
@@ -20,11 +21,6 @@ CPT, LORA = {"method": "cpt"}, {"lora": {"rank": 8}, "learning_rate": 3e-3}
 SHARDED = {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True}
 GRPO = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
 GRPO |= {"max_completion_length": 44, "guard_prompts": 4, "rewards": [{"name": "final_answer"}]}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
 
 
 @pytest.fixture

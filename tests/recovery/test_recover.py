@@ -3,13 +3,13 @@
 import json
 import math
 import multiprocessing
-import resource
 import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import full_disk
 from recovering import DATA, DENSE, SHORT, as_if_died_after, cut, losses, recover, weights
 from safetensors.torch import save_file
 
@@ -27,11 +27,6 @@ from ptl.storage.local_files import COMPLETE, last_complete
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover")]
 CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
 LORA = CPT | {"lora": {"rank": 4}, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
 
 
 @pytest.fixture(scope="module")
@@ -260,16 +255,11 @@ def test_a_kill_in_mid_training_changes_nothing(small, straight, tmp_path):
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(small, straight, tmp_path):
-    """A limit of the kernel, in bytes, stands for a full disk: a write fails with EFBIG in the same place."""
     dst, scratch = tmp_path / "out", shutil.copytree(straight[0].with_name("out.training"), tmp_path / "out.training")
     as_if_died_after(4, scratch)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-    try:
-        with pytest.raises(WorkError, match=r"no space left while training in .*; the last good .* is .*checkpoint-4"):
-            recover(small, dst, CPT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused = pytest.raises(WorkError, match=r"no space left while training in .*; the last good .* is .*checkpoint-4")
+    with full_disk(300_000), refused:
+        recover(small, dst, CPT)
     assert recover(small, dst, CPT).resumed_at == 4  # there is space again
     assert bytes_of(dst) == bytes_of(straight[0])
 

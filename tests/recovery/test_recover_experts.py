@@ -5,15 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recovering import DATA, DENSE, losses, recover, weights
+from recovering import DATA, DENSE, losses, prune_to, recover, weights
 from tiny_models import build, change_config, family_at
 
 from ptl.config.run import Calibration, Evaluate
-from ptl.config.schedule import Prune
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint, dimensions, pretrained
 from ptl.model.dimensions import model_dimensions
-from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_experts")]
 CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
@@ -37,7 +35,7 @@ def prune(source, folder, unit, number):
     size = {"experts": "experts", "neurons": "width"}[unit]
     goal = replace(model_dimensions(source, family_at(source)), **{size: number}).params
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=64)
-    prune_checkpoint(source, folder, Prune(target=unit), scored, unit=unit, goal=goal, end=goal, seed=0)
+    prune_to(goal, source, folder, scored, unit=unit, target=unit)
     return folder
 
 

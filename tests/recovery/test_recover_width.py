@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from recovering import DATA, DENSE, losses, recover, weights
+from recovering import DATA, DENSE, losses, prune_to, recover, weights
 
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune
 from ptl.model import checkpoint
-from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_width")]
 CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
@@ -21,10 +19,9 @@ def narrow(tmp_path_factory):
     root = tmp_path_factory.mktemp("width")
     recover(DENSE, root / "first", CPT, tokens=300, last=False)
     scored = Calibration(data=DATA.sources[0], num_sequences=4, max_length=128)
-    prune = Prune(target="width", width={"hidden": 56, "kv": 1})
+    width = {"unit": "width", "target": "width", "width": {"hidden": 56, "kv": 1}}
     (root / "second").mkdir()
-    goal = {"unit": "width", "goal": 120_000, "end": 120_000}
-    report = prune_checkpoint(root / "first", root / "second", prune, scored, **goal, seed=0)
+    report = prune_to(120_000, root / "first", root / "second", scored, **width)
     assert (report.hidden, report.kv_heads, report.candidates) == (56, 1, ())
     return root / "first", root / "second"
 

@@ -5,11 +5,10 @@ PTL_UPDATE_GOLDEN=1 writes the files again; read the difference before committin
 
 import dataclasses
 import difflib
-import os
 import re
-from pathlib import Path
 
 import run_records
+from golden_messages import expect
 from run_records import GOAL, RUN, export, items, record_of, reject, scores
 
 from ptl.report import tables
@@ -17,19 +16,10 @@ from ptl.report.build import build
 from ptl.report.render import page, render, terminal_text
 from ptl.report.words import overall
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = 127_872  # parameters of the final model
 EXPORT = {"format": "gguf", "type": "q8_0"}
 STEP = "export-gguf-q8-0"
 CONTROL = ("control-prune", "control-recover", "control-evaluate")
-
-
-def expect(name, text):
-    """The text is that of a golden file."""
-    path = GOLDEN / name
-    if os.environ.get("PTL_UPDATE_GOLDEN"):
-        path.write_text(text)
-    assert text == path.read_text()
 
 
 def test_the_pages_of_a_whole_run(records, settings, tmp_path, no_pictures, monkeypatch):

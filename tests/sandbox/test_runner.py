@@ -11,17 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from ptl.errors import InputError
 from ptl.sandbox import lockdown
 from ptl.sandbox.runner import DEFAULT_LIMITS, Limits, Outcome, run_many, run_tests
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PTL_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
-pytestmark = pytest.mark.skipif(
-    lockdown.missing_support() is not None, reason=f"no sandbox here: {lockdown.missing_support()}"
-)
+MISSING = lockdown.missing_support()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no sandbox here: {MISSING}")
 
 
 def programs(file):
@@ -140,9 +139,8 @@ def test_files_and_folders_of_others_cannot_be_read_or_listed(tmp_path):
     installed = Path(os.__file__).with_name("site-packages").rglob("*.py")  # in the folder of the library itself
     paths += [path for path in installed if path.stat().st_size][:1]
     attacks = [f"assert open({str(path)!r}, 'rb').read(1)" for path in paths]
-    attacks += [
-        f"assert __import__('os').listdir({str(path)!r})" for path in (tmp_path, ROOT, Path.home(), "/proc", "/")
-    ]
+    folders = (tmp_path, ROOT, Path.home(), "/proc", "/")
+    attacks += [f"assert __import__('os').listdir({str(path)!r})" for path in folders]
     attacks += ["import os\nassert open(f'/proc/{os.getppid()}/environ', 'rb').read(1)"]
     links = [f"import os\nos.{kind}({str(token)!r}, 'l')\nopen('l').read()" for kind in ("symlink", "link")]
     all_denied(*attacks, *links)
@@ -201,9 +199,8 @@ def test_no_socket_of_any_kind(tmp_path):
             ("AF_UNIX", "SOCK_DGRAM", "s.bind('\\0' + 'ptl-abstract')"),
             ("AF_NETLINK", "SOCK_RAW", "pass"),
         ]
-        attacks = [
-            f"import socket\ns = socket.socket(socket.{family}, socket.{kind})\n{use}" for family, kind, use in kinds
-        ]
+        made = "import socket\ns = socket.socket(socket.{}, socket.{})\n{}"
+        attacks = [made.format(*kind) for kind in kinds]
         all_denied(*attacks)
         all_work(*attacks)
 
@@ -220,9 +217,8 @@ def test_the_parent_cannot_be_killed_slowed_or_limited():
 
 def test_no_memory_of_another_process_is_reached():
     secret = ctypes.create_string_buffer(b"a secret")
-    control = subprocess.run(
-        [sys.executable, "-c", MEMORY + "\nprint(peek(os.getpid(), own()))"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", MEMORY + "\nprint(peek(os.getpid(), own()))"]
+    control = subprocess.run(command, capture_output=True, text=True, check=True)
     assert control.stdout.strip() == "(8, 0)"
     tests = f"""
 assert peek({os.getpid()}, {ctypes.addressof(secret)}) == (-1, -1)
@@ -275,9 +271,8 @@ def test_endless_loops_end_by_cpu_or_by_wall_time():
     assert DEFAULT_LIMITS.wall_s >= 10 * DEFAULT_LIMITS.cpu_s
     started = time.monotonic()
     stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
-    endings = run_many(
-        [("while True: pass", "assert 1"), (stubborn, "assert 1"), ("x = 1", "while True: pass")], Limits(cpu_s=1)
-    )
+    pairs = [("while True: pass", "assert 1"), (stubborn, "assert 1"), ("x = 1", "while True: pass")]
+    endings = run_many(pairs, Limits(cpu_s=1))
     cpu, ignored, by_tests = [(outcome.passed, outcome.status) for outcome in endings]
     assert cpu == (False, "timeout") and "1 s of CPU" in endings[0].detail
     assert ignored == by_tests == (False, "killed")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
-from mock_server import MockServer
+from test_processes import gone
 
 from ptl.lineage import tracking
 from ptl.steps import attempts, supervisor
@@ -22,15 +22,12 @@ HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 FIRST = "run-x(0).root(0).prune-1(0).executor(0)"
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params=9)
-CLUSTER = ("KFP_RUN_ID", "KFP_POD_UID", "KFP_RETRY_INDEX", "PTL_ARGO_NODE", "PTL_LAUNCH", "PTL_RETRIES", "PTL_TIMEOUT")
 ON_A_CLUSTER = {"PTL_RUN_ID": "", "KFP_RUN_ID": f"kfp-{uuid.uuid4().hex[:8]}"}
 
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path, monkeypatch):
     """The process of the work is forked from its parent, which then has its libraries; to start one takes longer."""
-    for name in CLUSTER:
-        monkeypatch.delenv(name, raising=False)
     settings = {
         "PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}",
         "PTL_RUN_DIR": str(tmp_path),
@@ -133,19 +130,6 @@ def test_a_timeout_and_a_crash_end_all_processes_of_the_attempt(plan, go, tmp_pa
     assert go(plan, PTL_TIMEOUT="3") == (0, {"digest": "sha256:1"})
     assert tried(tmp_path) == 2 and time.monotonic() - began < 90
     assert gone(int((tmp_path / "grandchild").read_text()))
-
-
-def gone(pid):
-    """Whether a process has ended (its zombie may still wait for a parent)."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 PARENT = """
@@ -264,22 +248,12 @@ def test_on_one_machine_a_failed_control_is_resumed_like_any_step_and_an_export_
     assert go("ok", step="control-prune", pointer=DENSE)[0] == 0 and mlflow("control-prune")[0] == "FINISHED"
 
 
-class Webhook(MockServer):
-    """It keeps what is posted."""
-
-    posted = ()
-
-    def respond(self, handler, path, query, body):
-        self.posted += (json.loads(body),)
-        handler.send(200, {})
-
-
-def test_a_webhook_hears_once_when_a_step_failed_for_good(go, mlflow, monkeypatch):
-    webhook, run, reason = Webhook(), os.environ["PTL_RUN_ID"], "the store is away"
+def test_a_webhook_hears_once_when_a_step_failed_for_good(go, mlflow, monkeypatch, serve):
+    posted, run, reason = [], os.environ["PTL_RUN_ID"], "the store is away"
+    webhook = serve(lambda _request, _path, body: posted.append(json.loads(body)) or (200, {}))
     monkeypatch.setenv("PTL_KFP_UI", "https://kubeflow.example.com/pipeline/")
     for _ in range(2):  # as with the policy Always
-        assert go("killed work", retries=1, PTL_LAUNCH="one", PTL_WEBHOOK_URL=f"{webhook.url}/token")[0] == 1
-    webhook.close()
+        assert go("killed work", retries=1, PTL_LAUNCH="one", PTL_WEBHOOK_URL=f"{webhook}/token")[0] == 1
     page = f"https://kubeflow.example.com/pipeline/#/runs/details/{run}"
     text = f"ptl: run {run} failed in prune-1: {reason}"
-    assert webhook.posted == ({"text": text, "run": run, "step": "prune-1", "reason": reason, "kubeflow": page},)
+    assert posted == [{"text": text, "run": run, "step": "prune-1", "reason": reason, "kubeflow": page}]

@@ -1,19 +1,17 @@
 """What can go wrong between a step and an S3 server; the store's own tests are in test_store.py."""
 
-import http.client
-import itertools
 import random
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
 import pytest
-from test_store import contents, flip, full_disk, publish
+from conftest import full_disk
+from mock_server import Proxy
+from test_store import contents, flip, publish
 
 from ptl.errors import InputError, WorkError
 from ptl.storage import s3 as s3_files
@@ -121,48 +119,10 @@ def test_a_refused_download_leaves_nothing(s3, folder, tmp_path):
 
 @contextmanager
 def faulty(monkeypatch, server, fault):
-    """A proxy before the real server: `fault(request, count)` gives a status to answer, or edits the body; or None."""
-    target, counts = urlsplit(server["MLFLOW_S3_ENDPOINT_URL"]).netloc, itertools.count(1)
-
-    class Proxy(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def forward(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, headers = fault(self, next(counts)), {}
-            if isinstance(status, int):
-                code = {404: "NoSuchUpload"}.get(status, "InternalError")
-                answer = f"<Error><Code>{code}</Code></Error>".encode()
-            else:
-                edit, upstream = status, http.client.HTTPConnection(target)
-                # The client signed the proxy's address as Host, and it is forwarded as it came.
-                upstream.request(self.command, self.path, body, dict(self.headers))
-                reply = upstream.getresponse()
-                status, headers, answer = reply.status, dict(reply.getheaders()), reply.read()
-                upstream.close()
-                answer = edit(answer) if edit else answer
-            self.send_response(status)
-            length = headers["Content-Length"] if self.command == "HEAD" else len(answer)
-            for name, value in headers.items():
-                if name.lower() not in ("content-length", "transfer-encoding", "connection"):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
-
-        def log_message(self, *_):
-            return
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        try:
-            yield
-        finally:
-            proxy.shutdown()
+    """A proxy before the real server, which has these faults."""
+    with closing(Proxy(urlsplit(server["MLFLOW_S3_ENDPOINT_URL"]).netloc, fault)) as proxy:
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", proxy.url)
+        yield
 
 
 def test_server_errors_are_retried(s3, server, small, monkeypatch, tmp_path):

@@ -4,16 +4,15 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import full_disk
 
 from ptl.errors import InputError, WorkError
 from ptl.storage import local_files, manifest, s3, store
@@ -55,17 +54,6 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@contextmanager
-def full_disk(size):
-    """A file size limit stands for the full disk: the kernel refuses the write in the same way."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 # ---- the list of files and its digest
 
 
@@ -76,9 +64,8 @@ def test_each_block_has_a_digest(tmp_path, monkeypatch):
     parts |= {"e": [data[:100], data[100:101]], "f": [data[:100], data[100:]]}
     for name, own in parts.items():
         (tmp_path / name).write_bytes(b"".join(own))
-    rows = [
-        [name, sum(map(len, own)), [hashlib.sha256(part).hexdigest() for part in own]] for name, own in parts.items()
-    ]
+    digests = {name: [hashlib.sha256(part).hexdigest() for part in own] for name, own in parts.items()}
+    rows = [[name, sum(map(len, own)), digests[name]] for name, own in parts.items()]
     expected = tuple(File(name, size, tuple(blocks)) for name, size, blocks in rows)
     assert hash_files(tmp_path, parts, moved.append) == expected
     assert sorted(moved) == [0, 1, 1, 99, 100, 100, 100, 100]

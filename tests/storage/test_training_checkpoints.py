@@ -109,7 +109,7 @@ def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
     assert steps(other) == [6] and checkpoints.records() == []
 
 
-def test_the_interval_is_kept(tmp_path, monkeypatch):
+def test_the_interval_is_kept(monkeypatch):
     saved, clock = [], [0.0]
     monkeypatch.setattr(TrainingCheckpoints, "save", lambda _, path: saved.append(path))
     monkeypatch.setattr(training_checkpoints.time, "monotonic", lambda: clock[0])
@@ -123,13 +123,12 @@ def test_the_interval_is_kept(tmp_path, monkeypatch):
     assert saved[2:] == [2]
 
 
-def test_another_machine_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+def test_another_machine_resumes_to_the_same_bytes(small, tmp_path, monkeypatch):
     """The first machine dies in the second stage and its disk is lost; the second machine has only the store."""
-    from recovering import DENSE, cut, recover
+    from recovering import recover
 
     from ptl.recovery.recover import RECOVERIES
 
-    small = cut(DENSE, tmp_path / "cut", 130_000)
     stages = ({"method": "cpt", "share": 0.25}, {"method": "cpt"})
     recover(small, tmp_path / "straight", *stages)
     stores = [stored_at(f"file://{tmp_path}/art", stage=i) for i in range(2)]
