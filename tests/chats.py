@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import trl
+from checkout import DENSE, EXAMPLE
 from transformers import AutoTokenizer
 
-REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner"
-THINKER = REASONER / "thinker"
+THINKER = EXAMPLE / "thinker"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 TURN_ENDS = {"qwen3": "<|im_end|>", "deepseek_r1_distill": "<\uff5cend\u2581of\u2581sentence\uff5c>"}
 TOKENS = ["<|im_start|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>", *TURN_ENDS.values()]
@@ -14,7 +14,7 @@ TOKENS = ["<|im_start|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<thi
 
 def tokenizer_with(template):
     """A tokenizer with the template of that name; None: without one."""
-    tokenizer = AutoTokenizer.from_pretrained(REASONER / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(DENSE)
     tokenizer.add_tokens(TOKENS)
     tokenizer.eos_token = TURN_ENDS["qwen3"]
     tokenizer.chat_template = template and (TEMPLATES / f"{template}.jinja").read_text()

@@ -1,7 +1,8 @@
 """A model that thinks, scored as it is served: by its chat template, in both modes, its thoughts left out."""
 
 import pytest
-from chats import REASONER, THINKER
+from chats import THINKER
+from checkout import EXAMPLE
 
 from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Speed, Task
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ev
 
 def scored(max_new_tokens=150, **chat):
     """The score of the tiny thinker, and its items."""
-    task = Task(name=str(REASONER / "tiny_thinker.yaml"), limit=LIMIT, max_new_tokens=max_new_tokens)
+    task = Task(name=str(EXAMPLE / "tiny_thinker.yaml"), limit=LIMIT, max_new_tokens=max_new_tokens)
     wanted = Evaluate(tasks=[task], speed=Speed(repeats=0))
     (score,), items = score_tasks(language_model(THINKER, wanted, Chat(**chat)), wanted, 0)
     return score, items

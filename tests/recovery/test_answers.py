@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from chats import REASONER, THINKER
+from chats import THINKER
+from checkout import DENSE, EXAMPLE
 
 from ptl.config.chat import Chat
 from ptl.config.recover import TrainingData
@@ -14,7 +15,7 @@ from ptl.model import pretrained
 from ptl.recovery.answers import in_place_of, write_answers
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("answers")]
-ROWS = {"source": str(REASONER / "train.jsonl.gz"), "prompt": "{question}", "completion": "{answer}"}
+ROWS = {"source": str(EXAMPLE / "train.jsonl.gz"), "prompt": "{question}", "completion": "{answer}"}
 OWN = ROWS | {"answers": "self", "num_prompts": 12, "max_new_tokens": 150, "reward": {"name": "final_answer"}}
 EVALUATE = Evaluate(tasks=[{"name": "gsm8k"}], batch_size=12)
 
@@ -76,6 +77,6 @@ def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path)
 
 
 def test_without_a_chat_a_completion_follows_its_prompt(tmp_path):
-    report, rows, data = written(tmp_path, REASONER / "checkpoint", chat=False, prompt="{question}\n")
+    report, rows, data = written(tmp_path, DENSE, chat=False, prompt="{question}\n")
     assert report.kept >= 10 and data.sources[0].format == "prompt_completion"
     assert all(row["prompt"].endswith("?\n") and row["completion"].count("#### ") == 1 for row in rows)
