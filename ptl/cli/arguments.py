@@ -19,7 +19,8 @@ import typer
 import ptl
 from ptl import processes
 from ptl.config.base import FOLDER
-from ptl.config.run import Config, check
+from ptl.config.recover import TrainingData
+from ptl.config.run import Calibration, Config, check
 from ptl.errors import InputError
 
 PACKAGE = Path(ptl.__file__).parent
@@ -111,6 +112,16 @@ Rehearse = Annotated[
     bool,
     typer.Option("--rehearse", help="the same steps with about 1 % of the work: minutes, and numbers without meaning"),
 ]
+
+
+def check_given(section: Calibration | TrainingData, name: str) -> None:
+    """Raise InputError where a command is to read own answers, which a step of a run writes."""
+    if section.answers == "self":
+        raise InputError(
+            "self, and own answers are written by a step of `ptl run`",
+            field=f"{name}.answers",
+            remedy="set calibration.answers and training.answers to given, and name an answers.jsonl as the source",
+        )
 
 
 def check_free(dst: Path) -> None:

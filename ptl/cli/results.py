@@ -100,6 +100,8 @@ def export(
         notes = [*gguf.write_gguf(src, dst, type), *notes]
     else:
         settings = load_config(config) if config else None
+        if settings:
+            arguments.check_given(settings.calibration, "calibration")
         sequences = (settings.calibration, settings.chat, settings.seed) if settings else ()
         compressed_tensors.write(src, dst, type, *sequences)
     written = [dst] if dst.is_file() else checkpoint.shards(dst)

@@ -11,11 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, writing
+from ptl.cli.arguments import (
+    CheckpointFolder,
+    ConfigOption,
+    Overrides,
+    TargetFolder,
+    check_free,
+    check_given,
+    writing,
+)
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import plan, removal
-from ptl.errors import InputError
 from ptl.log import on_terminal
 
 
@@ -51,7 +58,7 @@ def prune(
     if target is not None:
         overrides["schedule.target"] = target
     settings = load_config(config, overrides)
-    _check_answers(settings)
+    check_given(settings.calibration, "calibration")
     unit = plan(settings.schedule, settings.prune)[0].unit  # of neurons_then_layers the first
     _check_folders(src, dst)
     params = dimensions.static_cost(src).params
@@ -93,7 +100,7 @@ def recover(
     from ptl.recovery.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
-    _check_answers(settings)
+    check_given(settings.training, "training")
     _check_folders(src, dst)
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
@@ -125,16 +132,6 @@ def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, set
     with writing(dst) as out:
         report = evaluate_checkpoint(src, out, settings.evaluate, settings.chat, seed=settings.seed)
         _print_report(report)
-
-
-def _check_answers(settings: Config) -> None:
-    """Raise InputError where text is to be read that a step of a run writes."""
-    if settings.training.answers == "self":
-        raise InputError(
-            "self: they are written by a step of a run (`ptl run`)",
-            field="training.answers",
-            remedy="take the file of a run as the source: --set training.answers=given --set training.source=FILE",
-        )
 
 
 def _check_folders(src: Path, dst: Path) -> None:

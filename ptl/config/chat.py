@@ -34,12 +34,19 @@ class Chat(Section):
         begin, end = self.thought
         return text.rfind(begin) > text.rfind(end)
 
-    def continued(self, prompt: str, answer: str) -> str:
-        """An answer as it continues a prompt: a thought that this has begun is not begun again, and is ended."""
+    def with_thought(self, thought: str, answer: str) -> str:
+        """An answer after a thought that is given apart from it; empty: there is none."""
         begin, end = self.thought
+        return f"{begin}\n{thought.strip()}\n{end}\n\n{answer}" if thought else answer
+
+    def continued(self, prompt: str, answer: str) -> str:
+        """An answer as it continues a prompt, which may have begun its thought, or ended it."""
+        begin, end = self.thought
+        if prompt.rstrip().endswith(end):
+            return self.answer(answer)
         if not self.is_thinking(prompt):
             return answer
-        return answer.removeprefix(begin) if end in answer else f"\n{end}\n\n{answer}"
+        return answer.removeprefix(begin).lstrip("\n") if end in answer else f"\n{end}\n\n{answer}"
 
     def answer(self, text: str) -> str:
         """What follows the thought in a text that the model has written; empty where the thought has no end."""

@@ -256,14 +256,12 @@ class Config(Section):
         undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
         if undivided:
             raise ValueError(undivided)
-        if self.calibration.answers == "self" and self.training.answers != "self":
-            raise ValueError("calibration.answers=self takes the answers of training.answers=self: set both")
-        if (
-            self.training.answers == "self"
-            and not self.chat.enabled
-            and any(source.format == "messages" for source in self.training.sources)
-        ):
-            raise ValueError("training.answers=self needs chat.enabled=true for sources of format messages: set it")
+        unfit = unfit_answers(self.calibration, self.training, self.chat)
+        if unfit:
+            raise ValueError(unfit)
+        reads_answers = self.calibration.answers == "self" or any(stage.method != "grpo" for stage in self.recover)
+        if self.training.answers == "self" and not reads_answers:
+            raise ValueError("training.answers=self: grpo writes answers of its own, nothing reads these: set given")
         if self.prune.target == "neurons_then_layers" and self.schedule.iterations == 1:
             raise ValueError(
                 "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"
@@ -281,6 +279,16 @@ class Config(Section):
                 f"images.digests has none of {', '.join(absent)}: take what `{command}` prints, or remove all"
             )
         return self
+
+
+def unfit_answers(calibration: Calibration, training: TrainingData, chat: Chat) -> str:
+    """Why own answers cannot be made as these sections say, in a sentence with a remedy; else empty."""
+    if calibration.answers == "self" and training.answers != "self":
+        return "calibration.answers=self takes the answers of training.answers=self: set both"
+    has_chats = any(source.format == "messages" for source in training.sources)
+    if training.answers == "self" and has_chats and not chat.enabled:
+        return "training.answers=self needs chat.enabled=true for sources of format messages: set it"
+    return ""
 
 
 def essentials(config: Config) -> dict[str, Any]:

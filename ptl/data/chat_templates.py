@@ -50,3 +50,8 @@ def thinks(tokenizer: Any, chat: Chat = NO_CHAT) -> bool:
 def has_switch(tokenizer: Any) -> bool:
     """Whether the template has the variable `enable_thinking`."""
     return bool(tokenizer.chat_template) and SWITCH in tokenizer.get_chat_template()
+
+
+def has_date(tokenizer: Any, chat: Chat) -> bool:
+    """Whether the template writes today's date into each prompt."""
+    return "strftime_now" in tokenizer.get_chat_template() and "date_string" not in chat.template_kwargs

@@ -109,6 +109,15 @@ def check_settings(
     lengths = {"calibration.max_length": calibration.max_length}
     if evaluate.max_length is not None:
         lengths["evaluate.max_length"] = evaluate.max_length
+    if training.answers == "self":
+        longest = training.max_new_tokens
+        lengths["training.max_new_tokens, and a prompt,"] = longest + 1
+        if evaluate.max_length is not None and longest >= evaluate.max_length:
+            raise InputError(
+                f"{longest} leaves no room for a prompt in evaluate.max_length={evaluate.max_length}",
+                field="training.max_new_tokens",
+                remedy="lower it, or raise evaluate.max_length",
+            )
     shapes.check_positions(folder, lengths)
     check_stages(folder, recover, teacher=None)
     chat_templates.check(tokenizer, chat)

@@ -75,9 +75,9 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
     """
     if row.source.format == "messages":
         before, (last,) = chat_and_answer(row)
-        if last.get("content") is None:  # it calls tools, which each template writes in its own way
+        if last.get("tool_calls"):  # each template writes them in its own way
             return _chat_tokens(row, tokenizer, chat)
-        answer = last["content"]
+        answer = chat.with_thought(last.get("reasoning_content") or "", last["content"])
     else:
         prompt_text, answer = texts(row)
         before = user_turn(prompt_text)

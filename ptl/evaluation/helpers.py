@@ -57,10 +57,10 @@ class Helper:
         self._process.start()
         theirs.close()
 
-    def ask(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
+    def ask(self, method: str, arguments: list[tuple[Any, ...]], seed: int = 0) -> None:
         """Have requests of one kind answered: generate_until, loglikelihood or loglikelihood_rolling."""
         with contextlib.suppress(OSError):  # it has ended: `share` says so
-            self._connection.send((method, arguments))
+            self._connection.send((method, arguments, seed))
 
     def share(self) -> Share:
         """Wait for the answers. Raises WorkError where the helper has failed."""
@@ -110,12 +110,14 @@ def _answer_requests(connection: Connection, load: Callable[[], Any], number: in
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from lm_eval.api.instance import Instance
+    from transformers import set_seed
 
     try:
         model = load()
         connection.send(Share([], {}, 0))
         while True:
-            method, arguments = connection.recv()
+            method, arguments, seed = connection.recv()
+            set_seed(seed + number)
             model.start_notes()
             requests = [Instance(method, {}, request, 0) for request in arguments]
             answers = getattr(model, method)(requests, disable_tqdm=True)
@@ -176,7 +178,7 @@ def _divided(name: str) -> Callable[..., Any]:
         own, *others = divided([request.args for request in requests], 1 + len(self.helpers))
         asked = [(helper, positions) for helper, positions in zip(self.helpers, others, strict=True) if positions]
         for helper, positions in asked:
-            helper.ask(name, [requests[position].args for position in positions])
+            helper.ask(name, [requests[position].args for position in positions], self.seed)
         # It ends on the CPU: the GPU has finished too.
         own_answers = getattr(super(AnswerNotes, self), name)([requests[i] for i in own], **options)
         answers = dict(zip(own, own_answers, strict=True))  # by position
@@ -199,6 +201,7 @@ class AnswerNotes:
     helpers: Sequence[Helper] = ()
     chat: Chat = NO_CHAT
     thoughts: bool = False  # whether they stay in the answers
+    seed: int = 0  # of answers that helpers sample
 
     def close(self) -> None:
         """End the helpers."""

@@ -73,6 +73,17 @@ def noted_hflm() -> Any:
                 self.pending.append(self.note(prompt, tokens[:length], stop, ended=length is not None))
             return out
 
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+            if not (skip_special_tokens and self.chat.enabled and isinstance(tokens, list)):
+                return super().tok_decode(tokens, skip_special_tokens)
+            # Of special tokens those around a thought stay: without them it could not be told from the answer.
+            added = self.tokenizer.added_tokens_decoder
+            dropped = {
+                i for i, token in added.items() if token.special and str(token) not in "".join(self.chat.thought)
+            }
+            kept = [token for token in tokens if token not in dropped]
+            return super().tok_decode(kept, skip_special_tokens=False)
+
         def stops(self, stop: list[str]) -> list[str]:
             """Of the texts at which the harness ends an answer, those at which a chat ends: a thought has the others.
 
@@ -126,13 +137,14 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
 
 
 def chat_arguments(chat: Chat, thoughts: bool = False) -> dict[str, Any]:
-    """What the harness's models take: variables of the chat template, and what ends a thought, which is left out."""
+    """What the harness's models take: variables of the chat template, and what ends a thought, which is left out.
+
+    Not its `enable_thinking`, which refuses tasks that generate nothing.
+    """
     if not chat.enabled:
         return {}
-    variables = dict(chat.template_kwargs)
     return {
-        "chat_template_args": variables,
-        "enable_thinking": None if thoughts else variables.get("enable_thinking"),
+        "chat_template_args": dict(chat.template_kwargs),
         "think_end_token": None if thoughts else chat.thought[1],
     }
 
@@ -148,12 +160,17 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
     import torch
 
     try:
+        from lm_eval.models.huggingface import HFLM
         from lm_eval.models.vllm_causallms import VLLM
     except (ImportError, OSError) as error:  # the loader's are OSErrors
         reason = f"{type(error).__name__}: {error}"
         raise extras.unusable("vLLM", reason, field=VLLM_FIELD, remedy=VLLM_REMEDY) from error
 
     class NotedModel(AnswerNotes, VLLM):
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+            # VLLM's own gives the template an enable_thinking of None where it is not set.
+            return HFLM.apply_chat_template(self, *args, **kwargs)
+
         def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
             outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
             # Log-likelihoods have no answer.
@@ -179,6 +196,7 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
         trust_remote_code=False,
         **chat_arguments(chat, thoughts),
     )
+    lm.chat_template_args = dict(chat.template_kwargs)  # VLLM takes enable_thinking out
     lm.chat, lm.thoughts = chat, thoughts
     lm.start_notes()
     return lm

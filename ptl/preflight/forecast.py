@@ -112,8 +112,9 @@ class Forecast:
         return sum(step.gpu_hours for step in self.steps)
 
     def of(self, stage: str) -> list[StepForecast]:
-        """The steps of a kind: prune, recover or evaluate."""
-        return [step for step in self.steps if stage_of(step.step) == stage]
+        """The steps of a kind: prune, recover or evaluate, which own answers are made like."""
+        stages = (stage, "answers") if stage == "evaluate" else (stage,)
+        return [step for step in self.steps if stage_of(step.step) in stages]
 
     def training(self, stage: RecoverStage) -> int:
         """GPUs that train together in a stage."""
@@ -129,7 +130,7 @@ class Forecast:
         if stage == "prune":
             return scoring_memory(self.shape.of(model), self.config.calibration)
         if stage == "evaluate":
-            return answering_memory(self.shape, model, self.config.evaluate, self.answering())
+            return answering_memory(self.shape, model, self.config, self.answering())
         return max(training_memory(self.shape, model, each, self.training(each)) for each in self.config.recover)
 
     def fits(self, stage: str, model: ModelDimensions, share: float) -> bool:
@@ -231,7 +232,7 @@ def _answers(run: Forecast) -> StepForecast:
     """The dense model's own answers, each of full length."""
     training, dense, gpus = run.config.training, run.shape.dimensions, run.answering()
     tokens, seconds = _generation(dense, run, training.num_prompts * training.samples, training.max_new_tokens)
-    memory = answering_memory(run.shape, dense, run.config.evaluate, gpus, training.max_new_tokens)
+    memory = answering_memory(run.shape, dense, run.config, gpus)
     return StepForecast(
         step="answers",
         model=dense,

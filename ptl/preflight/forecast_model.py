@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ptl.config.recover import RecoverStage
-from ptl.config.run import Calibration, Config, Evaluate
+from ptl.config.run import Calibration, Config
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of
 from ptl.model.families import family_of
@@ -147,15 +147,14 @@ def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     return weights + hidden_states + max(batch, logits) + CONTEXT
 
 
-def answering_memory(
-    shape: Shape,
-    model: ModelDimensions,
-    evaluate: Evaluate,
-    gpus: int,
-    new_tokens: int | None = None,  # of an answer; None: as the benchmarks say
-) -> float:
-    """Bytes on each of `gpus` in an evaluation: weights, and the cache of a batch; vLLM divides both."""
-    length = PROMPT_TOKENS + (new_tokens or max(task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks))
+def answering_memory(shape: Shape, model: ModelDimensions, config: Config, gpus: int) -> float:
+    """Bytes on each of `gpus` in an evaluation: weights, and the cache of a batch; vLLM divides both.
+
+    With room for the longest answer to a benchmark or, where it writes answers of its own, to a training prompt.
+    """
+    evaluate, training = config.evaluate, config.training
+    lengths = [task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks]
+    length = PROMPT_TOKENS + max(*lengths, training.max_new_tokens if training.answers == "self" else 0)
     memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.of(model).kv_bytes
     return CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
 

@@ -110,6 +110,11 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
 def chat_warnings(config: Config, folder: Path) -> list[str]:
     """Where a model that thinks would be pruned and measured as nobody serves it, or its thoughts would be cut."""
     tokenizer = pretrained.load_tokenizer(folder)
+    if config.chat.enabled and chat_templates.has_date(tokenizer, config.chat):
+        return [
+            "chat: the model's chat template writes today's date, and items that are asked on different days are not "
+            "compared: give a date in chat.template_kwargs, where the template has a variable for it (date_string)"
+        ]
     if not chat_templates.thinks(tokenizer, config.chat):
         return []
     if not config.chat.enabled:

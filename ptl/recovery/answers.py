@@ -14,7 +14,7 @@ from typing import Any
 from ptl.config.chat import Chat
 from ptl.config.recover import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
-from ptl.data.sequences import prompt_rows
+from ptl.data.sequences import chat_ids, prompt_rows
 from ptl.data.sources import SourceRow, fill, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
@@ -58,7 +58,7 @@ def write_answers(
     """Let the checkpoint in `src` answer prompts of `data`; write those to keep to dst/answers.jsonl.
 
     A line has prompt and completion, or in a chat `messages`; source and row of the prompt, number of the sample, seed,
-    sampling, and `model`, the checkpoint's digest. Of `evaluate` only the backend and how it batches matters. Raises
+    sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend, batches and the context matter. Raises
     WorkError where nothing is left to train on.
     """
     lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
@@ -123,6 +123,8 @@ def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tup
         count = max(1, round(data.num_prompts * source.weight / total))
         for row in prompt_rows(source, seed=seed, skip=0, count=count):
             prompt = prompt_of(row, chat)
+            if not isinstance(prompt, str):
+                chat_ids(lm.tokenizer, prompt, row.number, chat)  # the harness would leave out a turn that is refused
             yield prompt if isinstance(prompt, str) else lm.apply_chat_template(prompt), (row, prompt)
 
 
@@ -139,6 +141,7 @@ def _answers(
     from transformers import set_seed
 
     set_seed(seed)
+    lm.seed = seed
     options = {"until": [], "max_gen_toks": limit, "do_sample": bool(sampling), **sampling}
     requests = [Instance("generate_until", {}, (text, options), number) for number, text in enumerate(prompts)]
     lm.start_notes()

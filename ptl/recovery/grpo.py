@@ -109,9 +109,19 @@ def _reference(reward_index: int) -> str:
 
 
 def reader(chat: Chat, tokenizer: Any) -> Callable[[Any], str]:
-    """What takes the answer from a completion: in a chat what follows the thought, which the prompt may have begun."""
+    """What takes the answer from a completion: in a chat what follows the thought, which the prompt may have begun.
+
+    Raises InputError for thoughts between special tokens.
+    """
     if not chat.enabled:
         return text_of
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if special & set(chat.thought):
+        raise InputError(
+            f"{' and '.join(chat.thought)} are special tokens, which trl leaves out of what its rewards read",
+            field="chat.thought",
+            remedy="recover by distil or cpt, or without thoughts (chat.template_kwargs)",
+        )
     begun = chat.thought[0] if chat.is_thinking(chat_templates.opening(tokenizer, chat)) else ""
     return lambda completion: chat.answer(begun + text_of(completion))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptl.config.chat import Chat
 from ptl.config.recover import TrainingData
-from ptl.config.run import Calibration, Evaluate
+from ptl.config.run import Calibration, Evaluate, unfit_answers
 from ptl.errors import InputError
 from ptl.steps.call import Call
 from ptl.steps.step import Step
@@ -24,6 +24,7 @@ def answers(call: Call) -> None:
         "training": call.section(TrainingData, "training"),
         "chat": call.section(Chat, "chat"),
         "backend": evaluate.backend,
+        "max_length": evaluate.max_length,
         "seed": call.settings["seed"],
     }
     with Step(call, key=key) as step:
@@ -46,8 +47,11 @@ def answers(call: Call) -> None:
         call.outputs["metrics"].metadata.update(shown)
 
 
-def check_structure(training: TrainingData, compiled: bool) -> None:
-    """Raise InputError where a run's parameter asks for own answers and no step writes them, or the other way round."""
+def check_structure(calibration: Calibration, training: TrainingData, chat: Chat, compiled: bool) -> None:
+    """Raise InputError where run parameters ask for own answers and no step writes them, or do not fit each other."""
+    unfit = unfit_answers(calibration, training, chat)
+    if unfit:
+        raise InputError(unfit, field="answers")
     if (training.answers == "self") != compiled:
         raise InputError(
             f"{training.answers}, but this pipeline was compiled with{'' if compiled else 'out'} the step that writes "

@@ -61,7 +61,8 @@ def recover(call: Call) -> None:
             source = step.fetch_model()
             tokens = [iteration.tokens for iteration in iterations]
             job = _job(step, recovery, iterations[-1])
-            report = recover_checkpoint(source, step.folder, recovery, tokens, job, stores)
+            stages = recovery if data.answers == "given" else with_prompts(recovery, data)
+            report = recover_checkpoint(source, step.folder, stages, tokens, job, stores)
             # Of several nodes the first one has the files.
             if job.machines.first:
                 checkpoint.write_mlflow_model(step.folder)
@@ -71,6 +72,17 @@ def recover(call: Call) -> None:
             for stage_store in stores:
                 stage_store.clear()
     return None
+
+
+def with_prompts(recovery: Recovery, data: TrainingData) -> Recovery:
+    """The stages with the rows' prompts for reinforcement learning: own answers have nothing to compare with."""
+    first = data.prompted[0]
+    return Recovery(
+        stages=tuple(
+            stage.model_copy(update={"prompts": stage.prompts or first}) if stage.method == "grpo" else stage
+            for stage in recovery.stages
+        )
+    )
 
 
 def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckpoints]:

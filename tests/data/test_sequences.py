@@ -61,8 +61,9 @@ def test_a_completion_is_what_the_model_writes_after_the_prompt_with_its_thought
     tokens = tokenize(row, tokenizer, 512, chat)
     prompt, completion = tokenizer.decode(tokens.ids[: tokens.prompt]), tokenizer.decode(tokens.ids[tokens.prompt :])
     begun = tokenizer.apply_chat_template([ASKED], tokenize=False, add_generation_prompt=True, enable_thinking=thinks)
-    once = answer.removeprefix("<think>" if "deepseek" in template else "")  # the prompt has begun the thought
-    assert (prompt, completion) == (begun, once + TURN_ENDS[template])
+    # The prompt may have begun the thought, or ended it.
+    expected = answer.removeprefix("<think>\n") if "deepseek" in template else answer if thinks else "2"
+    assert (prompt, completion) == (begun, expected + TURN_ENDS[template])
     # Texts without a prompt, such as those of another source, are no chats.
     text = SourceRow({"text": "1+1"}, DataSource(source="x", format="text"), 1)
     assert tokenize(text, tokenizer, 512, chat) == tokenize(text, tokenizer, 512)
@@ -71,7 +72,7 @@ def test_a_completion_is_what_the_model_writes_after_the_prompt_with_its_thought
     assert tokenizer.decode(tokenize(messages, tokenizer, 512, chat).ids) == begun + ended + "2" + TURN_ENDS[template]
     # What calls tools is as the template writes it.
     calls = [{"function": {"name": "add", "arguments": {}}, "type": "function"}]
-    rows = {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": calls}]}
+    rows = {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]}
     if "qwen" in template:
         called = tokenize(SourceRow(rows, DataSource(source="x", format="messages"), 1), tokenizer, 512, chat)
         assert '<tool_call>\n{"name": "add"' in tokenizer.decode(called.ids)

@@ -1,5 +1,9 @@
 """A model that thinks, scored as it is served: by its chat template, in both modes, its thoughts left out."""
 
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 from chats import THINKER
 from checkout import EXAMPLE
@@ -8,17 +12,18 @@ from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.evaluation.evaluate import score_tasks
 from ptl.evaluation.language_models import language_model
+from ptl.model import pretrained
 
 LIMIT = 24
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
 
 
-def scored(max_new_tokens=150, **chat):
+def scored(max_new_tokens=150, src=THINKER, **chat):
     """The score of the tiny thinker, and its items."""
     task = Task(name=str(EXAMPLE / "tiny_thinker.yaml"), limit=LIMIT, max_new_tokens=max_new_tokens)
     wanted = Evaluate(tasks=[task], speed=Speed(repeats=0))
-    (score,), items = score_tasks(language_model(THINKER, wanted, Chat(**chat)), wanted, 0)
+    (score,), items = score_tasks(language_model(src, wanted, Chat(**chat)), wanted, 0)
     return score, items
 
 
@@ -31,6 +36,38 @@ def test_in_both_modes_what_follows_the_thought_is_graded():
     assert at_once.accuracy > 0.9 and all(item["answer"].count("=") > 1 for item in items)
     # The steps are in the thought, some of them with a check.
     assert thinking.answer_tokens > at_once.answer_tokens
+
+
+def test_thoughts_between_special_tokens_are_told_from_the_answer(tmp_path):
+    for path in THINKER.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] |= "think" in token["content"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    score, items = scored(src=tmp_path, enabled=True)
+    assert score.accuracy > 0.8 and all(item["answer"].startswith("#### ") for item in items)
+    assert {item["answer"] for item in scored(src=tmp_path, max_new_tokens=12, enabled=True)[1]} == {""}
+
+
+def test_vllm_is_given_the_variables_and_nothing_else(monkeypatch):
+    class VLLM:
+        """A mock of the harness's model, which takes enable_thinking out, and gives the template its own."""
+
+        def __init__(self, **given):
+            self.given, self.chat_template_args = given, given["chat_template_args"]
+            self.chat_template_args.pop("enable_thinking", None)
+            self.tokenizer = pretrained.tokenizer(THINKER)
+
+        def apply_chat_template(self, turns, add_generation_prompt=True):
+            raise AssertionError("with enable_thinking=None")
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=VLLM))
+    wanted = Evaluate(tasks=[Task(name="gsm8k")], speed=Speed(repeats=0), backend="vllm")
+    for variables, ends in (({}, "<|assistant|>"), ({"enable_thinking": False}, "<|assistant|><think></think>")):
+        lm = language_model(THINKER, wanted, Chat(enabled=True, template_kwargs=variables), thoughts=True)
+        assert lm.apply_chat_template([{"role": "user", "content": "1+1?"}]) == f"<|user|>1+1?{ends}"
+        assert "enable_thinking" not in lm.given and lm.given["think_end_token"] is None
 
 
 def test_a_thought_that_the_limit_ends_is_no_answer():

@@ -280,7 +280,7 @@ def test_all_choices_of_a_context_go_to_one_process_and_answers_keep_the_order()
     assert divided([("", "a"), ("", "b"), ("", "c")], 2) == [[0, 2], [1]]  # without a context
 
     class Idle:
-        def ask(self, method, arguments):
+        def ask(self, method, arguments, seed):
             self.asked = arguments
 
         def share(self):

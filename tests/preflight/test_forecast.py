@@ -86,8 +86,10 @@ def test_memory_of_answers_and_scores_is_counted():
     tasks = [{"name": "gsm8k", "max_new_tokens": 88}, {"name": "mbpp", "max_new_tokens": 8}]
     settings = load_config(TINY, {"evaluate.batch_size": 4, "evaluate.tasks": tasks})
     held = 2 * 1000 + 4 * 600 * 48
-    assert forecast_model.answering_memory(SMALL, BODY, settings.evaluate, 4) == CONTEXT + held
-    divided = settings.evaluate.model_copy(update={"backend": "vllm"})
+    assert forecast_model.answering_memory(SMALL, BODY, settings, 4) == CONTEXT + held
+    own = load_config(TINY, {"evaluate.batch_size": 4, "training.answers": "self", "training.max_new_tokens": 488})
+    assert forecast_model.answering_memory(SMALL, BODY, own, 4) == CONTEXT + 2 * 1000 + 4 * 1000 * 48
+    divided = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"backend": "vllm"})})
     assert forecast_model.answering_memory(SMALL, BODY, divided, 4) == CONTEXT + held / 4
     # Embeddings and head, all hidden states, and the larger of a batch and the logits of a sequence.
     calibration = settings.calibration.model_copy(update={"num_sequences": 4, "max_length": 32, "batch_size": 2})

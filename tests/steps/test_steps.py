@@ -129,6 +129,10 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     assert (job.budget.tokens, job.budget.iteration, job.budget.last) == (iteration.tokens, 2, True)
     assert (job.budget.seed, job.budget.weights) == (5, (1, 2))
     assert recover._job(step, Recovery(stages=[{"method": "cpt"}]), iteration).teacher is None
+    # Reinforcement learning keeps the rows' prompts, which have what is compared with.
+    stages = [{"method": "distil"}, {"method": "grpo"}]
+    distil, grpo = recover.with_prompts(Recovery(stages=stages), data).stages
+    assert distil.prompts is None and grpo.prompts == data.sources[0]
     # Its own answers, which the text that is scored on may be too.
     step.settings["training"] = data.model_copy(update={"answers": "self"})
     own = recover._job(step, Recovery(stages=[{"method": "cpt"}]), iteration).data.sources
