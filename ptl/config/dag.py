@@ -14,6 +14,7 @@ from ptl.config.export import Export
 from ptl.config.run import Config
 
 Arm = Literal["loop", "control", "export"]
+ANSWERS = "answers"  # the step that writes own answers, and its record
 _NAME = re.compile(
     r"(control-)?(?:(doctor|import|answers|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?|(export)-[a-z0-9-]+)"
 )
@@ -94,7 +95,7 @@ def nodes(config: Config) -> list[Node]:
     ]
 
     # What calibration and recoveries read of it: the loop and the control begin after it.
-    own_answers: tuple[str, ...] = ("answers",) if config.training.answers == "self" else ()
+    own_answers: tuple[str, ...] = (ANSWERS,) if config.training.answers == "self" else ()
     steps += [Node(name, {"model": dense}) for name in own_answers]
 
     # The loop.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config.chat import Chat
+from ptl.config.dag import ANSWERS
 from ptl.config.recover import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
 from ptl.data.sequences import chat_ids, prompt_rows
@@ -23,7 +24,6 @@ from ptl.model import checkpoint
 from ptl.recovery.rewards import REWARDS
 
 FILE = "answers.jsonl"
-STEP = "answers"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
 LONGEST_OPENING = 64  # characters at the end of a prompt, in which a template may begin a thought
 TEMPERATURE = 1.0  # of several answers to a prompt, where a model's makers recommend no sampling
@@ -80,7 +80,7 @@ def write_answers(
                     settings = {"sample": sample, "seed": seed, "sampling": sampling, "model": model}
                     file.write(json.dumps(_line(answer) | settings, ensure_ascii=False) + "\n")
                 num_kept += len(kept)
-                say(STEP, f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}")
+                say(ANSWERS, f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}")
     finally:
         lm.close()
     written = len(prompts) * data.samples

@@ -8,13 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptl.config.chat import Chat
+from ptl.config.dag import ANSWERS
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, unfit_answers
 from ptl.errors import InputError
 from ptl.steps.call import Call
 from ptl.steps.step import Step
-
-STEP = "answers"  # and its record
 
 
 def answers(call: Call) -> None:
@@ -63,12 +62,12 @@ def check_structure(calibration: Calibration, training: TrainingData, chat: Chat
 
 def reads(*sections: TrainingData | Calibration) -> list[str]:
     """The records that a step depends on for these sections."""
-    return [STEP] if any(section.answers == "self" for section in sections) else []
+    return [ANSWERS] if any(section.answers == "self" for section in sections) else []
 
 
 def folder(step: Step) -> Path:
     """Where the run's answers are, verified."""
-    return step.fetch(step.committed(STEP).pointer)
+    return step.fetch(step.committed(ANSWERS).pointer)
 
 
 def calibration(step: Step, settings: Calibration, chat: Chat) -> Calibration:
