@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule, Unit, plan, removal, token_weights
@@ -41,6 +42,7 @@ class Subject:
     model: Path
     data: TrainingData
     calibration: Calibration
+    chat: Chat = NO_CHAT
 
 
 TINY_DATA = TrainingData(sources=[TRAIN])
@@ -75,13 +77,14 @@ Cut = Callable[[Path, Path, Unit, int, int], int]
 
 def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
     """The prune step's own way."""
-    batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
+    tokenizer = AutoTokenizer.from_pretrained(subject.model)
+    batches = calibration_batches(subject.calibration, tokenizer, seed, subject.chat)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     chosen: dict[str, int] = {}  # widths to end with
 
     def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
-        numbers = {"goal": goal, "end": end, "chosen": chosen, "seed": seed}
-        report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, **numbers)
+        settings = {"goal": goal, "end": end, "chosen": chosen, "seed": seed, "chat": subject.chat}
+        report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, **settings)
         chosen.update(report.chosen)
         # By `taylor` two passes forward and one back; each candidate one forward.
         passes = 8 if prune.criterion == "taylor" and unit != "layers" else 2
@@ -142,7 +145,14 @@ def run(
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))
             training = folder / f"training-{iteration.index}"
-            job = RecoveryJob(subject.data, budget, training, lambda metrics, step: None, teacher=subject.model)
+            job = RecoveryJob(
+                subject.data,
+                budget,
+                training,
+                lambda metrics, step: None,
+                teacher=subject.model,
+                chat=subject.chat,
+            )
             if not done.exists():
                 budgets = [planned.tokens for planned in iterations[: iteration.index]]
                 recover_checkpoint(pruned, recovered, Recovery(stages=stages), budgets, job)

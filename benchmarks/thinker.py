@@ -1,0 +1,145 @@
+"""A model that thinks, pruned as it is served: own answers against given ones, cpt against distillation.
+
+    python benchmarks/thinker.py measure [--shares 0.4 0.6] [--seeds 11 12 13] [--rate 1.2e-3]
+    python benchmarks/thinker.py table
+
+The given answers have their steps and no thought, as data of others have. Loops of four on the tiny thinker; what
+recoveries are trained on is scored with, too. Accuracy is that of 1,000 held-out problems in the mode in which it is
+pruned, thinking, and in the other one. Each model is a line of benchmarks/results/thinker.jsonl; what is there is not
+measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from depth_report import half_width
+from loops import ROOT, Subject, run, work_quietly
+from recovery import CPT
+
+from ptl.config.chat import Chat
+from ptl.config.recover import TrainingData
+from ptl.config.run import Calibration, Evaluate, Speed, Task
+from ptl.config.schedule import Prune, Schedule
+from ptl.evaluation.evaluate import score_tasks
+from ptl.evaluation.language_models import language_model
+from ptl.recovery.answers import in_place_of, write_answers
+
+EXAMPLE = ROOT / "examples" / "tiny_reasoner"
+MODEL = EXAMPLE / "thinker"
+ANSWERS = ROOT / ".ptl" / "thinker-answers"
+RESULTS = ROOT / "benchmarks" / "results" / "thinker.jsonl"
+THINKING, AT_ONCE = (Chat(enabled=True, template_kwargs={"enable_thinking": thinks}) for thinks in (True, False))
+GIVEN = TrainingData(
+    source=str(EXAMPLE / "train.jsonl.gz"),
+    prompt="{question}",
+    completion="{answer}",
+    answers="self",
+    num_prompts=4000,
+    samples=2,
+    max_new_tokens=150,
+    reward={"name": "final_answer"},
+)
+ARMS = {
+    f"{answers} answers, {method}": (answers, method)
+    for answers, method in itertools.product(("given", "own"), ("cpt", "distil"))
+}
+TASK = Task(name=str(EXAMPLE / "tiny_thinker.yaml"))
+EVALUATE = Evaluate(tasks=[TASK], speed=Speed(repeats=0), batch_size=128)
+
+Row = dict[str, Any]
+
+
+def subject(answers: str) -> Subject:
+    """The thinker with the texts of an arm; own answers are written once."""
+    data = GIVEN
+    if answers == "own":
+        if not ANSWERS.is_dir():
+            ANSWERS.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=ANSWERS.parent) as folder:
+                write_answers(MODEL, Path(folder), GIVEN, EVALUATE, THINKING, model="dense", seed=1)
+                Path(folder).rename(ANSWERS)
+        data = in_place_of(GIVEN, ANSWERS, THINKING)
+    return Subject(MODEL, data, Calibration(data=data.sources[0], num_sequences=128, max_length=256), THINKING)
+
+
+def scored(folder: Path) -> Row:
+    """Accuracy in both modes, and how long the answers are with their thoughts."""
+    row: Row = {}
+    for name, chat in (("thinking", THINKING), ("at once", AT_ONCE)):
+        (score,), _ = score_tasks(language_model(folder, EVALUATE, chat), EVALUATE, 0)
+        row |= {name: score.accuracy, f"{name}, tokens": score.answer_tokens, f"{name}, cut": score.truncated}
+    return row
+
+
+def measure(arm: str, share: float, tokens: int, rate: float, seed: int) -> Row:
+    """One model."""
+    answers, method = ARMS[arm]
+    stage = CPT | {"method": method, "learning_rate": rate}
+    schedule = Schedule(target=share, recovery_tokens=tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        trained = run(subject(answers), schedule, Prune(width_multiple=1), [stage], seed, Path(folder))
+        row = scored(trained.checkpoint)
+    return {"arm": arm, "share": share, "tokens": tokens, "rate": rate, "seed": seed, "params": trained.params} | row
+
+
+def rows() -> list[Row]:
+    """All that is measured."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def study(given: argparse.Namespace) -> None:
+    """Measure what is missing."""
+    work_quietly()
+    known = {(row["arm"], row["share"], row["tokens"], row["rate"], row["seed"]) for row in rows()}
+    for share, seed, arm in itertools.product(given.shares, given.seeds, given.arms):
+        cell = (arm, share, given.tokens, given.rate, seed)
+        if cell in known:
+            continue
+        row = measure(*cell)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(*cell, row["thinking"], row["at once"], flush=True)
+
+
+def table() -> None:
+    """Each arm over its seeds, with Student's 95 % interval; the dense model first."""
+    print("| removed | rate | arm | seeds | thinking | at once | tokens of an answer | cut |")
+    print("|---:|---|---|---:|---|---|---:|---:|")
+    found = rows()
+    cells = dict.fromkeys((row["share"], row["rate"], row["arm"]) for row in found)
+    for share, rate, arm in sorted(cells):
+        group = [row for row in found if (row["share"], row["rate"], row["arm"]) == (share, rate, arm)]
+        modes = [_with_interval([row[mode] for row in group]) for mode in ("thinking", "at once")]
+        length, cut = (statistics.mean(row[f"thinking, {name}"] for row in group) for name in ("tokens", "cut"))
+        print(f"| {share:.0%} | {rate} | {arm} | {len(group)} | {' | '.join(modes)} | {length:.1f} | {cut:.1%} |")
+
+
+def _with_interval(values: list[float]) -> str:
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} \u00b1 {100 * half_width(values):.1f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["measure", "table"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.6, 0.65])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--rate", type=float, default=6e-4, help="learning rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
+    given = parser.parse_args()
+    if given.what == "table":
+        table()
+    else:
+        study(given)
+
+
+if __name__ == "__main__":
+    main()
