@@ -88,7 +88,7 @@ def test_dense_and_compact_side_by_side(monkeypatch):
 
 def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
     settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3))
-    score = TaskScore("t", "1", "exact_match,none", 0, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0)
+    score = TaskScore("t", "1", "exact_match,none", 0, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0, 0.0)
     for accuracy, expected in [(0.5, [4.0 / 2, 1.0 / 2]), (0.0, [None, None])]:
         scores = [(replace(score, accuracy=accuracy, seconds=taken), []) for taken in (8, 1, 2, 5, 4, 1)]
         monkeypatch.setattr(speed, "score_task", lambda *_, scores=scores, **__: scores.pop(0))
