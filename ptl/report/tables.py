@@ -196,10 +196,17 @@ def _answers(result: Result, dense: Row, final: Row) -> Table:
             continue
         p = result.longer.get(before.task)
         details = () if p is None else (f"longer: p {p:.2g}",)
-        change = f"{100 * (after.answer_tokens / before.answer_tokens - 1):+.1f} %"
         cells = [Cell(f"{task.answer_tokens:,.1f}", _length_details(task)) for task in (before, after)]
-        rows.append([Cell(before.task), *cells, Cell(change, details, "bad" if result.rambles(before.task) else "")])
+        kind = "bad" if result.rambles(before.task) else ""
+        rows.append(
+            [Cell(before.task), *cells, Cell(_change(before.answer_tokens, after.answer_tokens), details, kind)]
+        )
     return Table(("Tokens of an answer", "Dense", "Final", "Difference"), rows, 3)
+
+
+def _change(before: float, after: float) -> str:
+    change = f"{100 * (after / before - 1):+.1f} %"
+    return "the same" if change in ("+0.0 %", "-0.0 %") else change
 
 
 def _length_details(task: TaskScore) -> tuple[str, ...]:
@@ -217,12 +224,10 @@ def _sizes(dense: Row, final: Row) -> Table:
     rows = []
     for key, (label, printed) in measures.items():
         before, after = getattr(dense.scores, key), getattr(final.scores, key)
-        change = 100 * (after / before - 1)
-        difference = f"{change:+.1f} %" if change else "the same"
-        rows.append(_cells(label, printed(before), printed(after), difference))
+        rows.append(_cells(label, printed(before), printed(after), _change(before, after)))
     for label, before, after in _widths(dense.scores, final.scores):
         if _span(before) != _span(after):
-            difference = f"{100 * (fmean(after) / fmean(before) - 1):+.1f} %"
+            difference = _change(fmean(before), fmean(after))
             rows.append(_cells(label[0].upper() + label[1:], _span(before), _span(after), difference))
     return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
 
