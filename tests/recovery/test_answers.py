@@ -72,6 +72,8 @@ def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path)
         WorkError, match=r"^training\.answers: none of 12 answers is of use \(0 ended.*; raise training"
     ):
         written(tmp_path / "a", max_new_tokens=8)
+    with pytest.raises(WorkError, match=r"\(12 ended, and none of them is correct\)"):
+        written(tmp_path / "c", reward={"name": "final_answer", "answer": "#### 1234"})
     report, rows, _ = written(tmp_path / "b", max_new_tokens=8, keep="all")
     assert (report.ended, report.kept) == (0, 12) and all(row["messages"][1]["content"] for row in rows)
 
