@@ -61,6 +61,13 @@ def half_width(values: Sequence[float]) -> float:
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def mean_and_interval(shares: Sequence[float], sign: str = "") -> str:
+    """In points, with half of Student's 95 % interval where there are several."""
+    points = [100 * share for share in shares]
+    mean = f"{statistics.mean(points):{sign}.1f}"
+    return f"{mean} ± {half_width(points):.1f}" if len(points) > 1 else mean
+
+
 def summaries(results: Results) -> list[Summary]:
     """All arms whose results are complete, by budget, share and arm; not those of options that are gone."""
     cells = {(cell.tokens, cell.share, cell.arm) for cell in results.rows if cell.arm in ARMS}

@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from depth_report import half_width
-from loops import ROOT, TINY, run, work_quietly
+from depth_report import mean_and_interval
+from loops import ROOT, TINY, json_rows, run, work_quietly
 from recovery import CPT, correct_items, generate
 
 from ptl.config.schedule import Prune, Schedule
@@ -81,7 +81,7 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
 
 def rows() -> list[Row]:
     """All that is measured."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    return json_rows(RESULTS)
 
 
 def study(given: argparse.Namespace) -> None:
@@ -135,12 +135,6 @@ def difference(reference: dict[int, list[int]], solved: dict[int, list[int]]) ->
     pair = paired.paired(pooled[0], pooled[1], margin=0.02, alpha=0.05)
     p = f"{pair.p_different:.1g}" if pair.p_different else "< 1e-300"
     return mean_and_interval(by_seed, "+"), p
-
-
-def mean_and_interval(shares: list[float], sign: str = "") -> str:
-    """In points, with half of Student's 95 % interval."""
-    points = [100 * share for share in shares]
-    return f"{statistics.mean(points):{sign}.1f} ± {half_width(points):.1f}"
 
 
 def main() -> None:

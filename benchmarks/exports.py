@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loops import ROOT, run, work_quietly
+from loops import ROOT, json_rows, run, work_quietly
 from real_model import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
 
 from ptl.config.chat import NO_CHAT
@@ -142,7 +142,7 @@ def vllm_speed(folder: Path) -> float:
 
 def rows() -> list[Row]:
     """All that is measured."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    return json_rows(RESULTS)
 
 
 def table() -> None:

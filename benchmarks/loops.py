@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,11 @@ class Trained:
     tokens: int  # of recovery
     flops: int  # of recovery: 6 for each parameter and token
     scoring_flops: int  # of all prune steps: 2 for each parameter and token forward, 4 backward
+
+
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; none where nothing is measured yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def work_quietly() -> None:

@@ -31,7 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from loops import ROOT, Subject, run, work_quietly
+from loops import ROOT, Subject, json_rows, run, work_quietly
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.jsonl"
 MODEL = ROOT / ".ptl" / "models" / "smollm2-135m"
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    rows = json_rows(RESULTS)
     if given.what == "table":
         print_table(rows)
         return

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from depth_report import half_width
-from loops import ROOT, Subject, run, work_quietly
+from depth_report import mean_and_interval
+from loops import ROOT, Subject, json_rows, run, work_quietly
 from recovery import CPT
 
 from ptl.config.chat import Chat
@@ -91,7 +91,7 @@ def measure(arm: str, share: float, tokens: int, rate: float, seed: int) -> Row:
 
 def rows() -> list[Row]:
     """All that is measured."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    return json_rows(RESULTS)
 
 
 def study(given: argparse.Namespace) -> None:
@@ -109,21 +109,16 @@ def study(given: argparse.Namespace) -> None:
 
 
 def table() -> None:
-    """Each arm over its seeds, with Student's 95 % interval; the dense model first."""
+    """Each arm over its seeds, with Student's 95 % interval."""
     print("| removed | rate | arm | seeds | thinking | at once | tokens of an answer | cut |")
     print("|---:|---|---|---:|---|---|---:|---:|")
     found = rows()
     cells = dict.fromkeys((row["share"], row["rate"], row["arm"]) for row in found)
     for share, rate, arm in sorted(cells):
         group = [row for row in found if (row["share"], row["rate"], row["arm"]) == (share, rate, arm)]
-        modes = [_with_interval([row[mode] for row in group]) for mode in ("thinking", "at once")]
+        modes = [mean_and_interval([row[mode] for row in group]) for mode in ("thinking", "at once")]
         length, cut = (statistics.mean(row[f"thinking, {name}"] for row in group) for name in ("tokens", "cut"))
         print(f"| {share:.0%} | {rate} | {arm} | {len(group)} | {' | '.join(modes)} | {length:.1f} | {cut:.1%} |")
-
-
-def _with_interval(values: list[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} \u00b1 {100 * half_width(values):.1f}" if len(values) > 1 else mean
 
 
 def main() -> None:

@@ -46,11 +46,12 @@ DESCRIPTIONS = {
     "settings": "Sections of the config that are not run parameters.",
     "out": "Pointer to the new checkpoint: location, digest, MLflow ids. The weights are in the store.",
     "accepted": "Pointer to the checkpoint that the loop continues with.",
-    "metrics": "Accuracy, its interval, items and parameters; of answers how many were written, ended, and kept.",
+    "metrics": "Accuracy, its interval, items and parameters.",
     "html": "The report as one page.",
     "markdown": "The report as Markdown.",
 }
 # For the components whose `model` is what the user named, not a checkpoint of the run.
+ANSWERS_METRICS = "How many answers were written, ended, and kept, and their mean length in tokens."
 USERS_MODEL = "Hub id, or local folder, of a Hugging Face checkpoint with safetensors."
 
 
@@ -75,7 +76,7 @@ def readme(name: str) -> str:
         "",
         "## Outputs",
         "",
-        *_output_table(spec),
+        *_output_table(name, spec),
         "",
         "## Metadata",
         "",
@@ -99,10 +100,13 @@ def _input_table(name: str, spec: Any) -> list[str]:
     return rows
 
 
-def _output_table(spec: Any) -> list[str]:
+def _output_table(name: str, spec: Any) -> list[str]:
+    descriptions = dict(DESCRIPTIONS)
+    if name == "answers":
+        descriptions["metrics"] = ANSWERS_METRICS
     rows = ["| Name | Type | Description |", "|---|---|---|"]
     for output, item in (spec.outputs or {}).items():
-        rows.append(f"| `{output}` | `{_type_name(item)}` | {DESCRIPTIONS[output]} |")
+        rows.append(f"| `{output}` | `{_type_name(item)}` | {descriptions[output]} |")
     return rows
 
 

@@ -87,6 +87,11 @@ class DataSource(Section):
     weight: PositiveFloat = 1.0
     """its share of the tokens, relative to the other sources of `training`"""
 
+    @property
+    def prompts_only(self) -> Self:
+        """The same rows without a completion, which the model itself writes: they need no column for it."""
+        return self.model_copy(update={"completion": ""})
+
 
 class Reward(Section):
     """One part of the reward."""
@@ -338,9 +343,8 @@ class RecoverStage(Section):
         return fields
 
     def prompt_source(self, training: TrainingData) -> DataSource:
-        """Where the prompts come from; without a completion, which the model itself writes."""
-        source = self.prompts or training.sources[0]
-        return source.model_copy(update={"completion": ""})
+        """Where the prompts come from."""
+        return (self.prompts or training.sources[0]).prompts_only
 
 
 class Recovery(Section):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl.config.chat import Chat
-from ptl.config.recover import DataSource, RecoverStage, TrainingData
+from ptl.config.recover import DataSource, RecoverStage, Reward, TrainingData
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
 from ptl.data.sources import check_rows, fill, local_file, numbered_rows, prompt_of, texts
@@ -33,11 +33,15 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
 
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
-    trains_on_answers = _trains_on_answers(recover) and training.answers == "given"
+    trains_on_answers = _trains_on_answers(recover)
     checked = set()  # the calibration data is often the training data
     for field, source in named_sources(calibration, training, ()).items():
-        is_scored = field == "calibration.data" and calibration.answers == "given"
-        answers = is_scored or (trains_on_answers and field.startswith("training.sources"))
+        is_scored, is_trained_on = field == "calibration.data", field.startswith("training.sources")
+        # The dense model writes them.
+        own = (is_scored and calibration.answers == "self") or (is_trained_on and training.answers == "self")
+        if own:
+            source = source.prompts_only
+        answers = not own and (is_scored or (is_trained_on and trains_on_answers))
         if (source, answers) not in checked:
             checked.add((source, answers))
             check_rows(source, answers=answers, field=field)
@@ -63,12 +67,7 @@ def check_own_answers(training: TrainingData) -> None:
     if training.answers == "given":
         return
     for source in training.prompted:
-        if local_file(source) is None:
-            continue
-        for row in numbered_rows(source):
-            prompt_of(row)
-            if training.keep == "correct":
-                fill(training.reward.reference_template, row)
+        _check_prompts(source.prompts_only, [training.reward] if training.keep == "correct" else [])
 
 
 def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
@@ -85,13 +84,18 @@ def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) 
 def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
     """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
     for stage in stages:
-        # data on the hub is read by the step that trains on it
-        if stage.method != "grpo" or local_file(source := stage.prompt_source(training)) is None:
-            continue
-        for row in numbered_rows(source):
-            prompt_of(row)
-            for reward in stage.rewards:
-                fill(reward.reference_template, row)
+        if stage.method == "grpo":
+            _check_prompts(stage.prompt_source(training), stage.rewards)
+
+
+def _check_prompts(source: DataSource, rewards: Sequence[Reward]) -> None:
+    """Read the rows of a local file; data on the hub is read by the step that needs it."""
+    if local_file(source) is None:
+        return
+    for row in numbered_rows(source):
+        prompt_of(row)
+        for reward in rewards:
+            fill(reward.reference_template, row)
 
 
 def check_settings(

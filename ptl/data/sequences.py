@@ -90,7 +90,7 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
 def end_of_turn(tokenizer: Any, chat: Chat, number: int = 1) -> TokenIds:
     """What the chat template writes after an answer: tokens that end it, else EOS."""
     answered = [*user_turn("?"), {"role": "assistant", "content": ANSWER}]
-    text = tokenizer.decode(chat_ids(tokenizer, answered, number, chat, ended=True))
+    text = by_template(tokenizer, answered, number, chat, ended=True, tokenize=False)
     ids: TokenIds = tokenizer(text.rpartition(ANSWER)[2].rstrip(), add_special_tokens=False)["input_ids"]
     return ids or [tokenizer.eos_token_id]
 
@@ -116,20 +116,31 @@ def chat_ids(
     *,
     ended: bool = False,
 ) -> TokenIds:
+    """The tokens of a chat, as `by_template` writes it."""
+    encoded = by_template(tokenizer, turns, number, chat, ended=ended, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def by_template(
+    tokenizer: Any,
+    turns: Turns,
+    number: int,  # of the row, for errors
+    chat: Chat,
+    *,
+    ended: bool = False,
+    **form: bool,  # of what is returned, as of apply_chat_template
+) -> Any:
     """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
     from jinja2 import TemplateError
 
     try:
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=not ended, return_dict=True, **chat.template_kwargs
-        )
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=not ended, **form, **chat.template_kwargs)
     except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
         raise InputError(
             f"row {number}: the model's chat template does not take it ({error})",
             field="data.messages",
             remedy="correct the row, or use another format",
         ) from error
-    return list(encoded["input_ids"])
 
 
 def order(count: int, seed: int) -> Iterator[int]:

@@ -55,12 +55,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
             import torch
 
-            if options.get("do_sample"):
-                raise InputError(
-                    "a task has answers sampled (do_sample), and of a GGUF file they are greedy",
-                    field="evaluate.tasks",
-                    remedy="use a task without do_sample",
-                )
+            _check_greedy(options)
             # Without the padding in front
             prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
             stop = self.stops(stop)
@@ -89,6 +84,16 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
     lm.chat = chat
     lm.start_notes()
     return lm
+
+
+def _check_greedy(options: Mapping[str, Any]) -> None:
+    """Raise InputError for a task whose answers are sampled."""
+    if options.get("do_sample"):
+        raise InputError(
+            "a task has answers sampled (do_sample), and of a GGUF file they are greedy",
+            field="evaluate.tasks",
+            remedy="use a task without do_sample",
+        )
 
 
 def _check_template(model: LlamaModel, template: str | None, file: Path) -> None:

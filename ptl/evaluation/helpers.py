@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from ptl.config.chat import NO_CHAT, Chat
+from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus
@@ -183,7 +183,7 @@ def _divided(name: str) -> Callable[..., Any]:
         own_answers = getattr(super(AnswerNotes, self), name)([requests[i] for i in own], **options)
         answers = dict(zip(own, own_answers, strict=True))  # by position
         # The harness takes a thought without an end for the answer.
-        answers |= {position: "" for position in own if self._is_thinking(requests[position])}
+        answers |= {position: "" for position in own if self._has_no_answer(requests[position])}
         for helper, positions in asked:
             share = helper.share()
             answers.update(zip(positions, share.answers, strict=True))
@@ -198,6 +198,7 @@ def _divided(name: str) -> Callable[..., Any]:
 class AnswerNotes:
     """To be mixed into a model of the harness: notes its time and how every answer ended; may have helpers."""
 
+    tokenizer: Any  # of the harness's model
     helpers: Sequence[Helper] = ()
     chat: Chat = NO_CHAT
     thoughts: bool = False  # whether they stay in the answers
@@ -227,7 +228,11 @@ class AnswerNotes:
         if attr == "generate_until":
             self.notes[req[0]] = self.pending.popleft()
 
-    def _is_thinking(self, request: Any) -> bool:
+    def is_thinking(self, prompt: list[int], text: str) -> bool:
+        """Whether an answer ended within its thought, which the last tokens of the prompt may have begun."""
+        return self.chat.enabled and self.chat.is_thinking(self.tokenizer.decode(prompt[-PROMPT_END:]) + text)
+
+    def _has_no_answer(self, request: Any) -> bool:
         note = self.notes.get(request.args[0])
         return note is not None and note.thinking and not self.thoughts
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from ptl import extras
-from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
 from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper
 from ptl.model import checkpoint, pretrained
@@ -76,13 +76,14 @@ def noted_hflm() -> Any:
         def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
             if not (skip_special_tokens and self.chat.enabled and isinstance(tokens, list)):
                 return super().tok_decode(tokens, skip_special_tokens)
-            # Of special tokens those around a thought stay: without them it could not be told from the answer.
-            added = self.tokenizer.added_tokens_decoder
-            dropped = {
-                i for i, token in added.items() if token.special and str(token) not in "".join(self.chat.thought)
-            }
-            kept = [token for token in tokens if token not in dropped]
+            kept = [token for token in tokens if token not in self.dropped_tokens]
             return super().tok_decode(kept, skip_special_tokens=False)
+
+        @cached_property
+        def dropped_tokens(self) -> set[int]:
+            """Special tokens but those around a thought: without them it could not be told from the answer."""
+            added, thought = self.tokenizer.added_tokens_decoder, "".join(self.chat.thought)
+            return {number for number, token in added.items() if token.special and str(token) not in thought}
 
         def stops(self, stop: list[str]) -> list[str]:
             """Of the texts at which the harness ends an answer, those at which a chat ends: a thought has the others.
@@ -98,8 +99,7 @@ def noted_hflm() -> Any:
             if not ended or self.chat.enabled:
                 text = self.tok_decode(tokens)
                 ended = ended or any(sequence in text for sequence in stop)
-                begun = self.tok_decode(prompt[-PROMPT_END:])
-                thinking = self.chat.enabled and self.chat.is_thinking(begun + text)
+                thinking = self.is_thinking(prompt, text)
             return AnswerNote(len(tokens), truncated=not ended, thinking=thinking)
 
         def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
@@ -178,9 +178,7 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
                 return outputs
             for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
                 answer = output.outputs[0]
-                thinking = self.chat.enabled and self.chat.is_thinking(
-                    self.tokenizer.decode(prompt[-PROMPT_END:]) + answer.text
-                )
+                thinking = self.is_thinking(prompt, answer.text)
                 self.pending.append(AnswerNote(len(answer.token_ids), answer.finish_reason == "length", thinking))
                 # The harness has cut such a prompt to exactly the room that the answer leaves.
                 self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
+from ptl.config.dag import ANSWERS, arm_of, iteration_of, nodes, stage_of
 from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, Unit, one_shot, plan
@@ -113,8 +113,7 @@ class Forecast:
 
     def of(self, stage: str) -> list[StepForecast]:
         """The steps of a kind: prune, recover or evaluate, which own answers are made like."""
-        stages = (stage, "answers") if stage == "evaluate" else (stage,)
-        return [step for step in self.steps if stage_of(step.step) in stages]
+        return [step for step in self.steps if kind_of(stage_of(step.step)) == stage]
 
     def training(self, stage: RecoverStage) -> int:
         """GPUs that train together in a stage."""
@@ -158,14 +157,15 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
     dense = run.shape.dimensions
     for node in nodes(run.config):
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
-        if stage == "answers":
-            yield _answers(run)
-        if stage not in run.gpus:
+        kind = kind_of(stage)
+        if kind not in run.gpus:
             continue  # minutes, without a GPU
         path = run.paths[arm][0]
         models = [dense, *(left for _, left in path)]
         model = read = models[number]
-        if stage == "evaluate":
+        if stage == ANSWERS:
+            tokens, seconds, note = _answers(run)
+        elif stage == "evaluate":
             tokens, seconds, note = _evaluation(model, run)
         elif stage == "prune":
             read = models[number - 1]
@@ -180,9 +180,9 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
             model=model,
             tokens=tokens,
             hours=seconds / HOUR,
-            memory=run.memory(stage, read),
-            fits=run.fits(stage, read, FULL),
-            gpus=run.gpus[stage],
+            memory=run.memory(kind, read),
+            fits=run.fits(kind, read, FULL),
+            gpus=run.gpus[kind],
             nodes=run.nodes if stage == "recover" else 1,
             note=note,
         )
@@ -228,22 +228,16 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
     return tokens, flops / (run.gpu.fp32 * REACHED), note
 
 
-def _answers(run: Forecast) -> StepForecast:
-    """The dense model's own answers, each of full length."""
-    training, dense, gpus = run.config.training, run.shape.dimensions, run.answering()
-    tokens, seconds = _generation(dense, run, training.num_prompts * training.samples, training.max_new_tokens)
-    memory = answering_memory(run.shape, dense, run.config, gpus)
-    return StepForecast(
-        step="answers",
-        model=dense,
-        tokens=tokens,
-        hours=seconds / HOUR,
-        memory=memory,
-        fits=memory <= FULL * run.gpu.gib * GIB,
-        gpus=run.gpus["evaluate"],
-        nodes=1,
-        note="each of full length",
-    )
+def kind_of(stage: str) -> str:
+    """The kind of step that a stage is, by what it takes: own answers are made as those of an evaluation."""
+    return "evaluate" if stage == ANSWERS else stage
+
+
+def _answers(run: Forecast) -> Work:
+    """Generation of the dense model's own answers."""
+    training, dense = run.config.training, run.shape.dimensions
+    items = training.num_prompts * training.samples
+    return *_generation(dense, run, items, training.max_new_tokens), "each of full length"
 
 
 def _generation(model: ModelDimensions, run: Forecast, items: int, new_tokens: int) -> tuple[int, float]:

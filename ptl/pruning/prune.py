@@ -85,7 +85,6 @@ def prune_checkpoint(
 
     `end` are the parameters that the loop ends with, for which `width` chooses the sizes, unless an earlier iteration
     has `chosen` them (`PruneReport.chosen`).
-
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
     keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
     """

@@ -15,7 +15,7 @@ from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS
 from ptl.config.recover import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
-from ptl.data.sequences import chat_ids, prompt_rows
+from ptl.data.sequences import by_template, prompt_rows
 from ptl.data.sources import SourceRow, fill, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
@@ -25,7 +25,6 @@ from ptl.recovery.rewards import REWARDS
 
 FILE = "answers.jsonl"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
-LONGEST_OPENING = 64  # characters at the end of a prompt, in which a template may begin a thought
 TEMPERATURE = 1.0  # of several answers to a prompt, where a model's makers recommend no sampling
 
 
@@ -48,7 +47,6 @@ class Answer:
     row: SourceRow
     prompt: Any  # a text, or the turns of a chat
     text: str
-    conclusion: str  # what follows the thought
     ended: bool  # else the token limit has cut it
 
 
@@ -69,13 +67,13 @@ def write_answers(
         prompts = dict(_prompts(lm, data, chat, seed))
         with (dst / FILE).open("w", encoding="utf-8") as file:
             for sample in range(data.samples):
-                answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, chat, seed + sample))
+                answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, seed + sample))
                 ended = [answer for answer in answers if answer.ended]
                 num_ended += len(ended)
                 num_tokens += sum(note.tokens for note in lm.notes.values())
                 kept = answers if data.keep == "all" else ended
                 if data.keep == "correct":
-                    kept = _correct(ended, data.reward)
+                    kept = _correct(ended, data.reward, chat)
                 for answer in kept:
                     settings = {"sample": sample, "seed": seed, "sampling": sampling, "model": model}
                     file.write(json.dumps(_line(answer) | settings, ensure_ascii=False) + "\n")
@@ -121,11 +119,11 @@ def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tup
     total = sum(source.weight for source in data.prompted)
     for source in data.prompted:
         count = max(1, round(data.num_prompts * source.weight / total))
-        for row in prompt_rows(source, seed=seed, skip=0, count=count):
-            prompt = prompt_of(row, chat)
-            if not isinstance(prompt, str):
-                chat_ids(lm.tokenizer, prompt, row.number, chat)  # the harness would leave out a turn that is refused
-            yield prompt if isinstance(prompt, str) else lm.apply_chat_template(prompt), (row, prompt)
+        for row in prompt_rows(source.prompts_only, seed=seed, skip=0, count=count):
+            prompt = text = prompt_of(row, chat)
+            if not isinstance(prompt, str):  # by the harness a turn that the template refuses would be left out
+                text = by_template(lm.tokenizer, prompt, row.number, chat, tokenize=False)
+            yield text, (row, prompt)
 
 
 def _answers(
@@ -133,7 +131,6 @@ def _answers(
     prompts: dict[str, tuple[SourceRow, Any]],
     limit: int,  # tokens of an answer
     sampling: dict[str, Any],
-    chat: Chat,
     seed: int,
 ) -> Iterator[Answer]:
     """An answer to each prompt."""
@@ -147,15 +144,14 @@ def _answers(
     lm.start_notes()
     for (text, (row, prompt)), written in zip(prompts.items(), lm.generate_until(requests), strict=True):
         note = lm.notes[text]
-        begun = chat.thought[0] if chat.is_thinking(text[-LONGEST_OPENING:]) else ""
-        conclusion = chat.answer(begun + written) if chat.enabled else written
-        yield Answer(row, prompt, written, conclusion, ended=not (note.truncated or note.thinking))
+        yield Answer(row, prompt, written, ended=not (note.truncated or note.thinking))
 
 
-def _correct(answers: Sequence[Answer], reward: Reward) -> list[Answer]:
-    """Those that the reward function finds correct."""
+def _correct(answers: Sequence[Answer], reward: Reward, chat: Chat) -> list[Answer]:
+    """Of answers that have ended, those that the reward function finds correct by what follows the thought."""
     references = [fill(reward.reference_template, answer.row) for answer in answers]
-    values = REWARDS[reward.name]([answer.conclusion for answer in answers], references, reward)
+    conclusions = [chat.answer(answer.text) if chat.enabled else answer.text for answer in answers]
+    values = REWARDS[reward.name](conclusions, references, reward)
     return [answer for answer, value in zip(answers, values, strict=True) if value == 1.0]
 
 

@@ -318,7 +318,8 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
             self.given, self.max_length = given, 10
 
         def _model_generate(self, requests, generate=False, sampling_params=None):
-            answers = [SimpleNamespace(token_ids=[5] * 3, finish_reason=end) for end in ("stop", "length", "stop")]
+            ends = ("stop", "length", "stop")
+            answers = [SimpleNamespace(token_ids=[5] * 3, text="x", finish_reason=end) for end in ends]
             return [SimpleNamespace(outputs=[answer]) for answer in answers]
 
         def generate_until(self, requests):

@@ -7,10 +7,11 @@ from chats import THINKER
 from checkout import DENSE, EXAMPLE
 
 from ptl.config.chat import Chat
-from ptl.config.recover import TrainingData
-from ptl.config.run import Evaluate
+from ptl.config.recover import RecoverStage, TrainingData
+from ptl.config.run import Calibration, Evaluate
+from ptl.data.checks import check_data, check_own_answers
 from ptl.data.sequences import training_chunk
-from ptl.errors import WorkError
+from ptl.errors import InputError, WorkError
 from ptl.model import pretrained
 from ptl.recovery.answers import in_place_of, write_answers
 
@@ -76,6 +77,22 @@ def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path)
         written(tmp_path / "c", reward={"name": "final_answer", "answer": "#### 1234"})
     report, rows, _ = written(tmp_path / "b", max_new_tokens=8, keep="all")
     assert (report.ended, report.kept) == (0, 12) and all(row["messages"][1]["content"] for row in rows)
+
+
+def test_rows_need_no_answers_of_their_own(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"Tom has {n} pens. How many?"}) + "\n" for n in range(9)))
+    settings = {"source": str(rows), "prompt": "{question}", "answers": "self", "keep": "ended"}
+    data = TrainingData(**settings, num_prompts=4, max_new_tokens=150)
+    check_own_answers(data)
+    check_data(Calibration(data=data.sources[0], answers="self"), data, [RecoverStage()])
+    with pytest.raises(InputError, match=r"row 1 of .*rows\.jsonl lacks 'answer', which a template names"):
+        check_own_answers(data.model_copy(update={"keep": "correct"}))
+    report = write_answers(THINKER, tmp_path / "a", data, EVALUATE, Chat(enabled=True), model="m", seed=0)
+    assert report.kept == report.ended > 0
+    given = data.model_copy(update={"answers": "given"})
+    with pytest.raises(InputError, match="lacks 'completion', which a template names"):
+        check_data(Calibration(data=data.sources[0]), given, [RecoverStage()])
 
 
 def test_without_a_chat_a_completion_follows_its_prompt(tmp_path):
