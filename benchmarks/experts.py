@@ -79,16 +79,11 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
     }
 
 
-def rows() -> list[Row]:
-    """All that is measured."""
-    return json_rows(RESULTS)
-
-
 def study(given: argparse.Namespace) -> None:
     """Measure what is missing."""
     work_quietly()
     problems = list(generate("test", given.items, 4711))
-    known = {(row["arm"], row["kept"], row["tokens"], row["seed"]) for row in rows()}
+    known = {(row["arm"], row["kept"], row["tokens"], row["seed"]) for row in json_rows(RESULTS)}
     for cell in itertools.product(given.arms, given.kept, (0, given.tokens), given.seeds):
         arm, _, tokens, _ = cell
         # without training a loop ends like one cut, or nearly so
@@ -102,7 +97,7 @@ def study(given: argparse.Namespace) -> None:
 
 def table() -> None:
     """Accuracy of each arm with its interval over the seeds, and the paired comparison with its reference."""
-    found = rows()
+    found = json_rows(RESULTS)
     print("| experts kept | arm | parameters | active | before recovery | accuracy (95 %) | seeds | difference | p |")
     print("|---:|---|---:|---:|---:|---|---:|---|---:|")
     trained = [row for row in found if row["tokens"]]

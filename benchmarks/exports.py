@@ -118,7 +118,7 @@ def measure(name: str, form: str, data: Path) -> Row:
 
 def speed() -> None:
     """Generated tokens per second of all that was measured, BATCH sequences at once; by model and form."""
-    measured = [(row["model"], row["form"], made(row["model"], row["form"], Path())) for row in rows()]
+    measured = [(row["model"], row["form"], made(row["model"], row["form"], Path())) for row in json_rows(RESULTS)]
     files = {f"{name} {form}": file for name, form, folder in measured for file in folder.glob("*.gguf")}
     settings = Speed(batch_sizes=(BATCH,), repeats=REPEATS)
     speeds = {name: found[0]["decode_tokens_per_s"] for name, found in gguf_speed(files, settings, SEED).items()}
@@ -140,14 +140,9 @@ def vllm_speed(folder: Path) -> float:
         return BATCH * Speed.new_tokens / min(json.load(file)["latencies"])
 
 
-def rows() -> list[Row]:
-    """All that is measured."""
-    return json_rows(RESULTS)
-
-
 def table() -> None:
     """Each model and form; the ratio is that of GSM8K's perplexity to the same model's as it is."""
-    found = {(row["model"], row["form"]): row for row in rows()}
+    found = {(row["model"], row["form"]): row for row in json_rows(RESULTS)}
     speeds = json.loads(SPEEDS.read_text()) if SPEEDS.is_file() else {}
     print("| model | form | weights | GSM8K | against the model as it is | other text | tokens/s |")
     print("|---|---|---:|---:|---|---:|---:|")
@@ -180,7 +175,7 @@ def main() -> None:
     if given.what == "prune":
         prune(given.data)
         return
-    known = {(row["model"], row["form"]) for row in rows()}
+    known = {(row["model"], row["form"]) for row in json_rows(RESULTS)}
     for name in given.models:
         for form in (PLAIN, *given.forms):
             if (name, form) not in known:

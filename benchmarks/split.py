@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from depth import ROOT, workers
+from loops import json_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "split.jsonl"
 # Model -> share of the parameters -> tokens and rate of the recovery, hidden sizes with two KV heads and with one
@@ -115,10 +116,6 @@ def first_order(subject: Any, sizes: Any, seed: int) -> float:
     return total
 
 
-def rows() -> list[Row]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["measure", "report"])
@@ -131,7 +128,7 @@ def main() -> None:
     if given.what == "report":
         report(given.model)
         return
-    known = {(row["model"], row["share"], row["hidden"], row["kv"], row["seed"]) for row in rows()}
+    known = {(row["model"], row["share"], row["hidden"], row["kv"], row["seed"]) for row in json_rows(RESULTS)}
     settings = SETTINGS[given.model]
     cells = [
         (given.model, share, hidden, kv, seed)
@@ -151,7 +148,7 @@ def main() -> None:
 
 def report(model: str) -> None:
     """A table of the divisions, and the accuracy that each rule gives up against the best of them."""
-    found = [row for row in rows() if row["model"] == model]
+    found = [row for row in json_rows(RESULTS) if row["model"] == model]
     arms = sorted({name for row in found for name in row if name.startswith("accuracy")})
     groups: dict[tuple[float, int], list[Row]] = {}
     for row in sorted(found, key=lambda row: (-row["kv"], -row["hidden"])):

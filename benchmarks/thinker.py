@@ -51,6 +51,7 @@ ARMS = {
     for answers, method in itertools.product(("given", "own"), ("cpt", "distil"))
 }
 TASK = Task(name=str(EXAMPLE / "tiny_thinker.yaml"))
+TOKENS = 500_000  # of recovery
 EVALUATE = Evaluate(tasks=[TASK], speed=Speed(repeats=0), batch_size=128)
 
 Row = dict[str, Any]
@@ -78,28 +79,23 @@ def scored(folder: Path) -> Row:
     return row
 
 
-def measure(arm: str, share: float, tokens: int, rate: float, seed: int) -> Row:
+def measure(arm: str, share: float, rate: float, seed: int) -> Row:
     """One model."""
     answers, method = ARMS[arm]
     stage = CPT | {"method": method, "learning_rate": rate}
-    schedule = Schedule(target=share, recovery_tokens=tokens)
+    schedule = Schedule(target=share, recovery_tokens=TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         trained = run(subject(answers), schedule, Prune(width_multiple=1), [stage], seed, Path(folder))
         row = scored(trained.checkpoint)
-    return {"arm": arm, "share": share, "tokens": tokens, "rate": rate, "seed": seed, "params": trained.params} | row
-
-
-def rows() -> list[Row]:
-    """All that is measured."""
-    return json_rows(RESULTS)
+    return {"arm": arm, "share": share, "tokens": TOKENS, "rate": rate, "seed": seed, "params": trained.params} | row
 
 
 def study(given: argparse.Namespace) -> None:
     """Measure what is missing."""
     work_quietly()
-    known = {(row["arm"], row["share"], row["tokens"], row["rate"], row["seed"]) for row in rows()}
+    known = {(row["arm"], row["share"], row["rate"], row["seed"]) for row in json_rows(RESULTS)}
     for share, seed, arm in itertools.product(given.shares, given.seeds, given.arms):
-        cell = (arm, share, given.tokens, given.rate, seed)
+        cell = (arm, share, given.rate, seed)
         if cell in known:
             continue
         row = measure(*cell)
@@ -112,7 +108,7 @@ def table() -> None:
     """Each arm over its seeds, with Student's 95 % interval."""
     print("| removed | rate | arm | seeds | thinking | at once | tokens of an answer | cut |")
     print("|---:|---|---|---:|---|---|---:|---:|")
-    found = rows()
+    found = json_rows(RESULTS)
     cells = dict.fromkeys((row["share"], row["rate"], row["arm"]) for row in found)
     for share, rate, arm in sorted(cells):
         group = [row for row in found if (row["share"], row["rate"], row["arm"]) == (share, rate, arm)]
@@ -126,7 +122,6 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "table"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.6, 0.65])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--rate", type=float, default=6e-4, help="learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     given = parser.parse_args()

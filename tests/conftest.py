@@ -20,7 +20,7 @@ import durations
 import pytest
 import whole_run
 import yaml
-from checkout import TINY
+from checkout import ROOT, TINY
 from mock_kfp import MockKubeflow
 from mock_server import MockServer
 
@@ -86,7 +86,7 @@ def pytest_sessionstart(session):
         everything = session.config._tmp_path_factory.getbasetemp()
         session.config.watcher = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("end_servers.py"), everything],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

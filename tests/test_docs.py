@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from checkout import ROOT, TINY
+from checkout import DENSE, ROOT, TINY
 
 from ptl.cli import app
 from ptl.cli.configs import checked
@@ -70,7 +70,7 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```(?:\n\n```\nerror: (.*?)\n```)?", DATA_
 def folder(tmp_path_factory):
     """The files of the page, and a model that can chat."""
     folder = tmp_path_factory.mktemp("data")
-    shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", folder / "model")
+    shutil.copytree(DENSE, folder / "model")
     (folder / "model/chat_template.jinja").write_text(TEMPLATE)
     for name, text in re.findall(r"`([\w.-]+)`:\n\n```json\n(.*?)```", DATA_PAGE, re.S):
         (folder / name).write_text(text)

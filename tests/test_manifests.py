@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
-from checkout import ROOT
+from checkout import CONFIGS, ROOT
 from conftest import PREFACE, free_port
 
 from ptl.config.run import load_config
@@ -101,7 +101,7 @@ def test_an_overlay_is_secure_and_has_what_steps_name(built):
         assert_restricted(pod)
         for container in pod["containers"]:
             assert container["resources"]["limits"] and container["readinessProbe"] and container["livenessProbe"]
-    storage = load_config(ROOT / "pipelines/prune_tune_loop/configs/onprem.yaml").storage
+    storage = load_config(CONFIGS / "onprem.yaml").storage
     assert ("PersistentVolumeClaim", storage.cache_claim) in found
     if built.stem == "onprem":
         assert ("LocalQueue", "ptl") in found

@@ -34,6 +34,10 @@ class Chat(Section):
         begin, end = self.thought
         return text.rfind(begin) > text.rfind(end)
 
+    def delimits(self, token: str) -> bool:
+        """Whether a token is what begins or ends a thought, or a part of it."""
+        return any(token in text for text in self.thought)
+
     def with_thought(self, thought: str, answer: str) -> str:
         """An answer after a thought that is given apart from it; empty: there is none."""
         begin, end = self.thought

@@ -6,11 +6,12 @@ import re
 from typing import Any
 
 from ptl.config.chat import NO_CHAT, Chat
+from ptl.data.sequences import by_template
+from ptl.data.sources import user_turn
 from ptl.errors import InputError
 
 FIELD = "chat.template_kwargs"
 SWITCH = "enable_thinking"  # the variable of most templates that turns thoughts on and off
-QUESTION = [{"role": "user", "content": "?"}]
 
 
 def check(tokenizer: Any, chat: Chat) -> None:
@@ -35,8 +36,7 @@ def check(tokenizer: Any, chat: Chat) -> None:
 
 def opening(tokenizer: Any, chat: Chat) -> str:
     """A question as the template writes it, with what begins the answer."""
-    variables = chat.template_kwargs
-    return str(tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True, **variables))
+    return str(by_template(tokenizer, user_turn("?"), 1, chat, tokenize=False))
 
 
 def thinks(tokenizer: Any, chat: Chat = NO_CHAT) -> bool:

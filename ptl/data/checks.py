@@ -63,11 +63,10 @@ def _trains_on_answers(stages: Sequence[RecoverStage]) -> bool:
 
 
 def check_own_answers(training: TrainingData) -> None:
-    """Check local prompts that the dense model is to answer, and that they have what the answers are verified by."""
-    if training.answers == "given":
-        return
-    for source in training.prompted:
-        _check_prompts(source.prompts_only, [training.reward] if training.keep == "correct" else [])
+    """Check that local prompts which the dense model is to answer have what the answers are verified by."""
+    if training.answers == "self" and training.keep == "correct":
+        for source in training.prompted:
+            _check_prompts(source.prompts_only, [training.reward])
 
 
 def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:

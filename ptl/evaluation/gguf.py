@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
-from ptl.evaluation.language_models import cache_templates, chat_arguments, noted_hflm
+from ptl.evaluation.language_models import cache_templates, noted_hflm
 from ptl.evaluation.speed import Measurement, Times, measure_in_turns
 from ptl.model import checkpoint, pretrained
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
@@ -63,8 +63,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
             answers = answer(model, self.tokenizer, prompts, stop, limit, context_length)
             for prompt, tokens in zip(prompts, answers, strict=True):
                 self.pending.append(self.note(prompt, tokens, stop, ended=len(tokens) < limit))
-            padding = self.tokenizer.pad_token_id
-            padded = [tokens + [padding] * (limit - len(tokens)) for tokens in answers]
+            padded = [tokens + [self.tokenizer.pad_token_id] * (limit - len(tokens)) for tokens in answers]
             return torch.cat([context, torch.tensor(padded)], dim=1)  # [batch, prompt + answer]
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -74,16 +73,13 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
             return loglikelihoods(model, texts, lengths, context_length)
 
     cache_templates()
-    lm = GGUFModel(
+    return GGUFModel(
         pretrained=str(src),
         device="cpu",
         batch_size=min(settings.batch_size, max_sequences()),
         max_length=longest or limit or model.context_length,
-        **chat_arguments(chat),
+        chat=chat,
     )
-    lm.chat = chat
-    lm.start_notes()
-    return lm
 
 
 def _check_greedy(options: Mapping[str, Any]) -> None:

@@ -195,14 +195,31 @@ def _divided(name: str) -> Callable[..., Any]:
     return run
 
 
+def _chat_arguments(chat: Chat, thoughts: bool) -> dict[str, Any]:
+    """What the harness's models take: variables of the chat template, and what ends a thought, which is left out.
+
+    Not its `enable_thinking`, which refuses tasks that generate nothing.
+    """
+    if not chat.enabled:
+        return {}
+    return {
+        "chat_template_args": dict(chat.template_kwargs),
+        "think_end_token": None if thoughts else chat.thought[1],
+    }
+
+
 class AnswerNotes:
     """To be mixed into a model of the harness: notes its time and how every answer ended; may have helpers."""
 
     tokenizer: Any  # of the harness's model
     helpers: Sequence[Helper] = ()
-    chat: Chat = NO_CHAT
-    thoughts: bool = False  # whether they stay in the answers
     seed: int = 0  # of answers that helpers sample
+
+    def __init__(self, *arguments: Any, chat: Chat = NO_CHAT, thoughts: bool = False, **options: Any) -> None:
+        self.chat = chat
+        self.thoughts = thoughts  # whether they stay in the answers
+        super().__init__(*arguments, **_chat_arguments(chat, thoughts), **options)
+        self.start_notes()
 
     def close(self) -> None:
         """End the helpers."""

@@ -82,8 +82,8 @@ def noted_hflm() -> Any:
         @cached_property
         def dropped_tokens(self) -> set[int]:
             """Special tokens but those around a thought: without them it could not be told from the answer."""
-            added, thought = self.tokenizer.added_tokens_decoder, "".join(self.chat.thought)
-            return {number for number, token in added.items() if token.special and str(token) not in thought}
+            added = self.tokenizer.added_tokens_decoder
+            return {i for i, token in added.items() if token.special and not self.chat.delimits(str(token))}
 
         def stops(self, stop: list[str]) -> list[str]:
             """Of the texts at which the harness ends an answer, those at which a chat ends: a thought has the others.
@@ -123,30 +123,16 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         trust_remote_code=False,  # a checkpoint's own code is never run
-        **chat_arguments(chat, thoughts),
+        chat=chat,
+        thoughts=thoughts,
     )
-    lm.chat, lm.thoughts = chat, thoughts
     pretrained.for_generation(lm.model)
     generation = lm.model.generation_config
     # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
     generation.max_new_tokens = None
     ends = generation.eos_token_id
     lm.ends = {lm.eot_token_id, lm.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
-    lm.start_notes()
     return lm
-
-
-def chat_arguments(chat: Chat, thoughts: bool = False) -> dict[str, Any]:
-    """What the harness's models take: variables of the chat template, and what ends a thought, which is left out.
-
-    Not its `enable_thinking`, which refuses tasks that generate nothing.
-    """
-    if not chat.enabled:
-        return {}
-    return {
-        "chat_template_args": dict(chat.template_kwargs),
-        "think_end_token": None if thoughts else chat.thought[1],
-    }
 
 
 def check_backend(settings: Evaluate) -> None:
@@ -192,11 +178,10 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
         tensor_parallel_size=tensor_parallel(src, torch.cuda.device_count()),
         seed=seed,
         trust_remote_code=False,
-        **chat_arguments(chat, thoughts),
+        chat=chat,
+        thoughts=thoughts,
     )
     lm.chat_template_args = dict(chat.template_kwargs)  # VLLM takes enable_thinking out
-    lm.chat, lm.thoughts = chat, thoughts
-    lm.start_notes()
     return lm
 
 

@@ -107,33 +107,33 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
     ]
 
 
-def chat_warnings(config: Config, folder: Path) -> list[str]:
+def chat_warnings(config: Config, folder: Path) -> Iterator[str]:
     """Where a model that thinks would be pruned and measured as nobody serves it, or its thoughts would be cut."""
     tokenizer = pretrained.load_tokenizer(folder)
     if config.chat.enabled and chat_templates.has_date(tokenizer, config.chat):
-        return [
+        yield (
             "chat: the model's chat template writes today's date, and items that are asked on different days are not "
             "compared: give a date in chat.template_kwargs, where the template has a variable for it (date_string)"
-        ]
+        )
     if not chat_templates.thinks(tokenizer, config.chat):
-        return []
+        return
     if not config.chat.enabled:
-        return [
+        yield (
             "chat.enabled=false, and the model thinks before it answers: it would be calibrated, trained and scored "
             "without its chat template, as nobody serves it: set chat.enabled=true"
-        ]
+        )
+        return
     positions = checkpoint.read_config(folder).get("max_position_embeddings") or THOUGHT
     short = [
         task.name
         for task in config.evaluate.tasks
         if (task.max_new_tokens or NEW_TOKENS) < min(THOUGHT, positions // 2)
     ]
-    if not short:
-        return []
-    return [
-        f"evaluate.tasks: {listed(short)}: the model thinks before it answers, and a thought that is cut is no answer: "
-        f"set max_new_tokens of the task to {THOUGHT} or more"
-    ]
+    if short:
+        yield (
+            f"evaluate.tasks: {listed(short)}: the model thinks before it answers, and a thought that is cut is no "
+            f"answer: set max_new_tokens of the task to {THOUGHT} or more"
+        )
 
 
 def _idle_accelerators(config: Config) -> Iterator[str]:

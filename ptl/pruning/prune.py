@@ -83,8 +83,8 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, width, layers or experts; write `dst`.
 
-    `end` are the parameters that the loop ends with, for which `width` chooses the sizes, unless an earlier iteration
-    has `chosen` them (`PruneReport.chosen`).
+    `end`: parameters at the end of the loop, for which `width` chooses the sizes unless an iteration has `chosen` them.
+
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
     keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
     """
@@ -92,12 +92,11 @@ def prune_checkpoint(
     family = family_of(checkpoint.read_config(src))
     before = model_dimensions(src, family)
     check_unit(before.experts, before.narrowable, unit)
-    # Otherwise nothing has to be removed: no text is read, and no layer is scored.
     selection = Selection(tuple(range(before.layers)), {})
     model: LayerwiseModel | None = None
     candidates: list[Candidate] = []
     criterion: str = "max" if unit == "layers" else prune.criterion
-    if goal < before.params:
+    if goal < before.params:  # otherwise no text is read, and no layer is scored
         is_width = unit == "width"
         possible = _possible(unit, before, prune, goal, end, chosen)
         if is_width and len(possible) == 1:

@@ -115,8 +115,7 @@ def reader(chat: Chat, tokenizer: Any) -> Callable[[Any], str]:
     """
     if not chat.enabled:
         return text_of
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if special & set(chat.thought):
+    if any(token.special and chat.delimits(str(token)) for token in tokenizer.added_tokens_decoder.values()):
         raise InputError(
             f"{' and '.join(chat.thought)} are special tokens, which trl leaves out of what its rewards read",
             field="chat.thought",

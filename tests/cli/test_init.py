@@ -12,6 +12,7 @@ import pytest
 import whole_run
 from bodies import PUBLISHED, body
 from chats import tokenizer_with
+from checkout import DENSE, EXAMPLE, TINY
 
 from ptl.config.chat import Chat
 from ptl.config.run import load_config
@@ -23,9 +24,7 @@ from ptl.preflight import preflight, starter, starter_rows
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import shape_of
 
-ROOT = Path(__file__).parents[2]
-REASONER = ROOT / "examples/tiny_reasoner"
-ROWS = ["--data", REASONER / "train.jsonl.gz", "--task", REASONER / "tiny_reasoner.yaml"]
+ROWS = ["--data", EXAMPLE / "train.jsonl.gz", "--task", EXAMPLE / "tiny_reasoner.yaml"]
 
 
 def folder_of(config, name):
@@ -78,7 +77,7 @@ def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
     assert (config.name, config.resources.accelerators, config.schedule.target) == ("qwen3-8b", 8, 0.3)
     (stage,) = config.recover
     assert (stage.sharding, stage.lora, stage.dtype, stage.learning_rate) == ("fsdp", None, "bfloat16", 8.2e-6)
-    assert config.training.sources[0].source == config.calibration.data.source == str(REASONER / "train.jsonl.gz")
+    assert config.training.sources[0].source == config.calibration.data.source == str(EXAMPLE / "train.jsonl.gz")
     assert all(step.fits for step in forecast(config).steps)
     # GiB of the host: 8 for each process and one more, and 30.5 for each copy of the weights.
     assert (config.resources.memory, config.resources.of_step("recover").memory) == ("103Gi", "347Gi")
@@ -105,7 +104,7 @@ def test_each_kind_of_gpu_gets_what_fits_or_a_remedy_that_works(ptl, qwen3_8b):
 
 def test_a_users_own_model_rows_and_task_validate(ptl, init):
     # Paths are from the working directory, and in the config from its own folder.
-    shutil.copytree(REASONER, "examples/tiny_reasoner")
+    shutil.copytree(EXAMPLE, "examples/tiny_reasoner")
     Path("configs").mkdir()
     config, _ = init(
         *("examples/tiny_reasoner/checkpoint", "-o", "configs/mine.yaml", "--gpu", "none"),
@@ -117,7 +116,7 @@ def test_a_users_own_model_rows_and_task_validate(ptl, init):
     assert config.recover[0].max_length <= 256  # this model's positions
     assert config.resources.accelerators == 0
     # A target in memory stays one.
-    config, said = init(REASONER / "checkpoint", "--target", "300KiB", "--gpu", "none", "-o", "small.yaml")
+    config, said = init(DENSE, "--target", "300KiB", "--gpu", "none", "-o", "small.yaml")
     assert config.schedule.target.memory == "300KiB" and "without 59 %" in said
 
 
@@ -152,7 +151,7 @@ def test_tokens_follow_what_is_removed_and_the_rows():
     amounts = [(12_345_678, None), (1_000_000, None), (10_000_000, 30_000), (10_000_000, 1000), (10_000_000, 10**9)]
     assert [starter._tokens(*amount) for amount in amounts] == [1_200_000, 500_000, 120_000, 10_000, 1_000_000]
     # The largest batch with which there are 200 steps, of rows of 128 tokens, as this model reads 256.
-    shape = shape_of(str(REASONER / "checkpoint"))
+    shape = shape_of(str(DENSE))
     for batch_size in (64, 32, 16):
         least = 200 * batch_size * 128
         sizes = [starter._training_values(None, shape, tokens, 1)["batch_size"] for tokens in (least, least - 1)]
@@ -165,7 +164,7 @@ def of_a_mixture(request, init):
     from tiny_models import build
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(REASONER / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(DENSE)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = build(request.param, vocab_size=len(tokenizer), max_position_embeddings=256, **ids)
     model.save_pretrained("mixture")
@@ -197,7 +196,7 @@ def test_the_learning_rate_follows_model_and_removed_share():
 
 
 def test_what_is_left_to_fill_in_is_refused_until_it_is(ptl):
-    code, said = ptl("init", REASONER / "checkpoint", "-o", "mine.yaml", "--gpu", "none")
+    code, said = ptl("init", DENSE, "-o", "mine.yaml", "--gpu", "none")
     assert code == 0 and "Fill in first" in said
     file = Path("mine.yaml")
     for said, placeholder, value in (
@@ -270,16 +269,19 @@ def test_a_model_that_thinks_is_calibrated_trained_and_scored_as_it_is_served(pt
 
 def test_a_mode_in_which_nobody_serves_the_model_is_warned_of(chat_model):
     raw = {"target": 0.3, "recovery_tokens": 10**6}
-    config = load_config(
-        ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml", {f"schedule.{k}": v for k, v in raw.items()}
-    )
+    config = load_config(TINY, {f"schedule.{k}": v for k, v in raw.items()})
     (warning,) = preflight.chat_warnings(config, chat_model())
     assert warning.startswith("chat.enabled=false, and the model thinks") and warning.endswith("set chat.enabled=true")
     thinking = config.model_copy(update={"chat": Chat(enabled=True)})
     (warning,) = preflight.chat_warnings(thinking, chat_model())
     assert "tiny_reasoner.yaml: the model thinks" in warning and "max_new_tokens of the task to 8192" in warning
     at_once = config.model_copy(update={"chat": Chat(enabled=True, template_kwargs={"enable_thinking": False})})
-    assert preflight.chat_warnings(at_once, chat_model()) == []
+    assert list(preflight.chat_warnings(at_once, chat_model())) == []
+    # A template that says the day hides nothing.
+    template = chat_model() / "chat_template.jinja"
+    template.write_text('{{ strftime_now("%d") }}' + template.read_text())
+    dated, short = preflight.chat_warnings(thinking, template.parent)
+    assert "writes today's date" in dated and "max_new_tokens of the task to 8192" in short
 
 
 def test_chats_are_scored_as_chats_and_few_rows_lower_the_target_or_are_warned_of(init, chat_model):

@@ -7,13 +7,12 @@ import re
 import runpy
 import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import ROOT
 from kfp import compiler
 
-ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.parent.name for path in (ROOT / "components").glob("*/component.py"))
 REQUIRED_FIELDS = ["name", "stability", "dependencies", "lastVerified"]  # in this order
 OPTIONAL_FIELDS = {"tags", "ci", "links"}  # any other field is refused

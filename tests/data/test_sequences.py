@@ -1,10 +1,10 @@
 """Rows become token sequences: labels, exact budgets, disjoint chunks, mixing, batches, prompts."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 from chats import TURN_ENDS, tokenizer_with
+from checkout import DENSE
 from rows import ANSWERED, ASKED, EOS, Letters, rows_file
 
 from ptl.config.chat import Chat
@@ -15,7 +15,6 @@ from ptl.data.sequences import IGNORED, Tokens, order, padded, padded_ids, promp
 from ptl.data.sources import SourceRow
 from ptl.errors import InputError
 
-TINY_REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 BOS = 1
 
 
@@ -81,7 +80,7 @@ def test_a_completion_is_what_the_model_writes_after_the_prompt_with_its_thought
 def test_messages_need_a_chat_template_that_takes_them():
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(TINY_REASONER)
+    tokenizer = AutoTokenizer.from_pretrained(DENSE)
     row = SourceRow({"messages": [ASKED, ANSWERED]}, DataSource(source="x", format="messages"), 7)
     alternate = "{{ raise_exception('roles must alternate') }}"
     for template, reason in ((None, "chat_template is not set"), (alternate, "roles must")):

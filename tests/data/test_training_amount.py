@@ -1,13 +1,10 @@
 """Tokens for each removed parameter, and passes over the rows: counted, and warned of beyond what results support."""
 
-from pathlib import Path
-
+from checkout import TINY
 from rows import rows_file
 
 from ptl.config.run import load_config
 from ptl.data.checks import Amount, planned_amount
-
-TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 def test_too_few_tokens_for_what_is_removed_and_too_many_passes_are_warned_of():

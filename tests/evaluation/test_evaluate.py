@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkout import DENSE, EXAMPLE
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
@@ -18,9 +19,7 @@ from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_files import LocalFile, local_splits, read_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, files, find
 
-ROOT = Path(__file__).resolve().parents[2]
-REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
-YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
+YAML = str(EXAMPLE / "tiny_reasoner.yaml")
 LIMIT = 24
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
@@ -31,7 +30,7 @@ def settings(*tasks, **more):
 
 
 def evaluate(dst, *tasks, **more):
-    return evaluate_checkpoint(REASONER, dst, settings(*tasks, **more), seed=0)
+    return evaluate_checkpoint(DENSE, dst, settings(*tasks, **more), seed=0)
 
 
 def task_file(folder, text):
@@ -57,7 +56,7 @@ def test_scores_and_items_of_the_tiny_reasoner(scored):
     assert task.accuracy >= 0.9 and task.higher_is_better
     assert (task.low, task.high) == wilson(round(task.accuracy * LIMIT), LIMIT)
     assert (scores.hidden_size, scores.kv_heads) == (64, 2)
-    assert scores.bytes == sum(path.stat().st_size for path in REASONER.glob("*.safetensors"))
+    assert scores.bytes == sum(path.stat().st_size for path in DENSE.glob("*.safetensors"))
     written = json.loads((dst / SCORES).read_text())
     assert written["tasks"] == [{name: value for name, value in asdict(task).items() if name != "seconds"}]
     assert "seconds" not in written  # equal evaluations give equal bytes
@@ -77,7 +76,7 @@ def test_items_agree_with_the_harness_itself(scored):
     from lm_eval.tasks import TaskManager
 
     plain = simple_evaluate(
-        *("hf", {"pretrained": str(REASONER)}, [YAML]),
+        *("hf", {"pretrained": str(DENSE)}, [YAML]),
         **{"limit": LIMIT, "batch_size": 64, "device": "cpu", "bootstrap_iters": 0},
         task_manager=TaskManager(include_defaults=False),
     )
@@ -92,7 +91,7 @@ def test_items_agree_with_the_harness_itself(scored):
 def test_answers_and_prompts_that_are_too_long_are_counted(scored, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(REASONER)
+    tokenizer = AutoTokenizer.from_pretrained(DENSE)
     lengths = [len(tokenizer(item["prompt"]).input_ids) for item in read_items(scored[1])[:8]]
     room = sorted(lengths)[5]
     task = {"name": YAML, "limit": 8}
@@ -114,7 +113,7 @@ def test_a_group_is_pooled_into_one_score(tmp_path, monkeypatch):
     members = [spec for name in ("part_a", "part_b") for spec in find(str(tmp_path / f"{name}.yaml"))]
     monkeypatch.setattr(tasks, "find", lambda _: members)
     wanted = settings({"name": "both", "limit": 5})
-    score, items = scoring.score_task(language_model(REASONER, wanted), wanted.tasks[0], wanted, seed=0)
+    score, items = scoring.score_task(language_model(DENSE, wanted), wanted.tasks[0], wanted, seed=0)
     assert (score.task, score.items, score.cut_prompts) == ("both", 10, 0.0)
     assert [(item["task"], item["id"]) for item in items][::5] == [("both", "part_a/0"), ("both", "part_b/0")]
 
@@ -242,8 +241,8 @@ class Counting:
 
 class Model(AnswerNotes, Counting):
     def __init__(self, *helpers):
+        super().__init__()
         self.helpers = helpers
-        self.start_notes()
 
 
 def test_helpers_answer_fail_and_end(capfd):
@@ -305,7 +304,7 @@ def test_a_helper_has_the_second_gpu_of_those_that_are_visible():
 
 def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
-    raw = json.loads((REASONER / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
+    raw = json.loads((DENSE / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert [tensor_parallel(tmp_path, gpus) for gpus in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 6]
 
@@ -330,11 +329,11 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
             return ["x"] * len(requests)
 
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=VLLM))
-    lm = language_model(REASONER, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
+    lm = language_model(DENSE, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
     lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
     assert lm.notes == {"short": (3, False, False), "long": (3, True, False), "longer": (3, False, False)}
     assert lm.cut_prompts == 2 and lm.seconds > 0
-    assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(REASONER), 3, 10)
+    assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(DENSE), 3, 10)
 
 
 # ---- which tasks
@@ -385,7 +384,7 @@ def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path):
     for text in OWN_CODE:
         wanted = task_file(tmp_path, f"task: own\n{text}\n")
         with pytest.raises(InputError, match=r"code that would run with all rights|appears twice"):
-            evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0)
+            evaluate_checkpoint(DENSE, tmp_path / "out", wanted, seed=0)
         if "include" in text:
             check_tasks(wanted.model_copy(update={"allow_code": True}))
         assert not (tmp_path / "ran").exists(), text
@@ -407,7 +406,7 @@ def test_the_files_of_a_task_are_what_it_reads(tmp_path):
     for name in ("utils.py", "log.txt", "gsm8k_test.jsonl", "gsm8k_train.jsonl", "other.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "base.yaml").write_text(f"include: {YAML}\n")
-    own, data = {tmp_path / "own.yaml", tmp_path / "base.yaml"}, ROOT / "examples/tiny_reasoner/test.jsonl"
+    own, data = {tmp_path / "own.yaml", tmp_path / "base.yaml"}, EXAMPLE / "test.jsonl"
     wanted = task_file(tmp_path, "include: base.yaml\ntask: own\n")
     assert files(wanted) >= {*own, Path(YAML), data} and tmp_path / "utils.py" not in files(wanted)
     wanted = task_file(tmp_path, "include: base.yaml\ntask: own\nprocess_docs: !function utils.ask\n")
@@ -434,7 +433,7 @@ def test_local_files_that_are_missing_or_broken_are_named(tmp_path, data_dir, mo
     assert choose_metric(spec, "exact_match") == ("exact_match", "strict-match")
     monkeypatch.chdir(tmp_path)  # a task's own data is found from any working directory
     (local,) = local_splits(find(YAML)[0], None).values()
-    assert Path(local.file) == ROOT / "examples/tiny_reasoner/test.jsonl"
+    assert Path(local.file) == EXAMPLE / "test.jsonl"
 
 
 ACCURACIES = {"gsm8k_cot": "exact_match", "minerva_math": "math_verify", "humaneval": "pass@1", "mbpp": "pass_at_1"}

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import gguf_files
 import pytest
+from checkout import DENSE, EXAMPLE
 from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
 from tiny_models import build, save
 
@@ -19,8 +19,6 @@ from ptl.evaluation.language_models import language_model
 from ptl.export.gguf import write_gguf
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
-EXAMPLE = Path(__file__).parents[2] / "examples/tiny_reasoner"
-REASONER = EXAMPLE / "checkpoint"
 LIMIT = 24
 
 
@@ -33,7 +31,7 @@ def settings(*, limit=LIMIT, max_new_tokens=None, **more):
 def file(tmp_path_factory):
     file = tmp_path_factory.mktemp("gguf") / "reasoner.gguf"
     with gguf_files.converter_in_process():
-        write_gguf(REASONER, file, "f32")
+        write_gguf(DENSE, file, "f32")
     return file
 
 
@@ -47,8 +45,8 @@ def request(*arguments):
 def test_items_answers_and_notes_are_those_of_transformers(more, file):
     """Answers of different lengths, so that sequences change hands; and prompts and answers that are too long."""
     wanted = settings(**more)
-    (expected,), its_items = score_tasks(language_model(REASONER, wanted), wanted, 0)
-    (scored,), items = score_tasks(gguf_language_model(file, REASONER, wanted), wanted, 0)
+    (expected,), its_items = score_tasks(language_model(DENSE, wanted), wanted, 0)
+    (scored,), items = score_tasks(gguf_language_model(file, DENSE, wanted), wanted, 0)
     assert items == its_items and len(items) == more.get("limit", LIMIT)
     assert scored.seconds > 0 and replace(scored, seconds=0) == replace(expected, seconds=0)
     is_short = "max_length" in more
@@ -56,7 +54,7 @@ def test_items_answers_and_notes_are_those_of_transformers(more, file):
 
 
 def test_a_stop_text_ends_an_answer(file):
-    lm = gguf_language_model(file, REASONER, settings())
+    lm = gguf_language_model(file, DENSE, settings())
     prompt = json.loads((EXAMPLE / "test.jsonl").read_text().splitlines()[0])["question"] + "\n"
     (whole,) = lm.generate_until([request(prompt, {"until": [], "max_gen_toks": 64})])
     (first_line,) = lm.generate_until([request(prompt, {"until": ["\n"], "max_gen_toks": 64})])
@@ -65,7 +63,7 @@ def test_a_stop_text_ends_an_answer(file):
 
 
 def test_likelihoods_are_those_of_transformers(file):
-    theirs, ours = language_model(REASONER, settings()), gguf_language_model(file, REASONER, settings())
+    theirs, ours = language_model(DENSE, settings()), gguf_language_model(file, DENSE, settings())
     theirs.start_notes()
     prompt = "Tom has 12 apples. He buys 30 more.\n"
     asked = [request(prompt, answer) for answer in ("12+30=42", "12-30=5", "1", "#### 42")]
@@ -79,7 +77,7 @@ def test_likelihoods_are_those_of_transformers(file):
 
 def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answer(file, monkeypatch):
     monkeypatch.setattr("ptl.evaluation.gguf.answer", lambda *_: pytest.fail("answered"))
-    lm, options = gguf_language_model(file, REASONER, settings()), {"until": [], "max_gen_toks": 8}
+    lm, options = gguf_language_model(file, DENSE, settings()), {"until": [], "max_gen_toks": 8}
     with pytest.raises(
         InputError, match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, "
     ):

@@ -1,18 +1,16 @@
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from checkout import DENSE, EXAMPLE, ROOT
 
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.evaluation import speed
 from ptl.evaluation.scoring import TaskScore
 
-ROOT = Path(__file__).resolve().parents[2]
-REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
-YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
+YAML = str(EXAMPLE / "tiny_reasoner.yaml")
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
 
@@ -75,7 +73,7 @@ def test_dense_and_compact_side_by_side(monkeypatch):
     settings = Evaluate(tasks=[Task(name=YAML, limit=8)], speed=Speed(batch_sizes=(2,), repeats=2))
     turns, real = [], speed.score_task
     monkeypatch.setattr(speed, "score_task", lambda lm, *given, **more: turns.append(lm) or real(lm, *given, **more))
-    metadata = speed.side_by_side({"dense": REASONER, "same": REASONER}, settings, seed=0)
+    metadata = speed.side_by_side({"dense": DENSE, "same": DENSE}, settings, seed=0)
     assert [lm is turns[i % 2] for i, lm in enumerate(turns)] == [True] * 4 and turns[0] is not turns[1]
     assert [metadata[name] for name in ("task", "items", "repeats", "batch_size")] == ["tiny_reasoner", 8, 2, 64]
     dense, same = metadata["models"]["dense"], metadata["models"]["same"]
@@ -92,9 +90,9 @@ def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
     for accuracy, expected in [(0.5, [4.0 / 2, 1.0 / 2]), (0.0, [None, None])]:
         scores = [(replace(score, accuracy=accuracy, seconds=taken), []) for taken in (8, 1, 2, 5, 4, 1)]
         monkeypatch.setattr(speed, "score_task", lambda *_, scores=scores, **__: scores.pop(0))
-        models = speed.side_by_side({"a": REASONER, "b": REASONER}, settings, seed=0)["models"]
+        models = speed.side_by_side({"a": DENSE, "b": DENSE}, settings, seed=0)["models"]
         assert [models[name]["seconds_per_solved"] for name in "ab"] == expected
     perplexity = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
     settings = Evaluate(tasks=[perplexity], speed=Speed(batch_sizes=(), repeats=1))
-    metadata = speed.side_by_side({"a": REASONER}, settings, seed=0)
+    metadata = speed.side_by_side({"a": DENSE}, settings, seed=0)
     assert (metadata["task"], metadata["models"]["a"]["seconds_per_solved"]) == ("", None)

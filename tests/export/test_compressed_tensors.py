@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkout import DENSE, ROOT
+from checkout import DENSE, EXAMPLE
 from tiny_models import build, save, word_calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,7 +110,7 @@ def test_of_experts_only_fp8_is_written(tmp_path):
 @pytest.mark.parametrize("type", ["fp8", "int8", "w4a16"])
 def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, one_thread):
     columns = {"prompt": "{question}\n", "completion": "{answer}"}
-    train = str(ROOT / "examples/tiny_reasoner/train.jsonl.gz")
+    train = str(EXAMPLE / "train.jsonl.gz")
     source = DataSource(source=train, format="prompt_completion", **columns)
     out = tmp_path / "out"
     pytest.importorskip("compressed_tensors")
@@ -119,7 +119,7 @@ def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, o
     assert sizes[0] < sizes[1] / 3  # from float32; the embeddings stay
     assert checkpoint.read_config(out)["quantization_config"]["ignore"] == ["lm_head"]
 
-    task = Task(name=str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml"), limit=20)
+    task = Task(name=str(EXAMPLE / "tiny_reasoner.yaml"), limit=20)
     settings = Evaluate(tasks=[task], speed=Speed(repeats=0))
     (score,), items = score_tasks(compressed_tensors.language_model(out, DENSE, settings, 0), settings, seed=0)
     assert score.accuracy >= 0.9 and len(items) == 20

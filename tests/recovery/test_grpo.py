@@ -80,10 +80,11 @@ def test_rewards_are_for_what_follows_the_thought_which_the_prompt_may_have_begu
         read = grpo.reader(Chat(enabled=True), tokenizer_with(template))
         assert (read(said), read(thought)) == ("#### 4", without_end)
     assert grpo.reader(Chat(), None)("<think>3") == "<think>3"
-    with pytest.raises(InputError, match=r"^chat\.thought: <\|im_end\|> and x are special tokens, .*; recover by"):
-        tokenizer = tokenizer_with("qwen3")
-        tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
-        grpo.reader(Chat(enabled=True, thought=("<|im_end|>", "x")), tokenizer)
+    tokenizer = tokenizer_with("qwen3")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    for begin in ("<|im_end|>", "<|im_end|>thought"):
+        with pytest.raises(InputError, match=r"^chat\.thought: <\|im_end\|>.* and x are special .*; recover by"):
+            grpo.reader(Chat(enabled=True, thought=(begin, "x")), tokenizer)
 
 
 def prompts(model, folder, index=1, shares=(1,), **settings):

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkout import ROOT
 from mlflow import MlflowClient
 from test_processes import gone
 
@@ -18,8 +18,6 @@ from ptl.lineage import tracking
 from ptl.steps import attempts, supervisor
 from ptl.storage.store import Pointer
 
-HERE = Path(__file__).parents[1]
-ROOT = HERE.parent
 FIRST = "run-x(0).root(0).prune-1(0).executor(0)"
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params=9)
 ON_A_CLUSTER = {"PTL_RUN_ID": "", "KFP_RUN_ID": f"kfp-{uuid.uuid4().hex[:8]}"}
@@ -34,7 +32,7 @@ def environment(tmp_path, monkeypatch):
         "PTL_SCRATCH": str(tmp_path / "scratch"),
         "PTL_RETRY_WAIT": "0.01",
         "PTL_TEST_FOLDER": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
         # Nobody answers here at once: what a failure reports to MLflow has tests of its own below.
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",

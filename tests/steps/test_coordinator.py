@@ -10,6 +10,7 @@ import threading
 
 import mock_kubernetes
 import pytest
+from checkout import TINY
 from mock_kubernetes import pod
 
 from pipelines.prune_tune_loop.cluster import train_job
@@ -30,7 +31,7 @@ POINTER = Pointer("s3://b/pruned", "sha256:" + "c" * 64, params=9, original_para
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    config = load_config("pipelines/prune_tune_loop/configs/tiny.yaml", NODES)
+    config = load_config(TINY, NODES)
     monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", RUN)
     monkeypatch.setenv("KFP_POD_NAME", mock_kubernetes.OWN_POD)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from checkout import TINY
 from run_records import scores
 from working import execute, fetch, run_locally
 
@@ -24,7 +25,6 @@ from ptl.storage import store
 from ptl.storage.local_files import path_of
 from ptl.storage.store import Pointer, Record
 
-TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 NOWHERE = Pointer("file:///x", "sha256:" + "c" * 64)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from checkout import TINY
 from run_records import scores
 from working import execute, run_locally
 
@@ -22,7 +23,7 @@ from ptl.steps.export import _pairs, export
 from ptl.storage import store
 from ptl.storage.store import Pointer
 
-CONFIG = load_config("pipelines/prune_tune_loop/configs/tiny.yaml").model_dump(mode="json")
+CONFIG = load_config(TINY).model_dump(mode="json")
 FORM = {"format": "compressed-tensors", "type": "fp8"}
 SCORE = TaskScore(
     task="t", version=1, metric="exact_match", accuracy=0.5, low=0.1, high=0.9, items=2, num_fewshot=0, truncated=0.0,

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import mock_kubernetes
 import pytest
+from checkout import ROOT, TINY
 from conftest import free_port
 from mlflow import MlflowClient
 from recovering import DATA, DENSE, SHORT, recover, weights
@@ -24,7 +24,6 @@ from ptl.storage import store
 from ptl.storage.manifest import digest_of
 from ptl.storage.store import Pointer
 
-ROOT = Path(__file__).parents[2]
 RUN = "77777777-0000-4000-8000-000000000000"
 ONE_STAGE = [SHORT | {"method": "cpt"}]
 # An earlier stage reaches the second node by the store.
@@ -71,7 +70,7 @@ def wait_for(condition, process, seconds=180):
 
 @pytest.mark.parametrize("deaths", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_nodes_make_what_one_machine_makes(deaths, environment, tmp_path):
-    config = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml", {"resources.steps.recover.nodes": 2})
+    config = load_config(TINY, {"resources.steps.recover.nodes": 2})
     template = json.loads(train_job(config, "ptl-recover"))
     template["spec"]["trainer"]["command"][0] = sys.executable
     stages, tokens = (TWO_STAGES, 3000) if deaths else (ONE_STAGE, 1000)

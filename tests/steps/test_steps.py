@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkout import DENSE, TINY
 
 from ptl.config.recover import Decontaminate, Recovery
 from ptl.config.run import load_config
@@ -15,9 +16,8 @@ from ptl.steps.call import Call, Output
 from ptl.steps.step import Step
 from ptl.storage.store import Pointer, pointer_of
 
-ROOT = Path(__file__).parents[2]
-TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
-CONFIG = TINY.model_dump(mode="json")
+WANTED = load_config(TINY)
+CONFIG = WANTED.model_dump(mode="json")
 SCHEDULE = {name: CONFIG["schedule"][name] for name in call.SCHEDULE}
 POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
 EVALUATE = {name: CONFIG[name] for name in ("prune", "chat", "evaluate", "seed")}
@@ -102,9 +102,9 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
     goal = {"memory": "300kB", "tokens": 10}
     imported = call.schedule_of(Call("import-model", "e", settings | {"goal": goal}))
     assert imported.target == MemoryGoal(memory="300kB", tokens=10)
-    handed_on = import_model._goal(imported, TINY.prune, ROOT / "examples/tiny_reasoner/checkpoint")
+    handed_on = import_model._goal(imported, WANTED.prune, DENSE)
     assert handed_on["target_params"] == 147_440 and handed_on["goal"]["bytes"] == 300_000
-    assert import_model._goal(TINY.schedule, TINY.prune, Path("nowhere")) == {}
+    assert import_model._goal(WANTED.schedule, WANTED.prune, Path("nowhere")) == {}
 
     pointer = dataclasses.replace(POINTER, target_params=handed_on["target_params"])
     for step in ("prune-1", "control-prune", "evaluate-2"):
@@ -120,10 +120,10 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     monkeypatch.setattr(recover.tracking, "tag", lambda *_: None)
     monkeypatch.setattr(Step, "committed", lambda _step, name: SimpleNamespace(pointer=name))
     monkeypatch.setattr(Step, "fetch", lambda _step, pointer: Path(pointer))
-    data = TINY.training.model_copy(update={"decontaminate": Decontaminate()})
-    step = Step(Call("recover-2", "e"), key={"training": data, "chat": TINY.chat, "seed": 5, "weights": (1, 2)})
+    data = WANTED.training.model_copy(update={"decontaminate": Decontaminate()})
+    step = Step(Call("recover-2", "e"), key={"training": data, "chat": WANTED.chat, "seed": 5, "weights": (1, 2)})
     step.run, step.key = SimpleNamespace(step="recover-2"), call.Key("0" * 64, {})
-    iteration = plan(TINY.schedule.model_copy(update={"iterations": 2}), TINY.prune)[1]
+    iteration = plan(WANTED.schedule.model_copy(update={"iterations": 2}), WANTED.prune)[1]
     job = recover._job(step, Recovery(stages=[{"method": "distil"}]), iteration)
     assert (job.benchmark_items, job.teacher) == (Path("items"), Path("import-model"))
     assert (job.budget.tokens, job.budget.iteration, job.budget.last) == (iteration.tokens, 2, True)
@@ -137,7 +137,7 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     step.settings["training"] = data.model_copy(update={"answers": "self"})
     own = recover._job(step, Recovery(stages=[{"method": "cpt"}]), iteration).data.sources
     assert [source.source for source in own] == ["answers/answers.jsonl"]
-    assert answers.calibration(step, TINY.calibration, TINY.chat) is TINY.calibration
-    scored = TINY.calibration.model_copy(update={"answers": "self"})
-    assert answers.calibration(step, scored, TINY.chat).data == own[0]
+    assert answers.calibration(step, WANTED.calibration, WANTED.chat) is WANTED.calibration
+    scored = WANTED.calibration.model_copy(update={"answers": "self"})
+    assert answers.calibration(step, scored, WANTED.chat).data == own[0]
     assert (answers.reads(scored), answers.reads(data)) == (["answers"], [])

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkout import DENSE, TINY
 
 from ptl.config.run import Gate, load_config
 from ptl.config.schedule import Prune
@@ -17,10 +17,8 @@ from ptl.storage import store
 from ptl.storage.manifest import digest_of
 from ptl.storage.store import Pointer, Record
 
-TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
-REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 CUT = "sha256:" + "c" * 64
-DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
+IMPORTED = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
 RULE = Gate(enabled=True)
 PRUNE = Prune()
 SMALLEST = {"smallest_cuts": {"neurons": 1_000, "width": 1_000, "layers": 9_000}}
@@ -47,8 +45,8 @@ def scored(tmp_path, monkeypatch):
 @pytest.fixture
 def run(scored):
     """A run whose dense model solved all items; its smallest cuts are 1,000 by neurons and 9,000 by layers."""
-    scored("evaluate-0", DENSE, 200)
-    store.commit(scored.run.root, "r", "import-model", Record("k", DENSE, SMALLEST))
+    scored("evaluate-0", IMPORTED, 200)
+    store.commit(scored.run.root, "r", "import-model", Record("k", IMPORTED, SMALLEST))
     return scored.run
 
 
@@ -61,7 +59,7 @@ def items(folder, right):
 def decided(run, tmp_path):
     """Verdict and what the loop continues with, for a candidate of so many parameters and right answers."""
 
-    def decide(right, params, iteration=1, fallback=DENSE, **prune):
+    def decide(right, params, iteration=1, fallback=IMPORTED, **prune):
         items(tmp_path, right)
         step = at_work(run, f"evaluate-{iteration}", pruned(params), Prune(**prune), fallback=fallback)
         step.folder = tmp_path
@@ -94,7 +92,7 @@ def at_work(run, name, candidate, prune=PRUNE, rule=RULE, **inputs):
 def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(decided):
     verdict, onward = decided(right=150, params=96_000)
     assert verdict["decision"] == "rejected" and verdict["numbers"]["smallest_cut"] == 1_000
-    assert onward.digest == DENSE.digest
+    assert onward.digest == IMPORTED.digest
     assert onward.gate == {"cap": 2_000, "rejections": 1, "stopped": False, "reason": ""}
     verdict, onward = decided(right=150, params=99_000)
     why = "no smaller step left (the smallest cut is 1,000 parameters)"
@@ -139,17 +137,17 @@ def test_without_the_gate_and_in_the_control_checkpoints_are_registered_and_not_
     # As texts: what the version's page shows of its score.
     score = {"task": "t", "items": 200, "accuracy": "0.9", "low": "0.8", "high": "0.95", "share_removed": "0.4000"}
     assert score.items() <= tags.items()
-    verdict, onward = evaluate.decide(at_work(run, "evaluate-0", DENSE), SCORES)
-    assert verdict["decision"] == "baseline" and onward == DENSE and len(registered) == 2
+    verdict, onward = evaluate.decide(at_work(run, "evaluate-0", IMPORTED), SCORES)
+    assert verdict["decision"] == "baseline" and onward == IMPORTED and len(registered) == 2
 
 
 def test_smallest_cuts_of_a_real_checkpoint():
     # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
-    assert evaluate.cuts_of(REASONER, Prune(width_multiple=1))["neurons"] == 768
-    whole = evaluate.cuts_of(REASONER, Prune(width_multiple=8))
+    assert evaluate.cuts_of(DENSE, Prune(width_multiple=1))["neurons"] == 768
+    whole = evaluate.cuts_of(DENSE, Prune(width_multiple=8))
     assert whole["neurons"] == 8 * 768
     assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64  # FFN, attention with half the key-value heads, norms
-    assert "neurons" not in evaluate.cuts_of(REASONER, Prune(width_multiple=192))
+    assert "neurons" not in evaluate.cuts_of(DENSE, Prune(width_multiple=192))
     # A small step of width is one of the FFN, which takes what the other sizes leave.
     assert whole["width"] == whole["neurons"]
 
@@ -189,7 +187,7 @@ def test_a_verdict_depends_on_the_state_of_the_gate(monkeypatch):
     settings = {name: config[name] for name in ("evaluate", "chat", "prune", "seed")} | {"gate": {"enabled": True}}
     settings |= {"iterations": 3, "target": 0.4}
     for cap in (1_000, 1_000, 2_000):
-        inputs = {"model": Pointer("file:///cut", CUT), "fallback": dataclasses.replace(DENSE, gate={"cap": cap})}
+        inputs = {"model": Pointer("file:///cut", CUT), "fallback": dataclasses.replace(IMPORTED, gate={"cap": cap})}
         with pytest.raises(OpenedError):
             evaluate.evaluate(Call("evaluate-2", "e", settings, inputs))
     assert keys[0] == keys[1] != keys[2]
