@@ -66,7 +66,7 @@ def subject(answers: str) -> Subject:
             with tempfile.TemporaryDirectory(dir=ANSWERS.parent) as folder:
                 write_answers(MODEL, Path(folder), GIVEN, EVALUATE, THINKING, model="dense", seed=1)
                 Path(folder).rename(ANSWERS)
-        data = in_place_of(GIVEN, ANSWERS, THINKING)
+        data = GIVEN.model_copy(update={"sources": in_place_of(GIVEN.sources, ANSWERS, THINKING)})
     return Subject(MODEL, data, Calibration(data=data.sources[0], num_sequences=128, max_length=256), THINKING)
 
 

@@ -27,8 +27,14 @@ def scores(params: int, accuracy: float, width: int) -> dict:
         "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
         "params": params, "active_params": params, "experts": 0, "bytes": params * 4, "flops_per_token": params * 2,
         "kv_bytes_per_token": 2048, "speed": [], "widths": [width] * 4, "seconds": 4.2,
-        "hidden_size": 64, "kv_heads": 2,
+        "hidden_size": 64, "kv_heads": 2, "retention": losses(2.5 + (1 - accuracy) / 4),
     }  # fmt: skip
+
+
+def losses(nats: float) -> dict:
+    """Of held-out text, by a token."""
+    tokens = [40, 50, 60]
+    return {"texts": "retention.jsonl", "bytes": 600, "tokens": tokens, "losses": [nats * count for count in tokens]}
 
 
 def speed() -> dict:

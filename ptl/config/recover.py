@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     GetJsonSchemaHandler,
     NonNegativeFloat,
@@ -85,12 +86,21 @@ class DataSource(Section):
     """column with the chat (format `messages`)"""
     # beside others
     weight: PositiveFloat = 1.0
-    """its share of the tokens, relative to the other sources of `training`"""
+    """its share beside other sources: of the tokens of `training`, or of the sequences of `calibration`"""
 
     @property
     def prompts_only(self) -> Self:
         """The same rows without a completion, which the model itself writes: they need no column for it."""
         return self.model_copy(update={"completion": ""})
+
+
+def _one_or_more(raw: Any) -> Any:
+    return [raw] if isinstance(raw, dict | DataSource) else raw
+
+
+SourceList = Annotated[tuple[DataSource, ...], Field(min_length=1)]
+# A single source needs no list.
+Sources = Annotated[SourceList, BeforeValidator(_one_or_more, json_schema_input_type=DataSource | SourceList)]
 
 
 class Reward(Section):
@@ -138,7 +148,7 @@ class Decontaminate(Section):
 class TrainingData(Section):
     """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
 
-    sources: tuple[DataSource, ...] = Field(min_length=1)
+    sources: SourceList
     """where the rows come from, mixed by `weight`"""
     decontaminate: Decontaminate = Decontaminate()
     """which rows are left out; `off`: none"""

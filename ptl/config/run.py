@@ -16,9 +16,9 @@ from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.export import Export
 from ptl.config.recover import (
     MIN_TOKENS,
-    DataSource,
     RecoverStage,
     Recovery,
+    Sources,
     TrainingData,
 )
 from ptl.config.schedule import Prune, Schedule, plan
@@ -40,14 +40,14 @@ class ModelSource(Section):
 
 
 class Calibration(Section):
-    """The reasoning text on which neurons and layers are scored."""
+    """The text on which neurons and layers are scored: of reasoning, and of what else the model is to keep."""
 
-    data: DataSource
-    """where the text comes from"""
+    data: Sources
+    """where the text comes from, divided by `weight`; of several sources what any of them needs is kept"""
     answers: Literal["given", "self"] = "given"
-    """`self`: the answers of `training.answers: self`, with their prompts and thoughts, in the place of `data`"""
+    """`self`: the answers of `training.answers: self`, with prompts and thoughts, in the place of rows with prompts"""
     num_sequences: Positive = 64
-    """number of sequences to score on, drawn with the run's seed"""
+    """number of sequences to score on, of all sources together, drawn with the run's seed"""
     max_length: int = Field(512, ge=2)
     """tokens per sequence; longer ones are truncated"""
     batch_size: Positive = 16
@@ -110,6 +110,8 @@ class Evaluate(Section):
     """allow model-written code (humaneval, mbpp), in the sandbox only, and functions of a task YAML, outside it"""
 
     # What is reported beside the accuracy.
+    retention: Location | None = None
+    """texts whose perplexity is watched, a .jsonl file with a column `text`; default: English prose that ships"""
     confidence: ClassVar[float] = 0.95  # level of the intervals of accuracies
     speed: Speed = Speed()
     """how speed is measured"""
@@ -139,6 +141,8 @@ class Gate(Section):
     max_rejections: ClassVar[int] = 3  # in a row, after which the loop stops; each of them halves the cut
     strict: bool = False
     """accept only what is shown to be not inferior; needs many items"""
+    retention: float | None = Field(None, gt=1)
+    """reject what raises the perplexity of `evaluate.retention` by more than this factor; default: only report it"""
 
 
 class Images(Section):
@@ -285,6 +289,8 @@ def unfit_answers(calibration: Calibration, training: TrainingData, chat: Chat) 
     """Why own answers cannot be made as these sections say, in a sentence with a remedy; else empty."""
     if calibration.answers == "self" and training.answers != "self":
         return "calibration.answers=self takes the answers of training.answers=self: set both"
+    if calibration.answers == "self" and all(source.format == "text" for source in calibration.data):
+        return "calibration.answers=self takes the place of rows with prompts: give calibration.data one of them"
     has_chats = any(source.format == "messages" for source in training.sources)
     if training.answers == "self" and has_chats and not chat.enabled:
         return "training.answers=self needs chat.enabled=true for sources of format messages: set it"

@@ -36,7 +36,7 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
     trains_on_answers = _trains_on_answers(recover)
     checked = set()  # the calibration data is often the training data
     for field, source in named_sources(calibration, training, ()).items():
-        is_scored, is_trained_on = field == "calibration.data", field.startswith("training.sources")
+        is_scored, is_trained_on = field.startswith("calibration.data"), field.startswith("training.sources")
         # The dense model writes them.
         own = (is_scored and calibration.answers == "self") or (is_trained_on and training.answers == "self")
         if own:
@@ -51,7 +51,7 @@ def named_sources(
     calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]
 ) -> dict[str, DataSource]:
     """All sources that a config names, by their fields."""
-    sources = {"calibration.data": calibration.data}
+    sources = {f"calibration.data.{i}": source for i, source in enumerate(calibration.data)}
     sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
     stages = enumerate(recover)

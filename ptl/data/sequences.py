@@ -151,21 +151,25 @@ def order(count: int, seed: int) -> Iterator[int]:
         yield from shuffle.sample(range(count), count)
 
 
-def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Batch]:
-    """Calibration rows as `padded` batches."""
-    return padded(calibration_rows(settings, tokenizer, seed, chat), settings.batch_size)
+def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[list[Batch]]:
+    """Calibration rows as `padded` batches, those of each source apart."""
+    texts = calibration_rows(settings, tokenizer, seed, chat)
+    return [padded(sequences, settings.batch_size) for sequences in texts]
 
 
-def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Tokens]:
-    """As many rows of the calibration data as the settings say, drawn with the seed, or all of them."""
-    rows = read_rows(settings.data)
-    # None twice.
-    picked = itertools.islice(order(len(rows), seed), min(settings.num_sequences, len(rows)))
-    sequences = []
-    for i in picked:
-        row = SourceRow(rows[i], settings.data, i + 1)
-        sequences.append(tokenize(row, tokenizer, settings.max_length, chat))
-    return sequences
+def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[list[Tokens]]:
+    """Of each source as many rows as the settings say, drawn with the seed, or all of them."""
+    total = sum(source.weight for source in settings.data)
+    texts = []
+    for source in settings.data:
+        rows = read_rows(source)
+        count = max(1, round(settings.num_sequences * source.weight / total))
+        # None twice.
+        picked = itertools.islice(order(len(rows), seed), min(count, len(rows)))
+        texts.append(
+            [tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in picked]
+        )
+    return texts
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:

@@ -22,6 +22,7 @@ from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
 from ptl.storage.manifest import file_digest
 
+GENERAL = "ptl://general"  # a source: English prose that was written for ptl, and ships with it
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
 FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 # remedies
@@ -250,6 +251,8 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
     """The file of a source, downloaded if it is on s3://; None for a hub id. Raises InputError."""
     setting = f"{field}.source"
     name = source.source
+    if name == GENERAL:
+        return Path(__file__).with_name("general.jsonl")
     path = Path(name)
     is_remote = name.startswith("s3://")
     if path.name.endswith((*JSON_LINES, ".parquet")):

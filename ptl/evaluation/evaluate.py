@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,9 @@ from typing import Any
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
-from ptl.evaluation import helpers, language_models, paired, tasks
+from ptl.evaluation import helpers, language_models, paired, retention, tasks
 from ptl.evaluation.paired import Item, Paired
+from ptl.evaluation.retention import TextLosses
 from ptl.evaluation.scoring import TaskScore, load_tasks, score_task
 from ptl.log import table_text
 from ptl.model import dimensions, pretrained
@@ -42,6 +44,7 @@ class Scores:
     widths: list[int]  # FFN width of each layer, or of each of its experts
     kv_heads: int  # of each layer
     experts: int  # in each layer; 0: a dense model
+    retention: TextLosses
     seconds: float = 0.0  # of the whole evaluation
 
 
@@ -61,8 +64,10 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, chat: Chat = N
     pretrained.load_tokenizer(src)
 
     lm = language_models.language_model(src, settings, chat, seed, helpers.processes_for(settings))
-    scores, items = score_tasks(lm, settings, seed)
-    result = Scores(tasks=scores, **static, seconds=time.monotonic() - started)
+    with contextlib.closing(lm):
+        retained = retention.measure(lm, settings)
+        scores, items = score_tasks(lm, settings, seed)
+    result = Scores(scores, **static, retention=retained, seconds=time.monotonic() - started)
     _write_lines(dst, items)
     raw = asdict(result)
     for record in (raw, *raw["tasks"]):

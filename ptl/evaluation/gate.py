@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from ptl.config.run import Gate
 from ptl.errors import InputError
+from ptl.evaluation import retention
 from ptl.evaluation.paired import Paired, describe
+from ptl.evaluation.retention import Retained
 
 REACHED = "target reached"
 GATE_OFF: Literal["gate off"] = "gate off"  # the decision on every iteration of a run without the gate
@@ -82,6 +84,7 @@ def decide(
     parent_params: int | None = None,
     baseline: Paired | None = None,  # the candidate against the dense model
     parent: Paired | None = None,  # the candidate against its parent
+    retained: Retained | None = None,  # the candidate against the dense model, on held-out text
     smallest_cut: int | None = 1,  # parameters that can be pruned from the parent next, at least; none: nothing can
 ) -> Decision:
     """The decision on a candidate that was pruned from its parent, the last accepted model.
@@ -100,12 +103,16 @@ def decide(
     # Both must hold: many small losses against the parent add up to a large one against the dense model.
     pairs = {"baseline": baseline, "parent": parent}
     numbers |= {"parent_params": parent_params, **{name: asdict(pair) for name, pair in pairs.items()}}
-    for name, pair in pairs.items():
-        if pair.fails(settings.strict):
-            numbers["smallest_cut"] = smallest_cut
-            after = _state_after_rejection(settings, state, parent_params - params, smallest_cut)
-            consequence = f"{after.reason}: stopped" if after.stopped else f"next cut at most {after.cap:,} parameters"
-            return Decision("rejected", f"{describe(pair)} against the {name}; {consequence}", numbers, after)
+    worse = [f"{describe(pair)} against the {name}" for name, pair in pairs.items() if pair.fails(settings.strict)]
+    if settings.retention and retained:
+        numbers["retention"] = asdict(retained)
+        if retained.fails(settings.retention, settings.strict):
+            worse.append(f"{retention.describe(retained)}, and {settings.retention:g} is tolerated")
+    if worse:
+        numbers["smallest_cut"] = smallest_cut
+        after = _state_after_rejection(settings, state, parent_params - params, smallest_cut)
+        consequence = f"{after.reason}: stopped" if after.stopped else f"next cut at most {after.cap:,} parameters"
+        return Decision("rejected", f"{worse[0]}; {consequence}", numbers, after)
     reason = f"{describe(baseline)} against the baseline"
     cap = None if state.cap is None else 2 * state.cap
     if params > target_params:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ptl.config.base import FILL_IN
 from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
-from ptl.evaluation import task_files
+from ptl.evaluation import retention, task_files
 from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits
 
 FIELD = "evaluate.tasks"
@@ -88,7 +88,7 @@ def hub_data(settings: Evaluate) -> list[str]:
 
 def files(settings: Evaluate) -> set[Path]:
     """The local files that the tasks read: their YAML with its includes, their code and their data."""
-    paths: set[Path] = set()
+    paths = {Path(settings.retention)} if settings.retention else set()
     for task in settings.tasks:
         # What the harness ships, or fetches from the hub, is no file of the user's.
         if not is_path(task.name) and not settings.data_dir:
@@ -142,6 +142,7 @@ def check_tasks(settings: Evaluate) -> None:
 
     A name can be checked only where lm_eval is installed; elsewhere the step checks it.
     """
+    retention.texts(settings)
     names = [task.name for task in settings.tasks]
     for task in settings.tasks:
         # A score is known by its task's name.

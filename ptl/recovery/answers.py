@@ -91,17 +91,12 @@ def write_answers(
     return AnswersReport(len(prompts), written, num_ended, num_kept, num_tokens / written, sampling)
 
 
-def source_of(folder: Path, chat: Chat, weight: float) -> DataSource:
-    """The answers that were written to a folder, as a source of training data."""
+def in_place_of(sources: Sequence[DataSource], folder: Path, chat: Chat) -> tuple[DataSource, ...]:
+    """Sources with the answers in a folder in the place of those that have prompts; texts without prompts stay."""
+    texts = [source for source in sources if source.format == "text"]
+    weight = sum(source.weight for source in sources) - sum(source.weight for source in texts)
     format = "messages" if chat.enabled else "prompt_completion"
-    return DataSource(source=str(folder / FILE), format=format, weight=weight)
-
-
-def in_place_of(data: TrainingData, folder: Path, chat: Chat) -> TrainingData:
-    """The training data with the answers in a folder in the place of the rows' own; texts without prompts stay."""
-    weight = sum(source.weight for source in data.prompted)
-    texts = tuple(source for source in data.sources if source.format == "text")
-    return data.model_copy(update={"sources": (source_of(folder, chat, weight), *texts)})
+    return (DataSource(source=str(folder / FILE), format=format, weight=weight), *texts)
 
 
 def _sampling(src: Path, samples: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ptl.config.dag import export_step
 from ptl.config.export import Export
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
+from ptl.evaluation import retention
 from ptl.evaluation.paired import Item, Paired, match, p_longer, paired
 from ptl.log import say
 from ptl.report.result import (
@@ -94,6 +95,7 @@ def build(
         sequences=_sequences(steps),
         paired={},
         longer={},
+        retained=None,
         examples=None,
         settings=config,
     )
@@ -250,7 +252,9 @@ def _compared(result: Result, steps: Records) -> Result:
     before, after = _items(steps, "evaluate-0"), _items(steps, final.step)
     longer = {task: p_longer(before, after, task) for task in dense}
     longer = {task: p for task, p in longer.items() if p is not None}
-    return result.model_copy(update={"goal": goal, "paired": pairs, "longer": longer, "examples": examples})
+    retained = retention.compare(result.dense_row.scores.retention, final.scores.retention, 1 - Evaluate.confidence)
+    found = {"goal": goal, "paired": pairs, "longer": longer, "retained": retained, "examples": examples}
+    return result.model_copy(update=found)
 
 
 def _needed_bytes(goal: Goal, dense: Row, final: Row) -> int:

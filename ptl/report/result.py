@@ -9,8 +9,10 @@ from pydantic import BaseModel
 from ptl.data.checks import Amount
 from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
+from ptl.evaluation.retention import Retained
 from ptl.evaluation.scoring import TaskScore
 
+FORGETS = 1.2  # times the dense model's perplexity of held-out text
 RAMBLES, RAMBLES_P = 1.1, 0.01  # times as many tokens in an answer, and p of it
 
 
@@ -224,6 +226,7 @@ class Result(BaseModel):
     sequences: Sequences
     paired: dict[str, dict[str, Paired]]  # task -> dense, control -> the final model against it, item by item
     longer: dict[str, float]  # task -> p of the paired test that the final model's answers have more tokens
+    retained: Retained | None  # None: the dense model does not predict such text
     examples: Examples | None
     settings: dict[str, Any]  # the effective config
 
@@ -261,6 +264,11 @@ class Result(BaseModel):
             return False
         before, after = (row.scores.tasks[position].answer_tokens for row in (self.dense_row, final))
         return after > RAMBLES * before
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the final model predicts held-out text far worse than the dense one."""
+        return self.retained is not None and self.retained.ratio > FORGETS
 
     def total_tokens(self, arm: str) -> int:
         """Recovery tokens of all steps of an arm, rejected iterations included."""

@@ -29,7 +29,7 @@ def data_sets(calibration: Calibration, training: TrainingData) -> list[DatasetI
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     uses = {
-        "calibration": [calibration.data],
+        "calibration": calibration.data,
         "training": training.sources,
         "decontamination": training.decontaminate.against,
     }

@@ -126,7 +126,7 @@ def evidence(result: Result) -> list[Table]:
     dense, final, control = result.dense_row, result.final_row, result.control_row
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
-        tables += [_answers(result, dense, final), _sizes(dense, final)]
+        tables += [_answers(result, dense, final), _retained(result), _sizes(dense, final)]
     speeds = [_cells(*row) for row in speed.rows(result.speed)]
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
@@ -202,6 +202,18 @@ def _answers(result: Result, dense: Row, final: Row) -> Table:
             [Cell(before.task), *cells, Cell(_change(before.answer_tokens, after.answer_tokens), details, kind)]
         )
     return Table(("Tokens of an answer", "Dense", "Final", "Difference"), rows, 3)
+
+
+def _retained(result: Result) -> Table:
+    """How well held-out text is still predicted."""
+    rows = []
+    if result.retained:
+        found = result.retained
+        name = Cell("Perplexity of held-out text", (f"{found.items:,} texts of {found.texts}",))
+        details = (f"{found.low:.3g} to {found.high:.3g} at 90 %",)
+        ratio = Cell(f"\u00d7 {found.ratio:.3g}", details, "bad" if result.forgets else "")
+        rows.append([name, Cell(f"{found.dense:,.4g}"), Cell(f"{found.candidate:,.4g}"), ratio])
+    return Table(("Retention", "Dense", "Final", "Difference"), rows, 3)
 
 
 def _change(before: float, after: float) -> str:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from ptl.config.rehearsal import is_rehearsal
 from ptl.config.schedule import removal
 from ptl.data import decontamination
+from ptl.evaluation import retention
 from ptl.evaluation.paired import Paired, smallest_inferior_drop
 from ptl.evaluation.scoring import TaskScore
 from ptl.report.result import Goal, Result, Row
@@ -134,6 +135,8 @@ def headline(result: Result) -> str:
         if result.final_row and result.rambles(task):
             before, after = (row.scores.tasks[position].answer_tokens for row in (result.dense_row, result.final_row))
             sentence += f"; it rambles on {task}: {after:,.0f} tokens an answer in the place of {before:,.0f}"
+    if result.retained and result.forgets:
+        sentence += f"; it forgets other text: {retention.describe(result.retained)}"
     return f"{sentence}."
 
 
@@ -229,6 +232,8 @@ def scored_too_little(result: Result) -> list[str]:
     dense, final = result.dense_row, result.final_row
     sentences = []
     if final is not None and final is not dense:
+        if result.retained is None:
+            sentences.append("What it retains of other text: the dense model does not predict the held-out texts.")
         sentences += [_items(result, task) for task in result.tasks]
         sentences += _token_limits(dense, final)
     asked = result.settings["evaluate"]["tasks"]

@@ -74,6 +74,6 @@ def calibration(step: Step, settings: Calibration, chat: Chat) -> Calibration:
     """The section with the text that is scored on: where it says so, the answers."""
     if settings.answers == "given":
         return settings
-    from ptl.recovery.answers import source_of
+    from ptl.recovery.answers import in_place_of
 
-    return settings.model_copy(update={"data": source_of(folder(step), chat, 1.0)})
+    return settings.model_copy(update={"data": in_place_of(settings.data, folder(step), chat)})

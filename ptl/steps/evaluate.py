@@ -9,7 +9,8 @@ from pathlib import Path
 from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune, plan, removal
-from ptl.evaluation import gate, paired, tasks
+from ptl.evaluation import gate, paired, retention, tasks
+from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_objects, tracking
 from ptl.log import say
 from ptl.model import checkpoint
@@ -102,6 +103,8 @@ def _scores(step: Step, source: Path, key: str) -> Metadata:
     if step.settings["gate"].enabled and scores["tasks"][0]["low"] is None:
         # The task's YAML did not say that it has no accuracy.
         raise tasks.no_accuracy(settings.tasks[0])
+    if step.call.step == "evaluate-0":
+        retention.check_gate(step.settings["gate"], TextLosses(**scores["retention"]))
     return scores
 
 
@@ -123,7 +126,7 @@ def decide(step: Step, scores: Metadata) -> tuple[Metadata, Pointer]:
         return {"decision": "baseline", "reason": ""}, call.inputs["model"]
     if call.arm == "control":
         return {"decision": "control", "reason": ""}, _register(step, scores)
-    decision = _gate_decision(step)
+    decision = _gate_decision(step, scores)
     state = decision.state
     if state.stopped:
         # The steps that follow say this when they pass their input through.
@@ -151,7 +154,7 @@ def _register(step: Step, scores: Metadata) -> Pointer:
     return dataclasses.replace(candidate, model_version=version)
 
 
-def _gate_decision(step: Step) -> gate.Decision:
+def _gate_decision(step: Step, scores: Metadata) -> gate.Decision:
     """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
     call, settings = step.call, step.settings
     candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
@@ -164,16 +167,19 @@ def _gate_decision(step: Step) -> gate.Decision:
     if fallback is None:
         # The next iteration has begun already, so that no verdict could change what it starts from.
         return decide(gate.State.load(candidate.gate))
+    dense = step.committed("evaluate-0")
     # The first iteration's parent is the dense model itself.
     parent = step.evaluation_of(fallback, call.iteration - 1)
+    before, after = (TextLosses(**of_model["retention"]) for of_model in (dense.metadata["scores"], scores))
     # After the last iteration none follows: the gate still asks what a smaller step could be.
     iterations = plan(schedule_of(call), settings["prune"])
     following = iterations[min(call.iteration, len(iterations) - 1)]
     return decide(
         gate.State.load(fallback.gate),
         parent_params=fallback.params,
-        baseline=_compare(step, step.committed("evaluate-0")),
+        baseline=_compare(step, dense),
         parent=_compare(step, parent),
+        retained=retention.compare(before, after, settings["gate"].alpha),
         # The least that the next iteration can remove; None where nothing can go.
         smallest_cut=parent.metadata["smallest_cuts"].get(following.unit),
     )

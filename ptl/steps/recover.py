@@ -113,7 +113,8 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
     if data.answers == "self":
         from ptl.recovery.answers import in_place_of
 
-        data = in_place_of(data, answers.folder(step), settings["chat"])
+        own = in_place_of(data.sources, answers.folder(step), settings["chat"])
+        data = data.model_copy(update={"sources": own})
     tracking.tag(step.run, {"tokens": iteration.tokens})
     # Distillation learns from the model as it was before any pruning.
     distils = any(stage.method == "distil" for stage in recovery.stages)

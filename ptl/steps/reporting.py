@@ -17,6 +17,7 @@ from typing import Any
 from ptl import address
 from ptl.errors import WorkError
 from ptl.evaluation import gate
+from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_client, tracking
 from ptl.lineage.run_status import StepRun, kubeflow_page
 from ptl.log import say
@@ -91,6 +92,7 @@ def metrics(metadata: Metadata) -> dict[str, float]:
         for task in scores["tasks"]:
             shown |= {f"{task['task']}/{name}": value for name, value in accuracy(task).items()}
             shown |= {f"{task['task']}/{name}": task[name] for name in ANSWERS if task["answer_tokens"]}
+        shown["retention/perplexity"] = TextLosses(**scores["retention"]).perplexity
         # The first benchmark is the run's accuracy.
         shown["accuracy"] = scores["tasks"][0]["accuracy"]
     return {name: float(value) for name, value in shown.items() if isinstance(value, int | float)}

@@ -233,6 +233,6 @@ def test_a_shipped_config_is_compiled_with_the_paths_of_the_images(monkeypatch, 
     config = load_config(TINY, {"calibration.data.source": "rows.jsonl"})
     shipped = arguments.as_in_images(config, TINY)
     assert shipped.model.path == "examples/tiny_reasoner/checkpoint"
-    assert shipped.calibration.data.source == str(tmp_path / "rows.jsonl")
+    assert shipped.calibration.data[0].source == str(tmp_path / "rows.jsonl")
     # A config of one's own keeps its files where they are.
     assert arguments.as_in_images(config, tmp_path / "own.yaml").model.path == config.model.path

@@ -77,7 +77,7 @@ def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
     assert (config.name, config.resources.accelerators, config.schedule.target) == ("qwen3-8b", 8, 0.3)
     (stage,) = config.recover
     assert (stage.sharding, stage.lora, stage.dtype, stage.learning_rate) == ("fsdp", None, "bfloat16", 8.2e-6)
-    assert config.training.sources[0].source == config.calibration.data.source == str(EXAMPLE / "train.jsonl.gz")
+    assert config.training.sources[0].source == config.calibration.data[0].source == str(EXAMPLE / "train.jsonl.gz")
     assert all(step.fits for step in forecast(config).steps)
     # GiB of the host: 8 for each process and one more, and 30.5 for each copy of the weights.
     assert (config.resources.memory, config.resources.of_step("recover").memory) == ("103Gi", "347Gi")
@@ -244,7 +244,7 @@ def test_what_is_on_the_hub_is_pinned_to_its_commit_and_asked_for_once(init, qwe
     options = {"split": "train", "revision": "4567def", "streaming": True}
     assert asked == [("openai/gsm8k", "main", options), ("Qwen/Qwen3-8B", [*SMALL_FILES])]
     assert (config.model.path, config.model.revision) == ("Qwen/Qwen3-8B", "0123abc")
-    source = config.calibration.data
+    (source,) = config.calibration.data
     assert (source.source, source.subset, source.revision) == ("openai/gsm8k", "main", "4567def")
     assert config.evaluate.allow_code
 

@@ -145,7 +145,7 @@ PATHS = {
 
 def located(config):
     return [
-        *(config.model.path, config.calibration.data.source, config.training.sources[0].source),
+        *(config.model.path, config.calibration.data[0].source, config.training.sources[0].source),
         *(config.evaluate.data_dir, config.evaluate.tasks[0].name, config.recover[0].teacher),
     ]
 

@@ -129,5 +129,5 @@ def test_a_number_of_tokens_as_people_write_it():
 def test_an_override_leaves_other_sections_of_the_same_anchor():
     shared = TINY.with_name("onprem.yaml")
     before, after = load_config(shared), load_config(shared, {"training.source": "s3://b/other.jsonl"})
-    assert before.training.sources[0].source == before.calibration.data.source  # one anchor
+    assert before.training.sources[0].source == before.calibration.data[0].source  # one anchor
     assert after.training.sources[0].source == "s3://b/other.jsonl" and after.calibration == before.calibration

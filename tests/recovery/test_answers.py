@@ -27,7 +27,7 @@ def written(dst, src=THINKER, chat=True, **changes):
     data, chat = TrainingData(**OWN | changes), Chat(**settings)
     report = write_answers(src, dst, data, EVALUATE, chat, model="sha256:abc", seed=3)
     rows = [json.loads(line) for line in (dst / "answers.jsonl").read_text().splitlines()]
-    return report, rows, in_place_of(data, dst, chat)
+    return report, rows, data.model_copy(update={"sources": in_place_of(data.sources, dst, chat)})
 
 
 def test_correct_answers_are_kept_with_their_thoughts_and_trained_on(tmp_path):
@@ -64,7 +64,7 @@ def test_samples_are_drawn_as_the_makers_recommend_and_texts_stay(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "a/answers.jsonl").read_text().splitlines()]
     answers = [{row["messages"][1]["content"] for row in rows if row["sample"] == sample} for sample in (0, 1)]
     assert answers[0] != answers[1]
-    own, texts = in_place_of(data, tmp_path / "a", chat).sources
+    own, texts = in_place_of(data.sources, tmp_path / "a", chat)
     assert (own.format, own.weight, texts) == ("messages", 3, data.sources[1])
 
 

@@ -139,5 +139,5 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     assert [source.source for source in own] == ["answers/answers.jsonl"]
     assert answers.calibration(step, WANTED.calibration, WANTED.chat) is WANTED.calibration
     scored = WANTED.calibration.model_copy(update={"answers": "self"})
-    assert answers.calibration(step, scored, WANTED.chat).data == own[0]
+    assert answers.calibration(step, scored, WANTED.chat).data == own
     assert (answers.reads(scored), answers.reads(data)) == (["answers"], [])

@@ -1,0 +1,103 @@
+"""How well a model still predicts held-out text."""
+
+import json
+import math
+
+import pytest
+from checkout import DENSE, EXAMPLE
+
+from ptl.config.run import Evaluate, Gate
+from ptl.errors import InputError
+from ptl.evaluation import gate, retention
+from ptl.evaluation.evaluate import evaluate_checkpoint
+from ptl.evaluation.paired import paired
+from ptl.evaluation.retention import TextLosses
+
+SAME = paired([1, 0, 1, 1], [1, 0, 1, 1], 0.02, 0.05)
+
+
+def settings(**fields):
+    return Evaluate(tasks=[{"name": str(EXAMPLE / "tiny_reasoner.yaml"), "limit": 4}], **fields)
+
+
+def losses(*nats):
+    """Texts of ten tokens and as many bytes, by the loss of a token."""
+    return TextLosses("x", 10 * len(nats), [10] * len(nats), [10 * each for each in nats])
+
+
+def test_losses_are_those_of_transformers(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [json.loads(line) for line in (EXAMPLE / "test.jsonl").read_text().splitlines()[:5]]
+    written = [f"{row['question']}\n{row['answer']}" for row in rows]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
+    found = evaluate_checkpoint(DENSE, tmp_path / "out", settings(retention=str(path)), seed=0).retention
+    tokenizer, model = AutoTokenizer.from_pretrained(DENSE), AutoModelForCausalLM.from_pretrained(DENSE)
+    for text, tokens, loss in zip(written, found.tokens, found.losses, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # The first token is predicted from the one that begins a text.
+        inputs = torch.tensor([[tokenizer.eos_token_id, *ids]])
+        with torch.no_grad():
+            expected = model(inputs, labels=inputs).loss.item() * len(ids)
+        assert (tokens, loss) == (len(ids), pytest.approx(expected, rel=1e-3))
+    assert found.is_known and found.bytes == sum(map(len, written))
+    # It was never trained on English.
+    prose = evaluate_checkpoint(DENSE, tmp_path / "prose", settings(), seed=0).retention
+    assert prose.texts == "retention.jsonl" and not prose.is_known
+
+
+def test_what_ships_is_prose_of_which_no_text_is_scored_on():
+    held_out = retention.texts(settings())
+    assert len(held_out) == len(set(held_out)) > 50 and min(map(len, held_out)) > 200
+    guard = retention.PROSE.parents[1].joinpath("data/general.jsonl").read_text()
+    assert not any(json.dumps(text, ensure_ascii=False) in guard for text in held_out)
+
+
+def test_the_ratio_is_paired_by_text():
+    found = retention.compare(losses(1, 2, 3), losses(1.1, 2.1, 3.1), 0.05)
+    assert (found.dense, found.candidate) == (pytest.approx(math.exp(2)), pytest.approx(math.exp(2.1)))
+    # All texts lost as much: there is nothing to doubt, however different they are.
+    assert [found.ratio, found.low, found.high] == pytest.approx([math.exp(0.1)] * 3)
+    spread = retention.compare(losses(1, 2, 3), losses(1.3, 2, 3), 0.05)
+    assert spread.low < spread.ratio == found.ratio < spread.high
+    # What the dense model did not know, in bits for a byte, is not compared.
+    assert losses(2.7, 2.8).is_known
+    assert retention.compare(losses(2.7, 2.9), losses(1, 1), 0.05) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ('{"text": "a"}', "has a single text"),
+        ('{"text": "a"}\n{"txt": "b"}', "line 2 of .* has no text"),
+        ("", "is empty"),
+        (None, "no file"),
+    ],
+)
+def test_a_file_without_texts_is_refused(tmp_path, written, problem):
+    path = tmp_path / "mine.jsonl"
+    if written is not None:
+        path.write_text(written)
+    with pytest.raises(InputError, match=rf"evaluate\.retention: .*{problem}"):
+        retention.texts(settings(retention=str(path)))
+
+
+def test_the_gate_holds_it():
+    def decision(after, **fields):
+        retained = retention.compare(losses(1, 2), losses(*after), 0.05)
+        sizes = {"params": 80, "target_params": 60, "parent_params": 100}
+        wanted = Gate(enabled=True, retention=1.2, **fields)
+        return gate.decide(wanted, gate.State(), **sizes, baseline=SAME, parent=SAME, retained=retained)
+
+    assert decision((1.1, 2.1)).decision == "accepted"
+    rejected = decision((1.3, 2.3))
+    assert rejected.decision == "rejected" and rejected.state.cap == 10
+    assert "times 1.35 (1.35 to 1.35, 2 texts), and 1.2 is tolerated" in rejected.reason
+    # What may be above is not accepted where that must be shown.
+    assert decision((1.0, 2.3)).decision == "accepted"
+    assert decision((1.0, 2.3), strict=True).decision == "rejected"
+    with pytest.raises(InputError, match=r"gate\.retention: 1.2, but the dense model"):
+        retention.check_gate(Gate(enabled=True, retention=1.2), losses(9, 9))
+    retention.check_gate(Gate(enabled=True), losses(9, 9))
