@@ -1,12 +1,12 @@
-"""A model that thinks, pruned as it is served: own answers against given ones, cpt against distillation.
+"""A model that thinks, pruned as it is served: own answers against given ones, cpt against distillation, and a guard.
 
     python benchmarks/thinker.py measure [--shares 0.4 0.6] [--seeds 11 12 13] [--rate 1.2e-3]
     python benchmarks/thinker.py table
 
 The given answers have their steps and no thought, as data of others have. Loops of four on the tiny thinker; what
-recoveries are trained on is scored with, too. Accuracy is that of 1,000 held-out problems in the mode in which it is
-pruned, thinking, and in the other one. Each model is a line of benchmarks/results/thinker.jsonl; what is there is not
-measured again.
+recoveries are trained on is scored with, too; a guard adds to it what the model answers at once. Accuracy is that of
+1,000 held-out problems in the mode in which it is pruned, thinking, and in the other one. Each model is a line of
+benchmarks/results/thinker.jsonl; what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from typing import Any
 from depth_report import mean_and_interval
 from loops import ROOT, Subject, json_rows, run, work_quietly
 from recovery import CPT
+from transformers import AutoTokenizer
 
 from ptl.config.chat import Chat
-from ptl.config.recover import TrainingData
+from ptl.config.recover import DataSource, TrainingData
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.config.schedule import Prune, Schedule
+from ptl.data.sequences import by_template
 from ptl.evaluation.evaluate import score_tasks
 from ptl.evaluation.language_models import language_model
 from ptl.recovery.answers import in_place_of, write_answers
 
 EXAMPLE = ROOT / "examples" / "tiny_reasoner"
 MODEL = EXAMPLE / "thinker"
-ANSWERS = ROOT / ".ptl" / "thinker-answers"
+ANSWERS = {mode: ROOT / ".ptl" / f"thinker-{mode}" for mode in ("answers", "at-once")}
 RESULTS = ROOT / "benchmarks" / "results" / "thinker.jsonl"
 THINKING, AT_ONCE = (Chat(enabled=True, template_kwargs={"enable_thinking": thinks}) for thinks in (True, False))
 GIVEN = TrainingData(
@@ -47,9 +49,10 @@ GIVEN = TrainingData(
     reward={"name": "final_answer"},
 )
 ARMS = {
-    f"{answers} answers, {method}": (answers, method)
-    for answers, method in itertools.product(("given", "own"), ("cpt", "distil"))
+    f"{answers} answers, {method}{guard}": (answers, method, guard)
+    for answers, method, guard in itertools.product(("given", "own"), ("cpt", "distil"), ("", ", guard"))
 }
+GUARD = 0.3  # of the sequences that are scored on
 TASK = Task(name=str(EXAMPLE / "tiny_thinker.yaml"))
 TOKENS = 500_000  # of recovery
 EVALUATE = Evaluate(tasks=[TASK], speed=Speed(repeats=0), batch_size=128)
@@ -57,17 +60,37 @@ EVALUATE = Evaluate(tasks=[TASK], speed=Speed(repeats=0), batch_size=128)
 Row = dict[str, Any]
 
 
-def subject(answers: str) -> Subject:
-    """The thinker with the texts of an arm; own answers are written once."""
+def own_answers(mode: str, chat: Chat) -> Path:
+    """The folder of what the thinker answers in a mode, written once."""
+    target = ANSWERS[mode]
+    if not target.is_dir():
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            write_answers(MODEL, Path(folder), GIVEN, EVALUATE, chat, model="dense", seed=1)
+            Path(folder).rename(target)
+    return target
+
+
+def guard() -> DataSource:
+    """What the thinker answers at once, with the prompts as it reads them then."""
+    folder = own_answers("at-once", AT_ONCE)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    with (folder / "texts.jsonl").open("w") as file:
+        for row in json_rows(folder / "answers.jsonl"):
+            *turns, answer = row["messages"]
+            prompt = by_template(tokenizer, turns, 1, AT_ONCE, tokenize=False)
+            file.write(json.dumps({"text": prompt + answer["content"]}) + "\n")
+    return DataSource(source=file.name, format="text", weight=GUARD)
+
+
+def subject(answers: str, guarded: bool) -> Subject:
+    """The thinker with the texts of an arm."""
     data = GIVEN
     if answers == "own":
-        if not ANSWERS.is_dir():
-            ANSWERS.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=ANSWERS.parent) as folder:
-                write_answers(MODEL, Path(folder), GIVEN, EVALUATE, THINKING, model="dense", seed=1)
-                Path(folder).rename(ANSWERS)
-        data = GIVEN.model_copy(update={"sources": in_place_of(GIVEN.sources, ANSWERS, THINKING)})
-    return Subject(MODEL, data, Calibration(data=data.sources[0], num_sequences=128, max_length=256), THINKING)
+        folder = own_answers("answers", THINKING)
+        data = GIVEN.model_copy(update={"sources": in_place_of(GIVEN.sources, folder, THINKING)})
+    scored_on = [data.sources[0].model_copy(update={"weight": 1 - GUARD}), guard()] if guarded else data.sources[0]
+    return Subject(MODEL, data, Calibration(data=scored_on, num_sequences=128, max_length=256), THINKING)
 
 
 def scored(folder: Path) -> Row:
@@ -81,11 +104,11 @@ def scored(folder: Path) -> Row:
 
 def measure(arm: str, share: float, rate: float, seed: int) -> Row:
     """One model."""
-    answers, method = ARMS[arm]
+    answers, method, guarded = ARMS[arm]
     stage = CPT | {"method": method, "learning_rate": rate}
     schedule = Schedule(target=share, recovery_tokens=TOKENS)
     with tempfile.TemporaryDirectory() as folder:
-        trained = run(subject(answers), schedule, Prune(width_multiple=1), [stage], seed, Path(folder))
+        trained = run(subject(answers, bool(guarded)), schedule, Prune(width_multiple=1), [stage], seed, Path(folder))
         row = scored(trained.checkpoint)
     return {"arm": arm, "share": share, "tokens": TOKENS, "rate": rate, "seed": seed, "params": trained.params} | row
 
