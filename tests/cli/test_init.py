@@ -16,7 +16,7 @@ from checkout import DENSE, EXAMPLE, TINY
 
 from ptl.config.chat import Chat
 from ptl.config.run import load_config
-from ptl.data.sources import SourceRow, texts
+from ptl.data.sources import GENERAL, SourceRow, texts
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_tasks
 from ptl.model.hub import SMALL_FILES
@@ -200,7 +200,7 @@ def test_what_is_left_to_fill_in_is_refused_until_it_is(ptl):
     assert code == 0 and "Fill in first" in said
     file = Path("mine.yaml")
     for said, placeholder, value in (
-        ("calibration.data.source: FILL-IN.jsonl", "FILL-IN.jsonl", str(ROWS[1])),
+        ("calibration.data.0.source: FILL-IN.jsonl", "FILL-IN.jsonl", str(ROWS[1])),
         ("FILL-IN", '"FILL-IN"', f'"{ROWS[3]}"'),
     ):
         code, printed = ptl("validate", file)
@@ -244,7 +244,8 @@ def test_what_is_on_the_hub_is_pinned_to_its_commit_and_asked_for_once(init, qwe
     options = {"split": "train", "revision": "4567def", "streaming": True}
     assert asked == [("openai/gsm8k", "main", options), ("Qwen/Qwen3-8B", [*SMALL_FILES])]
     assert (config.model.path, config.model.revision) == ("Qwen/Qwen3-8B", "0123abc")
-    (source,) = config.calibration.data
+    source, guard = config.calibration.data
+    assert guard.source == GENERAL
     assert (source.source, source.subset, source.revision) == ("openai/gsm8k", "main", "4567def")
     assert config.evaluate.allow_code
 
