@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from bodies import PUBLISHED, body
-from checkout import CONFIGS, TINY
+from checkout import CONFIGS, SHIPPED, TINY
 
 from ptl.config.dag import nodes
 from ptl.config.recover import RecoverStage
@@ -226,14 +226,10 @@ def test_each_iteration_counts_its_own_unit(tmp_path):
     assert per_token[0] > per_token[1] > per_token[2]
 
 
-PAPER = {"llama3-8b": "llama3_8b", "gemma2-9b": "gemma2_9b", "qwen2.5-7b": "qwen2_5_7b"}
-PAPER["qwen2.5-math-7b-grpo"] = "qwen2_5_7b"
-
-
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED if path.stem.startswith("paper-")])
 def test_the_papers_configs_remove_30_to_40_percent_neurons_first(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[PAPER[name]]))
-    run = forecast(load_config(CONFIGS / f"paper-{name}.yaml", {"model.path": str(tmp_path)}))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    run = forecast(load_config(CONFIGS / f"{name}.yaml", {"model.path": str(tmp_path)}))
     (path,), dense = run.paths["loop"], run.shape.dimensions
     assert 0.3 <= 1 - path[-1][1].params / dense.params <= 0.4
     assert [iteration.unit for iteration, _ in path] == ["neurons"] * (len(path) - 1) + ["layers"]
