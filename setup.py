@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("components", "pipelines", "examples/tiny_reasoner", "examples/smollm2")
+SHIPPED = ("components", "pipelines", "examples/tiny_reasoner", "examples/smollm2", "examples/math_suite")
 
 
 class BuildWithPipeline(build_py):

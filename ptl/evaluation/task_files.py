@@ -216,6 +216,8 @@ def _mbpp_row(row: Row) -> Row | None:
 
 
 GSM8K = {"train": LocalFile("gsm8k_train.jsonl"), "test": LocalFile("gsm8k_test.jsonl")}
+HUMANEVAL = {"test": LocalFile("HumanEval.jsonl.gz")}
+MBPP = {"test": LocalFile("mbpp.jsonl", _mbpp_row)}
 # Files under the names by which the benchmarks are distributed; others: data_dir/<task>/<split>.jsonl
 LOCAL: dict[str, dict[str, LocalFile]] = {
     "gsm8k": GSM8K,
@@ -223,8 +225,11 @@ LOCAL: dict[str, dict[str, LocalFile]] = {
     "gsm8k_cot": GSM8K,
     "gsm8k_cot_zeroshot": GSM8K,
     "minerva_math500": {"test": LocalFile("math500.jsonl", _math_row)},
-    "humaneval": {"test": LocalFile("HumanEval.jsonl.gz")},
-    "mbpp": {"test": LocalFile("mbpp.jsonl", _mbpp_row)},
+    "boxed_math500": {"test": LocalFile("math500.jsonl")},  # examples/math_suite
+    "humaneval": HUMANEVAL,
+    "humaneval_instruct": HUMANEVAL,
+    "mbpp": MBPP,
+    "mbpp_chat": MBPP,
 }
 
 

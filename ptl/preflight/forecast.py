@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from ptl.config.dag import ANSWERS, arm_of, iteration_of, nodes, stage_of
 from ptl.config.recover import RecoverStage, Recovery
@@ -40,6 +41,15 @@ FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 HOUR = 3600  # seconds
 # Of tasks' test splits.
 ITEMS = {"gsm8k": 1319, "gsm8k_cot": 1319, "minerva_math500": 500, "humaneval": 164, "mbpp": 500}
+ITEMS |= {"humaneval_instruct": 164, "mbpp_chat": 500}
+ITEMS |= {
+    "aime24": 30,
+    "aime25": 30,
+    "amc23": 40,
+    "math500": 500,
+    "minerva": 272,
+    "olympiadbench": 674,
+}  # examples/math_suite
 UNKNOWN_ITEMS = 1000
 
 Work = tuple[int, float, str]  # tokens, seconds, and a note for the user
@@ -257,7 +267,7 @@ def _evaluation(model: ModelDimensions, run: Forecast) -> Work:
     """Generation of the answers to all benchmarks."""
     tokens, seconds, note = 0, 0.0, ""
     for task in run.config.evaluate.tasks:
-        items = task.limit or ITEMS.get(task.name)
+        items = task.limit or ITEMS.get(Path(task.name).stem)
         if items is None:
             items = UNKNOWN_ITEMS
             note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"

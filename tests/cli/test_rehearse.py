@@ -54,7 +54,7 @@ def test_the_rehearsal_is_what_is_compiled_and_executed(skipped, new_database, t
 def test_a_rehearsal_is_submitted_with_what_only_the_cluster_has(monkeypatch):
     submitted = []
     monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda config, *_, **__: submitted.append(config))
-    done = CliRunner().invoke(app.app, ["submit", "qwen2.5-7b-grpo", "--rehearse"])
+    done = CliRunner().invoke(app.app, ["submit", "paper-qwen2.5-math-7b-grpo", "--rehearse"])
     assert done.exit_code == 0 and "When it has succeeded, submit without --rehearse." in done.output
     (stage,) = submitted[0].recover
     assert (stage.sharding, stage.dtype, stage.batch_size) == ("fsdp", "bfloat16", 16)  # on eight GPUs

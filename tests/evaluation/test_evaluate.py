@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkout import DENSE, EXAMPLE
+import yaml
+from checkout import DENSE, EXAMPLE, ROOT
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
@@ -185,12 +186,15 @@ def graded(name, data_dir, *answers):
     return task, scores
 
 
+SUITE = ROOT / "examples/math_suite"
 FINAL = "Final Answer: The final answer is ${}$. I hope it is correct.".format
 ANSWERS = {
     "minerva_math500": [FINAL("\\frac{1}{2}"), FINAL("\\frac{1}{3}"), "one half"],
     "humaneval": ["    return a + b\n", "    return a - b\n", "    return (\n"],
     "mbpp": ["def add(a, b):\n    return a + b\n", "def add(a, b):\n    return 0\n", "no code"],
 }
+ANSWERS["humaneval_instruct"] = [f"{body}```\nIt adds." for body in ANSWERS["humaneval"]]
+ANSWERS[str(SUITE / "mbpp/mbpp_chat.yaml")] = [f"So:\n```python\n{code}\n```\nIt adds." for code in ANSWERS["mbpp"]]
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -203,11 +207,33 @@ def test_answers_are_graded_those_of_code_in_the_sandbox(data_dir, monkeypatch, 
     assert scores == [1, 0, 0]
     if name != "minerva_math500":
         assert task.code_eval.timeouts == 0
-        assert all(any(answer in candidate for candidate in seen) for answer in ANSWERS[name])
+        answers = [answer.removeprefix("So:\n```python\n").partition("\n```")[0] for answer in ANSWERS[name]]
+        assert all(any(answer in candidate for candidate in seen) for answer in answers)
         monkeypatch.setattr(runner, "run_tests", lambda *given: runner.Outcome(False, "timeout", "more than 5 s"))
         for _ in range(2):  # each loaded task counts its own
             task, scores = graded(name, data_dir, "")
             assert (scores, task.code_eval.timeouts) == ([0], 1)
+
+
+BOXED = yaml.safe_load((ROOT / "tests/boxed_answers.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", BOXED["rows"])
+def test_the_authors_suite_grades_the_last_box(tmp_path, name):
+    row, right = BOXED["rows"][name]
+    file = tmp_path / ("math500.jsonl" if name == "math500" else f"boxed_{name}/test.jsonl")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(row) + "\n")
+    answers = f"So \\boxed{{{right}}}.", "\\boxed{3}", right, f"\\boxed{{{right}"
+    task, scores = graded(str(SUITE / f"{name}.yaml"), tmp_path, *answers)
+    assert scores == [1, 0, 0, 0] and task.get_config("generation_kwargs")["max_gen_toks"] == 3000
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": lambda turns, **_: turns}
+    system = {"role": "system", "content": "Please reason step by step, and put your final answer within \\boxed{}."}
+    # As the template qwen_math has it
+    assert task.fewshot_context(task.eval_docs[0], 0, **chat) == [system, {"role": "user", "content": "Q"}]
+    for reference, rights, wrongs in BOXED["graded"]:
+        found = [task.process_results({"answer": reference}, [text])["exact_match"] for text in rights + wrongs]
+        assert found == [1] * len(rights) + [0] * len(wrongs), reference
 
 
 def test_the_stored_answer_is_the_one_that_the_metric_takes():

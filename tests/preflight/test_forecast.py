@@ -2,10 +2,11 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 from bodies import PUBLISHED, body
-from checkout import TINY
+from checkout import CONFIGS, SHIPPED, TINY
 
 from ptl.config.dag import nodes
 from ptl.config.recover import RecoverStage
@@ -223,3 +224,15 @@ def test_each_iteration_counts_its_own_unit(tmp_path):
     # Layers are attention too.
     per_token = [layers[f"recover-{i}"].hours / layers[f"recover-{i}"].tokens for i in (1, 2, 3)]
     assert per_token[0] > per_token[1] > per_token[2]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED if path.stem.startswith("paper-")])
+def test_the_papers_configs_remove_30_to_40_percent_neurons_first(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    run = forecast(load_config(CONFIGS / f"{name}.yaml", {"model.path": str(tmp_path)}))
+    (path,), dense = run.paths["loop"], run.shape.dimensions
+    assert 0.3 <= 1 - path[-1][1].params / dense.params <= 0.4
+    assert [iteration.unit for iteration, _ in path] == ["neurons"] * (len(path) - 1) + ["layers"]
+    widths = [dense.width, *(model.width for _, model in path[:-1])]
+    assert all(896 <= wider - narrower <= 1024 for wider, narrower in pairwise(widths))  # 1,000, in multiples of 128
+    assert not any("assumed" in step.note for step in run.steps)  # the suite's numbers of items
