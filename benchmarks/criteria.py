@@ -62,7 +62,7 @@ def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: in
 
     model = AutoModelForCausalLM.from_pretrained(TINY.model).eval()
     model.config.use_cache = False
-    (batches,) = calibration_batches(TINY.calibration, AutoTokenizer.from_pretrained(TINY.model), seed)
+    batches = calibration_batches(TINY.calibration, AutoTokenizer.from_pretrained(TINY.model), seed)
     if kind.endswith("taylor"):
         for batch in batches:
             model(**batch).loss.backward()

@@ -84,8 +84,8 @@ Cut = Callable[[Path, Path, Unit, int, int], int]
 def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
     """The prune step's own way."""
     tokenizer = AutoTokenizer.from_pretrained(subject.model)
-    texts = calibration_batches(subject.calibration, tokenizer, seed, subject.chat)
-    tokens = sum(batch["input_ids"].numel() for text in texts for batch in text)
+    batches = calibration_batches(subject.calibration, tokenizer, seed, subject.chat)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
     chosen: dict[str, int] = {}  # widths to end with
 
     def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
@@ -102,7 +102,7 @@ def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
 def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
     """Every iteration goes by the scores of the dense model: what scoring again is worth, by leaving it out."""
     family = family_of(checkpoint.read_config(subject.model))
-    (batches,) = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
+    batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
 
     def cut(src: Path, dst: Path, _unit: Unit, goal: int, _end: int) -> int:

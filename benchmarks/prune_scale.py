@@ -160,7 +160,7 @@ def work(args, folder, out):
         report = prune_checkpoint(folder, out, prune, settings(args), unit=unit, goal=goal, end=goal, seed=0)
         assert (report.widths[0], report.hidden, report.kv_heads) == (smaller.width, smaller.hidden, smaller.kv_heads)
         return
-    (batches,) = calibration_batches(settings(args), AutoTokenizer.from_pretrained(folder), 0)
+    batches = calibration_batches(settings(args), AutoTokenizer.from_pretrained(folder), 0)
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
     if args.measure == "forward":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()

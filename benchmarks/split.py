@@ -79,7 +79,7 @@ def measure(model: str, share: float, hidden: int, kv: int, seed: int, iteration
     (sizes,) = widths.candidates(dense, dense.params - removal(dense.params, share), 1, ends)
     prune = Prune(target="width", width_multiple=1, width=ends)
     stage = CPT | {"learning_rate": rate, "save_steps": 10**9}
-    (batches,) = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed + 1000)
+    batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed + 1000)
     row: Row = {"model": model, "share": share, "tokens": tokens, "rate": rate, "seed": seed}
     row |= {"hidden": sizes.hidden, "ffn": sizes.width, "kv": sizes.kv_heads, "params": sizes.params}
     with tempfile.TemporaryDirectory() as name:
@@ -107,7 +107,7 @@ def first_order(subject: Any, sizes: Any, seed: int) -> float:
     from ptl.pruning.layerwise import LayerwiseModel
 
     family = family_of(checkpoint.read_config(subject.model))
-    (batches,) = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed)
+    batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed)
     scores = all_width_scores(LayerwiseModel(subject.model, family, batches), True)
     total = float(scores.hidden.sort().values[: len(scores.hidden) - sizes.hidden].sum())
     for neurons, kv_heads in zip(scores.neurons, scores.kv_heads, strict=True):

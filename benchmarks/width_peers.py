@@ -29,8 +29,8 @@ from ptl.data.sequences import calibration_batches
 from ptl.model import checkpoint
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
-from ptl.pruning.layerwise import Scores
-from ptl.pruning.prune import prune_checkpoint, selected
+from ptl.pruning.layerwise import WidthScores
+from ptl.pruning.prune import prune_checkpoint, select_widths
 from ptl.pruning.surgery import write_pruned
 
 
@@ -45,23 +45,23 @@ def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
         if kind == "torch-pruning":
             _torch_pruning(src, dst, sizes)
             return 0
-        (batches,) = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(src), seed)
+        batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(src), seed)
         _write(src, dst, KINDS[kind](src, batches, seed), sizes)
         return 0
 
     return cut
 
 
-def _write(src: Path, dst: Path, scores: Scores, sizes: ModelDimensions) -> None:
+def _write(src: Path, dst: Path, scores: WidthScores, sizes: ModelDimensions) -> None:
     family = family_of(checkpoint.read_config(src))
-    write_pruned(src, dst, family, selected(scores, model_dimensions(src, family), sizes))
+    write_pruned(src, dst, family, select_widths(scores, model_dimensions(src, family), sizes))
 
 
-def _blank(src: Path) -> tuple[Any, Scores]:
+def _blank(src: Path) -> tuple[Any, WidthScores]:
     model = AutoModelForCausalLM.from_pretrained(src).eval()
     config = model.config
     layers = range(config.num_hidden_layers)
-    scores = Scores(
+    scores = WidthScores(
         [torch.zeros(config.intermediate_size) for _ in layers],
         torch.zeros(config.hidden_size),
         [torch.zeros(config.num_key_value_heads) for _ in layers],
@@ -70,7 +70,7 @@ def _blank(src: Path) -> tuple[Any, Scores]:
 
 
 @torch.no_grad()
-def _minitron(src: Path, batches: Any, _seed: int) -> Scores:
+def _minitron(src: Path, batches: Any, _seed: int) -> WidthScores:
     model, scores = _blank(src)
 
     def add(total: Tensor, values: Tensor) -> None:
@@ -106,7 +106,7 @@ def _sequences(batches: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _norm(src: Path, _batches: Any, _seed: int) -> Scores:
+def _norm(src: Path, _batches: Any, _seed: int) -> WidthScores:
     model, scores = _blank(src)
     scores.hidden.add_(model.model.embed_tokens.weight.square().sum(dim=0))
     for i, layer in enumerate(model.model.layers):
@@ -117,7 +117,7 @@ def _norm(src: Path, _batches: Any, _seed: int) -> Scores:
     return scores
 
 
-def _random(src: Path, _batches: Any, seed: int) -> Scores:
+def _random(src: Path, _batches: Any, seed: int) -> WidthScores:
     _, scores = _blank(src)
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*scores.neurons, scores.hidden, *scores.kv_heads):
@@ -172,5 +172,5 @@ def _projections(attention: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-KINDS: dict[str, Callable[[Path, Any, int], Scores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
+KINDS: dict[str, Callable[[Path, Any, int], WidthScores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
 PEERS = {name: partial(by, name) for name in (*KINDS, "torch-pruning")}

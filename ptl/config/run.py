@@ -43,7 +43,7 @@ class Calibration(Section):
     """The text on which neurons and layers are scored: of reasoning, and of what else the model is to keep."""
 
     data: Sources
-    """where the text comes from, divided by `weight`; of several sources what any of them needs is kept"""
+    """where the text comes from, a source or several by `weight`: what none of them needs is pruned"""
     answers: Literal["given", "self"] = "given"
     """`self`: the answers of `training.answers: self`, with prompts and thoughts, in the place of rows with prompts"""
     num_sequences: Positive = 64

@@ -151,25 +151,24 @@ def order(count: int, seed: int) -> Iterator[int]:
         yield from shuffle.sample(range(count), count)
 
 
-def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[list[Batch]]:
-    """Calibration rows as `padded` batches, those of each source apart."""
-    texts = calibration_rows(settings, tokenizer, seed, chat)
-    return [padded(sequences, settings.batch_size) for sequences in texts]
+def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Batch]:
+    """Calibration rows as `padded` batches."""
+    return padded(calibration_rows(settings, tokenizer, seed, chat), settings.batch_size)
 
 
-def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[list[Tokens]]:
-    """Of each source as many rows as the settings say, drawn with the seed, or all of them."""
+def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Tokens]:
+    """Of each source its share of the rows, drawn with the seed, or all of them."""
     total = sum(source.weight for source in settings.data)
-    texts = []
+    sequences = []
     for source in settings.data:
         rows = read_rows(source)
         count = max(1, round(settings.num_sequences * source.weight / total))
         # None twice.
-        picked = itertools.islice(order(len(rows), seed), min(count, len(rows)))
-        texts.append(
-            [tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in picked]
-        )
-    return texts
+        picked = [
+            SourceRow(rows[i], source, i + 1) for i in itertools.islice(order(len(rows), seed), min(count, len(rows)))
+        ]
+        sequences += [tokenize(row, tokenizer, settings.max_length, chat) for row in picked]
+    return sequences
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:

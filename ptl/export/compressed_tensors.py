@@ -137,8 +137,7 @@ def write(
                     remedy="give the run's config, or take fp8",
                 )
             # The sequences that pruning calibrates with: both environments then have the same tokens.
-            texts = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed, chat)
-            rows = [tokens for text in texts for tokens in text]
+            rows = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed, chat)
             sequences = Path(scratch) / "sequences.jsonl"
             sequences.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
             options["sequences"] = str(sequences)

@@ -18,7 +18,7 @@ from ptl.pruning.layerwise import (
     LayerwiseModel,
     NeuronScores,
     Observed,
-    Scores,
+    WidthScores,
     column_norms,
     first_order_scores,
     layers_in_turn,
@@ -126,7 +126,7 @@ def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronSco
     return CRITERIA[criterion](model, seed)
 
 
-def all_width_scores(model: LayerwiseModel, narrowable: bool) -> Scores:
+def all_width_scores(model: LayerwiseModel, narrowable: bool) -> WidthScores:
     """Score dimensions of the residual stream, KV heads and, in a `narrowable` model, neurons, by `taylor`."""
     if not narrowable:
         return width_scores(model, observe=_observe_nothing)
@@ -158,28 +158,6 @@ def layer_scores(model: LayerwiseModel) -> Tensor:
                 total = torch.maximum(total, movement.norm(dim=-1).mean().cpu())
         scores.append(total)
     return torch.stack(scores)
-
-
-def joined(by_text: Sequence[Scores]) -> Scores:
-    """The scores of several texts as one: what any of them needs is kept, so of each unit the highest counts.
-
-    Before that each is divided by the mean of its kind in its layer: a text's loss may be larger throughout.
-    """
-    if len(by_text) == 1:
-        return by_text[0]
-    first = by_text[0]
-    return Scores(
-        [_highest(of_layer) for of_layer in zip(*(scores.neurons for scores in by_text), strict=True)],
-        _highest([scores.hidden for scores in by_text]),
-        [_highest(of_layer) for of_layer in zip(*(scores.kv_heads for scores in by_text), strict=True)],
-        {i: _highest([scores.experts[i] for scores in by_text]) for i in first.experts},
-        _highest([scores.layers for scores in by_text]),
-    )
-
-
-def _highest(by_text: Sequence[Tensor]) -> Tensor:
-    relative = [scores / scores.mean().clamp(min=torch.finfo().tiny) for scores in by_text]
-    return torch.stack(relative).amax(dim=0)
 
 
 def changes_after_norm(

@@ -233,14 +233,13 @@ Observe = Callable[[LayerwiseModel, int, int, Tensor], Observed]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Scores of all that can be removed; empty: that is not scored."""
+class WidthScores:
+    """Scores of all that makes a model wide; empty: that is not scored."""
 
-    neurons: NeuronScores = field(default_factory=list)
+    neurons: NeuronScores
     hidden: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the residual stream's dimensions: float32 [H]
     kv_heads: list[Tensor] = field(default_factory=list)  # of each layer, of its KV heads: float32 [KV heads]
     experts: Mapping[int, Tensor] = field(default_factory=dict)  # by the layer's number: float32 [E]
-    layers: Tensor = field(default_factory=lambda: torch.zeros(0))  # float32 [layers]
 
 
 def first_order_scores(model: LayerwiseModel, _seed: int, *, observe: Observe) -> NeuronScores:
@@ -249,7 +248,7 @@ def first_order_scores(model: LayerwiseModel, _seed: int, *, observe: Observe) -
 
 
 @torch.enable_grad()
-def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True) -> Scores:
+def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True) -> WidthScores:
     """The same of neurons, dimensions of the residual stream and KV heads, in the same two sweeps.
 
     Source: Molchanov et al. 2019, arXiv 1906.10771. A dimension is zeroed in all that is written to the stream, the
@@ -281,7 +280,7 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
         neurons.append(total / model.num_sequences)
         kv_heads.append(of_groups / model.num_sequences)
     of_dimensions = sum((change.abs().sum(dim=0) for change in of_stream if masked), torch.zeros(()))
-    return Scores(neurons[::-1], of_dimensions / model.num_sequences, kv_heads[::-1])
+    return WidthScores(neurons[::-1], of_dimensions / model.num_sequences, kv_heads[::-1])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,8 @@ from ptl.model.dimensions import (
 )
 from ptl.model.families import family_of
 from ptl.pruning.experts import expert_scores
-from ptl.pruning.importance import all_width_scores, joined, keep_highest, layer_scores, neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel, Scores, mean_loss
+from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores
+from ptl.pruning.layerwise import LayerwiseModel, WidthScores, mean_loss
 from ptl.pruning.surgery import Selection, write_pruned
 
 
@@ -93,7 +93,7 @@ def prune_checkpoint(
     before = model_dimensions(src, family)
     check_unit(before.experts, before.narrowable, unit)
     selection = Selection(tuple(range(before.layers)), {})
-    texts: list[list[Batch]] = []
+    model: LayerwiseModel | None = None
     candidates: list[Candidate] = []
     criterion: str = "max" if unit == "layers" else prune.criterion
     if goal < before.params:  # otherwise no text is read, and no layer is scored
@@ -101,10 +101,9 @@ def prune_checkpoint(
         possible = _possible(unit, before, prune, goal, end, chosen)
         if is_width and len(possible) == 1:
             unit, criterion = _removed(before, possible[0])
-        texts = _texts(src, calibration, chat, seed, by_loss=criterion == "taylor")
-        by_text = [_SCORED[unit](LayerwiseModel(src, family, text), before, criterion, seed) for text in texts]
-        select = partial(selected, joined(by_text), before)
-        sizes, candidates = _compared(src, dst, [batch for text in texts for batch in text], possible, select)
+        model = LayerwiseModel(src, family, _batches(src, calibration, chat, seed, by_loss=criterion == "taylor"))
+        select = _SCORED[unit](model, before, criterion, seed)
+        sizes, candidates = _compared(src, dst, model, possible, select)
         if is_width:
             chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
             sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
@@ -125,7 +124,7 @@ def prune_checkpoint(
         chosen=dict(chosen),
         experts=after.experts or None,
         removed_layers=tuple(i for i in range(before.layers) if i not in selection.layers),
-        sequences=sum(len(batch["input_ids"]) for text in texts for batch in text),
+        sequences=model.num_sequences if model else 0,
         seconds=time.monotonic() - started,
     )
 
@@ -152,28 +151,46 @@ def _removed(before: ModelDimensions, after: ModelDimensions) -> tuple[str, str]
     return ("experts", "reap") if after == replace(before, experts=after.experts) else ("width", "taylor")
 
 
-def _width_scores(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, seed: int) -> Scores:
-    """Of neurons, dimensions of the residual stream and KV heads; of experts where neurons cannot go."""
+Select = Callable[[ModelDimensions], Selection]  # what stays of a model that has been scored, by its sizes afterwards
+
+
+def _neurons(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, seed: int) -> Select:
+    """The highest-scored neurons of each layer, or of each of its experts, as many in each."""
+    return partial(select_widths, WidthScores(neuron_scores(model, criterion, seed)), dimensions)
+
+
+def _experts(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, seed: int) -> Select:
+    """The highest-scored experts of each layer, as many in each, and as many in each group of a layer."""
+    return partial(select_widths, WidthScores([], experts=expert_scores(model, criterion, seed)), dimensions)
+
+
+def _width(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, seed: int) -> Select:
+    """The highest-scored neurons, dimensions of the residual stream and KV heads; experts where neurons cannot go."""
     scores = all_width_scores(model, dimensions.narrowable)
-    return scores if dimensions.narrowable else replace(scores, experts=expert_scores(model, "reap", seed))
+    if not dimensions.narrowable:
+        scores = replace(scores, experts=expert_scores(model, "reap", seed))
+    return partial(select_widths, scores, dimensions)
+
+
+def _layers(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, _seed: int) -> Select:
+    """The highest-scored layers."""
+    scores = layer_scores(model)  # [layers]
+    scores[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
+    return lambda sizes: Selection(tuple(keep_highest(scores, sizes.layers).tolist()), {})
 
 
 # By the unit that an iteration removes; each takes the model, its dimensions, a criterion and a seed
-_SCORED: dict[str, Callable[[LayerwiseModel, ModelDimensions, str, int], Scores]] = {
-    "neurons": lambda model, _dimensions, criterion, seed: Scores(neuron_scores(model, criterion, seed)),
-    "width": _width_scores,
-    "layers": lambda model, *_: Scores(layers=layer_scores(model)),
-    "experts": lambda model, _dimensions, criterion, seed: Scores(experts=expert_scores(model, criterion, seed)),
+_SCORED: dict[str, Callable[[LayerwiseModel, ModelDimensions, str, int], Select]] = {
+    "neurons": _neurons,
+    "width": _width,
+    "layers": _layers,
+    "experts": _experts,
 }
 
 
-def selected(scores: Scores, before: ModelDimensions, after: ModelDimensions) -> Selection:
-    """The highest-scored of all that `after` has less of than `before`: as many in each layer, expert and group."""
-    layers, neurons, experts, hidden, kv_heads = tuple(range(before.layers)), {}, {}, None, {}
-    if after.layers < before.layers:
-        of_layers = scores.layers.clone()
-        of_layers[list(before.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
-        layers = tuple(keep_highest(of_layers, after.layers).tolist())
+def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
+    """The highest-scored of all that `after` has less of than `before`."""
+    neurons, experts, hidden, kv_heads = {}, {}, None, {}
     if after.width < before.width:
         neurons = {i: keep_highest(of_layer, after.width) for i, of_layer in enumerate(scores.neurons)}
     if after.experts < before.experts:
@@ -186,15 +203,11 @@ def selected(scores: Scores, before: ModelDimensions, after: ModelDimensions) ->
         hidden = keep_highest(scores.hidden, after.hidden)
     if after.kv_heads < before.kv_heads:
         kv_heads = {i: keep_highest(of_layer, after.kv_heads) for i, of_layer in enumerate(scores.kv_heads)}
-    return Selection(layers, neurons, experts, hidden, kv_heads)
+    return Selection(tuple(range(before.layers)), neurons, experts, hidden, kv_heads)
 
 
 def _compared(
-    src: Path,
-    dst: Path,
-    batches: Sequence[Batch],
-    possible: list[ModelDimensions],
-    select: Callable[[ModelDimensions], Selection],
+    src: Path, dst: Path, model: LayerwiseModel, possible: list[ModelDimensions], select: Select
 ) -> tuple[ModelDimensions, list[Candidate]]:
     """The sizes with the least loss right after the cut, and what was compared.
 
@@ -204,15 +217,14 @@ def _compared(
     if len(possible) == 1:
         return possible[0], []
     losses = []
-    family = family_of(checkpoint.read_config(src))
     dst.mkdir(parents=True, exist_ok=True)
     for sizes in possible:
         with tempfile.TemporaryDirectory(dir=dst, prefix="candidate-") as name:
             folder = Path(name)
-            write_pruned(src, folder, family, select(sizes), state=False)
-            losses.append(mean_loss(LayerwiseModel(folder, family, batches)))
+            write_pruned(src, folder, model.family, select(sizes), state=False)
+            losses.append(mean_loss(LayerwiseModel(folder, model.family, model.batches)))
     ranked = [math.inf if math.isnan(loss) else loss for loss in losses]
-    best = ranked.index(min(ranked)) if min(ranked) < math.log(pretrained.config(src).vocab_size) else 0
+    best = ranked.index(min(ranked)) if min(ranked) < math.log(model.config.vocab_size) else 0
     candidates = [
         Candidate(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss, taken=i == best)
         for i, (sizes, loss) in enumerate(zip(possible, losses, strict=True))
@@ -220,19 +232,19 @@ def _compared(
     return possible[best], candidates
 
 
-def _texts(src: Path, calibration: Calibration, chat: Chat, seed: int, by_loss: bool) -> list[list[Batch]]:
-    """The calibration texts. Raises InputError where the loss of one is to be measured and no token has one."""
+def _batches(src: Path, calibration: Calibration, chat: Chat, seed: int, by_loss: bool) -> list[Batch]:
+    """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     shapes.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = pretrained.load_tokenizer(src)
-    texts = calibration_batches(calibration, tokenizer, seed, chat)
-    if by_loss and not all(any(map(_has_loss, text)) for text in texts):
+    batches = calibration_batches(calibration, tokenizer, seed, chat)
+    if by_loss and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
             "prune.criterion=taylor has no loss to measure",
             field="calibration.max_length",
             remedy="raise it, or set prune.target=neurons and prune.criterion=max, which needs no answers",
         )
-    return texts
+    return batches
 
 
 def _has_loss(batch: Batch) -> bool:

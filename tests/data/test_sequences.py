@@ -151,7 +151,7 @@ def test_calibration_batches_have_equal_lengths_together(tmp_path):
     rows = [{"prompt": "a" * i, "completion": "b"} for i in (9, 1, 2)]
     source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows))
     given = Calibration(data=source, num_sequences=10, max_length=5, batch_size=2)
-    ((first, second),) = sequences.calibration_batches(given, Letters(), seed=0)  # none twice
+    first, second = sequences.calibration_batches(given, Letters(), seed=0)  # none twice
     assert first["input_ids"].tolist() == [[97, 98, EOS, 0], [97, 97, 98, EOS]]
     assert first["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     # The prompt is scored on, but its loss says nothing.
@@ -159,12 +159,14 @@ def test_calibration_batches_have_equal_lengths_together(tmp_path):
     assert second["input_ids"].tolist() == [[97] * 5]  # of max_length
     two = given.model_copy(update={"num_sequences": 2})
     numbers = list(itertools.islice(order(3, seed=5), 2))
-    (two_rows,) = sequences.calibration_rows(two, Letters(), seed=5)
-    assert [tokens.prompt for tokens in two_rows] == [(5, 1, 2)[i] for i in numbers]
+    assert [tokens.prompt for tokens in sequences.calibration_rows(two, Letters(), seed=5)] == [
+        (5, 1, 2)[i] for i in numbers
+    ]
     # Several sources divide the sequences by weight, and each has one at least.
     guard = {"source": GENERAL, "format": "text", "weight": 4}
     divided = given.model_copy(update={"data": (source, DataSource(**guard), DataSource(**guard | {"weight": 0.1}))})
-    assert [len(text) for text in sequences.calibration_rows(divided, Letters(), seed=0)] == [2, 8, 1]
+    of_text = [tokens.prompt == 0 for tokens in sequences.calibration_rows(divided, Letters(), seed=0)]
+    assert of_text == [False] * 2 + [True] * 9
     # To generate, padding is on the left; a prompt may be empty.
     left = padded_ids([[5], [], [6, 7]], 9, "left")
     assert left["input_ids"].tolist() == [[9, 5], [9, 9], [6, 7]]

@@ -8,8 +8,8 @@ from tiny_models import VARIANTS, batches, build, changes_by_removal, save
 from torch import nn
 
 from ptl.model.families import FAMILIES, Family
-from ptl.pruning.importance import _max, _mean, changes_after_norm, joined, keep_highest, layer_scores, neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel, Scores
+from ptl.pruning.importance import _max, _mean, changes_after_norm, keep_highest, layer_scores, neuron_scores
+from ptl.pruning.layerwise import LayerwiseModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,16 +111,3 @@ def test_highest_are_kept_and_ties_go_to_the_lower_index():
     scores = torch.tensor([2.0, 1.0]).repeat(500)  # so many that a sort that is not stable mixes them
     assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
     assert keep_highest(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 1.0]]), 2).tolist() == [[1, 2], [0, 1]]
-
-
-def test_what_any_text_needs_is_kept_however_large_its_loss():
-    large, small = torch.tensor([9.0, 1.0, 1.0, 5.0]), torch.tensor([0.1, 0.1, 0.3, 0.1])
-    by_text = [Scores([of], of, [of, of.flip(0)], {2: of}, of) for of in (large, small)]
-    expected = [9 / 4, 0.1 / 0.15, 0.3 / 0.15, 5 / 4]
-    scores = joined(by_text)
-    for found in (*scores.neurons, scores.hidden, scores.kv_heads[0], scores.kv_heads[1].flip(0), scores.experts[2]):
-        assert found.tolist() == pytest.approx(expected)
-    assert keep_highest(scores.layers, 3).tolist() == [0, 2, 3]
-    # What is not scored, or what no text needs, is as it was.
-    nothing = joined([Scores([torch.zeros(2)]), Scores([torch.zeros(2)])])
-    assert nothing.neurons[0].tolist() == [0, 0] and not len(nothing.hidden) and joined(by_text[:1]) is by_text[0]

@@ -17,7 +17,7 @@ from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import layers_for, model_dimensions, width_for
 from ptl.model.families import FAMILIES
 from ptl.pruning import importance
-from ptl.pruning.prune import _has_loss, _texts
+from ptl.pruning.prune import _batches, _has_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA = FAMILIES["llama"]
@@ -124,28 +124,12 @@ def test_the_layer_that_does_least_is_removed(calibration, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "pruned"), batch), logits(model, batch))
 
 
-def test_every_text_is_scored_on(source, calibration, tmp_path):
-    """Of two texts as many sequences as their weights say; with `width` the loss right after a cut is that of both."""
-    (data,) = calibration.data
-    path = tmp_path / "guard.jsonl"
-    path.write_text((json.dumps({"text": "w5 w6 w7 w8 w9"}) + "\n") * 9)
-    guard = DataSource(source=str(path), format="text", weight=3)
-    both = calibration.model_copy(update={"data": (data, guard)})
-    for unit in ("neurons", "width", "layers"):
-        one, two = (
-            prune(source, text, tmp_path / f"{unit}-{len(text.data)}", unit=unit) for text in (calibration, both)
-        )
-        assert (one.sequences, two.sequences, one.params) == (8, 8, two.params)
-    weights = [(tmp_path / f"neurons-{count}/model.safetensors").read_bytes() for count in (1, 2)]
-    assert weights[0] != weights[1]
-
-
 def test_the_seed_chooses_the_rows_and_the_same_seed_gives_the_same_bytes(source, calibration, tmp_path):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         prune(source, calibration, tmp_path / name, criterion="random", seed=seed)
     one, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "same", "other"))
     assert one == same != other
-    batches = (_texts(source, calibration, NO_CHAT, seed, by_loss=False)[0] for seed in (0, 1))
+    batches = (_batches(source, calibration, NO_CHAT, seed, by_loss=False) for seed in (0, 1))
     rows, other_rows = (sorted(row for batch in of_seed for row in batch["input_ids"].tolist()) for of_seed in batches)
     assert rows != other_rows
 

@@ -34,7 +34,7 @@ from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.pruning.importance import all_width_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.prune import _texts
+from ptl.pruning.prune import _batches
 from ptl.pruning.surgery import Selection, write_pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,7 +247,7 @@ def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width"
 def loss_of(folder, calibration):
     """Of a token of the calibration text, by the whole model."""
     model, losses = load(folder), []
-    for batch in _texts(folder, calibration, NO_CHAT, seed=0, by_loss=True)[0]:
+    for batch in _batches(folder, calibration, NO_CHAT, seed=0, by_loss=True):
         predicted, targets = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
         losses += nn.functional.cross_entropy(predicted[targets != -100], targets[targets != -100], reduction="none")
     return float(torch.stack(losses).mean())
@@ -256,7 +256,7 @@ def loss_of(folder, calibration):
 def fitted(model, calibration, folder):
     """Saved after its output layer has learned the calibration text: its loss is below that of guessing."""
     optimizer = torch.optim.Adam(model.get_output_embeddings().parameters(), lr=0.05)
-    for batch in 10 * _texts(save(model, folder), calibration, NO_CHAT, seed=0, by_loss=True)[0]:
+    for batch in 10 * _batches(save(model, folder), calibration, NO_CHAT, seed=0, by_loss=True):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()

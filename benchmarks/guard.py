@@ -1,0 +1,173 @@
+"""What a general text beside that of the benchmark is worth, in the scores and in the recovery, on SmolLM2-135M.
+
+    python benchmarks/guard.py joins --data DATA     # ways to join the scores of both texts; nothing is trained
+    python benchmarks/guard.py mixes --data DATA     # shares of the general text in the recovery
+    python benchmarks/guard.py table
+
+Model and DATA are those of benchmarks/real_model.py. The general text is what ships, 48 pieces of English prose; the
+perplexities are of three held-out texts: solutions of GSM8K, other prose (ptl/evaluation/retention.jsonl) and Python's
+language reference. Each model is a line of benchmarks/results/guard.jsonl; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import real_model
+import torch
+from loops import ROOT, json_rows, run, work_quietly
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ptl.config.recover import DataSource, TrainingData
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune, Schedule
+from ptl.data.sequences import calibration_batches
+from ptl.data.sources import GENERAL
+from ptl.evaluation.retention import PROSE
+from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions, width_for
+from ptl.model.families import family_of
+from ptl.pruning.importance import keep_highest, neuron_scores
+from ptl.pruning.layerwise import LayerwiseModel, WidthScores
+from ptl.pruning.prune import select_widths
+from ptl.pruning.surgery import write_pruned
+
+RESULTS = ROOT / "benchmarks" / "results" / "guard.jsonl"
+WORK = ROOT / ".ptl" / "guard"  # unfinished models
+MULTIPLE, TEXTS = 32, 64
+TEXT = DataSource(source=GENERAL, format="text")
+MIXES = (0.0, 0.1, 0.3)
+TOKENS, RATE, SCORED = 100_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
+
+Row = dict[str, Any]
+Join = Callable[[Tensor, Tensor], Tensor]  # of a layer's scores by the benchmark's text and by the general one
+
+
+def relative(scores: Tensor) -> Tensor:
+    return scores / scores.mean()
+
+
+def mixed(share: float) -> Join:
+    """The mean over the sequences of both, which is what ptl does."""
+    return lambda own, general: (1 - share) * own + share * general
+
+
+def difference(share: float) -> Join:
+    """The authors': what the general text needs most stays, whatever the other one needs."""
+
+    def joined(own: Tensor, general: Tensor) -> Tensor:
+        kept = keep_highest(general, round(share * len(general)))
+        return own.index_fill(0, kept, math.inf)
+
+    return joined
+
+
+JOINS: dict[str, Join] = {
+    "GSM8K alone": mixed(0),
+    "general alone": mixed(1),
+    **{f"mean, {share:.0%} general": mixed(share) for share in (0.1, 0.3, 0.5)},
+    "maximum": lambda own, general: torch.maximum(relative(own), relative(general)),
+    **{f"difference, {share:.0%} kept": difference(share) for share in (0.1, 0.3)},
+}
+
+
+@cache
+def scores(data: Path, general: bool) -> list[Tensor]:
+    """Of each layer, by one of the two texts."""
+    settings = real_model.subject(data).calibration
+    if general:
+        settings = settings.model_copy(update={"data": (TEXT,), "num_sequences": 48})
+    model = real_model.MODEL
+    batches = calibration_batches(settings, AutoTokenizer.from_pretrained(model), 1)
+    family = family_of(checkpoint.read_config(model))
+    return neuron_scores(LayerwiseModel(model, family, batches), "taylor", 1)
+
+
+def joins(data: Path, share: float) -> None:
+    model = real_model.MODEL
+    family = family_of(checkpoint.read_config(model))
+    dimensions = model_dimensions(model, family)
+    width = width_for(dimensions, round(dimensions.params * (1 - share)), MULTIPLE)
+    for name, join in JOINS.items():
+        cell = {"share": share, "scores": name, "mix": 0.0, "tokens": 0}
+        if is_missing(cell):
+            joined = [join(*both) for both in zip(scores(data, False), scores(data, True), strict=True)]
+            selection = select_widths(WidthScores(joined), dimensions, replace(dimensions, width=width))
+            with tempfile.TemporaryDirectory() as folder:
+                write_pruned(model, Path(folder), family, selection)
+                note(cell, Path(folder), data)
+
+
+def mixes(data: Path, share: float) -> None:
+    own = real_model.subject(data)
+    (source,) = own.data.sources
+    for scored, mix in [(0.0, 0.0), *((SCORED, mix) for mix in MIXES)]:
+        name = f"mean, {scored:.0%} general" if scored else "GSM8K alone"
+        cell = {"share": share, "scores": name, "mix": mix, "tokens": TOKENS}
+        if is_missing(cell):
+            calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=real_model.LENGTH)
+            subject = replace(own, data=TrainingData(sources=beside(source, mix)), calibration=calibration)
+            folder = WORK / f"{scored}-{mix}"
+            schedule = Schedule(target=share, recovery_tokens=TOKENS, iterations=1)
+            prune = Prune(target="neurons", width_multiple=MULTIPLE)
+            trained = run(subject, schedule, prune, [real_model.training_stage("cpt", RATE)], 1, folder)
+            note(cell, trained.checkpoint, data)
+            shutil.rmtree(folder)
+
+
+def beside(source: DataSource, share: float) -> list[DataSource]:
+    """A source with so much general text."""
+    if not share:
+        return [source]
+    return [source.model_copy(update={"weight": 1 - share}), TEXT.model_copy(update={"weight": share})]
+
+
+def is_missing(cell: Row) -> bool:
+    return not any(row | cell == row for row in json_rows(RESULTS))
+
+
+def note(cell: Row, folder: Path, data: Path) -> None:
+    """Score a model, and write its line."""
+    prose = [("", row["text"]) for row in json_rows(PROSE)]
+    texts = {"gsm8k": real_model.solutions(data), "prose": prose, "reference": real_model.other_texts()}
+    losses = {name: real_model.text_losses(folder, pieces[:TEXTS]) for name, pieces in texts.items()}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(cell | losses) + "\n")
+    print(*cell.values(), *(f"{name} {real_model.perplexity(found):.2f}" for name, found in losses.items()), flush=True)
+
+
+def table(rows: Sequence[Row]) -> None:
+    """Each model beside the one that was scored by GSM8K alone with as many tokens of nothing else."""
+    print("| removed | tokens | scores | general text in the recovery | GSM8K | other prose | Python's reference |")
+    print("|---:|---:|---|---:|---:|---:|---:|")
+    for row in rows:
+        texts = [f"{real_model.perplexity(row[name]):.3g}" for name in ("gsm8k", "prose", "reference")]
+        mix = f"{row['mix']:.0%}" if row["tokens"] else ""
+        print(f"| {row['share']:.0%} | {row['tokens']:,} | {row['scores']} | {mix} | {' | '.join(texts)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["joins", "mixes", "table"])
+    parser.add_argument("--data", type=Path, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument("--share", type=float, default=0.3, help="of all parameters, to remove")
+    given = parser.parse_args()
+    work_quietly()
+    if given.what == "table":
+        table(json_rows(RESULTS))
+    else:
+        {"joins": joins, "mixes": mixes}[given.what](given.data, given.share)
+
+
+if __name__ == "__main__":
+    main()
