@@ -163,11 +163,8 @@ def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Cha
     for source in settings.data:
         rows = read_rows(source)
         count = max(1, round(settings.num_sequences * source.weight / total))
-        # None twice.
-        picked = [
-            SourceRow(rows[i], source, i + 1) for i in itertools.islice(order(len(rows), seed), min(count, len(rows)))
-        ]
-        sequences += [tokenize(row, tokenizer, settings.max_length, chat) for row in picked]
+        chosen = itertools.islice(order(len(rows), seed), min(count, len(rows)))  # none twice
+        sequences += [tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in chosen]
     return sequences
 
 
