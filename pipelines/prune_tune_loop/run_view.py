@@ -122,7 +122,9 @@ def _position(name: str) -> tuple[int, int, int]:
         return 1, int(last), in_order.index(before)
     if before == "control":
         return 2, 0, in_order.index(last)
-    return (0 if name in ("doctor", "import-model", ANSWERS) else 3), 0, 0
+    if name == ANSWERS:  # after the dense model's evaluation
+        return 1, 0, len(in_order)
+    return (0 if name in ("doctor", "import-model") else 3), 0, 0
 
 
 def view(
