@@ -1,6 +1,7 @@
 """A model's own answers to the prompts of the training data, verified: what recoveries train on.
 
-Self-data distillation (2410.09982) and RESP (2512.02185) recover pruned reasoning models on such answers.
+Self-data distillation (2410.09982) recovers pruned models on such answers; RESP (2512.02185) scores reasoning models on
+them, and renews them as the model shrinks.
 """
 
 from __future__ import annotations
