@@ -6,6 +6,10 @@ from ptl.steps.call import Call
 from ptl.steps.step import Step
 
 
+class OpenedError(Exception):
+    """The step has its key now: it would look for its record, or fetch its model."""
+
+
 def run_locally(monkeypatch, folder, database):
     """Be in a new pipeline run on one machine: its id. Its files are in `folder`, MLflow's in the folder `database`."""
     run = f"run-{uuid.uuid4().hex[:8]}"

@@ -1,4 +1,4 @@
-"""Answers: the dense model answers prompts of the training data, which pruning and recoveries then read."""
+"""Answers: a model answers prompts of the training data, which pruning and recoveries then read."""
 
 from kfp.dsl import Input, Metrics, Model, Output, component
 

@@ -26,6 +26,7 @@ def import_model(
     seed: int,
     gated: bool,
     answered: bool,
+    refreshed: bool,
     exports: list,
     out: Output[Model],
 ) -> None:
@@ -55,5 +56,6 @@ def import_model(
         seed=seed,
         gated=gated,
         answered=answered,
+        refreshed=refreshed,
         exports=exports,
     )

@@ -13,6 +13,7 @@ def prune(
     prune: dict,
     chat: dict,
     calibration: dict,
+    training: dict,
     seed: int,
     model: Input[Model],
     out: Output[Model],
@@ -30,5 +31,6 @@ def prune(
         prune=prune,
         chat=chat,
         calibration=calibration,
+        training=training,
         seed=seed,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.prune_tune_loop.kfp_api import Api, explained
 from pipelines.prune_tune_loop.pods import Pod
+from ptl.config.dag import ANSWERS
 from ptl.errors import PtlError
 from ptl.lineage.run_status import StepProgress
 from ptl.log import table_text
@@ -116,11 +117,14 @@ def step_names(api: Api, run: Any) -> list[str]:
 def _position(name: str) -> tuple[int, int, int]:
     """For sorting: import, the loop by its iterations, the control, exports and the report."""
     before, _, last = name.rpartition("-")
-    if before in STAGES:
-        return 1, int(last), STAGES.index(before)
+    in_order = (ANSWERS, *STAGES)
+    if before in in_order:
+        return 1, int(last), in_order.index(before)
     if before == "control":
-        return 2, 0, STAGES.index(last)
-    return (0 if name in ("doctor", "import-model", "answers") else 3), 0, 0
+        return 2, 0, in_order.index(last)
+    if name == ANSWERS:  # after the dense model's evaluation
+        return 1, 0, len(in_order)
+    return (0 if name in ("doctor", "import-model") else 3), 0, 0
 
 
 def view(
@@ -260,4 +264,6 @@ class _Situation:
 
 
 def _stage(name: str) -> str:
-    return next((stage for stage in STAGES if stage in name), name.partition("-")[0])
+    """As `resources.steps` names it: answers are made as those of an evaluation."""
+    stage = next((stage for stage in STAGES if stage in name), name.partition("-")[0])
+    return "evaluate" if stage == ANSWERS else stage

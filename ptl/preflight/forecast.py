@@ -174,7 +174,8 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
         models = [dense, *(left for _, left in path)]
         model = read = models[number]
         if stage == ANSWERS:
-            tokens, seconds, note = _answers(run)
+            model = read = models[max(0, number - 1)]  # that its iteration starts from
+            tokens, seconds, note = _answers(model, run)
         elif stage == "evaluate":
             tokens, seconds, note = _evaluation(model, run)
         elif stage == "prune":
@@ -243,11 +244,11 @@ def kind_of(stage: str) -> str:
     return "evaluate" if stage == ANSWERS else stage
 
 
-def _answers(run: Forecast) -> Work:
-    """Generation of the dense model's own answers."""
-    training, dense = run.config.training, run.shape.dimensions
+def _answers(model: ModelDimensions, run: Forecast) -> Work:
+    """Generation of a model's own answers."""
+    training = run.config.training
     items = training.num_prompts * training.samples
-    return *_generation(dense, run, items, training.max_new_tokens), "each of full length"
+    return *_generation(model, run, items, training.max_new_tokens), "each of full length"
 
 
 def _generation(model: ModelDimensions, run: Forecast, items: int, new_tokens: int) -> tuple[int, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ptl.config.dag import export_step
+from ptl.config.dag import ANSWERS, export_step
 from ptl.config.export import Export
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
@@ -85,7 +85,7 @@ def build(
         confidence=Evaluate.confidence,
         mlflow=Tracking(url=mlflow_url, experiment_id=experiment_id),
         steps=step_rows,
-        not_needed=_not_needed(steps, config["schedule"]["iterations"]),
+        not_needed=_not_needed(steps, config),
         control_failed=failed,
         not_finished=_missing(steps, control_steps, failed) if failed else [],
         speed=measured[0] if measured else {},
@@ -182,7 +182,7 @@ def _missing(steps: Records, iterations: dict[str, int], reason: str) -> list[Mi
     return [Missing(step=name, iteration=iteration, reason=reason) for name, iteration in missing.items()]
 
 
-def _not_needed(steps: Records, num_iterations: int) -> list[Missing]:
+def _not_needed(steps: Records, config: Metadata) -> list[Missing]:
     """Steps of the plan that passed their input through, with the reason from the gate's state at the loop's end."""
     reason = "its record was not found"
     for evaluation in _evaluations(steps).values():
@@ -191,8 +191,9 @@ def _not_needed(steps: Records, num_iterations: int) -> list[Missing]:
             reason = state["reason"]
             break
     planned = {}
-    for number in range(1, num_iterations + 1):
-        for stage in LOOP:
+    for number in range(1, config["schedule"]["iterations"] + 1):
+        renewed = number > 1 and config["training"]["refresh"] == "each"
+        for stage in (*([ANSWERS] if renewed else []), *LOOP):
             planned[f"{stage}-{number}"] = number
     return _missing(steps, planned, reason)
 

@@ -238,7 +238,8 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
     On one machine that step has been done again by now. A cluster does not repeat what has succeeded.
     """
-    first = {"prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}.get(stage)
+    firsts = {"answers": "answers", "prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}
+    first = firsts.get(stage)
     record = store.committed(run.root, run.run, first) if first and first != run.step else None
     changed = _changed(record, key) if record else ""
     if changed:

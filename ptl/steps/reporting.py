@@ -137,7 +137,8 @@ def summary(metadata: Metadata) -> str:
         case "recover":
             return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
         case "answers":
-            return f"{metadata['kept']:,} of {metadata['written']:,} answers kept"
+            earlier = f", and {metadata['earlier']:,} earlier" if metadata["earlier"] else ""
+            return f"{metadata['kept']:,} of {metadata['written']:,} answers kept{earlier}"
         case "export":
             return f"{size(metadata['bytes'])}, {_score(metadata['models']['final']['tasks'][0])}"
     # Of an import or a prune the size is what there is to say.

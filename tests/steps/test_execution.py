@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from checkout import TINY
 from run_records import scores
-from working import execute, fetch, run_locally
+from working import OpenedError, execute, fetch, run_locally
 
 from ptl import processes
 from ptl.config.recover import DataSource, RecoverStage
@@ -18,8 +18,9 @@ from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
 from ptl.lineage import mlflow_client, tracking
-from ptl.steps import call, evaluate, import_model, process, recover
-from ptl.steps.call import Call, key_of
+from ptl.recovery.answers import AnswersReport
+from ptl.steps import answers, call, evaluate, import_model, process, recover
+from ptl.steps.call import Call, Output, key_of
 from ptl.steps.step import Step, scratch
 from ptl.storage import store
 from ptl.storage.local_files import path_of
@@ -268,11 +269,11 @@ def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
     """Its later steps pass their input through: the report and `ptl gc` must not find what they did before."""
     step = Step(Call("evaluate-1", begin()[1]), key={})
     run = step.run = step.call.start()
-    names = [f"{stage}-{i}" for i in (1, 2, 3) for stage in ("prune", "recover", "evaluate")]
+    names = [f"{stage}-{i}" for i in (1, 2, 3) for stage in ("answers", "prune", "recover", "evaluate")]
     for name in names:
         store.commit(run.root, run.run, name, Record("k", NOWHERE))
     evaluate._withdraw_later(step, 3)
-    assert [name for name in names if store.committed(run.root, run.run, name)] == names[:3]
+    assert [name for name in names if store.committed(run.root, run.run, name)] == names[:4]
 
 
 def test_a_kill_at_any_moment_leaves_nothing_half_done(begin, monkeypatch):
@@ -338,10 +339,6 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     assert "secret" not in (tmp_path / "failure.json").read_text()
 
 
-class OpenedError(Exception):
-    """The step has its key now, and would fetch its model."""
-
-
 def test_a_recovery_finds_items_and_own_answers_by_the_run_and_depends_on_them(begin, monkeypatch):
     """Others are another training: it is neither resumed nor taken over."""
     keys = []
@@ -350,13 +347,7 @@ def test_a_recovery_finds_items_and_own_answers_by_the_run_and_depends_on_them(b
         keys.append(step.key.digest)
         raise OpenedError
 
-    config = load_config(TINY).model_dump(mode="json")
-    settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
-    settings |= {
-        "recover": config["recover"],
-        "training": config["training"] | {"decontaminate": {}, "answers": "self"},
-    }
-    settings |= {"chat": {}, "seed": 0}
+    config = load_config(TINY, {"training.decontaminate": {}, "training.answers": "self"}).model_dump(mode="json")
     for limit, own in ((8, "a"), (8, "a"), (9, "a"), (8, "b")):
         _, experiment = begin()
         evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
@@ -368,5 +359,30 @@ def test_a_recovery_finds_items_and_own_answers_by_the_run_and_depends_on_them(b
         store.commit(run.root, run.run, "answers", answered)
         with monkeypatch.context() as patched, pytest.raises(OpenedError):
             patched.setattr(Step, "fetch", opened)
-            recover.recover(Call("recover-1", experiment, settings, {"model": NOWHERE}))
+            recover.recover(Call("recover-1", experiment, config | config["schedule"], {"model": NOWHERE}))
     assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_the_model_that_an_iteration_starts_from_answers_anew(begin, monkeypatch, tmp_path):
+    """Beside earlier answers; after a rejection it is the model that has answered, and after the end none is needed."""
+    experiment, asked, records = begin()[1], [], []
+
+    def write_answers(_src, dst, *_, model, earlier, **__):
+        asked.append((model, earlier and (earlier / "answers.jsonl").read_text()))
+        (dst / "answers.jsonl").write_text(f"of {model}")
+        return AnswersReport(9, 9, 9, 8, 1, 50.0, {})
+
+    monkeypatch.setattr("ptl.recovery.answers.write_answers", write_answers)
+    monkeypatch.setattr(Step, "fetch_model", lambda _step: Path())
+    config = load_config(TINY, {"training.answers": "self", "training.refresh": "each"}).model_dump(mode="json")
+    pruned = dataclasses.replace(NOWHERE, digest="sha256:" + "d" * 64)
+    models = {"answers": NOWHERE, "answers-2": NOWHERE, "answers-3": pruned}
+    models["answers-4"] = dataclasses.replace(pruned, gate={"stopped": True})
+    for step, model in models.items():
+        each = Call(step, experiment, config, {"model": model}, {"metrics": Output(tmp_path)})
+        answers.answers(each)
+        records.append(committed(each))
+    dense, same, renewed, none = records
+    assert asked == [(NOWHERE.digest, None), (pruned.digest, f"of {NOWHERE.digest}")]
+    assert dense.pointer.digest == same.pointer.digest != renewed.pointer.digest and none is None
+    assert (same.metadata["kept"], same.metadata["iteration"]) == (8, 2)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from checkout import DENSE, TINY
+from working import OpenedError
 
 from ptl.config.recover import Decontaminate, Recovery
 from ptl.config.run import load_config
@@ -33,21 +34,20 @@ def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
     sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "evaluate")}
     settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
-    settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True}
+    settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True, "refreshed": False}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
         import_model.import_model(Call("import-model", "e", settings))
     with pytest.raises(
         InputError, match=r"training\.answers: given, but .* with the step that writes own .*; set train"
     ):
         import_model.import_model(Call("import-model", "e", settings | {"gated": not compiled}))
+    own = {"training": sections["training"] | {"answers": "self", "refresh": "each"}, "gated": not compiled}
+    with pytest.raises(InputError, match=r"^training\.refresh: each, but .* compiled for once; set training\.refresh"):
+        import_model.import_model(Call("import-model", "e", settings | own))
     inputs = {"model": POINTER} | ({"fallback": POINTER} if compiled else {})
     outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
         evaluate.evaluate(Call("evaluate-1", "e", EVALUATE | {"gate": gate(not compiled)}, inputs, outputs))
-
-
-class OpenedError(Exception):
-    """The step would look for its record now, by this key."""
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     monkeypatch.setattr(Step, "committed", lambda _step, name: SimpleNamespace(pointer=name))
     monkeypatch.setattr(Step, "fetch", lambda _step, pointer: Path(pointer))
     data = WANTED.training.model_copy(update={"decontaminate": Decontaminate()})
-    step = Step(Call("recover-2", "e"), key={"training": data, "chat": WANTED.chat, "seed": 5, "weights": (1, 2)})
+    settings = {"training": data.model_dump(mode="json")}
+    key = {"training": data, "chat": WANTED.chat, "seed": 5, "weights": (1, 2)}
+    step = Step(Call("recover-2", "e", settings), key=key)
     step.run, step.key = SimpleNamespace(step="recover-2"), call.Key("0" * 64, {})
     iteration = plan(WANTED.schedule.model_copy(update={"iterations": 2}), WANTED.prune)[1]
     job = recover._job(step, Recovery(stages=[{"method": "distil"}]), iteration)
@@ -140,4 +142,11 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     assert answers.calibration(step, WANTED.calibration, WANTED.chat) is WANTED.calibration
     scored = WANTED.calibration.model_copy(update={"answers": "self"})
     assert answers.calibration(step, scored, WANTED.chat).data == own
-    assert (answers.reads(scored), answers.reads(data)) == (["answers"], [])
+    assert (answers.reads(step.call, scored), answers.reads(step.call, data)) == (["answers"], [])
+    # Those of the model that the iteration starts from; the control and exports have the dense model's.
+    settings["training"] |= {"answers": "self", "refresh": "each"}
+    assert answers.calibration(step, scored, WANTED.chat).data[0].source == "answers-2/answers.jsonl"
+    read = [answers.reads(Call(name, "e", settings), scored) for name in ("prune-1", "prune-2", "recover-3")]
+    assert read == [["answers"], ["answers-2"], ["answers-3"]]
+    read = [answers.reads(Call(name, "e", settings), scored) for name in ("control-recover", "export-gguf-f16")]
+    assert read == [["answers"], ["answers"]]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from checkout import DENSE, TINY
+from working import OpenedError
 
 from ptl.config.run import Gate, load_config
 from ptl.config.schedule import Prune
@@ -180,10 +181,6 @@ def test_a_step_that_is_not_needed_passes_its_input_on(tmp_path):
     pointer, out = Pointer("file:///cut", CUT, gate={"stopped": True, "reason": "it ended"}), Output(tmp_path / "out")
     prune(Call("prune-3", "ptl", {}, {"model": pointer}, {"out": out}))
     assert out.path.read_text() == pointer.dump() and out.metadata == {"uri": "file:///cut"}
-
-
-class OpenedError(Exception):
-    """The step would look for its record now, by this key."""
 
 
 def test_a_verdict_depends_on_the_state_of_the_gate(monkeypatch):
