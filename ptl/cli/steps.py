@@ -131,7 +131,7 @@ def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, set
     _check_folders(src, dst)
     with writing(dst) as out:
         report = evaluate_checkpoint(src, out, settings.evaluate, settings.chat, seed=settings.seed)
-        _print_report(report)
+        _print_report(report, retention={"perplexity": report.retention.perplexity})
 
 
 def _check_folders(src: Path, dst: Path) -> None:
@@ -168,5 +168,5 @@ def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items:
     ).digest
 
 
-def _print_report(report: Any) -> None:
-    print(json.dumps(dataclasses.asdict(report), indent=1, default=str))
+def _print_report(report: Any, **instead: Any) -> None:
+    print(json.dumps(dataclasses.asdict(report) | instead, indent=1, default=str))

@@ -65,7 +65,7 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     speed["repeats"] = min(speed["repeats"], 1)
     settings["schedule"] |= _schedule(config)
     if config.gate.enabled:  # it works, and accepts everything: a rejection would leave later steps without work
-        settings["gate"] |= {"alpha": NEVER, "strict": False}
+        settings["gate"] |= {"alpha": NEVER, "strict": False, "retention": None}
     gpus_of_node = config.resources.accelerators_of(TRAINED) if gpus is None else gpus
     _shrink_stages(settings, config, max(1, gpus_of_node))
     # Fields that were set one by one must fit together.

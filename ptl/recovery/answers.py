@@ -25,6 +25,7 @@ from ptl.model import checkpoint
 from ptl.recovery.rewards import REWARDS
 
 FILE = "answers.jsonl"
+MANY_CUT = 0.2  # share of the answers
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
 TEMPERATURE = 1.0  # of several answers to a prompt, where a model's makers recommend no sampling
 
@@ -103,6 +104,13 @@ def write_answers(
             f"none of {written:,} answers is of use ({num_ended:,} ended, and none of them is correct)",
             field="training.answers",
             remedy="raise training.max_new_tokens, correct training.reward, or set training.keep=ended",
+        )
+    cut = 1 - num_ended / written
+    if cut > MANY_CUT and data.keep != "all":
+        say(
+            step,
+            f"warning: {cut:.0%} of the answers hit the limit of {data.max_new_tokens} tokens and are left out, so that "
+            "what is trained on is short or easy; raise training.max_new_tokens and start again",
         )
     return AnswersReport(len(prompts), written, num_ended, num_kept, len(others), num_tokens / written, sampling)
 

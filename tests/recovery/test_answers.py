@@ -74,13 +74,16 @@ def test_samples_are_drawn_as_the_makers_recommend_and_texts_stay(tmp_path):
     assert (own.format, own.weight, texts) == ("messages", 3, data.sources[1])
 
 
-def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path):
+def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path, capsys):
     with pytest.raises(
         WorkError, match=r"^training\.answers: none of 12 answers is of use \(0 ended.*; raise training"
     ):
         written(tmp_path / "a", max_new_tokens=8)
     with pytest.raises(WorkError, match=r"\(12 ended, and none of them is correct\)"):
         written(tmp_path / "c", reward={"name": "final_answer", "answer": "#### 1234"})
+    # Before anything is pruned the log says that only the short ones are left.
+    report, *_ = written(tmp_path / "d", max_new_tokens=25)
+    assert 0 < report.kept <= report.ended < 9 and "hit the limit of 25 tokens" in capsys.readouterr().out
     report, rows, _ = written(tmp_path / "b", max_new_tokens=8, keep="all")
     assert (report.ended, report.kept) == (0, 12) and all(row["messages"][1]["content"] for row in rows)
 
