@@ -38,6 +38,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that a user named."""
+
+    items: Path  # items.jsonl, or its folder
+    seconds: dict[str, float]  # in the model, by task; none of a folder
+
+
+@dataclass(frozen=True)
 class PipelineRun:
     """A run of the pipeline, as MLflow knows it."""
 
@@ -148,17 +156,17 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
         return _published(reference)
     run, step = find_run(reference)
     if step:
-        pointer = _pointer(run, step, evaluation=False)
+        pointer = _record(run, step, evaluation=False).pointer
         return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
     return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
 
-def evaluation(reference: str, cache: Path) -> Path:
-    """The items.jsonl of a file or folder, or the fetched folder of a run's evaluation (of its final one for a run)."""
+def evaluation(reference: str, cache: Path) -> Evaluation:
+    """That of a file or folder, or of a run (its final one), whose folder is fetched."""
     path = Path(reference)
     # Items that are here already; the directory of a run names the run, whose items are in the store.
     if path.exists() and run_directory(reference) is None:
-        return path
+        return Evaluation(path, {})
     if reference.startswith("models:") or "://" in reference:
         raise InputError(
             f"{reference!r} is a checkpoint",
@@ -168,7 +176,9 @@ def evaluation(reference: str, cache: Path) -> Path:
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.
     step = step or _final_evaluation(_result_of(run), run.id)
-    return store.fetch(_pointer(run, step, evaluation=True), cache)
+    record = _record(run, step, evaluation=True)
+    seconds = {task["task"]: task["seconds"] for task in record.metadata["scores"]["tasks"]}
+    return Evaluation(store.fetch(record.pointer, cache), seconds)
 
 
 def result(reference: str) -> Result:
@@ -201,7 +211,7 @@ def _result_of(run: PipelineRun) -> Result:
     )
 
 
-def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
+def _record(run: PipelineRun, step: str, *, evaluation: bool) -> store.Record:
     """What a finished step of a run has published: a checkpoint, or the items of an evaluation."""
     record = store.committed(run.root, run.id, step)
     if record is None or ("evaluate" in step) != evaluation:
@@ -211,7 +221,7 @@ def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
             field="step",
             remedy=f"it has {run.finished}",
         )
-    return record.pointer
+    return record
 
 
 def _final(result: Result, arm: str, run: str, card: bytes | None) -> Checkpoint:

@@ -20,12 +20,9 @@ from ptl.data.sources import SourceRow, fill, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
 from ptl.log import say
-from ptl.model import checkpoint
 from ptl.recovery.rewards import REWARDS
 
 FILE = "answers.jsonl"
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
-TEMPERATURE = 1.0  # of several answers to a prompt, where a model's makers recommend no sampling
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def write_answers(
     WorkError where nothing is left to train on.
     """
     lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
-    sampling = _sampling(src, data.samples)
+    sampling = dict(lm.sampling) or (helpers.PLAIN_SAMPLING if data.samples > 1 else {})
     num_ended = num_kept = num_tokens = 0
     dst.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,16 +101,6 @@ def in_place_of(data: TrainingData, folder: Path, chat: Chat) -> TrainingData:
     return data.model_copy(update={"sources": (source_of(folder, chat, weight), *texts)})
 
 
-def _sampling(src: Path, samples: int) -> dict[str, Any]:
-    """How the model's makers recommend to sample; empty: greedily."""
-    file = src / "generation_config.json"
-    recommended = checkpoint.json_object(file) if file.is_file() else {}
-    if not recommended.get("do_sample"):
-        return {"temperature": TEMPERATURE} if samples > 1 else {}
-    given = {name: recommended[name] for name in SAMPLING if recommended.get(name) is not None}
-    return {"temperature": TEMPERATURE} | given
-
-
 def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tuple[str, tuple[SourceRow, Any]]]:
     """As the model reads it, each prompt with its row: so many of each source as its weight says."""
     total = sum(source.weight for source in data.prompted)
@@ -135,9 +122,7 @@ def _answers(
 ) -> Iterator[Answer]:
     """An answer to each prompt."""
     from lm_eval.api.instance import Instance
-    from transformers import set_seed
 
-    set_seed(seed)
     lm.seed = seed
     options = {"until": [], "max_gen_toks": limit, "do_sample": bool(sampling), **sampling}
     requests = [Instance("generate_until", {}, (text, options), number) for number, text in enumerate(prompts)]

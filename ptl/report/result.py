@@ -8,10 +8,8 @@ from pydantic import BaseModel
 
 from ptl.data.checks import Amount
 from ptl.evaluation.evaluate import Scores
-from ptl.evaluation.paired import Paired
+from ptl.evaluation.paired import Paired, rambles
 from ptl.evaluation.scoring import TaskScore
-
-RAMBLES, RAMBLES_P = 1.1, 0.01  # times as many tokens in an answer, and p of it
 
 
 class ComparedWidths(BaseModel):
@@ -223,6 +221,7 @@ class Result(BaseModel):
     decontaminated: Decontaminated | None
     sequences: Sequences
     paired: dict[str, dict[str, Paired]]  # task -> dense, control -> the final model against it, item by item
+    pass_at_n: dict[str, Paired]  # task with several samples -> pass@n, the final model against the dense one
     longer: dict[str, float]  # task -> p of the paired test that the final model's answers have more tokens
     examples: Examples | None
     settings: dict[str, Any]  # the effective config
@@ -257,10 +256,10 @@ class Result(BaseModel):
         """Whether the final model's answers are longer than the dense model's, and not by chance."""
         position = self.tasks.index(task)
         final = self.final_row
-        if final is None or self.longer.get(task, 1.0) > RAMBLES_P:
+        if final is None:
             return False
         before, after = (row.scores.tasks[position].answer_tokens for row in (self.dense_row, final))
-        return after > RAMBLES * before
+        return rambles(before, after, self.longer.get(task))
 
     def total_tokens(self, arm: str) -> int:
         """Recovery tokens of all steps of an arm, rejected iterations included."""

@@ -11,7 +11,7 @@ from ptl.config.rehearsal import changes, is_rehearsal, left_out, rehearsal
 from ptl.config.run import Config, Gate, load_config
 from ptl.config.schedule import plan
 from ptl.evaluation import gate
-from ptl.evaluation.paired import paired
+from ptl.evaluation.paired import Outcomes, paired
 
 
 def config(**fields):
@@ -82,7 +82,7 @@ def test_the_gate_accepts_the_worst_candidate():
     rehearsed = rehearsal(config(gate={"enabled": True, "strict": True}), gpus=0)
     settings = rehearsed.gate
     # Of sixteen tasks of eight items each was right before.
-    worst = paired([1] * 128, [0] * 128, settings.margin, settings.alpha)
+    worst = paired(Outcomes([1] * 128, [0] * 128), settings.margin, settings.alpha)
     sizes = {"params": 90, "target_params": 60, "parent_params": 100}
     decision = gate.decide(settings, gate.State(), **sizes, baseline=worst, parent=worst)
     assert settings.enabled and decision.decision == "accepted"

@@ -18,7 +18,7 @@ def outcomes(right, n):
 
 def compared(before, after, n=500, margin=MARGIN):
     """Two models that solve the first items of a benchmark, one this many and the other that many."""
-    return paired.paired(outcomes(before, n), outcomes(after, n), margin, ALPHA)
+    return paired.paired(paired.Outcomes(outcomes(before, n), outcomes(after, n)), margin, ALPHA)
 
 
 # ---- the statistics
@@ -69,8 +69,8 @@ def test_all_numbers_of_a_comparison():
     expected |= {"difference": -0.055, "low": low / 200, "high": high / 200, "verdict": "inferior"}
     # 680 + 136 + 17 + 1 ways of 14 and more out of 17
     expected |= {"p_different": pytest.approx(2 * 834 / 2**17), "p_worse": pytest.approx(834 / 2**17)}
-    pair = paired.paired(reference, candidate, MARGIN, ALPHA)
-    assert asdict(pair) == {**expected, "margin": MARGIN, "alpha": ALPHA}
+    pair = paired.paired(paired.Outcomes(reference, candidate), MARGIN, ALPHA)
+    assert asdict(pair) == {**expected, "margin": MARGIN, "alpha": ALPHA, "samples": 1}
 
 
 def test_only_strictly_an_unclear_comparison_fails():
@@ -149,8 +149,8 @@ def test_longer_answers_are_told_from_chance():
 
 def test_items_are_matched_by_task_and_id_and_other_items_refused():
     old, new = [item(1, 1), item(2, 0), item(1, 0, "u")], [item(1, 1, "u"), item(2, 1), item(1, 0)]
-    assert paired.match(old, new) == ([1, 0, 0], [0, 1, 1])
-    assert paired.match(old, new, "u") == ([0], [1])
+    assert paired.match(old, new) == ([1, 0, 0], [0, 1, 1], 1)
+    assert paired.match(old, new, "u") == ([0], [1], 1)
     one, two = item(1), item(2)
     for new, message in [
         ([one], r"different items \(2 and 1; for example t item 2 is in one only"),
