@@ -162,16 +162,15 @@ def comparison_table(pairs: Mapping[str, Paired], pass_at_n: Mapping[str, Paired
     title = f"B against A, margin {100 * first.margin:g} points, one-sided significance level {first.alpha:g} each"
     rows = []
     for name, pair in pairs.items():
-        label = f"{name} avg@{pair.samples}" if pair.samples > 1 else name
-        rows.append(_compared(label, pair, pair.verdict))
+        rows.append(_compared(name, f", avg@{pair.samples}" if pair.samples > 1 else "", pair, pair.verdict))
         if name in pass_at_n:
-            rows.append(_compared(f"{name} pass@{pair.samples}", pass_at_n[name], ""))
+            rows.append(_compared(name, f", pass@{pair.samples}", pass_at_n[name], ""))
     return table_text(title, HEADINGS, rows, numbers=NUMBERS)
 
 
-def _compared(name: str, pair: Paired, verdict: str) -> tuple[str, ...]:
+def _compared(name: str, score: str, pair: Paired, verdict: str) -> tuple[str, ...]:
     return (
-        f"{name}\n{pair.items:,}",
+        f"{name}\n{pair.items:,}{score}",
         f"{pair.reference:.1%}\n{pair.candidate:.1%}",
         f"{pair.regressions}\n{pair.improvements}",
         # In percentage points

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -223,6 +224,55 @@ def test_the_stored_answer_is_the_one_that_the_metric_takes():
         assert _likeliest(likelihoods, task, {}, metric) == answer, metric
 
 
+# ---- several samples of each item
+
+
+def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
+    """Right by hand: of four items both, the first, the second, neither; each pass with its own seed, the same prompts."""
+    from ptl.evaluation.scoring import score_task
+
+    (tmp_path / "shots.yaml").write_text(f"include: {YAML}\ntask: shots\nnum_fewshot: 2\nfewshot_split: test\n")
+    wanted = settings({"name": str(tmp_path / "shots.yaml"), "limit": 4, "samples": 2})
+    lm, asked = language_model(DENSE, wanted), []
+
+    def answers(requests):
+        asked.append((lm.seed, requests[0].args[1]))
+        right = {6: (0, 1), 7: (0, 2)}[lm.seed]
+        lm.notes, lm.cut_prompts = {request.args[0]: AnswerNote(lm.seed, lm.seed == 7) for request in requests}, 1
+        lm.seconds = 2.0
+        return [request.doc["answer"] if request.doc_id in right else "#### none" for request in requests]
+
+    lm.generate_until = answers
+    score, items = score_task(lm, wanted.tasks[0], wanted, seed=3)
+    assert (score.accuracy, score.pass_at_n, score.items, score.samples) == (0.5, 0.75, 4, 2)
+    assert (score.answer_tokens, score.truncated, score.cut_prompts, score.seconds) == (6.5, 0.5, 0.25, 4.0)
+    outcomes = [(item["id"], item["sample"], item["correct"]) for item in items]
+    bits = [1, 1, 1, 0, 0, 1, 0, 0]
+    assert outcomes == [(str(i // 2), i % 2, bit) for i, bit in enumerate(bits)]
+    assert items[2]["answer"].endswith(items[2]["target"]) and items[3]["answer"] == "#### none"
+    assert len({item["prompt_digest"] for item in items}) == 4
+    assert [seed for seed, _ in asked] == [6, 7]
+    assert all((options["do_sample"], options["temperature"]) == (True, 1.0) for _, options in asked)
+
+
+def test_samples_differ_and_are_those_that_the_makers_recommend(tmp_path):
+    src = tmp_path / "model"
+    shutil.copytree(DENSE, src)
+    recommended = {"do_sample": True, "temperature": 2.5, "top_k": 30, "eos_token_id": 1, "pad_token_id": 0}
+    (src / "generation_config.json").write_text(json.dumps(recommended))
+    wanted = settings({"name": YAML, "limit": 8, "samples": 2})
+    assert language_model(src, wanted).sampling == {"temperature": 2.5, "top_k": 30}
+    for name in "ab":
+        (score,) = evaluate_checkpoint(src, tmp_path / name, wanted, seed=0).tasks
+    items = read_items(tmp_path / "a")
+    assert items == read_items(tmp_path / "b") and len(items) == 16
+    assert any(one["answer"] != other["answer"] for one, other in zip(items[::2], items[1::2], strict=True))
+    assert score.accuracy == sum(item["correct"] for item in items) / 16 < 1
+    # One answer is the task's own, greedily.
+    (greedy,) = evaluate_checkpoint(src, tmp_path / "c", settings({"name": YAML, "limit": 8}), seed=0).tasks
+    assert (greedy.accuracy, greedy.pass_at_n) == (1.0, None)
+
+
 # ---- processes that answer
 
 
@@ -323,7 +373,8 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
 
         def generate_until(self, requests):
             prompts = [[1] * length for length in (5, 6, 7)]
-            self._model_generate(prompts, generate=True, sampling_params=[SimpleNamespace(max_tokens=4)] * 3)
+            self.params = [SimpleNamespace(max_tokens=4) for _ in prompts]
+            self._model_generate(prompts, generate=True, sampling_params=self.params)
             for request in requests:
                 self.cache_hook.add_partial("generate_until", request.args, "x")
             return ["x"] * len(requests)
@@ -334,6 +385,11 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
     assert lm.notes == {"short": (3, False, False), "long": (3, True, False), "longer": (3, False, False)}
     assert lm.cut_prompts == 2 and lm.seconds > 0
     assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(DENSE), 3, 10)
+    seeds = []
+    for lm.seed in (1, 2, 1):
+        lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
+        seeds.append([params.seed for params in lm.params])
+    assert seeds[0] == seeds[2] and len({*seeds[0], *seeds[1]}) == 6  # of each sample and prompt
 
 
 # ---- which tasks
@@ -346,6 +402,7 @@ WRONG = [
     ([{"name": "gsm8k_cot", "metric": "exact_match,loose"}], "no filter 'loose'; use one of: strict-match, flexible"),
     ([{"name": YAML, "num_fewshot": 3}], "has no few-shot examples"),
     ([{"name": "gsm8k_cot"}, {"name": "gsm8k_cot"}], "listed twice"),
+    ([{"name": "arc_easy", "metric": "acc", "samples": 2}], "samples=2, but the model writes no answers to the task"),
 ]
 
 
