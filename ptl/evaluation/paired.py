@@ -152,8 +152,10 @@ def sign_flips(changes: Mapping[int, int]) -> tuple[float, float]:
         of_size = np.zeros(size * count + 1)
         of_size[::size] = binom.pmf(range(count + 1), count, 0.5)
         chances = convolve(chances, of_size).clip(0)
-    worse = float(chances[lost:].sum())
-    different = 2 * float(chances[max(lost, total - lost) :].sum())
+    # Long convolutions round to 1e-16: no p is below that of one arrangement of the signs.
+    least = 0.5 ** sum(count for change, count in changes.items() if change)
+    worse = max(least, float(chances[lost:].sum()))
+    different = 2 * max(least, float(chances[max(lost, total - lost) :].sum()))
     return min(1.0, different), min(1.0, worse)
 
 

@@ -28,6 +28,10 @@ STEPS = ("import-model", "recover-1", "recover-2", "control-recover")
 # Of these scores, as `ptl compare` prints them.
 SCORES = {"evaluate-0": 10, "evaluate-2": 9}
 COMPARED = "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to"
+SECONDS = "│ t │ 7.0 │ 7 │ 0.0% │ 0.5 │ 1 │ │ │ │ 7.0 │ 7 │ 0.0% │ 0.556 │"  # 5 s in the model
+
+
+SCORED = {"scores": {"tasks": [{"task": "t", "seconds": 5.0}]}}
 
 
 def ptl(*arguments):
@@ -64,7 +68,7 @@ def made(folder, *, root=None, experiment="e", done=True):
         digest = digest_of(store.publish(directory / step, location))
         pointers[step] = Pointer(location, digest, params, run_id=started.run_id, model_id=model)
         stage = "recover" if params else "evaluate"
-        store.commit(started.root, run, step, store.Record("k", pointers[step], {"stage": stage}))
+        store.commit(started.root, run, step, store.Record("k", pointers[step], {"stage": stage} | SCORED))
         finish(started, model or None)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +107,8 @@ def result_of(run, pointers):
 
 
 def items(right):
-    lines = [{"task": "t", "id": str(i), "prompt_digest": str(i), "correct": int(i < right)} for i in range(10)]
+    answer = {"task": "t", "tokens": 7, "truncated": False}
+    lines = [answer | {"id": str(i), "prompt_digest": str(i), "correct": int(i < right)} for i in range(10)]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -224,7 +229,9 @@ def test_compare_by_name(here):
     first = [here.directory / "evaluate-0", f"{here.id}:evaluate-0", here.ids["evaluate-0"]]
     last = [here.directory / "evaluate-2/items.jsonl", here.parent, here.directory]
     for reference, candidate in zip(first, last, strict=True):
-        assert COMPARED in ptl("compare", reference, candidate)
+        printed = ptl("compare", reference, candidate)
+        assert COMPARED in printed
+        assert (SECONDS in printed) == (reference != first[0])  # a folder has none
 
 
 def test_a_checkpoint_that_was_scored_twice_is_compared_by_its_last_evaluation():

@@ -35,10 +35,11 @@ def test_what_decides_only_how_long_a_step_works_shrinks():
         "evaluate.tasks.0.limit": [100, 8],
         "evaluate.tasks.0.max_new_tokens": [None, 64],
         "evaluate.tasks.1.limit": [None, 8],
+        "evaluate.tasks.1.samples": [8, 2],
         "evaluate.speed.repeats": [3, 1],
         "storage.experiment": ["ptl", "ptl-rehearsal"],
     }
-    tasks = [{"name": "gsm8k", "limit": 100}, {"name": "mbpp", "max_new_tokens": 32}]
+    tasks = [{"name": "gsm8k", "limit": 100}, {"name": "mbpp", "max_new_tokens": 32, "samples": 8}]
     run = config(schedule={"recovery_tokens": 10**8}, evaluate={"tasks": tasks})
     assert shrunk(run) == expected
     # The gate works, and accepts everything.
