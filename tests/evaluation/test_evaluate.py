@@ -228,7 +228,7 @@ def test_the_stored_answer_is_the_one_that_the_metric_takes():
 
 
 def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
-    """Right by hand, of four items: both, the first, the second, neither. Each pass has its seed, and the same prompts."""
+    """Right by hand, of four items: both, the first, the second, neither. Each pass has its seed, and equal prompts."""
     from ptl.evaluation.scoring import score_task
 
     (tmp_path / "shots.yaml").write_text(f"include: {YAML}\ntask: shots\nnum_fewshot: 2\nfewshot_split: test\n")
