@@ -250,9 +250,9 @@ def of_samples(result: Result) -> str:
     if all(task.samples == 1 for task in result.dense_row.scores.tasks):
         return ""
     return (
-        "avg@n: the share of right answers, n to each item. An item regresses where fewer of its answers are right; the "
-        "exact test flips the signs of the items' differences, as McNemar's does with one answer. pass@n: the share of "
-        "items with at least one right answer; it decides nothing."
+        "avg@n: the share of right answers, n to each item. An item regresses where fewer of its answers are right; "
+        "the exact test flips the signs of the items' differences, as McNemar's does with one answer. pass@n: the share "
+        "of items with at least one right answer; it decides nothing."
     )
 
 
