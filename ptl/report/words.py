@@ -251,8 +251,8 @@ def of_samples(result: Result) -> str:
         return ""
     return (
         "avg@n: the share of right answers, n to each item. An item regresses where fewer of its answers are right; "
-        "the exact test flips the signs of the items' differences, as McNemar's does with one answer. pass@n: the share "
-        "of items with at least one right answer; it decides nothing."
+        "the exact test flips the signs of the items' differences, as McNemar's does with one answer. pass@n: the "
+        "share of items with at least one right answer; it decides nothing."
     )
 
 
