@@ -156,7 +156,7 @@ def compare(
         old, new = (work.read_items(evaluation.items) for evaluation in evaluations)
     pairs, pass_at_n = work.compare(old, new, margin, alpha)
     print(work.comparison_table(pairs, pass_at_n))
-    lengths = work.answers_table(old, new, [evaluation.seconds for evaluation in evaluations])
+    lengths = work.answers_table(old, new, [evaluation.seconds_per_solved for evaluation in evaluations])
     if lengths:
         print(lengths)
     raise typer.Exit(int(any(pair.fails(strict) for pair in pairs.values())))

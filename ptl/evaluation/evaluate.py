@@ -183,7 +183,7 @@ def _compared(name: str, score: str, pair: Paired, verdict: str) -> tuple[str, .
 def answers_table(
     reference: Sequence[Item],
     candidate: Sequence[Item],
-    seconds: Sequence[Mapping[str, float]],  # of both, in the model: by task, where they are known
+    seconds_per_solved: Sequence[Mapping[str, float]],  # of both, by task, where they are known
 ) -> str:
     """How long the answers to the same items are, for a terminal; empty where none were generated."""
     rows = []
@@ -194,23 +194,17 @@ def answers_table(
         both = [[item for item in items if item["task"] == name] for items in (reference, candidate)]
         tokens = [[item["tokens"] for item in items] for items in both]
         rambles = paired.rambles(fmean(tokens[0]), fmean(tokens[1]), p)
-        solving = (_per_solved(items, times.get(name)) for items, times in zip(both, seconds, strict=True))
+        seconds = (f"{known[name]:.3g}" if name in known else "-" for known in seconds_per_solved)
         rows.append(
             (
                 name,
                 "\n".join(f"{fmean(lengths):,.1f}" for lengths in tokens),
                 "\n".join(f"{np.percentile(lengths, 95):,.0f}" for lengths in tokens),
                 "\n".join(f"{fmean(item['truncated'] for item in items):.1%}" for items in both),
-                "\n".join(solving),
+                "\n".join(seconds),
                 f"{p:.2g}",
                 "rambles" if rambles else "",
             )
         )
-    title = "Tokens of an answer, A above B; seconds in the model as each evaluation took them"
+    title = "Tokens of an answer, A above B; seconds as in the runs' reports"
     return table_text(title, LENGTHS, rows, numbers=LENGTHS[1:-1]) if rows else ""
-
-
-def _per_solved(items: Sequence[Item], seconds: float | None) -> str:
-    """Seconds for each right answer."""
-    solved = sum(item["correct"] for item in items)
-    return f"{seconds / solved:.3g}" if seconds and solved else "-"

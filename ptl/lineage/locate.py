@@ -42,7 +42,7 @@ class Evaluation:
     """An evaluation that a user named."""
 
     items: Path  # items.jsonl, or its folder
-    seconds: dict[str, float]  # in the model, by task; none of a folder
+    seconds_per_solved: dict[str, float]  # of a run's dense and final model, by task, as its report has them
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
         return _published(reference)
     run, step = find_run(reference)
     if step:
-        pointer = _record(run, step, evaluation=False).pointer
+        pointer = _pointer(run, step, evaluation=False)
         return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
     return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
@@ -176,9 +176,19 @@ def evaluation(reference: str, cache: Path) -> Evaluation:
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.
     step = step or _final_evaluation(_result_of(run), run.id)
-    record = _record(run, step, evaluation=True)
-    seconds = {task["task"]: task["seconds"] for task in record.metadata["scores"]["tasks"]}
-    return Evaluation(store.fetch(record.pointer, cache), seconds)
+    return Evaluation(store.fetch(_pointer(run, step, evaluation=True), cache), _seconds_per_solved(run, step))
+
+
+def _seconds_per_solved(run: PipelineRun, step: str) -> dict[str, float]:
+    """Of the model that a step evaluated, measured in turns with the other one; none before the run's report."""
+    data = run.report_file("result.json")
+    result = json.loads(data) if data else {"speed": {}}
+    speed = result["speed"]
+    if "models" not in speed:
+        return {}
+    model = {"evaluate-0": "dense", _final_evaluation(result, run.id): "final"}.get(step)
+    seconds = speed["models"][model]["seconds_per_solved"] if model else None
+    return {speed["task"]: seconds} if seconds else {}
 
 
 def result(reference: str) -> Result:
@@ -211,7 +221,7 @@ def _result_of(run: PipelineRun) -> Result:
     )
 
 
-def _record(run: PipelineRun, step: str, *, evaluation: bool) -> store.Record:
+def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
     """What a finished step of a run has published: a checkpoint, or the items of an evaluation."""
     record = store.committed(run.root, run.id, step)
     if record is None or ("evaluate" in step) != evaluation:
@@ -221,7 +231,7 @@ def _record(run: PipelineRun, step: str, *, evaluation: bool) -> store.Record:
             field="step",
             remedy=f"it has {run.finished}",
         )
-    return record
+    return record.pointer
 
 
 def _final(result: Result, arm: str, run: str, card: bytes | None) -> Checkpoint:
