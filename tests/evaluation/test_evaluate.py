@@ -228,7 +228,7 @@ def test_the_stored_answer_is_the_one_that_the_metric_takes():
 
 
 def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
-    """Right by hand, of four items: both, the first, the second, neither. Each pass has its seed, and equal prompts."""
+    """Right, of four items: both, the first, the second, neither. Each pass has its own seed, and the same prompts."""
     from ptl.evaluation.scoring import score_task
 
     (tmp_path / "shots.yaml").write_text(f"include: {YAML}\ntask: shots\nnum_fewshot: 2\nfewshot_split: test\n")
@@ -236,34 +236,29 @@ def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
     lm, asked = language_model(DENSE, wanted), []
 
     def answers(requests):
-        asked.append((lm.seed, requests[0].args[1]))
-        right = {6: (0, 1), 7: (0, 2)}[lm.seed]
+        asked.append((lm.seed, *map(requests[0].args[1].get, ("do_sample", "temperature"))))
         lm.notes, lm.cut_prompts = {request.args[0]: AnswerNote(lm.seed, lm.seed == 7) for request in requests}, 1
-        lm.seconds = 2.0
+        lm.seconds, right = 2.0, {6: (0, 1), 7: (0, 2)}[lm.seed]
         return [request.doc["answer"] if request.doc_id in right else "#### none" for request in requests]
 
     lm.generate_until = answers
     score, items = score_task(lm, wanted.tasks[0], wanted, seed=3)
     assert (score.accuracy, score.pass_at_n, score.items, score.samples) == (0.5, 0.75, 4, 2)
     assert (score.answer_tokens, score.truncated, score.cut_prompts, score.seconds) == (6.5, 0.5, 0.25, 4.0)
-    outcomes = [(item["id"], item["sample"], item["correct"]) for item in items]
-    bits = [1, 1, 1, 0, 0, 1, 0, 0]
-    assert outcomes == [(str(i // 2), i % 2, bit) for i, bit in enumerate(bits)]
+    graded = [(item["id"], item["sample"], item["correct"]) for item in items]
+    assert graded == [(str(i // 2), i % 2, bit) for i, bit in enumerate([1, 1, 1, 0, 0, 1, 0, 0])]
     assert items[2]["answer"].endswith(items[2]["target"]) and items[3]["answer"] == "#### none"
     assert len({item["prompt_digest"] for item in items}) == 4
-    assert [seed for seed, _ in asked] == [6, 7]
-    assert all((options["do_sample"], options["temperature"]) == (True, 1.0) for _, options in asked)
+    assert asked == [(6, True, 1.0), (7, True, 1.0)]
 
 
-def test_samples_differ_and_are_those_that_the_makers_recommend(tmp_path):
-    src = tmp_path / "model"
-    shutil.copytree(DENSE, src)
-    recommended = {"do_sample": True, "temperature": 2.5, "top_k": 30, "eos_token_id": 1, "pad_token_id": 0}
-    (src / "generation_config.json").write_text(json.dumps(recommended))
+def test_samples_differ_and_are_drawn_as_the_makers_recommend(tmp_path):
+    src = shutil.copytree(DENSE, tmp_path / "model")
+    recommended = {"do_sample": True, "temperature": 2.5, "top_k": 30}
+    (src / "generation_config.json").write_text(json.dumps(recommended | {"eos_token_id": 1, "pad_token_id": 0}))
     wanted = settings({"name": YAML, "limit": 8, "samples": 2})
     assert language_model(src, wanted).sampling == {"temperature": 2.5, "top_k": 30}
-    for name in "ab":
-        (score,) = evaluate_checkpoint(src, tmp_path / name, wanted, seed=0).tasks
+    (score,), _ = [evaluate_checkpoint(src, tmp_path / name, wanted, seed=0).tasks for name in "ab"]
     items = read_items(tmp_path / "a")
     assert items == read_items(tmp_path / "b") and len(items) == 16
     assert any(one["answer"] != other["answer"] for one, other in zip(items[::2], items[1::2], strict=True))
