@@ -40,9 +40,6 @@ def task_file(folder, text):
     return settings({"name": str(folder / "own.yaml")})
 
 
-# ---- scores and items
-
-
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     dst = tmp_path_factory.mktemp("scored")
@@ -224,9 +221,6 @@ def test_the_stored_answer_is_the_one_that_the_metric_takes():
         assert _likeliest(likelihoods, task, {}, metric) == answer, metric
 
 
-# ---- several samples of each item
-
-
 def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
     """Right, of four items: both, the first, the second, neither. Each pass has its own seed, and the same prompts."""
     from ptl.evaluation.scoring import score_task
@@ -266,9 +260,6 @@ def test_samples_differ_and_are_drawn_as_the_makers_recommend(tmp_path):
     # One answer is the task's own, greedily.
     (greedy,) = evaluate_checkpoint(src, tmp_path / "c", settings({"name": YAML, "limit": 8}), seed=0).tasks
     assert (greedy.accuracy, greedy.pass_at_n) == (1.0, None)
-
-
-# ---- processes that answer
 
 
 class Counting:
@@ -344,9 +335,6 @@ def test_a_helper_has_the_second_gpu_of_those_that_are_visible():
         assert visible_gpu(1, {"CUDA_VISIBLE_DEVICES": visible}) == expected, visible
 
 
-# ---- vLLM
-
-
 def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
     raw = json.loads((DENSE / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
@@ -385,9 +373,6 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
         lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
         seeds.append([params.seed for params in lm.params])
     assert seeds[0] == seeds[2] and len({*seeds[0], *seeds[1]}) == 6  # of each sample and prompt
-
-
-# ---- which tasks
 
 
 WRONG = [

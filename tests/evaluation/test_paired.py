@@ -23,9 +23,6 @@ def compared(before, after, n=500, margin=MARGIN):
     return paired.paired(paired.Outcomes(outcomes(before, n), outcomes(after, n)), margin, ALPHA)
 
 
-# ---- the statistics
-
-
 def test_wilson_matches_published_intervals_and_has_the_confidence_that_is_asked_for():
     # Newcombe 1998, Statistics in Medicine 17, table I, method 3
     assert paired.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
@@ -74,9 +71,6 @@ def test_all_numbers_of_a_comparison():
     expected |= {"p_different": pytest.approx(2 * 834 / 2**17), "p_worse": pytest.approx(834 / 2**17)}
     pair = paired.paired(paired.Outcomes(reference, candidate), MARGIN, ALPHA)
     assert asdict(pair) == {**expected, "margin": MARGIN, "alpha": ALPHA, "samples": 1}
-
-
-# ---- several samples
 
 
 def test_several_samples_are_compared_by_their_shares():
@@ -132,9 +126,6 @@ def test_only_strictly_an_unclear_comparison_fails():
         assert (judged.fails(strict=False), judged.fails(strict=True)) == expected, verdict
 
 
-# ---- the verdict, at its boundaries
-
-
 def test_the_verdict_at_its_boundaries():
     # A fall by the margin is not yet more than the margin; a p of exactly alpha, 1/32, is significant.
     assert [paired.verdict_of(count, 0, 500, 0.02, 0.05) for count in (10, 11)] == ["unclear", "inferior"]
@@ -174,9 +165,6 @@ def test_equal_models_are_called_inferior_or_different_at_most_as_often_as_alpha
             inferior += ways * (verdict == "inferior")
             different += ways * (paired.mcnemar(regressions, changed - regressions)[0] <= ALPHA)
         assert max(inferior, different) <= ALPHA * 2**changed
-
-
-# ---- items.jsonl
 
 
 def item(i, correct=1, task="t", digest="d"):
