@@ -82,6 +82,8 @@ def test_several_samples_are_compared_by_their_shares():
     assert (pair.regressions, pair.improvements, pair.difference) == (6, 3, pytest.approx(-0.05))
     assert (pair.low, pair.high) == pytest.approx(bounds, abs=0.0101)
     assert paired.hidden_drop(pair) == pair.high - pair.difference > MARGIN
+    bounds = [bound / 320 for bound in exact_bounds(0, 0, 40, ALPHA, 8)]
+    assert paired.bootstrap({0: 40}, 8, ALPHA) == pytest.approx(bounds, abs=0.011)
     # All sums of the differences with flipped signs
     flipped = [sum(signs) for signs in itertools.product(*([change, -change] for change in [*changes, -2, -2]))]
     assert pair.p_worse == pytest.approx(sum(total <= -5 for total in flipped) / 2**9)
@@ -91,7 +93,8 @@ def test_several_samples_are_compared_by_their_shares():
     four = paired.Outcomes(*([4 * right for right in model] for model in one[:2]), 4)
     single, several = (asdict(paired.paired(outcomes, MARGIN, ALPHA)) for outcomes in (one, four))
     assert several == pytest.approx(single | {"samples": 4}, abs=0.0201)
-    assert paired.sign_flips({-1: 12, 1: 3, 0: 9}) == pytest.approx(paired.mcnemar(12, 3))
+    for changed in ((12, 3), (3, 12)):
+        assert paired.sign_flips({-1: changed[0], 1: changed[1], 0: 9}) == pytest.approx(paired.mcnemar(*changed))
     assert paired.sign_flips({0: 9}) == (1.0, 1.0)
 
 
