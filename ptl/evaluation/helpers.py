@@ -27,7 +27,8 @@ from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus
 
 ENDING = 10.0  # seconds in which a helper that is ended may clean up
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
-PLAIN_SAMPLING = {"temperature": 1.0}  # of several answers to a prompt, where a model's makers recommend none
+# Of several answers to a prompt, where a model's makers recommend none; without a top_k transformers would take 50.
+PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 0}
 
 
 class AnswerNote(NamedTuple):
