@@ -237,7 +237,7 @@ def _passes(
             harness_task.set_config("generation_kwargs", sampling, update=True)
     for number in range(task.samples):
         # Runs with other seeds have other samples.
-        lm.seed = (seed * task.samples + number) % 2**32
+        lm.seed = (seed * task.samples + number) % 2**31
         for harness_task in loaded.values():
             harness_task.set_fewshot_seed(seed)
         # What is noted is of this pass alone.
