@@ -127,7 +127,7 @@ def difference(reference: dict[int, list[int]], solved: dict[int, list[int]]) ->
     seeds = [seed for seed in solved if seed in reference]
     by_seed = [statistics.mean(solved[seed]) - statistics.mean(reference[seed]) for seed in seeds]
     pooled = [list(itertools.chain(*(bits[seed] for seed in seeds))) for bits in (reference, solved)]
-    pair = paired.paired(pooled[0], pooled[1], margin=0.02, alpha=0.05)
+    pair = paired.paired(paired.Outcomes(*pooled), margin=0.02, alpha=0.05)
     p = f"{pair.p_different:.1g}" if pair.p_different else "< 1e-300"
     return mean_and_interval(by_seed, "+"), p
 

@@ -115,7 +115,7 @@ def decide(
     """The gate's decision on a candidate that was pruned from the last accepted checkpoint."""
     rule, dense = config.gate, dimensions.static_cost(SUBJECT.model).params
     baseline, parent = (
-        paired.paired(*paired.match(items[reference], items[candidate]), rule.margin, rule.alpha)
+        paired.paired(paired.match(items[reference], items[candidate]), rule.margin, rule.alpha)
         for reference in (SUBJECT.model, accepted)
     )
     body = model_dimensions(accepted, family_of(checkpoint.read_config(accepted)))

@@ -21,7 +21,8 @@ def scores(params: int, accuracy: float, width: int) -> dict:
         return {"task": name, "version": "1", "metric": "exact_match,final-number", "accuracy": value,
                 "low": value - 0.02, "high": min(1.0, value + 0.02), "items": items, "num_fewshot": 0,
                 "truncated": 0.0, "cut_prompts": 0.0, "code_timeouts": 0, "higher_is_better": True,
-                "answer_tokens": 22.5, "answer_tokens_p95": 40.0, "seconds": 3.1}  # fmt: skip
+                "answer_tokens": 22.5, "answer_tokens_p95": 40.0, "seconds": 3.1,
+                "samples": 1, "pass_at_n": None}  # fmt: skip
 
     return {
         "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
@@ -49,8 +50,8 @@ def speed() -> dict:
         return {"params": params, "speed": rows, "seconds_per_solved": seconds, "solved": solved, "answer_tokens": 22.5}
 
     models = {"dense": model(DENSE, 1.0, 64), "final": model(127_872, 1.25, 50)}
-    return {"device": "CPU, 1 thread", "task": "tiny_reasoner", "items": 64, "batch_size": 128, "prompt_tokens": 64,
-            "new_tokens": 32, "repeats": 3, "models": models, "seconds": 3.0}  # fmt: skip
+    return {"device": "CPU, 1 thread", "task": "tiny_reasoner", "items": 64, "samples": 1, "batch_size": 128,
+            "prompt_tokens": 64, "new_tokens": 32, "repeats": 3, "models": models, "seconds": 3.0}  # fmt: skip
 
 
 def metadata(stage: str, iteration: int, arm: str = "loop", **more: object) -> dict:

@@ -151,10 +151,14 @@ def compare(
 
     _reach_stores(home, s3, reference, candidate, items=True)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
-        cache = Path(folder)
+        evaluations = [locate.evaluation(name, Path(folder)) for name in (reference, candidate)]
         # The files are read here, before the folder is removed.
-        pairs = work.compare(locate.evaluation(reference, cache), locate.evaluation(candidate, cache), margin, alpha)
-    print(work.comparison_table(pairs))
+        old, new = (work.read_items(evaluation.items) for evaluation in evaluations)
+    pairs, pass_at_n = work.compare(old, new, margin, alpha)
+    print(work.comparison_table(pairs, pass_at_n))
+    lengths = work.answers_table(old, new, [evaluation.seconds_per_solved for evaluation in evaluations])
+    if lengths:
+        print(lengths)
     raise typer.Exit(int(any(pair.fails(strict) for pair in pairs.values())))
 
 

@@ -60,6 +60,7 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
         training |= {"max_new_tokens": min(training["max_new_tokens"], NEW_TOKENS), "keep": "all"}
     for task in settings["evaluate"]["tasks"]:
         task["limit"] = min(task["limit"] or ITEMS, ITEMS)
+        task["samples"] = min(task["samples"], 2)
         task["max_new_tokens"] = min(task["max_new_tokens"] or NEW_TOKENS, NEW_TOKENS)
     speed = settings["evaluate"]["speed"]
     speed["repeats"] = min(speed["repeats"], 1)

@@ -69,6 +69,8 @@ class Task(Section):
     """use only the first N items; default: all"""
     max_new_tokens: Positive | None = None
     """tokens of the longest answer; default: as the task says, otherwise 256"""
+    samples: Positive = 1
+    """answers to each item, sampled as its generation_config.json says; the accuracy is their mean (avg@n)"""
 
 
 class Speed(Section):
@@ -81,7 +83,7 @@ class Speed(Section):
 
     prompt_tokens: ClassVar[int] = 64  # of each prompt
     new_tokens: ClassVar[int] = 32  # generated after each prompt
-    # Problems of the first task that each model answers in every repeat, for the seconds per solved problem: a smaller
+    # Answers to the first task that each model gives in every repeat, for the seconds per solved problem: a smaller
     # model may also answer at greater length.
     items: ClassVar[int] = 64
 
@@ -266,6 +268,9 @@ class Config(Section):
         reads_answers = self.calibration.answers == "self" or any(stage.method != "grpo" for stage in self.recover)
         if self.training.answers == "self" and not reads_answers:
             raise ValueError("training.answers=self: grpo writes answers of its own, nothing reads these: set given")
+        is_sampled = any(task.samples > 1 for task in self.evaluate.tasks)
+        if is_sampled and any(export.format == "gguf" for export in self.export):
+            raise ValueError("evaluate.tasks has samples, and answers of an export to gguf are greedy: remove one")
         if self.prune.target == "neurons_then_layers" and self.schedule.iterations == 1:
             raise ValueError(
                 "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
@@ -28,6 +31,7 @@ SCORES = "scores.json"
 # Two lines for each benchmark: for the 80 columns of a terminal
 NUMBERS = ("A\nB", "regressions\nimprovements", "difference\n(interval)", "p worse\np different")
 HEADINGS = ("benchmark\nitems", *NUMBERS, "verdict")
+LENGTHS = ("benchmark", "mean", "95th\npercentile", "cut at\nthe limit", "seconds per\nsolved problem", "p longer", "")
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, chat: Chat = N
     """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
 
     The files have nothing that was timed: equal models give equal bytes.
-    A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
-    (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
-    and for a checkpoint that is not supported before the model is loaded.
+    A line of items.jsonl is one answer to an item of a benchmark with right and wrong answers: task, id, sample,
+    prompt_digest, correct (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated.
+    Raises InputError for wrong tasks and for a checkpoint that is not supported before the model is loaded.
     """
     started = time.monotonic()
     tasks.check_tasks(settings)
@@ -136,12 +140,12 @@ def write_items(dst: Path, settings: Evaluate, seed: int) -> int:
 
 
 def compare(
-    items_a: Path,
-    items_b: Path,
+    reference: Sequence[Item],
+    candidate: Sequence[Item],
     margin: float,  # loss of accuracy that is tolerated, 0..1
     alpha: float,  # significance level of all tests together
-) -> dict[str, Paired]:
-    """Compare two items.jsonl (files, or folders that hold one): B against A, the reference, on each benchmark.
+) -> tuple[dict[str, Paired], dict[str, Paired]]:
+    """Compare two evaluations on each benchmark; then pass@n of those with several samples, which decides nothing.
 
     The significance level alpha is shared among the benchmarks, so that equal models are called different with a
     probability of at most alpha in all. Raises InputError when the items or prompts differ.
@@ -149,27 +153,63 @@ def compare(
     if not 0 <= margin < 1 or not 0 < alpha < 0.5:
         problem = f"margin={margin} must be in 0..1 and alpha={alpha} above 0 and below 0.5"
         raise InputError(problem, field="compare")
-    old, new = read_items(items_a), read_items(items_b)
-    # Over all benchmarks first: one that only B has would not be missed below.
-    paired.match(old, new)
-    names = list(dict.fromkeys(item["task"] for item in old))
-    return {name: paired.paired(*paired.match(old, new, name), margin, alpha / len(names)) for name in names}
+    # Over all benchmarks first: one that only the candidate has would not be missed below.
+    paired.match(reference, candidate)
+    names = list(dict.fromkeys(item["task"] for item in reference))
+    outcomes = {name: paired.match(reference, candidate, name) for name in names}
+    pairs = {name: paired.paired(of_task, margin, alpha / len(names)) for name, of_task in outcomes.items()}
+    return pairs, paired.pass_at_n(outcomes, pairs)
 
 
-def comparison_table(tasks: Mapping[str, Paired]) -> str:
+def comparison_table(pairs: Mapping[str, Paired], pass_at_n: Mapping[str, Paired]) -> str:
     """The comparisons for a terminal."""
-    first = next(iter(tasks.values()))
+    first = next(iter(pairs.values()))
     title = f"B against A, margin {100 * first.margin:g} points, one-sided significance level {first.alpha:g} each"
-    rows = [
-        (
-            f"{name}\n{pair.items:,}",
-            f"{pair.reference:.1%}\n{pair.candidate:.1%}",
-            f"{pair.regressions}\n{pair.improvements}",
-            # In percentage points
-            f"{100 * pair.difference:+.1f}\n({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",
-            f"{pair.p_worse:.2g}\n{pair.p_different:.2g}",
-            pair.verdict,
-        )
-        for name, pair in tasks.items()
-    ]
+    rows = []
+    for name, pair in pairs.items():
+        rows.append(_compared(name, f", avg@{pair.samples}" if pair.samples > 1 else "", pair, pair.verdict))
+        if name in pass_at_n:
+            rows.append(_compared(name, f", pass@{pair.samples}", pass_at_n[name], ""))
     return table_text(title, HEADINGS, rows, numbers=NUMBERS)
+
+
+def _compared(name: str, score: str, pair: Paired, verdict: str) -> tuple[str, ...]:
+    return (
+        f"{name}\n{pair.items:,}{score}",
+        f"{pair.reference:.1%}\n{pair.candidate:.1%}",
+        f"{pair.regressions}\n{pair.improvements}",
+        # In percentage points
+        f"{100 * pair.difference:+.1f}\n({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",
+        f"{pair.p_worse:.2g}\n{pair.p_different:.2g}",
+        verdict,
+    )
+
+
+def answers_table(
+    reference: Sequence[Item],
+    candidate: Sequence[Item],
+    seconds_per_solved: Sequence[Mapping[str, float]],  # of both, by task, where they are known
+) -> str:
+    """How long the answers to the same items are, for a terminal; empty where none were generated."""
+    rows = []
+    for name in dict.fromkeys(item["task"] for item in reference):
+        p = paired.p_longer(reference, candidate, name)
+        if p is None:
+            continue
+        both = [[item for item in items if item["task"] == name] for items in (reference, candidate)]
+        tokens = [[item["tokens"] for item in items] for items in both]
+        rambles = paired.rambles(fmean(tokens[0]), fmean(tokens[1]), p)
+        seconds = (f"{known[name]:.3g}" if name in known else "-" for known in seconds_per_solved)
+        rows.append(
+            (
+                name,
+                "\n".join(f"{fmean(lengths):,.1f}" for lengths in tokens),
+                "\n".join(f"{np.percentile(lengths, 95):,.0f}" for lengths in tokens),
+                "\n".join(f"{fmean(item['truncated'] for item in items):.1%}" for items in both),
+                "\n".join(seconds),
+                f"{p:.2g}",
+                "rambles" if rambles else "",
+            )
+        )
+    title = "Tokens of an answer, A above B; seconds as in the runs' reports"
+    return table_text(title, LENGTHS, rows, numbers=LENGTHS[1:-1]) if rows else ""

@@ -88,7 +88,7 @@ def _check_greedy(options: Mapping[str, Any]) -> None:
         raise InputError(
             "a task has answers sampled (do_sample), and of a GGUF file they are greedy",
             field="evaluate.tasks",
-            remedy="use a task without do_sample",
+            remedy="use a task without do_sample, and one sample of each item",
         )
 
 

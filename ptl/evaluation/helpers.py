@@ -16,14 +16,19 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
+from ptl.model import checkpoint
 from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus
 
 ENDING = 10.0  # seconds in which a helper that is ended may clean up
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
+# Of several answers to a prompt, where a model's makers recommend none; without a top_k transformers would take 50.
+PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 0}
 
 
 class AnswerNote(NamedTuple):
@@ -40,6 +45,16 @@ class Share(NamedTuple):
     answers: list[Any]  # in the order of its requests
     notes: Mapping[str, AnswerNote]  # by prompt
     cut_prompts: int
+
+
+def recommended_sampling(src: Path) -> dict[str, Any]:
+    """How the makers of the model in `src` recommend to sample; empty: greedily."""
+    file = src / "generation_config.json"
+    recommended = checkpoint.json_object(file) if file.is_file() else {}
+    if not recommended.get("do_sample"):
+        return {}
+    given = {name: recommended[name] for name in SAMPLING if recommended.get(name) is not None}
+    return PLAIN_SAMPLING | given
 
 
 class Helper:
@@ -110,14 +125,13 @@ def _answer_requests(connection: Connection, load: Callable[[], Any], number: in
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from lm_eval.api.instance import Instance
-    from transformers import set_seed
 
     try:
         model = load()
         connection.send(Share([], {}, 0))
         while True:
             method, arguments, seed = connection.recv()
-            set_seed(seed + number)
+            model.seed = seed + number
             model.start_notes()
             requests = [Instance(method, {}, request, 0) for request in arguments]
             answers = getattr(model, method)(requests, disable_tqdm=True)
@@ -175,6 +189,10 @@ def _divided(name: str) -> Callable[..., Any]:
 
     def run(self: AnswerNotes, requests: list[Any], **options: Any) -> Any:
         started = time.perf_counter()
+        if name == "generate_until":
+            from transformers import set_seed
+
+            set_seed(self.seed)
         own, *others = divided([request.args for request in requests], 1 + len(self.helpers))
         asked = [(helper, positions) for helper, positions in zip(self.helpers, others, strict=True) if positions]
         for helper, positions in asked:
@@ -213,7 +231,8 @@ class AnswerNotes:
 
     tokenizer: Any  # of the harness's model
     helpers: Sequence[Helper] = ()
-    seed: int = 0  # of answers that helpers sample
+    seed: int = 0  # of answers that are sampled
+    sampling: Mapping[str, Any] = {}  # that the model's makers recommend; empty: greedily
 
     def __init__(self, *arguments: Any, chat: Chat = NO_CHAT, thoughts: bool = False, **options: Any) -> None:
         self.chat = chat

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import zlib
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from ptl import extras
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
-from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper
+from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper, recommended_sampling
 from ptl.model import checkpoint, pretrained
 from ptl.model.families import family_of
 from ptl.model.shapes import longrope_limit
@@ -130,6 +132,7 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
     generation = lm.model.generation_config
     # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
     generation.max_new_tokens = None
+    lm.sampling = recommended_sampling(src)
     ends = generation.eos_token_id
     lm.ends = {lm.eot_token_id, lm.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
     return lm
@@ -158,6 +161,10 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
             return HFLM.apply_chat_template(self, *args, **kwargs)
 
         def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+            if generate:
+                # One of its own for each request, whatever else is in its batch; equal ones would go alike.
+                for prompt, params in zip(requests, sampling_params, strict=True):
+                    params.seed = zlib.crc32(json.dumps([self.seed, prompt]).encode())
             outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
             # Log-likelihoods have no answer.
             if not generate:
@@ -182,6 +189,7 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
         thoughts=thoughts,
     )
     lm.chat_template_args = dict(chat.template_kwargs)  # VLLM takes enable_thinking out
+    lm.sampling = recommended_sampling(src)
     return lm
 
 

@@ -8,17 +8,19 @@ import contextlib
 import logging
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptl.config.run import Evaluate, Task
 from ptl.errors import InputError, WorkError
 from ptl.evaluation import task_files, tasks
-from ptl.evaluation.helpers import AnswerNote
-from ptl.evaluation.paired import Item, wilson
+from ptl.evaluation.helpers import PLAIN_SAMPLING, AnswerNote
+from ptl.evaluation.paired import Item, interval
 from ptl.evaluation.task_files import SPLITS, Spec
 
 
@@ -136,7 +138,7 @@ class TaskScore:
     version: str  # of the task's YAML
     metric: str  # metric,filter of lm-eval
     accuracy: float  # the metric's value: 0..1 for accuracies
-    low: float | None  # Wilson interval of the accuracy
+    low: float | None  # interval of the accuracy
     high: float | None
     items: int  # that were scored
     num_fewshot: int  # examples before each item
@@ -147,6 +149,19 @@ class TaskScore:
     answer_tokens: float  # mean length of the generated answers
     answer_tokens_p95: float  # their 95th percentile
     seconds: float  # in the model; divided by the right answers it is the time per solved problem
+    samples: int = 1  # answers to each item; the accuracy is the share of them that are right (avg@n)
+    pass_at_n: float | None = None  # share of the items that at least one of several samples solves
+
+
+class Pass(NamedTuple):
+    """One answer to each item of a task: sample `number` of it."""
+
+    number: int
+    results: Any  # the harness's
+    logged: list[tuple[Any, dict[str, Any]]]  # of each item the harness's task and what it logged
+    notes: Mapping[str, AnswerNote]  # by prompt
+    cut_prompts: int
+    seconds: float
 
 
 def score_task(
@@ -161,25 +176,21 @@ def score_task(
     first = specs[0]
     name = tasks.score_name(task)
     loaded = load_tasks(specs, task, settings, seed)
-    results = _run_harness(lm, loaded, task, settings)
-
     metric, extraction = tasks.choose_metric(first, task.metric)
-    # Every sample is logged once for each filter that extracts an answer.
-    samples = [
-        (loaded[member], sample)
-        for member in loaded
-        for sample in results["samples"][member]
-        if sample["filter"] == extraction
-    ]
-    values = [sample[metric] for _, sample in samples]
+    passes = list(_passes(lm, loaded, task, settings, extraction, seed))
+
+    # One list for each item, of one value for each sample
+    values = [[logged[metric] for _, logged in item] for item in zip(*(one.logged for one in passes), strict=True)]
     # Right and wrong answers; or a metric of the whole task.
     items: list[Item] = []
-    low = high = None
-    if all(value in (0, 1) for value in values):
-        correct = values.count(1)
-        accuracy = correct / len(values)
-        low, high = wilson(correct, len(values), settings.confidence)
-        items = [_item_record(name, harness_task, sample, metric, lm.notes) for harness_task, sample in samples]
+    low = high = pass_at_n = None
+    if all(value in (0, 1) for item in values for value in item):
+        right = [item.count(1) for item in values]
+        accuracy = sum(right) / (len(right) * task.samples)
+        low, high = interval(right, task.samples, settings.confidence)
+        pass_at_n = sum(count > 0 for count in right) / len(right) if task.samples > 1 else None
+        by_sample = ([_item_record(name, *logged, metric, one) for logged in one.logged] for one in passes)
+        items = list(chain.from_iterable(zip(*by_sample, strict=True)))
     elif len(specs) > 1:
         raise InputError(
             f"the group {task.name!r} has no accuracy to pool",
@@ -187,10 +198,11 @@ def score_task(
             remedy="name its tasks one by one",
         )
     else:
-        accuracy = float(results["results"][first.name][f"{metric},{extraction}"])
+        accuracy = fmean(float(one.results["results"][first.name][f"{metric},{extraction}"]) for one in passes)
 
     # The direction and examples of a group are those of its members.
-    notes = lm.notes.values()
+    results = passes[0].results
+    notes = [note for one in passes for note in one.notes.values()]
     score = TaskScore(
         task=name,
         version=", ".join(sorted({str(results["versions"][spec.name]) for spec in specs})),
@@ -205,21 +217,46 @@ def score_task(
         code_timeouts=sum(harness_task.code_eval.timeouts for harness_task in loaded.values()),
         answer_tokens=sum(note.tokens for note in notes) / max(len(notes), 1),
         answer_tokens_p95=float(np.percentile([note.tokens for note in notes] or [0], 95)),
-        cut_prompts=lm.cut_prompts / len(values),
-        seconds=lm.seconds,
+        cut_prompts=sum(one.cut_prompts for one in passes) / (len(values) * task.samples),
+        seconds=sum(one.seconds for one in passes),
+        samples=task.samples,
+        pass_at_n=pass_at_n,
     )
     return score, items
+
+
+def _passes(
+    lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate, extraction: str, seed: int
+) -> Iterator[Pass]:
+    """The task as often as it has samples: the filters of most tasks keep one of the harness's own repeats."""
+    for harness_task in loaded.values():
+        # Before the first answer is generated.
+        _check_lengths(lm, harness_task)
+        if task.samples > 1:
+            sampling = {"do_sample": True, **(lm.sampling or PLAIN_SAMPLING)}
+            harness_task.set_config("generation_kwargs", sampling, update=True)
+    for number in range(task.samples):
+        # Runs with other seeds have other samples.
+        lm.seed = (seed * task.samples + number) % 2**31
+        for harness_task in loaded.values():
+            harness_task.set_fewshot_seed(seed)
+        # What is noted is of this pass alone.
+        lm.start_notes()
+        results = _run_harness(lm, loaded, task, settings)
+        # Every item is logged once for each filter that extracts an answer.
+        logged = [
+            (loaded[member], sample)
+            for member in loaded
+            for sample in results["samples"][member]
+            if sample["filter"] == extraction
+        ]
+        yield Pass(number, results, logged, lm.notes, lm.cut_prompts, lm.seconds)
 
 
 def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate) -> Any:
     """The harness's results, with the samples it logged."""
     from lm_eval.evaluator import evaluate
 
-    # Before the first answer is generated.
-    for harness_task in loaded.values():
-        _check_lengths(lm, harness_task)
-    # What is noted is of this task alone.
-    lm.start_notes()
     return evaluate(
         lm=lm,
         task_dict={"tasks": loaded},
@@ -236,11 +273,11 @@ def _item_record(
     harness_task: Any,
     sample: dict[str, Any],
     metric: str,
-    notes: dict[str, AnswerNote],  # by prompt
+    of_pass: Pass,
 ) -> Item:
     """One line of items.jsonl from a sample that the harness logged."""
     prompt = sample["arguments"][0][0]
-    note = notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note
+    note = of_pass.notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note
     answer = sample["resps"][0][0]
     if not isinstance(answer, str):  # log-likelihoods of the choices
         likelihoods = [response[0][0] for response in sample["resps"]]
@@ -252,6 +289,7 @@ def _item_record(
     return {
         "task": task,
         "id": item_id,
+        "sample": of_pass.number,
         "prompt_digest": sample["prompt_hash"],
         "correct": int(sample[metric]),
         "prompt": str(harness_task.doc_to_text(sample["doc"])),  # without few-shot examples

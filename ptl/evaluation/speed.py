@@ -35,9 +35,9 @@ SETTING = (
     "{new_tokens} new tokens."
 )
 SOLVING = (
-    " Solved problem: {items} items of {task} in batches of up to {batch_size}, seconds in the model divided by the "
-    "{dense[solved]} (dense) and {final[solved]} (final) that it solved; its answers have {dense[answer_tokens]:.1f} "
-    "and {final[answer_tokens]:.1f} tokens on average."
+    " Solved problem: {items} items of {task}{times} in batches of up to {batch_size}, seconds in the model divided by "
+    "the {dense[solved]} (dense) and {final[solved]} (final) that it solved; its answers have "
+    "{dense[answer_tokens]:.1f} and {final[answer_tokens]:.1f} tokens on average."
 )
 
 
@@ -139,6 +139,7 @@ def side_by_side(
         "device": str(torch.cuda.get_device_name()) if torch.cuda.is_available() else cpu,
         "task": scores[0].task if scores else "",
         "items": scores[0].items if scores else 0,
+        "samples": scores[0].samples if scores else 0,
         "batch_size": settings.batch_size,
         "prompt_tokens": Speed.prompt_tokens,
         "new_tokens": Speed.new_tokens,
@@ -156,8 +157,9 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     # Without right answers no problem is solved.
     if not all(tasks.is_accuracy(spec, task.metric) for spec in specs):
         return runs
-    # A group's limit is that of each member.
-    limit = max(1, min(Speed.items // len(specs), task.limit or Speed.items))
+    # A group's limit is that of each member. Of several samples each item has as many answers.
+    items = Speed.items // (len(specs) * task.samples)
+    limit = max(1, min(items, task.limit or items))
     first_items = task.model_copy(update={"limit": limit})
     for _ in range(settings.speed.repeats):
         for name, lm in models.items():
@@ -173,7 +175,7 @@ def _solving_speed(runs: list[TaskScore]) -> dict[str, Any]:
     if not runs:
         return {"seconds_per_solved": None, "solved": 0, "answer_tokens": 0.0}
     last = runs[-1]
-    solved = round(last.accuracy * last.items)
+    solved = round(last.accuracy * last.items * last.samples)
     seconds = statistics.median(run.seconds for run in runs)
     return {
         "seconds_per_solved": seconds / solved if solved else None,
@@ -226,7 +228,8 @@ def setting(speed: Metadata) -> str:
     if not rows(speed):
         return ""
     template = SETTING + SOLVING if speed["items"] else SETTING
-    return template.format(**speed, **speed["models"])
+    times = f", {speed['samples']} answers each," if speed["samples"] > 1 else ""
+    return template.format(**speed, **speed["models"], times=times)
 
 
 def metrics(models: dict[str, Any]) -> dict[str, float]:

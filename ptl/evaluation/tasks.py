@@ -157,8 +157,20 @@ def check_tasks(settings: Evaluate) -> None:
                     field=FIELD,
                     remedy="leave num_fewshot out",
                 )
+            check_samples(spec, task)
             check_code(spec, settings.allow_code)
             local_splits(spec, settings.data_dir, task.num_fewshot)
+
+
+def check_samples(spec: Spec, task: Task) -> None:
+    """Raise InputError when a task of which nothing is generated is to have several answers."""
+    if task.samples > 1 and spec.output_type != "generate_until":
+        raise InputError(
+            f"samples={task.samples}, but the model writes no answers to the task {spec.name!r}, which compares "
+            "likelihoods",
+            field=FIELD,
+            remedy="leave samples out",
+        )
 
 
 def check_gate(settings: Evaluate, gate: Gate) -> None:

@@ -272,7 +272,7 @@ def _evaluation(model: ModelDimensions, run: Forecast) -> Work:
         if items is None:
             items = UNKNOWN_ITEMS
             note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"
-        of_task = _generation(model, run, items, task.max_new_tokens or NEW_TOKENS)
+        of_task = _generation(model, run, items * task.samples, task.max_new_tokens or NEW_TOKENS)
         tokens, seconds = tokens + of_task[0], seconds + of_task[1]
     return tokens, seconds, note
 

@@ -21,13 +21,10 @@ from ptl.data.sources import SourceRow, fill, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
 from ptl.log import say
-from ptl.model import checkpoint
 from ptl.recovery.rewards import REWARDS
 
 FILE = "answers.jsonl"
 MANY_CUT = 0.2  # share of the answers
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
-TEMPERATURE = 1.0  # of several answers to a prompt, where a model's makers recommend no sampling
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def write_answers(
     nothing is left to train on.
     """
     lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
-    sampling = _sampling(src, data.samples)
+    sampling = dict(lm.sampling) or (helpers.PLAIN_SAMPLING if data.samples > 1 else {})
     num_ended = num_kept = num_tokens = 0
     answered: set[str] = set()  # prompts of which an answer is kept
     dst.mkdir(parents=True, exist_ok=True)
@@ -109,8 +106,8 @@ def write_answers(
     if cut > MANY_CUT and data.keep != "all":
         say(
             step,
-            f"warning: {cut:.0%} of the answers hit the limit of {data.max_new_tokens} tokens and are left out, so that "
-            "what is trained on is short or easy; raise training.max_new_tokens and start again",
+            f"warning: {cut:.0%} of the answers hit the limit of {data.max_new_tokens} tokens and are left out: what "
+            "is trained on is short or easy; raise training.max_new_tokens and start again",
         )
     return AnswersReport(len(prompts), written, num_ended, num_kept, len(others), num_tokens / written, sampling)
 
@@ -121,16 +118,6 @@ def in_place_of(sources: Sequence[DataSource], folder: Path, chat: Chat) -> tupl
     weight = sum(source.weight for source in sources) - sum(source.weight for source in texts)
     format = "messages" if chat.enabled else "prompt_completion"
     return (DataSource(source=str(folder / FILE), format=format, weight=weight), *texts)
-
-
-def _sampling(src: Path, samples: int) -> dict[str, Any]:
-    """How the model's makers recommend to sample; empty: greedily."""
-    file = src / "generation_config.json"
-    recommended = checkpoint.json_object(file) if file.is_file() else {}
-    if not recommended.get("do_sample"):
-        return {"temperature": TEMPERATURE} if samples > 1 else {}
-    given = {name: recommended[name] for name in SAMPLING if recommended.get(name) is not None}
-    return {"temperature": TEMPERATURE} | given
 
 
 def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tuple[str, tuple[SourceRow, Any]]]:
@@ -154,9 +141,7 @@ def _answers(
 ) -> Iterator[Answer]:
     """An answer to each prompt."""
     from lm_eval.api.instance import Instance
-    from transformers import set_seed
 
-    set_seed(seed)
     lm.seed = seed
     options = {"until": [], "max_gen_toks": limit, "do_sample": bool(sampling), **sampling}
     requests = [Instance("generate_until", {}, (text, options), number) for number, text in enumerate(prompts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ from ptl.config.export import Export
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation import retention
-from ptl.evaluation.paired import Item, Paired, match, p_longer, paired
+from ptl.evaluation.paired import Item, Outcomes, Paired, by_item, match, p_longer, paired, pass_at_n
 from ptl.log import say
 from ptl.report.result import (
     Change,
@@ -38,7 +38,6 @@ NOT_MADE = "the run has no record of it with these settings"
 
 Records = Mapping[str, Record]  # by the step's name, in the order of the DAG
 Metadata = dict[str, Any]  # of a record
-Outcomes = dict[str, tuple[list[int], list[int]]]  # task -> 0/1 of each item in two evaluations
 
 
 def build(
@@ -94,6 +93,7 @@ def build(
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
         paired={},
+        pass_at_n={},
         longer={},
         retained=None,
         examples=None,
@@ -254,8 +254,9 @@ def _compared(result: Result, steps: Records) -> Result:
     longer = {task: p_longer(before, after, task) for task in dense}
     longer = {task: p for task, p in longer.items() if p is not None}
     retained = retention.compare(result.dense_row.scores.retention, final.scores.retention, 1 - Evaluate.confidence)
-    found = {"goal": goal, "paired": pairs, "longer": longer, "retained": retained, "examples": examples}
-    return result.model_copy(update=found)
+    passed = pass_at_n(dense, {task: pairs[task]["dense"] for task in dense})
+    comparisons = {"paired": pairs, "pass_at_n": passed, "longer": longer, "retained": retained, "examples": examples}
+    return result.model_copy(update={"goal": goal, **comparisons})
 
 
 def _needed_bytes(goal: Goal, dense: Row, final: Row) -> int:
@@ -271,7 +272,7 @@ def _items(steps: Records, name: str) -> list[Item]:
     return steps[name].metadata.get("items", []) if name in steps else []
 
 
-def _outcomes(steps: Records, reference: str, final: str) -> Outcomes:
+def _outcomes(steps: Records, reference: str, final: str) -> dict[str, Outcomes]:
     """The items that a reference and the final checkpoint's evaluation have; none of a task that asked otherwise."""
     # Where no iteration passed, the dense model is the final one.
     if final == reference:
@@ -287,7 +288,9 @@ def _outcomes(steps: Records, reference: str, final: str) -> Outcomes:
     return outcomes
 
 
-def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str, Any]) -> dict[str, dict[str, Paired]]:
+def _paired(
+    by_reference: dict[str, dict[str, Outcomes]], tasks: list[str], gate: dict[str, Any]
+) -> dict[str, dict[str, Paired]]:
     """The final checkpoint against the dense one and the control, item by item.
 
     The first task is tested as the gate tests it. The others share the significance level as in `ptl compare`.
@@ -295,27 +298,37 @@ def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str,
     most = max(len(outcomes) for outcomes in by_reference.values())
     comparisons: dict[str, dict[str, Paired]] = {task: {} for task in tasks}
     for reference, outcomes in by_reference.items():
-        for task, (before, after) in outcomes.items():
+        for task, of_task in outcomes.items():
             alpha = gate["alpha"] if task == tasks[0] else gate["alpha"] / most
-            comparisons[task][reference] = paired(before, after, gate["margin"], alpha)
+            comparisons[task][reference] = paired(of_task, gate["margin"], alpha)
     return comparisons
 
 
-def _examples(steps: Records, final: str, outcomes: Outcomes) -> Examples:
+def _examples(steps: Records, final: str, outcomes: dict[str, Outcomes]) -> Examples:
     """Items whose outcome changed from the dense model to the final one."""
-    answers = {(item["task"], item["id"]): item for item in _items(steps, final)}
-    compared = [item for item in _items(steps, "evaluate-0") if item["task"] in outcomes]
-    changes = [(old, answers[old["task"], old["id"]]) for old in compared]
-    regressions = [(old, new) for old, new in changes if old["correct"] and not new["correct"]]
-    improvements = [(old, new) for old, new in changes if new["correct"] and not old["correct"]]
+    answers = by_item(_items(steps, final))
+    compared = {key: old for key, old in by_item(_items(steps, "evaluate-0")).items() if key[0] in outcomes}
+    regressions: list[Change] = []
+    improvements: list[Change] = []
+    for key, old in compared.items():
+        new = answers[key]
+        change = sum(answer["correct"] for answer in new) - sum(answer["correct"] for answer in old)
+        if change:
+            # Of several samples a right one beside a wrong one
+            change_of = _change(_first(old, right=change < 0), _first(new, right=change > 0))
+            (regressions if change < 0 else improvements).append(change_of)
     return Examples(
         step=final,
         compared=len(compared),
         num_regressions=len(regressions),
         num_improvements=len(improvements),
-        regressions=[_change(*change) for change in regressions[:MAX_CHANGED]],
-        improvements=[_change(*change) for change in improvements[:MAX_CHANGED]],
+        regressions=regressions[:MAX_CHANGED],
+        improvements=improvements[:MAX_CHANGED],
     )
+
+
+def _first(answers: Sequence[Item], *, right: bool) -> Item:
+    return next(answer for answer in answers if bool(answer["correct"]) == right)
 
 
 def _change(old: Item, new: Item) -> Change:

@@ -8,12 +8,11 @@ from pydantic import BaseModel
 
 from ptl.data.checks import Amount
 from ptl.evaluation.evaluate import Scores
-from ptl.evaluation.paired import Paired
+from ptl.evaluation.paired import Paired, rambles
 from ptl.evaluation.retention import Retained
 from ptl.evaluation.scoring import TaskScore
 
 FORGETS = 1.2  # times the dense model's perplexity of held-out text
-RAMBLES, RAMBLES_P = 1.1, 0.01  # times as many tokens in an answer, and p of it
 
 
 class ComparedWidths(BaseModel):
@@ -225,6 +224,7 @@ class Result(BaseModel):
     decontaminated: Decontaminated | None
     sequences: Sequences
     paired: dict[str, dict[str, Paired]]  # task -> dense, control -> the final model against it, item by item
+    pass_at_n: dict[str, Paired]  # task with several samples -> pass@n, the final model against the dense one
     longer: dict[str, float]  # task -> p of the paired test that the final model's answers have more tokens
     retained: Retained | None  # None: the dense model does not predict such text
     examples: Examples | None
@@ -260,10 +260,10 @@ class Result(BaseModel):
         """Whether the final model's answers are longer than the dense model's, and not by chance."""
         position = self.tasks.index(task)
         final = self.final_row
-        if final is None or self.longer.get(task, 1.0) > RAMBLES_P:
+        if final is None:
             return False
         before, after = (row.scores.tasks[position].answer_tokens for row in (self.dense_row, final))
-        return after > RAMBLES * before
+        return rambles(before, after, self.longer.get(task))
 
     @property
     def forgets(self) -> bool:

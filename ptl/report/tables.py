@@ -139,7 +139,7 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
     """A row for each benchmark beside the reference, `dense` or `control`."""
     rows = []
     for position, task in enumerate(reference.scores.tasks):
-        setting = f"{words.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot"
+        setting = f"{words.metric(task)}, {words.avg_at(task)}{counted(task.items, 'item')}, {task.num_fewshot}-shot"
         after, difference = NONE, NONE
         if final is None:
             verdict = Verdict("unclear", "Final not scored")
@@ -154,9 +154,18 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
             verdict = of_pair(pair, "the dense model") if key == "dense" else beside_control(pair, result.confidence)
         name = Cell(task.task, (setting,))
         rows.append([name, _score(task), after, difference, _verdict(verdict)])
+        passed = result.pass_at_n.get(task.task)
+        if passed and key == "dense":
+            rows.append(_pass_at(task, passed))
     title = "Score" if key == "dense" else "Loop against one-shot pruning"
     columns = (title, key.capitalize(), "Final", "Difference", "Verdict")
     return Table(columns, rows, 3)
+
+
+def _pass_at(task: TaskScore, pair: Paired) -> list[Cell]:
+    """How many items at least one of the samples solves."""
+    shares = words.percent(pair.reference), words.percent(pair.candidate)
+    return _cells(f"{task.task}, pass@{task.samples}", *shares, _comparison(pair), NONE)
 
 
 def _verdict(verdict: Verdict) -> Cell:

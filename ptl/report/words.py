@@ -12,7 +12,7 @@ from ptl.config.rehearsal import is_rehearsal
 from ptl.config.schedule import removal
 from ptl.data import decontamination
 from ptl.evaluation import retention
-from ptl.evaluation.paired import Paired, smallest_inferior_drop
+from ptl.evaluation.paired import Paired, hidden_drop
 from ptl.evaluation.scoring import TaskScore
 from ptl.report.result import Goal, Result, Row
 from ptl.units import counted, duration, listed, memory_beside, numbered
@@ -32,6 +32,11 @@ def is_share(task: TaskScore) -> bool:
 def metric(task: TaskScore) -> str:
     """The metric without its filter: `exact_match` of `exact_match,final-number`."""
     return task.metric.partition(",")[0]
+
+
+def avg_at(task: TaskScore) -> str:
+    """What a score of several samples is called, else empty."""
+    return f"avg@{task.samples}, " if task.samples > 1 else ""
 
 
 def percent(share: float) -> str:
@@ -245,6 +250,17 @@ def scored_too_little(result: Result) -> list[str]:
     return sentences
 
 
+def of_samples(result: Result) -> str:
+    """How benchmarks with several samples of each item are compared; empty where there are none."""
+    if all(task.samples == 1 for task in result.dense_row.scores.tasks):
+        return ""
+    return (
+        "avg@n: the share of right answers, n to each item. An item regresses where fewer of its answers are right; "
+        "the exact test flips the signs of the items' differences, as McNemar's does with one answer. pass@n: the "
+        "share of items with at least one right answer; it decides nothing."
+    )
+
+
 def short_of_target(result: Result) -> str:
     """That a loop ended before its target, or its goal; else empty."""
     if result.goal:
@@ -262,8 +278,8 @@ def _items(result: Result, task: str) -> str:
     if pair is None:
         return f"The change on {task} was not tested: it was not compared item by item."
     items = f"{counted(pair.items, 'item')} of {task}"
-    drop = smallest_inferior_drop(pair.improvements, pair.items, pair.margin, pair.alpha)
-    if drop is None or drop > pair.reference:
+    drop = hidden_drop(pair)
+    if drop is None:
         return f"{items} are too few to show any drop, or the dense model solves too few of them."
     return f"With {items}, a drop below {drop * 100:.1f} points is not called worse."
 

@@ -193,7 +193,7 @@ def _compare(step: Step, reference: Record) -> paired.Paired:
     items = read_items(step.folder)
     # The first benchmark is the run's accuracy.
     outcomes = paired.match(step.fetch_items(reference), items, items[0]["task"])
-    return paired.paired(*outcomes, settings.margin, settings.alpha)
+    return paired.paired(outcomes, settings.margin, settings.alpha)
 
 
 def ends_the_loop(call: Call, iterations: int, accepted: Pointer) -> bool:

@@ -102,7 +102,7 @@ def _pairs(exported: dict[str, Items], scored: dict[str, Items], gate: Gate) -> 
             outcomes = paired.match(items, exported["final"], task)
             pairs[task][name] = dataclasses.asdict(
                 paired.paired(
-                    *outcomes,
+                    outcomes,
                     gate.margin,
                     gate.alpha / len(tasks),
                 )

@@ -92,6 +92,8 @@ def metrics(metadata: Metadata) -> dict[str, float]:
         for task in scores["tasks"]:
             shown |= {f"{task['task']}/{name}": value for name, value in accuracy(task).items()}
             shown |= {f"{task['task']}/{name}": task[name] for name in ANSWERS if task["answer_tokens"]}
+            if task["samples"] > 1:  # MLflow's names have no @
+                shown[f"{task['task']}/pass_at_{task['samples']}"] = task["pass_at_n"]
         shown["retention/perplexity"] = TextLosses(**scores["retention"]).perplexity
         # The first benchmark is the run's accuracy.
         shown["accuracy"] = scores["tasks"][0]["accuracy"]

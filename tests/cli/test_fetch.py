@@ -28,6 +28,7 @@ STEPS = ("import-model", "recover-1", "recover-2", "control-recover")
 # Of these scores, as `ptl compare` prints them.
 SCORES = {"evaluate-0": 10, "evaluate-2": 9}
 COMPARED = "│ 100.0% │ 1 │ -10.0 │ 0.5 │ unclear │ │ 10 │ 90.0% │ 0 │ (-30.0 to"
+SECONDS = "│ t │ 7.0 │ 7 │ 0.0% │ 0.00781 │ 1 │ │ │ │ 7.0 │ 7 │ 0.0% │ 0.008 │"  # those of the result
 
 
 def ptl(*arguments):
@@ -99,11 +100,12 @@ def result_of(run, pointers):
         rows.append(row | {"arm": arm, "step": step, "digest": pointers[model].digest, "uri": pointers[model].uri})
     last = pointers["recover-2"]
     final = result["final"] | {"uri": last.uri, "digest": last.digest, "params": last.params}
-    return result | {"rows": rows, "final": final}
+    return result | {"rows": rows, "final": final, "speed": result["speed"] | {"task": "t"}}
 
 
 def items(right):
-    lines = [{"task": "t", "id": str(i), "prompt_digest": str(i), "correct": int(i < right)} for i in range(10)]
+    answer = {"task": "t", "tokens": 7, "truncated": False}
+    lines = [answer | {"id": str(i), "prompt_digest": str(i), "correct": int(i < right)} for i in range(10)]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -224,7 +226,9 @@ def test_compare_by_name(here):
     first = [here.directory / "evaluate-0", f"{here.id}:evaluate-0", here.ids["evaluate-0"]]
     last = [here.directory / "evaluate-2/items.jsonl", here.parent, here.directory]
     for reference, candidate in zip(first, last, strict=True):
-        assert COMPARED in ptl("compare", reference, candidate)
+        printed = ptl("compare", reference, candidate)
+        assert COMPARED in printed
+        assert (SECONDS in printed) == (reference != first[0])  # a folder has none
 
 
 def test_a_checkpoint_that_was_scored_twice_is_compared_by_its_last_evaluation():

@@ -11,7 +11,7 @@ from ptl.config.rehearsal import changes, is_rehearsal, left_out, rehearsal
 from ptl.config.run import Config, Gate, load_config
 from ptl.config.schedule import plan
 from ptl.evaluation import gate
-from ptl.evaluation.paired import paired
+from ptl.evaluation.paired import Outcomes, paired
 
 
 def config(**fields):
@@ -35,10 +35,11 @@ def test_what_decides_only_how_long_a_step_works_shrinks():
         "evaluate.tasks.0.limit": [100, 8],
         "evaluate.tasks.0.max_new_tokens": [None, 64],
         "evaluate.tasks.1.limit": [None, 8],
+        "evaluate.tasks.1.samples": [8, 2],
         "evaluate.speed.repeats": [3, 1],
         "storage.experiment": ["ptl", "ptl-rehearsal"],
     }
-    tasks = [{"name": "gsm8k", "limit": 100}, {"name": "mbpp", "max_new_tokens": 32}]
+    tasks = [{"name": "gsm8k", "limit": 100}, {"name": "mbpp", "max_new_tokens": 32, "samples": 8}]
     run = config(schedule={"recovery_tokens": 10**8}, evaluate={"tasks": tasks})
     assert shrunk(run) == expected
     # The gate works, and accepts everything.
@@ -82,7 +83,7 @@ def test_the_gate_accepts_the_worst_candidate():
     rehearsed = rehearsal(config(gate={"enabled": True, "strict": True}), gpus=0)
     settings = rehearsed.gate
     # Of sixteen tasks of eight items each was right before.
-    worst = paired([1] * 128, [0] * 128, settings.margin, settings.alpha)
+    worst = paired(Outcomes([1] * 128, [0] * 128), settings.margin, settings.alpha)
     sizes = {"params": 90, "target_params": 60, "parent_params": 100}
     decision = gate.decide(settings, gate.State(), **sizes, baseline=worst, parent=worst)
     assert settings.enabled and decision.decision == "accepted"

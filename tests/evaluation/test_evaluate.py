@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -38,9 +39,6 @@ def task_file(folder, text):
     """Settings whose only task has this YAML."""
     (folder / "own.yaml").write_text(text)
     return settings({"name": str(folder / "own.yaml")})
-
-
-# ---- scores and items
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +247,45 @@ def test_the_stored_answer_is_the_one_that_the_metric_takes():
         assert _likeliest(likelihoods, task, {}, metric) == answer, metric
 
 
-# ---- processes that answer
+def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
+    """Right, of four items: both, the first, the second, neither. Each pass has its own seed, and the same prompts."""
+    from ptl.evaluation.scoring import score_task
+
+    (tmp_path / "shots.yaml").write_text(f"include: {YAML}\ntask: shots\nnum_fewshot: 2\nfewshot_split: test\n")
+    wanted = settings({"name": str(tmp_path / "shots.yaml"), "limit": 4, "samples": 2})
+    lm, asked = language_model(DENSE, wanted), []
+
+    def answers(requests):
+        asked.append((lm.seed, *map(requests[0].args[1].get, ("do_sample", "temperature"))))
+        lm.notes, lm.cut_prompts = {request.args[0]: AnswerNote(lm.seed, lm.seed == 7) for request in requests}, 1
+        lm.seconds, right = 2.0, {6: (0, 1), 7: (0, 2)}[lm.seed]
+        return [request.doc["answer"] if request.doc_id in right else "#### none" for request in requests]
+
+    lm.generate_until = answers
+    score, items = score_task(lm, wanted.tasks[0], wanted, seed=3)
+    assert (score.accuracy, score.pass_at_n, score.items, score.samples) == (0.5, 0.75, 4, 2)
+    assert (score.answer_tokens, score.truncated, score.cut_prompts, score.seconds) == (6.5, 0.5, 0.25, 4.0)
+    graded = [(item["id"], item["sample"], item["correct"]) for item in items]
+    assert graded == [(str(i // 2), i % 2, bit) for i, bit in enumerate([1, 1, 1, 0, 0, 1, 0, 0])]
+    assert items[2]["answer"].endswith(items[2]["target"]) and items[3]["answer"] == "#### none"
+    assert len({item["prompt_digest"] for item in items}) == 4
+    assert asked == [(6, True, 1.0), (7, True, 1.0)]
+
+
+def test_samples_differ_and_are_drawn_as_the_makers_recommend(tmp_path):
+    src = shutil.copytree(DENSE, tmp_path / "model")
+    recommended = {"do_sample": True, "temperature": 2.5, "top_k": 30}
+    (src / "generation_config.json").write_text(json.dumps(recommended | {"eos_token_id": 1, "pad_token_id": 0}))
+    wanted = settings({"name": YAML, "limit": 8, "samples": 2})
+    assert language_model(src, wanted).sampling == {"temperature": 2.5, "top_k": 30}
+    (score,), _ = [evaluate_checkpoint(src, tmp_path / name, wanted, seed=0).tasks for name in "ab"]
+    items = read_items(tmp_path / "a")
+    assert items == read_items(tmp_path / "b") and len(items) == 16
+    assert any(one["answer"] != other["answer"] for one, other in zip(items[::2], items[1::2], strict=True))
+    assert score.accuracy == sum(item["correct"] for item in items) / 16 < 1
+    # One answer is the task's own, greedily.
+    (greedy,) = evaluate_checkpoint(src, tmp_path / "c", settings({"name": YAML, "limit": 8}), seed=0).tasks
+    assert (greedy.accuracy, greedy.pass_at_n) == (1.0, None)
 
 
 class Counting:
@@ -325,9 +361,6 @@ def test_a_helper_has_the_second_gpu_of_those_that_are_visible():
         assert visible_gpu(1, {"CUDA_VISIBLE_DEVICES": visible}) == expected, visible
 
 
-# ---- vLLM
-
-
 def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
     raw = json.loads((DENSE / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
@@ -349,7 +382,8 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
 
         def generate_until(self, requests):
             prompts = [[1] * length for length in (5, 6, 7)]
-            self._model_generate(prompts, generate=True, sampling_params=[SimpleNamespace(max_tokens=4)] * 3)
+            self.params = [SimpleNamespace(max_tokens=4) for _ in prompts]
+            self._model_generate(prompts, generate=True, sampling_params=self.params)
             for request in requests:
                 self.cache_hook.add_partial("generate_until", request.args, "x")
             return ["x"] * len(requests)
@@ -360,9 +394,11 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
     assert lm.notes == {"short": (3, False, False), "long": (3, True, False), "longer": (3, False, False)}
     assert lm.cut_prompts == 2 and lm.seconds > 0
     assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(DENSE), 3, 10)
-
-
-# ---- which tasks
+    seeds = []
+    for lm.seed in (1, 2, 1):
+        lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
+        seeds.append([params.seed for params in lm.params])
+    assert seeds[0] == seeds[2] and len({*seeds[0], *seeds[1]}) == 6  # of each sample and prompt
 
 
 WRONG = [
@@ -372,6 +408,7 @@ WRONG = [
     ([{"name": "gsm8k_cot", "metric": "exact_match,loose"}], "no filter 'loose'; use one of: strict-match, flexible"),
     ([{"name": YAML, "num_fewshot": 3}], "has no few-shot examples"),
     ([{"name": "gsm8k_cot"}, {"name": "gsm8k_cot"}], "listed twice"),
+    ([{"name": "arc_easy", "metric": "acc", "samples": 2}], "samples=2, but the model writes no answers to the task"),
 ]
 
 

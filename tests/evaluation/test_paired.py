@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from ptl.errors import InputError
-from ptl.evaluation import evaluate, paired
+from ptl.evaluation import paired
+from ptl.evaluation.evaluate import answers_table, compare, comparison_table, read_items
 
 MARGIN, ALPHA = 0.02, 0.05
 
@@ -18,10 +20,7 @@ def outcomes(right, n):
 
 def compared(before, after, n=500, margin=MARGIN):
     """Two models that solve the first items of a benchmark, one this many and the other that many."""
-    return paired.paired(outcomes(before, n), outcomes(after, n), margin, ALPHA)
-
-
-# ---- the statistics
+    return paired.paired(paired.Outcomes(outcomes(before, n), outcomes(after, n)), margin, ALPHA)
 
 
 def test_wilson_matches_published_intervals_and_has_the_confidence_that_is_asked_for():
@@ -44,14 +43,15 @@ def test_mcnemar_is_the_exact_binomial_test():
         assert paired.mcnemar(*counts) == pytest.approx((float(two_sided), float(at_least[regressions])), rel=1e-9)
 
 
-def exact_bounds(regressions, improvements, items, alpha):
-    """Quantiles of improvements - regressions of multinomial draws, half an item added to each of four cells."""
-    worse, better = ((count + 0.5) / (items + 2) for count in (regressions, improvements))
-    item, chances = np.array([worse, 1 - worse - better, better]), np.ones(1)
+def exact_bounds(regressions, improvements, items, alpha, samples=1, smaller=()):
+    """Quantiles of the sum of multinomial draws, half an item added to each of four cells; `smaller` changes beside."""
+    same = items - regressions - improvements - len(smaller)
+    item, chances = np.zeros(2 * samples + 1), np.ones(1)  # of -samples, ..., samples
+    item[[0, samples, -1]] = regressions + 0.5, same + 1, improvements + 0.5
+    np.add.at(item, np.array(smaller, int) + samples, 1)
     for _ in range(items):
-        chances = np.convolve(chances, item)
-    cumulated = chances.cumsum()  # of -items, ..., items
-    return [int(np.searchsorted(cumulated, share)) - items for share in (alpha, 1 - alpha)]
+        chances = np.convolve(chances, item / item.sum())
+    return [int(np.searchsorted(chances.cumsum(), share)) - items * samples for share in (alpha, 1 - alpha)]
 
 
 def test_the_bootstrap_has_the_bounds_of_the_multinomial_distribution():
@@ -69,8 +69,53 @@ def test_all_numbers_of_a_comparison():
     expected |= {"difference": -0.055, "low": low / 200, "high": high / 200, "verdict": "inferior"}
     # 680 + 136 + 17 + 1 ways of 14 and more out of 17
     expected |= {"p_different": pytest.approx(2 * 834 / 2**17), "p_worse": pytest.approx(834 / 2**17)}
-    pair = paired.paired(reference, candidate, MARGIN, ALPHA)
-    assert asdict(pair) == {**expected, "margin": MARGIN, "alpha": ALPHA}
+    pair = paired.paired(paired.Outcomes(reference, candidate), MARGIN, ALPHA)
+    assert asdict(pair) == {**expected, "margin": MARGIN, "alpha": ALPHA, "samples": 1}
+
+
+def test_several_samples_are_compared_by_their_shares():
+    reference, candidate = [2] * 30 + [1] * 10 + [0] * 10, [2] * 24 + [1] * 4 + [0] * 2 + [2] * 3 + [1] * 7 + [0] * 10
+    changes = [1] * 3 + [-1] * 4
+    bounds = [bound / 100 for bound in exact_bounds(2, 0, 50, ALPHA, 2, changes)]
+    pair = paired.paired(paired.Outcomes(reference, candidate, 2), MARGIN, ALPHA)
+    assert (pair.items, pair.reference, pair.candidate, pair.samples) == (50, 0.7, 0.65, 2)
+    assert (pair.regressions, pair.improvements, pair.difference) == (6, 3, pytest.approx(-0.05))
+    assert (pair.low, pair.high) == pytest.approx(bounds, abs=0.0101)
+    assert paired.hidden_drop(pair) == pair.high - pair.difference > MARGIN
+    bounds = [bound / 320 for bound in exact_bounds(0, 0, 40, ALPHA, 8)]
+    assert paired.bootstrap({0: 40}, 8, ALPHA) == pytest.approx(bounds, abs=0.011)
+    # All sums of the differences with flipped signs
+    flipped = [sum(signs) for signs in itertools.product(*([change, -change] for change in [*changes, -2, -2]))]
+    assert pair.p_worse == pytest.approx(sum(total <= -5 for total in flipped) / 2**9)
+    assert pair.p_different == pytest.approx(sum(abs(total) >= 5 for total in flipped) / 2**9)
+    # Samples that all go together are one sample.
+    one = paired.Outcomes(outcomes(30, 50), outcomes(20, 50))
+    four = paired.Outcomes(*([4 * right for right in model] for model in one[:2]), 4)
+    single, several = (asdict(paired.paired(outcomes, MARGIN, ALPHA)) for outcomes in (one, four))
+    assert several == pytest.approx(single | {"samples": 4}, abs=0.0201)
+    for changed in ((12, 3), (3, 12)):
+        assert paired.sign_flips({-1: changed[0], 1: changed[1], 0: 9}) == pytest.approx(paired.mcnemar(*changed))
+    assert paired.sign_flips({0: 9}) == (1.0, 1.0)
+
+
+def test_verdicts_and_pass_at_n_of_several_samples():
+    candidates = ([4, 4, 4] * 100, [4, 4, 3] * 100, [3, 3, 3] * 100)
+    pairs = [paired.paired(paired.Outcomes([4] * 300, right, 4), MARGIN, ALPHA) for right in candidates]
+    assert [pair.verdict for pair in pairs] == ["not inferior", "inferior", "inferior"]
+    two = paired.Outcomes([0, 1, 2, 0], [1, 2, 0, 0], 2)
+    assert paired.at_least_one(two) == ([0, 1, 1, 0], [1, 1, 0, 0], 1)
+    passed = paired.pass_at_n({"t": two, "u": paired.at_least_one(two)}, {"t": pairs[0]})
+    assert [(task, pair.reference, pair.candidate) for task, pair in passed.items()] == [("t", 0.5, 0.5)]
+
+
+def test_an_answer_that_is_given_n_times_counts_once():
+    right = outcomes(15, 20)
+    assert paired.interval(right, 1) == paired.wilson(15, 20)
+    assert paired.interval([4 * one for one in right], 4) == pytest.approx(paired.wilson(15, 20))
+    # As of a coin: variance 1/8 / 2 samples; and no further than the number of answers.
+    assert paired.interval([2, 1, 1, 0] * 5, 2) == pytest.approx(paired.wilson(20, 40))
+    assert paired.interval([3, 2, 2, 2, 1] * 4, 4) == pytest.approx(paired.wilson(40, 80))
+    assert paired.interval([4] * 20, 4) == paired.wilson(20, 20)
 
 
 def test_only_strictly_an_unclear_comparison_fails():
@@ -82,9 +127,6 @@ def test_only_strictly_an_unclear_comparison_fails():
     }.items():
         judged = replace(pair, verdict=verdict)
         assert (judged.fails(strict=False), judged.fails(strict=True)) == expected, verdict
-
-
-# ---- the verdict, at its boundaries
 
 
 def test_the_verdict_at_its_boundaries():
@@ -128,9 +170,6 @@ def test_equal_models_are_called_inferior_or_different_at_most_as_often_as_alpha
         assert max(inferior, different) <= ALPHA * 2**changed
 
 
-# ---- items.jsonl
-
-
 def item(i, correct=1, task="t", digest="d"):
     return {"task": task, "id": str(i), "prompt_digest": digest, "correct": correct}
 
@@ -145,18 +184,24 @@ def test_longer_answers_are_told_from_chance():
     assert paired.p_longer(answers(before), answers([n - 5 for n in before]), "t") > 0.99
     assert paired.p_longer(answers(before), answers(before), "t") == 1.0
     assert paired.p_longer(answers([0] * 20), answers([0] * 20), "t") is None  # choices
+    twice = [answer | {"tokens": answer["tokens"] + more} for more in (9, -9) for answer in answers(before)]
+    assert paired.p_longer(answers(before), twice, "t") == 1.0  # by the mean of an item's samples
+    assert [paired.rambles(20, 22.1, p) for p in (0.01, 0.02, None)] == [True, False, False]
+    assert not paired.rambles(20, 22, 0.001)
 
 
 def test_items_are_matched_by_task_and_id_and_other_items_refused():
     old, new = [item(1, 1), item(2, 0), item(1, 0, "u")], [item(1, 1, "u"), item(2, 1), item(1, 0)]
-    assert paired.match(old, new) == ([1, 0, 0], [0, 1, 1])
-    assert paired.match(old, new, "u") == ([0], [1])
+    assert paired.match(old, new) == ([1, 0, 0], [0, 1, 1], 1)
+    assert paired.match(old, new, "u") == ([0], [1], 1)
+    assert paired.match([item(1), item(2), item(1, 0), item(2)], [item(i) for i in (1, 2, 2, 1)]) == ([1, 2], [2, 2], 2)
     one, two = item(1), item(2)
     for new, message in [
         ([one], r"different items \(2 and 1; for example t item 2 is in one only"),
         ([one, two, item(2, task="u")], "for example u item 2"),
         ([one, item(2, digest="e")], "the prompts of t item 2 differ"),
         ([], "no items with a 0/1 outcome"),
+        ([one, two, two], r"different numbers of samples \(1 and 2 answers to t item 2\); evaluate both"),
     ]:
         with pytest.raises(InputError, match=message):
             paired.match([one, two], new)
@@ -170,19 +215,40 @@ def written(folder, **outcomes):
     return folder
 
 
+def read(table):
+    """The words of each line."""
+    return [line.split() for line in table.replace("│", " ").splitlines()]
+
+
 def test_each_benchmark_is_compared_and_alpha_is_shared(tmp_path):
-    a = written(tmp_path / "a", t=outcomes(96, 100), u=outcomes(480, 500))
-    b = written(tmp_path / "b", u=outcomes(440, 500), t=outcomes(96, 100))
-    pairs = evaluate.compare(a, b / "items.jsonl", MARGIN, ALPHA)
-    assert pairs["t"] == paired.paired(outcomes(96, 100), outcomes(96, 100), MARGIN, 0.025)
+    a = read_items(written(tmp_path / "a", t=outcomes(96, 100), u=outcomes(480, 500)))
+    b = read_items(written(tmp_path / "b", u=outcomes(440, 500), t=outcomes(96, 100)) / "items.jsonl")
+    pairs, _ = compare(a, b, MARGIN, ALPHA)
+    assert pairs["t"] == paired.paired(paired.Outcomes(*[outcomes(96, 100)] * 2), MARGIN, 0.025)
     assert (pairs["t"].verdict, pairs["u"].verdict, pairs["u"].regressions) == ("unclear", "inferior", 40)
-    *_, row, _, _ = evaluate.comparison_table(pairs).splitlines()
-    assert row.replace("│", " ").split() == ["u", "96.0%", "40", "-8.0", "9.1e-13", "inferior"]
+    assert read(comparison_table(pairs, {}))[-3] == ["u", "96.0%", "40", "-8.0", "9.1e-13", "inferior"]
     assert list(pairs) == ["t", "u"]
     with pytest.raises(InputError, match="different items"):  # in a benchmark that only B has
-        evaluate.compare(written(tmp_path / "c", t=outcomes(96, 100)), b, MARGIN, ALPHA)
+        compare([one for one in a if one["task"] == "t"], b, MARGIN, ALPHA)
     with pytest.raises(InputError, match=r"no items\.jsonl"):
-        evaluate.compare(a, tmp_path, MARGIN, ALPHA)
+        read_items(tmp_path)
     for margin, alpha in [(-0.1, 0.05), (1.0, 0.05), (0.02, 0.0), (0.02, 0.5)]:
         with pytest.raises(InputError, match="compare: margin="):
-            evaluate.compare(a, a, margin, alpha)
+            compare(a, a, margin, alpha)
+
+
+def test_samples_and_lengths_are_compared():
+    def answers(right, more):
+        """Two answers to each of 40 items: the second one is right, and the first one of so many items."""
+        length = [{"tokens": 20 + i + more, "truncated": i < 4} for i in range(40)]
+        both = [item(i, k or i < right) | length[i] for i in range(40) for k in (0, 1)]
+        return [*both, *(item(i, task="choices") | {"tokens": 0} for i in range(9))]
+
+    old, new = answers(20, 0), answers(0, 10)
+    rows = read(comparison_table(*compare(old, new, MARGIN, ALPHA)))
+    avg, pass_at_2 = rows[5:9:2]
+    assert avg == ["t", "75.0%", "20", "-25.0", "9.5e-07", "inferior"] and rows[6][:3] == ["40,", "avg@2", "50.0%"]
+    assert pass_at_2 == ["t", "100.0%", "0", "+0.0", "1"] and rows[8][1] == "pass@2"  # it has no verdict
+    rows = read(answers_table(old, new, [{"t": 0.1}, {}]))
+    assert rows[-3:-1] == [["t", "39.5", "57", "10.0%", "0.1", "1.3e-10", "rambles"], ["49.5", "67", "10.0%", "-"]]
+    assert answers_table(old[80:], new[80:], [{}, {}]) == ""  # choices are not generated

@@ -85,13 +85,24 @@ def test_dense_and_compact_side_by_side(monkeypatch):
 
 
 def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
-    settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3))
     score = TaskScore("t", "1", "exact_match,none", 0, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0, 0.0)
-    for accuracy, expected in [(0.5, [4.0 / 2, 1.0 / 2]), (0.0, [None, None])]:
-        scores = [(replace(score, accuracy=accuracy, seconds=taken), []) for taken in (8, 1, 2, 5, 4, 1)]
-        monkeypatch.setattr(speed, "score_task", lambda *_, scores=scores, **__: scores.pop(0))
+    limits = set()
+    for accuracy, samples, expected in [
+        (0.5, 1, [4.0 / 2, 1.0 / 2]),
+        (0.5, 2, [4.0 / 4, 1.0 / 4]),
+        (0, 2, [None, None]),
+    ]:
+        settings = Evaluate(tasks=[Task(name=YAML, samples=samples)], speed=Speed(batch_sizes=(), repeats=3))
+        taken = iter((8, 1, 2, 5, 4, 1))
+
+        def answered(_, task, *__, seed, taken=taken, accuracy=accuracy):
+            limits.add((task.limit, task.samples))
+            return replace(score, accuracy=accuracy, samples=task.samples, seconds=next(taken)), []
+
+        monkeypatch.setattr(speed, "score_task", answered)
         models = speed.side_by_side({"a": DENSE, "b": DENSE}, settings, seed=0)["models"]
         assert [models[name]["seconds_per_solved"] for name in "ab"] == expected
+    assert limits == {(64, 1), (32, 2)}  # as many answers
     perplexity = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
     settings = Evaluate(tasks=[perplexity], speed=Speed(batch_sizes=(), repeats=1))
     metadata = speed.side_by_side({"a": DENSE}, settings, seed=0)

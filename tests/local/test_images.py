@@ -25,9 +25,6 @@ SECTION = {"registry": REGISTRY, "tag": "7", "digests": DIGESTS}
 CUDA = re.compile(r"(nvidia|cuda)-|triton$")
 
 
-# ---- names
-
-
 def test_a_name_is_registry_image_version_and_digest():
     assert image_names.image("import-model") == image_names.image("report") == f"ptl-evaluate:{ptl.__version__}"
     with_port = image_names.image("prune", "registry.example.com:5000/team", "1.2", "sha256:1")
@@ -66,9 +63,6 @@ def test_a_config_names_images_by_digests_and_needs_those_of_its_steps(tmp_path)
     ):
         with pytest.raises(InputError, match=re.escape(said)):
             load_config(TINY, changes)
-
-
-# ---- locks
 
 
 def lock(path):
@@ -118,9 +112,6 @@ def test_locks_satisfy_setup_cfg(name):
     for requirement in requirements:
         releases = [version.replace(".*", ".0") for version in pins.get(canonicalize_name(requirement.name), {})]
         assert releases and all(map(requirement.specifier.contains, releases)), f"{requirement}: run `make lock`"
-
-
-# ---- build, push and digests, with a stub in place of docker
 
 
 def calls(docker, verb=""):

@@ -52,9 +52,6 @@ def refused(folder, *parts):
     assert all(part in str(error.value) for part in parts), str(error.value)
 
 
-# ---- the format
-
-
 def test_a_file_is_read_and_written_as_the_safetensors_library_does(tmp_path):
     tensors = {"b": torch.rand(4, 3).t(), "a": torch.rand(5).bfloat16(), "scalar": torch.tensor(2.0)}
     tensors |= {"whole": torch.tensor([7]), "truth": torch.tensor([True, False]), "none": torch.zeros(0, 4)}
@@ -84,9 +81,6 @@ def test_a_damaged_shard_is_named(sharded, damage):
     shard = checkpoint.shards(sharded)[1]
     shard.write_bytes(damage(shard.read_bytes()))
     refused(sharded, f"shard {shard} is damaged")
-
-
-# ---- tensors and their names
 
 
 @pytest.mark.parametrize(
@@ -123,9 +117,6 @@ def test_weights_that_are_no_numbers_are_refused(single):
         change(single, **{"model.norm.weight": torch.tensor([*[1.0] * 31, value])})
         with pytest.raises(InputError, match=r"tensor model.norm.weight in .*model.safetensors holds NaN or infinite"):
             checkpoint.check_finite(checkpoint.shards(single))
-
-
-# ---- shards and other files
 
 
 def test_an_index_that_leaves_the_folder_is_refused(sharded):
@@ -183,9 +174,6 @@ def test_equal_checkpoints_are_equal_as_mlflow_models(single, tmp_path):
     assert len(digests) == 1
     tokenizer = ("chat_template.jinja", "config.json", "generation_config.json", *TOKENIZER)
     assert set(scan(single)) - before == {"MLmodel", *(f"components/tokenizer/{name}" for name in tokenizer)}
-
-
-# ---- links: what is copied is also published
 
 
 def hub_cache(single, tmp_path):

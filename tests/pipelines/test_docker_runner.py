@@ -28,9 +28,6 @@ from ptl.storage import store
 pytestmark = pytest.mark.xdist_group("loop")  # beside the run in processes that is compared with
 
 
-# ---- refused before any work
-
-
 def test_what_containers_need_is_asked_first(docker, monkeypatch):
     config = load_config(TINY, {"export": [{"format": "gguf", "type": "q8_0"}]})
     containers.check(config, "http://")
@@ -43,9 +40,6 @@ def test_what_containers_need_is_asked_first(docker, monkeypatch):
         monkeypatch.setenv("FAIL", fails)
         with pytest.raises(InputError, match=message):
             containers.check(config, "http://")
-
-
-# ---- what a container gets
 
 
 def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_path):
@@ -69,9 +63,6 @@ def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_pat
     snapshot = tmp_path / "models--someone--model/snapshots/abc"
     snapshot.mkdir(parents=True)
     assert snapshot.parents[1] in containers.files(load_config(TINY, {"model.path": str(snapshot)}))
-
-
-# ---- as a cluster starts a step
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +130,6 @@ def test_a_pods_files_become_the_steps_environment(stack_up, tmp_path):
     page = f"https://kubeflow.example.com/pipeline/#/runs/details/{name}"
     assert by_role["parent"].data.tags["ptl.kubeflow"] == page
     assert by_role["step"].data.tags["ptl.node"] == "node-1" and by_role["step"].data.tags["ptl.attempt"] == "1"
-
-
-# ---- a whole run in containers
 
 
 def containers_of(folder):

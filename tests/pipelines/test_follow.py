@@ -129,9 +129,6 @@ def test_what_is_running_after_the_end_was_killed_and_is_closed(world, said, com
     assert in_mlflow(step.info.run_id) == ("FAILED", reason.removeprefix("recover-1: "))
 
 
-# ---- waiting
-
-
 def test_a_wait_has_one_line_for_each_change(world, said, watch, tracked):
     run = play(world, "run-pending", "run-running", "run-running", "run-running", "run-succeeded-6-tasks")
     training = {"train/num_input_tokens_seen": 51_200, "train/loss": 0.4567}
@@ -148,9 +145,6 @@ def test_ctrl_c_ends_the_wait_and_says_that_the_run_continues(watch, monkeypatch
         watch()
     assert ended.value.code == 130
     assert "interrupted by SIGINT: the run continues; `ptl status run` shows it" in capsys.readouterr().err
-
-
-# ---- cancel and retry
 
 
 def test_cancel_waits_for_the_end_and_closes_mlflow(world, said, command, tracked):
@@ -185,9 +179,6 @@ def test_only_a_run_that_has_failed_is_retried(world, said, command, tracked):
         command(follow.retry, run)
 
 
-# ---- a server that answers nonsense, and another one
-
-
 @pytest.mark.parametrize(
     ("name", "fault"), [("status", "cut answer"), ("cancel", "empty object"), ("cancel", "hang"), ("retry", "bad JSON")]
 )
@@ -213,9 +204,6 @@ def test_a_run_is_named_by_its_name_too(world, command):
     assert world.calls("GET", "/runs/id-0") and not world.calls("GET", "/runs/tiny-1")
     with pytest.raises(InputError, match="2 runs have the name twice; give an id: id-1 and id-2"):
         command(follow.cancel, "twice")
-
-
-# ---- pods that cannot start, or were killed
 
 
 @pytest.fixture

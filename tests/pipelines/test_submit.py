@@ -57,9 +57,6 @@ def test_the_same_content_is_one_version_and_other_content_a_new_one(world, go):
     assert world.runs[2]["pipeline_version_reference"]["pipeline_version_id"] == "version-1"
 
 
-# ---- how a wait ends
-
-
 def test_a_run_that_fails_or_is_canceled_and_one_that_never_ends(world, said, go, tracked):
     tracked("run-0", {"import-model": {}, "prune-1": {"status": "FAILED", "tags": {"error": "no data", "attempt": 3}}})
     world.script = ["FAILED"]
@@ -99,9 +96,6 @@ def test_a_server_that_is_away_for_a_while_does_not_end_the_wait(world, go, said
         go()
 
 
-# ---- who is asking, and where
-
-
 def test_a_token_is_of_the_environment_or_of_a_file_that_is_read_again(world, go, tmp_path, monkeypatch):
     world.token = "right"
     with pytest.raises(InputError, match=r"401 .*; set KFP_TOKEN or --token-file"):
@@ -123,9 +117,6 @@ def test_no_address_and_a_dead_server_are_one_short_line_without_a_password():
     with pytest.raises(WorkError, match=r"127.0.0.1:9: .*Connection refused; is --host right") as error:
         submit.submit(CONFIG, Server(host="http://user:secret@127.0.0.1:9"))
     assert "secret" not in str(error.value)
-
-
-# ---- requests that fail
 
 
 @pytest.mark.parametrize(
@@ -156,9 +147,6 @@ def test_refusals_and_nonsense_start_no_run(world, go, part, answer, error, mess
     with pytest.raises(error, match=message):
         go(wait=False)
     assert world.runs == []
-
-
-# ---- the run's parameters
 
 
 def test_an_unknown_parameter_and_a_gate_that_changes_the_structure_are_refused_first(world, go):

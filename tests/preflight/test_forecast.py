@@ -127,6 +127,9 @@ def test_steps_tokens_and_hours_are_those_of_the_plan(large):
     answers = 8 * 256 * decode_seconds(run.shape, dense, 64, 2, 768, GPUS["h100"])
     first = forecast(config(large, **{"evaluate.batch_size": 64})).steps[0]
     assert first.hours == pytest.approx((prompts + answers) / 3600) and first.tokens == 500 * 768
+    sampled = forecast(config(large, **{"evaluate.batch_size": 64, "evaluate.tasks.0.samples": 16})).steps[0]
+    assert sampled.hours == pytest.approx((16 * prompts + 125 / 8 * answers) / 3600)  # batches
+    assert sampled.tokens == 16 * 500 * 768
     scored = forward_flops(run.shape, dense, 128 * 256, 256) / (0.35 * 67e12)
     assert run.steps[1].hours == pytest.approx(scored / 3600) and run.steps[1].tokens == 128 * 256
 

@@ -1,6 +1,7 @@
 """A model's own answers: written as it is served, verified, and read in the place of the rows'."""
 
 import json
+import shutil
 
 import pytest
 from chats import THINKER
@@ -56,15 +57,13 @@ def test_correct_answers_are_kept_with_their_thoughts_and_trained_on(tmp_path):
 def test_samples_are_drawn_as_the_makers_recommend_and_texts_stay(tmp_path):
     settings = {"answers": "self", "keep": "ended", "samples": 2, "num_prompts": 12, "max_new_tokens": 150}
     sources = [ROWS | {"weight": 3}, {"source": "texts.jsonl", "format": "text"}]
-    src = tmp_path / "model"
-    src.mkdir()
-    for path in THINKER.iterdir():
-        (src / path.name).symlink_to(path)
-    (src / "generation_config.json").unlink()
+    src = shutil.copytree(THINKER, tmp_path / "model")
     recommended = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
     (src / "generation_config.json").write_text(json.dumps(recommended))
     data, chat = TrainingData(sources=sources, **settings), Chat(enabled=True)
-    report = write_answers(src, tmp_path / "a", data, EVALUATE, chat, model="m", seed=0)
+    for name in "ab":
+        report = write_answers(src, tmp_path / name, data, EVALUATE, chat, model="m", seed=0)
+    assert len({(tmp_path / name / "answers.jsonl").read_text() for name in "ab"}) == 1
     assert report.sampling == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     assert report.written == 24 and report.kept == report.ended
     rows = [json.loads(line) for line in (tmp_path / "a/answers.jsonl").read_text().splitlines()]

@@ -166,6 +166,11 @@ def test_changed_answers_are_side_by_side(records, settings, monkeypatch, tmp_pa
     monkeypatch.setattr(building, "MAX_CHANGED", 1)
     written(records, settings, tmp_path)
     assert "Regressions: 17, the first 1<" in (tmp_path / "report.html").read_text()
+    # Of several samples a right one is beside a wrong one.
+    records["evaluate-0"].metadata["items"] = [*items({2}), *items(set())]
+    records["evaluate-4"].metadata["items"] = [*items({2}), *items({2})]
+    (change,) = build(records, settings).examples.regressions
+    assert (change.id, change.before, change.after) == ("2", "6", "7")
 
 
 def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):

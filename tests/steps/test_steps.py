@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import run_records
 from checkout import DENSE, TINY
 from working import OpenedError
 
@@ -12,7 +13,7 @@ from ptl.config.recover import Decontaminate, Recovery
 from ptl.config.run import load_config
 from ptl.config.schedule import MemoryGoal, plan
 from ptl.errors import InputError
-from ptl.steps import answers, call, evaluate, import_model, prune, recover
+from ptl.steps import answers, call, evaluate, import_model, prune, recover, reporting
 from ptl.steps.call import Call, Output
 from ptl.steps.step import Step
 from ptl.storage.store import Pointer, pointer_of
@@ -48,6 +49,18 @@ def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
         evaluate.evaluate(Call("evaluate-1", "e", EVALUATE | {"gate": gate(not compiled)}, inputs, outputs))
+
+
+def test_mlflow_has_lengths_of_answers_and_pass_at_n():
+    scores = run_records.scores(9, 0.5, 1)
+    scores["tasks"][0] |= {"samples": 4, "pass_at_n": 0.75}
+    shown = reporting.metrics({"scores": scores})
+    assert [shown[f"tiny_reasoner/{name}"] for name in ("accuracy", "answer_tokens_p95", "pass_at_4")] == [
+        0.5,
+        40,
+        0.75,
+    ]
+    assert "tiny_retention/pass_at_1" not in shown
 
 
 @pytest.fixture

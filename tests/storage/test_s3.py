@@ -42,9 +42,6 @@ def is_clean(cache):
     return [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-# ---- settings
-
-
 def test_wrong_and_missing_credentials(s3, monkeypatch, small, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for work in (lambda: store.check(s3.root), lambda: publish(small, s3.root)):
@@ -70,9 +67,6 @@ def test_a_wrong_bucket_or_endpoint(s3, small, monkeypatch):
     with pytest.raises(InputError, match=r"http://127.0.0.1:9.*is MLFLOW_S3_ENDPOINT_URL right"):
         store.check(s3.root)
     assert time.monotonic() - start < 30  # where a transfer waits for two minutes
-
-
-# ---- downloads
 
 
 def test_a_complete_download_is_taken_again_and_a_damaged_one_is_not(s3, folder, tmp_path):
@@ -112,9 +106,6 @@ def test_a_refused_download_leaves_nothing(s3, folder, tmp_path):
     with pytest.raises(WorkError, match=r"digest differs in file model.safetensors"):
         store.fetch(pointer, tmp_path / "cache")
     assert is_clean(tmp_path / "cache")
-
-
-# ---- faults of the server
 
 
 @contextmanager
@@ -160,9 +151,6 @@ def test_a_byte_that_flips_on_its_way_is_fetched_again(s3, server, folder, monke
         assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
     counts = [asked.count(f"GET {name}") for name in ("manifest.json", FILES, "model.safetensors")]
     assert counts == [2, 2, 2 * 3]
-
-
-# ---- large files
 
 
 MOVE = """

@@ -54,9 +54,6 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-# ---- the list of files and its digest
-
-
 def test_each_block_has_a_digest(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "BLOCK", 100)
     data, moved = random.Random(4).randbytes(200), []
@@ -92,9 +89,6 @@ def test_a_digest_of_a_file_is_read_again_when_the_file_changes(tmp_path):
         (tmp_path / "file").write_text(text)
         assert manifest.file_digest(tmp_path / "file") == hashlib.sha256(text.encode()).hexdigest()
     assert store.digest({"a": 1, "b": 2}) == store.digest({"b": 2, "a": 1}) != store.digest({"a": 2, "b": 1})
-
-
-# ---- publish and fetch
 
 
 def test_round_trip(place, folder, tmp_path):
@@ -163,9 +157,6 @@ def test_what_is_no_regular_file_or_not_listed_is_refused(folder, tmp_path):
     (there / "pytorch_model.bin").touch()
     with pytest.raises(WorkError, match=r"pytorch_model.bin is not part of the checkpoint"):
         store.fetch(pointer, tmp_path)
-
-
-# ---- records
 
 
 def test_a_damaged_or_foreign_record_is_refused(place, folder, monkeypatch):
@@ -239,9 +230,6 @@ def test_pointers_names_and_roots_are_read_strictly(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         store.check(f"file://{tmp_path}/file/art")
     store.check(f"file://{tmp_path}/art")
-
-
-# ---- what stays after a power failure, a full disk or a kill
 
 
 @pytest.fixture
