@@ -22,13 +22,11 @@ from typing import Any
 from depth_report import mean_and_interval
 from loops import ROOT, Subject, json_rows, run, work_quietly
 from recovery import CPT
-from transformers import AutoTokenizer
 
 from ptl.config.chat import Chat
 from ptl.config.recover import DataSource, TrainingData
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.config.schedule import Prune, Schedule
-from ptl.data.sequences import by_template
 from ptl.evaluation.evaluate import score_tasks
 from ptl.evaluation.language_models import language_model
 from ptl.recovery.answers import in_place_of, write_answers
@@ -72,15 +70,14 @@ def own_answers(mode: str, chat: Chat) -> Path:
 
 
 def guard() -> DataSource:
-    """What the thinker answers at once, with the prompts as it reads them then."""
+    """What the thinker answers at once, after the thought without words that is then in its prompt."""
     folder = own_answers("at-once", AT_ONCE)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    with (folder / "texts.jsonl").open("w") as file:
+    with (folder / "guard.jsonl").open("w") as file:
         for row in json_rows(folder / "answers.jsonl"):
             *turns, answer = row["messages"]
-            prompt = by_template(tokenizer, turns, 1, AT_ONCE, tokenize=False)
-            file.write(json.dumps({"text": prompt + answer["content"]}) + "\n")
-    return DataSource(source=file.name, format="text", weight=GUARD)
+            answer["content"] = "".join(THINKING.thought) + answer["content"]
+            file.write(json.dumps({"messages": [*turns, answer]}) + "\n")
+    return DataSource(source=file.name, format="messages", weight=GUARD)
 
 
 def subject(answers: str, guarded: bool) -> Subject:

@@ -10,10 +10,10 @@ from ptl.config.run import Evaluate, Gate
 from ptl.errors import InputError
 from ptl.evaluation import gate, retention
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.evaluation.paired import paired
+from ptl.evaluation.paired import Outcomes, paired
 from ptl.evaluation.retention import TextLosses
 
-SAME = paired([1, 0, 1, 1], [1, 0, 1, 1], 0.02, 0.05)
+SAME = paired(Outcomes([1, 0, 1, 1], [1, 0, 1, 1]), 0.02, 0.05)
 
 
 def settings(**fields):
