@@ -47,7 +47,7 @@ WORK = ROOT / ".ptl" / "guard"  # unfinished models
 MULTIPLE, TEXTS = 32, 64
 TEXT = DataSource(source=GENERAL, format="text")
 MIXES = (0.0, 0.1, 0.3)
-TOKENS, RATE, SCORED = 100_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
+TOKENS, RATE, SCORED = 50_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
 
 Row = dict[str, Any]
 Join = Callable[[Tensor, Tensor], Tensor]  # of a layer's scores by the benchmark's text and by the general one

@@ -9,6 +9,7 @@ from ptl.address import runs_page
 from ptl.evaluation import speed
 from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
+from ptl.evaluation.retention import Retained
 from ptl.evaluation.scoring import TaskScore
 from ptl.report import words
 from ptl.report.result import ComparedWidths, ExportedModel, ExportRow, Result, Row
@@ -126,7 +127,8 @@ def evidence(result: Result) -> list[Table]:
     dense, final, control = result.dense_row, result.final_row, result.control_row
     tables = [_scores(result, "dense", dense, final)]
     if final is not None and final is not dense:
-        tables += [_answers(result, dense, final), _retained(result), _sizes(dense, final)]
+        retained = [_retained(result.retained, result.forgets)] if result.retained else []
+        tables += [_answers(result, dense, final), *retained, _sizes(dense, final)]
     speeds = [_cells(*row) for row in speed.rows(result.speed)]
     if speeds:
         tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
@@ -213,16 +215,14 @@ def _answers(result: Result, dense: Row, final: Row) -> Table:
     return Table(("Tokens of an answer", "Dense", "Final", "Difference"), rows, 3)
 
 
-def _retained(result: Result) -> Table:
+def _retained(found: Retained, forgets: bool) -> Table:
     """How well held-out text is still predicted."""
-    rows = []
-    if result.retained:
-        found = result.retained
-        name = Cell("Perplexity of held-out text", (f"{found.items:,} texts of {found.texts}",))
-        details = (f"{found.low:.3g} to {found.high:.3g} at 90 %",)
-        ratio = Cell(f"\u00d7 {found.ratio:.3g}", details, "bad" if result.forgets else "")
-        rows.append([name, Cell(f"{found.dense:,.4g}"), Cell(f"{found.candidate:,.4g}"), ratio])
-    return Table(("Retention", "Dense", "Final", "Difference"), rows, 3)
+    name = Cell("Perplexity of held-out text", (f"{found.items:,} texts of {found.texts}",))
+    ratio = Cell(
+        f"\u00d7 {found.ratio:.3g}", (f"{found.low:.3g} to {found.high:.3g} at 90 %",), "bad" if forgets else ""
+    )
+    row = [name, Cell(f"{found.dense:,.4g}"), Cell(f"{found.candidate:,.4g}"), ratio]
+    return Table(("Retention", "Dense", "Final", "Difference"), [row], 3)
 
 
 def _change(before: float, after: float) -> str:
