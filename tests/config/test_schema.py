@@ -52,6 +52,9 @@ def test_the_short_forms_of_training_fit(problems):
     ):
         assert problems(training, "training") == []
         assert TrainingData.model_validate(training).decontaminate.tasks == compared
+    for data in (SOURCE, [SOURCE, {**SOURCE, "weight": 2}]):
+        assert problems({"data": data}, "calibration") == []
+    assert problems({"data": []}, "calibration")
 
 
 def test_what_is_refused_does_not_fit(problems):
