@@ -17,6 +17,7 @@ from unittest import mock
 
 import boto3
 import durations
+import one_process
 import pytest
 import whole_run
 import yaml
@@ -84,14 +85,9 @@ def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):
         # Servers end with the tests, also where these are killed: it sees the end of this, the first process.
         everything = session.config._tmp_path_factory.getbasetemp()
-        session.config.watcher = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("end_servers.py"), everything],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command = [sys.executable, Path(__file__).with_name("end_servers.py"), everything]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        session.config.watcher = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def pytest_sessionfinish(session):
@@ -157,6 +153,13 @@ def as_before_any_test(monkeypatch):
         for name in UNSET:
             os.environ.pop(name, None)
         yield
+
+
+@pytest.fixture
+def ptl(monkeypatch, tmp_path):
+    """A command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return one_process.ptl
 
 
 @pytest.fixture

@@ -6,15 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 import yaml
+from checkout import DENSE
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
@@ -22,20 +18,10 @@ from ptl.model import checkpoint
 from ptl.model.families import family_of
 
 VOCABULARY = 48
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,  # far enough from zero that every part matters
-}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES["initializer_range"] = 0.2  # far enough from zero that every part matters
 KINDS = yaml.safe_load(Path(__file__).with_name("variants.yaml").read_text())
 # By variant: its model_type, and what differs from SIZES
 VARIANTS, MOE_VARIANTS = (
@@ -75,7 +61,7 @@ def build_multimodal(model_type, variant, **changes):
         image_token_index=VOCABULARY - 1,
         **changes,
     )
-    return _random(AutoModelForImageTextToText, config)
+    return _random(transformers.AutoModelForImageTextToText, config)
 
 
 def _random(auto_class, config, seed=0):
@@ -103,6 +89,15 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
         made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
         made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         made.save_pretrained(folder)
+    return folder
+
+
+def with_reasoners_tokenizer(variant, folder, **changes):
+    """A random model of the variant, as a checkpoint with the tiny reasoner's tokenizer and context."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DENSE)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = build(variant, vocab_size=len(tokenizer), max_position_embeddings=256, **ids, **changes)
+    tokenizer.save_pretrained(save(model, folder, tokenizer=False))
     return folder
 
 
@@ -241,9 +236,7 @@ def word_calibration(folder):
     """Twelve texts of the tiny tokenizer's words, of different lengths, of which eight are read."""
     path = folder / "rows.jsonl"
     generator = torch.Generator().manual_seed(3)
-    rows = [
-        {"text": " ".join(f"w{i}" for i in torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist())}
-        for n in range(12)
-    ]
+    words = [torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist() for n in range(12)]
+    rows = [{"text": " ".join(f"w{i}" for i in row)} for row in words]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return Calibration(data=DataSource(source=str(path), format="text"), num_sequences=8, max_length=16, batch_size=3)

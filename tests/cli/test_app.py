@@ -12,7 +12,6 @@ from unittest import mock
 import command
 import golden_messages
 import huggingface_hub
-import one_process
 import pytest
 from checkout import DENSE, EXAMPLE, ROOT, TINY
 from gguf_files import converter_in_process, needs_llama_cpp
@@ -31,13 +30,6 @@ GGUF = [{"format": "gguf", "type": "q8_0"}]
 
 def options(**fields):
     return [part for name, value in fields.items() for part in ("--set", f"{name.replace('__', '.')}={value}")]
-
-
-@pytest.fixture
-def ptl(monkeypatch, tmp_path):
-    """A command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return one_process.ptl
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import boto3
 import golden_messages
 import pytest
 import run_records
+from mlflow import MlflowClient
+from mlflow.store.artifact import s3_artifact_repo
 from typer.testing import CliRunner
 
 from ptl import __version__
@@ -117,8 +120,6 @@ def home(new_database, tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         failed = made(folder, root=f"file://{folder}/another", experiment="another", done=False)
         run = made(folder, root=f"file://{folder}/artifacts")
-        from mlflow import MlflowClient
-
         MlflowClient().update_run(run.parent, name=f"named-{run.id}")
     return SimpleNamespace(folder=folder, run=run, failed=failed)
 
@@ -164,8 +165,6 @@ def test_fetch_by_name(here, monkeypatch):
 
 def test_messages(here, home):
     """Of what is not there they name what is; nothing is written."""
-    from mlflow import MlflowClient
-
     Path("full").mkdir()
     Path("full/mine").touch()
     Path("list.json").write_text("[1]")
@@ -253,9 +252,6 @@ def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, monkeypatc
 
 def reach(env, patch):
     """The environment of the servers and nothing of another one."""
-    import boto3
-    from mlflow.store.artifact import s3_artifact_repo
-
     for name in (*SETTINGS, "MLFLOW_TRACKING_URI"):
         patch.delenv(name, raising=False)
     for name, value in env.items():
@@ -265,18 +261,11 @@ def reach(env, patch):
     s3_artifact_repo._cached_get_s3_client.cache_clear()
 
 
-@pytest.fixture
-def running(shared, stack, monkeypatch):
-    """A real S3 server and a real MLflow server: their folder, their environment."""
-    yield shared, stack
-    reach({}, monkeypatch)
-
-
-def test_fetch_and_compare_from_a_laptop(running, monkeypatch, tmp_path):
-    """With both addresses and the keys in the environment, or with the folder of `ptl up`."""
+def test_fetch_and_compare_from_a_laptop(request, shared, stack, monkeypatch, tmp_path):
+    """With both addresses and the keys in the environment, or with the folder of `ptl up`; the servers are real."""
+    request.addfinalizer(lambda: reach({}, monkeypatch))
     monkeypatch.chdir(tmp_path)
-    root, env = running
-    reach(env, monkeypatch)
+    reach(stack, monkeypatch)
     run = made(tmp_path, experiment="cluster")
     assert run.pointers["recover-2"].uri.startswith("s3://")
     names = {run.id: "recover-2", f"models:/{run.name}@best": "recover-1", run.pointers["recover-1"].uri: "recover-1"}
@@ -285,9 +274,9 @@ def test_fetch_and_compare_from_a_laptop(running, monkeypatch, tmp_path):
         assert holds(f"out-{i}", run.directory / step) == (True, ["README.md"] * (step == "recover-2")), what
     assert COMPARED in ptl("compare", f"{run.id}:evaluate-0", run.id)
     reach({}, monkeypatch)
-    ptl("fetch", run.id, "out", "--s3", "--home", root)
+    ptl("fetch", run.id, "out", "--s3", "--home", shared)
     assert holds("out", run.directory / "recover-2")[0]
-    reach(env | {"AWS_SECRET_ACCESS_KEY": "wrong"}, monkeypatch)
+    reach(stack | {"AWS_SECRET_ACCESS_KEY": "wrong"}, monkeypatch)
     for what in names:
         with pytest.raises(InputError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
             ptl("fetch", what, "none")

@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import huggingface_hub
-import one_process
 import pytest
 import whole_run
 from bodies import PUBLISHED, body
 from chats import tokenizer_with
 from checkout import DENSE, EXAMPLE, TINY
+from tiny_models import with_reasoners_tokenizer
 
 from ptl.config.chat import Chat
 from ptl.config.run import load_config
@@ -32,13 +33,6 @@ def folder_of(config, name):
     Path(name).mkdir()
     Path(name, "config.json").write_text(json.dumps(config))
     return Path(name).absolute()
-
-
-@pytest.fixture
-def ptl(monkeypatch, tmp_path):
-    """A command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return one_process.ptl
 
 
 @pytest.fixture
@@ -161,14 +155,7 @@ def test_tokens_follow_what_is_removed_and_the_rows():
 @pytest.fixture(params=["qwen3_moe", "glm4_moe"])  # glm4_moe: a shared expert and dense layers
 def of_a_mixture(request, init):
     """A config for a small one with the tiny reasoner's tokenizer."""
-    from tiny_models import build
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(DENSE)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = build(request.param, vocab_size=len(tokenizer), max_position_embeddings=256, **ids)
-    model.save_pretrained("mixture")
-    tokenizer.save_pretrained("mixture")
+    with_reasoners_tokenizer(request.param, Path("mixture"))
     init("mixture", "-o", "mine.yaml", "--gpu", "none", "--target", 0.2, *ROWS)
     return request.param
 
@@ -223,8 +210,6 @@ def test_names_of_folders_and_files(init, qwen3_8b):
 
 
 def test_what_is_on_the_hub_is_pinned_to_its_commit_and_asked_for_once(init, qwen3_8b, monkeypatch, tmp_path):
-    import datasets
-
     snapshot = tmp_path / "hub/models--Qwen--Qwen3-8B/snapshots/0123abc"
     shutil.copytree(qwen3_8b, snapshot)
     asked = []

@@ -8,18 +8,9 @@ from checkout import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptl.config import schedule as planning
 from ptl.config.run import Config, essentials, load_config, pairs
-from ptl.config.schedule import (
-    EXPERT_CRITERIA,
-    NEURON_CRITERIA,
-    MemoryGoal,
-    Prune,
-    Schedule,
-    memory_bytes,
-    one_shot,
-    plan,
-    removal,
-)
+from ptl.config.schedule import MemoryGoal, Prune, Schedule, plan, removal
 from ptl.errors import InputError
 
 schedules = st.builds(
@@ -70,7 +61,7 @@ def test_layers_come_last_and_the_control_has_one_iteration():
     assert [it.unit for it in plan(schedule, Prune(target="layers"))] == ["layers"] * 5
     assert [it.unit for it in plan(schedule, Prune())] == ["width"] * 5
     assert [it.unit for it in plan(schedule, Prune(criterion="max"))] == ["neurons"] * 5  # which scores nothing else
-    (control,) = plan(one_shot(schedule), both)
+    (control,) = plan(planning.one_shot(schedule), both)
     assert (control.cut, control.tokens, control.unit, control.last) == (1, 100, "neurons", True)
 
 
@@ -78,9 +69,9 @@ def test_the_criteria_and_methods_of_the_config_are_those_of_the_code():
     from ptl.pruning import experts, importance
     from ptl.recovery.recover import RECOVERIES
 
-    assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys() == {*NEURON_CRITERIA, "random"}
+    assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys() == {*planning.NEURON_CRITERIA, "random"}
     assert [*importance.CRITERIA, *experts.CRITERIA] == [*get_args(Prune.model_fields["criterion"].annotation)]
-    assert [*experts.CRITERIA] == [*EXPERT_CRITERIA]
+    assert [*experts.CRITERIA] == [*planning.EXPERT_CRITERIA]
     stage = Config.model_json_schema()["$defs"]["RecoverStage"]["properties"]
     assert stage["method"]["enum"] == list(RECOVERIES)
     # By default experts have their own.
@@ -105,7 +96,7 @@ def test_a_target_in_memory_takes_the_place_of_a_number():
     config = loaded("schedule.target={memory: 300kB, tokens: 10}")
     assert essentials(config)["schedule"]["target"] == {"memory": "300kB", "tokens": 10}
     sizes = {"16GiB": 16 << 30, "16 Gi": 16 << 30, "2kB": 2000, "0.5MB": 500_000, "1T": 10**12}
-    assert {text: memory_bytes(text) for text in sizes} == sizes
+    assert {text: planning.memory_bytes(text) for text in sizes} == sizes
 
 
 def test_overrides_may_name_parts_of_lists_and_other_kinds_of_fields():

@@ -8,9 +8,8 @@ from ptl.data import chat_templates
 from ptl.errors import InputError
 
 
-@pytest.mark.parametrize(
-    ("template", "variables", "thinks", "has_switch"),
-    [
+def test_whether_a_model_thinks_follows_from_its_template():
+    for template, variables, thinks, has_switch in (
         ("qwen3", {}, True, True),
         ("qwen3", {"enable_thinking": True}, True, True),
         ("qwen3", {"enable_thinking": False}, False, True),
@@ -19,30 +18,22 @@ from ptl.errors import InputError
         ("nemotron_3_nano", {"enable_thinking": False}, False, True),
         ("qwen2_5", {}, False, False),
         (None, {}, False, False),
-    ],
-)
-def test_whether_a_model_thinks_follows_from_its_template(template, variables, thinks, has_switch):
-    tokenizer = tokenizer_with(template)
-    assert chat_templates.thinks(tokenizer, Chat(enabled=True, template_kwargs=variables)) is thinks
-    assert chat_templates.has_switch(tokenizer) is has_switch
+    ):
+        tokenizer = tokenizer_with(template)
+        assert chat_templates.thinks(tokenizer, Chat(enabled=True, template_kwargs=variables)) is thinks, template
+        assert chat_templates.has_switch(tokenizer) is has_switch, template
 
 
-@pytest.mark.parametrize(
-    ("template", "chat", "message"),
-    [
+def test_what_the_template_does_not_have_is_refused():
+    misspelt = {"template_kwargs": {"enable_thinkng": False}}
+    for template, chat, message in (
         (None, {}, r"^chat\.enabled: the tokenizer has no chat template; set it to false"),
-        (
-            "qwen3",
-            {"template_kwargs": {"enable_thinkng": False}},
-            "enable_thinkng is no variable.*; .* enable_thinking$",
-        ),
+        ("qwen3", misspelt, "enable_thinkng is no variable.*; .* enable_thinking$"),
         ("qwen2_5", {"template_kwargs": {"thinking": True}}, r"^chat\.template_kwargs: thinking is no .*; remove it$"),
-    ],
-)
-def test_what_the_template_does_not_have_is_refused(template, chat, message):
-    chat_templates.check(tokenizer_with(template), Chat(**chat))  # it is not used
-    with pytest.raises(InputError, match=message):
-        chat_templates.check(tokenizer_with(template), Chat(enabled=True, **chat))
+    ):
+        chat_templates.check(tokenizer_with(template), Chat(**chat))  # it is not used
+        with pytest.raises(InputError, match=message):
+            chat_templates.check(tokenizer_with(template), Chat(enabled=True, **chat))
 
 
 def test_an_answer_continues_its_prompt():

@@ -158,10 +158,8 @@ def test_calibration_batches_have_equal_lengths_together(tmp_path):
     assert first["labels"].tolist() == [[IGNORED, 98, EOS, IGNORED], [IGNORED, IGNORED, 98, EOS]]
     assert second["input_ids"].tolist() == [[97] * 5]  # of max_length
     two = given.model_copy(update={"num_sequences": 2})
-    numbers = list(itertools.islice(order(3, seed=5), 2))
-    assert [tokens.prompt for tokens in sequences.calibration_rows(two, Letters(), seed=5)] == [
-        (5, 1, 2)[i] for i in numbers
-    ]
+    expected = [(5, 1, 2)[i] for i in itertools.islice(order(3, seed=5), 2)]
+    assert [tokens.prompt for tokens in sequences.calibration_rows(two, Letters(), seed=5)] == expected
     # Several sources divide the sequences by weight, and each has one at least.
     guard = {"source": GENERAL, "format": "text", "weight": 4}
     divided = given.model_copy(update={"data": (source, DataSource(**guard), DataSource(**guard | {"weight": 0.1}))})

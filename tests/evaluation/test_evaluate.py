@@ -13,13 +13,14 @@ from checkout import DENSE, EXAMPLE, ROOT
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
-from ptl.evaluation import language_models
+from ptl.evaluation import language_models, scoring, tasks
 from ptl.evaluation.evaluate import SCORES, evaluate_checkpoint, read_items, write_items
 from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper, Share, divided, visible_gpu
 from ptl.evaluation.language_models import language_model, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_files import LocalFile, local_splits, read_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, files, find
+from ptl.sandbox import runner
 
 YAML = str(EXAMPLE / "tiny_reasoner.yaml")
 LIMIT = 24
@@ -104,8 +105,6 @@ def test_answers_and_prompts_that_are_too_long_are_counted(scored, tmp_path):
 
 def test_a_group_is_pooled_into_one_score(tmp_path, monkeypatch):
     """The harness's own groups need the hub, so the lookup is replaced: two members with the tiny problems."""
-    from ptl.evaluation import scoring, tasks
-
     assert "minerva_math_algebra" in [spec.name for spec in find("minerva_math")]
     for name in ("part_a", "part_b"):
         (tmp_path / f"{name}.yaml").write_text(f"include: {YAML}\ntask: {name}\n")
@@ -169,8 +168,6 @@ def test_benchmarks_from_local_files(tmp_path, data_dir, monkeypatch):
 
 def graded(name, data_dir, *answers):
     """The harness's task, and what it makes of each answer to its first item."""
-    from ptl.evaluation import scoring
-
     wanted = settings({"name": name, "metric": "acc"}, data_dir=str(data_dir), allow_code=True)
     task = scoring.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
     task.build_all_requests(limit=1)
@@ -197,8 +194,6 @@ ANSWERS[str(SUITE / "mbpp/mbpp_chat.yaml")] = [f"So:\n```python\n{code}\n```\nIt
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers_are_graded_those_of_code_in_the_sandbox(data_dir, monkeypatch, name):
-    from ptl.sandbox import runner
-
     seen, real = [], runner.run_tests
     monkeypatch.setattr(runner, "run_tests", lambda *given: seen.append(given[0]) or real(*given))
     task, scores = graded(name, data_dir, *ANSWERS[name])
@@ -236,21 +231,17 @@ def test_the_authors_suite_grades_the_last_box(tmp_path, name):
 
 def test_the_stored_answer_is_the_one_that_the_metric_takes():
     """The defect: it was always that of `acc`, so that a right item could show a wrong answer."""
-    from ptl.evaluation.scoring import _likeliest
-
     choices = ["ab", "abcdefgh", "éééééé", "abc"]
     task = SimpleNamespace(get_config=lambda _: "multiple_choice", doc_to_choice=lambda _: choices)
     # Per character -2, -1, -1.08, -3; per byte -2, -1, -0.54, -3; with the question 0, 0, -0.5, 5 more than alone.
     conditional, alone = [-4.0, -8.0, -6.5, -9.0], [-4.0, -8.0, -6.0, -14.0]
     for answer, metric in enumerate(["acc", "acc_norm", "acc_bytes", "acc_mutual_info"]):
         likelihoods = [*conditional, *alone] if metric == "acc_mutual_info" else conditional
-        assert _likeliest(likelihoods, task, {}, metric) == answer, metric
+        assert scoring._likeliest(likelihoods, task, {}, metric) == answer, metric
 
 
 def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
     """Right, of four items: both, the first, the second, neither. Each pass has its own seed, and the same prompts."""
-    from ptl.evaluation.scoring import score_task
-
     (tmp_path / "shots.yaml").write_text(f"include: {YAML}\ntask: shots\nnum_fewshot: 2\nfewshot_split: test\n")
     wanted = settings({"name": str(tmp_path / "shots.yaml"), "limit": 4, "samples": 2})
     lm, asked = language_model(DENSE, wanted), []
@@ -262,7 +253,7 @@ def test_each_item_is_answered_n_times_and_graded_each_time(tmp_path):
         return [request.doc["answer"] if request.doc_id in right else "#### none" for request in requests]
 
     lm.generate_until = answers
-    score, items = score_task(lm, wanted.tasks[0], wanted, seed=3)
+    score, items = scoring.score_task(lm, wanted.tasks[0], wanted, seed=3)
     assert (score.accuracy, score.pass_at_n, score.items, score.samples) == (0.5, 0.75, 4, 2)
     assert (score.answer_tokens, score.truncated, score.cut_prompts, score.seconds) == (6.5, 0.5, 0.25, 4.0)
     graded = [(item["id"], item["sample"], item["correct"]) for item in items]
@@ -413,9 +404,9 @@ WRONG = [
 
 
 def test_wrong_tasks_are_named_with_what_exists_before_the_model_is_loaded(tmp_path):
-    for tasks, message in WRONG:
+    for named, message in WRONG:
         with pytest.raises(InputError, match=message) as error:
-            evaluate_checkpoint(tmp_path / "no-model", tmp_path / "out", settings(*tasks), seed=0)
+            evaluate_checkpoint(tmp_path / "no-model", tmp_path / "out", settings(*named), seed=0)
         assert error.value.field == "evaluate.tasks"
 
 

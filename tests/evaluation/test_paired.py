@@ -120,13 +120,9 @@ def test_an_answer_that_is_given_n_times_counts_once():
 
 def test_only_strictly_an_unclear_comparison_fails():
     pair = compared(480, 480)
-    for verdict, expected in {
-        "not inferior": (False, False),
-        "unclear": (False, True),
-        "inferior": (True, True),
-    }.items():
+    for verdict, fails in {"not inferior": (False, False), "unclear": (False, True), "inferior": (True, True)}.items():
         judged = replace(pair, verdict=verdict)
-        assert (judged.fails(strict=False), judged.fails(strict=True)) == expected, verdict
+        assert (judged.fails(strict=False), judged.fails(strict=True)) == fails, verdict
 
 
 def test_the_verdict_at_its_boundaries():

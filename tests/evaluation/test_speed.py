@@ -87,11 +87,7 @@ def test_dense_and_compact_side_by_side(monkeypatch):
 def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
     score = TaskScore("t", "1", "exact_match,none", 0, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0, 0.0)
     limits = set()
-    for accuracy, samples, expected in [
-        (0.5, 1, [4.0 / 2, 1.0 / 2]),
-        (0.5, 2, [4.0 / 4, 1.0 / 4]),
-        (0, 2, [None, None]),
-    ]:
+    for accuracy, samples, expected in ((0.5, 1, [4 / 2, 1 / 2]), (0.5, 2, [4 / 4, 1 / 4]), (0, 2, [None, None])):
         settings = Evaluate(tasks=[Task(name=YAML, samples=samples)], speed=Speed(batch_sizes=(), repeats=3))
         taken = iter((8, 1, 2, 5, 4, 1))
 

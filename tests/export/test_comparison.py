@@ -19,10 +19,8 @@ from ptl.export.gguf import check, check_config, check_tokenizer, write_gguf
 from ptl.model.llama_runtime import LlamaModel
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("converter_in_process")]
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA_3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN = LLAMA_3.replace(r"{1,3}", "")
 PAIRS = r"\p{N}{2}|\p{L}{2}|.|\n"
 

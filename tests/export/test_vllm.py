@@ -72,10 +72,8 @@ def expected(folder):
     with torch.inference_mode():
         logprobs = model(tokens).logits.log_softmax(-1)[0, :-1]  # [T - 1, V]
         generated = model.generate(tokens, **options, eos_token_id=None, use_cache=True)
-    return {
-        "logprobs": logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist(),
-        "generated": generated[0, len(TOKENS) :].tolist(),
-    }
+    of_tokens = logprobs.gather(-1, tokens[0, 1:, None])[:, 0]  # [T - 1]
+    return {"logprobs": of_tokens.tolist(), "generated": generated[0, len(TOKENS) :].tolist()}
 
 
 @pytest.fixture(scope="module")

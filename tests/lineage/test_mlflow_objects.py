@@ -92,33 +92,20 @@ def test_searches_have_all_pages_and_versions_are_in_the_order_of_their_numbers(
     assert mlflow_objects._versions_of(versions, "name", "m-1") == ["9", "10"]
 
 
-@pytest.fixture
-def database(environment, new_database, tmp_path):
-    """An MLflow database of this test alone; a function that puts a copy of another one in its place."""
-    new_database(tmp_path)
-    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-
-    def replace(source):
-        # of another name: this process has open connections to the first
-        shutil.copyfile(source, tmp_path / "again.db")
-        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/again.db")
-
-    return replace
-
-
 @pytest.mark.parametrize("state", ["lost", "older"])
-def test_a_run_continues_after_its_database_was_lost(database, state, tmp_path):
+def test_a_run_continues_after_its_database_was_lost(environment, new_database, state, tmp_path):
     """Its finished steps are taken as they are, what follows has them as input, and MLflow shows the run anew."""
     experiment, name = f"db-{uuid.uuid4().hex[:6]}", f"tiny-{uuid.uuid4().hex[:6]}"
     backup = tmp_path / "backup.db"
-    shutil.copyfile(tmp_path / "mlflow.db", backup)
+    shutil.copyfile(new_database(tmp_path) / "mlflow.db", backup)
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     dense = publish(Call("import-model", experiment))
     if state == "older":
         with closing(sqlite3.connect(tmp_path / "mlflow.db")) as used, closing(sqlite3.connect(backup)) as copy:
             used.backup(copy)
     pruned = publish(Call("prune-1", experiment), dense)
-    database(backup)
-
+    # of another name: this process has open connections to the first
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{backup}")
     assert publish(Call("import-model", experiment)) == dense
     assert publish(Call("prune-1", experiment), dense) == pruned
     recovered = publish(Call("recover-1", experiment), pruned)

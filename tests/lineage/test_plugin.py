@@ -15,25 +15,19 @@ def client(mlflow_folder, monkeypatch):
     return MlflowClient()
 
 
-@pytest.fixture
-def made(client, tmp_path, monkeypatch):
-    """What the plugin is documented to make before a task starts: a parent and a nested run with its own parameter."""
-    experiment = client.create_experiment(f"plugin-{uuid.uuid4().hex[:8]}", f"file://{tmp_path}/artifacts")
-    parent = client.create_run(experiment, run_name="pipeline run")
-    child = client.create_run(experiment, tags={"mlflow.parentRunId": parent.info.run_id}, run_name="prune-1")
-    client.log_param(child.info.run_id, "seed", "0")
-    monkeypatch.setenv("MLFLOW_RUN_ID", child.info.run_id)
-    return experiment, parent.info.run_id, child.info.run_id
-
-
 def start():
     return tracking.start("not-the-plugins", "prune-1", arm="loop", iteration=1)
 
 
-def test_the_plugins_runs_are_used_on_a_cluster(client, made, tmp_path, monkeypatch):
-    experiment, parent, child = made
+def test_the_plugins_runs_are_used_on_a_cluster(client, tmp_path, monkeypatch):
+    # It is documented to make, before a task starts, a parent and a nested run with its own parameter.
+    experiment = client.create_experiment(f"plugin-{uuid.uuid4().hex[:8]}", f"file://{tmp_path}/artifacts")
+    parent = client.create_run(experiment, run_name="pipeline run").info.run_id
+    child = client.create_run(experiment, tags={"mlflow.parentRunId": parent}, run_name="prune-1").info.run_id
+    client.log_param(child, "seed", "0")
+    monkeypatch.setenv("MLFLOW_RUN_ID", child)
     step = start()
-    assert (step.experiment_id, step.parent_run_id, step.run_id) == made
+    assert (step.experiment_id, step.parent_run_id, step.run_id) == (experiment, parent, child)
     assert step.root == f"file://{tmp_path}/artifacts/ptl" and step.run.startswith("kfp-")
     assert client.get_run(parent).data.tags["ptl.role"] == "parent" and len(client.search_runs([experiment])) == 2
     # Our own parameters do not clash with the plugin's.

@@ -65,11 +65,8 @@ def test_closing_ends_what_is_running_and_nothing_else_until_a_retry(tracked):
     parent = tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING, "prune-3": {"status": "RUNNING"}})
     assert run_status.close(run_status.read("run-p"), "KILLED", "recover-2: killed", {"recover-2": "killed"})
     closed = run_status.read("run-p")
-    ends = {
-        "evaluate-1": ("FINISHED", ""),
-        "recover-2": ("KILLED", "killed"),
-        "prune-3": ("KILLED", "recover-2: killed"),
-    }
+    ends = {"evaluate-1": ("FINISHED", ""), "recover-2": ("KILLED", "killed")}
+    ends["prune-3"] = ("KILLED", "recover-2: killed")
     assert {name: (step.status, step.error) for name, step in closed.steps.items()} == ends
     assert closed.parent_status == "KILLED"
     assert not run_status.close(closed, "FAILED", "again", {})

@@ -103,10 +103,8 @@ class Loop:
 @pytest.fixture
 def experiment(request, mlflow_folder, monkeypatch, tmp_path):
     """A fresh experiment, with the environment of its steps: in a folder, or on servers."""
-    environment = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{mlflow_folder}/mlflow.db",
-        "PTL_ARTIFACT_ROOT": f"file://{tmp_path}/store",
-    }
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{mlflow_folder}/mlflow.db"}
+    environment["PTL_ARTIFACT_ROOT"] = f"file://{tmp_path}/store"
     if getattr(request, "param", "local") == "served":
         environment = request.getfixturevalue("stack")
     for key, value in {**environment, "PTL_SCRATCH": str(tmp_path / "scratch")}.items():

@@ -4,22 +4,9 @@ import copy
 from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
-from tiny_models import (
-    MOE_VARIANTS,
-    NARROW_VARIANTS,
-    SIZES,
-    batches,
-    build,
-    change_config,
-    family_at,
-    load,
-    logits,
-    num_parameters,
-    router,
-    save,
-    width_of,
-)
+from tiny_models import MOE_VARIANTS, batches, build, change_config, family_at, load, logits, save
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptl.errors import InputError
@@ -64,14 +51,15 @@ def test_sizes_and_costs_are_those_of_the_real_model(variant, source):
     assert body == dimensions.dimensions_of(shapes.of_config(config, family, "config.json"))
     layers = expert_layers(model)
     layer = model.get_decoder().layers[layers[0]]
-    assert body.params == num_parameters(model) == static.params
+    assert body.params == tiny_models.num_parameters(model) == static.params
     assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
-    parts = (layer.mlp.experts, router(layer))
+    parts = (layer.mlp.experts, tiny_models.router(layer))
     in_experts, in_router = (sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in parts)
     assert body.params_per_expert == len(layers) * (in_experts + in_router)
     assert body.active_params == body.params - len(layers) * (6 - body.experts_per_token) * in_experts
     assert body.dense_layers == tuple(sorted({*ALL} - {*layers})) and static.experts == 6
-    assert body.narrowable == ("neurons" in dimensions.smallest_cuts(body, "auto")) == (variant in NARROW_VARIANTS)
+    assert body.narrowable == (variant in tiny_models.NARROW_VARIANTS)
+    assert body.narrowable == ("neurons" in dimensions.smallest_cuts(body, "auto"))
 
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
@@ -113,8 +101,9 @@ def test_layers_without_experts_are_not_removed(tmp_path):
 def test_as_many_neurons_stay_in_each_expert_as_the_goal_allows(variant, source):
     """With rows that are not whole 16 bytes torch's grouped_mm fails, which transformers uses by default."""
     body = model_dimensions(source, family_at(source))
-    one, width = body.params_per_neuron, width_of(variant)
-    assert one == 4 * 6 * 3 * SIZES["hidden_size"] and dimensions.smallest_cuts(body, 8)["neurons"] == 8 * one
+    one, width = body.params_per_neuron, tiny_models.width_of(variant)
+    assert one == 4 * 6 * 3 * tiny_models.SIZES["hidden_size"]
+    assert dimensions.smallest_cuts(body, 8)["neurons"] == 8 * one
     for removed, multiples, expected in ((1, (1, 2, 8, "auto"), 8), (8 * one, (8,), 8), (8 * one + 1, (8,), 16)):
         for multiple in multiples:
             assert dimensions.width_for(body, body.params - removed, multiple) == width - expected, (removed, multiple)
@@ -133,20 +122,17 @@ def test_neurons_of_other_mixtures_are_refused():
         dimensions.check_unit(experts=6, narrowable=False, unit=unit)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "params", "active"),
-    [
+def test_the_sizes_of_published_models_are_those_that_their_authors_name():
+    """Billions of parameters, and of those that a token meets, of the models that transformers' defaults describe."""
+    for name, params, active in (
         ("qwen2_moe", 14.3, 2.7),  # Qwen1.5-MoE-A2.7B
         ("deepseek_v3", 671, 37),
         ("gpt_oss", 117, 5.7),  # gpt-oss-120b; 5.1 without the embeddings, as its authors count
         ("mixtral", 46.7, 12.9),  # Mixtral 8x7B
-    ],
-)
-def test_the_sizes_of_published_models_are_those_that_their_authors_name(model_type, params, active):
-    """Billions of parameters, and of those that a token meets, of the models that transformers' defaults describe."""
-    body = dimensions.dimensions_of(shapes.of_config({"model_type": model_type}, FAMILIES[model_type], "config.json"))
-    assert body.params / 1e9 == pytest.approx(params, rel=0.01)
-    assert body.active_params / 1e9 == pytest.approx(active, rel=0.05)
+    ):
+        body = dimensions.dimensions_of(shapes.of_config({"model_type": name}, FAMILIES[name], "config.json"))
+        assert body.params / 1e9 == pytest.approx(params, rel=0.01), name
+        assert body.active_params / 1e9 == pytest.approx(active, rel=0.05), name
 
 
 # ---- files
@@ -179,9 +165,8 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, source,
         assert model_dimensions(folder, family_at(source)).experts == 4
 
 
-@pytest.mark.parametrize(
-    ("variant", "changes", "said"),
-    [
+def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path):
+    for variant, changes, said in (
         ("olmoe", {"num_experts": 5}, "num_experts=5"),
         ("olmoe", {"num_experts_per_tok": 7}, "of which num_experts_per_tok=7 cannot be chosen"),
         ("mixtral", {"num_local_experts": 7}, "lacks tensor model.layers.0.block_sparse_moe.experts.6.w1.weight"),
@@ -192,10 +177,8 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, source,
         ("deepseek_v3", {"kv_lora_rank": 12}, "kv_lora_rank=12"),
         ("deepseek_v3", {"n_group": 4}, "num_experts_per_tok=2 cannot be chosen (n_group=4, topk_group=1)"),
         ("deepseek_v3", {"n_routed_experts": 7, "n_group": 3, "topk_group": 3}, "7 experts in each layer, of which"),
-    ],
-)
-def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, changes, said):
-    source = change_config(save(build(variant), tmp_path / "source", fused=variant == "olmoe"), **changes)
-    with pytest.raises(InputError) as refused:
-        model_dimensions(source, family_at(source))
-    assert said in str(refused.value)
+    ):
+        source = change_config(save(build(variant), tmp_path / "source", fused=variant == "olmoe"), **changes)
+        with pytest.raises(InputError) as refused:
+            model_dimensions(source, family_at(source))
+        assert said in str(refused.value)

@@ -6,21 +6,9 @@ What their pruned models compute is in tests/pruning/test_width.py.
 import copy
 
 import pytest
+import tiny_models
 import torch
-from tiny_models import (
-    DAILY,
-    MOE_VARIANTS,
-    VARIANTS,
-    batches,
-    build,
-    change_config,
-    family_at,
-    load,
-    logits,
-    nightly_but,
-    save,
-    skipping,
-)
+from tiny_models import DAILY, MOE_VARIANTS, VARIANTS, batches, build, change_config, family_at, load, logits, save
 from transformers import AutoConfig
 
 from ptl.errors import InputError
@@ -34,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = tuple(range(4))
 
 
-@pytest.fixture(params=nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
+@pytest.fixture(params=tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def variant(request):
     return request.param
 
@@ -86,7 +74,7 @@ def test_a_mistral_with_layer_types_is_read_as_ministral(tmp_path):
     """So does transformers: Ministral 8B has a file with model_type mistral."""
     source = change_config(save(build("ministral"), tmp_path / "source"), model_type="mistral")
     write_pruned(source, tmp_path / "pruned", family_at(source), Selection((0, 2, 3), {}))
-    reference, batch = skipping(build("ministral"), (0, 2, 3)), batches()[0]
+    reference, batch = tiny_models.skipping(build("ministral"), (0, 2, 3)), batches()[0]
     assert torch.equal(logits(load(tmp_path / "pruned"), batch), logits(reference, batch))
 
 

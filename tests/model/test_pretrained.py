@@ -22,22 +22,6 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
 CLASSES = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
 
 
-@pytest.fixture
-def plain(tmp_path):
-    return save(build("llama"), tmp_path / "plain")
-
-
-@pytest.fixture
-def own(plain, tmp_path, monkeypatch):
-    """A checkpoint with a file of Python, which must not have run at the end of the test, nor been asked for."""
-    # transformers asks where it is not forbidden to run code.
-    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked on the terminal: {prompt}"))
-    folder = shutil.copytree(plain, tmp_path / "own")
-    (folder / "own.py").write_text(CODE)
-    yield folder
-    assert not (folder / "ran").exists()
-
-
 def ways(folder, plain, tmp_path):
     """All of ptl that loads a model or its tokenizer."""
     settings = load_config(TINY, {"model.path": str(folder)})
@@ -57,7 +41,12 @@ def ways(folder, plain, tmp_path):
     }
 
 
-def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(own, plain, tmp_path):
+def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(tmp_path, monkeypatch):
+    # transformers asks where it is not forbidden to run code.
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked on the terminal: {prompt}"))
+    plain = save(build("llama"), tmp_path / "plain")
+    own = shutil.copytree(plain, tmp_path / "own")
+    (own / "own.py").write_text(CODE)
     change_config(own, model_type="own", auto_map=CLASSES)
     for name, way in ways(own, plain, tmp_path).items():
         with pytest.raises(InputError, match=r"(needs code of its own, which is never run|not supported)"):
@@ -75,6 +64,7 @@ def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(own, plain, tmp_
     for name in ("prune", "teacher", "evaluate", "tokenizer"):
         with pytest.raises(InputError, match="needs code of its own, which is never run"):
             of_tokenizer[name]()
+    assert not (own / "ran").exists()
 
 
 def test_what_loads_in_other_processes_forbids_code_and_pickles():

@@ -14,13 +14,9 @@ from ptl.steps import mounts, trainjob
 
 WORK = ("prune", "recover", "evaluate")
 EVERYTHING = {
-    "resources.accelerator": "nvidia.com/gpu",
-    "resources.accelerators": 2,
-    "resources.cpu": "8",
-    "resources.memory": "64Gi",
-    "resources.shm": "16Gi",
-    "resources.timeout": 7200,
-    "resources.retries": 3,
+    **{"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 2},
+    **{"resources.cpu": "8", "resources.memory": "64Gi", "resources.shm": "16Gi"},
+    **{"resources.timeout": 7200, "resources.retries": 3},
     "resources.tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}, {"key": "team", "value": "nlp"}],
     "resources.node_selector": {"nvidia.com/gpu.product": "H100"},
     "resources.queue": "gpus",

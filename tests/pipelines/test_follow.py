@@ -68,24 +68,21 @@ FAILED = {"status": "FAILED", "tags": {"error": "InputError: x"}}
 REST = ("not started",) * 5
 
 
-@pytest.mark.parametrize(
-    ("name", "records", "code", "expected", "last", "parent"),
-    [
+def test_recorded_runs(world, said, command, tracked):
+    """By the names of their steps; and their end is that of their parent in MLflow."""
+    for name, records, code, expected, last, parent in (
         ("run-running", (RUNNING,), 0, ("RUNNING", *("waiting",) * 5), "RUNNING", "RUNNING"),
         ("run-canceled", ({}, RUNNING), 1, ("SUCCEEDED", "CANCELED", *REST[1:]), "canceled", "KILLED"),
         ("run-failed-step", (FAILED,), 1, ("FAILED", *REST), "FAILED", "FAILED"),
         ("run-failed-driver", ({},), 1, ("SUCCEEDED", *REST), "FAILED", "FAILED"),
         ("run-succeeded-6-tasks", ({},) * 6, 0, ("SUCCEEDED",) * 6, "SUCCEEDED", "FINISHED"),
-    ],
-)
-def test_recorded_runs(world, said, command, tracked, name, records, code, expected, last, parent):
-    """By the names of their steps; and their end is that of their parent in MLflow."""
-    run = tracked(world.play(name), dict(zip(SIX, records, strict=False)))
-    assert command() == code
-    assert list(states(said).items()) == list(zip(SIX, expected, strict=True))
-    assert f": {last}  {world.url}/#/runs/details/" in said[-1]
-    assert ("import-model: InputError: x" in said) == ("FAILED" in expected)
-    assert in_mlflow(run)[0] == parent
+    ):
+        run = tracked(world.play(name), dict(zip(SIX, records, strict=False)))
+        assert command() == code, name
+        assert list(states(said).items()) == list(zip(SIX, expected, strict=True))
+        assert f": {last}  {world.url}/#/runs/details/" in said[-1]
+        assert ("import-model: InputError: x" in said) == ("FAILED" in expected)
+        assert in_mlflow(run)[0] == parent, name
 
 
 def test_a_run_of_which_kubeflow_lists_12_of_18_steps_is_shown_by_its_records(world, said, command, tracked):
@@ -236,25 +233,22 @@ NOT_FOUND = "rpc error: code = NotFound desc = failed to pull and unpack image: 
 BACK_OFF = f'Back-off pulling image "x": ErrImagePull: {NOT_FOUND}'
 
 
-@pytest.mark.parametrize(
-    ("reason", "message", "sentence", "remedy"),
-    [
+def test_a_container_that_cannot_start_says_why(cluster):
+    """The recorded pod, whose container waits for another reason."""
+    for reason, message, sentence, remedy in (
         ("ErrImageNeverPull", NEVER_PULLED, f"ErrImageNeverPull: {NEVER_PULLED}", "check images.registry, images.tag"),
         ("ImagePullBackOff", BACK_OFF, f"ImagePullBackOff: {NOT_FOUND}", "check images.registry"),
         ("ContainerCreating", "", "FailedMount: no such claim", "check storage.cache_claim"),  # its newest event
-    ],
-)
-def test_a_container_that_cannot_start_says_why(cluster, reason, message, sentence, remedy):
-    """The recorded pod, whose container waits for another reason."""
-    (pod,) = cluster.of_run[PODS] = recorded("pods-image-missing")["items"]
-    container = next(entry for entry in pod["status"]["containerStatuses"] if entry["name"] == "main")
-    container["state"]["waiting"] = {"reason": reason, "message": message}
-    cluster.of_run[EVENTS] = recorded("events-pending")["items"]
-    if not message:
-        mount = {"reason": "FailedMount", "message": "no such claim", "lastTimestamp": "2026-11-28T07:51:00Z"}
-        cluster.of_run[EVENTS].insert(0, cluster.of_run[EVENTS][0] | mount)
-    found = pods.read("kubeflow", pod["metadata"]["labels"]["pipeline/runid"])["import-model"]
-    assert (found.phase, found.sentence) == ("Pending", sentence) and found.remedy("prune").startswith(remedy)
+    ):
+        (pod,) = cluster.of_run[PODS] = recorded("pods-image-missing")["items"]
+        container = next(entry for entry in pod["status"]["containerStatuses"] if entry["name"] == "main")
+        container["state"]["waiting"] = {"reason": reason, "message": message}
+        cluster.of_run[EVENTS] = recorded("events-pending")["items"]
+        if not message:
+            mount = {"reason": "FailedMount", "message": "no such claim", "lastTimestamp": "2026-11-28T07:51:00Z"}
+            cluster.of_run[EVENTS].insert(0, cluster.of_run[EVENTS][0] | mount)
+        found = pods.read("kubeflow", pod["metadata"]["labels"]["pipeline/runid"])["import-model"]
+        assert (found.phase, found.sentence) == ("Pending", sentence) and found.remedy("prune").startswith(remedy)
 
 
 def test_of_a_steps_pods_the_newest_counts_and_a_driver_is_no_container(cluster):
@@ -272,9 +266,7 @@ def test_of_a_steps_pods_the_newest_counts_and_a_driver_is_no_container(cluster)
 
 def test_a_pod_that_a_quota_refuses_is_explained_by_the_workflow(cluster):
     """Made up after Argo's source: it keeps such a node pending, with the answer to its request as the message."""
-    quota = (
-        'pods "noimg-1" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: 0, limited: 4'
-    )
+    quota = 'pods "n-1" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: 0, limited: 4'
     node = {"name": "noimg-rhr5h(0).root(0).import-model(0).executor(0)", "phase": "Pending", "message": quota}
     nodes = {"noimg-rhr5h-1": node | {"startedAt": "2026-11-28T07:48:16Z"}}
     packed = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()

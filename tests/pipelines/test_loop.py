@@ -4,9 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import mlflow
 import pytest
+import torch
 from command import ptl
 from gguf_files import NO_LLAMA_CPP, needs_llama_cpp
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_run import CHAIN, records
 
 EXPORT = "export-gguf-q8-0"
@@ -25,10 +28,8 @@ def result(finished):
 @pytest.fixture
 def client(finished, monkeypatch):
     """A client of the run's database."""
-    from mlflow import MlflowClient
-
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished[0]}/mlflow.db")
-    return MlflowClient()
+    return mlflow.MlflowClient()
 
 
 def test_the_run_leaves_what_is_promised(finished, result):
@@ -94,10 +95,6 @@ def test_the_final_checkpoint_is_ordinary_and_generates(finished, client, tmp_pa
 
     The store stays sound, although MLflow writes a file of its own into the folder of a registered version.
     """
-    import mlflow
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     pipeline = mlflow.transformers.load_model("models:/tiny/2")
     assert "####" in pipeline(QUESTION, max_new_tokens=24)[0]["generated_text"]
     folder = tmp_path / "final"

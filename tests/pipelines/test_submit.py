@@ -133,20 +133,17 @@ def test_requests_that_fail_once_never_start_two_runs(world, go, requests, numbe
     assert len(world.runs) == 1 and len(world.calls("POST", "/runs")) == number
 
 
-@pytest.mark.parametrize(
-    ("part", "answer", "error", "message"),
-    [
+def test_refusals_and_nonsense_start_no_run(world, go):
+    for part, answer, error, message in (
+        ("upload", "login page", WorkError, r"no pipeline_version_id\); the session may have expired: .*--token-file"),
         # Recorded refusals become the server's own sentence.
         ("/runs", "post-run-unknown-parameter", InputError, r"400 parameter\(s\) .* not required by pipeline: nope$"),
         ("/runs", "post-run-unknown-version", InputError, "PipelineVersion 0{8}-[0-]* not found; it was deleted"),
-        ("upload", "login page", WorkError, r"no pipeline_version_id\); the session may have expired: .*--token-file"),
-    ],
-)
-def test_refusals_and_nonsense_start_no_run(world, go, part, answer, error, message):
-    world.answers = [("POST", part, answer)] * (9 if error is WorkError else 1)
-    with pytest.raises(error, match=message):
-        go(wait=False)
-    assert world.runs == []
+    ):
+        world.answers = [("POST", part, answer)] * (9 if error is WorkError else 1)
+        with pytest.raises(error, match=message):
+            go(wait=False)
+        assert world.runs == []
 
 
 def test_an_unknown_parameter_and_a_gate_that_changes_the_structure_are_refused_first(world, go):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from checkout import DENSE, TINY
-from tiny_models import build, save
+from tiny_models import with_reasoners_tokenizer
 from typer.testing import CliRunner
 
 from ptl.cli import app
@@ -71,14 +71,7 @@ def ptl(*arguments):
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A mixture with the tiny reasoner's tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(DENSE)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = build("olmoe", vocab_size=len(tokenizer), max_position_embeddings=256, num_experts=12, **ids)
-    folder = save(model, tmp_path_factory.mktemp("mixture") / "model", tokenizer=False)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return with_reasoners_tokenizer("olmoe", tmp_path_factory.mktemp("mixture") / "model", num_experts=12)
 
 
 def with_model(folder, **changes):

@@ -4,28 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
 from recovering import prune_to
-from tiny_models import (
-    DAILY,
-    MOE_VARIANTS,
-    NARROW_VARIANTS,
-    VARIANTS,
-    avoiding,
-    batches,
-    build,
-    change_config,
-    family_at,
-    load,
-    logits,
-    multiplied,
-    nightly_but,
-    num_parameters,
-    save,
-    silenced,
-    skipping,
-    width_of,
-)
+from tiny_models import DAILY, MOE_VARIANTS, NARROW_VARIANTS, VARIANTS, batches, build, family_at, load, logits, save
 from torch import nn
 
 from ptl.config.chat import NO_CHAT
@@ -64,7 +46,7 @@ def selection_of(variant, unit=None, layers=LAYERS, narrow=True):
     model, fixed = build(variant), FIXED.get(variant, ()) if narrow else ("hidden", "kv")
     selection, heads = Selection(layers, {}), axes.kv_heads(model.config)
     if (unit or dict(reversed(UNITS))[variant]) == "neurons":
-        neurons = some(16, layers, *[6] * (variant in MOE_VARIANTS), width_of(variant))
+        neurons = some(16, layers, *[6] * (variant in MOE_VARIANTS), tiny_models.width_of(variant))
         selection = replace(selection, neurons=neurons)
     else:
         with_experts = [i for i in layers if hasattr(model.get_decoder().layers[i].mlp, "experts")]
@@ -80,8 +62,8 @@ def masked(model, family, selection):
     stream = torch.zeros(len(everything)).index_fill(0, kept, 1)
     nothing = torch.zeros(axes.kv_heads(model.config))
     heads = {i: nothing.index_fill(0, kept, 1) for i, kept in selection.kv_heads.items()}
-    model = silenced(avoiding(skipping(model, selection.layers), selection.experts), family, selection.neurons)
-    return multiplied(model, stream, heads)
+    model = tiny_models.avoiding(tiny_models.skipping(model, selection.layers), selection.experts)
+    return tiny_models.multiplied(tiny_models.silenced(model, family, selection.neurons), stream, heads)
 
 
 def differences(model, reference):
@@ -90,7 +72,7 @@ def differences(model, reference):
     return torch.cat([(one - other).abs().amax(dim=1) / other.abs().max() for one, other in pairs])
 
 
-@pytest.mark.parametrize(("variant", "unit", "narrow"), nightly_but(*BY_DAY, of=CASES))
+@pytest.mark.parametrize(("variant", "unit", "narrow"), tiny_models.nightly_but(*BY_DAY, of=CASES))
 def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_path):
     """With a layer less or with all, in one file or in shards, in both layouts of mixtures; saved and read again."""
     layers = ALL if variant in MOE_VARIANTS and not narrow else LAYERS
@@ -102,7 +84,7 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
     checkpoint.write_shard(source / checkpoint.STATE, state)
     write_pruned(source, tmp_path / "pruned", family, selection)
     assert (len(checkpoint.shards(tmp_path / "pruned")) > 1) == narrow
-    pruned, plain = load(tmp_path / "pruned"), skipping(build(variant), layers)
+    pruned, plain = load(tmp_path / "pruned"), tiny_models.skipping(build(variant), layers)
     reference = masked(model, family, selection)
     assert differences(pruned, reference).max() < EXACT < 0.1 < differences(plain, reference).max()
     pruned.save_pretrained(tmp_path / "again")
@@ -111,7 +93,7 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
     sizes = {"width": 16} if unit == "neurons" else {"experts": 4}
     sizes |= {"hidden": 20} if selection.hidden is not None else {}
     sizes |= {"kv_heads": before.kv_heads // 2} if selection.kv_heads else {}
-    assert after == again and after.params == num_parameters(pruned)
+    assert after == again and after.params == tiny_models.num_parameters(pruned)
     assert after == replace(before, layers=len(layers), **sizes) or before.dense_layers
     if not narrow:
         old, new = (checkpoint.read_config(folder) for folder in (source, tmp_path / "pruned"))
@@ -129,7 +111,7 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
         assert growth == 1 or (narrow and name.endswith(("norm.weight", "embed_tokens.weight"))), name
 
 
-@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
+@pytest.mark.parametrize("variant", tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def test_in_bfloat16_only_the_gains_are_rounded(variant, tmp_path):
     """Of a mixture half of the tokens: others may be sent to other experts for it."""
     source = save(build(variant).bfloat16(), tmp_path / "source")
@@ -143,7 +125,7 @@ def test_in_bfloat16_only_the_gains_are_rounded(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", ["llama", "phi3", "qwen2", "granite", "cohere2", "qwen3_moe"])
 def test_the_config_has_all_sizes_that_would_follow_from_others(variant, tmp_path):
-    source = change_config(save(build(variant), tmp_path / "source"), head_dim=...)
+    source = tiny_models.change_config(save(build(variant), tmp_path / "source"), head_dim=...)
     selection = selection_of(variant)
     write_pruned(source, tmp_path / "pruned", family_at(source), selection)
     before, after = (checkpoint.read_config(folder) for folder in (source, tmp_path / "pruned"))
@@ -155,7 +137,7 @@ def test_the_config_has_all_sizes_that_would_follow_from_others(variant, tmp_pat
     assert {name: value for name, value in changed.items() if name not in OF_LAYERS} == sizes
 
 
-@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
+@pytest.mark.parametrize("variant", tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def test_keeping_everything_changes_no_tensor_and_no_config(variant, tmp_path):
     source, fixed = save(build(variant), tmp_path / "source", fused=variant == "mixtral"), FIXED.get(variant, ())
     body, config = model_dimensions(source, family_at(source)), checkpoint.read_config(source)
@@ -201,7 +183,7 @@ def by_autograd(model):
     """
     layers, kv_heads = model.get_decoder().layers, [torch.ones(axes.kv_heads(model.config)) for _ in range(4)]
     factors = [mask.requires_grad_() for mask in (torch.ones(32), *kv_heads)]
-    multiplied(model, factors[0], dict(enumerate(kv_heads)))
+    tiny_models.multiplied(model, factors[0], dict(enumerate(kv_heads)))
     # Without experts [H, F], with them [E, H, F]
     downs = [getattr(layer.mlp, "experts", layer.mlp).down_proj for layer in layers]
     downs = [getattr(down, "weight", down) for down in downs]

@@ -74,9 +74,8 @@ def test_samples_are_drawn_as_the_makers_recommend_and_texts_stay(tmp_path):
 
 
 def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path, capsys):
-    with pytest.raises(
-        WorkError, match=r"^training\.answers: none of 12 answers is of use \(0 ended.*; raise training"
-    ):
+    none = r"^training\.answers: none of 12 answers is of use \(0 ended.*; raise training"
+    with pytest.raises(WorkError, match=none):
         written(tmp_path / "a", max_new_tokens=8)
     with pytest.raises(WorkError, match=r"\(12 ended, and none of them is correct\)"):
         written(tmp_path / "c", reward={"name": "final_answer", "answer": "#### 1234"})

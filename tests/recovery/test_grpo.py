@@ -53,24 +53,20 @@ def test_a_share_of_the_tokens_ends_training(small, tmp_path):
     assert second["steps"] < 4 and 800 <= second["tokens"] < 800 + 16 * 256
 
 
-@pytest.mark.parametrize(
-    ("step", "max_steps", "correct", "guard", "ends"),
-    [
+def test_a_model_that_solves_nothing_ends_training():
+    for step, max_steps, correct, guard, ends in (
         (1, 4, [0.0], 8, False),  # four prompts a step
         (2, 4, [0.0], 8, True),
         (2, 4, [0.1, 0.0], 8, False),
         (2, 4, [None], 8, True),  # no reference could be read
         (1, 1, [0.0], 8, True),  # the last step
         (2, 4, [0.0], 0, False),  # no guard
-    ],
-)
-def test_a_model_that_solves_nothing_ends_training(step, max_steps, correct, guard, ends):
-    log = [{"rewards/final_answer/mean": share, "rewards/format/mean": 1.0} for share in correct]
-    stage = RecoverStage(**STAGE | {"guard_prompts": guard})
-    state = SimpleNamespace(global_step=step, max_steps=max_steps, log_history=log)
-    refused = pytest.raises(WorkError, match=rf"solves none of {4 * step} prompts") if ends else nullcontext()
-    with refused:
-        grpo._limits(stage, None).on_log(None, state, SimpleNamespace(should_training_stop=False))
+    ):
+        log = [{"rewards/final_answer/mean": share, "rewards/format/mean": 1.0} for share in correct]
+        stage = RecoverStage(**STAGE | {"guard_prompts": guard})
+        state = SimpleNamespace(global_step=step, max_steps=max_steps, log_history=log)
+        with pytest.raises(WorkError, match=rf"solves none of {4 * step} prompts") if ends else nullcontext():
+            grpo._limits(stage, None).on_log(None, state, SimpleNamespace(should_training_stop=False))
 
 
 def test_rewards_are_for_what_follows_the_thought_which_the_prompt_may_have_begun():

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from recovering import DATA, DENSE, losses, prune_to, recover, weights
-from tiny_models import build, change_config, family_at
+from tiny_models import change_config, family_at, with_reasoners_tokenizer
 
 from ptl.config.run import Calibration, Evaluate
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, dimensions, pretrained
+from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recover_experts")]
@@ -20,13 +20,10 @@ CPT, DISTIL = {"method": "cpt"}, {"method": "distil"}
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory):
     """A mixture of each family with the tiny reasoner's tokenizer, pruned from six experts to four."""
-    tokenizer, folders = pretrained.tokenizer(DENSE), {}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    folders = {}
     # training differs by what a layer has besides plain experts: a shared one and corrections, or biases
     for family in ("qwen3_moe", "deepseek_v3", "gpt_oss"):
-        source = tmp_path_factory.mktemp(family)
-        build(family, vocab_size=len(tokenizer), max_position_embeddings=256, **ids).save_pretrained(source)
-        tokenizer.save_pretrained(source)
+        source = with_reasoners_tokenizer(family, tmp_path_factory.mktemp(family))
         folders[family] = prune(source, tmp_path_factory.mktemp("pruned"), "experts", 4)
     return folders
 

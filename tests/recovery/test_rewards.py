@@ -15,36 +15,24 @@ def score(name, answer, reference, **settings):
     return value
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "reward"),
-    [
-        ("74-34=40\n#### 40", "70-30=40\n#### 40", 1),
-        ("#### 4\n#### 40", "40", 1),  # the last one counts
-        ("#### 40 or 41", "40", 0),  # it must stand alone
-        ("so #### 40", "40", 0),
-        ("#### 1,024", "1024", 1),
-        ("#### 0.5", "#### 0.50", 0),  # digit for digit
-        ("#### 7", "no number", 0),
-    ],
-)
-def test_final_answer_must_stand_alone(answer, reference, reward):
-    assert score("final_answer", answer, reference) == reward
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "reward"),
-    [
-        (r"The answer is $\boxed{\frac{1}{2}}$.", "0.5", 1),
-        (r"\boxed{2x+1}", "1+2x", 1),
-        (r"\boxed{3}", "4", 0),
-        ("5*2=10\n#### 10", "3+7=10\n#### 10", 1),
-        ("#### 1,000", "#### 1000", 1),
-        ("", "4", 0),
-        (r"\boxed{3}", "", None),  # not judged without a reference that can be read
-    ],
-)
-def test_math_compares_values(answer, reference, reward):
-    assert score("math", answer, reference) == reward
+def test_final_answer_must_stand_alone_and_math_compares_values():
+    for name, answer, reference, reward in (
+        ("final_answer", "74-34=40\n#### 40", "70-30=40\n#### 40", 1),
+        ("final_answer", "#### 4\n#### 40", "40", 1),  # the last one counts
+        ("final_answer", "#### 40 or 41", "40", 0),  # it must stand alone
+        ("final_answer", "so #### 40", "40", 0),
+        ("final_answer", "#### 1,024", "1024", 1),
+        ("final_answer", "#### 0.5", "#### 0.50", 0),  # digit for digit
+        ("final_answer", "#### 7", "no number", 0),
+        ("math", r"The answer is $\boxed{\frac{1}{2}}$.", "0.5", 1),
+        ("math", r"\boxed{2x+1}", "1+2x", 1),
+        ("math", r"\boxed{3}", "4", 0),
+        ("math", "5*2=10\n#### 10", "3+7=10\n#### 10", 1),
+        ("math", "#### 1,000", "#### 1000", 1),
+        ("math", "", "4", 0),
+        ("math", r"\boxed{3}", "", None),  # not judged without a reference that can be read
+    ):
+        assert score(name, answer, reference) == reward, (name, answer)
 
 
 def test_math_is_compared_in_other_threads_too():

@@ -26,17 +26,11 @@ ON_A_CLUSTER = {"PTL_RUN_ID": "", "KFP_RUN_ID": f"kfp-{uuid.uuid4().hex[:8]}"}
 @pytest.fixture(autouse=True)
 def environment(tmp_path, monkeypatch):
     """The process of the work is forked from its parent, which then has its libraries; to start one takes longer."""
-    settings = {
-        "PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}",
-        "PTL_RUN_DIR": str(tmp_path),
-        "PTL_SCRATCH": str(tmp_path / "scratch"),
-        "PTL_RETRY_WAIT": "0.01",
-        "PTL_TEST_FOLDER": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
-        # Nobody answers here at once: what a failure reports to MLflow has tests of its own below.
-        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
+    settings = {"PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}", "PTL_RUN_DIR": str(tmp_path), "PTL_RETRY_WAIT": "0.01"}
+    settings |= {"PTL_SCRATCH": str(tmp_path / "scratch"), "PTL_TEST_FOLDER": str(tmp_path)}
+    settings["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    # Nobody answers here at once: what a failure reports to MLflow has tests of its own below.
+    settings |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(supervisor, "PROCESS", "failing_step")

@@ -170,19 +170,16 @@ def test_a_cancelled_step_deletes_its_train_job(cluster):
     assert cluster.deleted == [NAME] and cluster.jobs == {}
 
 
-@pytest.mark.parametrize(
-    ("refusal", "message"),
-    [
+def test_what_the_cluster_refuses_is_an_input_error_that_names_the_remedy(cluster):
+    for refusal, message in (
         (mock_kubernetes.UNKNOWN_RUNTIME, r"resources\.steps\.recover\.runtime: the TrainingRuntime 'ptl-recover' "),
         (mock_kubernetes.NO_RIGHT, r"resources\.steps\.recover\.nodes: this step's account may not .*create.*Role"),
         (mock_kubernetes.NO_TRAINER, r"resources\.steps\.recover\.nodes: this cluster has no Kubeflow Trainer"),
         ((403, "exceeded quota: gpus, requested: 16"), r"resources\.steps\.recover: the cluster refuses it: exceeded"),
-    ],
-)
-def test_what_the_cluster_refuses_is_an_input_error_that_names_the_remedy(cluster, refusal, message):
-    cluster.refusal = refusal
-    with pytest.raises(InputError, match=message):
-        train()
+    ):
+        cluster.refusal = refusal
+        with pytest.raises(InputError, match=message):
+            train()
 
 
 def test_an_api_that_does_not_answer_for_a_while_is_waited_for(cluster, monkeypatch):
@@ -218,12 +215,8 @@ def test_the_machines_are_those_of_the_environment(monkeypatch):
 def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(tmp_path, monkeypatch, capfd):
     """Its call names a field that does not exist."""
     settings = {"step": "recover-1", "experiment": "e", "iterations": 1, "recover": [{"metod": "cpt"}], "seed": 0}
-    settings |= {
-        "tokens": "uniform",
-        "recovery_tokens": 100,
-        "training": {"sources": [{"source": "x.jsonl"}]},
-        "chat": {},
-    }
+    data = {"sources": [{"source": "x.jsonl"}]}
+    settings |= {"tokens": "uniform", "recovery_tokens": 100, "training": data, "chat": {}}
     words = tmp_path / "termination-log"
     environment = {"KFP_RUN_ID": RUN, "PTL_SCRATCH": str(tmp_path), "PTL_TERMINATION_LOG": str(words)}
     environment[trainjob.CALL] = json.dumps({"settings": settings, "inputs": {"model": POINTER.dump()}})

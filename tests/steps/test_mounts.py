@@ -1,13 +1,6 @@
 """What a cluster mounts becomes a step's environment."""
 
-import pytest
-
 from ptl.steps import mounts
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "ptl"
 
 
 def volume(root, name, **files):
@@ -25,35 +18,30 @@ def loaded(root, **environment):
     return environment, warnings
 
 
-def test_any_key_of_the_config_map_and_of_the_secrets_is_a_variable_unless_it_is_set(root):
+def test_any_key_of_the_config_map_and_of_the_secrets_is_a_variable_unless_it_is_set(tmp_path):
     """As by KFP's MLflow plugin (injectUserEnvVars); a Secret comes before the ConfigMap."""
-    volume(root, "config", MLFLOW_TRACKING_URI="http://ours", MLFLOW_TRACKING_TOKEN="of the map", no_proxy="a,b")
+    volume(tmp_path, "config", MLFLOW_TRACKING_URI="http://ours", MLFLOW_TRACKING_TOKEN="of the map", no_proxy="a,b")
     # Files that are no variables are left alone.
-    volume(root, "hf", HF_TOKEN="hf_1", **{"ca.crt": "x", "with-dash": "x", "1st": "x"})
-    volume(root, "mlflow", MLFLOW_TRACKING_TOKEN="secret\n", KEYSTORE="")
-    volume(root, "s3", accesskey="id", secretkey="key")  # names of KFP's own
-    (root / "mlflow/KEYSTORE").write_bytes(b"\xff\xfe\x00")
+    volume(tmp_path, "hf", HF_TOKEN="hf_1", **{"ca.crt": "x", "with-dash": "x", "1st": "x"})
+    volume(tmp_path, "mlflow", MLFLOW_TRACKING_TOKEN="secret\n", KEYSTORE="")
+    volume(tmp_path, "s3", accesskey="id", secretkey="key")  # names of KFP's own
+    (tmp_path / "mlflow/KEYSTORE").write_bytes(b"\xff\xfe\x00")
     names = {"PTL_S3_ACCESS_KEY": "accesskey", "PTL_S3_SECRET_KEY": "secretkey"}
-    environment, (warning,) = loaded(root, MLFLOW_TRACKING_URI="http://of-the-plugin", **names)
+    environment, (warning,) = loaded(tmp_path, MLFLOW_TRACKING_URI="http://of-the-plugin", **names)
     assert "KEYSTORE is not a variable" in warning
-    assert environment == names | {
-        "MLFLOW_TRACKING_URI": "http://of-the-plugin",
-        "MLFLOW_TRACKING_TOKEN": "secret",
-        "no_proxy": "a,b",
-        "HF_TOKEN": "hf_1",
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "key",
-    }
+    expected = {"MLFLOW_TRACKING_URI": "http://of-the-plugin", "MLFLOW_TRACKING_TOKEN": "secret", "no_proxy": "a,b"}
+    expected |= {"HF_TOKEN": "hf_1", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
+    assert environment == names | expected
 
 
-def test_a_mounted_ca_bundle_is_trusted_unless_another_one_is_named(root):
-    (root / "ca").mkdir(parents=True)
-    (root / "s3").mkdir()  # Kubernetes mounts an empty folder for what is not there
-    environment, (warning,) = loaded(root)  # and does not stop the step
+def test_a_mounted_ca_bundle_is_trusted_unless_another_one_is_named(tmp_path):
+    (tmp_path / "ca").mkdir(parents=True)
+    (tmp_path / "s3").mkdir()  # Kubernetes mounts an empty folder for what is not there
+    environment, (warning,) = loaded(tmp_path)  # and does not stop the step
     assert environment == {} and "storage.ca_config_map: no ca.crt" in warning
-    volume(root, "ca", **{"ca.crt": "-----BEGIN CERTIFICATE-----"})
-    bundle = str(root / "ca" / "ca.crt")
-    assert loaded(root) == (dict.fromkeys(mounts.BUNDLES, bundle), [])
-    environment, (warning,) = loaded(root, SSL_CERT_FILE="/other.crt")  # as where Kubeflow mounts a bundle of its own
+    volume(tmp_path, "ca", **{"ca.crt": "-----BEGIN CERTIFICATE-----"})
+    bundle = str(tmp_path / "ca" / "ca.crt")
+    assert loaded(tmp_path) == (dict.fromkeys(mounts.BUNDLES, bundle), [])
+    environment, (warning,) = loaded(tmp_path, SSL_CERT_FILE="/other.crt")  # as where Kubeflow mounts its own bundle
     assert environment == {"SSL_CERT_FILE": "/other.crt", "AWS_CA_BUNDLE": bundle, "REQUESTS_CA_BUNDLE": bundle}
     assert "not used for SSL_CERT_FILE" in warning

@@ -34,18 +34,10 @@ TWO_STAGES = [SHORT | {"method": "cpt", "share": 0.5}, *ONE_STAGE]
 def environment(tmp_path, new_database):
     """Of every pod; on a cluster ConfigMap and Secrets are its source."""
     new_database(tmp_path)
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": os.environ["HOME"],
-        "PYTHONPATH": f"{ROOT}",
-        "OMP_NUM_THREADS": "1",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-        "PTL_ARTIFACT_ROOT": f"file://{tmp_path}/art",
-        "KFP_RUN_ID": RUN,
-        "KFP_POD_NAME": mock_kubernetes.OWN_POD,
-        "PTL_NODES": "2",
-        "PTL_STORE_MINUTES": "0",
-    }
+    given = {name: os.environ[name] for name in ("PATH", "HOME")} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PTL_ARTIFACT_ROOT": f"file://{tmp_path}/art"}
+    given |= {"KFP_RUN_ID": RUN, "KFP_POD_NAME": mock_kubernetes.OWN_POD}
+    return given | {"PTL_NODES": "2", "PTL_STORE_MINUTES": "0"}
 
 
 def call_of(stages, tokens, folder):

@@ -38,9 +38,8 @@ def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True, "refreshed": False}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
         import_model.import_model(Call("import-model", "e", settings))
-    with pytest.raises(
-        InputError, match=r"training\.answers: given, but .* with the step that writes own .*; set train"
-    ):
+    given = r"training\.answers: given, but .* with the step that writes own .*; set train"
+    with pytest.raises(InputError, match=given):
         import_model.import_model(Call("import-model", "e", settings | {"gated": not compiled}))
     own = {"training": sections["training"] | {"answers": "self", "refresh": "each"}, "gated": not compiled}
     with pytest.raises(InputError, match=r"^training\.refresh: each, but .* compiled for once; set training\.refresh"):
@@ -55,11 +54,8 @@ def test_mlflow_has_lengths_of_answers_and_pass_at_n():
     scores = run_records.scores(9, 0.5, 1)
     scores["tasks"][0] |= {"samples": 4, "pass_at_n": 0.75}
     shown = reporting.metrics({"scores": scores})
-    assert [shown[f"tiny_reasoner/{name}"] for name in ("accuracy", "answer_tokens_p95", "pass_at_4")] == [
-        0.5,
-        40,
-        0.75,
-    ]
+    found = [shown[f"tiny_reasoner/{name}"] for name in ("accuracy", "answer_tokens_p95", "pass_at_4")]
+    assert found == [0.5, 40, 0.75]
     assert "tiny_retention/pass_at_1" not in shown
 
 
@@ -77,37 +73,31 @@ def key_of_step(monkeypatch):
     return key_of_step
 
 
-@pytest.mark.parametrize(
-    ("step", "cuts", "cap", "goal"),
-    [
+def test_a_prune_removes_its_share_of_the_dense_model(key_of_step):
+    """Of 1,000 parameters, of which 900 are left, to 600 in four iterations."""
+    for step, cuts, cap, goal in (
         ("prune-1", "uniform", None, 900),
         ("prune-3", "uniform", None, 700),
         ("prune-2", "cubic", None, 650),
         ("prune-2", "uniform", 30, 870),  # after a rejection
-    ],
-)
-def test_a_prune_removes_its_share_of_the_dense_model(step, cuts, cap, goal, key_of_step):
-    """Of 1,000 parameters, of which 900 are left, to 600 in four iterations."""
-    changes = {"params": 900, "original_params": 1000, "chosen": {"hidden": 8}}
-    model = dataclasses.replace(POINTER, **changes, gate={"cap": cap} if cap else {})
-    settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "chat", "calibration")}
-    key = key_of_step(prune, prune.prune, step, settings, model)
-    assert (key["goal"], key["end"], key["chosen"], key["unit"]) == (goal, 600, {"hidden": 8}, "width")
+    ):
+        changes = {"params": 900, "original_params": 1000, "chosen": {"hidden": 8}}
+        model = dataclasses.replace(POINTER, **changes, gate={"cap": cap} if cap else {})
+        settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "chat", "calibration")}
+        key = key_of_step(prune, prune.prune, step, settings, model)
+        assert (key["goal"], key["end"], key["chosen"], key["unit"]) == (goal, 600, {"hidden": 8}, "width")
 
 
-@pytest.mark.parametrize(
-    ("step", "tokens", "weights", "share", "skip"),
-    [
+def test_a_recovery_trains_on_its_share_of_the_tokens(key_of_step):
+    for step, tokens, weights, share, skip in (
         ("recover-1", "doubling", (1, 2, 4, 8), 100, 0),
         ("recover-3", "doubling", (1, 2, 4, 8), 400, 300),
         ("recover-4", "uniform", (1, 1, 1, 1), 375, 1125),
-    ],
-)
-def test_a_recovery_trains_on_its_share_of_the_tokens(step, tokens, weights, share, skip, key_of_step):
-    settings = {"recovery_tokens": 1500, "tokens": tokens}
-    settings |= {name: CONFIG[name] for name in ("recover", "training", "chat")}
-    key = key_of_step(recover, recover.recover, step, settings, POINTER)
-    assert (key["tokens"], key["weights"], key["skip"], key["seed"]) == (share, weights, skip, 7)
+    ):
+        settings = {"recovery_tokens": 1500, "tokens": tokens}
+        settings |= {name: CONFIG[name] for name in ("recover", "training", "chat")}
+        key = key_of_step(recover, recover.recover, step, settings, POINTER)
+        assert (key["tokens"], key["weights"], key["skip"], key["seed"]) == (share, weights, skip, 7)
 
 
 def test_a_goal_s_parameters_travel_with_the_checkpoints():
