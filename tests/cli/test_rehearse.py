@@ -37,7 +37,7 @@ def test_a_run_with_gate_and_reinforcement_learning_is_rehearsed(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("thinks", [True, False])
 def test_what_init_writes_for_a_small_qwen3_is_rehearsed_in_both_modes(thinks, tmp_path):
-    """With the template that it is published with; its random weights end few answers, which is found before any cut."""
+    """By the template that it is published with; its random weights end few answers, which is said before any cut."""
     tokenizer = tokenizer_with("qwen3")
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
     model = build("qwen3", **ids)
