@@ -47,7 +47,7 @@ WORK = ROOT / ".ptl" / "guard"  # unfinished models
 MULTIPLE, TEXTS = 32, 64
 TEXT = DataSource(source=GENERAL, format="text")
 MIXES = (0.0, 0.1, 0.3)
-TOKENS, RATE, SCORED = 50_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
+TOKENS, RATE, SCORED = 100_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
 
 Row = dict[str, Any]
 Join = Callable[[Tensor, Tensor], Tensor]  # of a layer's scores by the benchmark's text and by the general one
@@ -147,11 +147,15 @@ def note(cell: Row, folder: Path, data: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> None:
-    """Each model beside the one that was scored by GSM8K alone with as many tokens of nothing else."""
+    """Each model: perplexities, and their ratios to the one that had as many tokens and no general text."""
     print("| removed | tokens | scores | general text in the recovery | GSM8K | other prose | Python's reference |")
     print("|---:|---:|---|---:|---:|---:|---:|")
     for row in rows:
-        texts = [f"{real_model.perplexity(row[name]):.3g}" for name in ("gsm8k", "prose", "reference")]
+        own = next(each for each in rows if (each["share"], each["tokens"]) == (row["share"], row["tokens"]))
+        texts = [
+            f"{real_model.perplexity(row[name]):.3g}: {real_model.ratio(row[name], own[name])}"
+            for name in ("gsm8k", "prose", "reference")
+        ]
         mix = f"{row['mix']:.0%}" if row["tokens"] else ""
         print(f"| {row['share']:.0%} | {row['tokens']:,} | {row['scores']} | {mix} | {' | '.join(texts)} |")
 

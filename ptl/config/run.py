@@ -47,7 +47,7 @@ class Calibration(Section):
     answers: Literal["given", "self"] = "given"
     """`self`: the answers of `training.answers: self`, with prompts and thoughts, in the place of rows with prompts"""
     num_sequences: Positive = 64
-    """number of sequences to score on, of all sources together, drawn with the run's seed"""
+    """number of sequences to score on, divided among the sources by weight as far as they have rows"""
     max_length: int = Field(512, ge=2)
     """tokens per sequence; longer ones are truncated"""
     batch_size: Positive = 16
@@ -113,7 +113,7 @@ class Evaluate(Section):
 
     # What is reported beside the accuracy.
     retention: Location | None = None
-    """texts whose perplexity is watched, a .jsonl file with a column `text`; default: English prose that ships"""
+    """local .jsonl file with a column `text`, whose perplexity is watched; default: English prose that ships"""
     confidence: ClassVar[float] = 0.95  # level of the intervals of accuracies
     speed: Speed = Speed()
     """how speed is measured"""
@@ -144,7 +144,13 @@ class Gate(Section):
     strict: bool = False
     """accept only what is shown to be not inferior; needs many items"""
     retention: float | None = Field(None, gt=1)
-    """reject what raises the perplexity of `evaluate.retention` by more than this factor; default: only report it"""
+    """reject what is shown to raise the perplexity of `evaluate.retention` above this factor; default: only report"""
+
+    @model_validator(mode="after")
+    def _holds_only_where_it_decides(self) -> Gate:
+        if self.retention and not self.enabled:
+            raise ValueError("gate.retention needs gate.enabled=true: set both")
+        return self
 
 
 class Images(Section):

@@ -16,7 +16,7 @@ from ptl.config.chat import Chat
 from ptl.config.recover import DataSource, RecoverStage, Reward, TrainingData
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
-from ptl.data.sources import check_rows, fill, local_file, numbered_rows, prompt_of, texts
+from ptl.data.sources import GENERAL, check_rows, fill, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
 
@@ -51,7 +51,8 @@ def named_sources(
     calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]
 ) -> dict[str, DataSource]:
     """All sources that a config names, by their fields."""
-    sources = {f"calibration.data.{i}": source for i, source in enumerate(calibration.data)}
+    many = len(calibration.data) > 1
+    sources = {f"calibration.data{f'.{i}' * many}": source for i, source in enumerate(calibration.data)}
     sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
     stages = enumerate(recover)
@@ -212,7 +213,7 @@ def planned_amount(config: Config, removed: int) -> Amount:
 
 def tokens_of(source: DataSource, max_length: int, field: str) -> float:
     """Tokens of a file's rows, roughly, of which no more than max_length are read of each; 0 for other sources."""
-    if not Path(source.source).is_file():
+    if source.source != GENERAL and not Path(source.source).is_file():
         return 0.0
     rows = numbered_rows(source, field)
     sample = [

@@ -158,11 +158,12 @@ def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: 
 
 def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Tokens]:
     """Of each source its share of the rows, drawn with the seed, or all of them."""
-    total = sum(source.weight for source in settings.data)
+    *ends, total = itertools.accumulate(source.weight for source in settings.data)
+    bounds = [round(settings.num_sequences * end / total) for end in (0, *ends, total)]
     sequences = []
-    for source in settings.data:
+    for source, (begin, end) in zip(settings.data, itertools.pairwise(bounds), strict=True):
         rows = read_rows(source)
-        count = max(1, round(settings.num_sequences * source.weight / total))
+        count = max(1, end - begin)
         chosen = itertools.islice(order(len(rows), seed), min(count, len(rows)))  # none twice
         sequences += [tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in chosen]
     return sequences

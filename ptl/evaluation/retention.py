@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ptl.config.run import Evaluate, Gate
 from ptl.errors import InputError
 from ptl.evaluation.paired import RESAMPLES
@@ -17,6 +19,7 @@ from ptl.json_lines import read_json_lines
 
 FIELD = "evaluate.retention"
 PROSE = Path(__file__).with_name("retention.jsonl")  # English, written for ptl and nowhere else
+BLOCK = 100  # resamples at once
 KNOWN = 4.0  # bits for a byte; the frequencies of letters alone need as many
 
 
@@ -65,28 +68,42 @@ def texts(settings: Evaluate) -> list[str]:
             f"no file {path}", field=FIELD, remedy="give a .jsonl file with a column `text`, or leave it out"
         )
     found = [row.get("text") for row in read_json_lines(path, FIELD, str(path))]
-    number = next((i for i, text in enumerate(found, 1) if not isinstance(text, str) or not text.strip()), 0)
+    number = next((i for i, text in enumerate(found, 1) if not _is_text(text)), 0)
     if number or len(found) < 2:
-        problem = f"line {number} of {path} has no text" if number else f"{path} has a single text"
-        raise InputError(problem, field=FIELD, remedy="give two or more lines, each with a column `text`")
+        problem = f"row {number} of {path} has no text" if number else f"{path} has a single text"
+        raise InputError(problem, field=FIELD, remedy="give two or more rows, each with a column `text`")
     return [str(text) for text in found]
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a tokenizer takes it: JSON can hold half of a surrogate pair (\\ud83d)."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def measure(lm: Any, settings: Evaluate) -> TextLosses:
-    """Losses of the held-out texts by the harness's model."""
-    from lm_eval.api.instance import Instance
+    """Losses of the held-out texts by the harness's model, each after the token that begins a text.
+
+    A window at a time, and in float32: the logits of a batch of whole texts need more memory than answers do, and sums
+    in bfloat16 are whole nats.
+    """
+    import torch
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     held_out = texts(settings)
-    # Without the warning of texts that are longer than the context, which the harness divides.
-    ids = [lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in held_out]
-    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(held_out)]
-    likelihoods = lm.loglikelihood_rolling(requests, disable_tqdm=True)
-    return TextLosses(
-        Path(settings.retention or PROSE).name,
-        sum(len(text.encode()) for text in held_out),
-        [len(text) for text in ids],
-        [-float(likelihood) for likelihood in likelihoods],
-    )
+    tokenizer = lm.tokenizer
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    dtype, lm.softmax_dtype = getattr(lm, "softmax_dtype", None), torch.float32
+    counts, losses = [], []
+    for text in tqdm(held_out, desc="held-out texts"):
+        # Without the warning of texts that are longer than the context.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows = map(make_disjoint_window, get_rolling_token_windows(ids, begin, lm.max_length, context_len=1))
+        found = [lm._loglikelihood_tokens([(("", ""), *window)], disable_tqdm=True) for window in windows]
+        counts.append(len(ids))
+        losses.append(-sum(likelihood for ((likelihood, _),) in found))
+    lm.softmax_dtype = dtype
+    size = sum(len(text.encode()) for text in held_out)
+    return TextLosses(Path(settings.retention or PROSE).name, size, counts, losses)
 
 
 def compare(dense: TextLosses, candidate: TextLosses, alpha: float) -> Retained | None:
@@ -97,8 +114,10 @@ def compare(dense: TextLosses, candidate: TextLosses, alpha: float) -> Retained 
         return None
     tokens = np.array(dense.tokens)  # [texts]
     differences = np.array(candidate.losses) - np.array(dense.losses)  # [texts]
-    drawn = np.random.default_rng(0).integers(len(tokens), size=(RESAMPLES, len(tokens)))  # [resamples, texts]
-    ratios = np.exp(differences[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))  # [resamples]
+    random, ratios = np.random.default_rng(0), []
+    for _ in range(RESAMPLES // BLOCK):  # a user may have many texts
+        drawn = random.integers(len(tokens), size=(BLOCK, len(tokens)))  # [block, texts]
+        ratios.append(np.exp(differences[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)))
     low, high = np.quantile(ratios, [alpha, 1 - alpha])
     ratio = math.exp(differences.sum() / tokens.sum())
     return Retained(

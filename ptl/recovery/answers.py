@@ -78,7 +78,8 @@ def write_answers(
         prompts = dict(_prompts(lm, data, chat, seed))
         with (dst / FILE).open("w", encoding="utf-8") as file:
             for sample in range(data.samples):
-                answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, seed + sample))
+                own_seed = (seed * data.samples + sample) % 2**31  # runs with other seeds have other samples
+                answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, own_seed))
                 ended = [answer for answer in answers if answer.ended]
                 num_ended += len(ended)
                 num_tokens += sum(note.tokens for note in lm.notes.values())

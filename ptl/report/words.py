@@ -212,7 +212,8 @@ def _gate(result: Result) -> str:
     verdicts = [row.verdict for row in result.rows]
     accepted = counted(verdicts.count("accepted"), "iteration")
     rejected = counted(verdicts.count("rejected"), "iteration")
-    sentence = f"{accepted} accepted, {rejected} rejected (margin {margin(settings['margin'])})"
+    held = f", perplexity at most \u00d7 {settings['retention']:g}" if settings["retention"] else ""
+    sentence = f"{accepted} accepted, {rejected} rejected (margin {margin(settings['margin'])}{held})"
     if result.not_needed:
         first, last = result.not_needed[0], result.not_needed[-1]
         iterations = range(first.iteration, last.iteration + 1)

@@ -114,7 +114,7 @@ def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
 
     check(whole, whole, cpt, grpo)
     check(whole, asked, grpo)
-    with pytest.raises(InputError, match=r"calibration\.data\.0\.messages: row 1 "):
+    with pytest.raises(InputError, match=r"calibration\.data\.messages: row 1 "):
         check(asked, whole, grpo)
     with pytest.raises(InputError, match=r"training\.sources\.1\.messages: row 1 "):
         check(whole, asked, grpo, distil)
