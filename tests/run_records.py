@@ -129,7 +129,7 @@ def settings() -> dict:
         "schedule": {"iterations": 4, "target": 0.4},
         "recover": [{"method": "cpt", "learning_rate": 3e-4}],
         "evaluate": {"tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
-        "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05, "strict": False},
+        "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05, "strict": False, "retention": None},
     }  # fmt: skip
 
 
