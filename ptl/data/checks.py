@@ -51,8 +51,8 @@ def named_sources(
     calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]
 ) -> dict[str, DataSource]:
     """All sources that a config names, by their fields."""
-    many = len(calibration.data) > 1
-    sources = {f"calibration.data{f'.{i}' * many}": source for i, source in enumerate(calibration.data)}
+    field = "calibration.data.{}" if len(calibration.data) > 1 else "calibration.data"
+    sources = {field.format(i): source for i, source in enumerate(calibration.data)}
     sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
     stages = enumerate(recover)

@@ -29,6 +29,7 @@ ENDING = 10.0  # seconds in which a helper that is ended may clean up
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
 # Of several answers to a prompt, where a model's makers recommend none; without a top_k transformers would take 50.
 PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 0}
+MANY_TRUNCATED = 0.2  # share of answers that hit the token limit, above which the log warns
 
 
 class AnswerNote(NamedTuple):
@@ -45,6 +46,11 @@ class Share(NamedTuple):
     answers: list[Any]  # in the order of its requests
     notes: Mapping[str, AnswerNote]  # by prompt
     cut_prompts: int
+
+
+def seed_of_sample(seed: int, samples: int, number: int) -> int:
+    """Of one of several samples: runs with other seeds have other samples."""
+    return (seed * samples + number) % 2**31
 
 
 def recommended_sampling(src: Path) -> dict[str, Any]:

@@ -171,12 +171,8 @@ def paired(
     regressions = sum(count for change, count in changes.items() if change < 0)
     improvements = sum(count for change, count in changes.items() if change > 0)
     accuracy = sum(reference) / (items * samples)
-    if samples == 1:
-        low, high = paired_bootstrap(regressions, improvements, items, alpha)
-        p_different, p_worse = mcnemar(regressions, improvements)
-    else:
-        low, high = bootstrap(changes, samples, alpha)
-        p_different, p_worse = sign_flips(changes)
+    low, high = bootstrap(changes, samples, alpha)
+    p_different, p_worse = mcnemar(regressions, improvements) if samples == 1 else sign_flips(changes)
     answers = items * samples
     verdict = _verdict(sum(reference) - sum(candidate), answers, low, p_worse, margin, alpha)
     # An accuracy that is not above the margin cannot fall by more than it.

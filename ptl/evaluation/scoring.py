@@ -19,7 +19,7 @@ import numpy as np
 from ptl.config.run import Evaluate, Task
 from ptl.errors import InputError, WorkError
 from ptl.evaluation import task_files, tasks
-from ptl.evaluation.helpers import PLAIN_SAMPLING, AnswerNote
+from ptl.evaluation.helpers import PLAIN_SAMPLING, AnswerNote, seed_of_sample
 from ptl.evaluation.paired import Item, interval
 from ptl.evaluation.task_files import SPLITS, Spec
 
@@ -189,7 +189,7 @@ def score_task(
         accuracy = sum(right) / (len(right) * task.samples)
         low, high = interval(right, task.samples, settings.confidence)
         pass_at_n = sum(count > 0 for count in right) / len(right) if task.samples > 1 else None
-        by_sample = ([_item_record(name, *logged, metric, one) for logged in one.logged] for one in passes)
+        by_sample = [_item_records(name, metric, one) for one in passes]
         items = list(chain.from_iterable(zip(*by_sample, strict=True)))
     elif len(specs) > 1:
         raise InputError(
@@ -236,8 +236,7 @@ def _passes(
             sampling = {"do_sample": True, **(lm.sampling or PLAIN_SAMPLING)}
             harness_task.set_config("generation_kwargs", sampling, update=True)
     for number in range(task.samples):
-        # Runs with other seeds have other samples.
-        lm.seed = (seed * task.samples + number) % 2**31
+        lm.seed = seed_of_sample(seed, task.samples, number)
         for harness_task in loaded.values():
             harness_task.set_fewshot_seed(seed)
         # What is noted is of this pass alone.
@@ -266,6 +265,10 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
         fewshot_as_multiturn=lm.chat.enabled,
         confirm_run_unsafe_code=settings.allow_code,
     )
+
+
+def _item_records(task: str, metric: str, of_pass: Pass) -> list[Item]:
+    return [_item_record(task, *logged, metric, of_pass) for logged in of_pass.logged]
 
 
 def _item_record(

@@ -24,7 +24,6 @@ from ptl.log import say
 from ptl.recovery.rewards import REWARDS
 
 FILE = "answers.jsonl"
-MANY_CUT = 0.2  # share of the answers
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def write_answers(
         prompts = dict(_prompts(lm, data, chat, seed))
         with (dst / FILE).open("w", encoding="utf-8") as file:
             for sample in range(data.samples):
-                own_seed = (seed * data.samples + sample) % 2**31  # runs with other seeds have other samples
+                own_seed = helpers.seed_of_sample(seed, data.samples, sample)
                 answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, own_seed))
                 ended = [answer for answer in answers if answer.ended]
                 num_ended += len(ended)
@@ -103,14 +102,19 @@ def write_answers(
             field="training.answers",
             remedy="raise training.max_new_tokens, correct training.reward, or set training.keep=ended",
         )
-    cut = 1 - num_ended / written
-    if cut > MANY_CUT and data.keep != "all":
+    if data.keep != "all":
+        _warn_of_cut_answers(step, 1 - num_ended / written, data.max_new_tokens)
+    return AnswersReport(len(prompts), written, num_ended, num_kept, len(others), num_tokens / written, sampling)
+
+
+def _warn_of_cut_answers(step: str, cut: float, limit: int) -> None:
+    """Say that many answers are left out, before anything is pruned."""
+    if cut > helpers.MANY_TRUNCATED:
         say(
             step,
-            f"warning: {cut:.0%} of the answers hit the limit of {data.max_new_tokens} tokens and are left out: what "
-            "is trained on is short or easy; raise training.max_new_tokens and start again",
+            f"warning: {cut:.0%} of the answers hit the limit of {limit} tokens and are left out: what is trained on "
+            "is short or easy; raise training.max_new_tokens and start again",
         )
-    return AnswersReport(len(prompts), written, num_ended, num_kept, len(others), num_tokens / written, sampling)
 
 
 def in_place_of(sources: Sequence[DataSource], folder: Path, chat: Chat) -> tuple[DataSource, ...]:

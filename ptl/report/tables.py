@@ -208,19 +208,16 @@ def _answers(result: Result, dense: Row, final: Row) -> Table:
         p = result.longer.get(before.task)
         details = () if p is None else (f"longer: p {p:.2g}",)
         cells = [Cell(f"{task.answer_tokens:,.1f}", _length_details(task)) for task in (before, after)]
-        kind = "bad" if result.rambles(before.task) else ""
-        rows.append(
-            [Cell(before.task), *cells, Cell(_change(before.answer_tokens, after.answer_tokens), details, kind)]
-        )
+        change = _change(before.answer_tokens, after.answer_tokens)
+        rows.append([Cell(before.task), *cells, Cell(change, details, "bad" if result.rambles(before.task) else "")])
     return Table(("Tokens of an answer", "Dense", "Final", "Difference"), rows, 3)
 
 
 def _retained(found: Retained, forgets: bool) -> Table:
     """How well held-out text is still predicted."""
     name = Cell("Perplexity of held-out text", (f"{found.items:,} texts of {found.texts}",))
-    ratio = Cell(
-        f"\u00d7 {found.ratio:.3g}", (f"{found.low:.3g} to {found.high:.3g} at 90 %",), "bad" if forgets else ""
-    )
+    interval = f"{found.low:.3g} to {found.high:.3g} at 90 %"
+    ratio = Cell(f"\u00d7 {found.ratio:.3g}", (interval,), "bad" if forgets else "")
     row = [name, Cell(f"{found.dense:,.4g}"), Cell(f"{found.candidate:,.4g}"), ratio]
     return Table(("Retention", "Dense", "Final", "Difference"), [row], 3)
 

@@ -10,6 +10,7 @@ from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune, plan, removal
 from ptl.evaluation import gate, paired, retention, tasks
+from ptl.evaluation.helpers import MANY_TRUNCATED
 from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_objects, tracking
 from ptl.log import say
@@ -21,8 +22,6 @@ from ptl.steps.reporting import kubeflow_metrics, score_tags
 from ptl.steps.step import Step
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record
-
-MANY_TRUNCATED = 0.2  # share of a task's answers
 
 
 def evaluate(call: Call) -> None:
