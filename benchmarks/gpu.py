@@ -67,7 +67,8 @@ DRIVER_NAMES = {
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, MFU and peak GPU memory of the recover step and the bare loop: the median of the repeats."""
-    from ptl.config.recover import RecoverStage, TrainingData
+    from ptl.config.data import TrainingData
+    from ptl.config.recover import RecoverStage
     from ptl.recovery.job import RecoveryJob, StageBudget
 
     settings = RecoverStage(
@@ -100,7 +101,7 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of removing a tenth of the parameters."""
-    from ptl.config.recover import DataSource
+    from ptl.config.data import DataSource
     from ptl.config.run import Calibration
     from ptl.config.schedule import Prune
     from ptl.model import dimensions

@@ -28,7 +28,7 @@ from loops import ROOT, json_rows, run, work_quietly
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ptl.config.recover import DataSource, TrainingData
+from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule
 from ptl.data.sequences import calibration_batches

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ptl.config.chat import NO_CHAT, Chat
-from ptl.config.recover import Recovery, TrainingData
+from ptl.config.data import TrainingData
+from ptl.config.recover import Recovery
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule, Unit, plan, removal, token_weights
 from ptl.data.sequences import calibration_batches

@@ -76,7 +76,7 @@ def fill(pool, shape):
 
 def text(path, rows, length):
     """Calibration rows that are longer than `length` tokens of the tiny reasoner's tokenizer."""
-    from ptl.config.recover import DataSource
+    from ptl.config.data import DataSource
     from ptl.data.sources import read_rows
 
     words = [
@@ -90,7 +90,7 @@ def text(path, rows, length):
 
 
 def settings(args):
-    from ptl.config.recover import DataSource
+    from ptl.config.data import DataSource
     from ptl.config.run import Calibration
 
     return Calibration(

@@ -98,7 +98,7 @@ def cells(given: argparse.Namespace) -> list[Cell]:
 
 
 def subject(data: Path) -> Subject:
-    from ptl.config.recover import TrainingData
+    from ptl.config.data import TrainingData
     from ptl.config.run import Calibration
 
     source = {"source": str(data / "gsm8k_train.jsonl"), "prompt": "Question: {question}\nAnswer: "}

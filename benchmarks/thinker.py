@@ -24,7 +24,7 @@ from loops import ROOT, Subject, json_rows, run, work_quietly
 from recovery import CPT
 
 from ptl.config.chat import Chat
-from ptl.config.recover import DataSource, TrainingData
+from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation.evaluate import score_tasks

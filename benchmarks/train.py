@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ptl.config.recover import RecoverStage, TrainingData
+from ptl.config.data import TrainingData
+from ptl.config.recover import RecoverStage
 from ptl.model import checkpoint, dimensions
 from ptl.recovery import sft
 from ptl.recovery.job import RecoveryJob, StageBudget

@@ -4,7 +4,8 @@ import shutil
 
 from checkout import DENSE
 
-from ptl.config.recover import Recovery, TrainingData
+from ptl.config.data import TrainingData
+from ptl.config.recover import Recovery
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
 from ptl.model import checkpoint

@@ -12,7 +12,7 @@ from checkout import DENSE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from ptl.config.recover import DataSource
+from ptl.config.data import DataSource
 from ptl.config.run import Calibration
 from ptl.model import checkpoint
 from ptl.model.families import family_of

@@ -19,7 +19,7 @@ import typer
 import ptl
 from ptl import processes
 from ptl.config.base import FOLDER
-from ptl.config.recover import TrainingData
+from ptl.config.data import TrainingData
 from ptl.config.run import Calibration, Config, check
 from ptl.errors import InputError
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ptl.config.data import TrainingData
 from ptl.config.export import Export
-from ptl.config.recover import TrainingData
 from ptl.config.run import Config
 
 Arm = Literal["loop", "control", "export"]

@@ -13,14 +13,9 @@ from ptl.config import image_names, yaml_text
 from ptl.config.base import FOLDER, Location, Positive, Section, error_lines, typed
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.cluster import TRAINED, Resources, Storage
+from ptl.config.data import Sources, TrainingData
 from ptl.config.export import Export
-from ptl.config.recover import (
-    MIN_TOKENS,
-    RecoverStage,
-    Recovery,
-    Sources,
-    TrainingData,
-)
+from ptl.config.recover import MIN_TOKENS, RecoverStage, Recovery
 from ptl.config.schedule import Prune, Schedule, plan
 from ptl.errors import InputError
 

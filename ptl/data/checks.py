@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl.config.chat import Chat
-from ptl.config.recover import DataSource, RecoverStage, Reward, TrainingData
+from ptl.config.data import DataSource, Reward, TrainingData
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
 from ptl.data.sources import GENERAL, check_rows, fill, local_file, numbered_rows, prompt_of, texts

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ptl.config.recover import DataSource, Decontaminate
+from ptl.config.data import DataSource, Decontaminate
 from ptl.data.sources import SourceRow, numbered_rows, texts
 
 # A word is a run of letters and digits; in scripts that put no spaces between words each character is one.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
-from ptl.config.recover import DataSource, TrainingData
+from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data.decontamination import Filter
 from ptl.data.sources import SourceRow, Turns, chat_and_answer, read_rows, texts, user_turn

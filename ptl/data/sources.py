@@ -17,7 +17,7 @@ from typing import Any
 
 from ptl.config.base import FILL_IN
 from ptl.config.chat import NO_CHAT, Chat
-from ptl.config.recover import DataSource, columns_of
+from ptl.config.data import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
 from ptl.storage.manifest import file_digest

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptl.config.recover import DataSource
+from ptl.config.data import DataSource
 from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError

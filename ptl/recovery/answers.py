@@ -14,7 +14,7 @@ from typing import Any
 
 from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS
-from ptl.config.recover import DataSource, Reward, TrainingData
+from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
 from ptl.data.sequences import by_template, prompt_rows
 from ptl.data.sources import SourceRow, fill, prompt_of

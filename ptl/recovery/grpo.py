@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ptl.config.chat import Chat
-from ptl.config.recover import RecoverStage, Reward
+from ptl.config.data import Reward
+from ptl.config.recover import RecoverStage
 from ptl.data import chat_templates, decontamination
 from ptl.data.sequences import chat_ids, prompt_rows
 from ptl.data.sources import fill, prompt_of

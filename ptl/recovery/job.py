@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from ptl import log
 from ptl.config.chat import NO_CHAT, Chat
-from ptl.config.recover import TrainingData
+from ptl.config.data import TrainingData
 
 NODES = "PTL_NODES"  # how many machines the compiled pipeline asks for
 LOOPBACK = "127.0.0.1"

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ptl.config.recover import Reward
+from ptl.config.data import Reward
 
 FINAL = re.compile(r"(?m)^#### (-?[\d,]*\.?\d+)\s*$")
 CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:```|\Z)", re.S)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl.config.recover import DataSource, TrainingData
+from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data.sources import local_file
 from ptl.lineage import mlflow_client, mlflow_objects

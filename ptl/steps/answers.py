@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS, answers_step
-from ptl.config.recover import TrainingData
+from ptl.config.data import TrainingData
 from ptl.config.run import Calibration, Evaluate, unfit_answers
 from ptl.errors import InputError
 from ptl.log import say

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from ptl import __version__
 from ptl.config import dag
 from ptl.config.base import Section
-from ptl.config.recover import DataSource, RecoverStage
+from ptl.config.data import DataSource
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check
 from ptl.config.schedule import BY_GOAL, Iteration, Prune, Schedule, plan
 from ptl.data import sources

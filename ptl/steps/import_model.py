@@ -13,9 +13,9 @@ from pydantic_core import to_jsonable_python
 from ptl import __version__
 from ptl.config.base import flat_settings
 from ptl.config.chat import Chat
+from ptl.config.data import TrainingData
 from ptl.config.export import Export
 from ptl.config.image_names import own_revision
-from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Config, Evaluate, Gate, ModelSource, check
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError

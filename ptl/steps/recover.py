@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ptl.config.chat import Chat
-from ptl.config.recover import Recovery, TrainingData
+from ptl.config.data import TrainingData
+from ptl.config.recover import Recovery
 from ptl.config.run import check
 from ptl.config.schedule import Iteration, Prune, token_weights
 from ptl.data import decontamination

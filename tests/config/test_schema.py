@@ -6,7 +6,7 @@ import pytest
 import yaml
 from checkout import SHIPPED
 
-from ptl.config.recover import TrainingData
+from ptl.config.data import TrainingData
 from ptl.config.run import Config
 
 SOURCE = {"source": "rows.jsonl"}

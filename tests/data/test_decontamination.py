@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rows import Letters, rows_file
 
-from ptl.config.recover import DataSource, Decontaminate, TrainingData
+from ptl.config.data import DataSource, Decontaminate, TrainingData
 from ptl.data import decontamination
 from ptl.data.sequences import prompt_rows, training_chunk
 from ptl.data.sources import SourceRow

@@ -8,7 +8,7 @@ from checkout import DENSE
 from rows import ANSWERED, ASKED, EOS, Letters, rows_file
 
 from ptl.config.chat import Chat
-from ptl.config.recover import DataSource, TrainingData
+from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data import sequences
 from ptl.data.sequences import IGNORED, Tokens, order, padded, padded_ids, prompt_rows, tokenize, training_chunk

@@ -9,7 +9,8 @@ import pytest
 from rows import ANSWERED, ASKED, rows_file
 
 from ptl import json_lines
-from ptl.config.recover import DataSource, Decontaminate, RecoverStage, Reward, TrainingData
+from ptl.config.data import DataSource, Decontaminate, Reward, TrainingData
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration
 from ptl.data import checks, decontamination, sources
 from ptl.data.sequences import tokenize

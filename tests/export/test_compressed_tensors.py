@@ -10,7 +10,7 @@ from checkout import DENSE, EXAMPLE
 from tiny_models import build, save, word_calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptl.config.recover import DataSource
+from ptl.config.data import DataSource
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import score_tasks

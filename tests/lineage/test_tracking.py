@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from mlflow import MlflowClient
 
-from ptl.config.recover import TrainingData
+from ptl.config.data import TrainingData
 from ptl.config.run import Calibration
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_objects, tracking

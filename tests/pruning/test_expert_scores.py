@@ -7,7 +7,7 @@ import torch
 from recovering import prune_to
 from tiny_models import MOE_VARIANTS, avoiding, batches, build, family_at, load, logits, router, save, skipping
 
-from ptl.config.recover import DataSource
+from ptl.config.data import DataSource
 from ptl.config.run import Calibration
 from ptl.errors import InputError
 from ptl.model import dimensions

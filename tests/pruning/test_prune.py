@@ -10,7 +10,7 @@ from recovering import prune_to
 from tiny_models import batches, build, load, logits, save
 
 from ptl.config.chat import NO_CHAT
-from ptl.config.recover import DataSource
+from ptl.config.data import DataSource
 from ptl.config.run import Calibration
 from ptl.errors import InputError
 from ptl.model import checkpoint, dimensions

@@ -8,7 +8,8 @@ from chats import THINKER
 from checkout import DENSE, EXAMPLE
 
 from ptl.config.chat import Chat
-from ptl.config.recover import RecoverStage, TrainingData
+from ptl.config.data import TrainingData
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Evaluate
 from ptl.data.checks import check_data, check_own_answers
 from ptl.data.sequences import training_chunk

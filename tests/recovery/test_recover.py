@@ -13,7 +13,8 @@ from conftest import full_disk
 from recovering import DATA, DENSE, SHORT, as_if_died_after, cut, losses, recover, weights
 from safetensors.torch import save_file
 
-from ptl.config.recover import RecoverStage, Recovery, TrainingData
+from ptl.config.data import TrainingData
+from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import check
 from ptl.data.sequences import training_chunk
 from ptl.errors import InputError, WorkError

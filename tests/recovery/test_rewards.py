@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ptl.config.recover import Reward
+from ptl.config.data import Reward
 from ptl.errors import WorkError
 from ptl.recovery.rewards import REWARDS, program, text_of
 from ptl.sandbox import runner

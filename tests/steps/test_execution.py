@@ -13,7 +13,8 @@ from run_records import scores
 from working import OpenedError, execute, fetch, run_locally
 
 from ptl import processes
-from ptl.config.recover import DataSource, RecoverStage
+from ptl.config.data import DataSource
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items

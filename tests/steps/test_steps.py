@@ -9,7 +9,8 @@ import run_records
 from checkout import DENSE, TINY
 from working import OpenedError
 
-from ptl.config.recover import Decontaminate, Recovery
+from ptl.config.data import Decontaminate
+from ptl.config.recover import Recovery
 from ptl.config.run import load_config
 from ptl.config.schedule import MemoryGoal, plan
 from ptl.errors import InputError
