@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -10,6 +11,7 @@ from ptl.config.base import Section
 
 Variable = bool | int | float | str
 PROMPT_END = 16  # tokens at the end of a prompt, in which a template may begin a thought
+LEADING_LINES = re.compile(r"\A\s*\n")  # empty ones
 
 
 class Chat(Section):
@@ -53,8 +55,11 @@ class Chat(Section):
         return answer.removeprefix(begin).lstrip("\n") if end in answer else f"\n{end}\n\n{answer}"
 
     def answer(self, text: str) -> str:
-        """What follows the thought in a text that the model has written; empty where the thought has no end."""
-        return "" if self.is_thinking(text) else text.rpartition(self.thought[1])[2].lstrip()
+        """What follows the thought in a text that the model has written; empty where the thought has no end.
+
+        Without empty lines before it, and with the indentation of its first line: it may continue a program.
+        """
+        return "" if self.is_thinking(text) else LEADING_LINES.sub("", text.rpartition(self.thought[1])[2])
 
 
 NO_CHAT = Chat()  # prompts as they are

@@ -92,7 +92,7 @@ class Evaluate(Section):
 
     # How the answers are generated.
     backend: Literal["hf", "vllm"] = "hf"
-    """what generates the answers; vllm needs a GPU"""
+    """what generates the answers; vllm begins the next item as soon as one ends; its image needs a GPU"""
     batch_size: Positive = 64
     """items answered at once by each process"""
     processes: Positive | None = None

@@ -58,7 +58,6 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
             _check_greedy(options)
             # Without the padding in front
             prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
-            stop = self.stops(stop)
             limit = max_length - context.shape[1]
             answers = answer(model, self.tokenizer, prompts, stop, limit, context_length)
             for prompt, tokens in zip(prompts, answers, strict=True):

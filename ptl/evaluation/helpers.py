@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -203,11 +204,15 @@ def _divided(name: str) -> Callable[..., Any]:
         asked = [(helper, positions) for helper, positions in zip(self.helpers, others, strict=True) if positions]
         for helper, positions in asked:
             helper.ask(name, [requests[position].args for position in positions], self.seed)
+        own_requests = [requests[position] for position in own]
+        is_chat = name == "generate_until" and self.chat.enabled
         # It ends on the CPU: the GPU has finished too.
-        own_answers = getattr(super(AnswerNotes, self), name)([requests[i] for i in own], **options)
+        own_answers = getattr(super(AnswerNotes, self), name)(
+            [_without_stops(request) for request in own_requests] if is_chat else own_requests, **options
+        )
+        if is_chat:
+            own_answers = map(self._answer, own_requests, own_answers)
         answers = dict(zip(own, own_answers, strict=True))  # by position
-        # The harness takes a thought without an end for the answer.
-        answers |= {position: "" for position in own if self._has_no_answer(requests[position])}
         for helper, positions in asked:
             share = helper.share()
             answers.update(zip(positions, share.answers, strict=True))
@@ -219,17 +224,10 @@ def _divided(name: str) -> Callable[..., Any]:
     return run
 
 
-def _chat_arguments(chat: Chat, thoughts: bool) -> dict[str, Any]:
-    """What the harness's models take: variables of the chat template, and what ends a thought, which is left out.
-
-    Not its `enable_thinking`, which refuses tasks that generate nothing.
-    """
-    if not chat.enabled:
-        return {}
-    return {
-        "chat_template_args": dict(chat.template_kwargs),
-        "think_end_token": None if thoughts else chat.thought[1],
-    }
+def _without_stops(request: Any) -> Any:
+    """A request whose answer ends where the model ends it: a thought may have the task's texts in it."""
+    context, options = request.args
+    return replace(request, arguments=(context, {**options, "until": []}))
 
 
 class AnswerNotes:
@@ -243,7 +241,9 @@ class AnswerNotes:
     def __init__(self, *arguments: Any, chat: Chat = NO_CHAT, thoughts: bool = False, **options: Any) -> None:
         self.chat = chat
         self.thoughts = thoughts  # whether they stay in the answers
-        super().__init__(*arguments, **_chat_arguments(chat, thoughts), **options)
+        # Not `enable_thinking`, with which the harness refuses tasks that generate nothing.
+        template = {"chat_template_args": dict(chat.template_kwargs)} if chat.enabled else {}
+        super().__init__(*arguments, **template, **options)
         self.start_notes()
 
     def close(self) -> None:
@@ -274,9 +274,19 @@ class AnswerNotes:
         """Whether an answer ended within its thought, which the last tokens of the prompt may have begun."""
         return self.chat.enabled and self.chat.is_thinking(self.tokenizer.decode(prompt[-PROMPT_END:]) + text)
 
-    def _has_no_answer(self, request: Any) -> bool:
-        note = self.notes.get(request.args[0])
-        return note is not None and note.thinking and not self.thoughts
+    def _answer(self, request: Any, text: str) -> str:
+        """What follows the thought, up to the task's texts that end an answer.
+
+        By the harness (think_end_token) an answer without a thought would lose its indentation, and a thought without
+        an end would be the answer.
+        """
+        if self.thoughts:
+            return text
+        if self.notes[request.args[0]].thinking:
+            return ""
+        from lm_eval.models.utils import postprocess_generated_text
+
+        return str(postprocess_generated_text(self.chat.answer(text), request.args[1].get("until"), None))
 
     generate_until = _divided("generate_until")
     loglikelihood = _divided("loglikelihood")

@@ -66,7 +66,6 @@ def noted_hflm() -> Any:
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
             self.check_helpers()
-            stop = self.stops(stop)
             out = super()._model_generate(context, max_length, stop, **kwargs)  # [batch, prompt + answer]
             answers = out[:, context.shape[1] :]  # [batch, answer]
             for prompt, tokens in zip(context.tolist(), answers.tolist(), strict=True):
@@ -86,14 +85,6 @@ def noted_hflm() -> Any:
             """Special tokens but those around a thought: without them it could not be told from the answer."""
             added = self.tokenizer.added_tokens_decoder
             return {i for i, token in added.items() if token.special and not self.chat.delimits(str(token))}
-
-        def stops(self, stop: list[str]) -> list[str]:
-            """Of the texts at which the harness ends an answer, those at which a chat ends: a thought has the others.
-
-            The harness ends the answer at them afterwards, where it has left out the thought.
-            """
-            end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-            return [text for text in stop if text == end_of_text or not self.chat.enabled]
 
         def note(self, prompt: list[int], tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
             """How an answer ended; `ended`: by a token."""

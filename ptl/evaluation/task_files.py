@@ -230,6 +230,7 @@ LOCAL: dict[str, dict[str, LocalFile]] = {
     "humaneval_instruct": HUMANEVAL,
     "mbpp": MBPP,
     "mbpp_chat": MBPP,
+    "mbpp_code": MBPP,
 }
 
 

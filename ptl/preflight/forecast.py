@@ -41,7 +41,7 @@ FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 HOUR = 3600  # seconds
 # Of tasks' test splits.
 ITEMS = {"gsm8k": 1319, "gsm8k_cot": 1319, "minerva_math500": 500, "humaneval": 164, "mbpp": 500}
-ITEMS |= {"humaneval_instruct": 164, "mbpp_chat": 500}
+ITEMS |= {"humaneval_instruct": 164, "mbpp_chat": 500, "mbpp_code": 500}
 # examples/math_suite
 ITEMS |= {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 674}
 UNKNOWN_ITEMS = 1000

@@ -75,7 +75,7 @@ def program(answer: str) -> str:
     """The Python in an answer."""
     # a block that is not closed was ended by the limit of tokens
     block = CODE_BLOCK.search(answer)
-    return block.group(1) if block else answer
+    return block.group(1) if block else answer.lstrip()
 
 
 def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 from chats import THINKER
 from checkout import EXAMPLE
+from lm_eval.api.instance import Instance
 
 from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.evaluation.evaluate import score_tasks
+from ptl.evaluation.helpers import AnswerNote, AnswerNotes
 from ptl.evaluation.language_models import language_model
 from ptl.model import pretrained
 
@@ -67,7 +69,38 @@ def test_vllm_is_given_the_variables_and_nothing_else(monkeypatch):
     for variables, ends in (({}, "<|assistant|>"), ({"enable_thinking": False}, "<|assistant|><think></think>")):
         lm = language_model(THINKER, wanted, Chat(enabled=True, template_kwargs=variables), thoughts=True)
         assert lm.apply_chat_template([{"role": "user", "content": "1+1?"}]) == f"<|user|>1+1?{ends}"
-        assert "enable_thinking" not in lm.given and lm.given["think_end_token"] is None
+        assert "enable_thinking" not in lm.given
+
+
+class Written:
+    """A mock of the harness's model, which has answered already."""
+
+    texts = (
+        "    return 1\n```\nIt works.",
+        "<think>So:\n\n1 + 3</think>\n\n    4\n\nDone.",
+        "\n\n4\n\nDone.",
+    )
+
+    def __init__(self, **_):
+        pass
+
+    def generate_until(self, requests):
+        for request in requests:
+            assert request.args[1] == {"until": [], "max_gen_toks": 9}
+            self.pending.append(AnswerNote(1, truncated=False))
+            self.cache_hook.add_partial("generate_until", request.args, "")
+        return self.texts
+
+
+def test_an_answer_keeps_its_indentation_and_ends_at_the_tasks_texts_after_the_thought():
+    model = type("Model", (AnswerNotes, Written), {})
+    until = (["```", "\n\n"], "\n\n", ["\n\n", ""])
+    requests = [
+        Instance("generate_until", {}, (str(i), {"until": texts, "max_gen_toks": 9}), i)
+        for i, texts in enumerate(until)
+    ]
+    assert model(chat=Chat(enabled=True)).generate_until(requests) == ["    return 1\n", "    4", "4"]
+    assert model(chat=Chat(enabled=True), thoughts=True).generate_until(requests) == list(Written.texts)
 
 
 def test_a_thought_that_the_limit_ends_is_no_answer():
