@@ -87,6 +87,10 @@ def _trainer(settings: RecoverStage, teacher: Any) -> Any:
             model_inputs = dict(inputs, use_cache=False)
             labels = model_inputs.pop("labels")[:, 1:]  # [B, T-1]
             has_label = labels != IGNORED  # [B, T-1]
+            # prompts come first: of what all rows begin with without a label, no logits
+            first = int(has_label.any(0).int().argmax()) if has_label.any() else 0
+            has_label, labels = has_label[:, first:], labels[:, first:]  # [B, T-1-first]
+            model_inputs["logits_to_keep"] = has_label.shape[1] + 1
             student = model(**model_inputs)
             student_logits = student.logits[:, :-1][has_label]  # [N, V]
             # the Trainer moves the student only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ptl.config.recover import Lora, RecoverStage
 from ptl.data import decontamination
-from ptl.data.sequences import IGNORED, training_chunk
+from ptl.data.sequences import IGNORED, Tokens, training_chunk
 from ptl.model import checkpoint, experts, pretrained
 from ptl.recovery import training
 from ptl.recovery.job import RecoverReport, RecoveryJob
@@ -148,6 +149,8 @@ def training_dataset(
     }
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()
+    if settings.accumulation > 1 and not settings.packing:
+        chunk = _alike_together(chunk, settings.batch_size)
     dataset = Dataset.from_dict(
         {
             "input_ids": [tokens.ids for tokens in chunk],
@@ -161,6 +164,15 @@ def training_dataset(
     if arguments.world_size > 1 and missing:
         dataset = _filled_up(dataset, missing, tokenizer.eos_token_id)
     return dataset, details
+
+
+def _alike_together(rows: Sequence[Tokens], batch_size: int) -> list[Tokens]:
+    """The rows of each optimizer step by length, so that its passes pad them least; the steps stay the same.
+
+    But for a mixture's routers: their loss is a mean over passes.
+    """
+    steps = [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+    return [row for step in steps for row in sorted(step, key=lambda tokens: len(tokens.ids))]
 
 
 def _filled_up(dataset: Any, count: int, token: int) -> Any:

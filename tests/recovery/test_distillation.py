@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from recovering import DENSE, cut, losses, recover, weights
+from transformers import LlamaForCausalLM
 
 from ptl.errors import InputError
 from ptl.recovery.distillation import ce_and_kl
@@ -26,12 +27,20 @@ def test_the_loss_is_the_hand_computed_one():
         assert ce_and_kl(one, other, torch.tensor([0]), 3.0)[1].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_with_the_whole_mix_on_the_next_token_it_is_cpt(small, tmp_path):
+def test_with_the_whole_mix_on_the_next_token_it_is_cpt(small, tmp_path, monkeypatch):
+    """Without the logits of what all prompts begin with."""
     recover(small, tmp_path / "cpt", {"method": "cpt"}, tokens=500)
-    stage = DISTIL | {"mix": 1.0, "accumulation": 2}
+    stage, forward, passes = DISTIL | {"mix": 1.0, "accumulation": 2}, LlamaForCausalLM.forward, []
+
+    def noted(model, **given):
+        passes.append((given["logits_to_keep"], given["input_ids"].shape[1]))
+        return forward(model, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", noted)
     report = recover(small, tmp_path / "distil", stage, tokens=500, teacher=DENSE)
     mine, theirs = weights(tmp_path / "distil"), weights(tmp_path / "cpt")
     assert report.tokens == 500 and report.method == "distil"
+    assert all(kept < length for kept, length in passes)
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
 
 

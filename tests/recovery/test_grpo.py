@@ -90,24 +90,12 @@ def prompts(model, folder, index=1, shares=(1,), **settings):
     return grpo.prompts(RecoverStage(**STAGE | settings), job, pretrained.tokenizer(model), 256)
 
 
-def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, tmp_path):
+def test_steps_are_shared_out_and_prompts_of_iterations_carry_their_references(small, tmp_path):
     first, second = (prompts(small, tmp_path, index, (1, 2), steps=6) for index in (1, 2))
     assert (len(first), len(second)) == (2 * 16 // 4, 4 * 16 // 4)
     assert prompts(small, tmp_path, steps=6) == [*first, *second]  # the control has the six steps at once
     assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
     assert all(row["prompt"].endswith("?\n") and "####" in row["reference_0"] for row in first)
-
-
-def test_a_prompt_leaves_room_for_its_answer(small, tmp_path):
-    rows, tokenizer = prompts(small, tmp_path), pretrained.tokenizer(small)
-    longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
-    assert prompts(small, tmp_path, max_completion_length=256 - longest) == rows
-    with pytest.raises(InputError, match=f"an answer of {257 - longest} tokens are 257 tokens") as refused:
-        prompts(small, tmp_path, max_completion_length=257 - longest)
-    assert refused.value.field == "recover.max_completion_length"
-
-
-def test_steps_are_shared_out_and_none_is_an_error(small, tmp_path):
     parts = [StageBudget(None, (), i, i == 3, 0, (1, 2, 4)).part(60) for i in (1, 2, 3)]
     assert parts == [(0, 8), (8, 17), (25, 35)] and StageBudget(None, (), 1, True, 0).part(60) == (0, 60)
     assert StageBudget(None, (), 2, False, 0, (1, 2, 5)).interval == (0.125, 0.375)
@@ -115,7 +103,7 @@ def test_steps_are_shared_out_and_none_is_an_error(small, tmp_path):
         prompts(small, tmp_path, 1, (1, 2, 4, 8), steps=6)
 
 
-def test_prompts_and_rewards_are_checked_before_a_run(small, tmp_path):
+def test_prompts_with_room_for_answers_and_rewards_are_checked_before_a_run(small, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"problem": "One plus one?", "solution": "2"}\n')  # without a completion
     source, right = {"source": str(path), "prompt": "{problem}"}, [{"name": "math", "answer": "{solution}"}]
@@ -130,3 +118,9 @@ def test_prompts_and_rewards_are_checked_before_a_run(small, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             check_rewards([RecoverStage(method="grpo", **settings)], DATA)
+    rows, tokenizer = prompts(small, tmp_path), pretrained.tokenizer(small)
+    longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
+    assert prompts(small, tmp_path, max_completion_length=256 - longest) == rows
+    with pytest.raises(InputError, match=f"an answer of {257 - longest} tokens are 257 tokens") as refused:
+        prompts(small, tmp_path, max_completion_length=257 - longest)
+    assert refused.value.field == "recover.max_completion_length"

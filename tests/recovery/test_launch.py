@@ -145,14 +145,9 @@ def test_a_process_leaves_its_report_or_its_error(tmp_path, monkeypatch):
         run(tmp_path, monkeypatch, *lines)
 
 
-def test_a_batch_that_cannot_be_divided_is_refused_before_any_work(small, tmp_path):
-    with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
-        recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})
-    assert not list(tmp_path.glob("out*"))
-    assert launch.sequences_per_pass(RecoverStage(batch_size=24, accumulation=3), 4) == 2
-
-
-def test_a_machine_that_stands_for_all_has_their_processes(monkeypatch):
+def test_a_machine_has_its_processes_or_all_and_a_batch_that_they_cannot_divide_is_refused(
+    small, tmp_path, monkeypatch
+):
     alone, both, node = Machines(), Machines(2), Machines(2, 1, "node-0", 29500)
     for gpus, settings, machines, expected in (
         *((0, {}, alone, (1, 1)), (0, {}, both, (2, 2)), (0, {}, node, (1, 2))),
@@ -165,3 +160,7 @@ def test_a_machine_that_stands_for_all_has_their_processes(monkeypatch):
         assert counts == expected, (gpus, machines)
     with pytest.raises(InputError, match="2 nodes cannot share the 1 GPUs of this machine"):
         launch.processes_here(RecoverStage(), both)
+    with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
+        recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})
+    assert not list(tmp_path.glob("out*"))
+    assert launch.sequences_per_pass(RecoverStage(batch_size=24, accumulation=3), 4) == 2

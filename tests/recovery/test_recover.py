@@ -89,6 +89,17 @@ def test_decontamination_leaves_rows_out_of_the_training(small, tmp_path):
     assert details["decontaminated"]["dropped"] == 1 and "Bob" in text and "Ann" not in text
 
 
+def test_a_step_that_is_split_has_rows_of_like_lengths_together(small, tmp_path):
+    job = RecoveryJob(DATA, StageBudget(1500, (), 1, True, 0), tmp_path, print)
+    one, tokenizer = SimpleNamespace(world_size=1, per_device_train_batch_size=2), pretrained.tokenizer(small)
+    whole, split = (
+        sft.training_dataset(tokenizer, RecoverStage(batch_size=4, accumulation=passes), job, one)[0]["input_ids"]
+        for passes in (1, 2)
+    )
+    steps = [[list(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)] for rows in (whole, split)]
+    assert all(sorted(one, key=len) == other for one, other in zip(*steps, strict=True)) and steps[0] != steps[1]
+
+
 def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
     report = recover(small, tmp_path / "out", CPT | {"packing": True, "loss": "all"}, log=(log := []))
     assert report.tokens == losses(log)[-1][0] == 1500

@@ -15,7 +15,7 @@ def score(name, answer, reference, **settings):
     return value
 
 
-def test_final_answer_must_stand_alone_and_math_compares_values():
+def test_final_answer_must_stand_alone_and_math_compares_values_in_other_threads_too():
     for name, answer, reference, reward in (
         ("final_answer", "74-34=40\n#### 40", "70-30=40\n#### 40", 1),
         ("final_answer", "#### 4\n#### 40", "40", 1),  # the last one counts
@@ -33,9 +33,6 @@ def test_final_answer_must_stand_alone_and_math_compares_values():
         ("math", r"\boxed{3}", "", None),  # not judged without a reference that can be read
     ):
         assert score(name, answer, reference) == reward, (name, answer)
-
-
-def test_math_is_compared_in_other_threads_too():
     with ThreadPoolExecutor() as threads:
         assert threads.submit(score, "math", r"\boxed{0.5}", r"\frac{1}{2}").result() == 1
 
