@@ -6,20 +6,24 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("components", "pipelines", "examples/tiny_reasoner", "examples/smollm2", "examples/math_suite")
+EXAMPLES = ("tiny_reasoner", "smollm2", "math_suite", "qwen-coder", "from_gguf.py")
+SHIPPED = ("components", "pipelines", *(f"examples/{name}" for name in EXAMPLES))
 
 
 class BuildWithPipeline(build_py):
-    """Copy the folders next to the package; an editable install finds them in the checkout."""
+    """Copy them next to the package; an editable install finds them in the checkout."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        for folder in SHIPPED:
-            target = Path(self.build_lib, "ptl", "shipped", folder)
+        for name in SHIPPED:
+            target = Path(self.build_lib, "ptl", "shipped", name)
             shutil.rmtree(target, ignore_errors=True)  # of an earlier build in build/
-            shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__"))
+            if Path(name).is_file():
+                shutil.copy(name, target)
+            else:
+                shutil.copytree(name, target, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 setup(cmdclass={"build_py": BuildWithPipeline})

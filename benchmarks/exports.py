@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from loops import ROOT, json_rows, run, work_quietly
-from real_model import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
+from smollm2 import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
 
 from ptl.config.chat import NO_CHAT
 from ptl.config.export import TYPES, Export
@@ -128,12 +128,12 @@ def speed() -> None:
         SPEEDS.write_text(json.dumps(speeds, indent=2) + "\n")
 
 
-def vllm_speed(folder: Path) -> float:
+def vllm_speed(folder: Path, vllm: Path = VLLM) -> float:
     """Generated tokens per second in vLLM, reading the prompts included; the fastest of REPEATS times."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         sizes = [f"--input-len={Speed.prompt_tokens}", f"--output-len={Speed.new_tokens}", f"--batch-size={BATCH}"]
         repeats = [f"--num-iters={REPEATS}", "--num-iters-warmup=1", f"--output-json={file.name}"]
-        command = [VLLM, "bench", "latency", f"--model={folder}", "--max-model-len=512", *sizes, *repeats]
+        command = [vllm, "bench", "latency", f"--model={folder}", "--max-model-len=512", *sizes, *repeats]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.pop("OMP_NUM_THREADS", None)  # vLLM chooses
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

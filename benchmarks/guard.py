@@ -4,7 +4,7 @@
     python benchmarks/guard.py mixes --data DATA     # shares of the general text in the recovery
     python benchmarks/guard.py table
 
-Model and DATA are those of benchmarks/real_model.py. The general text is what ships, 48 pieces of English prose; the
+Model and DATA are those of benchmarks/smollm2.py. The general text is what ships, 48 pieces of English prose; the
 perplexities are of three held-out texts: solutions of GSM8K, other prose (ptl/evaluation/retention.jsonl) and Python's
 language reference. Each model is a line of benchmarks/results/guard.jsonl; what is there is not measured again.
 """
@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import real_model
+import smollm2
 import torch
 from loops import ROOT, json_rows, run, work_quietly
 from torch import Tensor
@@ -84,17 +84,17 @@ JOINS: dict[str, Join] = {
 @cache
 def scores(data: Path, general: bool) -> list[Tensor]:
     """Of each layer, by one of the two texts."""
-    settings = real_model.subject(data).calibration
+    settings = smollm2.subject(data).calibration
     if general:
         settings = settings.model_copy(update={"data": (TEXT,), "num_sequences": 48})
-    model = real_model.MODEL
+    model = smollm2.MODEL
     batches = calibration_batches(settings, AutoTokenizer.from_pretrained(model), 1)
     family = family_of(checkpoint.read_config(model))
     return neuron_scores(LayerwiseModel(model, family, batches), "taylor", 1)
 
 
 def joins(data: Path, share: float) -> None:
-    model = real_model.MODEL
+    model = smollm2.MODEL
     family = family_of(checkpoint.read_config(model))
     dimensions = model_dimensions(model, family)
     width = width_for(dimensions, round(dimensions.params * (1 - share)), MULTIPLE)
@@ -109,18 +109,18 @@ def joins(data: Path, share: float) -> None:
 
 
 def mixes(data: Path, share: float) -> None:
-    own = real_model.subject(data)
+    own = smollm2.subject(data)
     (source,) = own.data.sources
     for scored, mix in [(0.0, 0.0), *((SCORED, mix) for mix in MIXES)]:
         name = f"mean, {scored:.0%} general" if scored else "GSM8K alone"
         cell = {"share": share, "scores": name, "mix": mix, "tokens": TOKENS}
         if is_missing(cell):
-            calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=real_model.LENGTH)
+            calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=smollm2.LENGTH)
             subject = replace(own, data=TrainingData(sources=beside(source, mix)), calibration=calibration)
             folder = WORK / f"{scored}-{mix}"
             schedule = Schedule(target=share, recovery_tokens=TOKENS, iterations=1)
             prune = Prune(target="neurons", width_multiple=MULTIPLE)
-            trained = run(subject, schedule, prune, [real_model.training_stage("cpt", RATE)], 1, folder)
+            trained = run(subject, schedule, prune, [smollm2.training_stage("cpt", RATE)], 1, folder)
             note(cell, trained.checkpoint, data)
             shutil.rmtree(folder)
 
@@ -139,11 +139,11 @@ def is_missing(cell: Row) -> bool:
 def note(cell: Row, folder: Path, data: Path) -> None:
     """Score a model, and write its line."""
     prose = [("", row["text"]) for row in json_rows(PROSE)]
-    texts = {"gsm8k": real_model.solutions(data), "prose": prose, "reference": real_model.other_texts()}
-    losses = {name: real_model.text_losses(folder, pieces[:TEXTS]) for name, pieces in texts.items()}
+    texts = {"gsm8k": smollm2.solutions(data), "prose": prose, "reference": smollm2.other_texts()}
+    losses = {name: smollm2.text_losses(folder, pieces[:TEXTS]) for name, pieces in texts.items()}
     with RESULTS.open("a") as file:
         file.write(json.dumps(cell | losses) + "\n")
-    print(*cell.values(), *(f"{name} {real_model.perplexity(found):.2f}" for name, found in losses.items()), flush=True)
+    print(*cell.values(), *(f"{name} {smollm2.perplexity(found):.2f}" for name, found in losses.items()), flush=True)
 
 
 def table(rows: Sequence[Row]) -> None:
@@ -153,7 +153,7 @@ def table(rows: Sequence[Row]) -> None:
     for row in rows:
         own = next(each for each in rows if (each["share"], each["tokens"]) == (row["share"], row["tokens"]))
         texts = [
-            f"{real_model.perplexity(row[name]):.3g}: {real_model.ratio(row[name], own[name])}"
+            f"{smollm2.perplexity(row[name]):.3g}: {smollm2.ratio(row[name], own[name])}"
             for name in ("gsm8k", "prose", "reference")
         ]
         mix = f"{row['mix']:.0%}" if row["tokens"] else ""

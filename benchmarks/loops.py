@@ -45,6 +45,7 @@ class Subject:
     data: TrainingData
     calibration: Calibration
     chat: Chat = NO_CHAT
+    benchmark_items: Path | None = None  # what training rows are compared with
 
 
 TINY_DATA = TrainingData(sources=[TRAIN])
@@ -158,6 +159,7 @@ def run(
                 training,
                 lambda metrics, step: None,
                 teacher=subject.model,
+                benchmark_items=subject.benchmark_items,
                 chat=subject.chat,
             )
             if not done.exists():

