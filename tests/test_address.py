@@ -15,7 +15,7 @@ from ptl.steps.call import Call
 LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI")
 
 
-def test_user_and_password_are_not_shown():
+def test_user_and_password_are_not_shown_and_mlflows_become_variables():
     for text, shown in (
         ("http://user:pw@host:5000/path", "http://***@host:5000/path"),
         ("at https://pw@host and postgresql://u:p@w@db/x", "at https://***@host and postgresql://***@db/x"),
@@ -23,9 +23,6 @@ def test_user_and_password_are_not_shown():
         ("http://host/x@y s3://bucket/a@b models:/m@best", "http://host/x@y s3://bucket/a@b models:/m@best"),
     ):
         assert address.without_login(text) == str(InputError(text)) == str(WorkError(text)) == shown
-
-
-def test_the_login_of_mlflows_address_becomes_variables():
     environment = {"MLFLOW_TRACKING_URI": "https://us%40er:p%2Fw@host/base", "MLFLOW_TRACKING_PASSWORD": "other"}
     address.split_login(environment)
     assert [environment[name] for name in LOGIN] == ["us@er", "p/w", "https://host/base"]

@@ -127,14 +127,11 @@ def with_component(filled, kustomized):
     return build
 
 
-def test_components_can_be_added(with_component):
+def test_components_can_be_added_and_steps_then_start_nodes_and_change_nothing_else(with_component):
     assert all(map(with_component, ("istio", "kfp-launcher", "kueue")))
     found = with_component("ingress")  # MLflow knows its host, whose name is set in one file
     (host,) = [entry["spec"]["rules"][0]["host"] for (kind, _), entry in found.items() if kind == "Ingress"]
     assert {host, "mlflow.ptl.svc.cluster.local:*"} <= set(allowed_hosts(found))
-
-
-def test_steps_may_start_nodes_and_change_nothing_else(with_component):
     found = with_component("trainer")
     binding = found["RoleBinding", "ptl-recover"]
     namespace = binding["metadata"]["namespace"]

@@ -46,10 +46,7 @@ def test_a_lock_names_its_holder_and_is_free_when_that_was_killed(tmp_path):
     with processes.exclusive(lock, "step y", wait=10):
         assert lock.read_text().split()[0] == str(os.getpid())
     holder.communicate()
-
-
-def test_an_id_of_another_container_is_not_one_to_kill_here(tmp_path):
-    lock = tmp_path / "lock"
+    # An id of another container is not one to kill here.
     with processes.exclusive(lock, "step x"):
         lock.write_text("7 pid:[4026530000]")
         refusal = pytest.raises(InputError, match=r"process in another container.*remove its container")

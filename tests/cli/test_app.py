@@ -212,16 +212,12 @@ def test_a_full_disk_or_an_unusable_path_is_one_line(monkeypatch, capsys):
         assert ended.value.code == code and "/data/model.safetensors" in capsys.readouterr().err
 
 
-def test_a_config_is_given_by_its_path_or_by_the_name_of_a_shipped_one(monkeypatch, tmp_path):
+def test_a_shipped_config_is_given_by_its_name_and_compiled_with_the_paths_of_the_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert arguments.config_file("tiny") == TINY and arguments.shown(TINY) == "tiny"
     assert arguments.shown(arguments.config_file("own/tiny.yaml")) == "own/tiny.yaml"
     (tmp_path / "tiny").touch()  # a file of one's own comes first
     assert arguments.config_file("tiny") == Path("tiny")
-
-
-def test_a_shipped_config_is_compiled_with_the_paths_of_the_images(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     config = load_config(TINY, {"calibration.data.source": "rows.jsonl"})
     shipped = arguments.as_in_images(config, TINY)
     assert shipped.model.path == "examples/tiny_reasoner/checkpoint"

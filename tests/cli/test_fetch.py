@@ -221,16 +221,13 @@ def test_report_from_a_run_and_a_directory(here, monkeypatch):
     assert pages == [(here.id, Path("pages"))] * 3
 
 
-def test_compare_by_name(here):
+def test_compare_by_name_and_of_a_checkpoint_that_was_scored_twice_by_the_last_time(here):
     first = [here.directory / "evaluate-0", f"{here.id}:evaluate-0", here.ids["evaluate-0"]]
     last = [here.directory / "evaluate-2/items.jsonl", here.parent, here.directory]
     for reference, candidate in zip(first, last, strict=True):
         printed = ptl("compare", reference, candidate)
         assert COMPARED in printed
         assert (SECONDS in printed) == (reference != first[0])  # a folder has none
-
-
-def test_a_checkpoint_that_was_scored_twice_is_compared_by_its_last_evaluation():
     rows = [{"arm": arm, "step": step, "digest": "d"} for arm, step in (("loop", "evaluate-1"), ("loop", "evaluate-2"))]
     rows.append({"arm": "control", "step": "control-evaluate", "digest": "d"})
     assert locate._final_evaluation({"rows": rows, "final": {"digest": "d"}}, "run") == "evaluate-2"

@@ -126,7 +126,7 @@ BODY = {"params": 1_000_000, "layers": 1, "width": 100, "params_per_neuron": 9_0
 MIXTURE = BODY | {"experts": 10, "fewest_experts": 4, "params_per_expert": 51_000}
 
 
-def test_no_more_goes_by_default_than_half_of_what_can_or_the_rows_recover():
+def test_target_tokens_and_learning_rate_follow_the_model_and_the_rows():
     for sizes, changes, tokens, share in (
         (BODY, {}, None, 0.3),
         (BODY, {"params_per_neuron": 6_000}, None, 0.3),
@@ -139,9 +139,6 @@ def test_no_more_goes_by_default_than_half_of_what_can_or_the_rows_recover():
         (MIXTURE, {}, None, 0.15),
     ):
         assert starter.default_target(body(**sizes | changes), tokens) == share, (changes, tokens)
-
-
-def test_tokens_follow_what_is_removed_and_the_rows():
     amounts = [(12_345_678, None), (1_000_000, None), (10_000_000, 30_000), (10_000_000, 1000), (10_000_000, 10**9)]
     assert [starter._tokens(*amount) for amount in amounts] == [1_200_000, 500_000, 120_000, 10_000, 1_000_000]
     # The largest batch with which there are 200 steps, of rows of 128 tokens, as this model reads 256.
@@ -150,6 +147,10 @@ def test_tokens_follow_what_is_removed_and_the_rows():
         least = 200 * batch_size * 128
         sizes = [starter._training_values(None, shape, tokens, 1)["batch_size"] for tokens in (least, least - 1)]
         assert sizes == [batch_size, batch_size // 2]
+    # It doubles with each tenth of the parameters; nothing was measured outside of these shares.
+    rates = {0.1: 8e-6, 0.3: 8e-6, 0.4: 16e-6, 0.5: 32e-6, 0.66: 8e-6 * 2**3.6, 0.9: 8e-6 * 2**3.6}
+    assert {share: starter.default_rate(8e9, share) for share in rates} == pytest.approx(rates)
+    assert [starter.default_rate(params, 0.3) for params in (10**7, 10**7 + 1, 10**11)] == [1.2e-4, 2e-4, 4e-6]
 
 
 @pytest.fixture(params=["qwen3_moe", "glm4_moe"])  # glm4_moe: a shared expert and dense layers
@@ -173,13 +174,6 @@ def test_the_config_of_a_mixture_is_rehearsed(of_a_mixture):
     rows = json.loads((home / "latest/result.json").read_text())["rows"]
     experts = {"qwen3_moe": 4, "glm4_moe": 3}[of_a_mixture]
     assert [row["scores"]["experts"] for row in rows if row["arm"] == "loop"] == [6, experts]
-
-
-def test_the_learning_rate_follows_model_and_removed_share():
-    # It doubles with each tenth of the parameters; nothing was measured outside of these shares.
-    rates = {0.1: 8e-6, 0.3: 8e-6, 0.4: 16e-6, 0.5: 32e-6, 0.66: 8e-6 * 2**3.6, 0.9: 8e-6 * 2**3.6}
-    assert {share: starter.default_rate(8e9, share) for share in rates} == pytest.approx(rates)
-    assert [starter.default_rate(params, 0.3) for params in (10**7, 10**7 + 1, 10**11)] == [1.2e-4, 2e-4, 4e-6]
 
 
 def test_what_is_left_to_fill_in_is_refused_until_it_is(ptl):

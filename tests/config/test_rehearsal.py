@@ -49,14 +49,12 @@ def test_what_decides_only_how_long_a_step_works_shrinks():
     last = config(gate={"enabled": True}, prune={"target": "neurons_then_layers"})
     assert "schedule.cuts" not in shrunk(last)
     assert shrunk(last)["recover.0.save_steps"] == [50, 1]  # 1,250 tokens are no batch
-
-
-def test_of_width_what_is_chosen_and_what_is_set_stays():
+    # Of width what is chosen and what is set stays.
     run = config(gate={"enabled": True}, prune={"target": "width", "width": {"kv": 1}})
     assert rehearsal(run, gpus=0).prune == run.prune and shrunk(run)["schedule.cuts"] == ["cubic", "uniform"]
 
 
-def test_the_steps_are_those_of_the_run():
+def test_the_steps_are_those_of_the_run_and_its_names_others():
     for path, gpus in product(SHIPPED, (0, 1, 8, None)):
         run = load_config(path)
         rehearsed = rehearsal(run, gpus)
@@ -65,6 +63,10 @@ def test_the_steps_are_those_of_the_run():
         assert rehearsed.schedule.target == run.schedule.target
         assert rehearsed.schedule.recovery_tokens <= max(run.schedule.recovery_tokens / 100, 2_000)
         assert is_rehearsal(rehearsed.model_dump()) and not is_rehearsal(run.model_dump())
+    run = config(name="a" * 52 + "-" + "b" * 10, storage={"registered_model": "mine"})
+    rehearsed = rehearsal(run, gpus=0)
+    assert rehearsed.name == "a" * 52 + "-rehearsal"
+    assert rehearsed.storage.registered_model == "mine-rehearsal"
 
 
 def test_every_stage_trains_in_every_iteration():
@@ -104,7 +106,7 @@ def test_reinforcement_learning_is_short_and_unguarded():
     assert [each.recover[0].batch_size for each in (on_cpus, on_gpus, on_cluster)] == [4, 16, 32]
 
 
-def test_what_needs_a_gpu_is_replaced_and_named():
+def test_what_needs_a_gpu_is_replaced_and_named_and_processes_on_cpus_stay():
     run = config(
         recover=[{"method": "cpt", "dtype": "bfloat16", "sharding": "fsdp", "processes": 4}, {"method": "grpo"}],
         evaluate={"backend": "vllm", "speed": {"repeats": 0}},
@@ -114,9 +116,6 @@ def test_what_needs_a_gpu_is_replaced_and_named():
     assert left_out(run, rehearsal(run, gpus=0)) == lacks
     # On the cluster, where the run itself will be, all of it is there.
     assert left_out(run, rehearsal(run, gpus=None)) == []
-
-
-def test_processes_of_a_run_on_cpus_stay():
     rehearsed = rehearsal(config(recover=[{"method": "cpt", "processes": 4}], evaluate={"processes": 4}), gpus=0)
     assert (rehearsed.recover[0].processes, rehearsed.evaluate.processes) == (4, 4)
 
@@ -132,10 +131,3 @@ def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others():
         assert rehearsed.recover[0].sharding == ("fsdp" if processes > 1 else "none")
         fewer = ["evaluate.processes=8", "recover.processes=8"] * (processes < 8)
         assert left_out(run, rehearsed) == ["recover.sharding=fsdp"] * (processes == 1) + fewer
-
-
-def test_a_long_name_stays_a_name_and_the_registered_model_another():
-    run = config(name="a" * 52 + "-" + "b" * 10, storage={"registered_model": "mine"})
-    rehearsed = rehearsal(run, gpus=0)
-    assert rehearsed.name == "a" * 52 + "-rehearsal"
-    assert rehearsed.storage.registered_model == "mine-rehearsal"

@@ -78,7 +78,7 @@ def test_the_criteria_and_methods_of_the_config_are_those_of_the_code():
     assert Prune(target="experts").criterion == "reap" and Prune().criterion == "taylor"
 
 
-def test_target_is_a_share_or_the_parameters_to_end_with():
+def test_target_is_a_share_the_parameters_to_end_with_or_a_memory():
     assert removal(1000, 0.4) == 400
     assert 0.29 * 100 < 29 and removal(100, 0.29) == 29  # a share is taken as it is written
     assert removal(1002, 0.3) == 300  # rounded down
@@ -86,9 +86,6 @@ def test_target_is_a_share_or_the_parameters_to_end_with():
     assert Schedule(target=1000, recovery_tokens=1).target == 1000
     with pytest.raises(ValueError, match="must be a share"):
         Schedule(target=999, recovery_tokens=1)
-
-
-def test_a_target_in_memory_takes_the_place_of_a_number():
     whole = loaded("schedule.target={memory: 1.5 GB, sequences: 8, tokens: 4096}").schedule.target
     assert (whole.bytes, whole.sequences, whole.tokens, whole.itemsize) == (1_500_000_000, 8, 4096, 2)
     both = loaded("schedule.target.memory=16GiB", "schedule.target.sequences=8").schedule.target
@@ -99,7 +96,7 @@ def test_a_target_in_memory_takes_the_place_of_a_number():
     assert {text: planning.memory_bytes(text) for text in sizes} == sizes
 
 
-def test_overrides_may_name_parts_of_lists_and_other_kinds_of_fields():
+def test_overrides_name_parts_of_lists_numbers_as_people_write_them_and_one_section_alone():
     assert loaded("schedule.target=0.2").schedule.target == 0.2
     assert loaded("recover.0.method=distil").recover[0].model_dump()["method"] == "distil"
     off = loaded("training.decontaminate=off").training.decontaminate  # false in YAML 1.1
@@ -107,17 +104,11 @@ def test_overrides_may_name_parts_of_lists_and_other_kinds_of_fields():
     # Reinforcement learning may do without tokens, and needs a step in each iteration: 1, 2, 4, 8.
     stage = loaded("recover=[{method: grpo, steps: 15}]", "schedule.recovery_tokens=0").recover[0]
     assert (stage.method, stage.steps) == ("grpo", 15)
-
-
-def test_a_number_of_tokens_as_people_write_it():
     for text in ("1e6", "1M", "1000k", "1_000_000"):
         assert loaded(f"schedule.recovery_tokens={text}").schedule.recovery_tokens == 10**6
     for text in ("5m", "0.5", "1.2345k", "1Ki", "many"):
         with pytest.raises(InputError, match=r"schedule\.recovery_tokens"):
             loaded(f"schedule.recovery_tokens={text}")
-
-
-def test_an_override_leaves_other_sections_of_the_same_anchor():
     shared = TINY.with_name("onprem.yaml")
     before, after = load_config(shared), load_config(shared, {"training.source": "s3://b/other.jsonl"})
     assert before.training.sources[0].source == before.calibration.data[0].source  # one anchor

@@ -36,12 +36,9 @@ def problems():
     return messages
 
 
-def test_every_shipped_config_fits(problems):
+def test_shipped_configs_and_the_short_forms_of_training_fit(problems):
     for path in SHIPPED:
         assert problems(yaml.load(path.read_text(), EditorsLoader)) == [], path
-
-
-def test_the_short_forms_of_training_fit(problems):
     for training, compared in (
         (SOURCE, True),
         ({**SOURCE, "weight": 2, "decontaminate": {"tasks": True}}, True),

@@ -36,17 +36,13 @@ def test_what_the_template_does_not_have_is_refused():
             chat_templates.check(tokenizer_with(template), Chat(enabled=True, **chat))
 
 
-def test_an_answer_continues_its_prompt():
+def test_an_answer_continues_its_prompt_and_follows_a_thought_that_has_an_end():
     chat, thought = Chat(), "<think>\n1+1\n</think>\n\n2"
     assert chat.with_thought("1+1", "2") == thought and chat.with_thought("", "2") == "2"
     assert chat.continued("Q<think>\n", thought) == "1+1\n</think>\n\n2"
     assert chat.continued("Q<think>\n", "2") == "\n</think>\n\n2"
     assert chat.continued("Q", thought) == thought
     assert chat.continued("Q<think>\n\n</think>\n\n", thought) == chat.continued("Q<think></think>", "2") == "2"
-
-
-def test_what_follows_a_thought_is_the_answer_and_a_thought_without_an_end_is_none():
-    chat = Chat()
     for text, answer in (("<think>2</think>\n\n3", "3"), ("2</think>3", "3"), ("3", "3"), ("<think>#### 3", "")):
         assert chat.answer(text) == answer
     assert Chat(thought=["[THINK]", "[/THINK]"]).answer("[THINK]2[/THINK]3") == "3"

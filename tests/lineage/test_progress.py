@@ -97,15 +97,12 @@ def run(step, status, arm="loop"):
     return SimpleNamespace(data=SimpleNamespace(tags=tags), info=SimpleNamespace(status=status))
 
 
-def test_of_several_runs_of_a_step_the_one_that_finished_counts():
+def test_a_step_has_its_finished_run_and_a_run_the_state_of_its_report_or_a_failed_step(monkeypatch):
     runs = [run("prune-1", status) for status in ("FAILED", "FINISHED", "RUNNING")]
     assert run_status.by_step(runs) == {"prune-1": runs[1]}
     assert run_status.by_step(runs[::2]) == {"prune-1": runs[2]}
 
-
-def test_a_run_is_finished_when_its_report_is_and_failed_where_a_step_of_the_loop_is(monkeypatch):
-    """A failed control does not fail it."""
-
+    # A failed control does not fail it.
     def status(**steps):
         runs = {step: run(step, status, "control" if step == "control" else "loop") for step, status in steps.items()}
         monkeypatch.setattr(run_status, "steps_of", lambda *_: runs)

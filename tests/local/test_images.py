@@ -6,7 +6,7 @@ import re
 import one_process
 import pytest
 import yaml
-from checkout import ROOT, TINY
+from checkout import CONFIGS, ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -16,7 +16,6 @@ from ptl.config.run import load_config, pairs
 from ptl.errors import InputError, WorkError
 from ptl.local import images
 
-CONFIGS = ROOT / "pipelines" / "prune_tune_loop" / "configs"
 LOCKS = ROOT / "docker" / "locks"
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.IMAGES)}
 ALL_DIGESTS = DIGESTS | {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.OPTIONAL, 3)}

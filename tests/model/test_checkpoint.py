@@ -94,20 +94,17 @@ def test_a_tensor_that_is_missing_or_misshapen_or_no_float_is_named(single, name
     refused(single, message)
 
 
-def test_layers_and_biases_are_those_of_the_config(single):
+def test_old_buffers_change_no_size_and_layers_and_biases_are_those_of_the_config(single):
+    before = model_dimensions(single, LLAMA)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "model.norm.weight": torch.ones(32).half()}
+    change(single, **more)
+    assert model_dimensions(single, LLAMA) == before
     change_config(single, num_hidden_layers=3)
     refused(single, "has an unknown tensor model.layers.3.", "and 8 more", "with 3 layers")
     change_config(single, num_hidden_layers=...)
     refused(single, "lacks tensor model.layers.10.input_layernorm.weight and 251 more")
     change_config(single, num_hidden_layers=4, attention_bias=True)
     refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 15 more")  # transformers would make them up
-
-
-def test_old_rotary_buffers_and_another_float_dtype_change_no_size(single):
-    before = model_dimensions(single, LLAMA)
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "model.norm.weight": torch.ones(32).half()}
-    change(single, **more)
-    assert model_dimensions(single, LLAMA) == before
 
 
 def test_weights_that_are_no_numbers_are_refused(single):

@@ -90,11 +90,16 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
     assert dimensions.smallest_cuts(least, "auto").keys() == {"layers", *neurons}
 
 
-def test_layers_without_experts_are_not_removed(tmp_path):
+def test_layers_without_experts_are_not_removed_nor_neurons_of_other_mixtures(tmp_path):
     body = model_dimensions(save(build("qwen3_moe-dense"), tmp_path / "source"), FAMILIES["qwen3_moe"])
     assert body.dense_layers == (2,) and dimensions.layers_for(body, body.params - 2 * body.params_per_layer) == 2
     with pytest.raises(InputError, match="would remove 3 of 3 layers"):
         dimensions.layers_for(body, body.params - 2 * body.params_per_layer - 1)
+    for unit in ("neurons", "auto", "neurons_then_layers"):
+        with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
+            dimensions.check_unit(experts=6, narrowable=False, unit=unit)
+    for unit in ("layers", "experts", "width"):
+        dimensions.check_unit(experts=6, narrowable=False, unit=unit)
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
@@ -112,14 +117,6 @@ def test_as_many_neurons_stay_in_each_expert_as_the_goal_allows(variant, source)
     assert dimensions.resolve_multiple(48, 40, 12, body.least_multiple) == 24
     assert dimensions.resolve_multiple(768, 600, "auto", body.least_multiple) == 64
     assert dimensions.resolve_multiple(20, 16, "auto", body.least_multiple) == 8
-
-
-def test_neurons_of_other_mixtures_are_refused():
-    for unit in ("neurons", "auto", "neurons_then_layers"):
-        with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
-            dimensions.check_unit(experts=6, narrowable=False, unit=unit)
-    for unit in ("layers", "experts", "width"):
-        dimensions.check_unit(experts=6, narrowable=False, unit=unit)
 
 
 def test_the_sizes_of_published_models_are_those_that_their_authors_name():

@@ -70,16 +70,13 @@ def test_the_sources_config_stays_as_it_was():
     assert config == before and pruned["rope_scaling"] == before["rope_scaling"]
 
 
-def test_a_mistral_with_layer_types_is_read_as_ministral(tmp_path):
+def test_files_of_ministral_and_internlm3_are_read_as_they_are_on_the_hub(tmp_path):
     """So does transformers: Ministral 8B has a file with model_type mistral."""
     source = change_config(save(build("ministral"), tmp_path / "source"), model_type="mistral")
     write_pruned(source, tmp_path / "pruned", family_at(source), Selection((0, 2, 3), {}))
     reference, batch = tiny_models.skipping(build("ministral"), (0, 2, 3)), batches()[0]
     assert torch.equal(logits(load(tmp_path / "pruned"), batch), logits(reference, batch))
-
-
-def test_internlm3_is_read_with_the_names_of_its_files_on_the_hub(tmp_path):
-    source = save(build("internlm3"), tmp_path / "source")
+    source = save(build("internlm3"), tmp_path / "internlm3")
     config = checkpoint.read_config(source)
     names = {"attention_bias": ..., "mlp_bias": ..., "qkv_bias": config["attention_bias"], "bias": config["mlp_bias"]}
     change_config(source, **names)

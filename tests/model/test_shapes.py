@@ -95,11 +95,13 @@ def test_a_size_that_differs_from_the_weights_is_named(folders, tmp_path, varian
         assert f"{field}={value}" in message and "has shape" in message
 
 
-def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
+def test_head_sizes_that_are_left_out_follow_from_the_others_and_embeddings_are_tied(folders, tmp_path):
     folder = changed(folders("llama"), tmp_path, head_dim=...)
     assert model_dimensions(folder, FAMILIES["llama"]).layers == 4
     change_config(folder, num_attention_heads=8)
     assert "has shape [16, 32], and config.json gives it [8, 32]" in refusal(folder, "llama")
+    for family in FAMILIES.values():
+        assert AutoConfig.for_model(family.model_type).tie_word_embeddings == family.tied
 
 
 def test_a_field_that_cannot_be_is_named_before_any_work(folders, tmp_path):
@@ -135,11 +137,6 @@ def test_a_field_that_cannot_be_is_named_before_any_work(folders, tmp_path):
                 load_tokenizer(folder)  # a config may be sound so far
             except InputError as error:
                 assert UNREADABLE in str(error)
-
-
-def test_embeddings_are_tied_by_default_as_in_transformers():
-    for family in FAMILIES.values():
-        assert AutoConfig.for_model(family.model_type).tie_word_embeddings == family.tied
 
 
 @pytest.mark.parametrize("command", ["prune", "recover", "evaluate"])

@@ -34,14 +34,6 @@ GEMMA_3_4B = {
 }
 
 
-def rename_as_in_memory(folder):
-    """The names of the newer layout, as the model has them in memory."""
-    tensors = load_file(folder / "model.safetensors")
-    named = {f"model.{name}".replace("language_model.model.", "language_model."): t for name, t in tensors.items()}
-    named = {name.replace("model.language_model.lm_head", "lm_head"): tensor for name, tensor in named.items()}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [("gemma3", "on the hub"), ("mistral3", "shards"), ("mistral3", "in memory"), ("mistral3-ministral3", "in memory")],
@@ -50,8 +42,11 @@ def test_the_text_model_computes_the_same(kind, layout, tmp_path):
     model_type, variant, changes = KINDS[kind]
     multimodal = build_multimodal(model_type, variant, **changes)
     source = save(multimodal, tmp_path / "source", shard_size="8KB" if layout == "shards" else "5GB")
-    if layout == "in memory":
-        rename_as_in_memory(source)
+    if layout == "in memory":  # the names of the newer layout, as the model has them
+        tensors = load_file(source / "model.safetensors")
+        named = {f"model.{name}".replace("language_model.model.", "language_model."): t for name, t in tensors.items()}
+        named = {name.replace("model.language_model.lm_head", "lm_head"): tensor for name, tensor in named.items()}
+        save_file(named, source / "model.safetensors", metadata={"format": "pt"})
     (source / "preprocessor_config.json").write_text("{}")
     import_checkpoint(str(source), None, tmp_path / "text")
     text, family = load(tmp_path / "text"), family_at(tmp_path / "text")
@@ -66,7 +61,7 @@ def test_the_text_model_computes_the_same(kind, layout, tmp_path):
     assert (len(checkpoint.shards(tmp_path / "text")) > 1) == (layout == "shards")
 
 
-def test_what_is_checked_before_the_import_sees_the_text_model(tmp_path):
+def test_what_is_checked_before_the_import_sees_the_text_model_and_whether_it_can_be_pruned(tmp_path):
     source = save(build_multimodal("mistral3", "mistral", tie_word_embeddings=False), tmp_path / "source")
     params = check_model(source, Schedule(target=0.3, recovery_tokens=10), Prune()).params
     assert params == shape_of(str(source)).params == model_dimensions(source, FAMILIES["mistral"]).params
@@ -74,17 +69,17 @@ def test_what_is_checked_before_the_import_sees_the_text_model(tmp_path):
         family_of(checkpoint.read_config(source))
     with pytest.raises(InputError, match=r"recover.teacher: .*source is no language model \(model_type mistral3\)"):
         pretrained.causal_lm(source, field="recover.teacher")
+    for text, problem in (("gemma", "must be a JSON object"), ({"model_type": "mistral4"}, "'mistral4' is not supp")):
+        with pytest.raises(InputError, match=problem):
+            family_of(text_tower.text_config({"model_type": "mistral3", "text_config": text}))
 
 
-def test_fields_that_the_file_leaves_out_are_those_of_transformers():
+def test_fields_that_the_file_leaves_out_are_those_of_transformers_in_a_plan_too(tmp_path):
     text = text_tower.text_config(GEMMA_3_4B)
     made, expected = (AutoConfig.for_model(**text), AutoConfig.for_model(**GEMMA_3_4B).text_config)
     differing = {"architectures", "dtype", "eos_token_id", "transformers_version"}
     assert {name for name, value in expected.to_dict().items() if made.to_dict()[name] != value} <= differing
     assert text["eos_token_id"] == [1, 106] and text["torch_dtype"] == "bfloat16"
-
-
-def test_a_plan_from_the_config_alone_has_the_size_of_the_text_model(tmp_path):
     checkpoint.write_json(tmp_path / "config.json", GEMMA_3_4B)
     shape = shape_of(str(tmp_path))
     assert shape.params == 3_880_263_168  # of the model that transformers builds
@@ -101,9 +96,3 @@ def test_weights_in_mistrals_own_format_are_not_downloaded(tmp_path, monkeypatch
     files = ["config.json", "consolidated.safetensors", "model-00001-of-00010.safetensors", "tekken.json"]
     patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
     assert list(filter_repo_objects(files, **patterns)) == [files[0], *files[2:]]
-
-
-def test_text_models_that_cannot_be_pruned_are_refused():
-    for text, problem in (("gemma", "must be a JSON object"), ({"model_type": "mistral4"}, "'mistral4' is not supp")):
-        with pytest.raises(InputError, match=problem):
-            family_of(text_tower.text_config({"model_type": "mistral3", "text_config": text}))

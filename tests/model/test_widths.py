@@ -212,7 +212,7 @@ def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, s
                 assert getattr(path[-2], name) >= getattr(path[-1], name) >= getattr(end, name), (name, end)
 
 
-def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
+def test_kv_heads_go_where_a_part_is_as_large_and_an_iteration_is_as_small_as_the_gate_says():
     llama = dimensions("llama")
     end, with_all = candidates(llama, int(llama.params * 0.3), "auto", FREE)
     without = replace(llama, kv_heads=4).params
@@ -224,10 +224,7 @@ def test_kv_heads_go_in_the_iteration_whose_part_is_as_large():
     half, third = (towards(llama, with_all, llama.params - removed // part, "auto") for part in (2, 3))
     assert (with_all.hidden, half.hidden, third.hidden) == (2816, 3456, 3712)
     assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end
-
-
-def test_an_iteration_is_as_small_as_the_gate_says():
-    """Also where KV heads are among what goes."""
+    # Also where KV heads are among what goes.
     model = dimensions("reasoner")
     for end, removed in product(candidates(model, int(model.params * 0.25), 1, FREE), (92_601, 25_000, 1_000)):
         found = model.params - towards(model, end, model.params - removed, 1).params

@@ -141,7 +141,7 @@ def test_backends_are_given_only_fields_that_they_know(version, more):
     assert {field for _, _, kubernetes in found.values() for field in kubernetes} == fields | more
 
 
-def test_wrong_settings_are_refused():
+def test_wrong_settings_and_batches_that_the_gpus_of_all_nodes_cannot_divide_are_refused():
     several = "must be a multiple of accumulation=1 times the 6 processes of 2 nodes"
     for sets, message in (
         ({"resources.accelerators": 1}, "accelerators without accelerator"),
@@ -153,6 +153,11 @@ def test_wrong_settings_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             load_config(TINY, sets)
+    gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
+    load_config(TINY, gpus).check_batches_on_cluster()  # 16 on one node
+    config = load_config(TINY, gpus | {"resources.steps.recover.nodes": 4})
+    with pytest.raises(InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"):
+        config.check_batches_on_cluster()
 
 
 def test_a_recover_step_of_several_nodes_is_a_coordinator_with_their_train_job():
@@ -180,11 +185,3 @@ def test_a_recover_step_of_several_nodes_is_a_coordinator_with_their_train_job()
     assert mounted == {**volumes(kubernetes), mounts.CACHE: "ptl-hf-cache"}
     assert {volume["name"] for volume in pod["volumes"]} == set(mounted.values())
     assert TrainerV1alpha1TrainJob.from_dict(copy.deepcopy(job)).to_dict()["spec"] == job["spec"]
-
-
-def test_a_batch_that_the_gpus_of_all_nodes_cannot_divide_is_refused_before_it_is_submitted():
-    gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
-    load_config(TINY, gpus).check_batches_on_cluster()  # 16 on one node
-    config = load_config(TINY, gpus | {"resources.steps.recover.nodes": 4})
-    with pytest.raises(InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"):
-        config.check_batches_on_cluster()

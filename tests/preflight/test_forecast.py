@@ -67,14 +67,11 @@ TRAININGS = (
 )
 
 
-def test_memory_of_a_training_is_counted():
+def test_memory_of_training_answers_and_scores_and_checkpoints_are_counted():
     model = body(**SIZES | {"params": 700, "params_per_layer": 200})
     for fields, expected in TRAININGS:
         stage = RecoverStage.model_validate({"batch_size": 16, "accumulation": 2, "max_length": 32} | fields)
         assert forecast_model.training_memory(SMALL, model, stage, 4) == CONTEXT + expected, fields
-
-
-def test_memory_of_answers_and_scores_is_counted():
     grpo = RecoverStage(method="grpo", batch_size=8, num_generations=2, max_completion_length=8, beta=0)
     tokens = 2 * (512 + 8)  # a GPU has two rows
     expected = 16 * 1000 + 2 * 17 * 4 * 8 * tokens + 2 * 4 * tokens * 50 + 48 * tokens
@@ -98,10 +95,7 @@ def test_memory_of_answers_and_scores_is_counted():
     assert forecast_model.scoring_memory(SMALL, calibration) == CONTEXT + held + 3 * 4 * 32 * 50
     more = calibration.model_copy(update={"batch_size": 4})
     assert forecast_model.scoring_memory(SMALL, more) == CONTEXT + held + 17 * 2 * 8 * 4 * 32
-
-
-def test_the_checkpoints_of_a_run_are_counted():
-    """Two an iteration and two of the control; all but the last two of the loop hold Adam's state."""
+    # Two an iteration and two of the control; all but the last two of the loop hold Adam's state.
     two = load_config(TINY, {"schedule.iterations": 2})
     assert forecast_model.checkpoint_bytes(two, SMALL) == 2000 + 2 * 1000 * (2 + 8) + 2 * 2 * 1000 * 2
     assert forecast_model.checkpoint_bytes(load_config(TINY, {"control": False}), SMALL) == 1000 * (9 * 2 + 6 * 8)
@@ -194,7 +188,7 @@ def test_pruning_holds_taylors_hidden_states_in_host_memory(large):
     assert "host" not in first_prune(prune={"target": "layers"}).note  # their scores need no gradients
 
 
-def test_more_gpus_take_less_time(large):
+def test_more_gpus_take_less_time_and_those_of_all_nodes_are_counted(large):
     assert [devices(None, 4), devices(2, 4), devices(8, 4), devices(None, 0)] == [4, 2, 4, 1]
     one, four = (forecast(config(large), "a100-80", count) for count in (1, 4))
     hours = [[step.hours for step in run.steps if "recover" in step.step] for run in (one, four)]
@@ -202,9 +196,6 @@ def test_more_gpus_take_less_time(large):
     assert four.steps[0].hours == pytest.approx(one.steps[0].hours / 4)  # 500 items: 8 batches, or 2 on each GPU
     alone = forecast(config(large, **{"evaluate.processes": 1}), "a100-80", 4).steps[0]
     assert (alone.hours, alone.gpus) == (pytest.approx(one.steps[0].hours), 4)  # the other three are held, and idle
-
-
-def test_gpu_hours_are_of_all_gpus_that_a_step_holds_on_all_nodes(large):
     steps = {"prune": {"accelerators": 2}, "recover": {"nodes": 4}}
     gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8, "resources.steps": steps}
     asked = config(large, **gpus)

@@ -26,7 +26,7 @@ def warnings(**fields):
     return preflight.warnings(load_config(TINY, config))
 
 
-def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():
+def test_a_large_cut_with_few_tokens_and_a_rate_that_decays_only_at_the_end_are_warned_of():
     (warning,) = warnings()  # cubic cuts and doubling tokens
     assert "iteration 1 removes 33 % of what goes in all and gets 0.4 % of the recovery" in warning
     for cuts, iterations in product(["uniform", "cubic"], [1, 8]):
@@ -39,9 +39,6 @@ def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():
     assert "gets 0.4 % of the recovery" in warnings(**fields)[0]
     # No shipped config is warned of anything.
     assert not any(preflight.warnings(load_config(path)) for path in SHIPPED)
-
-
-def test_a_rate_that_decays_only_at_the_end_of_the_run_is_warned_of():
     stages = [STAGE | {"share": 0.5}, {"method": "distil"}]
     (warning,) = warnings(recover=stages, schedule__tokens="uniform")
     assert warning.startswith("recover.decay=0.5, with the gate on")

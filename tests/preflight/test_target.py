@@ -79,7 +79,7 @@ def with_model(folder, **changes):
     return [part for field, value in settings.items() for part in ("--set", f"{field}={value}")]
 
 
-def test_experts_reach_a_goal_and_the_plan_says_how_many_remain(mixture):
+def test_experts_reach_a_goal_the_plan_says_how_many_remain_and_what_cannot_be_is_refused(mixture):
     shape = shape_of(str(mixture))
     least = replace(shape.dimensions, experts=shape.dimensions.fewest_experts + 1).params
     goal = MemoryGoal(memory=f"{2 * (least + 10 * shape.cached_numbers) / 1000}kB", tokens=10)
@@ -89,9 +89,6 @@ def test_experts_reach_a_goal_and_the_plan_says_how_many_remain(mixture):
     said = ptl("plan", TINY, *with_model(mixture, **{"schedule.iterations": 2, "prune.target": "neurons"}))
     # 77,152 less 16 neurons of 3 x 32 weights in 3 experts of 4 layers
     assert all(part in said for part in ("Active", "24 of 40 neurons", "58,720"))
-
-
-def test_what_a_mixture_cannot_is_refused(mixture):
     for changes, said in (
         ({"model.path": DENSE}, "a dense model has no experts"),
         ({"schedule.target": 0.9}, "cannot be reached by experts: each token needs 3 of them"),

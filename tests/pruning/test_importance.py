@@ -58,7 +58,7 @@ BY_HAND = {
 }
 
 
-def test_scores_computed_by_hand():
+def test_scores_computed_by_hand_of_which_the_highest_are_kept_and_the_lower_index_of_ties():
     for criterion, expected in BY_HAND.items():
         scores = torch.stack(neuron_scores(ByHand(), criterion, seed=0))
         torch.testing.assert_close(scores, torch.tensor(expected), msg=criterion)
@@ -69,6 +69,10 @@ def test_scores_computed_by_hand():
     activations, norms = torch.tensor([[1.0, -4.0], [-3.0, 2.0]]), torch.tensor([2.0, 0.5])
     assert _max(activations, norms).tolist() == [6.0, 2.0]  # strongly negative activations count
     assert _mean(activations, norms).tolist() == [4.0, 1.5]
+    assert keep_highest(torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
+    scores = torch.tensor([2.0, 1.0]).repeat(500)  # so many that a sort that is not stable mixes them
+    assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
+    assert keep_highest(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 1.0]]), 2).tolist() == [[1, 2], [0, 1]]
 
 
 NIGHTLY = [pytest.param(variant, marks=pytest.mark.nightly) for variant in ("gemma3_text", "exaone4", "cohere2")]
@@ -92,22 +96,12 @@ def test_the_change_after_a_norm_is_a_number_where_nothing_else_is_left():
     assert changes.shape == (300, 1) and bool(changes.isfinite().all()) and bool((changes >= 0).all())
 
 
-def test_weight_is_the_norm_of_all_weights_of_a_neuron(tmp_path):
+def test_weight_is_the_norm_of_all_weights_and_random_follows_seed_and_layer(tmp_path):
     model = build("phi3")
-    scores = neuron_scores(stream_of("phi3", tmp_path, model), "weight", seed=0)
+    scores = neuron_scores(stream_of("phi3", tmp_path / "phi3", model), "weight", seed=0)
     for found, layer in zip(scores, model.model.layers, strict=True):
         parts = (*layer.mlp.gate_up_proj.weight.chunk(2), layer.mlp.down_proj.weight.t())
         torch.testing.assert_close(found, torch.cat(parts, dim=1).norm(dim=1).detach())
-
-
-def test_random_scores_follow_the_seed_and_differ_by_layer(tmp_path):
-    stream = stream_of("llama", tmp_path, build("llama"))
+    stream = stream_of("llama", tmp_path / "llama", build("llama"))
     one, same, other = (torch.stack(neuron_scores(stream, "random", seed)) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
-
-
-def test_highest_are_kept_and_ties_go_to_the_lower_index():
-    assert keep_highest(torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
-    scores = torch.tensor([2.0, 1.0]).repeat(500)  # so many that a sort that is not stable mixes them
-    assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
-    assert keep_highest(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 1.0]]), 2).tolist() == [[1, 2], [0, 1]]

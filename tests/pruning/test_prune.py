@@ -46,7 +46,7 @@ def test_automatic_multiples():
         assert dimensions.resolve_multiple(width, remaining, "auto") == multiple, (width, remaining)
 
 
-def test_widths_by_hand():
+def test_widths_and_layers_by_hand_and_that_a_loop_ends_with_the_width_of_one_shot_pruning():
     model = body(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
     goals = (1001, 1000, 999, 961, 960, 959)
     assert [width_for(model, goal, 1) for goal in goals] == [16, 16, 15, 12, 12, 11]
@@ -57,18 +57,12 @@ def test_widths_by_hand():
             width_for(model, goal, multiple)
     odd = dataclasses.replace(model, width=10)  # an odd width stays when nothing goes
     assert [width_for(odd, goal, 8) for goal in (odd.params, odd.params - 1)] == [10, 8]
-
-
-def test_a_loop_and_one_shot_pruning_end_with_the_same_width():
-    """Also where the width is small at the end: one-shot pruning rounded it by the large width it began with."""
+    # Also where the width is small at the end: one-shot pruning rounded it by the large width it began with.
     model = body(params=100_000, layers=4, width=64, params_per_neuron=400, params_per_layer=24_000)
     for goal in range(75_500, 99_000, 1_300):
         width = width_for(model, (goal + model.params) // 2, "auto")
         halfway = dataclasses.replace(model, width=width)
         assert width_for(halfway, goal, "auto") == width_for(model, goal, "auto")
-
-
-def test_layers_by_hand():
     model = body(params=1000, layers=4, width=16, params_per_neuron=12, params_per_layer=200)
     assert [layers_for(model, goal) for goal in (1001, 1000, 999, 800, 799, 400)] == [0, 0, 1, 1, 2, 3]
     with pytest.raises(InputError, match="would remove 4 of 4 layers"):

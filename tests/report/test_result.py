@@ -54,7 +54,7 @@ def test_the_picture_has_a_mark_for_each_kind_whether_or_not_rows_have_intervals
     assert all(f"var(--{name})" in drawn for name in ("loop", "control", "bad"))
 
 
-def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path, no_pictures):
+def test_names_with_markup_are_escaped_everywhere_and_links_only_http(records, settings, no_pictures, tmp_path):
     records["import-model"].metadata["model"] = NASTY
     settings["name"] = NASTY
     for record in records.values():
@@ -68,6 +68,9 @@ def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path, n
     assert links(page) == [] and NASTY in html.unescape(page)
     for name in ("report.html", "report.md", "README.md"):
         assert "<script" not in (tmp_path / name).read_text().split("---\n")[-1], name
+    # Links over http are in tests/golden/report.html.
+    written(records, settings, tmp_path, mlflow_url="javascript:alert(1)//")
+    assert "javascript" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_rejected_row_has_what_was_scored_and_the_final_one_what_was_accepted(records, settings):
@@ -171,12 +174,6 @@ def test_changed_answers_are_side_by_side(records, settings, monkeypatch, tmp_pa
     records["evaluate-4"].metadata["items"] = [*items({2}), *items({2})]
     (change,) = build(records, settings).examples.regressions
     assert (change.id, change.before, change.after) == ("2", "6", "7")
-
-
-def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):
-    """Those are in tests/golden/report.html."""
-    written(records, settings, tmp_path, mlflow_url="javascript:alert(1)//")
-    assert "javascript" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pictures):

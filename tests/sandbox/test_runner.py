@@ -99,18 +99,12 @@ VALUES = [
 ]  # fmt: skip
 
 
-def test_values_survive_the_way_to_the_candidate_and_back():
+def test_values_classes_callbacks_and_names_of_builtins_are_usable_on_both_sides():
     equal = "assert same(v) == v and (type(same(v)) is type(v) or hasattr(v, '_fields')), v"
     outcome = run_tests("def same(x): return x", "\n".join(f"v = {value}\n{equal}" for value in VALUES))
     assert outcome.passed, outcome
-
-
-def test_classes_iterators_callbacks_and_exceptions_of_the_candidate_are_usable():
     outcome = run_tests(PROGRAMS["classes, iterators, callbacks and exceptions"], PROGRAMS["their tests"])
     assert outcome.passed, outcome
-
-
-def test_a_function_named_like_a_builtin_is_tested_itself():
     assert run_tests("def sum(a, b):\n    return a * b", "assert sum(10, 15) == 150").passed
     assert not run_tests("def sum(a, b):\n    return 6", "assert sum(10, 15) == 150").passed
     both = "def trace(a):\n    return a\ndef f(a):\n    return -a"
@@ -255,12 +249,9 @@ def run():
 # -------------------------------------------------------------------------------- attacks on resources: they are ended
 
 
-def test_fork_bombs_and_threads_are_denied():
+def test_fork_bombs_and_threads_are_denied_and_a_memory_bomb_is_stopped():
     thread = "import threading\nthreading.Thread(target=print).start()"
     all_denied("import os\nos.fork()", thread, "import subprocess\nsubprocess.run(['/bin/true'])")
-
-
-def test_a_memory_bomb_is_stopped():
     code = "def f():\n    x = bytearray(1 << 30)\n    return len(x)"
     outcome = run_tests(code, "assert f() == 1 << 30", Limits(memory_bytes=128 << 20))
     assert not outcome.passed and "MemoryError" in outcome.detail

@@ -147,15 +147,12 @@ def test_a_failure_is_the_failing_node_s_own_and_the_train_job_is_deleted(cluste
     assert cluster.deleted == [NAME]
 
 
-def test_a_train_job_that_a_killed_coordinator_has_started_is_followed(cluster, capfd):
+def test_a_train_job_of_a_killed_coordinator_is_followed_or_gives_way_to_a_new_one(cluster, capfd):
     cluster.jobs[NAME] = earlier("trainjob-running")
     cluster.play(("trainjob-running", running()), ("trainjob-complete", done()))
     assert train() == 0  # no attempt of its own
     assert cluster.created == [] and cluster.deleted == []
     assert "was started by an earlier attempt: it is followed" in capfd.readouterr().out
-
-
-def test_one_that_had_ended_without_a_result_gives_way_to_a_new_one(cluster):
     cluster.jobs[NAME] = earlier("trainjob-complete")
     cluster.on_create = lambda job: cluster.play(("trainjob-complete", done()))
     assert train() == 1

@@ -136,13 +136,10 @@ def test_a_run_that_ends_with_the_dense_model_has_one_form(run, writes):
     assert items == {"dense": (1, 1.0), "final": (1, 1.0)}
 
 
-def test_a_limit_takes_no_item_that_the_run_does_not_score():
+def test_a_limit_takes_no_item_beyond_the_runs_and_benchmarks_share_the_significance_level():
     for own, limit, expected in [(None, 5, 5), (3, 5, 3), (7, 5, 5), (7, None, 7)]:
         evaluate = check(Evaluate, {"tasks": [{"name": "gsm8k", "limit": own}]}, "evaluate")
         assert formats.limited(evaluate, limit).tasks[0].limit == expected, (own, limit)
-
-
-def test_the_significance_level_is_shared_by_the_benchmarks():
     outcomes = [item("0", 1), item("1", 0)]
     outcomes += [each | {"task": "u"} for each in outcomes]
     pairs = _pairs({"final": outcomes, "dense": outcomes}, {"dense": outcomes}, Gate(alpha=0.05, margin=0.02))

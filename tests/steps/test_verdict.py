@@ -102,7 +102,7 @@ def test_what_forgets_other_text_is_rejected(decided, registered):
         assert verdict["decision"] == decision
 
 
-def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(decided):
+def test_a_rejected_cut_is_halved_while_the_next_iterations_unit_can_be_cut_by_half(decided):
     verdict, onward = decided(right=150, params=96_000)
     assert verdict["decision"] == "rejected" and verdict["numbers"]["smallest_cut"] == 1_000
     assert onward.digest == IMPORTED.digest
@@ -111,9 +111,6 @@ def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(decided):
     why = "no smaller step left (the smallest cut is 1,000 parameters)"
     assert verdict["reason"].endswith(f"{why}: stopped") and onward.gate["stopped"]
     assert onward.gate["reason"] == f"the loop ended in iteration 1: {why}"
-
-
-def test_the_smallest_cut_is_that_of_the_next_iterations_unit(decided):
     unit = {"target": "neurons_then_layers"}
     first, second, third = (decided(150, 84_000, iteration, **unit)[0] for iteration in (1, 2, 3))
     assert [each["numbers"]["smallest_cut"] for each in (first, second, third)] == [1_000, 9_000, 9_000]
@@ -165,7 +162,7 @@ def test_smallest_cuts_of_a_real_checkpoint():
     assert whole["width"] == whole["neurons"]
 
 
-def test_the_speed_is_measured_where_the_loop_ends():
+def test_the_speed_is_measured_where_the_loop_ends_and_a_later_step_passes_its_input_on(tmp_path):
     for step, iterations, stopped, ends in [
         ("evaluate-0", 3, False, False),
         ("evaluate-1", 3, False, False),
@@ -175,9 +172,6 @@ def test_the_speed_is_measured_where_the_loop_ends():
     ]:
         onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
         assert evaluate.ends_the_loop(Call(step, "ptl"), iterations, onward) == ends, step
-
-
-def test_a_step_that_is_not_needed_passes_its_input_on(tmp_path):
     pointer, out = Pointer("file:///cut", CUT, gate={"stopped": True, "reason": "it ended"}), Output(tmp_path / "out")
     prune(Call("prune-3", "ptl", {}, {"model": pointer}, {"out": out}))
     assert out.path.read_text() == pointer.dump() and out.metadata == {"uri": "file:///cut"}
