@@ -205,13 +205,13 @@ def _divided(name: str) -> Callable[..., Any]:
         for helper, positions in asked:
             helper.ask(name, [requests[position].args for position in positions], self.seed)
         own_requests = [requests[position] for position in own]
-        is_chat = name == "generate_until" and self.chat.enabled
+        answer_all = getattr(super(AnswerNotes, self), name)
         # It ends on the CPU: the GPU has finished too.
-        own_answers = getattr(super(AnswerNotes, self), name)(
-            [_without_stops(request) for request in own_requests] if is_chat else own_requests, **options
-        )
-        if is_chat:
-            own_answers = map(self._answer, own_requests, own_answers)
+        if name == "generate_until" and self.chat.enabled:
+            whole = answer_all([_without_stops(request) for request in own_requests], **options)
+            own_answers = map(self._answer, own_requests, whole)
+        else:
+            own_answers = answer_all(own_requests, **options)
         answers = dict(zip(own, own_answers, strict=True))  # by position
         for helper, positions in asked:
             share = helper.share()

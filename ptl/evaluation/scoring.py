@@ -163,6 +163,10 @@ class Pass(NamedTuple):
     cut_prompts: int
     seconds: float
 
+    def values(self, metric: str) -> list[Any]:
+        """Of each item."""
+        return [logged[metric] for _, logged in self.logged]
+
 
 def score_task(
     lm: Any,  # of language_models.language_model
@@ -179,8 +183,8 @@ def score_task(
     metric, extraction = tasks.choose_metric(first, task.metric)
     passes = list(_passes(lm, loaded, task, settings, extraction, seed))
 
-    # One list for each item, of one value for each sample
-    values = [[logged[metric] for _, logged in item] for item in zip(*(one.logged for one in passes), strict=True)]
+    # One tuple for each item, of one value for each sample
+    values = list(zip(*(one.values(metric) for one in passes), strict=True))
     # Right and wrong answers; or a metric of the whole task.
     items: list[Item] = []
     low = high = pass_at_n = None
