@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptl.cli.arguments import check_free, writing
 from ptl.errors import InputError
 from ptl.export.comparison import TEXTS, compare_logits, compare_tokens
+from ptl.model.llama_runtime import LlamaModel
 
 SAME = 0.2  # relative difference of head and embedding; of unrelated matrices it is about 1.4, of 4 bits below 0.1
 # What transformers' conversion leaves out of the way in which text is split, which a GGUF has by its name only.
@@ -31,7 +33,12 @@ SPLITS = {"smollm": pre_tokenizers.Sequence(DIGITS)}
 
 
 def convert(file: Path, out: Path, dtype: str = "bfloat16") -> None:
-    """Write the model in a GGUF file as a checkpoint. Raises InputError where llama.cpp has other tokens or logits."""
+    """Write the model in a GGUF file as a checkpoint, or nothing.
+
+    Raises InputError for another file, and where llama.cpp has other tokens or logits.
+    """
+    check_free(out)
+    LlamaModel(file, vocabulary_only=True)  # raises where it is none
     reader = GGUFReader(file)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     split = reader.get_field("tokenizer.ggml.pre")
@@ -45,10 +52,11 @@ def convert(file: Path, out: Path, dtype: str = "bfloat16") -> None:
     # With these, save_pretrained refuses.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # As of 16 bits: llama.cpp rounds what it multiplies with quantized weights.
-    compare_logits(file, out, filter(None, map(tokenizer.encode, TEXTS)), 16)
+    with writing(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # As of 16 bits: llama.cpp rounds what it multiplies with quantized weights.
+        compare_logits(file, folder, filter(None, map(tokenizer.encode, TEXTS)), 16)
 
 
 def tie_head(model: Any, types: dict[str, Any]) -> None:
@@ -67,8 +75,6 @@ def tie_head(model: Any, types: dict[str, Any]) -> None:
 
 def bits(of: tuple[Any, Any]) -> float:
     """Of each weight, in a quantization."""
-    from gguf import GGML_QUANT_SIZES
-
     weights, size = GGML_QUANT_SIZES[of[0]]
     return 8 * size / weights
 

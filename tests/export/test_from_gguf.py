@@ -60,4 +60,6 @@ def test_another_tokenizer_than_that_of_the_file_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr(from_gguf.AutoTokenizer, "from_pretrained", lambda *_, **__: other)
     with pytest.raises(InputError, match="different tokens"):
         from_gguf.convert(tmp_path / "model.gguf", tmp_path / "back")
+    with pytest.raises(InputError, match="cannot read"):
+        from_gguf.convert(EXAMPLE / "README.md", tmp_path / "back")
     assert not (tmp_path / "back").exists()
