@@ -6,8 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-EXAMPLES = ("tiny_reasoner", "smollm2", "math_suite", "qwen-coder", "from_gguf.py")
-SHIPPED = ("components", "pipelines", *(f"examples/{name}" for name in EXAMPLES))
+SHIPPED = ("components", "pipelines", "examples")
 
 
 class BuildWithPipeline(build_py):
@@ -20,10 +19,7 @@ class BuildWithPipeline(build_py):
         for name in SHIPPED:
             target = Path(self.build_lib, "ptl", "shipped", name)
             shutil.rmtree(target, ignore_errors=True)  # of an earlier build in build/
-            if Path(name).is_file():
-                shutil.copy(name, target)
-            else:
-                shutil.copytree(name, target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(name, target, ignore=shutil.ignore_patterns("__pycache__", "ci"))
 
 
 setup(cmdclass={"build_py": BuildWithPipeline})
