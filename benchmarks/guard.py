@@ -58,7 +58,7 @@ def relative(scores: Tensor) -> Tensor:
 
 
 def mixed(share: float) -> Join:
-    """The mean over the sequences of both, which is what ptl does."""
+    """The mean over the sequences of both; ptl first scales the gradients of each text to the same mean size."""
     return lambda own, general: (1 - share) * own + share * general
 
 

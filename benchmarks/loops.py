@@ -145,10 +145,12 @@ def run(
         pruned = folder / f"pruned-{iteration.index}"
         recovered = folder / f"recovered-{iteration.index}"
         done = folder / f"done-{iteration.index}"
-        if not done.exists():
-            shutil.rmtree(pruned, ignore_errors=True)
-            pruned.mkdir(parents=True)
-            scoring += cut(at, pruned, iteration.unit, goal, ends[iteration.unit])
+        if not pruned.exists():
+            partial = pruned.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            scoring += cut(at, partial, iteration.unit, goal, ends[iteration.unit])
+            partial.rename(pruned)
         at = pruned
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))

@@ -3,7 +3,7 @@
     python examples/from_gguf.py MODEL.gguf -o .ptl/models/qwen2.5-coder-0.5b-instruct
     make vllm
     python benchmarks/real_model.py measure --data DATA [--shares 0.2] [--arms neurons] [--tokens 100000] [--seeds 1]
-    python benchmarks/real_model.py speed [--arms neurons ...] # of one cell beside the dense model, on a quiet machine
+    python benchmarks/real_model.py speed --arms neurons --tokens 0 # beside the dense model, on a quiet machine
     python benchmarks/real_model.py table # and the picture
 
 MODEL.gguf is the makers' Q4_K_M file of Qwen/Qwen2.5-Coder-0.5B-Instruct, and DATA holds HumanEval.jsonl.gz and
@@ -26,12 +26,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from exports import vllm_speed
 from loops import ROOT, Subject, json_rows, run
+from width_peers import PEERS
 
 from ptl.config.run import Config, Speed, load_config
 from ptl.config.schedule import Prune, Schedule
@@ -55,6 +56,7 @@ BOUND = "0-1"
 BATCH, REPEATS = 8, 5  # for speed
 TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
 DENSE = "dense"  # an arm that prunes nothing
+UNGUARDED = "unguarded"  # scored without the general text
 UNTRAINED = "own"  # pruned by the same texts
 
 # Sizes that end with the same number of parameters. Of its own, `width` would keep the hidden size: the FFN has half of
@@ -67,6 +69,8 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the con
     "hidden 840, loop of 4": (4, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
     "hidden 784": (1, {"target": "width", "width": {"hidden": 784, "kv": 2}}),
     "layers": (1, {"target": "layers"}),
+    UNGUARDED: (1, {"target": "neurons"}),
+    "torch-pruning": (1, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
 }
 TRAININGS = [f"{answers}, {method}" for answers in ("own", "given") for method in ("distil", "cpt")]
 Row = dict[str, Any]
@@ -124,10 +128,10 @@ def by_vllm(vllm: Path, command: str, *arguments: str | Path) -> None:
     subprocess.run([vllm / command, *arguments], env=environment, check=True)
 
 
-def subject(answers: str, data: Path) -> Subject:
+def subject(answers: str, data: Path, guarded: bool = True) -> Subject:
     """The model, with the texts that it is scored and trained on."""
     its = config(data)
-    training, scored_on = its.training, its.calibration.data
+    training, scored_on = its.training, its.calibration.data if guarded else its.calibration.data[:1]
     if answers == "own":
         training = training.model_copy(update={"sources": in_place_of(training.sources, ANSWERS, its.chat)})
         scored_on = in_place_of(scored_on, ANSWERS, its.chat)
@@ -144,9 +148,14 @@ def made(cell: Cell, data: Path) -> Path:
     answers, _, method = cell.training.partition(", ")
     stages = []
     if cell.tokens:
+        if iterations == 1 and not cell.folder.is_dir():
+            pruned = made(replace(cell, training=answers, tokens=0, learning_rate=0.0), data)
+            shutil.copytree(pruned, cell.folder / pruned.name, copy_function=os.link)
         (stage,) = config(data).recover
         stages = [stage.model_copy(update={"method": method, "learning_rate": cell.learning_rate}).model_dump()]
-    return run(subject(answers, data), schedule, Prune(**prune), stages, cell.seed, cell.folder).checkpoint
+    its = subject(answers, data, cell.arm != UNGUARDED)
+    cut = PEERS[cell.arm](its, Prune(**prune), cell.seed) if cell.arm in PEERS else None
+    return run(its, schedule, Prune(**prune), stages, cell.seed, cell.folder, cut).checkpoint
 
 
 def measure(cell: Cell, data: Path, vllm: Path) -> Row:
@@ -180,9 +189,9 @@ def measure(cell: Cell, data: Path, vllm: Path) -> Row:
     return row
 
 
-def speed(cell: Cell, data: Path, vllm: Path) -> None:
+def speed(pruned: Sequence[Cell], data: Path, vllm: Path) -> None:
     """Gigabytes, and generated tokens per second for BATCH sequences at once: llama.cpp in turns, then vLLM."""
-    models = {"dense": MODEL, cell.folder.name: made(cell, data)}
+    models = {DENSE: MODEL} | {cell.folder.name: made(cell, data) for cell in pruned}
     files = {}
     for (name, folder), form in itertools.product(models.items(), ("f16", "q8_0")):
         files[f"{name}, llama.cpp {form}"] = file = WORK / f"{name}-{form}.gguf"
@@ -290,7 +299,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=["own, distil"])
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     given = parser.parse_args()
     if given.what == "table":
@@ -303,7 +312,7 @@ def main() -> None:
         own_answers(given.data)
         return
     if given.what == "speed":
-        speed(cells(given)[1], given.data.resolve(), given.vllm)
+        speed(cells(given)[1:], given.data.resolve(), given.vllm)
         return
     for cell in cells(given):
         known = [{name: row[name] for name in Cell.__dataclass_fields__} for row in json_rows(RESULTS)]

@@ -40,12 +40,14 @@ def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
     def cut(src: Path, dst: Path, unit: Unit, goal: int, end: int) -> int:
         with tempfile.TemporaryDirectory() as name:
             ours = Path(name) / "ours"
-            prune_checkpoint(src, ours, prune, subject.calibration, unit=unit, goal=goal, end=end, seed=seed)
+            settings = {"unit": unit, "goal": goal, "end": end, "seed": seed, "chat": subject.chat}
+            prune_checkpoint(src, ours, prune, subject.calibration, **settings)
             sizes = model_dimensions(ours, family_of(checkpoint.read_config(src)))
         if kind == "torch-pruning":
             _torch_pruning(src, dst, sizes)
             return 0
-        batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(src), seed)
+        tokenizer = AutoTokenizer.from_pretrained(src)
+        batches = calibration_batches(subject.calibration, tokenizer, seed, subject.chat)
         _write(src, dst, KINDS[kind](src, batches, seed), sizes)
         return 0
 

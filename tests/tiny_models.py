@@ -221,7 +221,8 @@ def batches(lengths=((12, 9, 12), (5, 7)), seed=1):
         ids = torch.randint(3, VOCABULARY, (len(group), max(group)), generator=generator)
         mask = (torch.arange(max(group)) < torch.tensor(group)[:, None]).long()
         ids = ids * mask
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+        labels, source = ids.masked_fill(mask == 0, -100), torch.zeros(len(group), dtype=torch.int64)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels, "source": source})
     return made
 
 

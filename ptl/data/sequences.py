@@ -18,7 +18,8 @@ from ptl.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
+# input_ids, attention_mask, labels: int64 [B, T], padded on the right; of calibration text also source: int64 [B]
+Batch = dict[str, "Tensor"]
 TokenIds = list[int]
 Side = Literal["left", "right"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
@@ -32,6 +33,7 @@ class Tokens:
     ids: TokenIds
     prompt: int  # tokens of the prompt, at the front
     cut: bool = False  # whether max_length left out its end
+    source: int = 0  # its number in the list of calibration text
     passes: float = field(default=0.0, compare=False)  # over its source, up to here
 
     def labels(self, loss: str) -> TokenIds:
@@ -161,19 +163,22 @@ def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Cha
     *ends, total = itertools.accumulate(source.weight for source in settings.data)
     bounds = [round(settings.num_sequences * end / total) for end in (0, *ends, total)]
     sequences = []
-    for source, (begin, end) in zip(settings.data, itertools.pairwise(bounds), strict=True):
+    for number, (source, (begin, end)) in enumerate(zip(settings.data, itertools.pairwise(bounds), strict=True)):
         rows = read_rows(source)
         count = max(1, end - begin)
-        chosen = itertools.islice(order(len(rows), seed), min(count, len(rows)))  # none twice
-        sequences += [tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in chosen]
+        for i in itertools.islice(order(len(rows), seed), min(count, len(rows))):  # none twice
+            tokens = tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat)
+            sequences.append(replace(tokens, source=number))
     return sequences
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
-    """Right-padded batches, those of equal length together: input_ids, attention_mask, labels, int64 [B, T].
+    """Right-padded batches, those of equal length together.
 
     Only the completions have labels; a text without a prompt is all completion.
     """
+    import torch
+
     # by length: little padding
     ordered = sorted(sequences, key=lambda tokens: len(tokens.ids))
     batches = []
@@ -182,7 +187,8 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
         batch = padded_ids([tokens.ids for tokens in group], 0, "right")
         # padding carries no loss
         labels = [tokens.labels("completion") for tokens in group]
-        batches.append(batch | {"labels": _pad(labels, IGNORED, "right")})
+        sources = torch.tensor([tokens.source for tokens in group])
+        batches.append(batch | {"labels": _pad(labels, IGNORED, "right"), "source": sources})
     return batches
 
 

@@ -121,8 +121,8 @@ class LayerwiseModel:
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
-        # [1, length]
-        sequence = {name: tensor[row : row + 1, :length] for name, tensor in self.batches[batch].items()}
+        rows = {name: tensor for name, tensor in self.batches[batch].items() if name != "source"}
+        sequence = {name: tensor[row : row + 1, :length] for name, tensor in rows.items()}  # [1, length]
         # The last layer returns these states, and the model continues with its norm and its head.
         with self._recording_layers(output=hidden[:, :length]):
             result = self.causal_lm(**_inputs(sequence))
@@ -340,7 +340,11 @@ def _states_before_layers(model: LayerwiseModel) -> list[States]:
 
 
 def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
-    """Gradient of the summed loss by the last hidden states: [B, T, H] of each batch on the host, zero at padding."""
+    """Gradient of the summed loss by the last hidden states: [B, T, H] of each batch on the host, zero at padding.
+
+    Those of every source are scaled to the same mean size: prose, of which each token surprises the model, would
+    outweigh answers that it is sure of many times, whatever their shares of the sequences.
+    """
     gradients = []
     with model.head():
         for b, states in enumerate(last_states):
@@ -352,6 +356,12 @@ def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
                 (gradient,) = torch.autograd.grad(loss, hidden)
                 rows.append(gradient.cpu())
             gradients.append(torch.cat(rows))
+    sizes = torch.cat([gradient.float().flatten(1).norm(dim=1) for gradient in gradients])  # [sequences]
+    sources = torch.cat([batch["source"].cpu() for batch in model.batches])  # [sequences]
+    means = sizes.new_tensor([sizes[sources == source].mean() for source in sources])  # [sequences]
+    factors = means.max() / means.where(means > 0, means.max())
+    for gradient, its in zip(gradients, factors.split([len(each) for each in gradients]), strict=True):
+        gradient *= its[:, None, None]
     return gradients
 
 

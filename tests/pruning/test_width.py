@@ -217,6 +217,28 @@ def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
         torch.testing.assert_close(scores.neurons, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_a_source_counts_by_its_sequences_however_sure_of_them_the_model_is(tmp_path):
+    model = build("llama")
+    source, family = save(model, tmp_path, tokenizer=False), family_at(tmp_path)
+    unsure, sure = batches(), batches(seed=2)
+    for batch in sure:
+        batch["source"] += 1
+        batch["labels"][:, :4] = -100  # less loss
+    kinds = (unsure, sure, unsure + sure)
+    of_unsure, of_sure, of_both = (neuron_scores(LayerwiseModel(source, family, kind), "taylor", 0) for kind in kinds)
+    gradients = []  # by the last hidden states, of each batch
+    model.model.norm.register_full_backward_hook(lambda _module, of_input, _: gradients.append(of_input[0]))
+    for batch in unsure + sure:
+        predicted = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        targets = batch["labels"][:, 1:]
+        nn.functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    sizes = torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients]).view(2, 5).mean(dim=1)
+    factor = sizes[0] / sizes[1]
+    assert factor > 1.2
+    expected = [(of_source + factor * other) / 2 for of_source, other in zip(of_unsure, of_sure, strict=True)]
+    torch.testing.assert_close(of_both, expected, rtol=1e-3, atol=1e-5)
+
+
 # ---- one step
 
 
@@ -225,12 +247,16 @@ def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width"
     return prune_to(goal, source, folder, calibration, unit=unit, end=end, chosen=chosen, **settings)
 
 
+def arguments(batch):
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
 @torch.no_grad()
 def loss_of(folder, calibration):
     """Of a token of the calibration text, by the whole model."""
     model, losses = load(folder), []
     for batch in _batches(folder, calibration, NO_CHAT, seed=0, by_loss=True):
-        predicted, targets = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
+        predicted, targets = model(**arguments(batch)).logits[:, :-1], batch["labels"][:, 1:]
         losses += nn.functional.cross_entropy(predicted[targets != -100], targets[targets != -100], reduction="none")
     return float(torch.stack(losses).mean())
 
@@ -240,7 +266,7 @@ def fitted(model, calibration, folder):
     optimizer = torch.optim.Adam(model.get_output_embeddings().parameters(), lr=0.05)
     for batch in 10 * _batches(save(model, folder), calibration, NO_CHAT, seed=0, by_loss=True):
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        model(**arguments(batch)).loss.backward()
         optimizer.step()
     return save(model, folder)
 
