@@ -10,16 +10,16 @@ SHIPPED = ("components", "pipelines", "examples")
 
 
 class BuildWithPipeline(build_py):
-    """Copy them next to the package; an editable install finds them in the checkout."""
+    """Copy the folders next to the package; an editable install finds them in the checkout."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        for name in SHIPPED:
-            target = Path(self.build_lib, "ptl", "shipped", name)
+        for folder in SHIPPED:
+            target = Path(self.build_lib, "ptl", "shipped", folder)
             shutil.rmtree(target, ignore_errors=True)  # of an earlier build in build/
-            shutil.copytree(name, target, ignore=shutil.ignore_patterns("__pycache__", "ci"))
+            shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__", "ci"))
 
 
 setup(cmdclass={"build_py": BuildWithPipeline})

@@ -150,7 +150,8 @@ def made(cell: Cell, data: Path) -> Path:
     if cell.tokens:
         if iterations == 1 and not cell.folder.is_dir():
             pruned = made(replace(cell, training=answers, tokens=0, learning_rate=0.0), data)
-            shutil.copytree(pruned, cell.folder / pruned.name, copy_function=os.link)
+            cell.folder.mkdir(parents=True)
+            (cell.folder / pruned.name).symlink_to(pruned)
         (stage,) = config(data).recover
         stages = [stage.model_copy(update={"method": method, "learning_rate": cell.learning_rate}).model_dump()]
     its = subject(answers, data, cell.arm != UNGUARDED)

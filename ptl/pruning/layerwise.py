@@ -121,8 +121,8 @@ class LayerwiseModel:
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
-        rows = {name: tensor for name, tensor in self.batches[batch].items() if name != "source"}
-        sequence = {name: tensor[row : row + 1, :length] for name, tensor in rows.items()}  # [1, length]
+        names = ("input_ids", "attention_mask", "labels")
+        sequence = {name: self.batches[batch][name][row : row + 1, :length] for name in names}  # [1, length]
         # The last layer returns these states, and the model continues with its norm and its head.
         with self._recording_layers(output=hidden[:, :length]):
             result = self.causal_lm(**_inputs(sequence))
@@ -259,6 +259,7 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
     inputs = _states_before_layers(model)
     last_states = inputs.pop()
     gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
+    _scale_sources(model, gradients)
     of_stream = [torch.zeros(())] * len(gradients)  # changes of the loss by a dimension, of each batch: [B, H]
     neurons, kv_heads = [], []
     for i, layer in layers_in_turn(model, "taylor, back", backwards=True):
@@ -340,11 +341,7 @@ def _states_before_layers(model: LayerwiseModel) -> list[States]:
 
 
 def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
-    """Gradient of the summed loss by the last hidden states: [B, T, H] of each batch on the host, zero at padding.
-
-    Those of every source are scaled to the same mean size: prose, of which each token surprises the model, would
-    outweigh answers that it is sure of many times, whatever their shares of the sequences.
-    """
+    """Gradient of the summed loss by the last hidden states: [B, T, H] of each batch on the host, zero at padding."""
     gradients = []
     with model.head():
         for b, states in enumerate(last_states):
@@ -356,13 +353,22 @@ def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
                 (gradient,) = torch.autograd.grad(loss, hidden)
                 rows.append(gradient.cpu())
             gradients.append(torch.cat(rows))
-    sizes = torch.cat([gradient.float().flatten(1).norm(dim=1) for gradient in gradients])  # [sequences]
+    return gradients
+
+
+def _scale_sources(model: LayerwiseModel, gradients: States) -> None:
+    """Give the sequences of every source the same mean size of their gradients [B, T, H], in place.
+
+    Prose, of which each token surprises the model, would otherwise outweigh answers that it is sure of many times,
+    whatever their shares of the sequences.
+    """
     sources = torch.cat([batch["source"].cpu() for batch in model.batches])  # [sequences]
-    means = sizes.new_tensor([sizes[sources == source].mean() for source in sources])  # [sequences]
+    sizes = torch.cat([gradient.float().flatten(1).norm(dim=1) for gradient in gradients])  # [sequences]
+    means = torch.bincount(sources, sizes) / torch.bincount(sources)  # [sources]
+    means = means[sources]  # [sequences]
     factors = means.max() / means.where(means > 0, means.max())
     for gradient, its in zip(gradients, factors.split([len(each) for each in gradients]), strict=True):
         gradient *= its[:, None, None]
-    return gradients
 
 
 def column_norms(weight: Tensor) -> Tensor:
