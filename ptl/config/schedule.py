@@ -148,6 +148,10 @@ class Prune(Section):
     width: Width = Width()
     """with target `width`: sizes to end with"""
 
+    repair: bool = False
+    """after neurons are removed, fit each down_proj by least squares on the calibration text to the output that it had
+    with all of them: for dense models that recover on few tokens"""
+
     @property
     def wanted(self) -> dict[str, int | None] | None:
         """`width` as a dict; None with target `auto`, which removes nothing without which a runtime cannot load it."""
@@ -164,6 +168,8 @@ class Prune(Section):
     def _criterion_is_one_of_the_target(self) -> Prune:
         if self.target != "width" and self.width != Width():
             raise ValueError("width is for target=width: set it, or leave width out")
+        if self.repair and self.target in ("layers", "experts"):
+            raise ValueError(f"repair is of neurons, and target={self.target} removes none: leave it out")
         of_targets = {"experts": (*EXPERT_CRITERIA, "random"), "width": ("taylor",)}
         possible = of_targets.get(self.target, (*NEURON_CRITERIA, "random"))
         if self.criterion not in possible:

@@ -168,6 +168,11 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
                 self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
             return outputs
 
+        def close(self) -> None:
+            # Its processes outlive it otherwise: a forked step waits for them, the next export's finds no memory.
+            self.model.llm_engine.engine_core.shutdown()
+            super().close()
+
     lm = NotedModel(
         pretrained=str(src),
         dtype="auto",

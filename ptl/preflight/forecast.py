@@ -131,7 +131,7 @@ class Forecast:
     def memory(self, stage: str, model: ModelDimensions) -> float:
         """Bytes on each GPU in a kind of step that reads a model; of a recovery's stages the hungriest decides."""
         if stage == "prune":
-            return scoring_memory(self.shape.of(model), self.config.calibration)
+            return scoring_memory(self.shape.of(model), self.config.calibration, self.config.prune.repair)
         if stage == "evaluate":
             return answering_memory(self.shape, model, self.config, self.answering())
         return max(training_memory(self.shape, model, each, self.training(each)) for each in self.config.recover)
@@ -216,7 +216,7 @@ def _left(unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense
 def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], run: Forecast) -> Work:
     """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back.
 
-    One more through each of several models that the loop may end with.
+    One more through each of several models that the loop may end with, and two for a repair: its products are as large.
     """
     shape, calibration = run.shape, run.config.calibration
     taylor = run.config.prune.criterion == "taylor" and unit != "layers"
@@ -224,6 +224,8 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
     passes = 3 if taylor else 1
     if unit == "width" and not before.narrowable:
         passes += 1  # of the experts, which have a score of their own
+    if run.config.prune.repair and unit != "layers":
+        passes += 2
     flops = passes * forward_flops(shape, before, tokens, calibration.max_length)
     if len(ends) > 1:
         flops += sum(forward_flops(shape, end, tokens, calibration.max_length) for end in ends)

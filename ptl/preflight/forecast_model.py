@@ -135,8 +135,11 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
     return (read * itemsize + cache) / (gpu.bandwidth * TERA * DECODE_SHARE)
 
 
-def scoring_memory(shape: Shape, calibration: Calibration) -> float:
-    """Bytes on the GPU of a prune step: one layer, or embeddings and head; all hidden states once, a batch at work."""
+def scoring_memory(shape: Shape, calibration: Calibration, repair: bool) -> float:
+    """Bytes on the GPU of a prune step: one layer, or embeddings and head; all hidden states once, a batch at work.
+
+    Of a repair three squares of the FFN width, and a batch's activations twice, in float32.
+    """
     model = shape.dimensions
     outside = model.params - model.layers * model.params_per_layer  # of the layers
     weights = max(model.params_per_layer, outside) * shape.itemsize
@@ -144,7 +147,10 @@ def scoring_memory(shape: Shape, calibration: Calibration) -> float:
     batch = activations(shape, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
-    return weights + hidden_states + max(batch, logits) + CONTEXT
+    squares = 0.0
+    if repair:
+        squares = 4.0 * model.width * (3 * model.width + 2 * calibration.batch_size * calibration.max_length)
+    return weights + hidden_states + max(batch, logits, squares) + CONTEXT
 
 
 def answering_memory(shape: Shape, model: ModelDimensions, config: Config, gpus: int) -> float:

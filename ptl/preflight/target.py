@@ -118,12 +118,12 @@ def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> 
     """The same for each of the sizes to end with among which the first prune step chooses by the loss.
 
     All but width has one path. Raises InputError for a target that
-    leaves all or nothing, or that neurons, widths, experts or layers cannot reach.
+    leaves all or nothing, or that neurons, widths, experts or layers cannot reach, and for a repair of experts.
     """
     iterations = plan(schedule, prune)
     units = {iteration.unit for iteration in iterations}
     for unit in units:
-        check_unit(model.experts, model.narrowable, unit)
+        check_unit(model.experts, model.narrowable, unit, prune.repair)
     total = removal(model.params, schedule.target)
     if not 0 < total < model.params:
         raise InputError(

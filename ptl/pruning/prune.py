@@ -29,6 +29,7 @@ from ptl.model.dimensions import (
     width_for,
 )
 from ptl.model.families import family_of
+from ptl.pruning import repair
 from ptl.pruning.experts import expert_scores
 from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel, WidthScores, mean_loss
@@ -91,7 +92,7 @@ def prune_checkpoint(
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
     before = model_dimensions(src, family)
-    check_unit(before.experts, before.narrowable, unit)
+    check_unit(before.experts, before.narrowable, unit, prune.repair)
     selection = Selection(tuple(range(before.layers)), {})
     model: LayerwiseModel | None = None
     candidates: list[Candidate] = []
@@ -108,7 +109,8 @@ def prune_checkpoint(
             chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
             sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
         selection = select(sizes)
-    write_pruned(src, dst, family, selection)
+    with repair.fitted(model if prune.repair else None, selection.neurons, dst) as repaired:
+        write_pruned(src, dst, family, selection, repaired=repaired)
     after = model_dimensions(dst, family)  # from the files that were written, not calculated
     return PruneReport(
         unit=unit if after.params < before.params else "nothing",

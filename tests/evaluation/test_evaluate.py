@@ -362,7 +362,9 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
         """A mock of the harness's model: it answers at once, and its second answer hits the limit."""
 
         def __init__(self, **given):
-            self.given, self.max_length = given, 10
+            self.given, self.max_length, self.ended = given, 10, []
+            core = SimpleNamespace(shutdown=lambda: self.ended.append("its processes"))
+            self.model = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
 
         def _model_generate(self, requests, generate=False, sampling_params=None):
             ends = ("stop", "length", "stop")
@@ -388,6 +390,8 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
         lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
         seeds.append([params.seed for params in lm.params])
     assert seeds[0] == seeds[2] and len({*seeds[0], *seeds[1]}) == 6  # of each sample and prompt
+    lm.close()
+    assert lm.ended == ["its processes"]
 
 
 WRONG = [
