@@ -12,8 +12,7 @@ mbpp.jsonl as published. Everything but the arms is as in examples/qwen-coder/co
 trained on, the model is pruned by: what the dense model answers to the 374 training problems of MBPP and to as many
 functions of Python's library without their bodies (`own`), or these problems with their own solutions (`given`), and
 ptl's general text. A cell takes half an hour and more of two cores; one line of benchmarks/results/real_model.jsonl
-each. What is there is not measured again, and an interrupted training goes on from
-its last checkpoint.
+each. What is there is not measured again, and an interrupted training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
 DENSE = "dense"  # an arm that prunes nothing
 UNTRAINED = "own"  # pruned by the same texts
 
+NEURONS = {"target": "neurons", "repair": True}
 # Sizes that end with the same number of parameters. Of its own, `width` would keep the hidden size: the FFN has half of
 # what stays. 840 and 784 are 14 heads of 60 and 56.
-NEURONS = {"target": "neurons", "repair": True}
 WIDTH = {"target": "width", "repair": True, "width": {"hidden": 840, "kv": 2}}
 ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the config's section
     DENSE: (1, {}),
@@ -69,10 +68,10 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the con
     "neurons, not repaired": (1, NEURONS | {"repair": False}),
     "neurons, loop of 4": (4, NEURONS),
     "hidden 840": (1, WIDTH),
+    "hidden 840, not repaired": (1, WIDTH | {"repair": False}),
     "hidden 840, loop of 4": (4, WIDTH),
     "hidden 784": (1, WIDTH | {"width": {"hidden": 784, "kv": 2}}),
     "layers": (1, {"target": "layers"}),
-    "hidden 840, not repaired": (1, WIDTH | {"repair": False}),
     "torch-pruning": (1, WIDTH | {"repair": False}),
 }
 TRAININGS = [f"{answers}, {method}" for answers in ("own", "given") for method in ("distil", "cpt")]
@@ -135,11 +134,9 @@ def subject(answers: str, data: Path) -> Subject:
     """The model, with the texts that it is scored and trained on."""
     its = config(data)
     problems, _, general = its.calibration.data
-    sources = (
-        in_place_of(its.training.sources, ANSWERS, its.chat)
-        if answers == "own"
-        else (problems.model_copy(update={"weight": 2.0}),)
-    )
+    sources = in_place_of(its.training.sources, ANSWERS, its.chat)
+    if answers != "own":
+        sources = (problems.model_copy(update={"weight": 2.0}),)  # of both, so that the general text has the same share
     training = its.training.model_copy(update={"sources": sources})
     calibration = its.calibration.model_copy(update={"data": (*sources, general)})
     items = WORK / "items"

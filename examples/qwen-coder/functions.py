@@ -26,13 +26,13 @@ def functions(folder: Path) -> Iterator[str]:
             nodes = ast.parse(text).body
         except (SyntaxError, UnicodeDecodeError):  # examples of what Python refuses
             continue
+        lines = text.split("\n")  # as ast counts them: str.splitlines also splits at a form feed
         for node in nodes:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.decorator_list:
                 continue
             first, *rest = node.body
             if not rest or len(ast.get_docstring(node) or "") not in DOCSTRING:
                 continue
-            lines = text.split("\n")  # as ast counts them: str.splitlines also splits at a form feed
             if len("\n".join(lines[node.lineno - 1 : node.end_lineno])) <= LONGEST:
                 yield "\n".join(lines[node.lineno - 1 : first.end_lineno])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptl.model import safetensors_io
-from ptl.model.safetensors_io import Entries
+from ptl.model.safetensors_io import Entries, Entry
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations
 
 STRENGTH = 0.01  # of the penalty
@@ -32,33 +32,31 @@ def fitted(model: LayerwiseModel | None, kept: Mapping[int, Tensor], folder: Pat
     if model is None or not kept:
         yield {}
         return
-    part = f"{model.family.down_projection}.weight"
     entries = {}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="repaired-") as files:
-        for i, weight in _weights(model, part, kept):
-            name = f"model.layers.{i}.{part}"
-            dtype = model.entries[name].dtype
-            stored = weight.cpu().to(safetensors_io.dtypes()[dtype])
-            file = Path(files, f"{i}.safetensors")
-            safetensors_io.write_tensors(file, [(name, dtype, tuple(stored.shape))], [stored])
-            (entries[name],) = safetensors_io.entries(file)
+        for old, weight in _weights(model, kept):
+            stored = weight.cpu().to(safetensors_io.dtypes()[old.dtype])
+            file = Path(files, f"{old.name}.safetensors")
+            safetensors_io.write_tensors(file, [(old.name, old.dtype, tuple(stored.shape))], [stored])
+            (entries[old.name],) = safetensors_io.entries(file)
         yield entries
 
 
 @torch.no_grad()
-def _weights(model: LayerwiseModel, part: str, kept: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The number of each layer, and its fitted weight: float32 [H, K]."""
+def _weights(model: LayerwiseModel, kept: Mapping[int, Tensor]) -> Iterator[tuple[Entry, Tensor]]:
+    """Of each layer the down projection in the checkpoint, and what is fitted to it: float32 [H, K]."""
     states = model.embed()  # [B, T, H] of each batch
     for i, _ in layers_in_turn(model, "repairing, by layer"):
-        stored = safetensors_io.read_tensor(model.entries[f"model.layers.{i}.{part}"])
-        weight = stored.float().to(model.device)  # [H, F]
+        # As stored: the layer in memory has the config's dtype
+        old = model.entries[f"model.layers.{i}.{model.family.down_projection}.weight"]
+        weight = safetensors_io.read_tensor(old).float().to(model.device)  # [H, F]
         stay = kept[i].to(model.device)
         products = torch.zeros(len(stay), weight.shape[1], device=model.device)
         for b, hidden in enumerate(states):
             states[b], rows = _activations(model, i, b, hidden)
             products.addmm_(rows[:, stay].t(), rows)
-        yield i, fit(weight, products, stay)
+        yield old, fit(weight, products, stay)
 
 
 def _activations(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
