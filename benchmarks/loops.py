@@ -94,10 +94,11 @@ def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
         settings = {"goal": goal, "end": end, "chosen": chosen, "seed": seed, "chat": subject.chat}
         report = prune_checkpoint(src, dst, prune, subject.calibration, unit=unit, **settings)
         chosen.update(report.chosen)
-        # By `taylor` two passes forward and one back; each candidate one forward, and a repair as much as two.
+        # By `taylor` two passes forward and one back; each candidate one forward, and a repair as much as four.
         passes = 8 if prune.criterion == "taylor" and unit != "layers" else 2
-        passes += 4 * (prune.repair and unit != "layers")
-        return tokens * (passes * report.params_before + 2 * end * len(report.candidates))
+        repaired = tokens * prune.repair / subject.calibration.num_sequences if unit != "layers" else 0
+        work = (passes * tokens + 8 * repaired) * report.params_before
+        return round(work + 2 * tokens * end * len(report.candidates))
 
     return cut
 

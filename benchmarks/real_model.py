@@ -58,21 +58,21 @@ TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
 DENSE = "dense"  # an arm that prunes nothing
 UNTRAINED = "own"  # pruned by the same texts
 
-NEURONS = {"target": "neurons", "repair": True}
+NEURONS = {"target": "neurons", "repair": 840}
 # Sizes that end with the same number of parameters. Of its own, `width` would keep the hidden size: the FFN has half of
 # what stays. 840 and 784 are 14 heads of 60 and 56.
-WIDTH = {"target": "width", "repair": True, "width": {"hidden": 840, "kv": 2}}
+WIDTH = {"target": "width", "repair": 840, "width": {"hidden": 840, "kv": 2}}
 ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the config's section
     DENSE: (1, {}),
     "neurons": (1, NEURONS),
-    "neurons, not repaired": (1, NEURONS | {"repair": False}),
+    "neurons, not repaired": (1, NEURONS | {"repair": 0}),
     "neurons, loop of 4": (4, NEURONS),
     "hidden 840": (1, WIDTH),
-    "hidden 840, not repaired": (1, WIDTH | {"repair": False}),
+    "hidden 840, not repaired": (1, WIDTH | {"repair": 0}),
     "hidden 840, loop of 4": (4, WIDTH),
     "hidden 784": (1, WIDTH | {"width": {"hidden": 784, "kv": 2}}),
     "layers": (1, {"target": "layers"}),
-    "torch-pruning": (1, WIDTH | {"repair": False}),
+    "torch-pruning": (1, WIDTH | {"repair": 0}),
 }
 TRAININGS = [f"{answers}, {method}" for answers in ("own", "given") for method in ("distil", "cpt")]
 Row = dict[str, Any]

@@ -74,7 +74,8 @@ class DataSource(Section):
     """column with the chat (format `messages`)"""
     # beside others
     weight: PositiveFloat = 1.0
-    """its share beside other sources: of the tokens of `training`, or of the sequences of `calibration`"""
+    """its share beside other sources: of the tokens of `training`, or of the sequences of `calibration`; in a
+    repair its share of the sum, however few rows it has"""
 
     @property
     def prompts_only(self) -> Self:

@@ -54,6 +54,7 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
         storage["registered_model"] = _renamed(storage["registered_model"], LONGEST_MODEL)
     calibration = settings["calibration"]
     calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
+    settings["prune"]["repair"] = min(settings["prune"]["repair"], SEQUENCES)
     training = settings["training"]
     if training["answers"] == "self":  # so few and short ones that none need be correct, nor end
         training |= {"num_prompts": min(training["num_prompts"], SEQUENCES), "samples": min(training["samples"], 2)}

@@ -148,9 +148,9 @@ class Prune(Section):
     width: Width = Width()
     """with target `width`: sizes to end with"""
 
-    repair: bool = False
-    """after neurons are removed, fit each down_proj by least squares on the calibration text to the output that it had
-    with all of them: for dense models that recover on few tokens"""
+    repair: int = Field(0, ge=0, strict=True)
+    """sequences of the calibration text (as far as it has rows) on which after a cut each down_proj is fitted by least
+    squares, so that its layer gives what it gave before: for dense models that recover on few tokens; 0: none"""
 
     @property
     def wanted(self) -> dict[str, int | None] | None:
@@ -169,7 +169,7 @@ class Prune(Section):
         if self.target != "width" and self.width != Width():
             raise ValueError("width is for target=width: set it, or leave width out")
         if self.repair and self.target in ("layers", "experts"):
-            raise ValueError(f"repair is of neurons, and target={self.target} removes none: leave it out")
+            raise ValueError(f"what target={self.target} removes is not repaired: leave repair out")
         of_targets = {"experts": (*EXPERT_CRITERIA, "random"), "width": ("taylor",)}
         possible = of_targets.get(self.target, (*NEURON_CRITERIA, "random"))
         if self.criterion not in possible:

@@ -223,10 +223,10 @@ def smallest_cuts(dimensions: ModelDimensions, multiple: Multiple) -> dict[str, 
     return smallest
 
 
-def check_unit(experts: int, narrowable: bool, unit: str, repair: bool) -> None:
+def check_unit(experts: int, narrowable: bool, unit: str, repair: int) -> None:
     """Raise InputError for what a model with so many experts in each layer does not have to remove or to repair."""
     if experts and repair:
-        raise InputError("experts are not repaired", field="prune.repair", remedy="set it to false")
+        raise InputError("experts are not repaired", field="prune.repair", remedy="set it to 0")
     if not experts and unit == "experts":
         raise InputError(
             "a dense model has no experts",

@@ -114,16 +114,28 @@ def are_equal(one: Entry, other: Entry) -> bool:
 
 def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
-    import torch
-
     specs = list(specs)  # they are read twice
     torch_dtypes = dtypes()
     with path.open("wb") as file:
         file.write(_header(specs))
         for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tensor.shape) == (torch_dtypes[dtype], shape), f"{tensor.dtype} {tensor.shape}"
-            flat = tensor.contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(_bytes(tensor))
+
+
+def overwrite(entry: Entry, tensor: Tensor) -> None:
+    """Put a tensor of the same shape in the place of one of a file, in the dtype of that one."""
+    assert tensor.shape == entry.shape, f"{tensor.shape} {entry.shape}"
+    with entry.path.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(_bytes(tensor.to(dtypes()[entry.dtype])))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
 
 
 def rewrite(src: Path, dst: Path, changed: Callable[[Entry], NewTensor | None]) -> list[TensorSpec]:

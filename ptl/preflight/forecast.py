@@ -216,7 +216,8 @@ def _left(unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense
 def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], run: Forecast) -> Work:
     """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back.
 
-    One more through each of several models that the loop may end with, and two for a repair: its products are as large.
+    One more through each of several models that the loop may end with. Over a repair's text one, and two through the
+    cut model; its products are as large as another.
     """
     shape, calibration = run.shape, run.config.calibration
     taylor = run.config.prune.criterion == "taylor" and unit != "layers"
@@ -224,13 +225,16 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
     passes = 3 if taylor else 1
     if unit == "width" and not before.narrowable:
         passes += 1  # of the experts, which have a score of their own
-    if run.config.prune.repair and unit != "layers":
-        passes += 2
     flops = passes * forward_flops(shape, before, tokens, calibration.max_length)
     if len(ends) > 1:
         flops += sum(forward_flops(shape, end, tokens, calibration.max_length) for end in ends)
     # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
-    host_memory = (before.layers + 2) * tokens * shape.of(before).hidden * shape.itemsize if taylor else 0
+    states = (before.layers + 2) * tokens if taylor else 0
+    if unit != "layers":
+        repaired = run.config.prune.repair * calibration.max_length
+        flops += 4 * forward_flops(shape, before, repaired, calibration.max_length)
+        states = max(states, 2 * repaired)  # of both models
+    host_memory = states * shape.of(before).hidden * shape.itemsize
     note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
     return tokens, flops / (run.gpu.fp32 * REACHED), note
 

@@ -135,21 +135,22 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
     return (read * itemsize + cache) / (gpu.bandwidth * TERA * DECODE_SHARE)
 
 
-def scoring_memory(shape: Shape, calibration: Calibration, repair: bool) -> float:
+def scoring_memory(shape: Shape, calibration: Calibration, repair: int) -> float:
     """Bytes on the GPU of a prune step: one layer, or embeddings and head; all hidden states once, a batch at work.
 
-    Of a repair three squares of the FFN width, and a batch's activations twice, in float32.
+    Of a repair a second layer, three squares of the FFN width and a batch's activations twice, in float32.
     """
     model = shape.dimensions
     outside = model.params - model.layers * model.params_per_layer  # of the layers
     weights = max(model.params_per_layer, outside) * shape.itemsize
-    hidden_states = calibration.num_sequences * calibration.max_length * shape.hidden * shape.itemsize
+    hidden_states = max(calibration.num_sequences, repair) * calibration.max_length * shape.hidden * shape.itemsize
     batch = activations(shape, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
     squares = 0.0
     if repair:
         squares = 4.0 * model.width * (3 * model.width + 2 * calibration.batch_size * calibration.max_length)
+        squares += model.params_per_layer * shape.itemsize
     return weights + hidden_states + max(batch, logits, squares) + CONTEXT
 
 

@@ -115,7 +115,7 @@ def starter(
         "units": prune.target,
         "scored": "widths" if prune.target == "auto" else prune.target,
         "criterion": prune.criterion,
-        "repair": None if dense.experts else "true",
+        "repair": None if dense.experts else "512",
         "tokens": f"{tokens:_}",
         **_data_values(rows, task_names, folder),
         **_training_values(rows, shape, tokens, removed),

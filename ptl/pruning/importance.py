@@ -54,7 +54,6 @@ def _by_output_change(
     is between down_proj and the residual stream: see `changes_after_norm`. Granite multiplies a w by a constant.
     """
     family = model.family
-    scale = getattr(model.config, family.residual_scale) if family.residual_scale else 1.0
     scores = []
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring neurons, by layer"):
@@ -63,7 +62,8 @@ def _by_output_change(
             change_of = changes_after_norm(layer, family, model.config.rms_norm_eps)
             units = torch.ones((), device=model.device)  # these changes are lengths already
         else:
-            units = column_norms(_down_projection(layer, family)) * scale  # [F]; a neuron's change is its activation
+            # A neuron's change is its activation.
+            units = column_norms(_down_projection(layer, family)) * model.residual_scale  # [F]
         total = torch.zeros(())  # a score is never negative
         for b, hidden in enumerate(states):
             states[b], *observed = run_with_activations(model, i, b, hidden)

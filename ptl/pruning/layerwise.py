@@ -97,6 +97,12 @@ class LayerwiseModel:
         return self.batches[batch]["attention_mask"].sum(dim=1)
 
     @property
+    def residual_scale(self) -> float:
+        """By which what an MLP gives is multiplied before it is added to the residual stream."""
+        field = self.family.residual_scale
+        return float(getattr(self.config, field)) if field else 1.0
+
+    @property
     def num_sequences(self) -> int:
         """Sequences of all batches."""
         return sum(len(batch["input_ids"]) for batch in self.batches)

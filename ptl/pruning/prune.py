@@ -29,10 +29,10 @@ from ptl.model.dimensions import (
     width_for,
 )
 from ptl.model.families import family_of
-from ptl.pruning import repair
 from ptl.pruning.experts import expert_scores
 from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel, WidthScores, mean_loss
+from ptl.pruning.repair import repair
 from ptl.pruning.surgery import Selection, write_pruned
 
 
@@ -87,7 +87,7 @@ def prune_checkpoint(
     `end`: parameters at the end of the loop, for which `width` chooses the sizes unless an iteration has `chosen` them.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
-    keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
+    keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them. See `repair`.
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
@@ -109,8 +109,11 @@ def prune_checkpoint(
             chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
             sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
         selection = select(sizes)
-    with repair.fitted(model if prune.repair else None, selection.neurons, dst) as repaired:
-        write_pruned(src, dst, family, selection, repaired=repaired)
+    write_pruned(src, dst, family, selection)
+    if prune.repair and model and unit != "layers":
+        text = calibration.model_copy(update={"num_sequences": prune.repair})
+        dense = LayerwiseModel(src, family, _batches(src, text, chat, seed, by_loss=False))
+        repair(dst, dense, selection.hidden, [source.weight for source in calibration.data])
     after = model_dimensions(dst, family)  # from the files that were written, not calculated
     return PruneReport(
         unit=unit if after.params < before.params else "nothing",

@@ -1,85 +1,92 @@
-"""Closed-form repair of a cut, without training: the neurons that stay take over what those that go gave.
+"""Closed-form repair of a cut, without training: each layer's MLP makes up for what was lost before it and in it.
 
-Shape letters: importance.py; N tokens, K neurons that stay.
+Shape letters: importance.py, of the pruned model; N tokens.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ptl.model import safetensors_io
-from ptl.model.safetensors_io import Entries, Entry
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations
 
-STRENGTH = 0.01  # of the penalty
+STRENGTH = 0.1  # of the penalty
 EPSILON = 1e-6  # added to a mean square, as norms do
 
 
-@contextmanager
-def fitted(model: LayerwiseModel | None, kept: Mapping[int, Tensor], folder: Path) -> Iterator[Entries]:
-    """Each layer's down projection [H, K], fitted to the output of all F neurons, by the tensors' names.
-
-    `kept`: int64 [K] of each layer. Without a model, or where all neurons stay, the mapping is empty. The weights are
-    in files below `folder` for as long as the block lasts. Memory: three float32 [K, F] beside a layer.
-    Source: He et al. 2017, arXiv 1707.06168, with a ridge penalty on the change.
-    """
-    if model is None or not kept:
-        yield {}
-        return
-    entries = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="repaired-") as files:
-        for old, weight in _weights(model, kept):
-            stored = weight.cpu().to(safetensors_io.dtypes()[old.dtype])
-            file = Path(files, f"{old.name}.safetensors")
-            safetensors_io.write_tensors(file, [(old.name, old.dtype, tuple(stored.shape))], [stored])
-            (entries[old.name],) = safetensors_io.entries(file)
-        yield entries
-
-
 @torch.no_grad()
-def _weights(model: LayerwiseModel, kept: Mapping[int, Tensor]) -> Iterator[tuple[Entry, Tensor]]:
-    """Of each layer the down projection in the checkpoint, and what is fitted to it: float32 [H, K]."""
-    states = model.embed()  # [B, T, H] of each batch
-    for i, _ in layers_in_turn(model, "repairing, by layer"):
+def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Sequence[float]) -> None:
+    """Fit each down projection [H, F] of a pruned checkpoint, in place, on the text of the model that was pruned.
+
+    The residual stream after its layer is to be what it was without the cut, in the dimensions that `stay` (int64 [H];
+    None: all); the layers before it are fitted already. Sources of the text count by their `weights`. Memory: a layer
+    of both models, three float32 [F, F], and on the host the hidden states of both. Source: He et al. 2017, arXiv
+    1707.06168, with a ridge penalty on the change.
+    """
+    cut = LayerwiseModel(folder, dense.family, dense.batches)
+    wanted, states = ([hidden.cpu() for hidden in model.embed()] for model in (dense, cut))  # [B, T, H] of each batch
+    counts = _counts(cut, weights)
+    part = f"{cut.family.down_projection}.weight"
+    for i, layer in layers_in_turn(cut, "repairing, by layer"):
+        stored = cut.entries[f"model.layers.{i}.{part}"]
         # As stored: the layer in memory has the config's dtype
-        old = model.entries[f"model.layers.{i}.{model.family.down_projection}.weight"]
-        weight = safetensors_io.read_tensor(old).float().to(model.device)  # [H, F]
-        stay = kept[i].to(model.device)
-        products = torch.zeros(len(stay), weight.shape[1], device=model.device)
+        weight = safetensors_io.read_tensor(stored).float().to(cut.device)  # [H, F]
+        products = torch.zeros(weight.shape[1], weight.shape[1], device=cut.device)
+        lost = torch.zeros(weight.shape[::-1], device=cut.device)
+        with dense.layer(i):
+            for b, hidden in enumerate(states):
+                after, _, target = _run(dense, i, b, wanted[b])
+                wanted[b] = after.cpu()
+                _, activations, output = _run(cut, i, b, hidden)
+                target = target if stay is None else target[..., stay]
+                rows, errors = _equations(counts[b], activations, target, output)
+                products.addmm_(rows.t(), rows)
+                lost.addmm_(rows.t(), errors)
+        weight += change(products, lost) / cut.residual_scale
+        layer.get_parameter(part).copy_(weight)
         for b, hidden in enumerate(states):
-            states[b], rows = _activations(model, i, b, hidden)
-            products.addmm_(rows[:, stay].t(), rows)
-        yield old, fit(weight, products, stay)
+            states[b] = cut.run(i, b, hidden.to(cut.device)).cpu()
+        safetensors_io.overwrite(stored, weight.cpu())
 
 
-def _activations(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states after layer i, and what its down projection reads at the tokens that are no padding [N, F].
+def _run(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states after layer i, what its down projection reads, and what is to be the dense model's.
 
-    What reads the layer's output divides it by its root mean square: each token's row is divided by that.
+    That is these states, but for families with a norm after the MLP: what that norm reads, whatever the stream.
     """
-    after, activations, *before_norm = run_with_activations(model, i, b, hidden)
-    tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
-    (normed,) = before_norm or (after,)
-    mean_square = normed[tokens].float().square().mean(dim=1, keepdim=True)  # [N, 1]
-    return after, activations[tokens].float() * (mean_square + EPSILON).rsqrt()
+    after, activations, *before_norm = run_with_activations(model, i, b, hidden.to(model.device))
+    (output,) = before_norm or (after,)
+    return after, activations, output
 
 
-def fit(weight: Tensor, products: Tensor, kept: Tensor) -> Tensor:
-    """The weight W' [H, K] that minimizes |X_K W'^T - X W^T|^2 + penalty |W' - W_K|^2.
+def _counts(model: LayerwiseModel, weights: Sequence[float]) -> list[Tensor]:
+    """How much each token counts, of each batch: float32 [B, T], 0 at padding; all of a source its weight together."""
+    masks, sources = ([batch[name] for batch in model.batches] for name in ("attention_mask", "source"))
+    tokens = torch.cat([mask.sum(dim=1) for mask in masks])  # [sequences]
+    of_sources = torch.tensor(weights, device=model.device) / torch.bincount(torch.cat(sources), tokens, len(weights))
+    return [mask * of_sources[its, None].float() for mask, its in zip(masks, sources, strict=True)]
 
-    Of the weight W, float32 [H, F], the products X_K^T X, float32 [K, F], and the columns K that stay, int64 [K]. The
-    penalty is STRENGTH times the mean squared norm of X_K's columns.
+
+def _equations(counts: Tensor, activations: Tensor, target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """What the change of a down projection multiplies [N, F], and should give [N, H], of tokens that count.
+
+    What reads the output divides it by its root mean square: each token's row is divided by that of the target.
     """
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)  # [F]
-    removed[kept] = False
-    inner = products[:, kept]  # [K, K]
-    inner.diagonal().add_(STRENGTH * inner.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    lost = products[:, removed] @ weight[:, removed].t()  # [K, H]: what the removed neurons gave, as the others see it
-    return weight[:, kept] + torch.cholesky_solve(lost, torch.linalg.cholesky(inner)).t()
+    tokens = counts > 0  # [B, T]
+    expected = target[tokens].float()  # [N, H]
+    mean_square = expected.square().mean(dim=1) + EPSILON  # [N]
+    factor = (counts[tokens] / mean_square).sqrt()[:, None]  # [N, 1]
+    return activations[tokens].float() * factor, (expected - output[tokens].float()) * factor
+
+
+def change(products: Tensor, lost: Tensor) -> Tensor:
+    """The change C [H, F] that minimizes |X C^T - E|^2 + penalty |C|^2, of X^T X, float32 [F, F], and X^T E [F, H].
+
+    The penalty, which is added to `products`, is STRENGTH times the mean squared norm of X's columns.
+    """
+    products.diagonal().add_(STRENGTH * products.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return torch.cholesky_solve(lost, torch.linalg.cholesky(products)).t()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import axes, checkpoint, safetensors_io
 from ptl.model.axes import FUSED_QKV, HIDDEN, KV_HEADS, NEURONS, Axes
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
-from ptl.model.safetensors_io import Entries, Entry, NewTensor, TensorShape
+from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
 from ptl.model.shapes import EMBEDDINGS, LAST_NORM, OUTPUT_LAYER
 
 if TYPE_CHECKING:
@@ -215,19 +214,8 @@ def _narrow_config(config: ConfigJson, selection: Selection) -> dict[str, Any]:
     return fields
 
 
-def write_pruned(
-    src: Path,
-    dst: Path,
-    family: Family,
-    selection: Selection,
-    *,
-    repaired: Entries = MappingProxyType({}),
-    state: bool = True,
-) -> None:
-    """Write the pruned checkpoint to `dst`, tensor by tensor; with `state` also the optimizer's that is next to it.
-
-    `repaired`: in the place of tensors of the source those whose columns are pruned already.
-    """
+def write_pruned(src: Path, dst: Path, family: Family, selection: Selection, *, state: bool = True) -> None:
+    """Write the pruned checkpoint to `dst`, tensor by tensor; with `state` also the optimizer's that is next to it."""
     dst.mkdir(parents=True, exist_ok=True)
     surgery = Surgery(src, family, selection)
 
@@ -235,9 +223,6 @@ def write_pruned(
         tensor = surgery.of(entry.name, entry.shape)
         if tensor is None:
             return None
-        if entry.name in repaired:
-            entry = repaired[entry.name]
-            tensor = replace(tensor, kept={axis: kept for axis, kept in tensor.kept.items() if axis == 0})
         spec = (tensor.name, entry.dtype, tensor.shape(entry.shape))
         return spec, lambda: tensor.values(safetensors_io.read_tensor(entry))
 

@@ -69,7 +69,7 @@ def chat_model(qwen3_8b):
 def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
     config, said = init(qwen3_8b, *ROWS, "--gpus", 8, "--target", 0.3)
     assert (config.name, config.resources.accelerators, config.schedule.target) == ("qwen3-8b", 8, 0.3)
-    assert config.prune.repair
+    assert config.prune.repair == 512
     (stage,) = config.recover
     assert (stage.sharding, stage.lora, stage.dtype, stage.learning_rate) == ("fsdp", None, "bfloat16", 8.2e-6)
     assert config.training.sources[0].source == config.calibration.data[0].source == str(EXAMPLE / "train.jsonl.gz")
@@ -118,7 +118,7 @@ def test_a_users_own_model_rows_and_task_validate(ptl, init):
 def test_of_a_mixture_experts_are_removed_and_all_of_its_parameters_need_memory(init):
     config, said = init(folder_of(PUBLISHED["qwen3_30b_a3b"], "qwen3-30b"), "--gpus", 8)
     assert "from 30.5B to 21.2B" in said
-    assert (config.prune.target, config.prune.criterion, config.prune.repair) == ("experts", "reap", False)
+    assert (config.prune.target, config.prune.criterion, config.prune.repair) == ("experts", "reap", 0)
     assert (config.resources.accelerators, config.recover[0].sharding, config.recover[0].lora) == (8, "fsdp", None)
     assert all(step.fits for step in forecast(config).steps)
 

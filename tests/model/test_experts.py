@@ -97,9 +97,9 @@ def test_layers_without_experts_are_not_removed_nor_neurons_of_other_mixtures(tm
         dimensions.layers_for(body, body.params - 2 * body.params_per_layer - 1)
     for unit in ("neurons", "auto", "neurons_then_layers"):
         with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
-            dimensions.check_unit(experts=6, narrowable=False, unit=unit, repair=False)
+            dimensions.check_unit(experts=6, narrowable=False, unit=unit, repair=0)
     for unit in ("layers", "experts", "width"):
-        dimensions.check_unit(experts=6, narrowable=False, unit=unit, repair=False)
+        dimensions.check_unit(experts=6, narrowable=False, unit=unit, repair=0)
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])

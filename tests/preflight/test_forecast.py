@@ -92,12 +92,14 @@ def test_memory_of_training_answers_and_scores_and_checkpoints_are_counted():
     # Embeddings and head, all hidden states, and the larger of a batch and the logits of a sequence.
     calibration = settings.calibration.model_copy(update={"num_sequences": 4, "max_length": 32, "batch_size": 2})
     held = 400 * 2 + 4 * 32 * 8 * 2
-    assert forecast_model.scoring_memory(SMALL, calibration, False) == CONTEXT + held + 3 * 4 * 32 * 50
+    assert forecast_model.scoring_memory(SMALL, calibration, 0) == CONTEXT + held + 3 * 4 * 32 * 50
     more = calibration.model_copy(update={"batch_size": 4})
-    assert forecast_model.scoring_memory(SMALL, more, False) == CONTEXT + held + 17 * 2 * 8 * 4 * 32
+    assert forecast_model.scoring_memory(SMALL, more, 0) == CONTEXT + held + 17 * 2 * 8 * 4 * 32
+    # Of a repair its own states; a second layer, three squares of the width and a batch twice in float32
     width = SMALL.dimensions.width
-    squares = 4 * width * (3 * width + 2 * 2 * 32)
-    assert forecast_model.scoring_memory(SMALL, calibration, True) == CONTEXT + held + max(3 * 4 * 32 * 50, squares)
+    squares = 4 * width * (3 * width + 2 * 2 * 32) + SMALL.dimensions.params_per_layer * 2
+    held += 4 * 32 * 8 * 2
+    assert forecast_model.scoring_memory(SMALL, calibration, 8) == CONTEXT + held + max(3 * 4 * 32 * 50, squares)
     # Two an iteration and two of the control; all but the last two of the loop hold Adam's state.
     two = load_config(TINY, {"schedule.iterations": 2})
     assert forecast_model.checkpoint_bytes(two, SMALL) == 2000 + 2 * 1000 * (2 + 8) + 2 * 2 * 1000 * 2
@@ -187,8 +189,10 @@ def test_pruning_holds_taylors_hidden_states_in_host_memory(large):
 
     paper, taylor = (first_prune(prune={"criterion": criterion}) for criterion in ("max", "taylor"))
     assert taylor.memory == paper.memory and taylor.hours == pytest.approx(3 * paper.hours)
-    assert first_prune(prune={"criterion": "max", "repair": True}).hours == pytest.approx(3 * paper.hours)
+    assert first_prune(prune={"criterion": "max", "repair": 128}).hours == pytest.approx(5 * paper.hours)
     assert taylor.note == f"{paper.note}, 8.5 GiB of host memory"  # 34 x 128 x 256 states of 4096 x 2 bytes
+    repaired = first_prune(prune={"criterion": "max", "repair": 1024})
+    assert repaired.note == f"{paper.note}, 4.0 GiB of host memory"  # of both models 1024 x 256 states
     assert "host" not in first_prune(prune={"target": "layers"}).note  # their scores need no gradients
 
 

@@ -25,7 +25,7 @@ class ByHand:
     """
 
     family, device = Family("by_hand", up_projections=("rows",), down_projection="down"), torch.device("cpu")
-    num_sequences = 2
+    num_sequences, residual_scale = 2, 1.0
     downs = (torch.tensor([[3.0, 0.0, 0.5], [4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.1]]))
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
 
