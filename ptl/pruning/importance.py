@@ -76,7 +76,7 @@ def _by_output_change(
 
 def _observe_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> Observed:
     """What neurons give, and each sequence's first-order change of the loss [F]."""
-    output, activations, *_ = run_with_activations(model, i, b, hidden)
+    output, activations, _ = run_with_activations(model, i, b, hidden)
 
     def changes(slopes: Sequence[Tensor]) -> Iterator[Tensor]:
         for value, slope in sequences(model, b, activations.detach(), slopes[0]):

@@ -194,10 +194,10 @@ def run_with_activations(
     index: int,
     batch: int,
     hidden: Tensor,
-) -> tuple[Tensor, ...]:
-    """The layer's output [B, T, H], the activations of its neurons [B, T, F], and the output [B, T, H] of its MLP.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's output [B, T, H], its neurons' activations [B, T, F], and what their products are added up in.
 
-    The last is left out for families without a norm between down_proj and the residual stream.
+    That is the layer's output, or in families with a norm after down_proj what this norm reads [B, T, H].
     """
     family = model.family
     parts = [family.down_projection]  # reads the activations
@@ -213,7 +213,8 @@ def run_with_activations(
             module = model.layers[index].get_submodule(part)
             hooks.enter_context(module.register_forward_pre_hook(record))
         output = model.run(index, batch, hidden)
-    return (output, *inputs)  # in the order in which the layer runs its parts
+    activations, *before_norm = inputs  # in the order in which the layer runs its parts
+    return output, activations, before_norm[0] if before_norm else output
 
 
 def sequences(

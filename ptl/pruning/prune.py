@@ -86,8 +86,7 @@ def prune_checkpoint(
 
     `end`: parameters at the end of the loop, for which `width` chooses the sizes unless an iteration has `chosen` them.
 
-    Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. `taylor`
-    keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them. See `repair`.
+    Memory: a layer, embeddings and the hidden states of the text, whatever the depth; see `width_scores` and `repair`.
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
@@ -111,9 +110,7 @@ def prune_checkpoint(
         selection = select(sizes)
     write_pruned(src, dst, family, selection)
     if prune.repair and model and unit != "layers":
-        text = calibration.model_copy(update={"num_sequences": prune.repair})
-        dense = LayerwiseModel(src, family, _batches(src, text, chat, seed, by_loss=False))
-        repair(dst, dense, selection.hidden, [source.weight for source in calibration.data])
+        _repair(src, dst, calibration.model_copy(update={"num_sequences": prune.repair}), selection, chat, seed)
     after = model_dimensions(dst, family)  # from the files that were written, not calculated
     return PruneReport(
         unit=unit if after.params < before.params else "nothing",
@@ -235,6 +232,12 @@ def _compared(
         for i, (sizes, loss) in enumerate(zip(possible, losses, strict=True))
     ]
     return possible[best], candidates
+
+
+def _repair(src: Path, dst: Path, text: Calibration, selection: Selection, chat: Chat, seed: int) -> None:
+    """Repair the pruned checkpoint `dst` on a text."""
+    dense = LayerwiseModel(src, family_of(checkpoint.read_config(src)), _batches(src, text, chat, seed, by_loss=False))
+    repair(dst, dense, selection.hidden, [source.weight for source in text.data])
 
 
 def _batches(src: Path, calibration: Calibration, chat: Chat, seed: int, by_loss: bool) -> list[Batch]:

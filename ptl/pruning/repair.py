@@ -22,10 +22,10 @@ EPSILON = 1e-6  # added to a mean square, as norms do
 def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Sequence[float]) -> None:
     """Fit each down projection [H, F] of a pruned checkpoint, in place, on the text of the model that was pruned.
 
-    The residual stream after its layer is to be what it was without the cut, in the dimensions that `stay` (int64 [H];
-    None: all); the layers before it are fitted already. Sources of the text count by their `weights`. Memory: a layer
-    of both models, three float32 [F, F], and on the host the hidden states of both. Source: He et al. 2017, arXiv
-    1707.06168, with a ridge penalty on the change.
+    The residual stream after its layer, or what a norm after the MLP reads, is to be as without the cut, in the
+    dimensions that `stay` (int64 [H]; None: all); the layers before it are fitted already. Sources of the text count by
+    their `weights`. Memory: a layer of both models, three float32 [F, F], and on the host the hidden states of both.
+    Source: He et al. 2017, arXiv 1707.06168, with a ridge penalty on the change.
     """
     cut = LayerwiseModel(folder, dense.family, dense.batches)
     wanted, states = ([hidden.cpu() for hidden in model.embed()] for model in (dense, cut))  # [B, T, H] of each batch
@@ -39,9 +39,9 @@ def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Se
         lost = torch.zeros(weight.shape[::-1], device=cut.device)
         with dense.layer(i):
             for b, hidden in enumerate(states):
-                after, _, target = _run(dense, i, b, wanted[b])
+                after, _, target = run_with_activations(dense, i, b, wanted[b].to(cut.device))
                 wanted[b] = after.cpu()
-                _, activations, output = _run(cut, i, b, hidden)
+                _, activations, output = run_with_activations(cut, i, b, hidden.to(cut.device))
                 target = target if stay is None else target[..., stay]
                 rows, errors = _equations(counts[b], activations, target, output)
                 products.addmm_(rows.t(), rows)
@@ -53,20 +53,10 @@ def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Se
         safetensors_io.overwrite(stored, weight.cpu())
 
 
-def _run(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states after layer i, what its down projection reads, and what is to be the dense model's.
-
-    That is these states, but for families with a norm after the MLP: what that norm reads, whatever the stream.
-    """
-    after, activations, *before_norm = run_with_activations(model, i, b, hidden.to(model.device))
-    (output,) = before_norm or (after,)
-    return after, activations, output
-
-
 def _counts(model: LayerwiseModel, weights: Sequence[float]) -> list[Tensor]:
     """How much each token counts, of each batch: float32 [B, T], 0 at padding; all of a source its weight together."""
     masks, sources = ([batch[name] for batch in model.batches] for name in ("attention_mask", "source"))
-    tokens = torch.cat([mask.sum(dim=1) for mask in masks])  # [sequences]
+    tokens = torch.cat([model.tokens(b) for b in range(len(masks))])  # [sequences]
     of_sources = torch.tensor(weights, device=model.device) / torch.bincount(torch.cat(sources), tokens, len(weights))
     return [mask * of_sources[its, None].float() for mask, its in zip(masks, sources, strict=True)]
 
