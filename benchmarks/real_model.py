@@ -8,11 +8,12 @@
 
 MODEL.gguf is the makers' Q4_K_M file of Qwen/Qwen2.5-Coder-0.5B-Instruct, and DATA holds HumanEval.jsonl.gz and
 mbpp.jsonl as published. Everything but the arms is as in examples/qwen-coder/config.yaml: HumanEval (164) and MBPP
-(500) are answered greedily as chats, here by vLLM, and the perplexity of held-out prose is measured. What a recovery is
-trained on, the model is pruned by: what the dense model answers to the 374 training problems of MBPP and to as many
-functions of Python's library without their bodies (`own`), or these problems with their own solutions (`given`), and
-ptl's general text. A cell takes half an hour and more of two cores; one line of benchmarks/results/real_model.jsonl
-each. What is there is not measured again, and an interrupted training goes on from its last checkpoint.
+(500) are answered greedily as chats, here by vLLM, and the perplexity of held-out prose is measured. How well some of
+the dense model's answers are predicted is finer than what is solved. What a recovery is trained on, the model is pruned
+by: what the dense model answers to the 374 training problems of MBPP and to as many functions of Python's library
+without their bodies (`own`), or these problems with their own solutions (`given`), and ptl's general text. A cell takes
+half an hour and more of two cores; one line of benchmarks/results/real_model.jsonl each. What is there is not measured
+again, and an interrupted training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,16 +31,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from exports import vllm_speed
 from loops import ROOT, Subject, json_rows, run
+from transformers import AutoModelForCausalLM
 from width_peers import PEERS
 
+from ptl.config.chat import Chat
+from ptl.config.data import DataSource
 from ptl.config.run import Config, Speed, load_config
 from ptl.config.schedule import Prune, Schedule
+from ptl.data.sequences import tokenize
+from ptl.data.sources import SourceRow
 from ptl.evaluation import paired
 from ptl.evaluation.evaluate import SCORES, read_items, write_items
 from ptl.evaluation.gguf import gguf_speed
 from ptl.export.gguf import write_gguf
+from ptl.model.pretrained import load_tokenizer
 from ptl.recovery.answers import in_place_of, write_answers
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.jsonl"
@@ -55,6 +63,7 @@ GENERATION = {"evaluate.backend": "vllm", "evaluate.batch_size": 512, "evaluate.
 BOUND = "0-1"
 BATCH, REPEATS = 8, 5  # for speed
 TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
+PREDICTED, LONGEST = 40, 1024  # of each benchmark's answers, at least; tokens of one with its problem
 DENSE = "dense"  # an arm that prunes nothing
 UNTRAINED = "own"  # pruned by the same texts
 
@@ -94,9 +103,12 @@ class Cell:
         return WORK / "-".join(map(str, asdict(self).values())).replace(",", "").replace(" ", "-")
 
 
+AS_IT_IS = Cell(DENSE, 0.0, UNTRAINED, 0, 0.0, 0)
+
+
 def cells(given: argparse.Namespace) -> list[Cell]:
     """What is asked for, and the dense model as it is, which all are compared with."""
-    found = [Cell(DENSE, 0.0, UNTRAINED, 0, 0.0, 0)]
+    found = [AS_IT_IS]
     trainings = given.trainings if given.tokens else [UNTRAINED]
     rate = given.learning_rate if given.tokens else 0.0
     for arm, share, training, seed in itertools.product(given.arms, given.shares, trainings, given.seeds):
@@ -163,6 +175,38 @@ def made(cell: Cell, data: Path) -> Path:
     return run(its, schedule, Prune(**prune), stages, cell.seed, cell.folder, cut).checkpoint
 
 
+def scored(cell: Cell, checkpoint: Path, data: Path, vllm: Path) -> Path:
+    """The folder of what a cell's checkpoint answers, where it is not there already by vLLM."""
+    folder = cell.folder / "scored"
+    if not folder.is_dir():
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        changes = {**GENERATION, "model.path": MODEL, "evaluate.data_dir": data}
+        sets = [f"--set={name}={value}" for name, value in changes.items()]
+        by_vllm(vllm, "ptl", "evaluate", checkpoint, folder, "--config", EXAMPLE, *sets)
+    return folder
+
+
+def predicted(checkpoint: Path, dense: Path, chat: Chat) -> dict[str, list[float]]:
+    """Nats of each of some of the dense model's answers, by benchmark: finer than what is solved."""
+    tokenizer = load_tokenizer(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    source = DataSource(source=str(dense), prompt="{prompt}", completion="{answer}")
+    found: dict[str, list[float]] = {}
+    for task in TITLES:
+        items = [item for item in read_items(dense) if item["task"] == task]
+        found[task] = []
+        for number, item in enumerate(items[:: len(items) // PREDICTED]):
+            # Where HumanEval gives an answer's beginning, which costs next to nothing to predict
+            function = item["prompt"].partition("```python\n")[2].rpartition("```")[0]
+            begun = f"Here is the completed function:\n```python\n{function}" if function else ""
+            asked = SourceRow(item | {"answer": begun + item["answer"]}, source, number)
+            row = tokenize(asked, tokenizer, LONGEST, chat)
+            with torch.no_grad():
+                loss = model(torch.tensor([row.ids]), labels=torch.tensor([row.labels("completion")])).loss
+            found[task].append(round(float(loss) * (len(row.ids) - row.prompt), 2))
+    return found
+
+
 def measure(cell: Cell, data: Path, vllm: Path) -> Row:
     """One line."""
     if not ANSWERS.is_dir():
@@ -170,22 +214,19 @@ def measure(cell: Cell, data: Path, vllm: Path) -> Row:
     began = time.monotonic()
     checkpoint = made(cell, data) if cell.arm != DENSE or cell.tokens else MODEL
     trained = time.monotonic()
-    scored = cell.folder / "scored"
-    if not scored.is_dir():
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        changes = {**GENERATION, "model.path": MODEL, "evaluate.data_dir": data}
-        sets = [f"--set={name}={value}" for name, value in changes.items()]
-        by_vllm(vllm, "ptl", "evaluate", checkpoint, scored, "--config", EXAMPLE, *sets)
-    scores = json.loads((scored / SCORES).read_text())
+    folder = scored(cell, checkpoint, data, vllm)
+    ended = time.monotonic()
+    scores = json.loads((folder / SCORES).read_text())
     row = asdict(cell) | {
         "params": scores["params"],
         "hidden": scores["hidden_size"],
         "ffn": scores["widths"],
-        "minutes": [round((trained - began) / 60), round((time.monotonic() - trained) / 60)],  # of the last attempt
+        "minutes": [round((trained - began) / 60), round((ended - trained) / 60)],  # of the last attempt
         "retention": [scores["retention"]["tokens"], [round(loss, 3) for loss in scores["retention"]["losses"]]],
+        "answers": predicted(checkpoint, scored(AS_IT_IS, MODEL, data, vllm), config(data).chat),
         "items": [
             [item["task"], item["id"], item["correct"], item["tokens"], int(item["truncated"])]
-            for item in read_items(scored)
+            for item in read_items(folder)
         ],
     }
     # Gigabytes of optimizer state
@@ -238,18 +279,19 @@ def retention(row: Row, dense: Row) -> float:
 def table(rows: Sequence[Row]) -> None:
     """Every model beside the dense one."""
     print(
-        "| removed | parameters | arm | trained on, by | tokens | rate, seed | HumanEval | MBPP | prose "
-        "| tokens of an answer (cut) | minutes |"
+        "| removed | parameters | arm | trained on, by | tokens | rate, seed | HumanEval | MBPP "
+        "| nats of an answer | prose | tokens of an answer (cut) | minutes |"
     )
-    print("|---:|---:|---|---|---:|---|---|---|---:|---|---|")
+    print("|---:|---:|---|---|---:|---|---|---|---|---:|---|---|")
     dense = next(row for row in rows if row["arm"] == DENSE and not row["tokens"])
     for row in sorted(rows, key=lambda row: (row["share"], row["tokens"], list(ARMS).index(row["arm"]), row["seed"])):
         tokens = [item[3] for item in row["items"]]
         cut = [item[4] for item in row["items"]]
+        nats = ", ".join(f"{sum(losses) / len(losses):.1f}" for losses in row["answers"].values())
         print(
             f"| {1 - row['params'] / dense['params']:.1%} | {row['params']:,} | {row['arm']} | {row['training']} "
             f"| {row['tokens']:,} | {row['learning_rate']:g}, {row['seed']} "
-            f"| {' | '.join(against(row, dense, name) for name in TITLES)} | {retention(row, dense):.2f} "
+            f"| {' | '.join(against(row, dense, name) for name in TITLES)} | {nats} | {retention(row, dense):.2f} "
             f"| {sum(tokens) / len(tokens):.0f} ({sum(cut) / len(cut):.1%}) | {' + '.join(map(str, row['minutes']))} |"
         )
 
@@ -304,7 +346,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=["own, distil"])
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--learning-rate", type=float, default=2e-6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     given = parser.parse_args()
     if given.what == "table":
