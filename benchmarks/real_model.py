@@ -176,7 +176,7 @@ def made(cell: Cell, data: Path) -> Path:
 
 
 def scored(cell: Cell, checkpoint: Path, data: Path, vllm: Path) -> Path:
-    """The folder of what a cell's checkpoint answers, where it is not there already by vLLM."""
+    """What a cell's checkpoint answers by vLLM, or has answered: the folder."""
     folder = cell.folder / "scored"
     if not folder.is_dir():
         cell.folder.mkdir(parents=True, exist_ok=True)
