@@ -81,8 +81,9 @@ def _is_text(value: Any) -> bool:
 
 
 def measure(lm: Any, settings: Evaluate) -> TextLosses:
-    """Losses of the held-out texts by the harness's model, each after the token that begins a text.
+    """Losses of the held-out texts by the harness's model, each after its first token, as the tokenizer begins a text.
 
+    That is BOS where the tokenizer adds one. A model that has never seen BOS in front of a text predicts the rest worse.
     A window at a time, and in float32: the logits of a batch of whole texts need more memory than answers do, and sums
     in bfloat16 are whole nats.
     """
@@ -90,14 +91,12 @@ def measure(lm: Any, settings: Evaluate) -> TextLosses:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     held_out = texts(settings)
-    tokenizer = lm.tokenizer
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     dtype, lm.softmax_dtype = getattr(lm, "softmax_dtype", None), torch.float32
     counts, losses = [], []
     for text in tqdm(held_out, desc="held-out texts"):
         # Without the warning of texts that are longer than the context.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        windows = map(make_disjoint_window, get_rolling_token_windows(ids, begin, lm.max_length, context_len=1))
+        first, *ids = lm.tokenizer(text, verbose=False)["input_ids"]
+        windows = map(make_disjoint_window, get_rolling_token_windows(ids, first, lm.max_length, context_len=1))
         found = [lm._loglikelihood_tokens([(("", ""), *window)], disable_tqdm=True) for window in windows]
         counts.append(len(ids))
         losses.append(-sum(likelihood for ((likelihood, _),) in found))

@@ -25,7 +25,8 @@ def losses(*nats):
     return TextLosses("x", 10 * len(nats), [10] * len(nats), [10 * each for each in nats])
 
 
-def test_losses_are_those_of_transformers(tmp_path):
+@pytest.mark.parametrize("is_added", [True, False])
+def test_losses_are_those_of_transformers(tmp_path, is_added):
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,11 +35,12 @@ def test_losses_are_those_of_transformers(tmp_path):
     written = [f"{row['question']}\n{row['answer']}" for row in rows]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
-    # As many models have it, weights in bfloat16 and a tokenizer that begins every text.
+    # As many models have it, weights in bfloat16 and BOS, with which the tokenizer begins every text, or none.
     tokenizer, model = AutoTokenizer.from_pretrained(DENSE), AutoModelForCausalLM.from_pretrained(DENSE)
     tokenizer.bos_token = "<|pad|>"
     begin = TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.bos_token_id)])
-    tokenizer.backend_tokenizer.post_processor = begin
+    if is_added:
+        tokenizer.backend_tokenizer.post_processor = begin
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)
     model.bfloat16().save_pretrained(folder)
