@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from exports import vllm_speed
 from loops import ROOT, Subject, json_rows, run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from width_peers import PEERS
 
@@ -175,12 +176,30 @@ def made(cell: Cell, data: Path) -> Path:
     return run(its, schedule, Prune(**prune), stages, cell.seed, cell.folder, cut).checkpoint
 
 
+def as_llama(checkpoint: Path) -> Path:
+    """The same model as a Llama: of a Qwen 2 vLLM takes the hidden size for that of all heads together."""
+    folder = checkpoint.with_name("as-llama")
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    its = json.loads((checkpoint / "config.json").read_text())
+    for name in ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"):
+        del its[name]
+    its |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True}
+    (folder / "config.json").write_text(json.dumps(its))
+    weights = load_file(checkpoint / "model.safetensors")
+    for i in range(its["num_hidden_layers"]):  # of which a Qwen 2 has only those of queries, keys and values
+        weights[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(its["hidden_size"], dtype=torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def scored(cell: Cell, checkpoint: Path, data: Path, vllm: Path) -> Path:
-    """What a cell's checkpoint answers by vLLM, or has answered: the folder."""
+    """What a cell's checkpoint answers, or has answered: the folder."""
     folder = cell.folder / "scored"
     if not folder.is_dir():
         cell.folder.mkdir(parents=True, exist_ok=True)
         changes = {**GENERATION, "model.path": MODEL, "evaluate.data_dir": data}
+        if ARMS[cell.arm][1].get("target") == "width":
+            checkpoint = as_llama(checkpoint)
         sets = [f"--set={name}={value}" for name, value in changes.items()]
         by_vllm(vllm, "ptl", "evaluate", checkpoint, folder, "--config", EXAMPLE, *sets)
     return folder

@@ -203,6 +203,7 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
         *preflight.model_warnings(config, dense),
         *preflight.chat_warnings(config, folder),
         *formats.layer_warnings(folder, config.export, config.prune.target),
+        *formats.check_vllm(folder, config.prune.target, config.evaluate.backend),
         *itertools.chain(*of_exports),
         *amount.warnings(),
     ]

@@ -83,9 +83,9 @@ def _is_text(value: Any) -> bool:
 def measure(lm: Any, settings: Evaluate) -> TextLosses:
     """Losses of the held-out texts by the harness's model, each after its first token, as the tokenizer begins a text.
 
-    That is BOS where the tokenizer adds one. A model that has never seen BOS in front of a text predicts the rest worse.
-    A window at a time, and in float32: the logits of a batch of whole texts need more memory than answers do, and sums
-    in bfloat16 are whole nats.
+    That is BOS where the tokenizer adds one; behind a BOS that it has never seen, a model predicts the rest worse. A
+    window at a time, and in float32: the logits of a batch of whole texts need more memory than answers do, and sums in
+    bfloat16 are whole nats.
     """
     import torch
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

@@ -23,6 +23,7 @@ from ptl.config.chat import Chat
 from ptl.config.export import Export, ServedFormat
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
+from ptl.evaluation.language_models import VLLM_FIELD
 from ptl.evaluation.paired import Item
 from ptl.extras import Check
 from ptl.model import pretrained, text_tower
@@ -86,36 +87,46 @@ def width_warnings(
 
 
 def layer_warnings(src: Path, exports: Iterable[Export], target: str) -> list[str]:
-    """Warnings of runtimes that know a layer's attention by its number, if layers may be removed (`prune.target`).
+    """A warning of GGUF where llama.cpp knows a layer's attention by its number and layers may go (`prune.target`).
 
-    And of vLLM, if the hidden size may be pruned. Of `src` only config.json is read.
+    Of `src` only config.json is read.
     """
-    content = text_tower.read_config(src)
-    model_type = content["model_type"]
-    if target == "width" and model_type in SQUARE_IN_VLLM:
-        return [
-            f"vLLM ignores head_dim in the config of {model_type}, and cannot load it where prune.target=width leaves "
-            "another hidden size than that of the heads together: set prune.target=neurons, or serve with transformers"
-        ]
-    if target not in REMOVE_LAYERS:
+    if target not in REMOVE_LAYERS or not pretrained.can_build() or all(export.format != "gguf" for export in exports):
         return []
-    warnings = []
-    if any(export.format == "gguf" for export in exports) and pretrained.can_build():
-        config = pretrained.config_with_defaults(content)
-        # Layers with different windows, or with and without rotary embeddings
-        if len(set(getattr(config, "layer_types", None) or ())) > 1 or getattr(config, "no_rope_layers", None):
-            warnings.append(
-                f"prune.target={target} may remove layers, and llama.cpp may know the attention of a layer of "
-                f"{model_type} by its number: whether GGUF can be made of the layers that are left is known only after "
-                "the loop. Rehearse the run (--rehearse), set prune.target=neurons, or export to compressed-tensors"
-            )
-    if model_type == "gpt_oss":
-        warnings.append(
-            f"prune.target={target} may remove layers, and vLLM gives every other layer of gpt_oss a window, whatever "
-            "its config says: it would compute another model, without an error: set prune.target=experts, or serve "
-            "with transformers"
+    config = pretrained.config_with_defaults(text_tower.read_config(src))
+    # Layers with different windows, or with and without rotary embeddings
+    if len(set(getattr(config, "layer_types", None) or ())) < 2 and not getattr(config, "no_rope_layers", None):
+        return []
+    return [
+        f"prune.target={target} may remove layers, and llama.cpp may know the attention of a layer of "
+        f"{config.model_type} by its number: whether GGUF can be made of the layers that are left is known only after "
+        "the loop. Rehearse the run (--rehearse), set prune.target=neurons, or export to compressed-tensors"
+    ]
+
+
+def check_vllm(src: Path, target: str, backend: str) -> list[str]:
+    """A warning where vLLM would fail or err after what `prune.target` may do; an InputError where it evaluates.
+
+    Of `src` only config.json is read.
+    """
+    model_type = text_tower.read_config(src)["model_type"]
+    if target == "width" and model_type in SQUARE_IN_VLLM:
+        other = "neurons"
+        problem = (
+            f"vLLM ignores head_dim in the config of {model_type}, and cannot load it where prune.target=width leaves "
+            "another hidden size than that of the heads together"
         )
-    return warnings
+    elif target in REMOVE_LAYERS and model_type == "gpt_oss":
+        other = "experts"
+        problem = (
+            f"prune.target={target} may remove layers, and vLLM gives every other layer of gpt_oss a window, whatever "
+            "its config says: it would compute another model, without an error"
+        )
+    else:
+        return []
+    if backend == "vllm":
+        raise InputError(problem, field=VLLM_FIELD, remedy=f"set prune.target={other}, or backend: hf")
+    return [f"{problem}: set prune.target={other}, or serve with transformers"]
 
 
 def context_notes(src: Path) -> list[str]:

@@ -14,7 +14,7 @@ from ptl.config.export import Export
 from ptl.errors import InputError
 from ptl.export import gguf
 from ptl.export.compressed_tensors import write as write_compressed
-from ptl.export.formats import check_exports, context_notes, layer_warnings, width_warnings
+from ptl.export.formats import check_exports, check_vllm, context_notes, layer_warnings, width_warnings
 from ptl.export.gguf import write_gguf
 from ptl.model.dimensions import ModelDimensions
 
@@ -23,18 +23,31 @@ GGUF, FP8 = Export(format="gguf", type="q8_0"), Export(format="compressed-tensor
 
 def test_layers_that_a_runtime_would_mistake_for_others_are_warned_of(tmp_path):
     for variant, target, exports, warned in [
-        ("gpt_oss", "layers", [], "vLLM gives every other layer"),
-        ("gpt_oss", "experts", [], ""),
         ("cohere2", "layers", [FP8], ""),
         ("cohere2", "layers", [GGUF], "llama.cpp may know the attention of a layer of cohere2 by its number"),
         ("llama", "layers", [GGUF], ""),
-        ("llama", "width", [GGUF], ""),
-        ("qwen2", "width", [], "vLLM ignores head_dim in the config of qwen2, and cannot load it where prune.target"),
     ]:
         warnings = layer_warnings(save(build(variant), tmp_path / variant, tokenizer=False), exports, target)
         assert len(warnings) == bool(warned)
-        may = "" if target == "width" else f"prune.target={target} may remove layers, and "
-        assert all(f"{may}{warned}" in warning for warning in warnings)
+        assert all(f"prune.target={target} may remove layers, and {warned}" in warning for warning in warnings)
+
+
+def test_what_vllm_would_fail_with_is_warned_of_and_an_error_where_it_evaluates(tmp_path):
+    for variant, target, problem, other in [
+        ("gpt_oss", "layers", "vLLM gives every other layer of gpt_oss a window", "experts"),
+        ("gpt_oss", "experts", "", ""),
+        ("qwen2", "width", "vLLM ignores head_dim in the config of qwen2", "neurons"),
+        ("qwen2", "neurons", "", ""),
+        ("llama", "width", "", ""),
+    ]:
+        folder = save(build(variant), tmp_path / variant, tokenizer=False)
+        warnings = check_vllm(folder, target, "hf")
+        if not problem:
+            assert warnings == check_vllm(folder, target, "vllm") == []
+            continue
+        assert re.search(rf"{problem}.*: set prune\.target={other}, or serve with transformers$", *warnings)
+        with pytest.raises(InputError, match=rf"evaluate\.backend: .*{problem}.* set prune\.target={other}, or "):
+            check_vllm(folder, target, "vllm")
 
 
 def test_a_hidden_size_whose_rows_would_be_stored_in_a_larger_type_is_warned_of(tmp_path):
