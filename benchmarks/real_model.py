@@ -176,8 +176,13 @@ def made(cell: Cell, data: Path) -> Path:
     return run(its, schedule, Prune(**prune), stages, cell.seed, cell.folder, cut).checkpoint
 
 
+def served(cell: Cell, checkpoint: Path) -> Path:
+    """A cell's checkpoint as vLLM and llama.cpp load it."""
+    return as_llama(checkpoint) if ARMS[cell.arm][1].get("target") == "width" else checkpoint
+
+
 def as_llama(checkpoint: Path) -> Path:
-    """The same model as a Llama: of a Qwen 2 vLLM takes the hidden size for that of all heads together."""
+    """The same model as a Llama: of a Qwen 2 both take the hidden size for that of all heads together."""
     folder = checkpoint.with_name("as-llama")
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     its = json.loads((checkpoint / "config.json").read_text())
@@ -186,7 +191,7 @@ def as_llama(checkpoint: Path) -> Path:
     its |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True}
     (folder / "config.json").write_text(json.dumps(its))
     weights = load_file(checkpoint / "model.safetensors")
-    for i in range(its["num_hidden_layers"]):  # of which a Qwen 2 has only those of queries, keys and values
+    for i in range(its["num_hidden_layers"]):  # biases of a Qwen 2 are of queries, keys and values alone
         weights[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(its["hidden_size"], dtype=torch.bfloat16)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -198,10 +203,8 @@ def scored(cell: Cell, checkpoint: Path, data: Path, vllm: Path) -> Path:
     if not folder.is_dir():
         cell.folder.mkdir(parents=True, exist_ok=True)
         changes = {**GENERATION, "model.path": MODEL, "evaluate.data_dir": data}
-        if ARMS[cell.arm][1].get("target") == "width":
-            checkpoint = as_llama(checkpoint)
         sets = [f"--set={name}={value}" for name, value in changes.items()]
-        by_vllm(vllm, "ptl", "evaluate", checkpoint, folder, "--config", EXAMPLE, *sets)
+        by_vllm(vllm, "ptl", "evaluate", served(cell, checkpoint), folder, "--config", EXAMPLE, *sets)
     return folder
 
 
@@ -256,7 +259,7 @@ def measure(cell: Cell, data: Path, vllm: Path) -> Row:
 
 def speed(pruned: Sequence[Cell], data: Path, vllm: Path) -> None:
     """Gigabytes, and generated tokens per second for BATCH sequences at once: llama.cpp in turns, then vLLM."""
-    models = {DENSE: MODEL} | {cell.folder.name: made(cell, data) for cell in pruned}
+    models = {DENSE: MODEL} | {cell.folder.name: served(cell, made(cell, data)) for cell in pruned}
     files = {}
     for (name, folder), form in itertools.product(models.items(), ("f16", "q8_0")):
         files[f"{name}, llama.cpp {form}"] = file = WORK / f"{name}-{form}.gguf"
