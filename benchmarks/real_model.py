@@ -72,17 +72,19 @@ NEURONS = {"target": "neurons", "repair": 840}
 # Sizes that end with the same number of parameters. Of its own, `width` would keep the hidden size: the FFN has half of
 # what stays. 840 and 784 are 14 heads of 60 and 56.
 WIDTH = {"target": "width", "repair": 840, "width": {"hidden": 840, "kv": 2}}
-ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # iterations, fields of the config's section
-    DENSE: (1, {}),
-    "neurons": (1, NEURONS),
-    "neurons, not repaired": (1, NEURONS | {"repair": 0}),
-    "neurons, loop of 4": (4, NEURONS),
-    "hidden 840": (1, WIDTH),
-    "hidden 840, not repaired": (1, WIDTH | {"repair": 0}),
-    "hidden 840, loop of 4": (4, WIDTH),
-    "hidden 784": (1, WIDTH | {"width": {"hidden": 784, "kv": 2}}),
-    "layers": (1, {"target": "layers"}),
-    "torch-pruning": (1, WIDTH | {"repair": 0}),
+AT_ONCE = 1.0
+# The share of all parameters that an iteration removes, fields of the config's section
+ARMS: dict[str, tuple[float, dict[str, Any]]] = {
+    DENSE: (AT_ONCE, {}),
+    "neurons": (AT_ONCE, NEURONS),
+    "neurons, not repaired": (AT_ONCE, NEURONS | {"repair": 0}),
+    "neurons, by tenths": (0.1, NEURONS),
+    "hidden 840": (AT_ONCE, WIDTH),
+    "hidden 840, not repaired": (AT_ONCE, WIDTH | {"repair": 0}),
+    "hidden 840, by tenths": (0.1, WIDTH),
+    "hidden 784": (AT_ONCE, WIDTH | {"width": {"hidden": 784, "kv": 2}}),
+    "layers": (AT_ONCE, {"target": "layers"}),
+    "torch-pruning": (AT_ONCE, WIDTH | {"repair": 0}),
 }
 TRAININGS = [f"{answers}, {method}" for answers in ("own", "given") for method in ("distil", "cpt")]
 Row = dict[str, Any]
@@ -159,9 +161,11 @@ def subject(answers: str, data: Path) -> Subject:
 
 def made(cell: Cell, data: Path) -> Path:
     """The checkpoint of a cell: pruned and trained, where it is not there already."""
-    iterations, prune = ARMS[cell.arm]
-    # Without a removal the dense model is only trained.
-    schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=iterations)
+    step, prune = ARMS[cell.arm]
+    iterations = max(1, round(cell.share / step))
+    # Without a removal the dense model is only trained. By equal cuts -20 % begins as -30 % does.
+    target = cell.share or 1e-9
+    schedule = Schedule(target=target, recovery_tokens=cell.tokens, iterations=iterations, cuts="uniform")
     answers, _, method = cell.training.partition(", ")
     stages = []
     if cell.tokens:

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptl.config.schedule import Prune, Unit
 from ptl.data.sequences import calibration_batches
 from ptl.model import checkpoint
+from ptl.model.axes import head_size
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
 from ptl.pruning.layerwise import WidthScores
@@ -164,7 +165,8 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
         customized_pruners={type(model.model.norm): RmsNorm()},
     )
     pruner.step()
-    model.config.update({"intermediate_size": sizes.width, "hidden_size": sizes.hidden})
+    head = head_size(model.config)  # which a config without it derives from the hidden size
+    model.config.update({"intermediate_size": sizes.width, "hidden_size": sizes.hidden, "head_dim": head})
     assert model.model.embed_tokens.embedding_dim == sizes.hidden
     model.save_pretrained(dst)
     checkpoint.copy_companions(src, dst)

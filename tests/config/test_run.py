@@ -4,7 +4,7 @@ from fractions import Fraction
 from typing import get_args
 
 import pytest
-from checkout import TINY
+from checkout import SHIPPED, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +94,19 @@ def test_target_is_a_share_the_parameters_to_end_with_or_a_memory():
     assert essentials(config)["schedule"]["target"] == {"memory": "300kB", "tokens": 10}
     sizes = {"16GiB": 16 << 30, "16 Gi": 16 << 30, "2kB": 2000, "0.5MB": 500_000, "1T": 10**12}
     assert {text: planning.memory_bytes(text) for text in sizes} == sizes
+
+
+def test_whole_numbers_are_doubles_in_a_container():
+    def doubles(value):
+        if isinstance(value, dict):
+            return {name: doubles(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [doubles(inner) for inner in value]
+        return float(value) if type(value) is int else value
+
+    for path in SHIPPED:
+        config = load_config(path)
+        assert Config.model_validate(doubles(config.model_dump(mode="json"))) == config
 
 
 def test_overrides_name_parts_of_lists_numbers_as_people_write_them_and_one_section_alone():
