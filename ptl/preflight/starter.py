@@ -44,6 +44,7 @@ FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
 CALIBRATION_LENGTH = 512  # tokens
+NEURON_TOKENS = 50  # of a repair, for each neuron that stays (docs/scores.md)
 ANSWER = 1024  # tokens of one without a thought
 FEWEST_PROMPTS = 1000
 TYPICAL = 4  # the longest answer is so many times as long as a typical one
@@ -115,13 +116,15 @@ def starter(
         "units": prune.target,
         "scored": "widths" if prune.target == "auto" else prune.target,
         "criterion": prune.criterion,
-        "repair": None if dense.experts else "512",
         "tokens": f"{tokens:_}",
         **_data_values(rows, task_names, folder),
         **_training_values(rows, shape, tokens, removed),
     }
     if tokenizer is not None and (is_post_trained or format == "messages"):
         values |= _chat_values(tokenizer, values, longest, tokens, on_gpu=gpu is not None)
+    if not dense.experts:
+        sequences = 2 * NEURON_TOKENS * after.width / values["calibration_length"]  # rows fill about half of it
+        values["repair"] = f"{float(f'{sequences:.2g}'):.0f}"
     if gpu is not None:
         values = _fitted(values, gpu, gpus, source, folder)
     text = render(values)

@@ -69,7 +69,7 @@ def chat_model(qwen3_8b):
 def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
     config, said = init(qwen3_8b, *ROWS, "--gpus", 8, "--target", 0.3)
     assert (config.name, config.resources.accelerators, config.schedule.target) == ("qwen3-8b", 8, 0.3)
-    assert config.prune.repair == 512
+    assert config.prune.repair == 1300
     (stage,) = config.recover
     assert (stage.sharding, stage.lora, stage.dtype, stage.learning_rate) == ("fsdp", None, "bfloat16", 8.2e-6)
     assert config.training.sources[0].source == config.calibration.data[0].source == str(EXAMPLE / "train.jsonl.gz")
