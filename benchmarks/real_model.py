@@ -330,7 +330,7 @@ def picture(rows: Sequence[Row]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "ptl"  # the same picture is the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.4), sharex=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.8), sharex=True, layout="constrained")
     dense = next(row for row in rows if row["arm"] == DENSE and not row["tokens"])
     lines: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
@@ -339,27 +339,21 @@ def picture(rows: Sequence[Row]) -> None:
     for axis, (task, title) in zip(axes, TITLES.items(), strict=True):
         for number, ((arm, training, tokens), models) in enumerate(lines.items()):
             models = sorted(models, key=lambda row: -row["params"])
+            # So that intervals do not hide each other
+            at = [row["params"] / 1e6 + (0 if row is dense else number) for row in models]
             right = [solved(row, task) for row in models]
-            bounds = [paired.wilson(sum(items), len(items)) for items in right]
-            shares = [sum(items) / len(items) for items in right]
-            axis.errorbar(
-                [row["params"] / 1e6 + number for row in models],  # so that intervals do not hide each other
-                [100 * share for share in shares],
-                yerr=[
-                    [100 * (share - low) for share, (low, _) in zip(shares, bounds, strict=True)],
-                    [100 * (high - share) for share, (_, high) in zip(shares, bounds, strict=True)],
-                ],
-                label=f"{arm}; {training}; {tokens:,}" if tokens else f"{arm}; untrained",
-                marker="o",
-                markersize=4,
-                capsize=3,
+            low, high = zip(*(paired.wilson(sum(items), len(items)) for items in right), strict=True)
+            label = f"{arm}; {training}; {tokens:,} tokens" if tokens else arm
+            (line,) = axis.plot(at, [100 * sum(items) / len(items) for items in right], "o-", markersize=4, label=label)
+            axis.vlines(
+                at, [100 * share for share in low], [100 * share for share in high], line.get_color(), linewidth=1
             )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("million parameters")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("problems solved (%)")
-    axes[0].legend(frameon=False, fontsize=7, loc="best")
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     figure.savefig(PICTURE, metadata={"Date": None})
 
 
