@@ -59,6 +59,8 @@ FieldPath = tuple[str, ...]  # names from the outermost section inwards
 
 def _count(value: Any) -> Any:
     """`1e6`, `500k` and `2M` as numbers of things; what is none stays as it is, for the field's own error."""
+    if isinstance(value, bool):  # for pydantic 1 or 0
+        raise ValueError("must be a valid integer, not true or false")
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value

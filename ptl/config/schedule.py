@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, NonNegativeInt, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ptl.config.base import LARGEST, MEMORY, NUMBER, Count, Positive, Section, one_error
 from ptl.units import quantity
@@ -148,7 +148,7 @@ class Prune(Section):
     width: Width = Width()
     """with target `width`: sizes to end with"""
 
-    repair: NonNegativeInt = 0
+    repair: Count = 0
     """sequences of the calibration text (as far as it has rows) on which after a cut each down_proj is fitted by least
     squares, so that its layer gives what it gave before: for dense models that recover on few tokens; 0: none"""
 

@@ -124,7 +124,7 @@ def starter(
         values |= _chat_values(tokenizer, values, longest, tokens, on_gpu=gpu is not None)
     if not dense.experts:
         sequences = 2 * NEURON_TOKENS * after.width / values["calibration_length"]  # rows fill about half of it
-        values["repair"] = f"{float(f'{sequences:.2g}'):.0f}"
+        values["repair"] = f"{_rounded(sequences):_}"
     if gpu is not None:
         values = _fitted(values, gpu, gpus, source, folder)
     text = render(values)
@@ -169,7 +169,12 @@ def _tokens(removed: int, there: float | None) -> int:
     tokens = max(PER_PARAMETER * removed, LEAST_TOKENS)
     if there is not None:
         tokens = min(tokens, max(PASSES * there, FEWEST_TOKENS))
-    return int(float(f"{tokens:.2g}"))
+    return _rounded(tokens)
+
+
+def _rounded(number: float) -> int:
+    """To two digits: what is forecast has no more."""
+    return round(float(f"{number:.2g}"))
 
 
 def default_rate(params: int, share: float) -> float:
@@ -256,7 +261,7 @@ def _own_answers(values: Values, longest: int, tokens: int) -> Values:
         "given": None,
         "own": "",
         "answers": "self",
-        "num_prompts": f"{float(f'{num_prompts:.2g}'):_.0f}",
+        "num_prompts": f"{_rounded(num_prompts):_}",
         "answer_tokens": longest,
         "keep": "correct" if is_question else "ended",
         "max_length": max(values["max_length"], longest // 2),  # few are longer

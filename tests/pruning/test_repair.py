@@ -119,3 +119,5 @@ def test_what_has_no_repair_is_refused(calibration, tmp_path):
     for target in ("layers", "experts"):
         with pytest.raises(ValidationError, match=f"what target={target} removes is not repaired"):
             Prune(target=target, repair=1)
+    with pytest.raises(ValidationError, match="valid integer"):
+        Prune(repair=True)
