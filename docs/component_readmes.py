@@ -23,10 +23,10 @@ DESCRIPTIONS = {
     "refreshed": "Whether it was compiled with such a step before each later iteration; `training.refresh` must agree.",
     "target": "Below 1: share of all parameters to remove in the run; 1000 or more: number of parameters to end with; "
     "0: as the goal says.",
-    "goal": "A goal in memory or speed, as in `schedule.target` of the config; empty: none, `target` says it.",
+    "goal": "A goal in memory, as in `schedule.target` of the config; empty: none, `target` says it.",
     "cuts": "`uniform` or `cubic`: how the removal is distributed over the iterations.",
     "recovery_tokens": "Tokens of recovery training over all iterations.",
-    "tokens": "`uniform` or `doubling`: how these tokens are distributed over the iterations.",
+    "tokens": "`uniform`, `doubling` or `quadrupling`: how these tokens are distributed over the iterations.",
     "seed": "Seed of every random choice.",
     "model": "Checkpoint to work on.",
     "fallback": "Checkpoint that the iteration started from; the loop continues with it if the gate rejects.",

@@ -21,8 +21,8 @@ CONFIG_HEAD = """\
 # Every field of a config
 
 A config is one YAML file. Paths in it are relative to its own folder, and those in `--set` to the working directory.
-`--set schedule.target=0.3` overrides a field by its dotted name; a list is given as a whole. An unknown field is an
-error that names the one you may have meant. What is common to most runs is in
+`--set schedule.target=0.3` overrides a field by its dotted name; `recover.0.method` is that of a list's first entry. An
+unknown field is an error that names the one you may have meant. What is common to most runs is in
 [your own model in five steps](own-model.md).
 
 **In your editor**: `ptl validate --schema > config.schema.json`, and as the first line of a config

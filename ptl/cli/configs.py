@@ -24,7 +24,7 @@ from ptl.cli.arguments import ConfigFile, Overrides
 from ptl.config import dag
 from ptl.config.base import FILL_IN
 from ptl.config.run import Config, check, load_config, pairs
-from ptl.config.schedule import MemoryGoal, Schedule
+from ptl.config.schedule import MemoryGoal, Schedule, one_shot
 from ptl.data.checks import PER_PARAMETER
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
@@ -124,7 +124,7 @@ def plan(
     print(forecast_table.steps(run))
     if widths := forecast_table.widths(run):
         print(widths)
-    folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
+    folder = hub.locate(settings.model.path, settings.model.revision, hub.SMALL_FILES)
     of_model = _planned(run.config, folder, run.shape.dimensions)
     warn([*preflight.warnings(settings), *remedies.warnings(run), *of_model])
 
@@ -175,6 +175,8 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
 
         numbered = target.with_number(config)
         ends = target.ends(target.possible_paths(dimensions, numbered.schedule, config.prune))
+        if config.control:  # which may not get as far as the loop
+            target.possible_paths(dimensions, one_shot(numbered.schedule), config.prune)
 
         def check_exports() -> None:
             warnings.extend(formats.check_exports(folder, config.export, ends))

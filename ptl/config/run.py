@@ -71,7 +71,7 @@ class Task(Section):
 class Speed(Section):
     """How speed is measured: the dense and the final model take turns in one process at the end of the loop."""
 
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    batch_sizes: tuple[Positive, ...] = Field((1, 8, 32), min_length=1)
     """sequences generated at once"""
     repeats: NonNegativeInt = 3
     """measurements, of which the median is reported; 0: do not measure speed"""

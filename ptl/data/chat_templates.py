@@ -34,9 +34,20 @@ def check(tokenizer: Any, chat: Chat) -> None:
             )
 
 
+def check_thoughts(tokenizer: Any, chat: Chat) -> None:
+    """Raise InputError where reinforcement learning cannot tell a thought from an answer."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    if chat.enabled and any(token.special and chat.delimits(str(token)) for token in tokens):
+        raise InputError(
+            f"{' and '.join(chat.thought)} are special tokens, which trl leaves out of what its rewards read",
+            field="chat.thought",
+            remedy="recover by distil or cpt, or without thoughts (chat.template_kwargs)",
+        )
+
+
 def opening(tokenizer: Any, chat: Chat) -> str:
     """A question as the template writes it, with what begins the answer."""
-    return str(by_template(tokenizer, user_turn("?"), 1, chat, tokenize=False))
+    return str(by_template(tokenizer, user_turn("?"), None, chat, tokenize=False))
 
 
 def thinks(tokenizer: Any, chat: Chat = NO_CHAT) -> bool:
@@ -54,4 +65,5 @@ def has_switch(tokenizer: Any) -> bool:
 
 def has_date(tokenizer: Any, chat: Chat) -> bool:
     """Whether the template writes today's date into each prompt."""
-    return "strftime_now" in tokenizer.get_chat_template() and "date_string" not in chat.template_kwargs
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return "strftime_now" in template and "date_string" not in chat.template_kwargs

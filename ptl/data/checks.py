@@ -8,7 +8,7 @@ the perplexity of other text (docs/results.md, "A pretrained model with few toke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
+from ptl.data.sequences import check_chat
 from ptl.data.sources import GENERAL, check_rows, fill, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
@@ -34,18 +35,24 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
 
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
-    trains_on_answers = _trains_on_answers(recover)
-    checked = set()  # the calibration data is often the training data
-    for field, source in named_sources(calibration, training, ()).items():
+    for field, source, answers in _read(calibration, training, recover):
+        check_rows(source, answers=answers, field=field)
+
+
+def _read(
+    calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]
+) -> Iterator[tuple[str, DataSource, bool]]:
+    """Each source once, with its field, and whether its answers are read: the calibration data is often trained on."""
+    seen = set()
+    for field, source in named_sources(calibration, training, recover).items():
         is_scored, is_trained_on = field.startswith("calibration.data"), field.startswith("training.sources")
         # The dense model writes them.
         own = (is_scored and calibration.answers == "self") or (is_trained_on and training.answers == "self")
-        if own:
-            source = source.prompts_only
-        answers = not own and (is_scored or (is_trained_on and trains_on_answers))
-        if (source, answers) not in checked:
-            checked.add((source, answers))
-            check_rows(source, answers=answers, field=field)
+        answers = not own and (is_scored or (is_trained_on and _trains_on_answers(recover)))
+        its = source.prompts_only if own or field.endswith("prompts") else source
+        if (its, answers) not in seen:
+            seen.add((its, answers))
+            yield field, its, answers
 
 
 def named_sources(
@@ -68,7 +75,7 @@ def check_own_answers(training: TrainingData) -> None:
     """Check that local prompts which the dense model is to answer have what the answers are verified by."""
     if training.answers == "self" and training.keep == "correct":
         for source in training.prompted:
-            _check_prompts(source.prompts_only, [training.reward])
+            _check_prompts(source.prompts_only, [training.reward], "training.sources")
 
 
 def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
@@ -84,16 +91,17 @@ def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) 
 
 def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
     """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
-    for stage in stages:
+    for i, stage in enumerate(stages):
         if stage.method == "grpo":
-            _check_prompts(stage.prompt_source(training), stage.rewards)
+            field = f"recover.{i}.prompts" if stage.prompts else "training.sources.0"
+            _check_prompts(stage.prompt_source(training), stage.rewards, field)
 
 
-def _check_prompts(source: DataSource, rewards: Sequence[Reward]) -> None:
+def _check_prompts(source: DataSource, rewards: Sequence[Reward], field: str) -> None:
     """Read the rows of a local file; data on the hub is read by the step that needs it."""
-    if local_file(source) is None:
+    if local_file(source, field) is None:
         return
-    for row in numbered_rows(source):
+    for row in numbered_rows(source, field):
         prompt_of(row)
         for reward in rewards:
             fill(reward.reference_template, row)
@@ -123,18 +131,27 @@ def check_settings(
                 field="training.max_new_tokens",
                 remedy="lower it, or raise evaluate.max_length",
             )
+    lengths |= {
+        f"evaluate.tasks ({task.name}: max_new_tokens), and a prompt,": task.max_new_tokens + 1
+        for task in evaluate.tasks
+        if task.max_new_tokens
+    }
     shapes.check_positions(folder, lengths)
     check_stages(folder, recover, teacher=None)
     chat_templates.check(tokenizer, chat)
-    if tokenizer.chat_template:
-        return
-    for field, source in named_sources(calibration, training, ()).items():
-        if source.format == "messages" and "against" not in field:
+    if any(stage.method == "grpo" for stage in recover):
+        chat_templates.check_thoughts(tokenizer, chat)
+    for field, source, answers in _read(calibration, training, recover):
+        if source.format != "messages" or "against" in field:
+            continue
+        if not tokenizer.chat_template:
             raise InputError(
                 f"`messages` needs a chat template, and the tokenizer of {folder} has none",
                 field=f"{field}.format",
                 remedy="use another format, or a model with a template",
             )
+        for row in numbered_rows(source, field) if local_file(source, field) else ():
+            check_chat(row, tokenizer, chat, answers=answers)
 
 
 def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
@@ -199,10 +216,11 @@ class Amount:
 def planned_amount(config: Config, removed: int) -> Amount:
     """What a config gives to a removal of so many parameters; rows are those of files on this machine."""
     lengths = [stage.max_length for stage in config.recover if stage.method != "grpo"]
-    # Reinforcement learning alone, or answers that are not written yet.
-    if not lengths or config.training.answers == "self":
+    if not lengths:  # reinforcement learning alone
         return Amount(0, removed, None)
     tokens, sources = config.schedule.recovery_tokens, config.training.sources
+    if config.training.answers == "self":  # they are not written yet
+        return Amount(tokens, removed, None)
     weights = sum(source.weight for source in sources)
     passes = []
     for i, source in enumerate(sources):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data.decontamination import Filter
-from ptl.data.sources import SourceRow, Turns, chat_and_answer, read_rows, texts, user_turn
+from ptl.data.sources import SourceRow, Turns, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,16 +83,16 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
     else:
         prompt_text, answer = texts(row)
         before = user_turn(prompt_text)
-    prompt = chat_ids(tokenizer, before, row.number, chat)
+    prompt = chat_ids(tokenizer, before, row, chat)
     answer = chat.continued(tokenizer.decode(prompt[-PROMPT_END:]), answer)
     completion = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return prompt, prompt + completion + end_of_turn(tokenizer, chat, row.number)
+    return prompt, prompt + completion + end_of_turn(tokenizer, chat)
 
 
-def end_of_turn(tokenizer: Any, chat: Chat, number: int = 1) -> TokenIds:
+def end_of_turn(tokenizer: Any, chat: Chat) -> TokenIds:
     """What the chat template writes after an answer: tokens that end it, else EOS."""
     answered = [*user_turn("?"), {"role": "assistant", "content": ANSWER}]
-    text = by_template(tokenizer, answered, number, chat, ended=True, tokenize=False)
+    text = by_template(tokenizer, answered, None, chat, ended=True, tokenize=False)
     ids: TokenIds = tokenizer(text.rpartition(ANSWER)[2].rstrip(), add_special_tokens=False)["input_ids"]
     return ids or [tokenizer.eos_token_id]
 
@@ -100,33 +100,52 @@ def end_of_turn(tokenizer: Any, chat: Chat, number: int = 1) -> TokenIds:
 def _chat_tokens(row: SourceRow, tokenizer: Any, chat: Chat = NO_CHAT) -> tuple[TokenIds, TokenIds]:
     """Tokens of the turns before the answer, and of the chat with its answer."""
     before, answer = chat_and_answer(row)
-    prompt = chat_ids(tokenizer, before, row.number, chat)
-    full = chat_ids(tokenizer, before + answer, row.number, chat, ended=True)
+    prompt = chat_ids(tokenizer, before, row, chat)
+    full = chat_ids(tokenizer, before + answer, row, chat, ended=True)
     # the prompt's length is where the labels begin
     if full[: len(prompt)] != prompt:
-        raise InputError(
-            f"row {row.number}: the chat template renders the prompt differently with its answer", field="data.messages"
-        )
+        raise _written_otherwise(row)
     return prompt, full
+
+
+def check_chat(row: SourceRow, tokenizer: Any, chat: Chat, *, answers: bool) -> None:
+    """Raise InputError for a chat that the template does not take, or whose prompt it writes otherwise with the answer.
+
+    By its texts: `tokenize` compares the tokens, which takes far longer.
+    """
+    before, answer = chat_and_answer(row) if answers else (turns(row)[0], [])
+    prompt = by_template(tokenizer, before, row, chat, tokenize=False)
+    # As a model is served the answer is not written by the template, unless it calls tools.
+    if answer and (not chat.enabled or answer[0].get("tool_calls")):
+        full = by_template(tokenizer, before + answer, row, chat, ended=True, tokenize=False)
+        if not full.startswith(prompt):
+            raise _written_otherwise(row)
+
+
+def _written_otherwise(row: SourceRow) -> InputError:
+    return row.error(
+        ": the model's chat template writes the prompt otherwise with its answer",
+        "leave the row out, or use another format",
+    )
 
 
 def chat_ids(
     tokenizer: Any,
-    turns: Turns,
-    number: int,  # of the row, for errors
+    chat_turns: Turns,
+    row: SourceRow,
     chat: Chat = NO_CHAT,
     *,
     ended: bool = False,
 ) -> TokenIds:
     """The tokens of a chat, as `by_template` writes it."""
-    encoded = by_template(tokenizer, turns, number, chat, ended=ended, return_dict=True)
+    encoded = by_template(tokenizer, chat_turns, row, chat, ended=ended, return_dict=True)
     return list(encoded["input_ids"])
 
 
 def by_template(
     tokenizer: Any,
-    turns: Turns,
-    number: int,  # of the row, for errors
+    chat_turns: Turns,
+    row: SourceRow | None,  # for errors; None: it is ours
     chat: Chat,
     *,
     ended: bool = False,
@@ -136,13 +155,14 @@ def by_template(
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=not ended, **form, **chat.template_kwargs)
+        return tokenizer.apply_chat_template(
+            chat_turns, add_generation_prompt=not ended, **form, **chat.template_kwargs
+        )
     except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
-        raise InputError(
-            f"row {number}: the model's chat template does not take it ({error})",
-            field="data.messages",
-            remedy="correct the row, or use another format",
-        ) from error
+        problem = f"the model's chat template does not take it ({error})"
+        if row is None:
+            raise InputError(f"a question: {problem}", field="model.path", remedy="correct the template") from error
+        raise row.error(f": {problem}", "correct the row, or use another format") from error
 
 
 def order(count: int, seed: int) -> Iterator[int]:
@@ -258,6 +278,7 @@ def prompt_rows(
     seed: int,
     skip: int,  # those of earlier iterations
     count: int,
+    fits: Callable[[SourceRow], bool] = lambda row: True,  # as by `leaves_room`; other prompts are passed over
     leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
 ) -> list[SourceRow]:
     """Rows for prompts, after the first `skip` of the run's order."""
@@ -273,9 +294,24 @@ def prompt_rows(
             field="training.decontaminate",
             remedy="give other data",
         )
-    shuffled = order(len(kept), seed)
-    picked = [kept[i] for i in itertools.islice(shuffled, skip, skip + count)]
-    return [SourceRow(rows[i], source, i + 1) for i in picked]
+
+    def shuffled() -> Iterator[SourceRow]:
+        return (SourceRow(rows[kept[i]], source, kept[i] + 1) for i in order(len(kept), seed))
+
+    if not any(map(fits, itertools.islice(shuffled(), len(kept)))):
+        raise InputError(
+            f"no prompt of {source.source} leaves room for an answer",
+            field="training",
+            remedy="lower the tokens of an answer (recover.max_completion_length, training.max_new_tokens)",
+        )
+    return list(itertools.islice(filter(fits, shuffled()), skip, skip + count))
+
+
+def leaves_room(row: SourceRow, tokenizer: Any, chat: Chat, room: float) -> bool:
+    """Whether a row's prompt, as the model reads it, has at most so many tokens."""
+    prompt = prompt_of(row, chat)
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt, row, chat)
+    return len(ids) <= room
 
 
 def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Iterator[Tokens]:

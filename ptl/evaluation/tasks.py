@@ -143,11 +143,13 @@ def check_tasks(settings: Evaluate) -> None:
     A name can be checked only where lm_eval is installed; elsewhere the step checks it.
     """
     retention.texts(settings)
-    names = [task.name for task in settings.tasks]
-    for task in settings.tasks:
-        # A score is known by its task's name.
-        if names.count(task.name) > 1:
-            raise InputError(f"{task.name!r} is listed twice", field=FIELD, remedy="remove one")
+    # A score is known by its name: of a YAML, by the one that it gives.
+    names = [score_name(task) if can_find(task.name) else task.name for task in settings.tasks]
+    for task, name in zip(settings.tasks, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(
+                f"{name!r} is listed twice", field=FIELD, remedy="remove one, or rename it in a YAML of your own"
+            )
         for spec in find(task.name) if can_find(task.name) else ():
             choose_metric(spec, task.metric)
             # lm_eval itself would warn and ignore the number.

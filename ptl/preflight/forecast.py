@@ -92,7 +92,8 @@ class Forecast:
     @cached_property
     def schedules(self) -> dict[str, Schedule]:
         """Of each arm."""
-        return {"loop": self.config.schedule, "control": one_shot(self.config.schedule)}
+        control = {"control": one_shot(self.config.schedule)} if self.config.control else {}
+        return {"loop": self.config.schedule, **control}
 
     @cached_property
     def paths(self) -> dict[str, list[target.SizePath]]:

@@ -27,10 +27,7 @@ THOUGHT = 8192  # tokens of an answer that may hold a thought
 
 
 def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
-    """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
-
-    Where the recovery is not known yet (the import step), the first recover step checks it.
-    """
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions."""
     check_data(config.calibration, config.training, config.recover)
     check_rewards(config.recover, config.training)
     check_own_answers(config.training)

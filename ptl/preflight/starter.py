@@ -192,6 +192,8 @@ def run_name(model: str) -> str:
 
 def _as_seen_from(folder: Path, name: str) -> str:
     """A path of the command line as a config in `folder` names it; other names stay as they are."""
+    if "://" in name:
+        return name
     path = Path(name).expanduser()
     if path.is_absolute() or not path.exists():
         return str(path)

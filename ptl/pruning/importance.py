@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ptl.errors import WorkError
 from ptl.model.families import Family
 from ptl.pruning.experts import expert_neuron_scores, observe_expert_neurons, order_silent
 from ptl.pruning.layerwise import (
@@ -213,7 +214,13 @@ def _down_projection(layer: nn.Module, family: Family) -> Tensor:
 def keep_highest(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores: int64 [count], ascending; of equal scores the lower index stays.
 
-    Of scores [E, units] those of each of the E rows: [E, count].
+    Of scores [E, units] those of each of the E rows: [E, count]. Raises WorkError for scores that are no numbers.
     """
+    if scores.isnan().any():
+        raise WorkError(
+            "scores are NaN: the calibration text overflows the checkpoint's dtype",
+            field="prune",
+            remedy="set `dtype` in its config.json to bfloat16 or float32",
+        )
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[..., :count].sort().values

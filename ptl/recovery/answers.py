@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS
 from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
-from ptl.data.sequences import by_template, prompt_rows
+from ptl.data.sequences import by_template, leaves_room, prompt_rows
 from ptl.data.sources import SourceRow, fill, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
@@ -126,14 +127,18 @@ def in_place_of(sources: Sequence[DataSource], folder: Path, chat: Chat) -> tupl
 
 
 def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tuple[str, tuple[SourceRow, Any]]]:
-    """As the model reads it, each prompt with its row: so many of each source as its weight says."""
+    """As the model reads it, each prompt with its row: so many of each source as its weight says.
+
+    Of a prompt that leaves too little room for an answer the harness would cut off the beginning.
+    """
     total = sum(source.weight for source in data.prompted)
+    fits = partial(leaves_room, tokenizer=lm.tokenizer, chat=chat, room=lm.max_length - data.max_new_tokens)
     for source in data.prompted:
         count = max(1, round(data.num_prompts * source.weight / total))
-        for row in prompt_rows(source.prompts_only, seed=seed, skip=0, count=count):
+        for row in prompt_rows(source.prompts_only, seed=seed, skip=0, count=count, fits=fits):
             prompt = text = prompt_of(row, chat)
             if not isinstance(prompt, str):  # by the harness a turn that the template refuses would be left out
-                text = by_template(lm.tokenizer, prompt, row.number, chat, tokenize=False)
+                text = by_template(lm.tokenizer, prompt, row, chat, tokenize=False)
             yield text, (row, prompt)
 
 

@@ -30,12 +30,12 @@ def distil(
     carry loss, float32 [N, V] each. trl's DistillationTrainer has no next-token loss to mix in, and takes prompts, not
     tokenized sequences of an exact total; so the loss is our own.
     """
-    teacher = load_teacher(src, settings, job)
+    teacher = load_teacher(settings, job)
     return sft.train(src, dst, settings, job, _trainer(settings, teacher))
 
 
-def load_teacher(src: Path, settings: RecoverStage, job: RecoveryJob) -> Any:
-    """The teacher in its stored dtype. Raises InputError for another vocabulary."""
+def load_teacher(settings: RecoverStage, job: RecoveryJob) -> Any:
+    """The teacher in its stored dtype."""
     folder = job.teacher
     if settings.teacher:
         folder = hub.locate(settings.teacher, None, field=TEACHER)
@@ -45,12 +45,6 @@ def load_teacher(src: Path, settings: RecoverStage, job: RecoveryJob) -> Any:
             field=TEACHER,
             remedy="give a folder or a hub id",
         )
-    # the KL compares distributions over the same tokens
-    pretrained.compare_vocabularies(
-        pretrained.load_tokenizer(src).get_vocab(),
-        pretrained.load_tokenizer(folder, TEACHER).get_vocab(),
-        settings.teacher or str(folder),
-    )
     teacher = pretrained.causal_lm(folder, field=TEACHER)
     return teacher.eval().requires_grad_(False)
 

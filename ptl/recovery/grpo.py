@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from ptl.config.chat import Chat
 from ptl.config.data import Reward
 from ptl.config.recover import RecoverStage
 from ptl.data import chat_templates, decontamination
-from ptl.data.sequences import chat_ids, prompt_rows
+from ptl.data.sequences import leaves_room, prompt_rows
 from ptl.data.sources import fill, prompt_of
 from ptl.errors import InputError, WorkError
 from ptl.model import checkpoint, pretrained
@@ -65,7 +67,7 @@ def prompts(
 ) -> list[PromptRow]:
     """The prompts of this iteration with their references; none was in an earlier iteration while the data lasts.
 
-    Raises InputError for an iteration without a step, and for a prompt that leaves no room for an answer.
+    None leaves too little room for an answer. Raises InputError for an iteration without a step.
     """
     steps_before, steps = job.budget.part(settings.steps)
     if not steps:
@@ -77,11 +79,13 @@ def prompts(
         )
     # an optimizer step takes several answers to each of its prompts
     per_step = settings.batch_size // settings.num_generations
+    room = math.inf if positions is None else positions - settings.max_completion_length
     picked = prompt_rows(
         settings.prompt_source(job.data),
         seed=job.budget.seed,
         skip=steps_before * per_step,
         count=steps * per_step,
+        fits=partial(leaves_room, tokenizer=tokenizer, chat=job.chat, room=room),
         leak_filter=leak_filter,
     )
     rows = []
@@ -89,18 +93,6 @@ def prompts(
         prompt = prompt_of(row, job.chat)
         references = {_reference(i): fill(reward.reference_template, row) for i, reward in enumerate(settings.rewards)}
         rows.append({"prompt": prompt, **references})
-        if positions is None:
-            continue
-        is_text = isinstance(prompt, str)
-        ids = tokenizer(prompt)["input_ids"] if is_text else chat_ids(tokenizer, prompt, row.number, job.chat)
-        length = len(ids) + settings.max_completion_length
-        if length > positions:
-            raise InputError(
-                f"prompt {row.number} of {row.source.source} and an answer of {settings.max_completion_length} "
-                f"tokens are {length} tokens, the model has {positions} positions",
-                field="recover.max_completion_length",
-                remedy="lower it, or leave such prompts out",
-            )
     return rows
 
 
@@ -116,12 +108,7 @@ def reader(chat: Chat, tokenizer: Any) -> Callable[[Any], str]:
     """
     if not chat.enabled:
         return text_of
-    if any(token.special and chat.delimits(str(token)) for token in tokenizer.added_tokens_decoder.values()):
-        raise InputError(
-            f"{' and '.join(chat.thought)} are special tokens, which trl leaves out of what its rewards read",
-            field="chat.thought",
-            remedy="recover by distil or cpt, or without thoughts (chat.template_kwargs)",
-        )
+    chat_templates.check_thoughts(tokenizer, chat)
     begun = chat.thought[0] if chat.is_thinking(chat_templates.opening(tokenizer, chat)) else ""
     return lambda completion: chat.answer(begun + text_of(completion))
 
@@ -140,7 +127,7 @@ def reward_function(index: int, reward: Reward, read: Callable[[Any], str]) -> C
 def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
     from trl import GRPOConfig
 
-    return GRPOConfig(
+    config = GRPOConfig(
         **training.arguments(settings, job),
         max_steps=steps,
         num_generations=settings.num_generations,
@@ -154,6 +141,7 @@ def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
         use_vllm=torch.cuda.is_available() and find_spec("vllm") is not None,
         vllm_mode="colocate",
     )
+    return training.on_one_gpu(config)
 
 
 def _limits(settings: RecoverStage, tokens: int | None) -> Any:

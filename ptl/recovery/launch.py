@@ -49,7 +49,14 @@ def processes_here(settings: RecoverStage, machines: Machines) -> int:
             field="resources.steps.recover.nodes",
             remedy=f"set it to {gpus} at most for a run on one machine",
         )
-    return stands_for * settings.processes if settings.processes else gpus or stands_for
+    wanted = stands_for * settings.processes if settings.processes else gpus or stands_for
+    if 0 < gpus < wanted:
+        raise InputError(
+            f"{wanted} processes, and this machine has {gpus} GPUs",
+            field="recover.processes",
+            remedy="lower it, or raise resources.steps.recover.accelerators",
+        )
+    return wanted
 
 
 def processes_of_all(settings: RecoverStage, machines: Machines) -> int:

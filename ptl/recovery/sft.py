@@ -190,7 +190,7 @@ def sft_arguments(settings: RecoverStage, job: RecoveryJob) -> Any:
     """trl's SFTConfig of a stage."""
     from trl import SFTConfig
 
-    return SFTConfig(
+    config = SFTConfig(
         **training.arguments(settings, job),
         weight_decay=settings.weight_decay,
         num_train_epochs=1,
@@ -200,3 +200,4 @@ def sft_arguments(settings: RecoverStage, job: RecoveryJob) -> Any:
         train_sampling_strategy="sequential",  # they come shuffled, and in the same batches for any number of processes
         include_num_input_tokens_seen="non_padding",
     )
+    return training.on_one_gpu(config)

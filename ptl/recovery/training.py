@@ -33,6 +33,12 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
 
 
+def on_one_gpu(arguments: Any) -> Any:
+    """A trainer's arguments for one GPU, of several that its process may see: trl refuses to divide a batch."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def load(src: Path) -> Any:
     """The model in float32.
 

@@ -16,6 +16,7 @@ from ptl.config.chat import Chat
 from ptl.config.data import TrainingData
 from ptl.config.export import Export
 from ptl.config.image_names import own_revision
+from ptl.config.recover import Recovery
 from ptl.config.run import Calibration, Config, Evaluate, Gate, ModelSource, check
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError
@@ -46,6 +47,7 @@ def import_model(call: Call) -> None:
         "chat": call.section(Chat, "chat"),
         "calibration": call.section(Calibration, "calibration"),
         "training": call.section(TrainingData, "training"),
+        "recover": check(Recovery, {"stages": call.settings["recover"]}, "recover").stages,
         "evaluate": call.section(Evaluate, "evaluate"),
         "gate": call.section(Gate, "gate"),
     }
@@ -54,7 +56,7 @@ def import_model(call: Call) -> None:
     compiled = call.settings["answered"], call.settings["refreshed"]
     answers.check_structure(sections["calibration"], sections["training"], sections["chat"], *compiled)
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
-    folder, dimensions = preflight.preflight(Config.model_construct(model=model, recover=(), **sections))
+    folder, dimensions = preflight.preflight(Config.model_construct(model=model, **sections))
     assert dimensions is not None, "a step has torch"
     exports = [check(Export, export, "export") for export in call.settings["exports"]]
     # This step's image does not have llama.cpp.

@@ -117,8 +117,8 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
         own = in_place_of(data.sources, answers.folder(step), settings["chat"])
         data = data.model_copy(update={"sources": own})
     tracking.tag(step.run, {"tokens": iteration.tokens})
-    # Distillation learns from the model as it was before any pruning.
-    distils = any(stage.method == "distil" for stage in recovery.stages)
+    # Distillation learns from the model as it was before any pruning, or from a teacher of its own.
+    distils = any(stage.method == "distil" and not stage.teacher for stage in recovery.stages)
     budget = StageBudget(
         iteration.tokens,
         (),

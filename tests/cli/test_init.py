@@ -193,6 +193,7 @@ def test_what_is_left_to_fill_in_is_refused_until_it_is(ptl):
 
 
 def test_names_of_folders_and_files(init, qwen3_8b):
+    assert starter._as_seen_from(Path("there"), "s3://bucket/rows.jsonl") == "s3://bucket/rows.jsonl"
     qwen3_8b = qwen3_8b.rename("1e5")  # which is no text in YAML
     assert init("1e5", "-o", "x.yaml", "--force")[0].name == "1e5"
     # A folder of snapshots is not the hub's.

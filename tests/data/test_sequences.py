@@ -47,7 +47,7 @@ def test_a_chat_is_learned_from_where_its_answer_begins():
     assert "".join(map(chr, tokens.ids)) == "u1+1?;a2;"
     assert [label for label in tokens.labels("completion") if label != IGNORED] == [ord("2"), ord(";")]
     tokenizer.apply_chat_template = lambda chat, **_: {"input_ids": [len(chat)]}
-    with pytest.raises(InputError, match="row 1: the chat template renders the prompt differently"):
+    with pytest.raises(InputError, match=r"row 1 of x: .* writes the prompt otherwise"):
         tokenize(SourceRow({"messages": [ASKED, ANSWERED]}, source, 1), tokenizer, 64)
 
 
@@ -85,7 +85,7 @@ def test_messages_need_a_chat_template_that_takes_them():
     alternate = "{{ raise_exception('roles must alternate') }}"
     for template, reason in ((None, "chat_template is not set"), (alternate, "roles must")):
         tokenizer.chat_template = template
-        with pytest.raises(InputError, match=rf"row 7: .*{reason}"):
+        with pytest.raises(InputError, match=rf"row 7 of x: .*{reason}"):
             tokenize(row, tokenizer, 64)
 
 

@@ -19,6 +19,8 @@ def test_too_few_tokens_for_what_is_removed_and_too_many_passes_are_warned_of():
         assert len(Amount(tokens, 100_000, passes).warnings()) == warnings
     assert len(Amount(949, 100_000, None).warnings(least=0.009)) == 0
     assert planned_amount(load_config(TINY), 86_016).warnings() == []  # the shipped demo
+    its_own = load_config(TINY, {"training.answers": "self", "schedule.recovery_tokens": 8000})
+    assert planned_amount(its_own, 1_000_000).warnings()  # of answers that nobody has counted yet
 
 
 def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_path):

@@ -401,6 +401,7 @@ WRONG = [
     ([{"name": "gsm8k_cot", "metric": "exact_match,loose"}], "no filter 'loose'; use one of: strict-match, flexible"),
     ([{"name": YAML, "num_fewshot": 3}], "has no few-shot examples"),
     ([{"name": "gsm8k_cot"}, {"name": "gsm8k_cot"}], "listed twice"),
+    ([{"name": YAML}, {"name": YAML.replace("/", "//")}], "'tiny_reasoner' is listed twice; .* rename it"),
     ([{"name": "arc_easy", "metric": "acc", "samples": 2}], "samples=2, but the model writes no answers to the task"),
 ]
 

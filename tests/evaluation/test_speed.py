@@ -88,7 +88,7 @@ def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
     score = TaskScore("t", "1", "exact_match,none", 0, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0, 0.0)
     limits = set()
     for accuracy, samples, expected in ((0.5, 1, [4 / 2, 1 / 2]), (0.5, 2, [4 / 4, 1 / 4]), (0, 2, [None, None])):
-        settings = Evaluate(tasks=[Task(name=YAML, samples=samples)], speed=Speed(batch_sizes=(), repeats=3))
+        settings = Evaluate(tasks=[Task(name=YAML, samples=samples)], speed=Speed(batch_sizes=(1,), repeats=3))
         taken = iter((8, 1, 2, 5, 4, 1))
 
         def answered(_, task, *__, seed, taken=taken, accuracy=accuracy):
@@ -100,6 +100,6 @@ def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
         assert [models[name]["seconds_per_solved"] for name in "ab"] == expected
     assert limits == {(64, 1), (32, 2)}  # as many answers
     perplexity = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
-    settings = Evaluate(tasks=[perplexity], speed=Speed(batch_sizes=(), repeats=1))
+    settings = Evaluate(tasks=[perplexity], speed=Speed(batch_sizes=(1,), repeats=1))
     metadata = speed.side_by_side({"a": DENSE}, settings, seed=0)
     assert (metadata["task"], metadata["models"]["a"]["seconds_per_solved"]) == ("", None)

@@ -9,6 +9,7 @@ from checkout import DENSE
 from recovering import DATA, SOURCE, prune_to, recover
 from transformers import AutoTokenizer
 
+from ptl.config.chat import Chat
 from ptl.config.recover import Recovery
 from ptl.config.run import Calibration, Evaluate, ModelSource, load_config
 from ptl.errors import InputError
@@ -49,9 +50,10 @@ def no_weights(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("the weights were loaded"))
 
 
-def validate(model, *stages, calibration=TINY.calibration, evaluate=TINY.evaluate, training=TINY.training):
+def validate(model, *stages, calibration=TINY.calibration, evaluate=TINY.evaluate, training=TINY.training, chat=None):
     """What `ptl validate` does."""
     changed = {"model": ModelSource(path=str(model)), "calibration": calibration, "evaluate": evaluate}
+    changed |= {"chat": chat or TINY.chat}
     recovery = Recovery(stages=stages).stages if stages else TINY.recover
     preflight(TINY.model_copy(update={**changed, "training": training, "recover": recovery}))
 
@@ -78,12 +80,17 @@ def test_a_tokenizer_that_cannot_be_read_or_has_no_end_of_text(model, tmp_path, 
 
 def test_lengths_above_the_context(model, tmp_path):
     evaluate = Evaluate(**TINY.evaluate.model_dump() | {"max_length": 257})
+    long = Evaluate(tasks=[{"name": TINY.evaluate.tasks[0].name, "max_new_tokens": 256}])
     sft, grpo = CPT | {"max_length": 257}, GRPO | {"max_completion_length": 257, "rewards": [{"name": "final_answer"}]}
     scored = SCORED.model_copy(update={"max_length": 257})
     for field, check in [
         ("calibration.max_length", lambda: validate(model, calibration=scored)),
         ("calibration.max_length", lambda: prune(model, tmp_path, scored)),
         ("evaluate.max_length", lambda: validate(model, evaluate=evaluate)),
+        (
+            r"evaluate.tasks \(.*/tiny_reasoner.yaml: max_new_tokens\), and a prompt,",
+            lambda: validate(model, evaluate=long),
+        ),
         ("recover.max_length", lambda: validate(model, CPT, sft)),
         ("recover.max_length", lambda: recover(model, tmp_path / "out", CPT, sft)),
         ("recover.max_completion_length", lambda: validate(model, CPT, grpo)),
@@ -119,9 +126,27 @@ def test_chats_need_a_template_and_an_answer(model, tmp_path):
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     validate(model, training=chats)
 
+    # What the template says of each row: a role that it refuses, a prompt that it writes otherwise with its answer.
+    system = json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *CHAT]}) + "\n"
+    path.write_text(3 * answered + system)
+    for template, problem in (
+        (
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No.') }}{% endif %}{% endfor %}",
+            "No.",
+        ),
+        ("{% if messages[0].role == 'system' %}{{ messages | length }}{% endif %}", "writes the prompt otherwise"),
+    ):
+        (model / "chat_template.jinja").write_text(template)
+        with pytest.raises(InputError, match=rf"^training\.sources\.1\.messages: row 4 of .*a\.jsonl: .*{problem}"):
+            validate(model, training=chats)
+
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     path.write_text(3 * answered + unanswered)
     chats, grpo = type(TINY.training)(sources=[source]), GRPO | {"rewards": [{"name": "math"}]}
     validate(model, grpo, training=chats)
+    eos = AutoTokenizer.from_pretrained(model).eos_token
+    with pytest.raises(InputError, match=r"^chat\.thought: .* special tokens, which trl leaves out"):
+        validate(model, grpo, training=chats, chat=Chat(enabled=True, thought=(eos, "x")))
     for check in (
         lambda: validate(model, CPT, grpo, training=chats),
         lambda: recover(model, tmp_path / "out", CPT, grpo, data=chats),

@@ -9,6 +9,7 @@ from tiny_models import build, change_config, save
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, load_config
 from ptl.config.schedule import Prune
+from ptl.data.checks import check_stages
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint, pretrained
@@ -26,12 +27,15 @@ def ways(folder, plain, tmp_path):
     """All of ptl that loads a model or its tokenizer."""
     settings = load_config(TINY, {"model.path": str(folder)})
     source = {"source": "x.jsonl", "format": "text"}
-    calibration, stage = Calibration(data=source, max_length=32), RecoverStage(method="distil", teacher=str(folder))
+    calibration, stage = (
+        Calibration(data=source, max_length=32),
+        RecoverStage(method="distil", teacher=str(folder), max_length=32),
+    )
     job = RecoveryJob(data=None, budget=None, scratch=tmp_path, on_log=print)
     amounts = {"unit": "neurons", "goal": 20_000, "end": 20_000, "seed": 0}
     return {
         "prune": lambda: prune_checkpoint(folder, tmp_path / "a", Prune(), calibration, **amounts),
-        "teacher": lambda: load_teacher(plain, stage, job),
+        "teacher": lambda: (check_stages(plain, [stage], None), load_teacher(stage, job)),  # as a recovery does
         "evaluate": lambda: evaluate_checkpoint(folder, tmp_path / "b", settings.evaluate, seed=0),
         "forecast": lambda: forecast(settings),
         "recover": lambda: training.load(folder),

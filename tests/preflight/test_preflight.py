@@ -15,6 +15,7 @@ from ptl.cli import app
 from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
+from ptl.local import run_directory
 from ptl.preflight import preflight, target
 
 STAGE = {"method": "cpt", "decay": "each"}
@@ -138,3 +139,18 @@ def test_commands_say_the_tokens_and_warn_before_anything_starts(command):
         assert done.exit_code == 0, done.output
         assert name == "submit" or "warning: 5,000,000,000 recovery tokens" in done.stderr
         assert "warning: schedule.tokens=doubling" in done.stderr and "warning: recover.decay=0.5" in done.stderr
+    assert command("plan", "chat.enabled=true").exit_code == 0  # of a model without a template
+
+
+def test_a_batch_that_this_machines_processes_cannot_divide_is_refused_before_a_run_begins(command, monkeypatch):
+    monkeypatch.setattr(run_directory, "open_run", lambda *_: pytest.fail("a run has begun"))
+    done = command("run", "recover.0.processes=3")
+    assert "times the 3 training processes" in str(done.exception)
+
+
+def test_what_only_the_control_cannot_reach_is_refused_where_there_is_one(command):
+    """The loop ends with layers, the control's one cut is of neurons alone."""
+    far = ("prune.target=neurons_then_layers", "schedule.cuts=uniform", "schedule.iterations=2", "schedule.target=0.7")
+    for name in ("validate", "plan"):
+        assert "cannot be reached" in str(command(name, *far).exception)
+        assert command(name, *far, "control=false").exit_code == 0

@@ -1,5 +1,6 @@
 """Scores against hand-computed values and against the whole model."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny_models import VARIANTS, batches, build, changes_by_removal, save
 from torch import nn
 
+from ptl.errors import WorkError
 from ptl.model.families import FAMILIES, Family
 from ptl.pruning.importance import _max, _mean, changes_after_norm, keep_highest, layer_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
@@ -73,6 +75,8 @@ def test_scores_computed_by_hand_of_which_the_highest_are_kept_and_the_lower_ind
     scores = torch.tensor([2.0, 1.0]).repeat(500)  # so many that a sort that is not stable mixes them
     assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
     assert keep_highest(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 1.0]]), 2).tolist() == [[1, 2], [0, 1]]
+    with pytest.raises(WorkError, match=r"scores are NaN: .*; set `dtype` in its config\.json to bfloat16"):
+        keep_highest(torch.tensor([1.0, math.nan]), 1)
 
 
 NIGHTLY = [pytest.param(variant, marks=pytest.mark.nightly) for variant in ("gemma3_text", "exaone4", "cohere2")]

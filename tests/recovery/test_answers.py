@@ -85,6 +85,13 @@ def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path,
     assert 0 < report.kept <= report.ended < 9 and "hit the limit of 25 tokens" in capsys.readouterr().out
     report, rows, _ = written(tmp_path / "b", max_new_tokens=8, keep="all")
     assert (report.ended, report.kept) == (0, 12) and all(row["messages"][1]["content"] for row in rows)
+    # Nor is one of use to a prompt whose beginning the context has no room for: others are answered.
+    report, short, _ = written(tmp_path / "e", max_new_tokens=200, keep="all")
+    lengths = [
+        [len(pretrained.tokenizer(THINKER)(row["messages"][0]["content"])["input_ids"]) for row in each]
+        for each in (short, rows)
+    ]
+    assert report.prompts == 12 and max(lengths[0]) < 56 < max(lengths[1])
 
 
 def test_rows_need_no_answers_of_their_own(tmp_path):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from chats import tokenizer_with
 from recovering import DATA, DENSE, as_if_died_after, cut, recover, weights
+from transformers import TrainingArguments
 
 from ptl.config.chat import Chat
 from ptl.config.recover import RecoverStage
 from ptl.data.checks import check_rewards
 from ptl.errors import InputError, WorkError
 from ptl.model import pretrained
-from ptl.recovery import grpo
+from ptl.recovery import grpo, sft
 from ptl.recovery.job import RecoveryJob, StageBudget
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("grpo")]
@@ -103,6 +104,15 @@ def test_steps_are_shared_out_and_prompts_of_iterations_carry_their_references(s
         prompts(small, tmp_path, 1, (1, 2, 4, 8), steps=6)
 
 
+def test_a_single_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
+    """trl refuses to divide a batch among them without processes; here they are as if there."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    job = RecoveryJob(DATA, StageBudget(1500, (), 1, True, 0), tmp_path, lambda metrics, step: None)
+    stage = RecoverStage(**STAGE)
+    for arguments in (sft.sft_arguments(stage, job), grpo._arguments(stage, job, 1)):
+        assert arguments._n_gpu == 1
+
+
 def test_prompts_with_room_for_answers_and_rewards_are_checked_before_a_run(small, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"problem": "One plus one?", "solution": "2"}\n')  # without a completion
@@ -121,6 +131,8 @@ def test_prompts_with_room_for_answers_and_rewards_are_checked_before_a_run(smal
     rows, tokenizer = prompts(small, tmp_path), pretrained.tokenizer(small)
     longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
     assert prompts(small, tmp_path, max_completion_length=256 - longest) == rows
-    with pytest.raises(InputError, match=f"an answer of {257 - longest} tokens are 257 tokens") as refused:
-        prompts(small, tmp_path, max_completion_length=257 - longest)
-    assert refused.value.field == "recover.max_completion_length"
+    # Others come in the place of those that leave too little room.
+    others = prompts(small, tmp_path, max_completion_length=257 - longest)
+    assert len(others) == len(rows) and max(len(tokenizer(row["prompt"])["input_ids"]) for row in others) < longest
+    with pytest.raises(InputError, match=r"^training: no prompt of .* leaves room for an answer"):
+        prompts(small, tmp_path, max_completion_length=255)

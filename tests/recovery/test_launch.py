@@ -160,6 +160,9 @@ def test_a_machine_has_its_processes_or_all_and_a_batch_that_they_cannot_divide_
         assert counts == expected, (gpus, machines)
     with pytest.raises(InputError, match="2 nodes cannot share the 1 GPUs of this machine"):
         launch.processes_here(RecoverStage(), both)
+    with pytest.raises(InputError, match=r"^recover\.processes: 2 processes, and this machine has 1 GPUs"):
+        launch.processes_here(RecoverStage(processes=2), alone)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})
     assert not list(tmp_path.glob("out*"))

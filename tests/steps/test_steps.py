@@ -34,7 +34,7 @@ def gate(enabled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
-    sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "evaluate")}
+    sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "recover", "evaluate")}
     settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
     settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True, "refreshed": False}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
