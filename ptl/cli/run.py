@@ -65,6 +65,9 @@ def run(
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import RunnerJob
         from ptl.config import dag
+        from ptl.config.cluster import TRAINED
+        from ptl.recovery import launch
+        from ptl.recovery.job import Machines
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
@@ -75,7 +78,7 @@ def run(
 
             settings, left_out = announced(settings, torch.cuda.device_count())
         if runner == "subprocess":
-            _check_processes(settings)
+            launch.check_batches(settings.recover, Machines(settings.resources.nodes_of(TRAINED)))
         if runner == "docker":
             # With --s3 the address is not known yet, only that it will be a server's.
             containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
@@ -99,17 +102,6 @@ def run(
             _check_exports(directory, settings)
             if rehearse:
                 _conclude(directory, left_out, [arguments.shown(config), *_repeated(sets)])
-
-
-def _check_processes(config: Config) -> None:
-    """Raise InputError where this machine's GPUs cannot divide a batch, which the first recovery would find."""
-    from ptl.config.cluster import TRAINED
-    from ptl.recovery import launch
-    from ptl.recovery.job import Machines
-
-    machines = Machines(config.resources.nodes_of(TRAINED))
-    for stage in config.recover:
-        launch.sequences_per_pass(stage, launch.processes_of_all(stage, machines))
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:

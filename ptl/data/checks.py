@@ -79,7 +79,7 @@ def check_own_answers(training: TrainingData) -> None:
 
 
 def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
-    """Check local data where a recovery begins, which the import step does not know as well.
+    """Check local data where a recovery begins, which may be one by hand.
 
     Chats end with an answer, where a stage trains on them; prompts have what the rewards compare with.
     """

@@ -14,6 +14,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import IO
@@ -74,6 +75,12 @@ def sequences_per_pass(settings: RecoverStage, processes: int) -> int:
             field="recover.batch_size",
         )
     return settings.batch_size // parts
+
+
+def check_batches(stages: Sequence[RecoverStage], machines: Machines) -> None:
+    """Raise InputError for processes that these machines do not have, or that cannot divide a stage's batch."""
+    for stage in stages:
+        sequences_per_pass(stage, processes_of_all(stage, machines))
 
 
 def can_shard() -> bool:

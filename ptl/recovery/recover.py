@@ -44,8 +44,8 @@ def recover_checkpoint(
     """
     stages = recovery.stages
     budgets = recovery.budgets(iteration_tokens[-1])
+    launch.check_batches(stages, job.machines)
     for stage, tokens in zip(stages, budgets, strict=True):
-        launch.sequences_per_pass(stage, launch.processes_of_all(stage, job.machines))
         if tokens is not None and tokens < MIN_TOKENS:
             raise InputError(
                 f"{iteration_tokens[-1]} tokens for iteration {job.budget.iteration} leave {tokens or 'none'} "
