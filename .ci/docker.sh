@@ -117,6 +117,12 @@ RUN ldconfig && python3 -c "import bz2, ctypes, lzma, sqlite3, ssl, venv, zlib"
 DOCKERFILE
 }
 
+bake() {
+    (cd "$root" && BASE_IMAGE=$base SYSTEM_PACKAGES='' LOCKS=docker/locks/cpu HASHES=--verify-hashes \
+        REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+        nice docker buildx bake --file docker/docker-bake.hcl --progress plain --load "$@" >&2)
+}
+
 build_images() {
     if ! command -v mmdebstrap >/dev/null || ! docker buildx version >/dev/null 2>&1; then
         install_engine || { say "mmdebstrap and docker buildx are needed"; return 1; }
@@ -126,9 +132,9 @@ build_images() {
     if [ -n "$ca" ]; then args+=(--set "*.secrets=id=ca,src=$ca"); fi
     if [ -n "${PIP_FIND_LINKS:-}" ]; then args+=(--set "*.contexts.wheels=$PIP_FIND_LINKS"); fi
     say "building $* on $base"
-    (cd "$root" && BASE_IMAGE=$base SYSTEM_PACKAGES='' LOCKS=docker/locks/cpu HASHES=--verify-hashes \
-        REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown) \
-        nice docker buildx bake --file docker/docker-bake.hcl --progress plain --load "${args[@]}" "$@" >&2)
+    # Once more: stages that are built at once now and then lose a layer in the engine ("stat .../overlay2/...: no such
+    # file or directory"). What was built is kept, so that a build that can not succeed fails again at once.
+    bake "${args[@]}" "$@" || bake "${args[@]}" "$@"
 }
 
 case ${1:-} in
