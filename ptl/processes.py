@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,11 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 # Of a step on a cluster, unless the config says otherwise.
 RETRIES = 2  # further attempts
 RETRY_WAIT = 60  # seconds before the first of them
+
+
+def on_a_cluster() -> bool:
+    """Whether Kubeflow started this step; a local runner names the run by PTL_RUN_ID."""
+    return bool(os.environ.get("KFP_RUN_ID")) and not os.environ.get("PTL_RUN_ID")
 
 
 @contextlib.contextmanager
@@ -60,6 +66,10 @@ def _try_lock(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise InputError(
+            f"{file.name} cannot be locked: {error.strerror}", remedy="choose a folder on a file system with locks"
+        ) from error
     return True
 
 
@@ -67,12 +77,12 @@ def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
     """The error that names the holder of a lock file, by what the holder wrote into it."""
     file.seek(0)
     pid, _, namespace = file.read().partition(" ")
-    # An id from another container may belong to an unrelated process in this one.
+    # An id from another container or machine may belong to an unrelated process here.
     if namespace == _pid_namespace():
         holder = f"id {pid}"
         command = f"kill {pid}"
     else:
-        holder = "in another container"
+        holder = "in another container, or on another machine"
         command = "remove its container"
     return InputError(
         f"another process executes it (process {holder})",
@@ -82,8 +92,9 @@ def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
 
 
 def _pid_namespace() -> str:
-    """In which process ids have their meaning: a container has one of its own."""
-    return str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
+    """In which process ids have their meaning: a container has one of its own, which many machines number alike."""
+    namespace = str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
+    return f"{namespace} {socket.gethostname()}"
 
 
 @contextlib.contextmanager

@@ -276,12 +276,12 @@ def require_images(*steps):
 
 @pytest.fixture
 def docker(tmp_path, monkeypatch):
-    """A stub named docker: it notes arguments and settings in docker.log, says ANSWER, and fails where FAIL says so."""
+    """A stub named docker: it notes arguments and settings in docker.log, says ANSWER, or ERROR where FAIL matches."""
     program = tmp_path / "bin" / "docker"
     program.parent.mkdir()
     program.write_text(
         '#!/bin/sh\necho "$* | ${REGISTRY-} ${TAG-} ${BASE_IMAGE-} ${LOCKS-} ${HASHES-}" >>"$0.log"\n'
-        'case "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\nprintf %s "${ANSWER-}"\n'
+        'case "$*" in $FAIL) echo "${ERROR-no such thing}" >&2; exit 1 ;; esac\nprintf %s "${ANSWER-}"\n'
     )
     program.chmod(0o755)
     for name, value in {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "FAIL": "nothing"}.items():

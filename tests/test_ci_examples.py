@@ -53,7 +53,7 @@ def test_a_run_is_waited_for_and_its_table_written(run, tmp_path, code, word):
     assert (tmp_path / "table.md").read_text().splitlines() == [*head, *result]
 
 
-@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("gate off", 1, 1), ("rejected", 0, 1)])
+@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("gate off", 3, 3), ("rejected", 0, 3)])
 def test_the_path_on_one_machine(run, tmp_path, decision, verdict, code):
     """The order of the commands, what is compared, and the exit code."""
     scored = [("baseline", "dense"), ("accepted", "first"), (decision, "last")][:: 2 if decision == "rejected" else 1]

@@ -10,10 +10,6 @@ from ptl.extras import AbsentError, UnusableError
 GLIBC = "libc.so.6: version `GLIBC_2.38' not found (required by x)"
 
 
-def check(*command, name="x"):
-    extras.check_loads(name, [str(word) for word in command], field="export", remedy="take another")
-
-
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
@@ -28,7 +24,7 @@ def test_the_reason_is_the_systems(script, reason, tmp_path):
     program.write_text(script)
     program.chmod(0o755)
     with pytest.raises(UnusableError) as caught:
-        check(program)
+        extras.check_loads("x", [str(program)], field="export", remedy="take another")
     message = str(caught.value)
     assert message.startswith("export: x cannot be loaded here (") and reason in message
     assert message.endswith("; take another") and not isinstance(caught.value, AbsentError)
@@ -37,5 +33,5 @@ def test_the_reason_is_the_systems(script, reason, tmp_path):
 def test_what_is_not_installed_is_distinguished():
     for name, absent in (("no_such_module", True), ("another", False)):  # which lacks what it needs itself
         with pytest.raises(UnusableError) as caught:
-            check(sys.executable, "-c", "import no_such_module", name=name)
+            extras.check_loads(name, [sys.executable, "-c", "import no_such_module"], field="x", remedy="y")
         assert isinstance(caught.value, AbsentError) == absent

@@ -49,7 +49,7 @@ def test_a_lock_names_its_holder_and_is_free_when_that_was_killed(tmp_path):
     # An id of another container is not one to kill here.
     with processes.exclusive(lock, "step x"):
         lock.write_text("7 pid:[4026530000]")
-        refusal = pytest.raises(InputError, match=r"process in another container.*remove its container")
+        refusal = pytest.raises(InputError, match=r"in another container, or .*remove its container")
         with refusal, processes.exclusive(lock, "step x"):
             raise AssertionError("two at once")
 

@@ -4,7 +4,7 @@
 #
 #   examples/ci/local_path.sh [CONFIG [--set field=value ...]]     default: tiny.yaml, cut short
 #
-# Exit code: of the first step that fails; of `ptl compare` (0 not inferior, 1 inferior) when all work.
+# Exit code: of the first step that fails; of `ptl compare` (0 not inferior, 3 inferior) when all work.
 #
 #   PTL_HOME       where everything goes                                               default: .ptl/ci-path
 #   MARGIN         loss of accuracy that is tolerated, as a share                      default: 0.05
@@ -61,7 +61,7 @@ print(found[-1]["run_id"] if found else "")
 PYTHON
 }
 dense=$(evaluated baseline) final=$(evaluated accepted "gate off")
-[ -n "$final" ] || { echo "no iteration was accepted: the final model is the dense one" >&2; exit 1; }
+[ -n "$final" ] || { echo "no iteration was accepted: the final model is the dense one" >&2; exit 3; }
 verdict=0
 ptl compare "$dense" "$final" --margin "${MARGIN:-0.05}" || verdict=$?
 

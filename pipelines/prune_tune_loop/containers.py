@@ -14,6 +14,7 @@ from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.local import images
 from ptl.steps import mounts
+from ptl.storage import local_files
 
 LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
 SECTIONS = {"model", "calibration", "training", "recover", "evaluate"}  # where a config names files
@@ -37,6 +38,12 @@ def check(config: Config, tracking_uri: str) -> None:
             f"the engine has no {', '.join(absent)}",
             field="--runner docker",
             remedy=f"make them with `ptl images build{options}`, pull them, or correct images.registry and images.tag",
+        )
+    if "rootless" in _docker("info", "--format", "{{json .SecurityOptions}}"):
+        raise InputError(
+            "the engine is rootless: its containers reach no server here, and may not write to the run's folder",
+            field="--runner docker",
+            remedy="use the system's engine, or leave out --runner docker",
         )
     # The SDK follows no context of the docker command, only this variable.
     host = os.environ.get("DOCKER_HOST") or _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
@@ -93,7 +100,7 @@ def _writable_folders(folder: Path, caches: dict[str, str], artifacts: str) -> s
     """The run's folder, the hub's caches and a local store of artifacts; the engine would make missing ones as root."""
     folders = {folder, *map(Path, caches.values())}
     if artifacts.startswith("file://"):
-        folders.add(Path(artifacts.removeprefix("file://")))
+        folders.add(local_files.path_of(artifacts))
     for path in folders:
         path.mkdir(parents=True, exist_ok=True)
     return folders

@@ -78,7 +78,7 @@ def connect(server: Server) -> Api:
         warnings.simplefilter("ignore")
         client = Client(
             host=server.host,
-            existing_token=os.environ.get("KFP_TOKEN"),
+            existing_token=None if server.token_file else os.environ.get("KFP_TOKEN"),
             credentials=ServiceAccountTokenVolumeCredentials(str(server.token_file)) if server.token_file else None,
             namespace=server.namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
             ssl_ca_cert=str(server.ca_cert) if server.ca_cert else None,

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -148,7 +149,7 @@ def _temporary_files(run_folder: Path) -> Iterator[None]:
 
 def _with_interpreter(command: list[str], interpreter: str) -> list[str]:
     """A task's command with this interpreter; KFP would put it in place of every `python3`, in paths of inputs too."""
-    return [part.replace("python3 -m kfp", f"{interpreter} -m kfp") for part in command]
+    return [part.replace("python3 -m kfp", f"{shlex.quote(interpreter)} -m kfp") for part in command]
 
 
 def run_docker(job: RunnerJob, verbose: bool = False) -> None:
@@ -224,5 +225,6 @@ class _Tee(io.TextIOBase):
         for line in lines:
             before, mark, progress = line.partition(MARK)
             if self.verbose or (mark and not before.strip()):
-                self.show(line if self.verbose else progress)
+                with contextlib.suppress(OSError):  # a terminal that is gone: the log has the line
+                    self.show(line if self.verbose else progress)
         return len(text)

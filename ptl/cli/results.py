@@ -159,7 +159,7 @@ def compare(
     lengths = work.answers_table(old, new, [evaluation.seconds_per_solved for evaluation in evaluations])
     if lengths:
         print(lengths)
-    raise typer.Exit(int(any(pair.fails(strict) for pair in pairs.values())))
+    raise typer.Exit(3 if any(pair.fails(strict) for pair in pairs.values()) else 0)
 
 
 def _reach_stores(home: Path, s3: bool, *names: str, items: bool = False) -> None:
@@ -195,7 +195,9 @@ def _start_servers_of(source: str, uri: str) -> None:
 
 
 def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
-    """Fill `dst` with a verified checkpoint, and the model card where it has one."""
+    """Fill `dst` with a verified checkpoint, without optimizer state, and the model card where it has one."""
+    from ptl.model.checkpoint import STATE
+
     with arguments.writing(dst) as out, local_files.full_disk(out.parent):
         cache = out.with_name("cache")
         shutil.rmtree(cache, ignore_errors=True)  # by a killed command
@@ -205,6 +207,7 @@ def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
                 folder.rename(out)
             else:  # a store of files hands out its own folder
                 shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES, MLFLOW_META), dirs_exist_ok=True)
+            (out / STATE).unlink(missing_ok=True)
             if checkpoint.card is not None:
                 (out / "README.md").write_bytes(checkpoint.card)
         finally:

@@ -62,9 +62,6 @@ def run(
         if runner == "subprocess":
             extras.need_all(EXTRAS, "run")
         from pipelines.prune_tune_loop import containers
-        from pipelines.prune_tune_loop.pipeline import compile_pipeline
-        from pipelines.prune_tune_loop.runners import RunnerJob
-        from ptl.config import dag
         from ptl.config.cluster import TRAINED
         from ptl.recovery import launch
         from ptl.recovery.job import Machines
@@ -92,16 +89,24 @@ def run(
         with run_directory.working(directory, settings, containers.remove_leftovers if runner == "docker" else None):
             _print_start(directory, resumed, addresses, artifacts)
             started = time.monotonic()
-            pipeline = directory.path / "pipeline.yaml"
-            compile_pipeline(settings, pipeline)
-            steps = tuple(node.name for node in dag.nodes(settings))
-            parameters = {"earlier_runs": " ".join(directory.earlier)}
-            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps, parameters)
-            _execute(job, runner, directory, verbose)
-            _print_end(directory, resumed, time.monotonic() - started)
+            _execute(_job(settings, directory, environment, artifacts), runner, directory, verbose)
+            _print_end(directory, resumed, time.monotonic() - started, s3)
             _check_exports(directory, settings)
             if rehearse:
                 _conclude(directory, left_out, [arguments.shown(config), *_repeated(sets)])
+
+
+def _job(config: Config, directory: RunDir, environment: Environment, artifacts: str) -> RunnerJob:
+    """The compiled pipeline, with what its tasks need here."""
+    from pipelines.prune_tune_loop.pipeline import compile_pipeline
+    from pipelines.prune_tune_loop.runners import RunnerJob
+    from ptl.config import dag
+
+    pipeline = directory.path / "pipeline.yaml"
+    compile_pipeline(config, pipeline)
+    steps = tuple(node.name for node in dag.nodes(config))
+    parameters = {"earlier_runs": " ".join(directory.earlier)}
+    return RunnerJob(config, pipeline, directory.path, environment, artifacts, steps, parameters)
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
@@ -126,7 +131,7 @@ def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artif
         print(f"MLflow on {addresses['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl up --stop` stops both")
 
 
-def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
+def _print_end(directory: RunDir, resumed: bool, seconds: float, s3: bool) -> None:
     from ptl.report.render import terminal_text
     from ptl.report.result import Result
 
@@ -135,7 +140,9 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     report = (directory.path / "report.html").resolve()
     print(terminal_text(Result.model_validate_json(directory.result.read_text()), str(report)))
-    print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
+    # Without it, credentials in the environment would lead to another store.
+    option = " --s3" if s3 else ""
+    print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR{option}` copies the final one")
 
 
 def _check_exports(directory: RunDir, config: Config) -> None:

@@ -108,9 +108,9 @@ class Resources(Section):
 
     # Which nodes, queues and images.
     tolerations: tuple[Toleration, ...] = ()
-    """tolerations of prune, recover, evaluate and export"""
+    """tolerations of prune, recover, evaluate and export-compressed-tensors"""
     node_selector: dict[str, str] = Field({})
-    """labels of the nodes for prune, recover, evaluate and export, for example nvidia.com/gpu.product"""
+    """labels of the nodes for the same steps, for example nvidia.com/gpu.product"""
     queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
     """Kueue LocalQueue"""
     image_pull_secrets: tuple[Name, ...] = ()

@@ -124,7 +124,7 @@ def check_settings(
         lengths["evaluate.max_length"] = evaluate.max_length
     if training.answers == "self":
         longest = training.max_new_tokens
-        lengths["training.max_new_tokens, and a prompt,"] = longest + 1
+        lengths["training.max_new_tokens and a prompt"] = longest + 1
         if evaluate.max_length is not None and longest >= evaluate.max_length:
             raise InputError(
                 f"{longest} leaves no room for a prompt in evaluate.max_length={evaluate.max_length}",
@@ -132,7 +132,7 @@ def check_settings(
                 remedy="lower it, or raise evaluate.max_length",
             )
     lengths |= {
-        f"evaluate.tasks ({task.name}: max_new_tokens), and a prompt,": task.max_new_tokens + 1
+        f"evaluate.tasks ({task.name}: max_new_tokens) and a prompt": task.max_new_tokens + 1
         for task in evaluate.tasks
         if task.max_new_tokens
     }

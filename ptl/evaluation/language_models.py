@@ -123,6 +123,8 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
     generation = lm.model.generation_config
     # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
     generation.max_new_tokens = None
+    # vLLM as the harness calls it, and the evaluation of a GGUF file, know none: forms would not be compared.
+    generation.repetition_penalty = None
     lm.sampling = recommended_sampling(src)
     ends = generation.eos_token_id
     lm.ends = {lm.eot_token_id, lm.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}

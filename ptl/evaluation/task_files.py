@@ -301,5 +301,8 @@ def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
         else:
             raw = read_json_lines(Path(local.file), "evaluate.data_dir", local.file)
         # None: a row of another split of the same file.
-        data_sets[split] = Dataset.from_list([row for row in map(local.row, raw) if row is not None])
+        rows = [row for row in map(local.row, raw) if row is not None]
+        if not rows:
+            raise InputError(f"{local.file} has no row of the split {split!r}", field="evaluate.data_dir")
+        data_sets[split] = Dataset.from_list(rows)
     return data_sets

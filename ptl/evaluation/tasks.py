@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits
 
 FIELD = "evaluate.tasks"
 ALLOW_CODE = "evaluate.allow_code"
+MLFLOW_NAME = re.compile(r"[\w./ :-]+")  # of a metric
 CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
 
 # Metrics of the harness that do not call an item right or wrong (lm_eval.api.metrics).
@@ -152,6 +154,12 @@ def check_tasks(settings: Evaluate) -> None:
             )
         for spec in find(task.name) if can_find(task.name) else ():
             choose_metric(spec, task.metric)
+            if not MLFLOW_NAME.fullmatch(spec.name):
+                raise InputError(
+                    f"MLflow takes no scores under the name of the task {spec.name!r}",
+                    field=FIELD,
+                    remedy="name it in its YAML with letters, digits, spaces and the signs - _ . : / alone",
+                )
             # lm_eval itself would warn and ignore the number.
             if task.num_fewshot and spec.num_fewshot == 0:
                 raise InputError(

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptl import address
+from ptl import address, processes
 from ptl.errors import InputError
 from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.mlflow_objects import Metrics, Tags, Values, ptl_keys, set_tags
@@ -93,8 +93,7 @@ def _reopen(client: MlflowClient, child: Run) -> None:
 
 def _plugin_run_id() -> str | None:
     """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
-    on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
-    return os.environ.get("MLFLOW_RUN_ID") if on_cluster else None
+    return os.environ.get("MLFLOW_RUN_ID") if processes.on_a_cluster() else None
 
 
 def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, tags: Tags) -> Run:

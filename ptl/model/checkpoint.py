@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # Names that transformers looks for in a folder
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
+# Optimizer state between two recoveries. In the form of safetensors under another name: vLLM loads all that end so
+STATE = "recovery_state.moments"
 MLFLOW_FILES = ("MLmodel", "registered_model_meta")  # what write_mlflow_model writes, and MLflow itself
 MISTRAL_CONFIG = "params.json"  # beside config.json in Mistral's repositories; vLLM may prefer it
 ADAPTER = "adapter_config.json"  # of PEFT
@@ -216,7 +217,7 @@ def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> Non
     """
     check_links(src)
     # The caller writes the weights, and with them the index and the config; manifests would be out of date.
-    excluded_names = {INDEX, "config.json", MISTRAL_CONFIG, "ptl-files.json", *MLFLOW_FILES, *excluded}
+    excluded_names = {INDEX, STATE, "config.json", MISTRAL_CONFIG, "ptl-files.json", *MLFLOW_FILES, *excluded}
     for path in [*src.iterdir(), *src.glob(f"{CHAT_TEMPLATES}/*.jinja")]:
         is_excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
         if path.is_file() and not is_excluded:

@@ -6,7 +6,6 @@ accelerators and disk. doctor_cluster has what only Kubeflow needs.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -161,7 +160,8 @@ def _s3(root: str) -> str:
     from botocore.exceptions import ClientError
 
     bucket, prefix = s3.split(root)
-    item: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/doctor-{uuid.uuid4().hex}"}
+    # Of the names that steps delete too: a policy may allow no others.
+    item: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/doctor.training-{uuid.uuid4().hex}"}
     client = s3.client(attempts=2)  # a step tries longer; here somebody waits
     with s3.explained(root):
         client.put_object(**item, Body=b"ptl doctor", IfNoneMatch="*")
@@ -173,8 +173,7 @@ def _s3(root: str) -> str:
                 raise
             return f"{root} is writable and refuses a second writer"
         finally:
-            with contextlib.suppress(ClientError):  # the policy of the steps need not allow it: they never delete
-                client.delete_object(**item)
+            client.delete_object(**item)
     raise DoubtError(
         f"{root} is writable, but ignores If-None-Match",
         remedy="use a store with conditional writes (AWS, SeaweedFS 4), or never retry a step while it still runs",

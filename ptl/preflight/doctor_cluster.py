@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ptl import processes
 from ptl.config.cluster import TRAINED
 from ptl.config.image_names import with_options
 from ptl.config.run import Config, check
@@ -54,7 +54,7 @@ def task(settings: dict[str, Any], experiment: str) -> None:
     storage = config.storage.model_copy(update={"experiment": experiment})
     findings = step_environment(config.model_copy(update={"storage": storage}))
     # A local runner, which names the run by PTL_RUN_ID, trains without Kubeflow Trainer.
-    if os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID"):
+    if processes.on_a_cluster():
         findings += trainer_in_step(config)
     # All findings go to the step's log, the errors into its message too.
     print(*findings, sep="\n", flush=True)

@@ -23,7 +23,7 @@ from ptl.model.families import family_of
 from ptl.model.safetensors_io import Entry, NewTensor
 from ptl.recovery import launch
 from ptl.recovery.job import RecoverReport, RecoveryJob, StageBudget
-from ptl.storage.local_files import COMPLETE, FULL, last_complete, step_of
+from ptl.storage.local_files import FULL, last_complete, mark_complete, step_of
 
 LOGGING_STEPS = 10  # optimizer steps between logged losses, at most
 COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
@@ -168,7 +168,7 @@ def watch(job: RecoveryJob) -> Any:
             if not state.is_world_process_zero:
                 return
             folder = job.scratch / f"checkpoint-{state.global_step}"
-            (folder / COMPLETE).touch()
+            mark_complete(folder)
             if job.store is not None:
                 job.store.save_if_due(folder)
 

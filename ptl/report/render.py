@@ -111,7 +111,6 @@ def _hub_metadata(result: Result) -> str:
         pipeline_tag="text-generation",
         base_model=result.model.model if HUB_ID.fullmatch(result.model.model) else None,
         tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
-        license=result.model.license or None,
         datasets=list(filter(HUB_ID.fullmatch, sources)) or None,
         metrics=list(dict.fromkeys(map(words.metric, scores))) or None,
         eval_results=scored or None,

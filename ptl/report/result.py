@@ -187,7 +187,6 @@ class Source(BaseModel):
 
     model: str  # path or hub id
     revision: str
-    license: str = ""
 
 
 class Tracking(BaseModel):

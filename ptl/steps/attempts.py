@@ -13,7 +13,7 @@ import re
 import uuid
 
 from ptl.errors import InputError, WorkError
-from ptl.processes import RETRIES, RETRY_WAIT
+from ptl.processes import RETRIES, RETRY_WAIT, on_a_cluster
 
 NO_SPACE = errno.ENOSPC  # exit code of a step's process that could not even write why it failed
 
@@ -55,11 +55,6 @@ def policy() -> Policy:
         pause=float(os.environ.get("PTL_RETRY_WAIT") or pause),
         timeout=float(timeout) if timeout else None,
     )
-
-
-def on_a_cluster() -> bool:
-    """Whether Kubeflow started this step; a local runner names the run by PTL_RUN_ID."""
-    return bool(os.environ.get("KFP_RUN_ID")) and not os.environ.get("PTL_RUN_ID")
 
 
 def claim(root: str, run: str, step: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ptl import __version__
+from ptl import __version__, processes
 from ptl.config import dag
 from ptl.config.base import Section
 from ptl.config.data import DataSource
@@ -24,7 +24,6 @@ from ptl.evaluation import gate, tasks
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
-from ptl.steps import attempts
 from ptl.storage import store
 from ptl.storage.manifest import file_digest
 from ptl.storage.store import Pointer, Record
@@ -129,7 +128,7 @@ class Call:
             # Without the variable the MLflow server decides where a new experiment keeps its artifacts.
             artifact_location=os.environ.get("PTL_ARTIFACT_ROOT"),
             # On one machine the run's id is its title.
-            title=self.settings.get("run_name") if attempts.on_a_cluster() else None,
+            title=self.settings.get("run_name") if processes.on_a_cluster() else None,
         )
 
 

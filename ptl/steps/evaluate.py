@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +21,8 @@ from ptl.model.dimensions import model_dimensions, smallest_cuts
 from ptl.model.families import family_of
 from ptl.steps.call import Call, Metadata, key_of, schedule_of
 from ptl.steps.reporting import kubeflow_metrics, score_tags
-from ptl.steps.step import Step
-from ptl.storage import store
+from ptl.steps.step import Step, scratch
+from ptl.storage import local_files, store
 from ptl.storage.store import Pointer, Record
 
 
@@ -90,21 +92,31 @@ def cuts_of(folder: Path, prune: Prune) -> dict[str, int]:
 
 def _scores(step: Step, source: Path, key: str) -> Metadata:
     """The scores of a checkpoint: those of an earlier run, or new ones. Their files are in the step's folder."""
-    from ptl.evaluation.evaluate import evaluate_checkpoint
-
     settings: Evaluate = step.settings["evaluate"]
     earlier = step.take_over(key)
-    if earlier:
-        scores = dict(earlier["scores"])
-    else:
-        report = evaluate_checkpoint(source, step.folder, settings, step.settings["chat"], seed=step.settings["seed"])
-        scores = dataclasses.asdict(report)
+    scores = dict(earlier["scores"]) if earlier else _scored(step, source, key)
     if step.settings["gate"].enabled and scores["tasks"][0]["low"] is None:
         # The task's YAML did not say that it has no accuracy.
         raise tasks.no_accuracy(settings.tasks[0])
     if step.call.step == "evaluate-0":
         retention.check_gate(step.settings["gate"], TextLosses(**scores["retention"]))
     return scores
+
+
+def _scored(step: Step, source: Path, key: str) -> Metadata:
+    """New scores, or those of an attempt that MLflow or the store did not answer afterwards."""
+    from ptl.evaluation.evaluate import evaluate_checkpoint
+
+    settings = step.settings
+    folder = scratch(step.call.step) / f"scored-{key[:12]}"
+    report_file = folder.with_suffix(".json")
+    if not report_file.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        report = evaluate_checkpoint(source, folder, settings["evaluate"], settings["chat"], seed=settings["seed"])
+        local_files.replace(report_file, json.dumps(dataclasses.asdict(report)).encode())
+    shutil.copytree(folder, step.folder, dirs_exist_ok=True)
+    return dict(json.loads(report_file.read_bytes()))
 
 
 def _warn_of_truncated_answers(scores: Metadata) -> None:

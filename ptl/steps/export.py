@@ -14,7 +14,6 @@ from ptl.steps import answers
 from ptl.steps.call import Call, Metadata
 from ptl.steps.reporting import accuracy
 from ptl.steps.step import Step
-from ptl.storage.store import Record
 
 Items = list[Metadata]  # of an evaluation
 
@@ -52,16 +51,14 @@ def _exported(step: Step, source: Path) -> Metadata:
     # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
     made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
     text = answers.calibration(step, settings["calibration"], settings["chat"])
+    iterations = call.settings["iterations"]
+    scored = {"dense": step.evaluation_of(dense, iterations), "final": step.evaluation_of(final, iterations)}
+    references = {name: step.fetch_items(record) for name, record in scored.items()}
     report, items = formats.write_and_score(
         folders, made, form, text, settings["evaluate"], settings["chat"], settings["seed"]
     )
     for note in report["notes"]:
         say(call.step, note)
-    iterations = call.settings["iterations"]
-    scored = {
-        "dense": step.evaluation_of(dense, iterations),
-        "final": step.evaluation_of(final, iterations),
-    }
     model = report["models"]["final"]
     return {
         "params": final.params,
@@ -72,15 +69,14 @@ def _exported(step: Step, source: Path) -> Metadata:
         "scored": {name: record.step for name, record in scored.items()},
         "pairs": _pairs(
             items,
-            _references(step, scored, items["final"], form),
+            _limited(references, items["final"], form),
             settings["gate"],
         ),
     }
 
 
-def _references(step: Step, scored: dict[str, Record], exported: Items, form: Export) -> dict[str, Items]:
+def _limited(items: dict[str, Items], exported: Items, form: Export) -> dict[str, Items]:
     """The items of the loop's evaluations; of those with more items than a limited form, only the form's own."""
-    items = {name: step.fetch_items(record) for name, record in scored.items()}
     if form.limit is None:
         return items
     keys = {(item["task"], item["id"]) for item in exported}

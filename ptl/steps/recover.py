@@ -13,7 +13,8 @@ from ptl.config.recover import Recovery
 from ptl.config.run import check
 from ptl.config.schedule import Iteration, Prune, token_weights
 from ptl.data import decontamination
-from ptl.lineage import tracking
+from ptl.errors import PtlError
+from ptl.lineage import mlflow_client, tracking
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.recovery.job import Log, RecoveryJob, StageBudget, is_node, machines, progress
@@ -146,7 +147,11 @@ def _reporter(step: Step, tokens: int) -> Log:
     def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
         # A group of their own beside the metrics of the step's result.
         train_metrics = {f"train/{name}": value for name, value in metrics.items()}
-        tracking.log_metrics(step.run, train_metrics, optimizer_step)
+        try:
+            with mlflow_client.briefly():
+                tracking.log_metrics(step.run, train_metrics, optimizer_step)
+        except PtlError as error:
+            say(step.run.step, f"warning: MLflow has no metrics of optimizer step {optimizer_step}: {error}")
         show(metrics, optimizer_step)
 
     return on_log

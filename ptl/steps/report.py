@@ -38,7 +38,8 @@ def report(call: Call) -> None:
     with Step(call, key=None) as step:
         config = check(Config, _run_config(call.settings), "settings")
         settings = config.model_dump(mode="json")
-        records = _records(step, config)
+        final = call.inputs["final"]
+        records = _records(step, config, final)
         # A control that failed has passed its input on, with the reason in its gate's state.
         control = call.inputs.get("control")
         result = build(
@@ -49,7 +50,6 @@ def report(call: Call) -> None:
             exports_failed=tracking.errors_of(step.run, [dag.export_step(export) for export in config.export]),
         )
         render(result, step.folder)
-        final = call.inputs["final"]
         write_manifests(final, records, config, step.folder)
         # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
@@ -89,8 +89,8 @@ def _run_config(settings: Metadata) -> Metadata:
     }
 
 
-def _records(step: Step, config: Config) -> dict[str, Record]:
-    """The records of the steps that were committed; that of an evaluation with its items."""
+def _records(step: Step, config: Config, final: Pointer) -> dict[str, Record]:
+    """The records of the steps that were committed; evaluations of the compared models with their items."""
     records = {}
     for node in dag.nodes(config):
         if dag.stage_of(node.name) in ("doctor", "report"):
@@ -99,9 +99,10 @@ def _records(step: Step, config: Config) -> dict[str, Record]:
         # Of a step that passed its input through, or of a control that failed, there is none.
         if record is None:
             continue
-        # The report compares iterations item by item.
         if record.metadata["stage"] == "evaluate":
-            record.metadata["items"] = step.fetch_items(record)
+            compared = record.metadata["iteration"] == 0 or record.metadata["arm"] == "control"
+            if compared or record.metadata["checkpoint"]["digest"] == final.digest:
+                record.metadata["items"] = step.fetch_items(record)
         records[node.name] = record
     return records
 

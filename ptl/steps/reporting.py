@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptl import address
+from ptl import address, processes
 from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.evaluation.retention import TextLosses
@@ -160,7 +160,7 @@ def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mappi
     step = Call.load({**call, "inputs": {}})
     # A run reaches its report without an export, and on a cluster without its control: on one machine somebody sees
     # that fail, and the same command resumes it.
-    dispensable = step.arm == "export" or (step.arm == "control" and attempts.on_a_cluster())
+    dispensable = step.arm == "export" or (step.arm == "control" and processes.on_a_cluster())
     if not dispensable:
         leave_for_runner(step.step, failure)
     announce(step, failure)

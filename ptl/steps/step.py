@@ -25,14 +25,14 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from ptl import __version__
+from ptl import __version__, processes
 from ptl.config.base import flat_settings
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.recovery.job import is_node, machines
-from ptl.steps import attempts, reporting
+from ptl.steps import reporting
 from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
 from ptl.storage import store
 from ptl.storage.manifest import FILES, digest_of
@@ -164,7 +164,7 @@ class Step:
             return store.fetch(pointer, scratch("cache"))
         except WorkError as error:
             # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
-            if attempts.on_a_cluster() or not pointer.step:
+            if processes.on_a_cluster() or not pointer.step:
                 raise
             with contextlib.suppress(PtlError):  # where the store does not answer, the error is that
                 store.mark_damaged(self.run.root, self.run.run, pointer)
@@ -189,7 +189,7 @@ class Step:
             raise WorkError(
                 f"the record of {step} is gone, and this step needs what it made",
                 field=f"run {self.run.run}",
-                remedy="start a new run" if attempts.on_a_cluster() else "run the same command again",
+                remedy="start a new run" if processes.on_a_cluster() else "run the same command again",
             )
         return record
 
@@ -316,7 +316,7 @@ class Step:
 
 def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
-    is_step = attempts.on_a_cluster() and not is_node(environment)
+    is_step = processes.on_a_cluster() and not is_node(environment)
     return is_step and machines(environment).count > 1
 
 

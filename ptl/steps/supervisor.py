@@ -25,7 +25,7 @@ from typing import Any
 from ptl import processes
 from ptl.log import say
 from ptl.steps import mounts
-from ptl.steps.attempts import NO_SPACE, Failure, Policy, on_a_cluster, policy
+from ptl.steps.attempts import NO_SPACE, Failure, Policy, policy
 from ptl.storage import local_files
 
 PROCESS = "ptl.steps.process"  # the module that does the work
@@ -167,5 +167,5 @@ def _unexplained(exit_code: int) -> str:
     name = signal.Signals(-exit_code).name
     if name != "SIGKILL":
         return f"its process was killed by {name}"
-    remedy = "raise resources.memory, or lower the batch size" if on_a_cluster() else "free memory"
+    remedy = "raise resources.memory, or lower the batch size" if processes.on_a_cluster() else "free memory"
     return f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"

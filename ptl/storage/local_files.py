@@ -142,6 +142,14 @@ def check(root: str) -> None:
         ) from error
 
 
+def mark_complete(folder: Path) -> None:
+    """Mark a training checkpoint as written to its end, after its bytes: the power may fail at any time."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+    (folder / COMPLETE).touch()
+    _sync(folder)
+
+
 def last_complete(scratch: Path) -> Path | None:
     """The newest training checkpoint that was written to its end; a kill may have left later ones half-written."""
     # each is marked after all processes have written their parts

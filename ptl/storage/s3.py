@@ -326,9 +326,10 @@ def check(root: str) -> None:
     """Raise InputError for missing or wrong credentials, a wrong endpoint or a missing bucket, within seconds."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    bucket, _ = split(root)
+    bucket, prefix = split(root)
     # Few attempts: somebody waits for the answer, and a server that is restarting can be asked again.
+    # Not by HeadBucket, which a policy for one prefix refuses.
     try:
-        client(attempts=2).head_bucket(Bucket=bucket)
+        client(attempts=2).list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
     except (BotoCoreError, ClientError) as error:
         raise _error_for(InputError, error, root) from error

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptl.errors import PtlError
+from ptl.log import say
 from ptl.storage import store
 from ptl.storage.local_files import COMPLETE, last_complete, step_of
 from ptl.storage.manifest import FILES, digest_of, silent
@@ -33,12 +35,15 @@ class TrainingCheckpoints:
     last_saved: float | None = None  # time.monotonic(); of the first checkpoint until one is saved
 
     def save_if_due(self, folder: Path) -> None:
-        """Store a complete training checkpoint if the interval has passed."""
+        """Store a complete training checkpoint if the interval has passed; a store that fails is a warning."""
         now = time.monotonic()
         if self.last_saved is None:
             self.last_saved = now
         if now - self.last_saved >= self.minutes * 60:
-            self.save(folder)
+            try:
+                self.save(folder)
+            except PtlError as error:  # the training continues, and has a checkpoint on this disk
+                say(self.name, f"warning: no training checkpoint was stored: {error}")
             self.last_saved = time.monotonic()
 
     def save(self, folder: Path) -> None:

@@ -19,6 +19,7 @@ from ptl import __version__
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
 from ptl.lineage import locate, mlflow_objects, tracking
+from ptl.model.checkpoint import STATE
 from ptl.report.build import build
 from ptl.storage import store
 from ptl.storage.local_files import path_of
@@ -74,7 +75,8 @@ def made(folder, *, root=None, experiment="e", done=True):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PTL_RUN_ID", run)
         for i, step in enumerate(STEPS):
-            publish(step, {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i)}, params=100 - i)
+            files = {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i), STATE: b"state"}
+            publish(step, files, params=100 - i)
         for step, right in SCORES.items():
             publish(step, {"items.jsonl": items(right)})
         if done:

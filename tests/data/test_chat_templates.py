@@ -46,5 +46,3 @@ def test_an_answer_continues_its_prompt_and_follows_a_thought_that_has_an_end():
     for text, answer in (("<think>2</think>\n\n3", "3"), ("2</think>3", "3"), ("3", "3"), ("<think>#### 3", "")):
         assert chat.answer(text) == answer
     assert Chat(thought=["[THINK]", "[/THINK]"]).answer("[THINK]2[/THINK]3") == "3"
-    with pytest.raises(ValueError, match=r"must be two texts, such as \[<think>, </think>\]"):
-        Chat(thought=("", "</think>"))

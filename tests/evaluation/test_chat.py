@@ -75,11 +75,7 @@ def test_vllm_is_given_the_variables_and_nothing_else(monkeypatch):
 class Written:
     """A mock of the harness's model, which has answered already."""
 
-    texts = (
-        "    return 1\n```\nIt works.",
-        "<think>So:\n\n1 + 3</think>\n\n    4\n\nDone.",
-        "\n\n4\n\nDone.",
-    )
+    texts = ("    return 1\n```\nIt works.", "<think>So:\n\n1 + 3</think>\n\n    4\n\nDone.", "\n\n4\n\nDone.")
 
     def __init__(self, **_):
         pass

@@ -1,12 +1,10 @@
 from itertools import pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_paired import compared
 
 from ptl.config.run import Gate
-from ptl.errors import InputError
 from ptl.evaluation import gate, paired
 from ptl.evaluation.gate import State
 
@@ -65,10 +63,6 @@ def test_no_gate_calls_anything_accepted_and_a_strict_one_rejects_what_is_not_sh
     decided = gate.decide(Gate(), State(), params=400, target_params=500)
     assert (decided.decision, decided.keep, decided.state) == ("gate off", "candidate", State())
     assert decided.numbers == {"params": 400, "target_params": 500}  # no parent is known: nothing was compared with it
-    for enabled in (True, False):  # it is switched only with the pipeline
-        gate.check_structure(Gate(enabled=enabled), enabled)
-        with pytest.raises(InputError, match=f"gate.enabled: {str(enabled).lower()}, but"):
-            gate.check_structure(Gate(enabled=enabled), not enabled)
     unclear, strict = compared(18, 17, n=20), Gate(enabled=True, strict=True)
     assert unclear.verdict == "unclear"
     for pairs in ((unclear, GOOD), (GOOD, unclear)):

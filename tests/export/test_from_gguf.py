@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from checkout import EXAMPLE, ROOT
+from checkout import DENSE, EXAMPLE, ROOT
 from gguf_files import needs_llama_cpp
 
 from ptl.errors import InputError
@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 import from_gguf
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("converter_in_process")]
-DENSE = EXAMPLE / "checkpoint"
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import uuid
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from mlflow import MlflowClient
@@ -203,9 +204,7 @@ def test_exports_stay_unless_a_run_is_given_up_and_only_a_report_finishes_it(exp
 
 @pytest.mark.parametrize("experiment", ["local", pytest.param("served", marks=pytest.mark.nightly)], indirect=True)
 def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path, monkeypatch):
-    def kill(_files):
-        raise KeyboardInterrupt  # nothing that would handle an error runs
-
+    kill = mock.Mock(side_effect=KeyboardInterrupt)  # nothing that would handle an error runs
     run = loop()
     dense = run.imported()
     cut = run.work("prune-1", dense)
@@ -332,7 +331,7 @@ def test_a_run_that_is_at_work_is_not_collected(tmp_path):
         results._hold(stack, tmp_path, {"tiny-1", "another-run"})
 
 
-def test_command(finished_run, tmp_path, monkeypatch):
+def test_command(finished_run):
     def gc(*arguments):
         return CliRunner().invoke(app, ["gc", *arguments], catch_exceptions=False).output
 
@@ -345,10 +344,3 @@ def test_command(finished_run, tmp_path, monkeypatch):
     assert f"deleted: 5 items, {size(goes)} ({goes:,} bytes)" in gc(*experiment, "--older-than", "0", "--delete")
     after = listing(held.location)
     assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
-    with pytest.raises(InputError, match="'nowhere' is neither a folder nor a run"):
-        gc(*experiment, "--run", "nowhere")
-    with pytest.raises(InputError, match="--experiment: MLflow has no 'nowhere'"):
-        gc("--experiment", "nowhere")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(InputError, match="--home: no local runs in"):
-        gc("--home", str(tmp_path))

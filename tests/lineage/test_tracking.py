@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from ptl.config.data import TrainingData
 from ptl.config.run import Calibration
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError
 from ptl.lineage import mlflow_objects, tracking
 from ptl.report import run_page
 from ptl.storage import store
@@ -137,7 +137,7 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
     assert shown == expected | {"org/chats": ("abc", "decontamination")}
 
 
-def test_what_the_environment_lacks_is_an_input_error_and_a_silent_server_is_not(begin, client, monkeypatch):
+def test_a_deleted_experiment_and_a_run_without_an_id_are_input_errors(begin, client, monkeypatch):
     identity = client.create_experiment("gone", "file:///nowhere")
     client.delete_experiment(identity)
     with pytest.raises(InputError, match=r"storage.experiment: 'gone' was deleted"):
@@ -147,11 +147,34 @@ def test_what_the_environment_lacks_is_an_input_error_and_a_silent_server_is_not
         begin("prune-1")
     monkeypatch.setenv("KFP_RUN_ID", "from-kfp")
     assert begin("prune-1").run == "from-kfp"
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set"):
-        begin("prune-1")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(WorkError, match=r"MLflow at http://127.0.0.1:9: .*is the server up") as caught:
-        begin("prune-1")
-    assert "secret" not in str(caught.value)
+
+
+def test_the_plugins_runs_are_used_on_a_cluster(client, begin, tmp_path, monkeypatch):
+    """With Kubeflow's MLflow plugin a step continues in the run that the plugin made; its own names are prefixed."""
+    monkeypatch.delenv("PTL_RUN_ID")
+    monkeypatch.setenv("KFP_RUN_ID", f"kfp-{uuid.uuid4().hex[:8]}")
+    # It is documented to make, before a task starts, a parent and a nested run with its own parameter.
+    experiment = client.create_experiment(f"plugin-{uuid.uuid4().hex[:8]}", f"file://{tmp_path}/artifacts")
+    parent = client.create_run(experiment, run_name="pipeline run").info.run_id
+    child = client.create_run(experiment, tags={"mlflow.parentRunId": parent}, run_name="prune-1").info.run_id
+    client.log_param(child, "seed", "0")
+    monkeypatch.setenv("MLFLOW_RUN_ID", child)
+    step = begin("prune-1", 1)
+    assert (step.experiment_id, step.parent_run_id, step.run_id) == (experiment, parent, child)
+    assert step.root == f"file://{tmp_path}/artifacts/ptl" and step.run.startswith("kfp-")
+    assert client.get_run(parent).data.tags["ptl.role"] == "parent" and len(client.search_runs([experiment])) == 2
+    # Our own parameters do not clash with the plugin's.
+    tracking.finish(step, params={"seed": 7}, metrics={"params": 1.0}, inputs=[], output=None, step=1)
+    run = client.get_run(child)
+    assert run.data.params == {"seed": "0", "ptl.seed": "7"} and run.info.status == "FINISHED"
+    assert run.data.tags["ptl.step"] == "prune-1" and run.data.tags["mlflow.parentRunId"] == parent
+    monkeypatch.setenv("PTL_RUN_ID", "local")  # where a shell may have set the id of a run
+    assert begin("prune-1", 1).run_id != child
+    # Without a parent one is made beside it.
+    monkeypatch.delenv("PTL_RUN_ID")
+    monkeypatch.setenv("KFP_RUN_ID", f"{step.run}-other")
+    alone = client.create_run(experiment, run_name="alone")
+    monkeypatch.setenv("MLFLOW_RUN_ID", alone.info.run_id)
+    step = begin("prune-1", 1)
+    assert step.run_id == alone.info.run_id and step.parent_run_id != parent
+    assert client.get_run(step.run_id).data.tags["mlflow.parentRunId"] == step.parent_run_id

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ptl.config.chat import Chat
 from ptl.config.recover import Recovery
-from ptl.config.run import Calibration, Evaluate, ModelSource, load_config
+from ptl.config.run import Calibration, ModelSource, load_config
 from ptl.errors import InputError
 from ptl.model import checkpoint
 from ptl.model.hub import import_checkpoint
@@ -50,10 +50,9 @@ def no_weights(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("the weights were loaded"))
 
 
-def validate(model, *stages, calibration=TINY.calibration, evaluate=TINY.evaluate, training=TINY.training, chat=None):
+def validate(model, *stages, calibration=TINY.calibration, training=TINY.training, chat=None):
     """What `ptl validate` does."""
-    changed = {"model": ModelSource(path=str(model)), "calibration": calibration, "evaluate": evaluate}
-    changed |= {"chat": chat or TINY.chat}
+    changed = {"model": ModelSource(path=str(model)), "calibration": calibration, "chat": chat or TINY.chat}
     recovery = Recovery(stages=stages).stages if stages else TINY.recover
     preflight(TINY.model_copy(update={**changed, "training": training, "recover": recovery}))
 
@@ -79,21 +78,11 @@ def test_a_tokenizer_that_cannot_be_read_or_has_no_end_of_text(model, tmp_path, 
 
 
 def test_lengths_above_the_context(model, tmp_path):
-    evaluate = Evaluate(**TINY.evaluate.model_dump() | {"max_length": 257})
-    long = Evaluate(tasks=[{"name": TINY.evaluate.tasks[0].name, "max_new_tokens": 256}])
-    sft, grpo = CPT | {"max_length": 257}, GRPO | {"max_completion_length": 257, "rewards": [{"name": "final_answer"}]}
-    scored = SCORED.model_copy(update={"max_length": 257})
+    """In the steps; what `ptl validate` says of each is in golden/commands.txt."""
+    scored, sft = SCORED.model_copy(update={"max_length": 257}), CPT | {"max_length": 257}
     for field, check in [
-        ("calibration.max_length", lambda: validate(model, calibration=scored)),
         ("calibration.max_length", lambda: prune(model, tmp_path, scored)),
-        ("evaluate.max_length", lambda: validate(model, evaluate=evaluate)),
-        (
-            r"evaluate.tasks \(.*/tiny_reasoner.yaml: max_new_tokens\), and a prompt,",
-            lambda: validate(model, evaluate=long),
-        ),
-        ("recover.max_length", lambda: validate(model, CPT, sft)),
         ("recover.max_length", lambda: recover(model, tmp_path / "out", CPT, sft)),
-        ("recover.max_completion_length", lambda: validate(model, CPT, grpo)),
     ]:
         with pytest.raises(InputError, match=rf"^{field}: 257 is more than the model's 256 positions"):
             check()

@@ -19,11 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = tuple(range(4))
 
 
-@pytest.fixture(params=MOE_VARIANTS)
-def variant(request):
-    return request.param
-
-
 @pytest.fixture
 def source(variant, tmp_path):
     """A checkpoint in one of the layouts, the one or the other in turn."""
@@ -45,6 +40,7 @@ def test_experts_of_the_least_width_are_multiplied_in_groups(tmp_path):
 # ---- sizes
 
 
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
 def test_sizes_and_costs_are_those_of_the_real_model(variant, source):
     model, family, config = build(variant), family_at(source), checkpoint.read_config(source)
     body, static = model_dimensions(source, family), dimensions.static_cost(source)
@@ -150,6 +146,7 @@ def test_layers_that_guess_further_tokens_are_left_behind(tmp_path):
     assert torch.equal(logits(load(tmp_path / "pruned"), batches()[0]), logits(model, batches()[0]))
 
 
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
 def test_each_name_of_the_number_of_experts_is_read_and_written(variant, source, tmp_path):
     names = family_at(source).experts.counts
     experts = dict.fromkeys(expert_layers(build(variant)), torch.tensor([0, 2, 3, 5]))

@@ -22,16 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = tuple(range(4))
 
 
-@pytest.fixture(params=tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
-def variant(request):
-    return request.param
-
-
 @pytest.fixture
 def source(variant, tmp_path):
     return save(build(variant), tmp_path / "source")
 
 
+@pytest.mark.parametrize("variant", tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def test_layer_by_layer_it_computes_what_the_whole_model_does(variant, source):
     model, texts = build(variant), batches()
     texts[0]["labels"][:, :4] = -100  # a prompt
@@ -51,7 +47,7 @@ def test_layer_by_layer_it_computes_what_the_whole_model_does(variant, source):
     assert all(parameter.device.type == "meta" for parameter in layerwise.causal_lm.parameters())
 
 
-@pytest.mark.parametrize("variant", ["qwen2-sliding", "gemma2", "gemma3_text", "smollm3", "cwm"], indirect=True)
+@pytest.mark.parametrize("variant", ["qwen2-sliding", "gemma2", "gemma3_text", "smollm3", "cwm"])
 def test_lists_that_the_file_leaves_out_stay_with_their_layers(source):
     family, layers = family_at(source), (0, 1, 3)
     change_config(source, **dict.fromkeys(family.per_layer_fields, ...))

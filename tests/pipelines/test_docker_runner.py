@@ -40,6 +40,10 @@ def test_what_containers_need_is_asked_first(docker, monkeypatch):
         monkeypatch.setenv("FAIL", fails)
         with pytest.raises(InputError, match=message):
             containers.check(config, "http://")
+    monkeypatch.setenv("FAIL", "nothing")
+    monkeypatch.setenv("ANSWER", '["name=seccomp,profile=builtin","name=rootless"]')
+    with pytest.raises(InputError, match=r"the engine is rootless.*; use the system's engine"):
+        containers.check(config, "http://")
 
 
 def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_path):

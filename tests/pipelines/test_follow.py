@@ -38,23 +38,11 @@ def watch(world, said):
     return lambda: follow.watch(kfp_api.connect(Server(host=world.url)), "run", False, None, 0.01, said.append)
 
 
-def play(world, *names):
-    """Recorded answers that are of one run; returns its id."""
-    run = world.play(*names)
-    for look in world.played:
-        look["run_id"] = run
-    return run
-
-
 def rows(said):
     """The cells of the table by step; the first is its state."""
     table = next(text for text in said if "Step" in text and "State" in text)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
     return {cells[0]: cells[1:] for cells in lines}
-
-
-def states(said):
-    return {step: cells[0] for step, cells in rows(said).items()}
 
 
 def in_mlflow(run_id):
@@ -79,7 +67,7 @@ def test_recorded_runs(world, said, command, tracked):
     ):
         run = tracked(world.play(name), dict(zip(SIX, records, strict=False)))
         assert command() == code, name
-        assert list(states(said).items()) == list(zip(SIX, expected, strict=True))
+        assert [(step, cells[0]) for step, cells in rows(said).items()] == list(zip(SIX, expected, strict=True))
         assert f": {last}  {world.url}/#/runs/details/" in said[-1]
         assert ("import-model: InputError: x" in said) == ("FAILED" in expected)
         assert in_mlflow(run)[0] == parent, name
@@ -127,7 +115,7 @@ def test_what_is_running_after_the_end_was_killed_and_is_closed(world, said, com
 
 
 def test_a_wait_has_one_line_for_each_change(world, said, watch, tracked):
-    run = play(world, "run-pending", "run-running", "run-running", "run-running", "run-succeeded-6-tasks")
+    run = world.play("run-pending", "run-running", "run-running", "run-running", "run-succeeded-6-tasks")
     training = {"train/num_input_tokens_seen": 51_200, "train/loss": 0.4567}
     tracked(run, {"import-model": RUNNING | {"metrics": training}})
     assert watch() == 0
@@ -145,7 +133,7 @@ def test_ctrl_c_ends_the_wait_and_says_that_the_run_continues(watch, monkeypatch
 
 
 def test_cancel_waits_for_the_end_and_closes_mlflow(world, said, command, tracked):
-    run = play(world, "run-running", "run-canceling", "run-canceling", "run-canceled")
+    run = world.play("run-running", "run-canceling", "run-canceling", "run-canceled")
     world.answers = [("POST", ":terminate", "post-terminate")]
     parent = tracked(run, {"import-model": RUNNING})
     assert command(follow.cancel, run) == 0
@@ -160,7 +148,7 @@ def test_only_a_run_that_has_failed_is_retried(world, said, command, tracked):
     world.play("run-running")
     with pytest.raises(InputError, match="is RUNNING; only a run that failed or was canceled"):
         command(follow.retry)
-    run = play(world, "run-failed-step", "run-failed-step", "run-failed-step", "run-retried")
+    run = world.play("run-failed-step", "run-failed-step", "run-failed-step", "run-retried")
     old, *retried, _ = world.played
     for look in retried:
         look["state"] = "RUNNING"
@@ -218,7 +206,7 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked):
     world.played[0]["run_id"] = cluster.of_run[PODS][0]["metadata"]["labels"]["pipeline/runid"]
     tracked(world.played[0]["run_id"], {"import-model": {}})
     assert command() == 0
-    assert [states(said)[step] for step in ("evaluate-0", "prune-1", "recover-1")] == ["PENDING", "PENDING", "waiting"]
+    assert [rows(said)[step][0] for step in ("evaluate-0", "prune-1", "recover-1")] == ["PENDING", "PENDING", "waiting"]
     unschedulable = "Unschedulable: 0/1 nodes are available: 1 node(s) didn't match Pod's node affinity"
     assert any(text.startswith(f"prune-1: pending since 07:46 UTC: {unschedulable}") for text in said)
     run = world.play("run-oom", version="version-of-run-image-missing")

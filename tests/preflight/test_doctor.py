@@ -16,7 +16,6 @@ from checkout import ROOT, TINY
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from mlflow import MlflowClient
-from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
 
 from ptl.cli.app import app
@@ -76,7 +75,7 @@ def test_as_a_step_it_fails_with_every_error(config, bucket, monkeypatch, capfd)
 
 def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeypatch):
     real = doctor.s3.client(attempts=2)
-    names = ("head_bucket", "get_object", "delete_object")
+    names = ("list_objects_v2", "get_object", "delete_object")
     unconditional = SimpleNamespace(**{name: getattr(real, name) for name in names})
     unconditional.put_object = lambda IfNoneMatch, **rest: real.put_object(**rest)
     monkeypatch.setattr(doctor.s3, "client", lambda attempts: unconditional)
@@ -136,7 +135,7 @@ def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, 
     assert states(here()) == {"MLflow": "error"}
 
 
-def test_the_command_checks_what_the_environment_names(tmp_path, monkeypatch):
+def test_the_command_checks_what_the_environment_names(world, tmp_path, monkeypatch):
     calls = []
     for module, name in ((doctor, "local"), (doctor_cluster, "cluster")):
         monkeypatch.setattr(module, name, lambda _, *options, name=name: calls.append((name, *options)) or [])
@@ -150,35 +149,25 @@ def test_the_command_checks_what_the_environment_names(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
     assert command() == ("cluster", None, None, "kubeflow")
     assert command("--local")[0] == "local"
-    world = MockKubeflow(token="right")
-    try:  # with the login of submit
-        (tmp_path / "token").write_text("right")
-        monkeypatch.setenv("KFP_NAMESPACE", "team")
-        options = ["--host", world.url, "--token-file", str(tmp_path / "token"), "--kubeflow-namespace", "pipelines"]
-        _, health, *names = command(*options)
-        assert health()["tag_name"] == "2.17.0" and names == ["team", "pipelines"]
-    finally:
-        world.close()
+    world.token = "right"  # with the login of submit
+    (tmp_path / "token").write_text("right")
+    monkeypatch.setenv("KFP_NAMESPACE", "team")
+    options = ["--host", world.url, "--token-file", str(tmp_path / "token"), "--kubeflow-namespace", "pipelines"]
+    _, health, *names = command(*options)
+    assert health()["tag_name"] == "2.17.0" and names == ["team", "pipelines"]
     monkeypatch.setattr(doctor, "local", lambda *_: [doctor.Finding("disk", "error", "full", "free some")])
     assert CliRunner().invoke(app, ["doctor", str(TINY), "--local"]).exit_code == 1
 
 
-def test_images_in_a_registry(tmp_path, monkeypatch):
-    def docker(text, code=1):
-        """A mock of the docker command that says this of each image."""
-        (tmp_path / "docker").write_text(f"#!/bin/sh\necho '{text}' \"$4\" >&2\nexit {code}\n")
-        (tmp_path / "docker").chmod(0o755)
-
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    registry = {"images.registry": "registry.example.com/team", "images.tag": "1"}
-    config = load_config(TINY, registry)
-    docker("", code=0)
+def test_images_in_a_registry(docker, monkeypatch):
+    config = load_config(TINY, {"images.registry": "registry.example.com/team", "images.tag": "1"})
     assert "registry.example.com/team/ptl-recover:1" in checked("ok", doctor_cluster.images, config)
-    docker("no such manifest:")
+    monkeypatch.setenv("FAIL", "manifest inspect *")
+    monkeypatch.setenv("ERROR", "no such manifest:")
     assert "ptl-prune:1 is not in the registry" in checked("error", doctor_cluster.images, config)
     with_vllm = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"backend": "vllm"})})
     assert "ptl images push --with evaluate-vllm" in checked("error", doctor_cluster.images, with_vllm)
-    docker("unauthorized: authentication required")
+    monkeypatch.setenv("ERROR", "unauthorized: authentication required")
     checked("warning", doctor_cluster.images, config)
     # Without one a cluster has only what its nodes hold.
     assert "images.registry" in checked("error", doctor_cluster.images, load_config(TINY))

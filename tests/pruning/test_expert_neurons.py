@@ -16,21 +16,13 @@ from ptl.pruning.layerwise import LayerwiseModel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=NARROW_VARIANTS)
-def variant(request):
-    return request.param
-
-
-def stream_of(variant, folder, model):
-    return LayerwiseModel(save(model, folder, tokenizer=False), FAMILIES[variant], batches())
-
-
 # ---- scores
 
 
+@pytest.mark.parametrize("variant", NARROW_VARIANTS)
 def test_scores_are_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     model, some = build(variant), range(0, width_of(variant), 6)
-    stream = stream_of(variant, tmp_path, model)
+    stream = LayerwiseModel(save(model, tmp_path, tokenizer=False), FAMILIES[variant], batches())
     for criterion, expected in changes_by_removal(stream, some).items():
         scores = torch.stack(neuron_scores(stream, criterion, seed=0))
         torch.testing.assert_close(scores[..., some], expected, rtol=1e-3, atol=1e-4)

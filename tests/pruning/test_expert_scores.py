@@ -7,8 +7,6 @@ import torch
 from recovering import prune_to
 from tiny_models import MOE_VARIANTS, avoiding, batches, build, family_at, load, logits, router, save, skipping
 
-from ptl.config.data import DataSource
-from ptl.config.run import Calibration
 from ptl.errors import InputError
 from ptl.model import dimensions
 from ptl.model.dimensions import experts_for, model_dimensions
@@ -16,11 +14,6 @@ from ptl.pruning.experts import CRITERIA, expert_scores
 from ptl.pruning.layerwise import LayerwiseModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=MOE_VARIANTS)
-def variant(request):
-    return request.param
 
 
 @pytest.fixture
@@ -56,6 +49,7 @@ def one_by_one(model):
     return tokens, norms, weighted
 
 
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
 def test_scores_are_those_of_each_token_of_the_whole_model(variant, source):
     tokens, norms, weighted = one_by_one(build(variant))
     expected = {"frequency": tokens, "norm": norms / tokens.clamp(min=1), "reap": weighted / tokens.clamp(min=1)}
@@ -116,13 +110,6 @@ def test_as_many_experts_go_from_each_group_of_the_router(calibration, tmp_path)
         assert rows == [0, 1, 3, 4, 5, 7, 8, 9, 11]
     reference = avoiding(model, dict.fromkeys((1, 2, 3), torch.tensor(rows)))
     torch.testing.assert_close(logits(pruned, batch), logits(reference, batch), rtol=1e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize(("variant", "unit"), [("llama", "experts"), ("deepseek_v3", "neurons")])
-def test_a_unit_that_a_model_does_not_have_is_refused(variant, unit, tmp_path):
-    source, nothing = save(build(variant), tmp_path / "source"), Calibration(data=DataSource(source="x.jsonl"))
-    with pytest.raises(InputError, match=r"^prune\.target: "):
-        prune(source, nothing, tmp_path / "out", goal=1, unit=unit)
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe-dense", "glm4_moe", "gpt_oss"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chats import tokenizer_with
-from recovering import DATA, DENSE, as_if_died_after, cut, recover, weights
+from recovering import DATA, as_if_died_after, recover, weights
 from transformers import TrainingArguments
 
 from ptl.config.chat import Chat
@@ -21,11 +21,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("gr
 STAGE = {"method": "grpo", "learning_rate": 3e-4, "steps": 4, "batch_size": 16, "num_generations": 4, "save_steps": 2}
 STAGE |= {"max_completion_length": 44, "guard_prompts": 8, "processes": 1}
 STAGE |= {"rewards": [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
 
 
 def test_steps_move_the_weights_and_continue_after_a_kill(small, tmp_path):

@@ -1,4 +1,4 @@
-"""Recovery on an exact budget: optimizer state, learning rate, checkpoints, kills, LoRA, chains, errors."""
+"""Recovery on an exact budget: optimizer state, learning rate, checkpoints, kills, LoRA, chains, errors, width."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import full_disk
-from recovering import DATA, DENSE, SHORT, as_if_died_after, cut, losses, recover, weights
+from recovering import DATA, DENSE, SHORT, as_if_died_after, cut, losses, prune_to, recover, weights
 from safetensors.torch import save_file
 
 from ptl.config.data import TrainingData
 from ptl.config.recover import RecoverStage, Recovery
-from ptl.config.run import check
+from ptl.config.run import Calibration
 from ptl.data.sequences import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.model import checkpoint, pretrained
@@ -137,17 +137,8 @@ def test_budgets_add_up_and_follow_each_other():
     assert Recovery(stages=[{}, {}, {}]).budgets(100) == (33, 34, 33)
 
 
-def test_stages_that_cannot_train_are_refused(small, tmp_path):
-    for stages, message in (
-        ([{"share": 0.6}, {"share": 0.6}], "add up to 1.2"),
-        ([{"share": 0.6}], "must add up to 1"),
-        ([{"share": 1.0}, {}], "leaves nothing"),
-        ([{"method": "grpo", "batch_size": 9}], "multiple of num_generations"),
-        ([{"method": "grpo", "rewards": [{"name": "format"}]}], "verifies the answer"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check(Recovery, {"stages": stages}, "recover")
-    # as an iteration of a pipeline started with --param may have it, past the config's own check
+def test_a_stage_without_tokens_is_refused(small, tmp_path):
+    # As an iteration of a pipeline started with --param may have it, past the config's own check
     with pytest.raises(InputError, match="1 tokens for iteration 1 leave none for cpt"):
         recover(small, tmp_path / "out", CPT, {"method": "distil"}, tokens=1)
     assert recover(small, tmp_path / "out", CPT, tokens=2).tokens == 2
@@ -189,6 +180,7 @@ def test_the_optimizer_state_is_carried_through_pruning(tmp_path):
     old, new = weights(first)[name], weights(second)[name]
     kept = [next(i for i, row in enumerate(old) if torch.equal(row, stays)) for stays in new]
     assert len(kept) < len(old) and before["step"] == after["step"] > 0
+    assert [file.name for file in second.glob("*.safetensors")] == ["model.safetensors"]  # vLLM loads all of these
     model = training.load(second)
     optimizer = optimizer_for(model, RecoverStage(), second / checkpoint.STATE)
     for kind in training.ADAM_STATE:
@@ -342,3 +334,36 @@ def test_a_tokenizer_without_pad_token_trains(small, tmp_path):
     config.pop("pad_token", None)
     (plain / "tokenizer_config.json").write_text(json.dumps(config))
     assert recover(plain, tmp_path / "out", CPT, tokens=60).tokens == 60
+
+
+# ---- a smaller hidden size and fewer KV heads: teacher, adapters and optimizer state
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """The end of a first iteration, and what width leaves of it: hidden size 64 -> 56, KV heads 2 -> 1."""
+    root = tmp_path_factory.mktemp("width")
+    recover(DENSE, root / "first", CPT, tokens=300, last=False)
+    scored = Calibration(data=DATA.sources[0], num_sequences=4, max_length=128)
+    width = {"unit": "width", "target": "width", "width": {"hidden": 56, "kv": 1}}
+    (root / "second").mkdir()
+    report = prune_to(120_000, root / "first", root / "second", scored, **width)
+    assert (report.hidden, report.kv_heads, report.candidates) == (56, 1, ())
+    return root / "first", root / "second"
+
+
+@pytest.mark.parametrize("stage", [DISTIL, CPT | {"lora": {"rank": 4}}], ids=["distil", "lora"])
+def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
+    """The teacher is the dense model, of another hidden size: only its logits count."""
+    _, second = narrow
+    out, log = tmp_path / "out", []
+    report = recover(second, out, stage, tokens=600, earlier=(300,), last=False, teacher=DENSE, log=log)
+    assert report.tokens == 600 and all(math.isfinite(loss) for _, loss in losses(log))
+    before, after = weights(second), weights(out)
+    moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert after.keys() == before.keys() and any("q_proj" in name for name in moved)
+    # Adapters have no optimizer state that pruning could select from.
+    assert (out / checkpoint.STATE).exists() == ("lora" not in stage)
+    if "lora" not in stage:
+        steps = [dict(checkpoint.tensors(folder / checkpoint.STATE))["step"] for folder in (second, out)]
+        assert steps[1] == steps[0] + report.steps

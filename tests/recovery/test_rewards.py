@@ -56,6 +56,4 @@ def test_code_runs_the_tests_in_the_sandbox(monkeypatch):
 def test_format_matches_the_whole_answer():
     assert [score("format", text, "") for text in ("2+2=4\n#### 4", r"so \boxed{4}.", "it is 4")] == [1, 1, 0]
     assert score("format", "<think>a</think>b c", "", pattern=r"<think>.*</think>b") == 0
-    with pytest.raises(ValueError, match="no regular expression"):
-        Reward(name="format", pattern="(")
     assert text_of([{"role": "assistant", "content": "4"}]) == text_of("4") == "4"

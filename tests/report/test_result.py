@@ -6,6 +6,7 @@ import html
 import re
 
 import pytest
+import run_records
 import yaml
 from run_records import GOAL, RUN, items, reject, scores
 
@@ -16,6 +17,22 @@ from ptl.report.result import Result
 from ptl.report.words import checks, headline
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
+
+
+@pytest.fixture
+def settings() -> dict:
+    return run_records.settings()
+
+
+@pytest.fixture
+def records() -> dict:
+    return run_records.records()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A mock in place of the plots, for tests that look at the words only: drawing takes most of the time."""
+    monkeypatch.setattr("ptl.report.render._accuracy_plot", lambda result: "<svg></svg>")
 
 
 def written(records, settings, folder, **more) -> Result:
@@ -181,12 +198,12 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
 
     written(records, settings, tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert not {"license", "base_model", "datasets"} & yaml.safe_load(card.split("---\n")[1]).keys()
+    assert not {"base_model", "datasets"} & yaml.safe_load(card.split("---\n")[1]).keys()
     rated = ModelCard(card).data.eval_results
     assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
     assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
-    records["import-model"].metadata.update({"model": "org/model-1", "license": "apache-2.0"})
+    records["import-model"].metadata["model"] = "org/model-1"
     settings["training"]["sources"] = [{"source": "org/rows"}, {"source": "s3://bucket/rows.jsonl"}]
     written(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
-    assert (data["base_model"], data["license"], data["datasets"]) == ("org/model-1", "apache-2.0", ["org/rows"])
+    assert (data["base_model"], data["datasets"]) == ("org/model-1", ["org/rows"])

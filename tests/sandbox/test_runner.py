@@ -30,7 +30,8 @@ def programs(file):
 
 
 PROGRAMS = programs("programs.txt")
-ATTACKS, MEMORY, SQUARES, FAIL_CLOSED = (PROGRAMS[name] for name in ("attacks", "memory", "squares", "fail closed"))
+NAMES = ("attacks", "memory", "squares", "values", "fail closed")
+ATTACKS, MEMORY, SQUARES, VALUES, FAIL_CLOSED = map(PROGRAMS.get, NAMES)
 
 
 def all_denied(*attacks: str) -> None:
@@ -70,38 +71,12 @@ def test_right_wrong_and_broken_solutions_get_their_outcome():
 
 
 def test_usual_imports_work_on_both_sides():
-    modules = "math re itertools functools heapq collections random string hashlib datetime decimal copy bisect base64"
-    modules += " secrets uuid zlib statistics fractions operator json dataclasses enum cmath array textwrap typing"
-    code = f"import {', '.join(modules.split())}"
-    code += """
-def f(xs: typing.List[int]) -> typing.Optional[int]:
-    heapq.heapify(xs)
-    return math.gcd(*xs) + functools.reduce(operator.add, itertools.chain(xs))
-def words(text): return collections.Counter(re.findall(r"\\w+", text))
-"""
-    tests = """
-import math
-from collections import Counter
-assert f([4, 6]) == 12 and math.isclose(1.0, 1.0)
-assert words("a b a") == Counter("aab") == {"a": 2, "b": 1}
-"""
-    assert run_tests(code, tests).passed
-
-
-# Some answers are of types that are compared by their fields.
-VALUES = [
-    "2**70", "-1", "1.5", "float('inf')", "'a\\ud800'", "b'\\xff'", "bytearray(b'x')", "(1, [2, {3: {4}}])", "None",
-    "frozenset({1, (2,)})", "range(3)", "1 + 2j", "int", "ValueError", "{(1, 2): [None]}", "slice(1, 2)",
-    "__import__('decimal').Decimal('1.1')", "__import__('fractions').Fraction(1, 3)",
-    "__import__('datetime').datetime(2020, 1, 2)", "__import__('datetime').timedelta(3, 4)",
-    "__import__('array').array('d', [1.5])", "__import__('collections').deque([1])",
-    "__import__('collections').OrderedDict(a=1)", "__import__('collections').namedtuple('P', 'x y')(1, 2)",
-]  # fmt: skip
+    assert run_tests(PROGRAMS["usual imports"], PROGRAMS["tests of usual imports"]).passed
 
 
 def test_values_classes_callbacks_and_names_of_builtins_are_usable_on_both_sides():
     equal = "assert same(v) == v and (type(same(v)) is type(v) or hasattr(v, '_fields')), v"
-    outcome = run_tests("def same(x): return x", "\n".join(f"v = {value}\n{equal}" for value in VALUES))
+    outcome = run_tests("def same(x): return x", "\n".join(f"v = {value}\n{equal}" for value in VALUES.splitlines()))
     assert outcome.passed, outcome
     outcome = run_tests(PROGRAMS["classes, iterators, callbacks and exceptions"], PROGRAMS["their tests"])
     assert outcome.passed, outcome
@@ -163,20 +138,7 @@ def test_nothing_outside_the_scratch_folder_can_be_changed(tmp_path):
 
 
 def test_scratch_files_work_and_are_gone_afterwards():
-    code = """
-import os, tempfile
-def use():
-    with open("a.txt", "w") as f: f.write("hello")
-    os.rename("a.txt", "b.txt")
-    with tempfile.TemporaryFile() as f: f.write(b"x")
-    return open("b.txt").read(), os.listdir("."), os.getcwd(), dict(os.environ)
-"""
-    tests = """
-text, names, folder, environment = use()
-assert (text, names, environment) == ('hello', ['b.txt'], {})
-assert 0, folder
-"""
-    outcome = run_tests(code, tests)
+    outcome = run_tests(PROGRAMS["scratch files"], PROGRAMS["tests of scratch files"])
     folder = outcome.detail.split("AssertionError: ")[1].split(" ")[0]
     assert "ptl-sandbox-" in folder and not Path(folder).exists()
 
@@ -214,35 +176,20 @@ def test_no_memory_of_another_process_is_reached():
     command = [sys.executable, "-c", MEMORY + "\nprint(peek(os.getpid(), own()))"]
     control = subprocess.run(command, capture_output=True, text=True, check=True)
     assert control.stdout.strip() == "(8, 0)"
-    tests = f"""
-assert peek({os.getpid()}, {ctypes.addressof(secret)}) == (-1, -1)
-assert trace({os.getpid()}) == [-1, -1, -1]
-"""
-    trace = "def trace(pid): return [libc.ptrace(r, p, None, None) for r, p in ((16, pid), (0x4206, pid), (0, 0))]\n"
-    outcome = run_tests(MEMORY + trace, tests)
+    tests = f"assert peek({os.getpid()}, {ctypes.addressof(secret)}) == (-1, -1)\n"
+    outcome = run_tests(MEMORY, f"{tests}assert trace({os.getpid()}) == [-1, -1, -1]")
     assert outcome.passed, outcome
 
 
 def test_raw_system_calls_and_exec_are_denied():
-    code = """
-import ctypes, os
-libc = ctypes.CDLL(None, use_errno=True)
-def raw(numbers):
-    zeros = [0] * 6
-    return [n for n in numbers if libc.syscall(ctypes.c_long(n), *zeros) != -1 or ctypes.get_errno() not in (1, 38)]
-def run():
-    try:
-        os.execv("/bin/true", ["true"])
-    except OSError:
-        return "denied"
-"""
     x32 = [0x40000000 | 41] if os.uname().machine == "x86_64" else []
     column = 0 if os.uname().machine == "x86_64" else 1
     # socket, io_uring_setup, bpf, unshare, setns, mount, memfd_create, userfaultfd, keyctl, ptrace, prctl, clone3, ...
     pairs = [(41, 198), (425, 425), (321, 280), (272, 97), (308, 268), (165, 40), (319, 279), (323, 282), (250, 219),
              (101, 117), (157, 167), (435, 435), (317, 277), (444, 444), (302, 261), (438, 438), (62, 129)]  # fmt: skip
     numbers = [pair[column] for pair in pairs] + x32
-    outcome = run_tests(code, f"assert raw({numbers}) == [], raw({numbers})\nassert run() == 'denied'")
+    tests = f"assert raw({numbers}) == [], raw({numbers})\nassert run() == 'denied'"
+    outcome = run_tests(PROGRAMS["raw system calls"], tests)
     assert outcome.passed, outcome
 
 
@@ -341,24 +288,8 @@ def test_forged_success_does_not_pass_other_kinds_of_assert():
 def test_the_candidate_sees_neither_the_tests_nor_their_text_nor_what_they_print():
     actions = ["os.read(1, 9)", "os.pread(1, 9, 0)", "open('../output')", "os.listdir('..')"]
     actions += ["os.open('/proc/self/fd/1', os.O_RDONLY)"]
-    code = ATTACKS.format(attacks=[f"import os\n{action}" for action in actions])
-    code += """
-import gc, sys
-def look():
-    found = [o for o in gc.get_objects() if type(o) is dict and any("NEEDLE" + "_7" in str(k) for k in list(o))]
-    frame, texts = sys._getframe(), []
-    while frame:
-        texts += [repr(v) for k, v in list(frame.f_locals.items()) if k not in ("found", "texts", "frame")]
-        frame = frame.f_back
-    return len(found), any("NEEDLE" + "_7" in t for t in texts), any("NEEDLE" + "_7" in a for a in sys.argv)
-"""
-    tests = """
-NEEDLE_7 = 1
-print("NEEDLE_7")
-assert {r for _, r in outcomes()} == {"denied"}, outcomes()
-assert look() == (0, False, False), look()
-"""
-    outcome = run_tests(code, tests)
+    code = ATTACKS.format(attacks=[f"import os\n{action}" for action in actions]) + PROGRAMS["look around"]
+    outcome = run_tests(code, PROGRAMS["tests of look around"])
     assert outcome.passed, outcome
 
 

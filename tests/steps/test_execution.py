@@ -280,10 +280,7 @@ def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
 def test_a_kill_at_any_moment_leaves_nothing_half_done(begin, monkeypatch):
     """Files, then the record, then MLflow: what was published is found, and what was not is done again."""
     _, experiment = begin()
-
-    def kill(*_, **__):
-        raise KeyboardInterrupt  # nothing that would handle an error runs
-
+    kill = mock.Mock(side_effect=KeyboardInterrupt)  # nothing that would handle an error runs
     moments = [(store, "publish", 2), (store, "commit", 2), (tracking, "finish", 1)]
     for number, (module, name, times) in enumerate(moments, 1):
         step, work = Call(f"prune-{number}", experiment), Work()

@@ -13,11 +13,11 @@ from ptl.config.data import Decontaminate
 from ptl.config.recover import Recovery
 from ptl.config.run import load_config
 from ptl.config.schedule import MemoryGoal, plan
-from ptl.errors import InputError
-from ptl.steps import answers, call, evaluate, import_model, prune, recover, reporting
+from ptl.errors import InputError, WorkError
+from ptl.steps import answers, call, evaluate, import_model, prune, recover, report, reporting
 from ptl.steps.call import Call, Output
 from ptl.steps.step import Step
-from ptl.storage.store import Pointer, pointer_of
+from ptl.storage.store import Pointer, Record, pointer_of
 
 WANTED = load_config(TINY)
 CONFIG = WANTED.model_dump(mode="json")
@@ -117,6 +117,55 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
     with pytest.raises(InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"):
         call.schedule_of(Call("import-model", "e", settings | {"goal": goal, "target": 0.3}))
     assert call.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
+
+
+def test_a_training_goes_on_where_mlflow_does_not_answer(monkeypatch, capfd):
+    def fails(*_):
+        raise WorkError("no answer")
+
+    monkeypatch.setattr(recover.tracking, "log_metrics", fails)
+    on_log = recover._reporter(SimpleNamespace(run=SimpleNamespace(step="recover-1")), 100)
+    on_log({"loss": 1.5, "num_input_tokens_seen": 50}, 3)
+    printed = capfd.readouterr().out
+    assert "warning: MLflow has no metrics of optimizer step 3: no answer" in printed and "loss 1.5" in printed
+
+
+def test_scores_outlive_what_is_done_with_them(monkeypatch, tmp_path):
+    """MLflow may be away when an evaluation has taken hours."""
+    made = []
+
+    def evaluate_checkpoint(_src, dst, *_, **__):
+        made.append(dst)
+        (dst / "items.jsonl").write_text(f"{len(made)}")
+        return POINTER  # any dataclass
+
+    monkeypatch.setenv("PTL_SCRATCH", str(tmp_path))
+    monkeypatch.setattr("ptl.evaluation.evaluate.evaluate_checkpoint", evaluate_checkpoint)
+    found = []
+    for attempt, key in enumerate(["a" * 64, "a" * 64, "b" * 64]):
+        step = Step(Call("evaluate-1", "e"), key=EVALUATE)
+        step.folder = tmp_path / f"out-{attempt}"
+        scores = evaluate._scored(step, Path(), key)
+        found.append((step.folder / "items.jsonl").read_text())
+        assert scores["params"] == POINTER.params
+    assert found == ["1", "1", "2"]
+
+
+def test_a_report_needs_the_items_of_what_it_compares_and_no_others():
+    wanted, other = POINTER, dataclasses.replace(POINTER, digest="sha256:" + "d" * 64)
+    compared = {"evaluate-0": other, "evaluate-1": other, "evaluate-4": wanted, "control-evaluate": other}
+
+    def find(name):
+        each = Call(name, "e")
+        checkpoint = dataclasses.asdict(compared.get(name, other))
+        metadata = {"stage": each.stage, "iteration": each.iteration, "arm": each.arm, "checkpoint": checkpoint}
+        return Record("k", POINTER, metadata) if name in compared else None
+
+    step = SimpleNamespace(find=find, fetch_items=lambda _: ["item"])
+    records = report._records(step, WANTED, wanted)
+    assert {name: "items" in record.metadata for name, record in records.items()} == {
+        "evaluate-0": True, "evaluate-1": False, "evaluate-4": True, "control-evaluate": True,
+    }  # fmt: skip
 
 
 def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatch, tmp_path):

@@ -38,10 +38,6 @@ def small(folder):
     return folder
 
 
-def is_clean(cache):
-    return [path.suffix for path in cache.iterdir()] == [".lock"]
-
-
 def test_wrong_and_missing_credentials(s3, monkeypatch, small, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for work in (lambda: store.check(s3.root), lambda: publish(small, s3.root)):
@@ -101,11 +97,11 @@ def test_a_refused_download_leaves_nothing(s3, folder, tmp_path):
     pointer = publish(folder, s3.root)
     with full_disk(MIB), pytest.raises(WorkError, match="no space left while writing"):
         store.fetch(pointer, tmp_path / "cache")
-    assert is_clean(tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     s3.change(f"{pointer.uri}/model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(WorkError, match=r"digest differs in file model.safetensors"):
         store.fetch(pointer, tmp_path / "cache")
-    assert is_clean(tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
-from ptl.storage import store, training_checkpoints
+from ptl.errors import WorkError
+from ptl.storage import local_files, store, training_checkpoints
 from ptl.storage.local_files import COMPLETE, last_complete
 from ptl.storage.store import Pointer, Record
 from ptl.storage.training_checkpoints import TrainingCheckpoints
@@ -67,12 +69,8 @@ def test_a_save_that_is_killed_loses_no_earlier_checkpoint(killed, tmp_path, mon
     checkpoints = stored_at(f"file://{tmp_path}/art")
     for step in (2, 4):
         checkpoints.save(folder(tmp_path / "here", step))
-
-    def dies(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, killed, dies)
+        patch.setattr(store, killed, mock.Mock(side_effect=KeyboardInterrupt))
         checkpoints.save(folder(tmp_path / "here", 6))
     newest = 6 if killed == "delete" else 4
     checkpoints.restore(tmp_path / "other")
@@ -107,6 +105,22 @@ def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
     # Theirs take the places of the old ones, of which none is taken for theirs.
     other.save(folder(tmp_path, 6))
     assert steps(other) == [6] and checkpoints.records() == []
+
+
+def test_a_checkpoint_is_marked_once_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    made = folder(tmp_path, 2)
+    mark = made / COMPLETE
+    mark.unlink()
+    synced = []
+    monkeypatch.setattr(local_files, "_sync", lambda path: synced.append((path.name, mark.exists())))
+    local_files.mark_complete(made)
+    assert synced == [("weights", False), (made.name, False), (made.name, True)]
+
+
+def test_a_store_that_is_away_does_not_end_the_training(monkeypatch, capfd):
+    monkeypatch.setattr(store, "committed", mock.Mock(side_effect=WorkError("no answer")))
+    stored_at("s3://away/art").save_if_due("checkpoint-2")
+    assert "warning: no training checkpoint was stored: no answer" in capfd.readouterr().out
 
 
 def test_the_interval_is_kept(monkeypatch):
