@@ -4,13 +4,22 @@ Run: python benchmarks/power.py [--margin 0.02] [--alpha 0.05] [--churn 0.03]
 """
 
 import argparse
+from functools import cache
 
 import numpy as np
 
-from ptl.evaluation.paired import Verdict, verdict_of
+from ptl.evaluation.paired import Verdict, bootstrap, mcnemar, verdict_of
 
 ITEMS = (200, 500, 1319)
 DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
+
+
+@cache
+def judge(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> Verdict:
+    """The verdict on these counts, for a reference that can fall by more than the margin."""
+    low, _ = bootstrap({-1: regressions, 1: improvements, 0: items - regressions - improvements}, 1, alpha)
+    _, p_worse = mcnemar(regressions, improvements)
+    return verdict_of(regressions - improvements, items, low, p_worse, margin, alpha)
 
 
 def power(
@@ -25,7 +34,7 @@ def power(
     simulated = np.random.default_rng(0).multinomial(items, shares, size=trials)  # [trials, 3]
     counts: dict[Verdict, float] = {"inferior": 0, "unclear": 0, "not inferior": 0}
     for regressions, improvements, _ in simulated.tolist():
-        verdict = verdict_of(regressions, improvements, items, margin, alpha)
+        verdict = judge(regressions, improvements, items, margin, alpha)
         counts[verdict] += 1 / trials
     return counts
 

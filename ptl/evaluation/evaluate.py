@@ -25,6 +25,7 @@ from ptl.evaluation.retention import TextLosses
 from ptl.evaluation.scoring import TaskScore, load_tasks, score_task
 from ptl.log import table_text
 from ptl.model import dimensions, pretrained
+from ptl.model.dimensions import StaticCost
 
 ITEMS = "items.jsonl"
 SCORES = "scores.json"
@@ -34,20 +35,11 @@ HEADINGS = ("benchmark\nitems", *NUMBERS, "verdict")
 LENGTHS = ("benchmark", "mean", "95th\npercentile", "cut at\nthe limit", "seconds per\nsolved problem", "p longer", "")
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, kw_only=True)
+class Scores(StaticCost):
     """Everything that is measured of one checkpoint."""
 
     tasks: tuple[TaskScore, ...]
-    params: int
-    active_params: int  # that a token meets; fewer in a mixture of experts
-    bytes: int  # of the weight files
-    flops_per_token: int  # of a forward pass, without attention
-    kv_bytes_per_token: int
-    hidden_size: int  # dimensions of the residual stream
-    widths: list[int]  # FFN width of each layer, or of each of its experts
-    kv_heads: int  # of each layer
-    experts: int  # in each layer; 0: a dense model
     retention: TextLosses
     seconds: float = 0.0  # of the whole evaluation
 
@@ -62,16 +54,14 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, chat: Chat = N
     """
     started = time.monotonic()
     tasks.check_tasks(settings)
-    static = asdict(dimensions.static_cost(src))
-    del static["attention_flops"]
-    pretrained.skeleton(src)
+    static = dimensions.static_cost(src)
     pretrained.load_tokenizer(src)
 
     lm = language_models.language_model(src, settings, chat, seed, helpers.processes_for(settings))
     with contextlib.closing(lm):
         retained = retention.measure(lm, settings)
         scores, items = score_tasks(lm, settings, seed)
-    result = Scores(scores, **static, retention=retained, seconds=time.monotonic() - started)
+    result = Scores(**asdict(static), tasks=scores, retention=retained, seconds=time.monotonic() - started)
     _write_lines(dst, items)
     raw = asdict(result)
     for record in (raw, *raw["tasks"]):

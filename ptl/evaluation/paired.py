@@ -20,7 +20,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist, fmean, pvariance
 from typing import Any, Literal, NamedTuple
 
@@ -101,19 +100,6 @@ def mcnemar(regressions: int, improvements: int) -> tuple[float, float]:
     return float(two_sided.pvalue), float(worse.pvalue)
 
 
-@lru_cache(maxsize=1024)
-def paired_bootstrap(
-    regressions: int,
-    improvements: int,
-    items: int,
-    alpha: float,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """`bootstrap` of items with one answer each, right or wrong."""
-    changes = {-1: regressions, 1: improvements, 0: items - regressions - improvements}
-    return bootstrap(changes, 1, alpha, seed)
-
-
 def bootstrap(changes: Mapping[int, int], samples: int, alpha: float, seed: int = 0) -> tuple[float, float]:
     """Bounds of the accuracy difference, each one-sided at significance level alpha, by resampling the items.
 
@@ -174,7 +160,7 @@ def paired(
     low, high = bootstrap(changes, samples, alpha)
     p_different, p_worse = mcnemar(regressions, improvements) if samples == 1 else sign_flips(changes)
     answers = items * samples
-    verdict = _verdict(sum(reference) - sum(candidate), answers, low, p_worse, margin, alpha)
+    verdict = verdict_of(sum(reference) - sum(candidate), answers, low, p_worse, margin, alpha)
     # An accuracy that is not above the margin cannot fall by more than it.
     if accuracy <= margin and low <= 0:
         verdict = "unclear"
@@ -196,18 +182,11 @@ def paired(
     )
 
 
-def _verdict(lost: int, answers: int, low: float, p_worse: float, margin: float, alpha: float) -> Verdict:
+def verdict_of(lost: int, answers: int, low: float, p_worse: float, margin: float, alpha: float) -> Verdict:
     """For a reference that can fall by more than the margin; `lost` of the answers to all items are right no more."""
     if lost > margin * answers and p_worse <= alpha:
         return "inferior"
     return "not inferior" if low > -margin else "unclear"
-
-
-def verdict_of(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> Verdict:
-    """The verdict that the counts allow, for a reference that can fall by more than the margin."""
-    _, p_worse = mcnemar(regressions, improvements)
-    low, _ = paired_bootstrap(regressions, improvements, items, alpha)
-    return _verdict(regressions - improvements, items, low, p_worse, margin, alpha)
 
 
 def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: float) -> float | None:
@@ -216,7 +195,8 @@ def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: 
     regressions = range(items - improvements + 1)
 
     def is_inferior(count: int) -> bool:
-        return verdict_of(count, improvements, items, margin, alpha) == "inferior"
+        _, p_worse = mcnemar(count, improvements)
+        return verdict_of(count - improvements, items, 0.0, p_worse, margin, alpha) == "inferior"
 
     fewest = bisect_left(regressions, True, key=is_inferior)
     return None if fewest == len(regressions) else (fewest - improvements) / items

@@ -280,8 +280,7 @@ class StaticCost:
     params: int  # tied tensors count once
     active_params: int  # that a token meets: without the experts that it is not sent to; all in a dense model
     bytes: int  # of the weight files
-    flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
-    attention_flops: int  # per token of context
+    flops_per_token: int  # forward, products with the weights
     kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
     hidden_size: int  # dimensions of the residual stream
     widths: list[int]  # FFN width of each layer, or of each of its experts
@@ -299,7 +298,6 @@ def static_cost(folder: Path) -> StaticCost:
         active_params=dimensions.active_params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
         flops_per_token=2 * model.matrix_params,  # multiply and add
-        attention_flops=2 * model.attention_width,  # for scores and for values
         kv_bytes_per_token=model.cached_numbers * checkpoint.itemsize(folder),
         hidden_size=dimensions.hidden,
         widths=[

@@ -30,9 +30,6 @@ class Family:
     up_projections: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     fused_projections: int = 1  # projections stacked in one tensor: 2 where gate and up are fused
     down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
-    per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
-    prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
-    tied: bool = False  # default of tie_word_embeddings
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
     scaled_embeddings: bool = False  # whether embeddings are multiplied by the root of the hidden size
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
@@ -56,19 +53,14 @@ class Family:
         is_extra = bool(self.extra_layers and match and int(match["layer"]) >= config["num_hidden_layers"])
         return not (is_extra or ROTARY.match(name))
 
-    def is_tied(self, config: ConfigJson) -> bool:
-        """Whether the output layer is the embeddings."""
-        return bool(config.get("tie_word_embeddings", self.tied))
-
 
 PHI3 = Family("phi3", up_projections=("mlp.gate_up_proj",), fused_projections=2, square=True)
 OLMO2 = Family("olmo2", post_norm="post_feedforward_layernorm", square=True)
-GEMMA = Family("gemma", tied=True, norm_offset=1.0, scaled_embeddings=True)
-GEMMA2 = replace(GEMMA, model_type="gemma2", per_layer_fields=("layer_types",), post_norm="post_feedforward_layernorm")
-QWEN2 = Family("qwen2", per_layer_fields=("layer_types",), prefix_fields=("max_window_layers",), square=True)
+GEMMA = Family("gemma", norm_offset=1.0, scaled_embeddings=True)
+GEMMA2 = replace(GEMMA, model_type="gemma2", post_norm="post_feedforward_layernorm")
+QWEN2 = Family("qwen2", square=True)
 DEEPSEEK = Family(
     "deepseek_v3",
-    prefix_fields=("first_k_dense_replace",),
     experts=Experts(
         ("n_routed_experts", "num_local_experts"),
         width="moe_intermediate_size",
@@ -78,8 +70,8 @@ DEEPSEEK = Family(
 )
 _RECORDS = (
     Family("llama"),
-    Family("mistral", per_layer_fields=("layer_types",)),  # transformers reads a file that has them as ministral
-    Family("ministral", per_layer_fields=("layer_types",)),
+    Family("mistral"),  # transformers reads a file with layer_types as ministral
+    Family("ministral"),
     Family("ministral3"),
     QWEN2,
     replace(QWEN2, model_type="qwen3", square=False),
@@ -88,17 +80,17 @@ _RECORDS = (
     replace(GEMMA2, model_type="gemma3_text"),
     PHI3,
     OLMO2,
-    replace(OLMO2, model_type="olmo3", per_layer_fields=("layer_types",)),
-    replace(OLMO2, model_type="exaone4", per_layer_fields=("layer_types",)),
-    Family("smollm3", per_layer_fields=("no_rope_layers", "layer_types"), tied=True),
+    replace(OLMO2, model_type="olmo3"),
+    replace(OLMO2, model_type="exaone4"),
+    Family("smollm3"),
     Family("granite", residual_scale="residual_multiplier", square=True),
     Family("seed_oss"),
-    Family("ernie4_5", tied=True),
+    Family("ernie4_5"),
     Family("helium"),
     Family("internlm3"),
-    Family("cwm", per_layer_fields=("layer_types",)),
+    Family("cwm"),
     replace(PHI3, model_type="glm4", post_norm="post_mlp_layernorm"),
-    Family("cohere2", per_layer_fields=("layer_types",), tied=True, square=True),
+    Family("cohere2", square=True),
     replace(
         QWEN2,
         model_type="qwen2_moe",
@@ -106,12 +98,10 @@ _RECORDS = (
     ),
     Family(
         "qwen3_moe",
-        prefix_fields=("max_window_layers",),
         experts=Experts(("num_experts", "num_local_experts"), width="moe_intermediate_size", lists_dense_layers=True),
     ),
     Family(
         "gpt_oss",
-        per_layer_fields=("layer_types",),
         experts=Experts(
             ("num_local_experts", "num_experts"),
             router_part="mlp.router",

@@ -37,9 +37,13 @@ class ModelShapes:
     family: Family
     content: ConfigJson  # of config.json
     config: Any  # transformers' own, with its defaults for what config.json leaves out
-    tied: bool  # whether the output layer is the embeddings
     # On the meta device, by their names in transformers' memory; the output layer's too where it is tied
     tensors: Mapping[str, Tensor]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embeddings."""
+        return bool(self.config.tie_word_embeddings)
 
     def layers(self) -> list[dict[str, Tensor]]:
         """The tensors of each decoder layer, by their names in the layer: `mlp.down_proj.weight`."""
@@ -49,14 +53,6 @@ class ModelShapes:
                 number, _, in_layer = name.removeprefix(LAYERS).partition(".")
                 layers[int(number)][in_layer] = tensor
         return layers
-
-    @property
-    def params(self) -> int:
-        """Parameters of the model; an output layer that is the embeddings counts once."""
-        params = count(self.tensors)
-        if self.tied:
-            params -= self.tensors[OUTPUT_LAYER].numel()
-        return params
 
     @property
     def matrix_params(self) -> int:
@@ -90,11 +86,6 @@ class ModelShapes:
         return int(config.num_hidden_layers * 2 * axes.kv_heads(config) * axes.head_size(config))
 
 
-def count(tensors: Mapping[str, Tensor]) -> int:
-    """Parameters of these tensors."""
-    return sum(tensor.numel() for tensor in tensors.values())
-
-
 def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
     """The model of a config.json. Raises InputError for what transformers or a step could not compute with.
 
@@ -112,7 +103,7 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
         _check_experts(model.config, family.experts, source)
         if not any(name.endswith(DOWN) for name in tensors):
             raise checkpoint_error(f"{source} has no layer with experts")
-    return ModelShapes(family, config, model.config, family.is_tied(config), tensors)
+    return ModelShapes(family, config, model.config, tensors)
 
 
 def of_checkpoint(folder: Path, family: Family) -> ModelShapes:

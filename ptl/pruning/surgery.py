@@ -20,6 +20,9 @@ from ptl.model.shapes import EMBEDDINGS, LAST_NORM, OUTPUT_LAYER
 if TYPE_CHECKING:
     from torch import Tensor
 
+PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")  # lists of config.json with an entry for each layer
+PREFIX_FIELDS = ("max_window_layers", "first_k_dense_replace")  # its counts of leading layers
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -73,8 +76,8 @@ class Surgery:
     def __init__(self, src: Path, family: Family, selection: Selection) -> None:
         config = checkpoint.read_config(src)
         self.family, self.selection = family, selection
-        self.tied = family.is_tied(config)
         self.config = config_with_defaults(config)
+        self.tied = self.config.tie_word_embeddings
         self.width = axes.sizes(self.config, family)[NEURONS]
         self.axes = axes.of_config(config, family, checkpoint.contents(src))
 
@@ -166,8 +169,7 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
     pruned = dict(config)
     depth = config["num_hidden_layers"]
     pruned["num_hidden_layers"] = len(selection.layers)
-    # Lists with an entry for each layer
-    for field in family.per_layer_fields:
+    for field in PER_LAYER_FIELDS:
         entries = config.get(field)
         if entries is None and len(selection.layers) < depth:
             # What transformers would derive from a layer's number must stay with the layer.
@@ -176,8 +178,7 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
             pruned[field] = [entries[layer] for layer in selection.layers]
         else:
             pruned.pop(field, None)
-    # Counts of leading layers
-    for field in family.prefix_fields:
+    for field in PREFIX_FIELDS:
         leading = config.get(field)
         if isinstance(leading, int):
             # A count above the depth means all layers, and must stay above it.

@@ -31,8 +31,10 @@ def test_other_tensors_move_or_go(tmp_path):
 
 
 def test_counts_and_lists_of_layers_in_the_config():
-    config = {"num_hidden_layers": 6, "intermediate_size": 8, "max_window_layers": 3, "layer_types": list("aaabbb")}
-    pruned = {"num_hidden_layers": 4, "intermediate_size": 8, "max_window_layers": 2, "layer_types": list("aabb")}
+    whole, window = "full_attention", "sliding_attention"
+    config = {"model_type": "qwen2", "num_hidden_layers": 6, "intermediate_size": 8}
+    config |= {"max_window_layers": 3, "layer_types": [whole] * 3 + [window] * 3}
+    pruned = config | {"num_hidden_layers": 4, "max_window_layers": 2, "layer_types": [whole, whole, window, window]}
     assert prune_config(config, FAMILIES["qwen2"], Selection((0, 2, 3, 5), {})) == pruned
     for leading, layers, kept in (
         *((3, (0, 3, 4), 1), (3, (0, 2, 4), 2), (3, (3, 4, 5), 0)),
@@ -48,11 +50,12 @@ def test_counts_and_lists_of_layers_in_the_config():
     [([1, 4], 1, (0, 1, 3, 4), [1, 3]), ([], 2, (0, 1, 3, 5), [0]), ([5], 2, (0, 1, 3, 5), [0, 3])],
 )
 def test_layers_of_a_mixture_stay_of_their_kind(listed, step, layers, dense):
-    config = {"num_hidden_layers": 6, "mlp_only_layers": listed, "decoder_sparse_step": step, "max_window_layers": 0}
+    plain = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "decoder_sparse_step": 1}
+    config = plain | {"mlp_only_layers": listed, "decoder_sparse_step": step, "max_window_layers": 0}
     pruned = prune_config(config, FAMILIES["qwen3_moe"], Selection(layers, {}))
     assert (pruned["mlp_only_layers"], pruned["decoder_sparse_step"]) == (dense, 1)
     assert prune_config(config, FAMILIES["qwen3_moe"], Selection(tuple(range(6)), {})) == config
-    plain = {"num_hidden_layers": 6, "decoder_sparse_step": 1}  # it lists none, and keeps to its fields
+    # It lists none, and keeps to its fields.
     assert prune_config(plain, FAMILIES["qwen3_moe"], Selection((0, 1), {})) == plain | {"num_hidden_layers": 2}
     experts = Selection((0, 1), {}, {0: KEPT, 1: KEPT})  # their number is written where the file leaves it out
     assert prune_config(plain, FAMILIES["qwen3_moe"], experts)["num_experts"] == 3
