@@ -20,7 +20,6 @@ DESCRIPTIONS = {
     "earlier_runs": "Ids of unfinished runs, the newest first; finished steps with the same inputs are taken over.",
     "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must agree.",
     "answered": "Whether it was compiled with a step that writes own answers; `training.answers` must agree.",
-    "refreshed": "Whether it was compiled with such a step before each later iteration; `training.refresh` must agree.",
     "target": "Below 1: share of all parameters to remove in the run; 1000 or more: number of parameters to end with; "
     "0: as the goal says.",
     "goal": "A goal in memory, as in `schedule.target` of the config; empty: none, `target` says it.",

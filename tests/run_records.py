@@ -125,7 +125,7 @@ def reject(records: dict, i: int) -> None:
 def settings() -> dict:
     return {
         "name": "tiny", "model": {"path": "examples/tiny_reasoner/checkpoint", "revision": None}, "seed": 7,
-        "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}], "refresh": "once"},
+        "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}]},
         "schedule": {"iterations": 4, "target": 0.4},
         "recover": [{"method": "cpt", "learning_rate": 3e-4}],
         "evaluate": {"tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},

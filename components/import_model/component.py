@@ -27,7 +27,6 @@ def import_model(
     seed: int,
     gated: bool,
     answered: bool,
-    refreshed: bool,
     exports: list,
     out: Output[Model],
 ) -> None:
@@ -58,6 +57,5 @@ def import_model(
         seed=seed,
         gated=gated,
         answered=answered,
-        refreshed=refreshed,
         exports=exports,
     )

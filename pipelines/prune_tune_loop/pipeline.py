@@ -154,7 +154,6 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
             "exports": [export.model_dump(exclude_none=True) for export in config.export],
             "gated": config.gate.enabled,
             "answered": config.training.answers == "self",
-            "refreshed": config.training.refresh == "each",
             # Not part of the step's key: the same run under another name is the same run.
             "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
         }

@@ -117,13 +117,12 @@ def step_names(api: Api, run: Any) -> list[str]:
 def _position(name: str) -> tuple[int, int, int]:
     """For sorting: import, the loop by its iterations, the control, exports and the report."""
     before, _, last = name.rpartition("-")
-    in_order = (ANSWERS, *STAGES)
-    if before in in_order:
-        return 1, int(last), in_order.index(before)
+    if before in STAGES:
+        return 1, int(last), STAGES.index(before)
     if before == "control":
-        return 2, 0, in_order.index(last)
+        return 2, 0, STAGES.index(last)
     if name == ANSWERS:  # after the dense model's evaluation
-        return 1, 0, len(in_order)
+        return 1, 0, len(STAGES)
     return (0 if name in ("doctor", "import-model") else 3), 0, 0
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ptl.config.data import TrainingData
 from ptl.config.export import Export
 from ptl.config.run import Config
 
@@ -79,11 +78,6 @@ def export_step(export: Export) -> str:
     return f"export-{export.name}".replace("_", "-")
 
 
-def answers_step(iteration: int, training: TrainingData) -> str:
-    """The step whose answers an iteration reads, for example answers-2; the control's iteration is 1."""
-    return f"{ANSWERS}-{iteration}" if training.refresh == "each" and iteration > 1 else ANSWERS
-
-
 def nodes(config: Config) -> list[Node]:
     """All steps of a run, in an order in which one machine can execute them.
 
@@ -111,9 +105,6 @@ def nodes(config: Config) -> list[Node]:
         # Later verdicts come after the first one.
         dense_scores = ("evaluate-0",) if gated and number == 1 else ()
         after = own_answers if number == 1 else ()
-        if number > 1 and config.training.refresh == "each":
-            after = (answers_step(number, config.training),)
-            steps.append(Node(*after, {"model": parent}))
         iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated, after=after, dense_scores=dense_scores)
         steps += iteration
         _, recover, evaluate = iteration

@@ -155,8 +155,6 @@ class TrainingData(Section):
     """answers `self`: those that `reward` finds correct; `ended`: also wrong ones; `all`: also those that were cut"""
     reward: Reward = Reward(name="math")
     """answers `self`: how an answer is verified"""
-    refresh: Literal["once", "each"] = "once"
-    """answers `self`: who answers; `each`: from iteration 2 on the model that the iteration starts from"""
 
     @property
     def prompted(self) -> tuple[DataSource, ...]:
@@ -169,8 +167,6 @@ class TrainingData(Section):
             raise ValueError("answers=self needs a source with prompts (prompt_completion or messages): give one")
         if self.answers == "self" and self.keep == "correct" and self.reward.name == "format":
             raise ValueError("reward.name=format verifies no answer: use final_answer, math or code, or keep=ended")
-        if self.refresh == "each" and self.answers != "self":
-            raise ValueError("refresh=each renews the answers of answers=self: set both")
         return self
 
     @field_validator("decontaminate", mode="before", json_schema_input_type=Decontaminate | Off)

@@ -169,7 +169,6 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
         models = [dense, *(left for _, left in path)]
         model = read = models[number]
         if stage == ANSWERS:
-            model = read = models[max(0, number - 1)]  # that its iteration starts from
             tokens, seconds, note = _answers(model, run)
         elif stage == "evaluate":
             tokens, seconds, note = _evaluation(model, run)

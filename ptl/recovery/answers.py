@@ -1,7 +1,7 @@
 """A model's own answers to the prompts of the training data, verified: what recoveries train on.
 
 Self-data distillation (2410.09982) recovers pruned models on such answers; RESP (2512.02185) scores reasoning models on
-them, and renews them as the model shrinks.
+them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class AnswersReport:
     written: int  # answers
     ended: int  # that the token limit did not cut
     kept: int  # of these: all, or those that are correct
-    earlier: int  # answers of an earlier model beside them, to prompts of which none is kept
     answer_tokens: float  # mean over what was written
     sampling: dict[str, Any]  # none: greedy
 
@@ -59,20 +58,16 @@ def write_answers(
     *,
     model: str,
     seed: int,
-    earlier: Path | None = None,
-    step: str = ANSWERS,
 ) -> AnswersReport:
     """Let the checkpoint in `src` answer prompts of `data`; write those to keep to dst/answers.jsonl.
 
     A line has prompt and completion, or in a chat `messages`; source and row of the prompt, number of the sample, seed,
-    sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend, batches and the context matter; `step` is
-    the name in the log. Prompts of which no answer is kept have those in the folder `earlier`. Raises WorkError where
-    nothing is left to train on.
+    sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend, batches and the context matter. Raises
+    WorkError where nothing is left to train on.
     """
     lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
     sampling = dict(lm.sampling) or (helpers.PLAIN_SAMPLING if data.samples > 1 else {})
     num_ended = num_kept = num_tokens = 0
-    answered: set[str] = set()  # prompts of which an answer is kept
     dst.mkdir(parents=True, exist_ok=True)
     try:
         prompts = dict(_prompts(lm, data, chat, seed))
@@ -89,30 +84,27 @@ def write_answers(
                 for answer in kept:
                     settings = {"sample": sample, "seed": seed, "sampling": sampling, "model": model}
                     file.write(json.dumps(_line(answer) | settings, ensure_ascii=False) + "\n")
-                    answered.add(json.dumps(answer.prompt))
                 num_kept += len(kept)
-                say(step, f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}")
-            others = _others(earlier, answered) if earlier else []
-            file.writelines(others)
+                say(ANSWERS, f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}")
     finally:
         lm.close()
     written = len(prompts) * data.samples
-    if not num_kept and not others:
+    if not num_kept:
         raise WorkError(
             f"none of {written:,} answers is of use ({num_ended:,} ended, and none of them is correct)",
             field="training.answers",
             remedy="raise training.max_new_tokens, correct training.reward, or set training.keep=ended",
         )
     if data.keep != "all":
-        _warn_of_cut_answers(step, 1 - num_ended / written, data.max_new_tokens)
-    return AnswersReport(len(prompts), written, num_ended, num_kept, len(others), num_tokens / written, sampling)
+        _warn_of_cut_answers(1 - num_ended / written, data.max_new_tokens)
+    return AnswersReport(len(prompts), written, num_ended, num_kept, num_tokens / written, sampling)
 
 
-def _warn_of_cut_answers(step: str, cut: float, limit: int) -> None:
+def _warn_of_cut_answers(cut: float, limit: int) -> None:
     """Say that many answers are left out, before anything is pruned."""
     if cut > helpers.MANY_TRUNCATED:
         say(
-            step,
+            ANSWERS,
             f"warning: {cut:.0%} of the answers hit the limit of {limit} tokens and are left out: what is trained on "
             "is short or easy; raise training.max_new_tokens and start again",
         )
@@ -167,17 +159,6 @@ def _correct(answers: Sequence[Answer], reward: Reward, chat: Chat) -> list[Answ
     conclusions = [chat.answer(answer.text) if chat.enabled else answer.text for answer in answers]
     values = REWARDS[reward.name](conclusions, references, reward)
     return [answer for answer, value in zip(answers, values, strict=True) if value == 1.0]
-
-
-def _others(folder: Path, answered: set[str]) -> list[str]:
-    """The lines of answers in a folder whose prompts are not among these."""
-    with (folder / FILE).open(encoding="utf-8") as file:
-        return [line for line in file if json.dumps(_asked(json.loads(line))) not in answered]
-
-
-def _asked(row: dict[str, Any]) -> Any:
-    """The prompt of a line: a text, or the turns of a chat."""
-    return row["prompt"] if "prompt" in row else row["messages"][:-1]
 
 
 def _line(answer: Answer) -> dict[str, Any]:

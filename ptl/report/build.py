@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ptl.config.dag import ANSWERS, export_step
+from ptl.config.dag import export_step
 from ptl.config.export import Export
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
@@ -190,11 +190,9 @@ def _not_needed(steps: Records, config: Metadata) -> list[Missing]:
         if state.get("stopped"):
             reason = state["reason"]
             break
-    planned = {}
+    planned: dict[str, int] = {}
     for number in range(1, config["schedule"]["iterations"] + 1):
-        renewed = number > 1 and config["training"]["refresh"] == "each"
-        for stage in (*([ANSWERS] if renewed else []), *LOOP):
-            planned[f"{stage}-{number}"] = number
+        planned |= {f"{stage}-{number}": number for stage in LOOP}
     return _missing(steps, planned, reason)
 
 

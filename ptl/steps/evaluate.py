@@ -217,7 +217,7 @@ def ends_the_loop(call: Call, iterations: int, accepted: Pointer) -> bool:
 def _withdraw_later(step: Step, iterations: int) -> None:
     """Steps that are not needed have no result: one may be of an attempt that got further, before data changed."""
     for later in range(step.call.iteration + 1, iterations + 1):
-        for stage in ("answers", "prune", "recover", "evaluate"):
+        for stage in ("prune", "recover", "evaluate"):
             store.withdraw(
                 step.run.root,
                 step.run.run,

@@ -33,7 +33,7 @@ def export(call: Call) -> None:
         "gate": call.section(Gate, "gate"),
         "seed": call.settings["seed"],
     }
-    with Step(call, key=key, reads=answers.reads(call, key["calibration"])) as step:
+    with Step(call, key=key, reads=answers.reads(key["calibration"])) as step:
         record = step.record or step.publish(_exported(step, step.fetch_model()))
         shown = {name: record.metadata[name] for name in ("accuracy", "bytes")}
         call.outputs["metrics"].metadata.update(shown)

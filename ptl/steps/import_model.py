@@ -53,8 +53,7 @@ def import_model(call: Call) -> None:
     }
     # Which steps there are, and what they wait for, was compiled: a run parameter cannot change it.
     gate.check_structure(sections["gate"], call.settings["gated"])
-    compiled = call.settings["answered"], call.settings["refreshed"]
-    answers.check_structure(sections["calibration"], sections["training"], sections["chat"], *compiled)
+    answers.check_structure(sections["calibration"], sections["training"], sections["chat"], call.settings["answered"])
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
     folder, dimensions = preflight.preflight(Config.model_construct(model=model, **sections))
     assert dimensions is not None, "a step has torch"

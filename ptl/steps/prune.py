@@ -18,7 +18,7 @@ def prune(call: Call) -> None:
     if call.stopped:
         return call.pass_through()
     arguments = _arguments(call)
-    with Step(call, key=arguments, reads=answers.reads(call, arguments["calibration"])) as step:
+    with Step(call, key=arguments, reads=answers.reads(arguments["calibration"])) as step:
         if step.record is None:
             # torch is imported by the work alone: a step that was done before needs none.
             from ptl.pruning.prune import prune_checkpoint

@@ -47,7 +47,7 @@ def recover(call: Call) -> None:
         "seed": call.settings["seed"],
     }
     # The items by the run's records: an edge from import-model to each recovery would say nothing to anybody.
-    reads = [*([BENCHMARK_ITEMS] if data.decontaminate.tasks else []), *answers.reads(call, data)]
+    reads = [*([BENCHMARK_ITEMS] if data.decontaminate.tasks else []), *answers.reads(data)]
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():

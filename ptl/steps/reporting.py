@@ -139,8 +139,7 @@ def summary(metadata: Metadata) -> str:
         case "recover":
             return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
         case "answers":
-            earlier = f", and {metadata['earlier']:,} earlier" if metadata["earlier"] else ""
-            return f"{metadata['kept']:,} of {metadata['written']:,} answers kept{earlier}"
+            return f"{metadata['kept']:,} of {metadata['written']:,} answers kept"
         case "export":
             return f"{size(metadata['bytes'])}, {_score(metadata['models']['final']['tasks'][0])}"
     # Of an import or a prune the size is what there is to say.

@@ -14,8 +14,7 @@ EXPORTS = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors"
 
 def dag_of(iterations=2, *, gate=False, control="off", doctor=False, export=(), answers="given"):
     changes = {"schedule.iterations": iterations, "gate.enabled": gate, "resources.doctor": doctor, "export": export}
-    changes["training.answers"] = "given" if answers == "given" else "self"
-    changes["training.refresh"] = "each" if answers == "each" else "once"
+    changes["training.answers"] = answers
     changes |= {"control": control != "off"} | ({"resources.control": control} if control != "off" else {})
     return nodes(load_config(TINY, changes))
 
@@ -29,8 +28,8 @@ def test_golden_steps_inputs_and_order():
     def lines(*options):
         with_control = next((each for each in options if each in ("beside", "after")), "off")
         export = EXPORTS[: "export" in options]
-        answers = next((each for each in options if each in ("self", "each")), "given")
-        settings = {"gate": "gate" in options, "doctor": "doctor" in options, "answers": answers}
+        settings = {"gate": "gate" in options, "doctor": "doctor" in options}
+        settings["answers"] = "self" if "self" in options else "given"
         for node in dag_of(control=with_control, export=export, **settings):
             inputs = [f"{name}={source.step}.{source.output}" for name, source in node.inputs.items()]
             yield " ".join([node.name, *inputs, *(["after", *node.after] if node.after else [])])
@@ -39,7 +38,7 @@ def test_golden_steps_inputs_and_order():
 
 
 def test_every_dag_can_be_executed_in_its_order():
-    controls, answers = ("off", "beside", "after"), ("given", "self", "each")
+    controls, answers = ("off", "beside", "after"), ("given", "self")
     names = ("gate", "control", "doctor", "export", "answers")
     for iterations, *choice in product((1, 3), (False, True), controls, (False, True), ((), EXPORTS), answers):
         executable(dag_of(iterations, **dict(zip(names, choice, strict=True))))
@@ -64,12 +63,11 @@ def test_names_say_stage_arm_and_iteration():
     expected = {"doctor": ("doctor", "loop", 0), "import-model": ("import", "loop", 0)}
     expected |= {"report": ("report", "loop", 0), "evaluate-0": ("evaluate", "loop", 0)}
     expected["answers"] = ("answers", "loop", 0)
-    expected |= {f"answers-{i}": ("answers", "loop", i) for i in range(2, 13)}
     for stage in ("prune", "recover", "evaluate"):
         expected |= {f"{stage}-{i}": (stage, "loop", i) for i in range(1, 13)}
         expected[f"control-{stage}"] = (stage, "control", 1)
     expected |= {f"export-{name}": ("export", "export", 0) for name in ("gguf-q4-k-m", "compressed-tensors-fp8")}
-    dag = dag_of(12, control="beside", doctor=True, export=EXPORTS, answers="each")
+    dag = dag_of(12, control="beside", doctor=True, export=EXPORTS, answers="self")
     assert {node.name: (stage_of(node.name), arm_of(node.name), iteration_of(node.name)) for node in dag} == expected
     for name in ("", "prune-", "prune-2-driver"):
         with pytest.raises(ValueError, match="no step"):

@@ -26,17 +26,14 @@ HEAVY = {"torch", "transformers", "trl", "mlflow", "lm_eval", "peft", "datasets"
 
 @pytest.mark.parametrize(
     ("path", "sets"),
-    [(path, {}) for path in SHIPPED]
-    + [(TINY, {"gate.enabled": True, "resources.doctor": True})]
-    + [(CONFIGS / "thinker.yaml", {"training.refresh": "each"})],
-    ids=[*(path.stem for path in SHIPPED), "gate-and-doctor", "refresh"],
+    [(path, {}) for path in SHIPPED] + [(TINY, {"gate.enabled": True, "resources.doctor": True})],
+    ids=[*(path.stem for path in SHIPPED), "gate-and-doctor"],
 )
 def test_every_shipped_config_becomes_the_tasks_of_its_plan(path, sets):
     config, (spec, _) = load_config(path, sets), documents(sets, path)
     found = spec["root"]["dag"]["tasks"]
     nodes = {node.name: node for node in dag.nodes(config)}
     optional = config.resources.doctor + (config.training.answers == "self")
-    optional += (config.schedule.iterations - 1) * (config.training.refresh == "each")
     assert len(found) == 3 + 3 * config.schedule.iterations + 3 * config.control + optional
     # A server lists tasks by their keys, never by display names.
     assert {key: task["taskInfo"]["name"] for key, task in found.items()} == {name: name for name in nodes}

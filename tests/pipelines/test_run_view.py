@@ -92,9 +92,9 @@ def test_a_loop_that_failed_while_the_control_works_says_how_to_end_the_run():
 def test_steps_are_listed_as_one_machine_executes_them():
     """Iteration 10 after 2; Kubeflow's own list is sorted by keys."""
     sets = {"schedule.iterations": 16, "export": [{"format": "gguf", "type": "q8_0"}]}
-    sets |= {"training.answers": "self", "training.refresh": "each"}
+    sets |= {"training.answers": "self"}
     names = [node.name for node in dag.nodes(load_config(TINY, sets))]
     # The sort is stable: what has no order of its own, as import and doctor, keeps Kubeflow's.
     shuffled = random.Random(0).sample(names[1:-2], len(names) - 3)
     assert sorted([*names[-2:], *shuffled, names[0]], key=run_view._position) == names
-    assert run_view._stage("answers-2") == "evaluate", "resources.steps has no answers"
+    assert run_view._stage("answers") == "evaluate", "resources.steps has no answers"

@@ -23,11 +23,11 @@ OWN = ROWS | {"answers": "self", "num_prompts": 12, "max_new_tokens": 150, "rewa
 EVALUATE = Evaluate(tasks=[{"name": "gsm8k"}], batch_size=12)
 
 
-def written(dst, src=THINKER, chat=True, earlier=None, **changes):
+def written(dst, src=THINKER, chat=True, **changes):
     """The report, the rows, and the training data with them."""
     settings = {"enabled": chat, "template_kwargs": {"enable_thinking": True} if chat else {}}
     data, chat = TrainingData(**OWN | changes), Chat(**settings)
-    report = write_answers(src, dst, data, EVALUATE, chat, model="sha256:abc", seed=3, earlier=earlier)
+    report = write_answers(src, dst, data, EVALUATE, chat, model="sha256:abc", seed=3)
     rows = [json.loads(line) for line in (dst / "answers.jsonl").read_text().splitlines()]
     return report, rows, data.model_copy(update={"sources": in_place_of(data.sources, dst, chat)})
 
@@ -47,12 +47,6 @@ def test_correct_answers_are_kept_with_their_thoughts_and_trained_on(tmp_path):
     texts = [tokenizer.decode(tokens.ids) for tokens in training_chunk(data, tokenizer, 256, **budget)[1:]]
     said = {"<|user|>{}<|assistant|>{}<|eos|>".format(*(turn["content"] for turn in row["messages"])) for row in rows}
     assert texts and set(texts) <= said
-    # Those of a model before stay where it keeps none.
-    none = {"reward": {"name": "final_answer", "answer": "#### 1234"}}
-    report, stayed, _ = written(tmp_path / "c", earlier=tmp_path / "a", **none)
-    assert (report.kept, report.earlier) == (0, len(rows)) and stayed == rows
-    report, renewed, _ = written(tmp_path / "d", earlier=tmp_path / "a", num_prompts=1)
-    assert (report.kept, report.earlier) == (1, len(rows) - 1) and renewed == rows
 
 
 def test_samples_are_drawn_as_the_makers_recommend_and_texts_stay(tmp_path):
@@ -111,8 +105,6 @@ def test_rows_need_no_answers_of_their_own(tmp_path):
 
 
 def test_without_a_chat_a_completion_follows_its_prompt(tmp_path):
-    prompt = {"prompt": "{question}\n"}
-    report, rows, data = written(tmp_path / "a", DENSE, chat=False, **prompt)
+    report, rows, data = written(tmp_path / "a", DENSE, chat=False, prompt="{question}\n")
     assert report.kept >= 10 and data.sources[0].format == "prompt_completion"
     assert all(row["prompt"].endswith("?\n") and row["completion"].count("#### ") == 1 for row in rows)
-    assert written(tmp_path / "b", DENSE, chat=False, earlier=tmp_path / "a", num_prompts=1, **prompt)[1] == rows

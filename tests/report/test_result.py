@@ -105,10 +105,9 @@ def test_a_rejected_row_has_what_was_scored_and_the_final_one_what_was_accepted(
     assert [row.removed_layers for row in build(records, settings).rows] == [[], [], [1], [2], [2], []]
     # Of a checkpoint that was scored twice the last time counts.
     records["evaluate-4"].metadata["checkpoint"] = records["evaluate-2"].metadata["checkpoint"]
-    settings["training"]["refresh"] = "each"
     result = build(records, settings)
     assert result.final_row.iteration == 4
-    assert [step.step for step in result.not_needed] == ["answers-2", "answers-3", "answers-4"]
+    assert [step.step for step in result.not_needed] == []
 
 
 def test_paired_comparisons_are_those_of_the_gate_and_of_compare(records, settings):

@@ -270,11 +270,11 @@ def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
     """Its later steps pass their input through: the report and `ptl gc` must not find what they did before."""
     step = Step(Call("evaluate-1", begin()[1]), key={})
     run = step.run = step.call.start()
-    names = [f"{stage}-{i}" for i in (1, 2, 3) for stage in ("answers", "prune", "recover", "evaluate")]
+    names = [f"{stage}-{i}" for i in (1, 2, 3) for stage in ("prune", "recover", "evaluate")]
     for name in names:
         store.commit(run.root, run.run, name, Record("k", NOWHERE))
     evaluate._withdraw_later(step, 3)
-    assert [name for name in names if store.committed(run.root, run.run, name)] == names[:4]
+    assert [name for name in names if store.committed(run.root, run.run, name)] == names[:3]
 
 
 def test_a_kill_at_any_moment_leaves_nothing_half_done(begin, monkeypatch):
@@ -361,26 +361,19 @@ def test_a_recovery_finds_items_and_own_answers_by_the_run_and_depends_on_them(b
     assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
-def test_the_model_that_an_iteration_starts_from_answers_anew(begin, monkeypatch, tmp_path):
-    """Beside earlier answers; after a rejection it is the model that has answered, and after the end none is needed."""
-    experiment, asked, records = begin()[1], [], []
+def test_the_dense_model_answers_once_in_a_run(begin, monkeypatch, tmp_path):
+    experiment, asked = begin()[1], []
 
-    def write_answers(_src, dst, *_, model, earlier, **__):
-        asked.append((model, earlier and (earlier / "answers.jsonl").read_text()))
+    def write_answers(_src, dst, *_, model, **__):
+        asked.append(model)
         (dst / "answers.jsonl").write_text(f"of {model}")
-        return AnswersReport(9, 9, 9, 8, 1, 50.0, {})
+        return AnswersReport(9, 9, 9, 8, 50.0, {})
 
     monkeypatch.setattr("ptl.recovery.answers.write_answers", write_answers)
     monkeypatch.setattr(Step, "fetch_model", lambda _step: Path())
-    config = load_config(TINY, {"training.answers": "self", "training.refresh": "each"}).model_dump(mode="json")
-    pruned = dataclasses.replace(NOWHERE, digest="sha256:" + "d" * 64)
-    models = {"answers": NOWHERE, "answers-2": NOWHERE, "answers-3": pruned}
-    models["answers-4"] = dataclasses.replace(pruned, gate={"stopped": True})
-    for step, model in models.items():
-        each = Call(step, experiment, config, {"model": model}, {"metrics": Output(tmp_path)})
-        answers.answers(each)
-        records.append(committed(each))
-    dense, same, renewed, none = records
-    assert asked == [(NOWHERE.digest, None), (pruned.digest, f"of {NOWHERE.digest}")]
-    assert dense.pointer.digest == same.pointer.digest != renewed.pointer.digest and none is None
-    assert (same.metadata["kept"], same.metadata["iteration"]) == (8, 2)
+    config = load_config(TINY, {"training.answers": "self"}).model_dump(mode="json")
+    for attempt in "ab":
+        step = Call("answers", experiment, config, {"model": NOWHERE}, {"metrics": Output(tmp_path / attempt)})
+        answers.answers(step)
+        assert committed(step).metadata["kept"] == step.outputs["metrics"].metadata["kept"] == 8
+    assert asked == [NOWHERE.digest]

@@ -36,15 +36,12 @@ def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
     sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "recover", "evaluate")}
     settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
-    settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True, "refreshed": False}
+    settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
         import_model.import_model(Call("import-model", "e", settings))
     given = r"training\.answers: given, but .* with the step that writes own .*; set train"
     with pytest.raises(InputError, match=given):
         import_model.import_model(Call("import-model", "e", settings | {"gated": not compiled}))
-    own = {"training": sections["training"] | {"answers": "self", "refresh": "each"}, "gated": not compiled}
-    with pytest.raises(InputError, match=r"^training\.refresh: each, but .* compiled for once; set training\.refresh"):
-        import_model.import_model(Call("import-model", "e", settings | own))
     inputs = {"model": POINTER} | ({"fallback": POINTER} if compiled else {})
     outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
@@ -195,11 +192,4 @@ def test_a_training_is_given_the_benchmarks_items_and_the_dense_model(monkeypatc
     assert answers.calibration(step, WANTED.calibration, WANTED.chat) is WANTED.calibration
     scored = WANTED.calibration.model_copy(update={"answers": "self"})
     assert answers.calibration(step, scored, WANTED.chat).data == own
-    assert (answers.reads(step.call, scored), answers.reads(step.call, data)) == (["answers"], [])
-    # Those of the model that the iteration starts from; the control and exports have the dense model's.
-    settings["training"] |= {"answers": "self", "refresh": "each"}
-    assert answers.calibration(step, scored, WANTED.chat).data[0].source == "answers-2/answers.jsonl"
-    read = [answers.reads(Call(name, "e", settings), scored) for name in ("prune-1", "prune-2", "recover-3")]
-    assert read == [["answers"], ["answers-2"], ["answers-3"]]
-    read = [answers.reads(Call(name, "e", settings), scored) for name in ("control-recover", "export-gguf-f16")]
-    assert read == [["answers"], ["answers"]]
+    assert (answers.reads(scored), answers.reads(data)) == (["answers"], [])
