@@ -146,7 +146,7 @@ def compare(
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
-    """Compare two evaluations item by item. Exit code: 0 not inferior, 1 inferior, 2 wrong input."""
+    """Compare two evaluations item by item. Exit code: 0 not inferior, 2 wrong input, 3 inferior."""
     from ptl.evaluation import evaluate as work
 
     _reach_stores(home, s3, reference, candidate, items=True)
@@ -208,6 +208,8 @@ def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
             else:  # a store of files hands out its own folder
                 shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES, MLFLOW_META), dirs_exist_ok=True)
             (out / STATE).unlink(missing_ok=True)
+            # What lies there describes the model that the run began with.
+            (out / "README.md").unlink(missing_ok=True)
             if checkpoint.card is not None:
                 (out / "README.md").write_bytes(checkpoint.card)
         finally:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ptl.config.chat import NO_CHAT, Chat
-from ptl.data.sequences import by_template
+from ptl.data.sequences import ANSWER, answered_question, by_template
 from ptl.data.sources import user_turn
 from ptl.errors import InputError
 
@@ -23,6 +23,17 @@ def check(tokenizer: Any, chat: Chat) -> None:
             "the tokenizer has no chat template",
             field="chat.enabled",
             remedy="set it to false, or give a model with a template",
+        )
+    asked, answered = opening(tokenizer, chat), answered_question(tokenizer, chat).partition(ANSWER)[0]
+    between = answered.removeprefix(asked)
+    for mark in chat.thought:
+        between = between.replace(mark, "")
+    if answered.startswith(asked) and between.strip():
+        raise InputError(
+            f"the model's chat template writes {between!r} between the end of a prompt and an answer, which neither "
+            "training nor grading knows",
+            field="chat.enabled",
+            remedy="set it to false",
         )
     template = tokenizer.get_chat_template()
     for name in chat.template_kwargs:

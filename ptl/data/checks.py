@@ -18,7 +18,7 @@ from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
 from ptl.data.sequences import check_chat
-from ptl.data.sources import GENERAL, check_rows, fill, local_file, numbered_rows, prompt_of, texts
+from ptl.data.sources import GENERAL, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
 
@@ -104,7 +104,7 @@ def _check_prompts(source: DataSource, rewards: Sequence[Reward], field: str) ->
     for row in numbered_rows(source, field):
         prompt_of(row)
         for reward in rewards:
-            fill(reward.reference_template, row)
+            answer_of(reward.reference_template, row)
 
 
 def check_settings(

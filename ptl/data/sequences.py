@@ -91,10 +91,15 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
 
 def end_of_turn(tokenizer: Any, chat: Chat) -> TokenIds:
     """What the chat template writes after an answer: tokens that end it, else EOS."""
-    answered = [*user_turn("?"), {"role": "assistant", "content": ANSWER}]
-    text = by_template(tokenizer, answered, None, chat, ended=True, tokenize=False)
-    ids: TokenIds = tokenizer(text.rpartition(ANSWER)[2].rstrip(), add_special_tokens=False)["input_ids"]
+    end = answered_question(tokenizer, chat).rpartition(ANSWER)[2].rstrip()
+    ids: TokenIds = tokenizer(end, add_special_tokens=False)["input_ids"]
     return ids or [tokenizer.eos_token_id]
+
+
+def answered_question(tokenizer: Any, chat: Chat) -> str:
+    """A question with the answer ANSWER, as the chat template writes it."""
+    answered = [*user_turn("?"), {"role": "assistant", "content": ANSWER}]
+    return str(by_template(tokenizer, answered, None, chat, ended=True, tokenize=False))
 
 
 def _chat_tokens(row: SourceRow, tokenizer: Any, chat: Chat = NO_CHAT) -> tuple[TokenIds, TokenIds]:
@@ -125,7 +130,7 @@ def check_chat(row: SourceRow, tokenizer: Any, chat: Chat, *, answers: bool) -> 
 def _written_otherwise(row: SourceRow) -> InputError:
     return row.error(
         ": the model's chat template writes the prompt otherwise with its answer",
-        "leave the row out, or use another format",
+        "set chat.enabled: true, which trains on the answer as it is served, or leave the row out",
     )
 
 

@@ -108,7 +108,7 @@ def texts(row: SourceRow) -> tuple[str, str]:
         return _chat_text(chat), _chat_text(answer)
     if source.format == "text":
         return "", fill(source.text, row)
-    return fill(source.prompt, row), fill(source.completion, row)
+    return fill(source.prompt, row), answer_of(source.completion, row)
 
 
 def _chat_text(chat: Turns) -> str:
@@ -170,6 +170,8 @@ def chat_and_answer(row: SourceRow) -> tuple[Turns, Turns]:
             f" ends with a turn of role {role!r}, so that there is no answer to learn from",
             LEAVE_OUT,
         )
+    if not answer[0].get("tool_calls") and not (answer[0].get("content") or "").strip():
+        raise row.error(": the assistant's last turn is blank", LEAVE_OUT)
     return chat, answer
 
 
@@ -204,6 +206,14 @@ def fill(template: str, row: SourceRow) -> str:
             )
     text = template.format_map(row.columns)
     _check_unicode(text, row)
+    return text
+
+
+def answer_of(template: str, row: SourceRow) -> str:
+    """What the answer to a row is, or is compared with (nothing for `format`). InputError as `fill`, and if blank."""
+    text = fill(template, row)
+    if template and not text.strip():
+        raise row.error(f" has nothing in {template!r}, the answer", LEAVE_OUT)
     return text
 
 

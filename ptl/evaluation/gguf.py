@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
+from ptl.evaluation import tasks
 from ptl.evaluation.language_models import cache_templates, noted_hflm
 from ptl.evaluation.speed import Measurement, Times, measure_in_turns
 from ptl.model import checkpoint, pretrained
@@ -32,6 +33,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
     before the first answer where the file's tokens are not those of the checkpoint's tokenizer, or where the chat
     template is asked for and is not the checkpoint's.
     """
+    tasks.check_greedy(settings)
     model = LlamaModel(file)
     if chat.enabled:
         _check_template(model, pretrained.load_tokenizer(src).chat_template, file)
@@ -55,7 +57,6 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
             import torch
 
-            _check_greedy(options)
             # Without the padding in front
             prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
             limit = max_length - context.shape[1]
@@ -79,16 +80,6 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
         max_length=longest or limit or model.context_length,
         chat=chat,
     )
-
-
-def _check_greedy(options: Mapping[str, Any]) -> None:
-    """Raise InputError for a task whose answers are sampled."""
-    if options.get("do_sample"):
-        raise InputError(
-            "a task has answers sampled (do_sample), and of a GGUF file they are greedy",
-            field="evaluate.tasks",
-            remedy="use a task without do_sample, and one sample of each item",
-        )
 
 
 def _check_template(model: LlamaModel, template: str | None, file: Path) -> None:

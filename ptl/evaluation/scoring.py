@@ -28,7 +28,7 @@ def _check_lengths(lm: Any, loaded: Any) -> None:
     """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
     if loaded.get_config("output_type") != "generate_until":
         return
-    answer = (loaded.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
+    answer = task_files.answer_tokens(loaded.get_config("generation_kwargs"))
     if answer >= lm.max_length:
         raise InputError(
             f"answers of {loaded.task_name!r} may be {answer} tokens long, but the model's context is {lm.max_length}",

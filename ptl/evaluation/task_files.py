@@ -7,7 +7,7 @@ what a file names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -24,6 +24,9 @@ from ptl.json_lines import read_json_lines
 NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M)
 FUNCTIONS = "!function"  # a tag of YAML: the harness imports what it names; also the key that keeps all of a file
 FILES = "!include"  # the key that keeps the paths of a file and of all that it includes
+FORMATS = ("json", "parquet", "csv")  # dataset_path of local files
+# Of generation_kwargs, by the harness's order
+ANSWER_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
 # The metrics of a task that names none, by output_type (lm_eval.api.registry.DEFAULT_METRIC_REGISTRY).
 DEFAULT_METRICS = {
@@ -75,6 +78,7 @@ class Spec(BaseModel):
     unsafe_code: bool = False  # scoring runs what the model wrote
     num_fewshot: int | None = None
     fewshot_config: dict[str, Any] | None = None
+    generation_kwargs: dict[str, Any] | None = None
     custom_dataset: Any = None  # a function that makes the data
     dataset_path: str | None = None
     dataset_kwargs: dict[str, Any] | None = None
@@ -96,9 +100,19 @@ class Spec(BaseModel):
         return [entry.name for entry in self.filter_list or ()] or ["none"]
 
     @property
+    def answer_tokens(self) -> int:
+        """Tokens of the longest answer."""
+        return answer_tokens(self.generation_kwargs)
+
+    @property
     def is_shipped(self) -> bool:
         """Whether it is one that the harness ships, which is trusted."""
         return _is_of_the_harness(self.path)
+
+
+def answer_tokens(options: Mapping[str, Any] | None) -> int:
+    """Tokens of the longest answer by a task's generation_kwargs, under any of the names that the harness takes."""
+    return next((int(options[name]) for name in ANSWER_LENGTHS if options and options.get(name) is not None), 256)
 
 
 def _error(problem: str, remedy: str = "") -> InputError:
@@ -247,8 +261,10 @@ def local_splits(
     """
     data_files = (spec.dataset_kwargs or {}).get("data_files")
     # The YAML has local files of its own.
-    if spec.dataset_path == "json" and isinstance(data_files, dict):
-        return {split: LocalFile(_data_file(spec, str(file))) for split, file in data_files.items()}
+    if data_files and spec.dataset_path in FORMATS and "://" not in str(data_files):
+        # As in `datasets`, what names no split is for training.
+        by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
+        return {split: LocalFile(_data_file(spec, file)) for split, file in by_split.items()}
     # Nobody names files, or a function of the task makes its data.
     if data_dir is None or spec.custom_dataset is not None:
         return {}
@@ -281,8 +297,9 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
     return {scored, examples} if shots and examples and not own_examples else {scored}
 
 
-def _data_file(spec: Spec, file: str) -> str:
+def _data_file(spec: Spec, named: Any) -> str:
     """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
+    file = str(named[0] if isinstance(named, list) and len(named) == 1 else named)
     for folder in (Path(), *spec.path.parents):
         if (folder / file).is_file():
             return str((folder / file).resolve())
@@ -291,13 +308,15 @@ def _data_file(spec: Spec, file: str) -> str:
 
 
 def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
-    """Split -> datasets.Dataset, from JSONL (also gzipped) or Parquet. Raises InputError that names a bad line."""
+    """Split -> datasets.Dataset, from JSONL (also gzipped), Parquet or CSV. Raises InputError that names a bad line."""
     from datasets import Dataset
 
     data_sets = {}
     for split, local in splits.items():
         if local.file.endswith(".parquet"):
             raw = Dataset.from_parquet(local.file)
+        elif local.file.endswith(".csv"):
+            raw = Dataset.from_csv(local.file)
         else:
             raw = read_json_lines(Path(local.file), "evaluate.data_dir", local.file)
         # None: a row of another split of the same file.

@@ -76,6 +76,13 @@ def score_name(task: Task) -> str:
     return task.name if len(specs) > 1 else specs[0].name
 
 
+def answer_tokens(task: Task) -> int:
+    """Tokens of the longest answer: the config's, else the task's own; the harness's where it cannot be looked up."""
+    specs = find(task.name) if can_find(task.name) else []
+    own = max((spec.answer_tokens for spec in specs), default=task_files.answer_tokens(None))
+    return task.max_new_tokens or own
+
+
 def hub_data(settings: Evaluate) -> list[str]:
     """Data sets of the hub that the tasks name, each once; of tasks that can be looked up here."""
     names: dict[str, None] = {}
@@ -181,6 +188,19 @@ def check_samples(spec: Spec, task: Task) -> None:
             field=FIELD,
             remedy="leave samples out",
         )
+
+
+def check_greedy(settings: Evaluate) -> None:
+    """Raise InputError where answers are sampled: those of a GGUF file are greedy."""
+    for task in settings.tasks:
+        specs = find(task.name) if can_find(task.name) else []
+        if task.samples > 1 or any((spec.generation_kwargs or {}).get("do_sample") for spec in specs):
+            raise InputError(
+                f"answers to {task.name!r} are sampled (samples, or do_sample in its YAML), and of a GGUF file they "
+                "are greedy",
+                field=FIELD,
+                remedy="use a task without do_sample, and one sample of each item, or no export to gguf",
+            )
 
 
 def check_gate(settings: Evaluate, gate: Gate) -> None:

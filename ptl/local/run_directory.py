@@ -61,7 +61,7 @@ def open_run(
     chosen: Path | None,
     fresh: bool,
 ) -> tuple[RunDir, bool]:
-    """The directory to run in, and whether it continues a run of the same config (`resources` and exports may differ).
+    """The directory to run in, and whether it continues a run of the same config (see `_differences`).
 
     Without `chosen` an unfinished run is continued, or the newest one if it only lacks exports. Unless it is to begin
     anew, it names unfinished runs of other configs, whose steps may be taken over. Raises InputError when `chosen`
@@ -148,8 +148,11 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _differences(old_config: dict[str, Any], config: Config) -> list[str]:
-    """The fields that make a config another run; not `resources` and `export`, on which no other step depends."""
-    new_config = config.model_dump(mode="json", exclude={"resources", "export"})
+    """The fields that make a config another run; not those on which no step depends but what they are of.
+
+    The tag of the images is ptl's version unless it is given: a run of another version is refused by its first step.
+    """
+    new_config = config.model_dump(mode="json", exclude={"resources", "export", "images"})
     return [name for name, value in new_config.items() if value != old_config[name]]
 
 

@@ -76,8 +76,20 @@ def tokenizer(folder: Path, field: str = MODEL) -> Any:
 
 
 def load_tokenizer(folder: Path, field: str = MODEL) -> Any:
-    """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
+    """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token.
+
+    And where a text may hold a token that has no embedding, as after adding one for padding alone.
+    """
     loaded = tokenizer(folder, field)
+    rows = config(folder, field).get_text_config().vocab_size
+    for name in ("bos_token", "eos_token", "pad_token"):
+        number = getattr(loaded, f"{name}_id")
+        if number is not None and number >= rows:
+            raise InputError(
+                f"{folder}: {name} is token {number}, and the model has embeddings for {rows} tokens",
+                field=field,
+                remedy=f"set {name} to another token of the tokenizer, or resize the embeddings, and save it",
+            )
     if loaded.eos_token_id is None:
         raise InputError(
             f"{folder}: the tokenizer has no EOS token, so no answer could end",

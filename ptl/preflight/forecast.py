@@ -17,12 +17,12 @@ from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, Unit, one_shot, plan
 from ptl.errors import InputError
+from ptl.evaluation import tasks
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import target
 from ptl.preflight.forecast_model import (
     GIB,
     GPUS,
-    NEW_TOKENS,
     PROMPT_TOKENS,
     TERA,
     Gpu,
@@ -272,7 +272,7 @@ def _evaluation(model: ModelDimensions, run: Forecast) -> Work:
         if items is None:
             items = UNKNOWN_ITEMS
             note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"
-        of_task = _generation(model, run, items * task.samples, task.max_new_tokens or NEW_TOKENS)
+        of_task = _generation(model, run, items * task.samples, tasks.answer_tokens(task))
         tokens, seconds = tokens + of_task[0], seconds + of_task[1]
     return tokens, seconds, note
 

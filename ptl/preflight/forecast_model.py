@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config
+from ptl.evaluation import tasks
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of
 from ptl.model.families import family_of
@@ -20,7 +21,7 @@ GIB, TERA = 1 << 30, 1e12
 OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
-PROMPT_TOKENS, NEW_TOKENS = 512, 256  # of a prompt and of an answer, where nothing says how long they are
+PROMPT_TOKENS = 512  # of a prompt, whose length nothing says
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def answering_memory(shape: Shape, model: ModelDimensions, config: Config, gpus:
     With room for the longest answer to a benchmark or, where it writes answers of its own, to a training prompt.
     """
     evaluate, training = config.evaluate, config.training
-    lengths = [task.max_new_tokens or NEW_TOKENS for task in evaluate.tasks]
+    lengths = [tasks.answer_tokens(task) for task in evaluate.tasks]
     length = PROMPT_TOKENS + max(*lengths, training.max_new_tokens if training.answers == "self" else 0)
     memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.of(model).kv_bytes
     return CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)

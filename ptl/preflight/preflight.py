@@ -13,12 +13,11 @@ from ptl.config.schedule import Prune, Schedule, plan
 from ptl.data import chat_templates
 from ptl.data.checks import check_data, check_own_answers, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
-from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
+from ptl.evaluation.tasks import answer_tokens, check_gate, check_greedy, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
 from ptl.preflight import target
-from ptl.preflight.forecast_model import NEW_TOKENS
 from ptl.units import listed, numbered
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
@@ -34,6 +33,8 @@ def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
     check_tasks(config.evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
     check_gate(config.evaluate, config.gate)
+    if any(export.format == "gguf" for export in config.export):
+        check_greedy(config.evaluate)
     # Only now a download, which may take an hour.
     folder = hub.locate(config.model.path, config.model.revision)
     dimensions = check_model(folder, config.schedule, config.prune)
@@ -121,11 +122,7 @@ def chat_warnings(config: Config, folder: Path) -> Iterator[str]:
         )
         return
     positions = checkpoint.read_config(folder).get("max_position_embeddings") or THOUGHT
-    short = [
-        task.name
-        for task in config.evaluate.tasks
-        if (task.max_new_tokens or NEW_TOKENS) < min(THOUGHT, positions // 2)
-    ]
+    short = [task.name for task in config.evaluate.tasks if answer_tokens(task) < min(THOUGHT, positions // 2)]
     if short:
         yield (
             f"evaluate.tasks: {listed(short)}: the model thinks before it answers, and a thought that is cut is no "

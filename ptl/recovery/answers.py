@@ -18,7 +18,7 @@ from ptl.config.dag import ANSWERS
 from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
 from ptl.data.sequences import by_template, leaves_room, prompt_rows
-from ptl.data.sources import SourceRow, fill, prompt_of
+from ptl.data.sources import SourceRow, answer_of, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
 from ptl.log import say
@@ -128,6 +128,8 @@ def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tup
     for source in data.prompted:
         count = max(1, round(data.num_prompts * source.weight / total))
         for row in prompt_rows(source.prompts_only, seed=seed, skip=0, count=count, fits=fits):
+            if data.keep == "correct":  # a row without what it is compared with is found before hours of answers
+                answer_of(data.reward.reference_template, row)
             prompt = text = prompt_of(row, chat)
             if not isinstance(prompt, str):  # by the harness a turn that the template refuses would be left out
                 text = by_template(lm.tokenizer, prompt, row, chat, tokenize=False)
@@ -155,7 +157,7 @@ def _answers(
 
 def _correct(answers: Sequence[Answer], reward: Reward, chat: Chat) -> list[Answer]:
     """Of answers that have ended, those that the reward function finds correct by what follows the thought."""
-    references = [fill(reward.reference_template, answer.row) for answer in answers]
+    references = [answer_of(reward.reference_template, answer.row) for answer in answers]
     conclusions = [chat.answer(answer.text) if chat.enabled else answer.text for answer in answers]
     values = REWARDS[reward.name](conclusions, references, reward)
     return [answer for answer, value in zip(answers, values, strict=True) if value == 1.0]

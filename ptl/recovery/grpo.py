@@ -16,7 +16,7 @@ from ptl.config.data import Reward
 from ptl.config.recover import RecoverStage
 from ptl.data import chat_templates, decontamination
 from ptl.data.sequences import leaves_room, prompt_rows
-from ptl.data.sources import fill, prompt_of
+from ptl.data.sources import answer_of, prompt_of
 from ptl.errors import InputError, WorkError
 from ptl.model import checkpoint, pretrained
 from ptl.recovery import training
@@ -91,7 +91,9 @@ def prompts(
     rows = []
     for row in picked:
         prompt = prompt_of(row, job.chat)
-        references = {_reference(i): fill(reward.reference_template, row) for i, reward in enumerate(settings.rewards)}
+        references = {
+            _reference(i): answer_of(reward.reference_template, row) for i, reward in enumerate(settings.rewards)
+        }
         rows.append({"prompt": prompt, **references})
     return rows
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic_core import to_jsonable_python
+
 from ptl import __version__, processes
 from ptl.config import dag
 from ptl.config.base import Section
@@ -176,10 +178,23 @@ class Key:
 def key_of(parent: str, settings: dict[str, Any]) -> Key:
     """The key of a step by its checkpoint's digest, its settings, and the content of the files that these name.
 
-    Raises InputError for a file that is not there.
+    Files count by name and content wherever they are: a run is resumed from any directory. Raises InputError for one
+    that is not there.
     """
-    files = dict(_files(settings))
-    return Key(store.digest([__version__, parent, settings, files]), files)
+    files = list(_files(settings))
+    contents = [(Path(name).name, content) for name, content in files]
+    digest = store.digest([__version__, parent, _without_folders(to_jsonable_python(settings)), contents])
+    return Key(digest, {str(Path(name).absolute()): content for name, content in files})
+
+
+def _without_folders(value: Any) -> Any:
+    """JSON with the bare names of the local files and folders in it."""
+    if isinstance(value, dict):
+        return {name: _without_folders(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110  # of any length
+    return Path(value).name if is_path else value
 
 
 def _files(settings: Any) -> Iterator[tuple[str, str]]:
@@ -189,7 +204,7 @@ def _files(settings: Any) -> Iterator[tuple[str, str]]:
         if digest is not None:
             yield settings.source, digest
     elif isinstance(settings, Evaluate):
-        yield from ((str(path), file_digest(path)) for path in tasks.files(settings))
+        yield from ((str(path), file_digest(path)) for path in sorted(tasks.files(settings)))
     elif isinstance(settings, ModelSource):
         # Of weights a stamp will do, and saves reading them once more: after a new import of the same bytes, which have
         # the same digest, no other step is repeated.
@@ -210,7 +225,7 @@ def _files_in(model: str | None) -> list[Path]:
     """The files of a model's folder; none of a hub id."""
     if model is None or not Path(model).is_dir():
         return []
-    return [path for path in Path(model).iterdir() if path.is_file()]
+    return sorted(path for path in Path(model).iterdir() if path.is_file())
 
 
 def withdraw_outdated(run: StepRun, record: Record, key: Key) -> None:

@@ -76,6 +76,7 @@ def made(folder, *, root=None, experiment="e", done=True):
         patch.setenv("PTL_RUN_ID", run)
         for i, step in enumerate(STEPS):
             files = {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i), STATE: b"state"}
+            files["README.md"] = b"of the model that the run began with"
             publish(step, files, params=100 - i)
         for step, right in SCORES.items():
             publish(step, {"items.jsonl": items(right)})
@@ -154,6 +155,7 @@ def test_fetch_by_name(here, monkeypatch):
         card = step == "recover-2"  # which is about the final checkpoint
         said = ptl("fetch", name.format(**vars(here)), "out")
         assert holds("out", here.directory / step) == (True, ["README.md"] * card), name
+        assert not card or Path("out/README.md").read_text() == "the card"
         assert f"{here.pointers[step].params} parameters" in said and ("without a model card" in said) != card
         assert not Path("out.partial").exists()
         shutil.rmtree("out")

@@ -30,10 +30,22 @@ def test_what_the_template_does_not_have_is_refused():
         (None, {}, r"^chat\.enabled: the tokenizer has no chat template; set it to false"),
         ("qwen3", misspelt, "enable_thinkng is no variable.*; .* enable_thinking$"),
         ("qwen2_5", {"template_kwargs": {"thinking": True}}, r"^chat\.template_kwargs: thinking is no .*; remove it$"),
+        (
+            "gptoss",
+            {},
+            r"^chat\.enabled: .* writes '<\|channel\|>final<\|message\|>' between",
+        ),
     ):
         chat_templates.check(tokenizer_with(template), Chat(**chat))  # it is not used
         with pytest.raises(InputError, match=message):
             chat_templates.check(tokenizer_with(template), Chat(enabled=True, **chat))
+
+
+def test_thoughts_between_a_prompt_and_an_answer_are_no_reason_to_refuse_a_template():
+    for template in ("qwen3", "qwen3_instruct_2507", "deepseek_r1_distill", "qwen2_5", "llama3", "gemma3", "glm4moe"):
+        tokenizer = tokenizer_with(template)
+        tokenizer.bos_token = tokenizer.eos_token
+        chat_templates.check(tokenizer, Chat(enabled=True))
 
 
 def test_an_answer_continues_its_prompt_and_follows_a_thought_that_has_an_end():

@@ -64,6 +64,7 @@ ROWS = {  # fields of the source, of the second row, what is said
     "not a number": ({}, {"prompt": float("nan")}, "holds nan for {prompt}"),
     "list": ({}, {"completion": ["b"]}, "holds a list for {completion}"),
     "half a pair": ({}, {"completion": "\ud83d"}, "character 0 is no Unicode"),
+    "blank answer": ({}, {"completion": " \n"}, "has nothing in '{completion}', the answer"),
     "no column": ({"prompt": "{c}"}, {}, r"lacks 'c', which .* \(columns there: completion, messages, prompt, text\)"),
     "no key": ({"prompt": "{part[key]}"}, {"part": "x"}, r"has a str in 'part', with no part \[key\]"),
     "no chat": (CHAT, {"messages": "1+1?"}, "has no list in column 'messages'"),
@@ -120,6 +121,15 @@ def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
     with pytest.raises(InputError, match=r"training\.sources\.1\.messages: row 1 "):
         check(whole, asked, grpo, distil)
     training = TrainingData(sources=[whole, asked], decontaminate=against)
+    with pytest.raises(InputError, match=r"row 1 .*: the assistant's last turn is blank"):
+        blank = DataSource(source=rows_file(tmp_path / "b.jsonl", [{"messages": [ASKED, ANSWERED | {"content": ""}]}]))
+        check(blank.model_copy(update=CHAT), whole)
+    with pytest.raises(InputError, match=r"row 1 .*has nothing in '\{text\}', the answer"):
+        prompts = DataSource(source=rows_file(tmp_path / "p.jsonl", [GOOD | {"text": ""}]))
+        rewards = Reward(name="format"), Reward(name="code", answer="{text}")
+        stages = [grpo.model_copy(update={"prompts": prompts, "rewards": given}) for given in (rewards[:1], rewards)]
+        checks.check_rewards(stages[:1], TrainingData(sources=[whole]))
+        checks.check_rewards(stages, TrainingData(sources=[whole]))
     with pytest.raises(InputError, match=r"row 1 .*no answer to learn from"):
         checks.check_recovery_data([cpt], training)
     named = checks.named_sources(Calibration(data=whole), training, [cpt, grpo])

@@ -75,15 +75,18 @@ def test_likelihoods_are_those_of_transformers(file):
     assert ours.loglikelihood_rolling(text)[0] == pytest.approx(theirs.loglikelihood_rolling(text)[0], rel=1e-2)
 
 
-def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answer(file, monkeypatch):
+def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answer(file, tmp_path, monkeypatch):
     monkeypatch.setattr("ptl.evaluation.gguf.answer", lambda *_: pytest.fail("answered"))
     lm, options = gguf_language_model(file, DENSE, settings()), {"until": [], "max_gen_toks": 8}
     with pytest.raises(
         InputError, match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, "
     ):
         lm.generate_until([request("Tom has 3 apples.\n", options), request("Zoé has 3.\n", options)])
-    with pytest.raises(InputError, match="answers sampled"):
-        lm.generate_until([request("1\n", options | {"do_sample": True})])
+    own = tmp_path / "sampled.yaml"
+    own.write_text(f"include: {EXAMPLE / 'tiny_reasoner.yaml'}\ntask: own\ngeneration_kwargs: {{do_sample: true}}\n")
+    for task in (Task(name="gsm8k", samples=2), Task(name=str(own))):
+        with pytest.raises(InputError, match=r"are sampled .* of a GGUF file they are greedy"):
+            gguf_language_model(file, DENSE, settings().model_copy(update={"tasks": (task,)}))
 
 
 def test_the_chat_template_must_be_the_file_s(tmp_path):

@@ -71,6 +71,17 @@ def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(tmp_path, monkey
     assert not (own / "ran").exists()
 
 
+def test_a_token_without_an_embedding_is_named(tmp_path):
+    folder = save(build("llama"), tmp_path / "padded")
+    tokenizer = pretrained.load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # and the embeddings as they were
+    tokenizer.save_pretrained(folder)
+    rows = checkpoint.read_config(folder)["vocab_size"]
+    said = f"pad_token is token {len(tokenizer) - 1}, and the model has embeddings for {rows} tokens; "
+    with pytest.raises(InputError, match=said):
+        pretrained.load_tokenizer(folder)
+
+
 def test_what_loads_in_other_processes_forbids_code_and_pickles():
     for file, calls in (("export/quantize.py", 1), ("evaluation/language_models.py", 2)):
         assert (ROOT / "ptl" / file).read_text().count("trust_remote_code=False") == calls, file

@@ -85,6 +85,9 @@ def test_memory_of_training_answers_and_scores_and_checkpoints_are_counted():
     settings = load_config(TINY, {"evaluate.batch_size": 4, "evaluate.tasks": tasks})
     held = 2 * 1000 + 4 * 600 * 48
     assert forecast_model.answering_memory(SMALL, BODY, settings, 4) == CONTEXT + held
+    thoughts = load_config(TINY, {"evaluate.batch_size": 4, "evaluate.tasks": [*tasks, {"name": "aime24"}]})
+    as_its_yaml = 2 * 1000 + 4 * (512 + 32768) * 48
+    assert forecast_model.answering_memory(SMALL, BODY, thoughts, 4) == CONTEXT + as_its_yaml
     own = load_config(TINY, {"evaluate.batch_size": 4, "training.answers": "self", "training.max_new_tokens": 488})
     assert forecast_model.answering_memory(SMALL, BODY, own, 4) == CONTEXT + 2 * 1000 + 4 * 1000 * 48
     divided = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"backend": "vllm"})})
@@ -123,12 +126,12 @@ def test_steps_tokens_and_hours_are_those_of_the_plan(large):
     trained = 3 * forward_flops(run.shape, last.model, 1e8, 512) / (0.35 * 989e12)
     assert last.hours == pytest.approx(trained / 3600)
     prompts = forward_flops(run.shape, dense, 500 * 512, 512) / (0.35 * 989e12)
-    answers = 8 * 256 * decode_seconds(run.shape, dense, 64, 2, 768, GPUS["h100"])
+    answers = 8 * 60 * decode_seconds(run.shape, dense, 64, 2, 572, GPUS["h100"])  # of 60 tokens, by the YAML
     first = forecast(config(large, **{"evaluate.batch_size": 64})).steps[0]
-    assert first.hours == pytest.approx((prompts + answers) / 3600) and first.tokens == 500 * 768
+    assert first.hours == pytest.approx((prompts + answers) / 3600) and first.tokens == 500 * 572
     sampled = forecast(config(large, **{"evaluate.batch_size": 64, "evaluate.tasks.0.samples": 16})).steps[0]
     assert sampled.hours == pytest.approx((16 * prompts + 125 / 8 * answers) / 3600)  # batches
-    assert sampled.tokens == 16 * 500 * 768
+    assert sampled.tokens == 16 * 500 * 572
     scored = forward_flops(run.shape, dense, 128 * 256, 256) / (0.35 * 67e12)
     assert run.steps[1].hours == pytest.approx(scored / 3600) and run.steps[1].tokens == 128 * 256
 

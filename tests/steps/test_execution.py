@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +248,24 @@ def test_steps_of_one_kind_read_the_same_data(data, tmp_path):
             check_in(str(run), later, after)
         check_in(str(run), first, after)
         check_in(str(run), later, after, stage="import")
+
+
+def test_a_file_counts_by_name_and_content_wherever_it_is(data, tmp_path, monkeypatch):
+    """A run is resumed from another directory, and another checkout takes its steps over."""
+    monkeypatch.chdir(tmp_path)
+    here = Path(data.source).relative_to(tmp_path)
+
+    def key(name):
+        return key_of("", {"training": data.model_copy(update={"source": str(name)})})
+
+    before = key(here)
+    copy = tmp_path / "elsewhere" / here.name
+    copy.parent.mkdir()
+    shutil.copy(here, copy)
+    monkeypatch.chdir(copy.parent)
+    assert key(data.source) == before and key(copy.name).digest == before.digest
+    copy.write_text("{1}")
+    assert key(copy.name).digest != before.digest != key(shutil.copy(data.source, "b.jsonl")).digest
 
 
 def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weights_by_their_time(tmp_path):
