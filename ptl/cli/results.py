@@ -179,7 +179,7 @@ def _home_of(name: str) -> Path | None:
     folder = locate.run_directory(name)
     if folder is None:
         return None
-    # A run's directory is HOME/runs/ID; with --run-dir it may be anywhere.
+    # A run's directory is HOME/runs/ID, unless it was copied.
     home = folder.resolve().parent.parent
     return home if (home / "mlflow.db").is_file() or (home / "stack").is_dir() else None
 

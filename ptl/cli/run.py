@@ -44,10 +44,6 @@ def run(
     config: ConfigFile,
     sets: Overrides,
     home: Home = HOME,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(help="work in this directory, or continue its run"),
-    ] = None,
     fresh: Annotated[
         bool, typer.Option("--new", help="start a new run even if an unfinished one could be resumed")
     ] = False,
@@ -82,7 +78,7 @@ def run(
 
         # This process and its steps track in the same MLflow.
         addresses = servers.up(home.absolute()) if s3 else {}
-        directory, resumed = run_directory.open_run(home, settings, run_dir, fresh)
+        directory, resumed = run_directory.open_run(home, settings, fresh)
         environment = runs.environment(directory, addresses)
         runs.use(environment)
         artifacts = runs.artifact_location(settings.storage.experiment)

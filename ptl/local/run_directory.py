@@ -19,7 +19,7 @@ from ptl import processes
 from ptl.config import dag
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.storage import local_files, store
+from ptl.storage import local_files
 
 NOT_TRIED = "the run ended before it"
 END_SECONDS = 30  # for the steps of an interrupted command to end
@@ -55,29 +55,17 @@ class RunDir:
         return self.path / f"lifeline-{self.launch}"
 
 
-def open_run(
-    home: Path,
-    config: Config,
-    chosen: Path | None,
-    fresh: bool,
-) -> tuple[RunDir, bool]:
-    """The directory to run in, and whether it continues a run of the same config (see `_differences`).
+def open_run(home: Path, config: Config, fresh: bool) -> tuple[RunDir, bool]:
+    """The directory to run in, and whether it continues a run of the same config (see `_is_same`).
 
-    Without `chosen` an unfinished run is continued, or the newest one if it only lacks exports. Unless it is to begin
-    anew, it names unfinished runs of other configs, whose steps may be taken over. Raises InputError when `chosen`
-    belongs to another run.
+    An unfinished run is continued, or the newest one if it only lacks exports. Unless it is to begin anew, it names
+    unfinished runs of other configs, whose steps may be taken over.
     """
     home = home.absolute()
     runs = [] if fresh else _runs(home, config.name)
-    same = [path for path, old_config in runs if not _differences(old_config, config)]
+    same = [path for path, old_config in runs if _is_same(old_config, config)]
     unfinished = [path for path, _ in runs if _tried_exports(path) is None]
     earlier = tuple(path.name for path in unfinished if path not in same)
-
-    if chosen is not None:
-        # `.ptl/latest` is a link: the run is the directory that it points to.
-        path = chosen.resolve() if chosen.is_symlink() else chosen.absolute()
-        resumed = _check_chosen(path, config)
-        return RunDir(home, path, earlier), resumed
     resumable = [path for path in same if path in unfinished]
     resumable += [path for path in same[:1] if missing_exports(path, config)]
     if resumable:
@@ -86,26 +74,6 @@ def open_run(
     # Two commands may begin in the same second.
     name = f"{config.name}-{stamp}-{secrets.token_hex(2)}"
     return RunDir(home, home / "runs" / name, earlier), False
-
-
-def _check_chosen(folder: Path, config: Config) -> bool:
-    """Whether the directory of --run-dir holds this config's run; InputError where it cannot take it."""
-    # It names the run in the store.
-    store.check_name("--run-dir", folder.name)
-    old_config = _read_config(folder)
-    problem = "is not empty and holds no run that can be read"
-    if old_config is None and _is_free(folder):
-        return False
-    if old_config is not None:
-        differences = _differences(old_config, config)
-        if not differences:
-            return True
-        problem = f"belongs to another run: its config.yaml differs from this config in {', '.join(differences)}"
-    raise InputError(
-        f"{folder} {problem}",
-        field="--run-dir",
-        remedy="restore it, or choose another directory",
-    )
 
 
 def missing_exports(folder: Path, config: Config) -> dict[str, str]:
@@ -147,22 +115,13 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _differences(old_config: dict[str, Any], config: Config) -> list[str]:
-    """The fields that make a config another run; not those on which no step depends but what they are of.
+def _is_same(old_config: dict[str, Any], config: Config) -> bool:
+    """Whether a config is the same run's: `resources`, `images` and `export` may differ, on which no other step depends.
 
     The tag of the images is ptl's version unless it is given: a run of another version is refused by its first step.
     """
     new_config = config.model_dump(mode="json", exclude={"resources", "export", "images"})
-    return [name for name, value in new_config.items() if value != old_config[name]]
-
-
-def _is_free(folder: Path) -> bool:
-    """Whether a directory without a config is empty, or one that a killed command has begun.
-
-    Then the steps' own keys keep results of another config from being taken.
-    """
-    names = {path.name for path in folder.glob("*")}
-    return not folder.is_file() and (not names or "lock" in names)
+    return all(value == old_config[name] for name, value in new_config.items())
 
 
 @contextlib.contextmanager

@@ -33,15 +33,16 @@ def result(**failed):
 
 
 def test_a_run_is_executed_once_at_a_time(tmp_path, config):
-    run, _ = open_run(tmp_path, config, None, False)
+    run, _ = open_run(tmp_path, config, False)
     with working(run, config):
-        again, resumed = open_run(tmp_path, config, None, False)
+        again, resumed = open_run(tmp_path, config, False)
         assert resumed and again.path == run.path
         with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config):
             raise AssertionError("two at once")
-    # The link to the latest run names the run that it points to; resources may differ.
+        assert yaml.safe_load((run.path / "config.yaml").read_text()) == config.model_dump(mode="json")
+    # Resources may differ; there is a link to the latest run.
     more = changed(config, resources=config.resources.model_dump() | {"retries": 5})
-    again, resumed = open_run(tmp_path, more, tmp_path / "latest", False)
+    again, resumed = open_run(tmp_path, more, False)
     assert resumed and again.run_id == run.run_id
     with working(again, config):
         assert (tmp_path / "latest").resolve() == run.path
@@ -55,7 +56,8 @@ def test_the_newest_unfinished_run_is_resumed_and_others_of_its_name_are_known(t
     other, longer = (changed(config, **field) for field in ({"seed": 1}, {"name": "tiny-more"}))
     begun = {"tiny-1": config, "tiny-2": config, "tiny-3": other, "tiny-4": other, "tiny-more-5": longer}
     texts = {name: run_directory.dump(of_run).encode() for name, of_run in begun.items()}
-    texts["tiny-6"] = b"name: \xff ["  # damaged: no obstacle
+    left = (b"name: \xff [", b"", b"name: [", b"- a list", b"name: ti")  # by a crash: no obstacle
+    texts |= {f"tiny-{number}": text for number, text in enumerate(left, 6)}
     for name, text in texts.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").write_bytes(text)
@@ -67,17 +69,17 @@ def test_the_newest_unfinished_run_is_resumed_and_others_of_its_name_are_known(t
     ):
         if finished:
             (tmp_path / "runs" / finished / "result.json").write_text(result())
-        run, again = open_run(tmp_path, config, None, False)
+        run, again = open_run(tmp_path, config, False)
         assert (again, run.earlier) == (resumed is not None, earlier)
         assert run.run_id == resumed if again else run.run_id not in texts
-    assert open_run(tmp_path, other, None, True)[0].earlier == ()  # it is to begin anew
+    assert open_run(tmp_path, other, True)[0].earlier == ()  # it is to begin anew
     # Of finished runs the newest counts, which lacks no export here.
     (tmp_path / "runs/tiny-2/result.json").write_text(result(q8_0=""))
-    assert not open_run(tmp_path, with_exports(config, {"type": "q8_0"}), None, False)[1]
+    assert not open_run(tmp_path, with_exports(config, {"type": "q8_0"}), False)[1]
 
 
 def test_what_a_killed_command_left_ends_before_the_next_one_begins(tmp_path, config, monkeypatch):
-    run, _ = open_run(tmp_path, config, None, False)
+    run, _ = open_run(tmp_path, config, False)
     monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
     left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
     left.__enter__()
@@ -98,37 +100,15 @@ def test_what_a_killed_command_left_ends_before_the_next_one_begins(tmp_path, co
     assert not earlier.exists() and not run.lifeline.exists()
 
 
-def test_a_chosen_directory_is_taken_unless_it_holds_something_else(tmp_path, config):
-    for i, left in enumerate(("", "name: [", "- a list", "name: ti", None)):  # by a command that was killed
-        chosen = tmp_path / f"mine-{i}"
-        chosen.mkdir()
-        (chosen / "lock").touch()
-        if left is not None:
-            (chosen / "config.yaml").write_text(left)
-        run, resumed = open_run(tmp_path, config, chosen, False)
-        assert run.path == chosen and not resumed, left
-        with working(run, config):
-            assert yaml.safe_load((chosen / "config.yaml").read_text()) == config.model_dump(mode="json")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/thesis.tex").touch()
-    other = changed(with_exports(config, {"type": "q8_0"}), seed=1)
-    for chosen, new, refusal in (
-        ("notes/thesis.tex", config, "holds no run"),
-        ("mine-0", other, "differs from this config in seed;"),
-    ):
-        with pytest.raises(InputError, match=refusal):
-            open_run(tmp_path, new, tmp_path / chosen, False)
-
-
 def test_a_run_that_lacks_an_export_is_resumed_though_it_has_a_result(tmp_path, config):
     one = with_exports(config, {"type": "q8_0"})
     more = with_exports(config, {"type": "q8_0"}, {"type": "q4_0", "limit": 200})
-    run, _ = open_run(tmp_path, one, None, False)
+    run, _ = open_run(tmp_path, one, False)
     with working(run, one):
         pass
 
     def opened(config, fresh=False):
-        again, resumed = open_run(tmp_path, config, None, fresh)
+        again, resumed = open_run(tmp_path, config, fresh)
         assert (again.path == run.path) == resumed and again.earlier == ()
         return resumed
 
