@@ -21,7 +21,6 @@ ACCELERATED = ("prune", "recover", "evaluate", "export-compressed-tensors")
 FIELD_VARIABLES = {
     "KFP_RUN_ID": "metadata.labels['pipeline/runid']",
     "PTL_ARGO_NODE": "metadata.annotations['workflows.argoproj.io/node-name']",  # counts Argo's attempts, at each level
-    "PTL_NODE": "spec.nodeName",
 }
 PART_OF = {"app.kubernetes.io/part-of": "ptl"}  # the network policies select it
 QUEUE = "kueue.x-k8s.io/queue-name"
@@ -150,11 +149,6 @@ def train_job(config: Config, image: str) -> str:
     """The TrainJob of a recover step, as JSON, as far as the config says it."""
     resources = config.resources
     own = resources.of_step(TRAINED)
-    variables: list[Json] = [
-        {"name": "PTL_NODE", "valueFrom": {"fieldRef": {"fieldPath": FIELD_VARIABLES["PTL_NODE"]}}}
-    ]
-    for name, value in _variables(config.storage).items():
-        variables.append({"name": name, "value": value})
     amounts = {
         "cpu": own.cpu or resources.cpu,
         "memory": own.memory or resources.memory,
@@ -164,7 +158,7 @@ def train_job(config: Config, image: str) -> str:
     trainer = {
         "image": image,
         "command": ["python", "-m", "ptl.steps.node"],
-        "env": variables,
+        "env": [{"name": name, "value": value} for name, value in _variables(config.storage).items()],
         "numNodes": own.nodes,
         # one, which starts a process for each accelerator
         "numProcPerNode": 1,

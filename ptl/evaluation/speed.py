@@ -212,17 +212,6 @@ def _digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
-def disturbance(speed: Metadata) -> str:
-    """A warning where other steps (`beside`) were computing on the same node meanwhile; else empty."""
-    others = speed.get("beside")
-    if not others:
-        return ""
-    were = "was" if len(others) == 1 else "were"
-    return (
-        f"While speed was measured, {' and '.join(others)} {were} computing on the same node: read the ratio with care."
-    )
-
-
 def setting(speed: Metadata) -> str:
     """How it was measured."""
     if not rows(speed):

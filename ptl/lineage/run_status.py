@@ -8,7 +8,6 @@ RUNNING.
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -173,11 +172,6 @@ def tags_of_parent(run: str) -> dict[str, str]:
     """What the parent of a pipeline run is found by, and its link to Kubeflow."""
     page = kubeflow_page(run)  # local runs have none
     return {"ptl.run": run, "ptl.role": "parent"} | ({"ptl.kubeflow": page} if page else {})
-
-
-def node() -> str:
-    """The machine that this step runs on: a cluster's node, by the pod's environment."""
-    return os.environ.get("PTL_NODE") or platform.node()
 
 
 @dataclass(frozen=True)

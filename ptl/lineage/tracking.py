@@ -12,7 +12,7 @@ from ptl import address, processes
 from ptl.errors import InputError
 from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.mlflow_objects import Metrics, Tags, Values, ptl_keys, set_tags
-from ptl.lineage.run_status import TAG, StepRun, node, put_tag, records_root, settle, steps_of, tags_of_parent
+from ptl.lineage.run_status import TAG, StepRun, put_tag, records_root, settle, steps_of, tags_of_parent
 from ptl.log import say
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def start(
     not answer.
     """
     run = pipeline_run()
-    own = {"run": run, "role": "step", "step": step, "arm": arm, "iteration": iteration, "node": node()}
+    own = {"run": run, "role": "step", "step": step, "arm": arm, "iteration": iteration}
     tags = ptl_keys(own)
     with mlflow_client.connected() as client:
         # A step on a cluster may have a run already, in an experiment that is not ours to choose.
@@ -66,7 +66,8 @@ def start(
                 client.update_run(parent.info.run_id, name=title)
             tags["mlflow.parentRunId"] = parent.info.run_id
             child = mlflow_objects.run(client, home, tags, step)
-        _reopen(client, child)
+        if child.info.status != "RUNNING":
+            client.update_run(child.info.run_id, status="RUNNING")
         step_run = StepRun(
             run_id=child.info.run_id,
             parent_run_id=parent.info.run_id,
@@ -80,15 +81,6 @@ def start(
         )
         settle(client, step_run)
         return step_run
-
-
-def _reopen(client: MlflowClient, child: Run) -> None:
-    run_id = child.info.run_id
-    if child.info.status != "RUNNING":
-        client.update_run(run_id, status="RUNNING")
-    # An earlier attempt may have run elsewhere.
-    if child.data.tags.get("ptl.node") != node():
-        client.set_tag(run_id, "ptl.node", node())
 
 
 def _plugin_run_id() -> str | None:
@@ -233,27 +225,13 @@ def error_of(step_run: StepRun) -> str:
 def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
     """Why the last attempts of these steps of the run failed, of those that did."""
     errors = {}
-    for step, run in _steps_of_run(step_run).items():
+    with mlflow_client.connected() as client:
+        runs = steps_of(client, step_run.experiment_id, step_run.run)
+    for step, run in runs.items():
         error = run.data.tags.get("ptl.error")
         if error and step in steps:
             errors[step] = error
     return errors
-
-
-def computing_beside(step_run: StepRun) -> list[str]:
-    """Names of the run's other steps that are at work on the same node now."""
-    others = []
-    for step, run in _steps_of_run(step_run).items():
-        # Steps of other nodes do not take its time.
-        on_node = run.data.tags["ptl.node"] == node()
-        if on_node and run.info.status == "RUNNING" and step != step_run.step:
-            others.append(step)
-    return sorted(others)
-
-
-def _steps_of_run(step_run: StepRun) -> dict[str, Run]:
-    with mlflow_client.connected() as client:
-        return steps_of(client, step_run.experiment_id, step_run.run)
 
 
 def log_progress(

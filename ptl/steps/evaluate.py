@@ -243,14 +243,10 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate, chat: Cha
     # In turns: what slows the machine down for a while slows both down.
     say(run.step, "measuring speed, the dense and the final model in turns")
     folders = {"dense": step.fetch(dense), "final": step.fetch(final)}
-    # Other steps on this machine slow both models down; the report names them.
-    beside = set(tracking.computing_beside(run))
     try:
         speed = side_by_side(folders, settings, chat, seed=step.call.settings["seed"])
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
     tracking.log_metrics(run, metrics(speed["models"]), step.call.iteration)
-    # What began or ended in between took its share as well.
-    beside.update(tracking.computing_beside(run))
-    return {**speed, "beside": sorted(beside)}
+    return speed

@@ -59,7 +59,6 @@ OF_EVERY_TASK = {
     "fieldPathAsEnv": [
         {"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"},
         {"name": "PTL_ARGO_NODE", "fieldPath": "metadata.annotations['workflows.argoproj.io/node-name']"},
-        {"name": "PTL_NODE", "fieldPath": "spec.nodeName"},
     ],
     "imagePullPolicy": "IfNotPresent",
     "imagePullSecret": [{"secretName": "ptl-registry"}],

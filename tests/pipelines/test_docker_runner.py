@@ -78,7 +78,7 @@ def stack_up(evaluate_image, weed, new_database, tmp_path_factory):
 
 
 POD = {"KFP_POD_UID": "399d90a8", "PTL_ARGO_NODE": "tiny-w6n7q(0).root(0).import-model(0).executor(0)"}
-POD |= {"PTL_NODE": "node-1", "PTL_KFP_UI": "https://kubeflow.example.com/pipeline"}
+POD |= {"PTL_KFP_UI": "https://kubeflow.example.com/pipeline"}
 RESTRICTED = ["--network=host", "--user=12345:0", "--read-only", "--tmpfs=/tmp:rw,exec", "--cap-drop=ALL"]
 RESTRICTED += ["--security-opt=no-new-privileges"]
 OUT = "mlpipeline/v2/artifacts/tiny/run/import-model/1/out"
@@ -133,7 +133,7 @@ def test_a_pods_files_become_the_steps_environment(stack_up, tmp_path):
     assert by_role["parent"].info.run_name == "tiny-1"
     page = f"https://kubeflow.example.com/pipeline/#/runs/details/{name}"
     assert by_role["parent"].data.tags["ptl.kubeflow"] == page
-    assert by_role["step"].data.tags["ptl.node"] == "node-1" and by_role["step"].data.tags["ptl.attempt"] == "1"
+    assert by_role["step"].data.tags["ptl.attempt"] == "1"
 
 
 def containers_of(folder):

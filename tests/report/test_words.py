@@ -221,7 +221,6 @@ CHANGES = {
     "cut sequences and many passes": lambda records, _: trained_on(records, cut=12, passes=4.6),
     "not compared with all": lambda records, _: decontaminated(records, "wikitext"),
     "speed with a reason": lambda records, _: records["evaluate-4"].metadata.update(speed={"reason": "no memory"}),
-    "speed beside others": lambda records, _: records["evaluate-4"].metadata["speed"].update(beside=["evaluate-3"]),
     "control failed after its evaluation": lambda *_: {"control_failed": "control-evaluate: MLflow cannot be reached"},
 } | {
     change.__name__.replace("_", " "): change
