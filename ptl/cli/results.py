@@ -151,12 +151,11 @@ def compare(
 
     _reach_stores(home, s3, reference, candidate, items=True)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
-        evaluations = [locate.evaluation(name, Path(folder)) for name in (reference, candidate)]
         # The files are read here, before the folder is removed.
-        old, new = (work.read_items(evaluation.items) for evaluation in evaluations)
+        old, new = (work.read_items(locate.evaluation(name, Path(folder))) for name in (reference, candidate))
     pairs, pass_at_n = work.compare(old, new, margin, alpha)
     print(work.comparison_table(pairs, pass_at_n))
-    lengths = work.answers_table(old, new, [evaluation.seconds_per_solved for evaluation in evaluations])
+    lengths = work.answers_table(old, new)
     if lengths:
         print(lengths)
     raise typer.Exit(3 if any(pair.fails(strict) for pair in pairs.values()) else 0)

@@ -32,7 +32,7 @@ SCORES = "scores.json"
 # Two lines for each benchmark: for the 80 columns of a terminal
 NUMBERS = ("A\nB", "regressions\nimprovements", "difference\n(interval)", "p worse\np different")
 HEADINGS = ("benchmark\nitems", *NUMBERS, "verdict")
-LENGTHS = ("benchmark", "mean", "95th\npercentile", "cut at\nthe limit", "seconds per\nsolved problem", "p longer", "")
+LENGTHS = ("benchmark", "mean", "95th\npercentile", "cut at\nthe limit", "p longer", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +175,7 @@ def _compared(name: str, score: str, pair: Paired, verdict: str) -> tuple[str, .
     )
 
 
-def answers_table(
-    reference: Sequence[Item],
-    candidate: Sequence[Item],
-    seconds_per_solved: Sequence[Mapping[str, float]],  # of both, by task, where they are known
-) -> str:
+def answers_table(reference: Sequence[Item], candidate: Sequence[Item]) -> str:
     """How long the answers to the same items are, for a terminal; empty where none were generated."""
     rows = []
     for name in dict.fromkeys(item["task"] for item in reference):
@@ -189,17 +185,14 @@ def answers_table(
         both = [[item for item in items if item["task"] == name] for items in (reference, candidate)]
         tokens = [[item["tokens"] for item in items] for items in both]
         rambles = paired.rambles(fmean(tokens[0]), fmean(tokens[1]), p)
-        seconds = (f"{known[name]:.3g}" if name in known else "-" for known in seconds_per_solved)
         rows.append(
             (
                 name,
                 "\n".join(f"{fmean(lengths):,.1f}" for lengths in tokens),
                 "\n".join(f"{np.percentile(lengths, 95):,.0f}" for lengths in tokens),
                 "\n".join(f"{fmean(item['truncated'] for item in items):.1%}" for items in both),
-                "\n".join(seconds),
                 f"{p:.2g}",
                 "rambles" if rambles else "",
             )
         )
-    title = "Tokens of an answer, A above B; seconds as in the runs' reports"
-    return table_text(title, LENGTHS, rows, numbers=LENGTHS[1:-1]) if rows else ""
+    return table_text("Tokens of an answer, A above B", LENGTHS, rows, numbers=LENGTHS[1:-1]) if rows else ""

@@ -38,14 +38,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An evaluation that a user named."""
-
-    items: Path  # items.jsonl, or its folder
-    seconds_per_solved: dict[str, float]  # of a run's dense and final model, by task, as its report has them
-
-
-@dataclass(frozen=True)
 class PipelineRun:
     """A run of the pipeline, as MLflow knows it."""
 
@@ -161,12 +153,12 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     return _final(_result_of(run), arm, run.id, run.report_file("README.md"))
 
 
-def evaluation(reference: str, cache: Path) -> Evaluation:
-    """That of a file or folder, or of a run (its final one), whose folder is fetched."""
+def evaluation(reference: str, cache: Path) -> Path:
+    """The items of an evaluation: a file or folder, or of a run (its final one) the folder that is fetched."""
     path = Path(reference)
     # Items that are here already; the directory of a run names the run, whose items are in the store.
     if path.exists() and run_directory(reference) is None:
-        return Evaluation(path, {})
+        return path
     if reference.startswith("models:") or "://" in reference:
         raise InputError(
             f"{reference!r} is a checkpoint",
@@ -176,19 +168,7 @@ def evaluation(reference: str, cache: Path) -> Evaluation:
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.
     step = step or _final_evaluation(_result_of(run), run.id)
-    return Evaluation(store.fetch(_pointer(run, step, evaluation=True), cache), _seconds_per_solved(run, step))
-
-
-def _seconds_per_solved(run: PipelineRun, step: str) -> dict[str, float]:
-    """Of the model that a step evaluated, measured in turns with the other one; none before the run's report."""
-    data = run.report_file("result.json")
-    result = json.loads(data) if data else {"speed": {}}
-    speed = result["speed"]
-    if "models" not in speed:
-        return {}
-    model = {"evaluate-0": "dense", _final_evaluation(result, run.id): "final"}.get(step)
-    seconds = speed["models"][model]["seconds_per_solved"] if model else None
-    return {speed["task"]: seconds} if seconds else {}
+    return store.fetch(_pointer(run, step, evaluation=True), cache)
 
 
 def result(reference: str) -> Result:
