@@ -26,7 +26,7 @@ from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.lineage import locate, retention
 from ptl.lineage.retention import StoredFiles
-from ptl.local import runs, servers
+from ptl.local import runs
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, MLFLOW_META
 from ptl.units import size
@@ -55,7 +55,6 @@ def fetch(
         return
     checkpoint = locate.checkpoint(source, arm)
     pointer = checkpoint.pointer
-    _start_servers_of(source, pointer.uri)
     _copy(checkpoint, dst)
 
     content = f"{pointer.params:,} parameters" if pointer.params else pointer.digest
@@ -181,16 +180,6 @@ def _home_of(name: str) -> Path | None:
     # A run's directory is HOME/runs/ID, unless it was copied.
     home = folder.resolve().parent.parent
     return home if (home / "mlflow.db").is_file() or (home / "stack").is_dir() else None
-
-
-def _start_servers_of(source: str, uri: str) -> None:
-    """Start `ptl up`'s servers for the directory of a run that was made with --s3."""
-    # The caller's own credentials may be for another store than that of `ptl up`.
-    if not Path(source).exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
-        return
-    home = Path(source).resolve().parent.parent
-    if (home / "stack").is_dir():
-        runs.use(servers.up(home))
 
 
 def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
