@@ -17,7 +17,6 @@ from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
-from ptl.config.export import Export
 from ptl.config.run import Config, essentials
 from ptl.config.schedule import BY_GOAL, MemoryGoal
 
@@ -110,29 +109,15 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
         # Dependencies without data; those with data follow from the arguments.
         task.after(*(tasks[name] for name in node.after))
         task.set_container_image(_image(config, node.name))
-        tasks[node.name] = cluster.configure(task, _cluster_stage(config, node.name), config)
-
-
-def _cluster_stage(config: Config, step: str) -> str:
-    """The name of a step's stage in `resources.steps` and among the images."""
-    stage = dag.stage_of(step)
-    if stage == "export":
-        return f"export-{_export(config, step).format}"
-    # The doctor looks where prune will run; answers are made as those of an evaluation.
-    return {"import": "import-model", "doctor": "prune", "answers": "evaluate"}.get(stage, stage)
-
-
-def _export(config: Config, step: str) -> Export:
-    """The export that a step makes."""
-    return next(export for export in config.export if dag.export_step(export) == step)
+        tasks[node.name] = cluster.configure(task, dag.kind_of(node.name), config)
 
 
 def _image(config: Config, step: str) -> str:
-    stage = _cluster_stage(config, step)
+    kind = dag.kind_of(step)
     # vLLM pins another torch, hence an image of its own.
-    if stage == "evaluate" and config.evaluate.backend == "vllm":
-        stage = "evaluate-vllm"
-    return config.images.of(stage)
+    if kind == "evaluate" and config.evaluate.backend == "vllm":
+        kind = "evaluate-vllm"
+    return config.images.of(kind)
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:
@@ -146,8 +131,9 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
         settings["schedule"] = {"iterations": iterations}  # it adds the run parameters
         return {"settings": {name: value for name, value in settings.items() if name in STRUCTURE}}
     if stage == "export":
+        made = next(export for export in config.export if dag.export_step(export) == step)
         # It looks for the evaluation that scored the final model.
-        return {"iterations": iterations, "export": _export(config, step).model_dump(exclude_none=True)}
+        return {"iterations": iterations, "export": made.model_dump(exclude_none=True)}
     if stage == "import":
         return {
             "iterations": iterations,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.prune_tune_loop.kfp_api import Api, explained
 from pipelines.prune_tune_loop.pods import Pod
-from ptl.config.dag import ANSWERS
+from ptl.config.dag import ANSWERS, kind_of
 from ptl.errors import PtlError
 from ptl.lineage.run_status import StepProgress
 from ptl.log import table_text
@@ -241,8 +241,8 @@ class _Situation:
         if record and not cause:
             cause = "killed from outside, most likely out of memory (or past resources.timeout)"
         if "OOMKilled" in cause or "out of memory" in cause:
-            stage = _stage(name)
-            cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
+            kind = kind_of(name)
+            cause += f": raise resources.memory or resources.steps.{kind}.memory{SMALLER_BATCH.get(kind, '')}"
         # Where a container has run, its log says more than its pod.
         has_log = not record and not (pod and pod.reason)
         where = self.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
@@ -258,11 +258,5 @@ class _Situation:
         text = f"pending since {pod.created:%H:%M} UTC"
         if not pod.sentence:
             return f"{text}; {self.look('describe workflows,pods')}"
-        remedy = pod.remedy(_stage(name))
+        remedy = pod.remedy(kind_of(name))
         return f"{text}: {pod.sentence}; {remedy}" if remedy else f"{text}: {pod.sentence}"
-
-
-def _stage(name: str) -> str:
-    """As `resources.steps` names it: answers are made as those of an evaluation."""
-    stage = next((stage for stage in STAGES if stage in name), name.partition("-")[0])
-    return "evaluate" if stage == ANSWERS else stage

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ptl.config.export import Export
+from ptl.config.export import TYPES, Export
 from ptl.config.run import Config
 
 Arm = Literal["loop", "control", "export"]
@@ -46,6 +46,17 @@ class Node:
 def stage_of(name: str) -> str:
     """`doctor`, `import`, `answers`, `prune`, `recover`, `evaluate`, `export` or `report`."""
     return _name_parts(name)[1]
+
+
+def kind_of(name: str) -> str:
+    """As `resources.steps` and the images name what a step takes, for example export-gguf.
+
+    A doctor looks where prune will run; answers are made as those of an evaluation.
+    """
+    stage = stage_of(name)
+    if stage == "export":
+        return next(f"export-{format}" for format in TYPES if name.startswith(f"export-{format}-"))
+    return {"import": "import-model", "doctor": "prune", ANSWERS: "evaluate"}.get(stage, stage)
 
 
 def arm_of(name: str) -> Arm:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ptl.config.dag import ANSWERS, arm_of, iteration_of, nodes, stage_of
+from ptl.config.dag import ANSWERS, arm_of, iteration_of, kind_of, nodes, stage_of
 from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, Unit, one_shot, plan
@@ -118,7 +118,7 @@ class Forecast:
 
     def of(self, stage: str) -> list[StepForecast]:
         """The steps of a kind: prune, recover or evaluate, which own answers are made like."""
-        return [step for step in self.steps if kind_of(stage_of(step.step)) == stage]
+        return [step for step in self.steps if kind_of(step.step) == stage]
 
     def training(self, stage: RecoverStage) -> int:
         """GPUs that train together in a stage."""
@@ -162,9 +162,9 @@ def _steps(run: Forecast) -> Iterator[StepForecast]:
     dense = run.shape.dimensions
     for node in nodes(run.config):
         stage, arm, number = stage_of(node.name), arm_of(node.name), iteration_of(node.name)
-        kind = kind_of(stage)
-        if kind not in run.gpus:
-            continue  # minutes, without a GPU
+        kind = kind_of(node.name)
+        if stage == "doctor" or kind not in run.gpus:
+            continue  # minutes
         path = run.paths[arm][0]
         models = [dense, *(left for _, left in path)]
         model = read = models[number]
@@ -237,11 +237,6 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
     host_memory = states * shape.of(before).hidden * shape.itemsize
     note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
     return tokens, flops / (run.gpu.fp32 * REACHED), note
-
-
-def kind_of(stage: str) -> str:
-    """The kind of step that a stage is, by what it takes: own answers are made as those of an evaluation."""
-    return "evaluate" if stage == ANSWERS else stage
 
 
 def _answers(model: ModelDimensions, run: Forecast) -> Work:

@@ -1,12 +1,14 @@
 """The DAG as data: its steps and what they wait for, whatever the options of structure."""
 
 from itertools import product
+from typing import get_args
 
 import golden_messages
 import pytest
 from checkout import SHIPPED, TINY
 
-from ptl.config.dag import arm_of, iteration_of, nodes, stage_of
+from ptl.config.cluster import StepName
+from ptl.config.dag import arm_of, iteration_of, kind_of, nodes, stage_of
 from ptl.config.run import load_config
 
 EXPORTS = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors", "type": "fp8"}]
@@ -69,6 +71,8 @@ def test_names_say_stage_arm_and_iteration():
     expected |= {f"export-{name}": ("export", "export", 0) for name in ("gguf-q4-k-m", "compressed-tensors-fp8")}
     dag = dag_of(12, control="beside", doctor=True, export=EXPORTS, answers="self")
     assert {node.name: (stage_of(node.name), arm_of(node.name), iteration_of(node.name)) for node in dag} == expected
+    assert {kind_of(node.name) for node in dag} == set(get_args(StepName))
+    assert [kind_of(name) for name in ("doctor", "answers", "control-recover")] == ["prune", "evaluate", "recover"]
     for name in ("", "prune-", "prune-2-driver"):
         with pytest.raises(ValueError, match="no step"):
             stage_of(name)

@@ -51,6 +51,7 @@ def look(history, records=None, pods=None, names=NAMES):
 def test_the_states_of_steps(monkeypatch):
     monkeypatch.setattr(run_view, "_now", lambda: BEGIN + 5 * MINUTE)
     of_report = f"FAILED: {KILLED}.report.memory; {PODS}"
+    of_import = f"FAILED: OOMKilled: {MEMORY}.import-model.memory; {PODS}"
     for history, records, pods, expected in (
         ("RUNNING", None, {}, {"doctor": "unknown", "prune-1": "unknown"}),
         ("RUNNING", {"import-model": RUNNING}, {}, {"doctor": "SUCCEEDED", "import-model": "RUNNING"}),
@@ -67,6 +68,7 @@ def test_the_states_of_steps(monkeypatch):
         # Why a step failed
         ("FAILED", {"recover-1": RUNNING}, {"recover-1": OOM}, {"run": f"recover-1: {OUT_OF_MEMORY}"}),
         ("FAILED", {"evaluate-0": NAN, "prune-1": RUNNING}, {}, {"prune-1": STOPPED, "run": "evaluate-0: nan"}),
+        ("FAILED", {"import-model": RUNNING}, {"import-model": OOM}, {"import-model": of_import}),
         # Not by the control
         ("FAILED", {"control-prune": NAN, "report": RUNNING}, {}, {"report": of_report}),
         ("FAILED", {"control-prune": NAN}, {}, {"run": "control-prune: nan"}),
@@ -97,4 +99,3 @@ def test_steps_are_listed_as_one_machine_executes_them():
     # The sort is stable: what has no order of its own, as import and doctor, keeps Kubeflow's.
     shuffled = random.Random(0).sample(names[1:-2], len(names) - 3)
     assert sorted([*names[-2:], *shuffled, names[0]], key=run_view._position) == names
-    assert run_view._stage("answers") == "evaluate", "resources.steps has no answers"
