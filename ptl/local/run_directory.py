@@ -116,7 +116,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_same(old_config: dict[str, Any], config: Config) -> bool:
-    """Whether a config is the same run's: `resources`, `images` and `export` may differ, on which no other step depends.
+    """Whether a config is the same run's; no other step depends on `resources`, `images` and `export`.
 
     The tag of the images is ptl's version unless it is given: a run of another version is refused by its first step.
     """

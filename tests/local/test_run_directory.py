@@ -40,8 +40,9 @@ def test_a_run_is_executed_once_at_a_time(tmp_path, config):
         with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config):
             raise AssertionError("two at once")
         assert yaml.safe_load((run.path / "config.yaml").read_text()) == config.model_dump(mode="json")
-    # Resources may differ; there is a link to the latest run.
-    more = changed(config, resources=config.resources.model_dump() | {"retries": 5})
+    # Resources may differ, and images, whose tag is ptl's version; there is a link to the latest run.
+    resources, images = config.resources.model_dump() | {"retries": 5}, config.images.model_dump() | {"tag": "0.0.1"}
+    more = changed(config, resources=resources, images=images)
     again, resumed = open_run(tmp_path, more, False)
     assert resumed and again.run_id == run.run_id
     with working(again, config):
