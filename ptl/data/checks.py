@@ -117,7 +117,7 @@ def check_settings(
 ) -> None:
     """Raise InputError for what the model in `folder` cannot do of all that the config asks of it; reads no weights."""
     tokenizer = pretrained.load_tokenizer(folder)
-    checkpoint.check_generation_config(folder)
+    checkpoint.generation_config(folder)  # transformers reads it with the weights
     # What is not set follows the model.
     lengths = {"calibration.max_length": calibration.max_length}
     if evaluate.max_length is not None:

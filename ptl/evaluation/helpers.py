@@ -56,8 +56,7 @@ def seed_of_sample(seed: int, samples: int, number: int) -> int:
 
 def recommended_sampling(src: Path) -> dict[str, Any]:
     """How the makers of the model in `src` recommend to sample; empty: greedily."""
-    file = src / "generation_config.json"
-    recommended = checkpoint.json_object(file) if file.is_file() else {}
+    recommended = checkpoint.generation_config(src)
     if not recommended.get("do_sample"):
         return {}
     given = {name: recommended[name] for name in SAMPLING if recommended.get(name) is not None}

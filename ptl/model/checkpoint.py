@@ -53,6 +53,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json_object(path)
 
 
+def generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a checkpoint; empty without one. Raises InputError when it is not a JSON object."""
+    path = folder / "generation_config.json"
+    return json_object(path) if path.is_file() else {}
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint. Raises InputError when it holds no JSON object."""
     try:
@@ -234,13 +240,6 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder} has no tokenizer ({names})",
             "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
         )
-
-
-def check_generation_config(folder: Path) -> None:
-    """Raise InputError for a generation_config.json that is no JSON object: transformers reads it with the weights."""
-    path = folder / "generation_config.json"
-    if path.is_file():
-        json_object(path)
 
 
 def check_finite(paths: Iterable[Path]) -> None:

@@ -226,9 +226,7 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
 
 def ends_turns(folder: Path, tokenizer: Any) -> bool:
     """Whether a model ends its answers as its chat template ends a turn: base models with a template do not."""
-    generation = folder / "generation_config.json"
-    content = checkpoint.json_object(generation) if generation.is_file() else checkpoint.read_config(folder)
-    ends = content.get("eos_token_id")
+    ends = (checkpoint.generation_config(folder) or checkpoint.read_config(folder)).get("eos_token_id")
     return end_of_turn(tokenizer, NO_CHAT)[0] in (ends if isinstance(ends, list) else [ends])
 
 

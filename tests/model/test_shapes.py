@@ -184,5 +184,5 @@ def test_json_that_is_nested_too_deeply_names_the_file(folders, tmp_path):
         assert "config.json" in refusal(folder, "llama")
         (folder / "generation_config.json").write_text(text)
         with pytest.raises(InputError, match=r"model.path: .*generation_config.json (is not valid|must hold a) JSON"):
-            checkpoint.check_generation_config(folder)
-    checkpoint.check_generation_config(folders("llama"))
+            checkpoint.generation_config(folder)
+    assert checkpoint.generation_config(folders("llama"))["eos_token_id"] == 2
