@@ -21,21 +21,12 @@ GATE_OFF: Literal["gate off"] = "gate off"  # the decision on every iteration of
 
 @dataclass(frozen=True)
 class State:
-    """What an accepted model carries to the next iteration (`Pointer.gate`)."""
+    """What an accepted model carries to the next iteration, as a dict in `Pointer.gate`; {} there is the start."""
 
     cap: int | None = None  # most parameters that the next iteration may remove; none: as planned
     rejections: int = 0  # in a row
     stopped: bool = False  # nothing more is tried: later steps pass their input through
     reason: str = ""  # why it stopped
-
-    @staticmethod
-    def load(raw: Mapping[str, Any]) -> State:
-        """From a pointer; {} is the state at the start."""
-        return State(**raw)
-
-    def dump(self) -> dict[str, Any]:
-        """For the pointer."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def check_structure(settings: Gate, compiled: bool) -> None:
 
 def goal(current_params: int, planned_goal: int, state: Mapping[str, Any]) -> int:
     """Parameters to prune the current model to: as planned, but no more than the cap away from it."""
-    carried = State.load(state)
+    carried = State(**state)
     if carried.stopped:
         return current_params
     # After a rejection the step is half of the one that was rejected, at most.

@@ -79,12 +79,12 @@ class Call:
     @property
     def stopped(self) -> bool:
         """Whether the gate has ended this arm: its state travels with the model that the loop continues with."""
-        return gate.State.load(self.inputs["model"].gate).stopped
+        return gate.State(**self.inputs["model"].gate).stopped
 
     def pass_through(self) -> None:
         """Make the input the output: nothing is left to do."""
         model = self.inputs["model"]
-        say(self.step, f"not needed, its input is passed through: {gate.State.load(model.gate).reason}")
+        say(self.step, f"not needed, its input is passed through: {gate.State(**model.gate).reason}")
         self.write(model)
 
     def write(self, pointer: Pointer) -> None:

@@ -148,7 +148,7 @@ def decide(step: Step, scores: Metadata) -> tuple[Metadata, Pointer]:
         "reason": decision.reason,
         "numbers": decision.numbers,  # what the decision rests on, for the report
     }
-    return verdict, dataclasses.replace(accepted, gate=state.dump())
+    return verdict, dataclasses.replace(accepted, gate=dataclasses.asdict(state))
 
 
 def _register(step: Step, scores: Metadata) -> Pointer:
@@ -177,7 +177,7 @@ def _gate_decision(step: Step, scores: Metadata) -> gate.Decision:
     )
     if fallback is None:
         # The next iteration has begun already, so that no verdict could change what it starts from.
-        return decide(gate.State.load(candidate.gate))
+        return decide(gate.State(**candidate.gate))
     dense = step.committed("evaluate-0")
     # The first iteration's parent is the dense model itself.
     parent = step.evaluation_of(fallback, call.iteration - 1)
@@ -186,7 +186,7 @@ def _gate_decision(step: Step, scores: Metadata) -> gate.Decision:
     iterations = plan(schedule_of(call), settings["prune"])
     following = iterations[min(call.iteration, len(iterations) - 1)]
     return decide(
-        gate.State.load(fallback.gate),
+        gate.State(**fallback.gate),
         parent_params=fallback.params,
         baseline=_compare(step, dense),
         parent=_compare(step, parent),
@@ -211,7 +211,7 @@ def ends_the_loop(call: Call, iterations: int, accepted: Pointer) -> bool:
     """Whether the checkpoint that this verdict continues with is the run's final one."""
     if call.arm == "control" or call.iteration == 0:
         return False
-    return gate.State.load(accepted.gate).stopped or call.iteration == iterations
+    return gate.State(**accepted.gate).stopped or call.iteration == iterations
 
 
 def _withdraw_later(step: Step, iterations: int) -> None:

@@ -46,7 +46,7 @@ def report(call: Call) -> None:
             records,
             settings,
             **tracking.links(step.run),
-            control_failed=gate.State.load(control.gate).reason if control else "",
+            control_failed=gate.State(**control.gate).reason if control else "",
             exports_failed=tracking.errors_of(step.run, [dag.export_step(export) for export in config.export]),
         )
         render(result, step.folder)

@@ -167,7 +167,7 @@ def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mappi
         sys.exit(failure.exit_code)
     # The step ends as after a stop by the gate: a failed task would keep the report from being written.
     stopped = gate.State(stopped=True, reason=f"{step.step} failed: {failure.reason}")
-    step.write(dataclasses.replace(Pointer.load(call["inputs"]["model"]), gate=stopped.dump()))
+    step.write(dataclasses.replace(Pointer.load(call["inputs"]["model"]), gate=dataclasses.asdict(stopped)))
     for name, artifact in artifacts.items():
         artifact.metadata.update(step.outputs[name].metadata)
     say(step.step, f"failed: {failure.reason}; the run continues without it")

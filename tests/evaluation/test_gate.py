@@ -1,3 +1,4 @@
+from dataclasses import asdict
 from itertools import pairwise
 
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ def decide(state, params, baseline=GOOD, parent=GOOD, *, rule=ON, parent_params=
 def test_goal_follows_the_plan_until_a_cap_holds_it():
     assert [gate.goal(1000, planned, {}) for planned in (700, 1000, 1200)] == [700, 1000, 1000]
     assert [gate.goal(1000, planned, {"cap": 100}) for planned in (700, 899, 900, 950)] == [900, 900, 900, 950]
-    assert gate.goal(1000, 700, State(100, 1, stopped=True).dump()) == 1000
+    assert gate.goal(1000, 700, asdict(State(100, 1, stopped=True))) == 1000
 
 
 def test_what_is_accepted_is_kept_until_the_target_is_reached():
@@ -78,7 +79,7 @@ def test_after_a_rejection_every_cut_is_smaller_than_the_one_before(step, first,
     target, state, cuts = parent - first * step, State(), []
     while "no smaller step left" not in (state.reason or ""):
         state = State(state.cap, 0)  # so that rejections alone do not stop the loop
-        wanted = parent - gate.goal(parent, target, state.dump())
+        wanted = parent - gate.goal(parent, target, asdict(state))
         cuts.append(-(-wanted // step) * step)
         decided = decide(state, parent - cuts[-1], BAD, BAD, parent_params=parent, target=target, smallest_cut=step)
         assert decided.keep == "parent"
