@@ -19,6 +19,9 @@ from ptl.model.safetensors_io import Entries, Entry, NewTensor
 if TYPE_CHECKING:
     import torch
 
+# Names of tensors in all families
+EMBEDDINGS = "model.embed_tokens.weight"
+OUTPUT_LAYER = "lm_head.weight"
 # Names that transformers looks for in a folder
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -140,10 +143,10 @@ def itemsize(folder: Path) -> int:
 
 def check_tied(entries: Entries) -> None:
     """Raise InputError where a tied output layer is stored with other values: transformers would then not tie it."""
-    output = entries.get("lm_head.weight")
-    if output is not None and not safetensors_io.are_equal(output, entries["model.embed_tokens.weight"]):
+    output = entries.get(OUTPUT_LAYER)
+    if output is not None and not safetensors_io.are_equal(output, entries[EMBEDDINGS]):
         raise checkpoint_error(
-            f"{output.path} holds an output layer (lm_head.weight) that differs from the embeddings, but config.json "
+            f"{output.path} holds an output layer ({OUTPUT_LAYER}) that differs from the embeddings, but config.json "
             "ties them",
             "set tie_word_embeddings to false there, or remove that tensor",
         )

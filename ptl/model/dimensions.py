@@ -13,9 +13,10 @@ from typing import Any, Literal
 from ptl.errors import InputError
 from ptl.model import axes, checkpoint, shapes
 from ptl.model.axes import HIDDEN, KV_HEADS, NEURONS
+from ptl.model.checkpoint import OUTPUT_LAYER
 from ptl.model.experts import BIASES, DOWN, FUSED
 from ptl.model.families import Family, family_of
-from ptl.model.shapes import LAYERS, OUTPUT_LAYER, ModelShapes
+from ptl.model.shapes import LAYERS, ModelShapes
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first

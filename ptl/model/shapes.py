@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
 from ptl.model import axes, checkpoint, pretrained, text_tower
-from ptl.model.checkpoint import checkpoint_error
+from ptl.model.checkpoint import EMBEDDINGS, OUTPUT_LAYER, checkpoint_error
 from ptl.model.experts import BIASES, DOWN, FUSED, Experts, stored_tensors
 from ptl.model.families import ConfigJson, Family
 from ptl.model.safetensors_io import FLOATS, Entries
@@ -22,8 +22,6 @@ from ptl.model.safetensors_io import FLOATS, Entries
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDINGS = "model.embed_tokens.weight"
-OUTPUT_LAYER = "lm_head.weight"
 LAST_NORM = "model.norm.weight"
 LAYERS = "model.layers."
 SIZE_FIELDS = ("_size", "_heads", "_dim", "_layers", "_rank", "_experts")  # ends of the names of a config's sizes

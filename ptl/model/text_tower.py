@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.model.checkpoint import OUTPUT_LAYER
 from ptl.model.families import TEXT_TOWERS, ConfigJson
 from ptl.model.safetensors_io import Entries, Entry, NewTensor
 
@@ -21,7 +22,6 @@ PREFIXES = (
     ("model.language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
-OUTPUT_LAYER = "lm_head.weight"
 # Fields that hold for the text model too, and for which the multimodal config has the last word
 OUTER_FIELDS = (
     *("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"),

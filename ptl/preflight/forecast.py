@@ -234,7 +234,7 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
         repaired = run.config.prune.repair * calibration.max_length
         flops += 4 * forward_flops(shape, before, repaired, calibration.max_length)
         states = max(states, 2 * repaired)  # of both models
-    host_memory = states * shape.of(before).hidden * shape.itemsize
+    host_memory = states * before.hidden * shape.itemsize
     note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
     return tokens, flops / (run.gpu.fp32 * REACHED), note
 

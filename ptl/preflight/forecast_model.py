@@ -56,7 +56,6 @@ class Shape:
     """A model as its config says it: what stays when neurons, experts or layers go."""
 
     dimensions: ModelDimensions  # of the dense model
-    hidden: int
     vocabulary: int
     lookup: int  # parameters of an input embedding that is no output layer too: they cost no FLOPs
     heads_width: int  # heads * head_dim; the mean of queries and values where these differ
@@ -82,7 +81,6 @@ class Shape:
         return replace(
             self,
             dimensions=model,
-            hidden=self.hidden * model.hidden // dense.hidden,
             lookup=self.lookup * model.hidden // dense.hidden,
             heads_width=self.heads_width * model.kv_heads // dense.kv_heads,
             cached_numbers=cached,
@@ -98,7 +96,6 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     dimensions = dimensions_of(model)
     return Shape(
         dimensions=dimensions,
-        hidden=model.config.hidden_size,
         vocabulary=model.config.vocab_size,
         lookup=0 if model.tied else model.config.vocab_size * model.config.hidden_size,
         heads_width=model.attention_width // (2 * dimensions.layers),
@@ -144,8 +141,8 @@ def scoring_memory(shape: Shape, calibration: Calibration, repair: int) -> float
     model = shape.dimensions
     outside = model.params - model.layers * model.params_per_layer  # of the layers
     weights = max(model.params_per_layer, outside) * shape.itemsize
-    hidden_states = max(calibration.num_sequences, repair) * calibration.max_length * shape.hidden * shape.itemsize
-    batch = activations(shape, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
+    hidden_states = max(calibration.num_sequences, repair) * calibration.max_length * model.hidden * shape.itemsize
+    batch = activations(model.hidden, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
     squares = 0.0
@@ -169,38 +166,37 @@ def answering_memory(shape: Shape, model: ModelDimensions, config: Config, gpus:
 
 def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, gpus: int) -> float:
     """Bytes on each of `gpus`: float32 weights, gradients and optimizer state, activations, logits, teacher."""
-    pruned = shape.of(model)
     # Weights, gradients and Adam's two averages, 4 bytes each; an adapter's are too small to count.
     memory = (16.0 if stage.lora is None else 4.0) * model.params
     if stage.sharding == "fsdp" and gpus > 1:
         # A layer at work and the next one, which is gathered meanwhile, and gradients that are being reduced.
-        largest = max(model.params_per_layer, shape.vocabulary * pruned.hidden)
+        largest = max(model.params_per_layer, shape.vocabulary * model.hidden)
         memory = memory / gpus + 3 * largest * _itemsize(stage)
     memory += CONTEXT
 
     # What a batch needs; `tokens` are those of one forward pass on one GPU.
     rows = math.ceil(stage.batch_size / (stage.accumulation * gpus))
     tokens = rows * sequence_length(stage)
-    memory += activations(pruned, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
+    memory += activations(model.hidden, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
     # In float32: logits and their gradient, and those of the teacher.
     memory += (3 if stage.method == "distil" else 2) * 4.0 * tokens * shape.vocabulary
     if stage.method == "distil":
         memory += shape.params * shape.itemsize  # the teacher
     if stage.method == "grpo":
-        memory += tokens * pruned.kv_bytes  # the cache while it generates
+        memory += tokens * shape.of(model).kv_bytes  # the cache while it generates
         if stage.beta:
             memory += 4.0 * model.params  # the reference model
     return memory
 
 
-def activations(shape: Shape, layers: int, tokens: float, itemsize: int, checkpointed: bool) -> float:
+def activations(hidden: int, layers: int, tokens: float, itemsize: int, checkpointed: bool) -> float:
     """Bytes kept for the backward pass of `tokens` tokens on one device."""
     # 34 bytes for each hidden value in a layer at 2 bytes a number.
-    layer = 34 / 2 * itemsize * shape.hidden * tokens
+    layer = 34 / 2 * itemsize * hidden * tokens
     if not checkpointed:
         return layers * layer
     # Only each layer's input is kept; one layer at a time is computed again.
-    return layers * itemsize * shape.hidden * tokens + layer
+    return layers * itemsize * hidden * tokens + layer
 
 
 def sequence_length(stage: RecoverStage) -> int:

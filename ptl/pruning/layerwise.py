@@ -113,7 +113,7 @@ class LayerwiseModel:
         modules = self._embeddings()
         embeddings = self.decoder.embed_tokens
         output = self.causal_lm.get_output_embeddings()
-        tied = "lm_head.weight" not in self.entries
+        tied = checkpoint.OUTPUT_LAYER not in self.entries
         if not tied:
             modules["lm_head"] = output
         with self._loaded(modules):

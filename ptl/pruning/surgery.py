@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ptl.model import axes, checkpoint, safetensors_io
 from ptl.model.axes import FUSED_QKV, HIDDEN, KV_HEADS, NEURONS, Axes
+from ptl.model.checkpoint import EMBEDDINGS, OUTPUT_LAYER
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
-from ptl.model.shapes import EMBEDDINGS, LAST_NORM, OUTPUT_LAYER
+from ptl.model.shapes import LAST_NORM
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -83,7 +83,7 @@ def test_fields_that_the_file_leaves_out_are_those_of_transformers_in_a_plan_too
     checkpoint.write_json(tmp_path / "config.json", GEMMA_3_4B)
     shape = shape_of(str(tmp_path))
     assert shape.params == 3_880_263_168  # of the model that transformers builds
-    assert (shape.dimensions.layers, shape.hidden, shape.vocabulary) == (34, 2560, 262_208)
+    assert (shape.dimensions.layers, shape.dimensions.hidden, shape.vocabulary) == (34, 2560, 262_208)
     checkpoint.write_json(tmp_path / "config.json", GEMMA_3_4B | {"quantization_config": {"quant_method": "fp8"}})
     with pytest.raises(InputError, match=r"has a quantization_config \(fp8\)"):
         shape_of(str(tmp_path))

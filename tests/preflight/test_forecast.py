@@ -39,9 +39,9 @@ def test_a_large_model_needs_its_config_only(large):
 
 
 # A model whose numbers can be counted by hand; a token has 48 bytes of cache.
-SIZES = {"params": 1000, "layers": 2, "width": 10, "params_per_neuron": 20, "params_per_layer": 300}
+SIZES = {"params": 1000, "layers": 2, "width": 10, "hidden": 8, "params_per_neuron": 20, "params_per_layer": 300}
 BODY = body(**SIZES)
-SMALL = Shape(BODY, hidden=8, vocabulary=50, lookup=100, heads_width=6, cached_numbers=24, itemsize=2, context=64)
+SMALL = Shape(BODY, vocabulary=50, lookup=100, heads_width=6, cached_numbers=24, itemsize=2, context=64)
 
 
 def test_flops_and_bytes_of_decoding_are_counted():
