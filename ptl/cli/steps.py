@@ -94,6 +94,7 @@ def recover(
     Rows that share text with the config's benchmarks are left out where lm-evaluation-harness is installed.
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
+    from ptl.data import checks
     from ptl.evaluation import task_files
     from ptl.evaluation.evaluate import write_items
     from ptl.recovery.job import RecoveryJob, StageBudget, progress
@@ -102,6 +103,8 @@ def recover(
     settings = load_config(config, pairs("--set", sets))
     check_given(settings.training, "training")
     _check_folders(src, dst)
+    checks.check_data(settings.calibration, settings.training, settings.recover)
+    checks.check_rewards(settings.recover, settings.training)
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)

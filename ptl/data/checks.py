@@ -78,17 +78,6 @@ def check_own_answers(training: TrainingData) -> None:
             _check_prompts(source.prompts_only, [training.reward], "training.sources")
 
 
-def check_recovery_data(stages: Sequence[RecoverStage], training: TrainingData) -> None:
-    """Check local data where a recovery begins, which may be one by hand.
-
-    Chats end with an answer, where a stage trains on them; prompts have what the rewards compare with.
-    """
-    for source in training.sources:
-        if source.format == "messages" and _trains_on_answers(stages):
-            check_rows(source)
-    check_rewards(stages, training)
-
-
 def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
     """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
     for i, stage in enumerate(stages):

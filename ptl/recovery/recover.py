@@ -54,7 +54,6 @@ def recover_checkpoint(
                 remedy="raise it, or set schedule.tokens=uniform",
             )
     # of later stages too, before the first one trains
-    checks.check_recovery_data(stages, job.data)
     checks.check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []

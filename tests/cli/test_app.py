@@ -49,6 +49,7 @@ def test_messages(ptl, tmp_path, monkeypatch):
     save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
     Path("empty.jsonl").touch()
     Path("damaged.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question":\n')
+    Path("asked.jsonl").write_text('{"messages": [{"role": "user", "content": "1+1?"}]}\n')
     Path("other").mkdir()
     Path("other/config.yaml").write_text("name: other\n")
 

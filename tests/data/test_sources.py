@@ -120,7 +120,6 @@ def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
         check(asked, whole, grpo)
     with pytest.raises(InputError, match=r"training\.sources\.1\.messages: row 1 "):
         check(whole, asked, grpo, distil)
-    training = TrainingData(sources=[whole, asked], decontaminate=against)
     with pytest.raises(InputError, match=r"row 1 .*: the assistant's last turn is blank"):
         blank = DataSource(source=rows_file(tmp_path / "b.jsonl", [{"messages": [ASKED, ANSWERED | {"content": ""}]}]))
         check(blank.model_copy(update=CHAT), whole)
@@ -131,7 +130,8 @@ def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
         checks.check_rewards(stages[:1], TrainingData(sources=[whole]))
         checks.check_rewards(stages, TrainingData(sources=[whole]))
     with pytest.raises(InputError, match=r"row 1 .*no answer to learn from"):
-        checks.check_recovery_data([cpt], training)
+        check(whole, asked, cpt)
+    training = TrainingData(sources=[whole, asked], decontaminate=against)
     named = checks.named_sources(Calibration(data=whole), training, [cpt, grpo])
     assert list(named.values()) == [whole, whole, asked, asked, asked]
     assert list(named)[2:] == ["training.sources.1", "training.decontaminate.against.0", "recover.1.prompts"]
