@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -37,7 +36,6 @@ CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templat
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # A checkpoint with any of these files has a tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-MAX_JSON_DEPTH = 64  # a config has four levels; transformers copies it by recursion
 
 
 def checkpoint_error(problem: str, remedy: str = "fetch the checkpoint again") -> InputError:
@@ -65,29 +63,12 @@ def generation_config(folder: Path) -> dict[str, Any]:
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint. Raises InputError when it holds no JSON object."""
     try:
-        content = bounded_json(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise checkpoint_error(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise checkpoint_error(f"{path} must hold a JSON object")
     return content
-
-
-def bounded_json(text: str | bytes) -> Any:
-    """The value of a stranger's JSON. Raises ValueError for all damage, more than MAX_JSON_DEPTH levels included."""
-    with contextlib.suppress(RecursionError):
-        value = json.loads(text)
-        if _json_depth(value) <= MAX_JSON_DEPTH:
-            return value
-    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
-
-
-def _json_depth(value: Any) -> int:
-    """Levels of objects and lists."""
-    if not isinstance(value, dict | list):
-        return 0
-    items = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(_json_depth, items), default=0)
 
 
 def shards(folder: Path) -> list[Path]:
