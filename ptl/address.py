@@ -43,12 +43,6 @@ def runs_page(server: str, experiment: str, run: str = "") -> str:
     return f"{server}/#/experiments/{experiment}/runs{f'/{run}' if run else ''}?{TRAINING}"
 
 
-def origin(uri: str) -> str:
-    """What a browser calls the server of a page."""
-    parts = urlsplit(bare(uri).lower())
-    return f"{parts.scheme}://{parts.netloc.removesuffix({'http': ':80', 'https': ':443'}[parts.scheme])}"
-
-
 def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
     """Move the login of MLFLOW_TRACKING_URI to the variables that MLflow has for it: it prints the address.
 

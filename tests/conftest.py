@@ -216,8 +216,7 @@ def stack(server, new_database, shared):
 
     def make():
         port, database = free_port(), f"sqlite:///{new_database(shared)}/mlflow.db"
-        environment = server | {"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com"}
-        servers.mlflow_up(shared, port, database, f"s3://{servers.BUCKET}/mlflow", environment)
+        servers.mlflow_up(shared, port, database, f"s3://{servers.BUCKET}/mlflow", server)
         return server | {"MLFLOW_TRACKING_URI": servers.address(port)}
 
     return once(shared / "mlflow.json", make)

@@ -89,7 +89,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
 
 
 def mlflow(config: Config) -> str:
-    """MLflow takes a run from this user, and its page may be opened where links lead."""
+    """MLflow takes a run from this user."""
     from mlflow.exceptions import MlflowException
 
     from ptl.lineage import mlflow_client, mlflow_objects
@@ -103,38 +103,11 @@ def mlflow(config: Config) -> str:
             # A run that stays open would be listed as one that still works.
             client.set_terminated(run.info.run_id, "FINISHED")
             client.delete_run(run.info.run_id)
-            if address.is_server(uri):
-                _check_page(uri, address.mlflow_ui())
     except MlflowException as error:
         message = str(error)
         remedy = next(remedy for sign, remedy in REMEDIES.items() if re.search(sign, message))
         raise InputError(f"does not take a run: {message[:300]}", field=uri, remedy=remedy) from error
     return f"{uri} takes runs in experiment {name!r}"
-
-
-def _check_page(uri: str, ui: str) -> None:
-    """Raise DoubtError where MLflow refuses what its own page asks when it is open at `ui`."""
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    # A browser sends the page's address with each POST. A Service's name is one that no browser opens.
-    if ".svc" in address.origin(ui):
-        return
-    answer = http_request(
-        get_default_host_creds(uri),
-        "/api/2.0/mlflow/experiments/search",
-        "POST",
-        extra_headers={"Origin": address.origin(ui)},
-        json={"max_results": 1},
-        raise_on_status=False,
-    )
-    if answer.status_code != 200:
-        raise DoubtError(
-            f"takes runs, but its page at {ui}, to which links lead, shows only errors ({answer.status_code} "
-            f"{answer.text[:100]})",
-            remedy=f"start it with MLFLOW_SERVER_CORS_ALLOWED_ORIGINS={address.origin(ui)}, or set PTL_MLFLOW_UI to "
-            "the address that people open",
-        )
 
 
 def store(config: Config, elsewhere: bool) -> str:
