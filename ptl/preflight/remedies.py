@@ -7,14 +7,11 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from ptl.config.recover import Lora
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight.forecast import FULL, Forecast
 from ptl.preflight.forecast_model import GIB, GPUS
 from ptl.units import listed
 
-# Nodes, and GPUs of each, that are tried for a model that does not fit.
-MACHINES = ((1, 2), (1, 4), (1, 8), (2, 8), (4, 8), (8, 8), (16, 8), (32, 8), (64, 8))
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
 
 Changes = dict[str, Any]  # of a config, by section and field; of `recover` in every stage
@@ -41,34 +38,22 @@ def largest(run: Forecast, stage: str) -> ModelDimensions:
 
 
 def _remedy(stage: str, run: Forecast) -> str:
-    """The fewest changes with which all steps of a kind fit; else with more GPUs, or a larger GPU."""
+    """The fewest changes with which all steps of a kind fit on these GPUs; else what would need other ones."""
     model = largest(run, stage)
-    tries = ((words, smallest_change(stage, model, machines)) for words, machines in _machines(stage, run))
-    remedies = [_sentence(words, changes) for words, changes in tries if changes is not None][:1]
-    if stage == "recover" and all(each.method != "grpo" and each.lora is None for each in run.config.recover):
-        changes = smallest_change(stage, model, changed(run, {"recover.lora": Lora()}))
-        if changes is not None:
-            remedies.append(_sentence("recover.lora", changes))
-    if remedies:
-        return ", or ".join(remedies)
+    changes = smallest_change(stage, model, run)
+    if changes is not None:
+        return " and ".join(f"{field}: {str(value).lower()}" for field, value in changes.items())
+    remedies = []
+    if stage == "evaluate":
+        remedies.append("give it more GPUs with evaluate.backend: vllm")
+    if stage == "recover":
+        remedies.append("give it more GPUs or nodes with recover.sharding: fsdp")
+        if all(each.method != "grpo" and each.lora is None for each in run.config.recover):
+            remedies.append("set recover.lora")
     kinds = larger_gpus(stage, model, run)
-    return f"no setting makes it fit: take a larger GPU ({kinds})" if kinds else "no setting makes it fit"
-
-
-def _sentence(words: str, changes: Changes) -> str:
-    settings = " and ".join(f"{field}: {str(value).lower()}" for field, value in changes.items())
-    return " with ".join(filter(None, [words, settings]))
-
-
-def _machines(stage: str, run: Forecast) -> Iterator[tuple[str, Forecast]]:
-    """The machines as they are, then more GPUs for a kind of step, in words; pruning takes one GPU."""
-    yield "", run
-    held = run.gpus[stage]
-    for nodes, gpus in MACHINES if stage == "recover" else MACHINES[: 0 if stage == "prune" else 3]:
-        if nodes > run.nodes or (gpus > held and (nodes == run.nodes or stage == "evaluate")):
-            gpus = max(gpus, held)
-            words = f"{gpus} GPUs" if nodes == 1 else f"resources.steps.recover.nodes: {nodes} (of {gpus} GPUs)"
-            yield words, replace(run, gpus={**run.gpus, stage: gpus}, nodes=nodes)
+    if kinds:
+        remedies.append(f"take a larger GPU ({kinds})")
+    return f"no setting makes it fit on these GPUs: {', or '.join(remedies or ['start from a smaller model'])}"
 
 
 def smallest_change(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> Changes | None:

@@ -1,7 +1,6 @@
 """The forecast: sizes from the config alone, the known FLOP rules, and warnings where a run cannot fit."""
 
 import json
-import re
 from itertools import pairwise
 
 import pytest
@@ -172,17 +171,18 @@ def test_a_remedy_that_is_applied_fits(large):
 
     def too_large(stage, count, nodes=1):
         said = remedies.warnings(forecast(config(large, recover=[{"dtype": "bfloat16"} | stage]), "h100", count, nodes))
-        return [warning.partition("80 GiB: ")[2] for warning in said if warning.startswith("recover")]
+        return {warning[:7]: warning.partition("80 GiB: ")[2] for warning in said}
 
-    for stage, gpus in (({}, 8), ({"lora": {"rank": 8}}, 8), ({}, 1)):
-        (said,) = too_large(stage, gpus)
-        for remedy in said.split(", or "):
-            changed = stage | ({"lora": {"rank": 16}} if "recover.lora" in remedy else {})
-            changed |= {"sharding": "fsdp"} if "fsdp" in remedy else {}
-            changed |= {"gradient_checkpointing": True} if "checkpointing" in remedy else {}
-            nodes = re.search(r"nodes: (\d+) \(of (\d+) GPUs", remedy)
-            count, nodes = (int(nodes[2]), int(nodes[1])) if nodes else (gpus, 1)
-            assert too_large(changed, count, nodes) == [], (stage, gpus, remedy)
+    lora, sharded = {"lora": {"rank": 16}}, {"sharding": "fsdp"}
+    for stage, count, machines in ((lora, 8, 1), ({}, 8, 4)):
+        assert too_large(stage, count, machines)["recover"] == "recover.sharding: fsdp"
+        assert "recover" not in too_large(stage | sharded, count, machines)
+    more = "no setting makes it fit on these GPUs: give it more GPUs or nodes with recover.sharding: fsdp"
+    assert too_large({}, 8)["recover"] == f"{more}, or set recover.lora, or take a larger GPU (h200, b200)"
+    assert "recover" not in too_large(lora | sharded, 8) and "recover" not in too_large(sharded, 8, 2)
+    assert too_large(lora, 1)["recover"] == more
+    more = "give it more GPUs with evaluate.backend: vllm"
+    assert too_large({}, 1)["evaluat"].endswith(f": {more}, or take a larger GPU (b200)")
 
 
 def test_pruning_holds_taylors_hidden_states_in_host_memory(large):
