@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ ARMS = {
     "loop of 8, taylor, uniform tokens": Arm({"iterations": 8, "tokens": "uniform"}, TAYLOR),
     # Peers: their choice of neurons, our recovery.
     "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
-    "one-shot, torch-pruning magnitude": Arm(ONE_SHOT, choice="torch-pruning magnitude"),
-    "one-shot, torch-pruning taylor": Arm(ONE_SHOT, choice="torch-pruning taylor"),
+    "one-shot, torch-pruning magnitude": Arm(ONE_SHOT, TAYLOR, choice="torch-pruning magnitude"),
+    "one-shot, torch-pruning taylor": Arm(ONE_SHOT, TAYLOR, choice="torch-pruning taylor"),
 }
 ONE_SHOTS = tuple(name for name, arm in ARMS.items() if arm.schedule == ONE_SHOT)
 
@@ -220,12 +219,10 @@ class Results:
 
 def choices() -> dict[str, Any]:
     """Ways to choose neurons: functions of the subject, the settings and the seed."""
-    import criteria
     import width_peers
     from loops import scored_anew, scored_once
 
-    theirs = {name: partial(criteria.by_torch_pruning, name) for name in criteria.THEIRS}
-    return {"scored anew": scored_anew, "scored once": scored_once, **theirs, **width_peers.PEERS}
+    return {"scored anew": scored_anew, "scored once": scored_once, **width_peers.PEERS}
 
 
 def measure(cell: Cell) -> Row:

@@ -1,12 +1,12 @@
 """Other ways to choose what goes of hidden size, FFN and KV heads: as many as by ptl's rule, with our recovery.
 
-    pip install --no-deps torch-pruning   # for its arm alone
+    pip install --no-deps torch-pruning   # for its arms alone
     python benchmarks/depth.py measure --shares 0.65 0.75 --arms "one-shot, width" "one-shot, width, minitron"
 
 minitron: means over a sequence of what the norms on the residual stream, neurons and KV heads give, and their L2 norm
 over the sequences (arXiv 2407.14679, section 2.2). norm: L2 norms of the weights. Both go with ptl's surgery.
 torch-pruning: its dependency graph, group magnitude and surgery, of neurons and hidden size; before that, of KV heads
-those with the least norms go.
+those with the least norms go. torch-pruning magnitude and taylor: of neurons alone.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
             settings = {"unit": unit, "goal": goal, "end": end, "seed": seed, "chat": subject.chat}
             prune_checkpoint(src, ours, prune, subject.calibration, **settings)
             sizes = model_dimensions(ours, family_of(checkpoint.read_config(src)))
-        if kind == "torch-pruning":
-            _torch_pruning(src, dst, sizes)
-            return 0
         tokenizer = AutoTokenizer.from_pretrained(src)
         batches = calibration_batches(subject.calibration, tokenizer, seed, subject.chat)
-        _write(src, dst, KINDS[kind](src, batches, seed), sizes)
+        if kind == "torch-pruning":
+            _torch_pruning(src, dst, sizes)
+        elif kind in OF_NEURONS:
+            _torch_pruning_of_neurons(src, dst, sizes.width, batches if kind.endswith("taylor") else [])
+        else:
+            _write(src, dst, KINDS[kind](src, batches, seed), sizes)
         return 0
 
     return cut
@@ -172,9 +174,36 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
     checkpoint.copy_companions(src, dst)
 
 
+def _torch_pruning_of_neurons(src: Path, dst: Path, width: int, batches: Any) -> None:
+    """The FFN alone, by its group magnitude, or by its group Taylor on the gradients of the batches that there are."""
+    import torch_pruning as tp
+
+    model = AutoModelForCausalLM.from_pretrained(src).eval()
+    model.config.use_cache = False
+    for batch in batches:
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss.backward()
+    importance = tp.importance.GroupTaylorImportance if batches else tp.importance.GroupMagnitudeImportance
+    outer = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
+    inner = {id(module) for layer in model.model.layers for module in (layer.mlp.gate_proj, layer.mlp.up_proj)}
+    pruner = tp.pruner.BasePruner(
+        model,
+        example_inputs=torch.zeros(1, 8, dtype=torch.long),
+        importance=importance(),
+        pruning_ratio=1 - (width + 0.5) / model.config.intermediate_size,  # it rounds the rest down
+        ignored_layers=[module for module in outer if id(module) not in inner],
+        forward_fn=lambda it, ids: it(input_ids=ids, use_cache=False).logits,
+    )
+    pruner.step()
+    assert {layer.mlp.gate_proj.out_features for layer in model.model.layers} == {width}
+    model.config.update({"intermediate_size": width, "use_cache": True})
+    model.save_pretrained(dst)
+    checkpoint.copy_companions(src, dst)
+
+
 def _projections(attention: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 KINDS: dict[str, Callable[[Path, Any, int], WidthScores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
-PEERS = {name: partial(by, name) for name in (*KINDS, "torch-pruning")}
+OF_NEURONS = ("torch-pruning magnitude", "torch-pruning taylor")
+PEERS = {name: partial(by, name) for name in (*KINDS, "torch-pruning", *OF_NEURONS)}
