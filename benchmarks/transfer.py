@@ -38,40 +38,36 @@ def boto3_down(folder, place, scratch):
         client.download_file(servers.BUCKET, f"{place}/{path.name}", str(target / path.name), Config=classic())
 
 
-def ptl_s3_up(folder, place, scratch):
-    remember(folder, scratch, f"s3://{servers.BUCKET}/{place}")
-
-
-def ptl_s3_down(folder, place, scratch):
+def fetch(folder, place, scratch):
     store.fetch(store.Pointer.load((scratch / "pointer.json").read_text()), scratch / "cache")
 
 
-def cp_up(folder, place, scratch):
+def cp(folder, place, scratch):
     subprocess.run(["cp", "-r", "--reflink=never", folder, scratch / "copy"], check=True)
 
 
-def cp_down(folder, place, scratch):
-    cp_up(folder, place, scratch)
-
-
-def cpsync_up(folder, place, scratch):
-    cp_up(folder, place, scratch)
+def cp_and_sync(folder, place, scratch):
+    cp(folder, place, scratch)
     subprocess.run(["sync", "-f", scratch / "copy"], check=True)
 
 
-def cpsync_down(folder, place, scratch):
-    cpsync_up(folder, place, scratch)
+def publish_s3(folder, place, scratch):
+    remember(folder, scratch, f"s3://{servers.BUCKET}/{place}")
 
 
-def ptl_file_up(folder, place, scratch):
+def publish_file(folder, place, scratch):
     remember(folder, scratch, f"file://{scratch}/published")
 
 
-def ptl_file_down(folder, place, scratch):
-    ptl_s3_down(folder, place, scratch)
-
-
-CONTESTANTS = ("boto3", "ptl_s3", "cp", "cpsync", "ptl_file")
+# Name -> title, the one that it is compared with, publish, fetch
+CONTESTANTS = {
+    "boto3": ("plain boto3", "boto3", boto3_up, boto3_down),
+    "ptl_s3": ("ptl, s3://", "boto3", publish_s3, fetch),
+    "cp": ("cp", "cp", cp, cp),
+    "cpsync": ("cp + sync", "cp", cp_and_sync, cp_and_sync),
+    "ptl_file": ("ptl, file://", "cp", publish_file, fetch),
+}
+WAYS = ("up", "down")
 
 
 def remember(folder, scratch, location):
@@ -97,21 +93,22 @@ def peak_mib():
     return int(line.split()[1]) / 1024
 
 
-def measure(name, folder, place, scratch):
+def measure(name, way, folder, place, scratch):
     """One operation in this process: seconds without imports and set-up of the interpreter, and peak memory."""
     import boto3  # noqa: F401
     import s3transfer.manager  # noqa: F401
 
     start = time.perf_counter()
-    globals()[name](folder, place, scratch)
+    _, _, *operations = CONTESTANTS[name]
+    operations[WAYS.index(way)](folder, place, scratch)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_mib()}))
 
 
-def child(name, folder, place, scratch):
-    command = [sys.executable, __file__, "--one", name, str(folder), place, str(scratch)]
+def child(name, way, folder, place, scratch):
+    command = [sys.executable, __file__, "--one", name, way, str(folder), place, str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr}")
+        raise SystemExit(f"{name}, {way}: {done.stderr}")
     return json.loads(done.stdout)
 
 
@@ -122,50 +119,37 @@ def run(mib, repeats, work):
         for _ in range(mib):
             file.write(random.randbytes(MIB))
     (folder / "config.json").write_text("{}")
-    results = {f"{name}_{way}": [] for name in CONTESTANTS for way in ("up", "down")}
+    results = {(name, way): [] for name in CONTESTANTS for way in WAYS}
     for number in range(repeats):
         # Whoever goes first in one round goes last in the next.
-        for name in CONTESTANTS if number % 2 == 0 else CONTESTANTS[::-1]:
+        for name in CONTESTANTS if number % 2 == 0 else reversed(CONTESTANTS):
             scratch = work / f"{name}-{number}"
             scratch.mkdir()
-            for way in ("up", "down"):
+            for way in WAYS:
                 os.sync()  # nobody pays for the dirty pages of the one before
                 if name.startswith("cp") and way == "down":
                     shutil.rmtree(scratch / "copy")
-                results[f"{name}_{way}"].append(child(f"{name}_{way}", folder, f"bench/{name}-{number}", scratch))
+                results[name, way].append(child(name, way, folder, f"bench/{name}-{number}", scratch))
             shutil.rmtree(scratch)
     return results
 
 
 def table(results, mib):
-    def rate(name):
-        return mib / statistics.median(item["seconds"] for item in results[name])
+    def rate(name, way):
+        return mib / statistics.median(item["seconds"] for item in results[name, way])
 
-    def peak(name):
-        return max(item["peak"] for item in results[name])
+    def peak(name, way):
+        return max(item["peak"] for item in results[name, way])
 
     lines = [
         "| 1 checkpoint | publish MiB/s | fetch MiB/s | against its reference up / down | peak memory up / down, MiB |",
         "|---|---:|---:|---:|---:|",
     ]
-    titles = {
-        "boto3": "plain boto3",
-        "ptl_s3": "ptl, s3://",
-        "cp": "cp",
-        "cpsync": "cp + sync",
-        "ptl_file": "ptl, file://",
-    }
-    for name, reference in (
-        ("boto3", "boto3"),
-        ("ptl_s3", "boto3"),
-        ("cp", "cp"),
-        ("cpsync", "cp"),
-        ("ptl_file", "cp"),
-    ):
-        up, down = f"{name}_up", f"{name}_down"
-        ratio = " / ".join(f"{rate(one) / rate(f'{reference}_{way}'):.2f}" for one, way in ((up, "up"), (down, "down")))
-        memory = "-" if name.startswith("cp") else f"{peak(up):.0f} / {peak(down):.0f}"
-        lines.append(f"| {titles[name]} | {rate(up):.0f} | {rate(down):.0f} | {ratio} | {memory} |")
+    for name, (title, reference, *_) in CONTESTANTS.items():
+        rates = " | ".join(f"{rate(name, way):.0f}" for way in WAYS)
+        ratio = " / ".join(f"{rate(name, way) / rate(reference, way):.2f}" for way in WAYS)
+        memory = "-" if name.startswith("cp") else " / ".join(f"{peak(name, way):.0f}" for way in WAYS)
+        lines.append(f"| {title} | {rates} | {ratio} | {memory} |")
     return "\n".join(lines)
 
 
@@ -180,11 +164,11 @@ def main():
     parser.add_argument("--mib", type=int, default=1024, help="size of the checkpoint")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; needs about ten times the size")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        name, folder, place, scratch = options.one
-        measure(name, Path(folder), place, Path(scratch))
+        name, way, folder, place, scratch = options.one
+        measure(name, way, Path(folder), place, Path(scratch))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
