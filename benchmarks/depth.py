@@ -55,19 +55,12 @@ ARMS = {
     # Without a criterion in its name an arm goes by the paper's.
     "one-shot": Arm(ONE_SHOT, MAX),
     "one-shot, decay from the start": Arm(ONE_SHOT, MAX, {"decay": 1}),
-    "loop of 2": Arm({"iterations": 2}, MAX),
     "loop of 4": Arm({"iterations": 4}, MAX),
-    "loop of 8": Arm({"iterations": 8}, MAX),
-    "loop of 16": Arm({"iterations": 16}, MAX),
     "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
-    "loop of 2, taylor": Arm({"iterations": 2}, TAYLOR),
     "loop of 4, taylor": Arm({"iterations": 4}, TAYLOR),
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
-    "loop of 16, taylor": Arm({"iterations": 16}, TAYLOR),
-    "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
     # Hidden size, FFN and KV heads, divided by ptl's rule.
     "one-shot, width": Arm(ONE_SHOT, WIDTH),
-    "loop of 2, width": Arm({"iterations": 2}, WIDTH),
     "loop of 4, width": Arm({"iterations": 4}, WIDTH),
     "loop of 8, width": Arm({"iterations": 8}, WIDTH),
     # About the FLOPs of a loop of 8, scoring included.
@@ -83,8 +76,6 @@ ARMS = {
     "loop of 8, neurons then layers": Arm(UNIFORM, TAYLOR, layers_last=True),
     "loop of 8, width then layers": Arm(UNIFORM, WIDTH, layers_last=True),
     # One thing switched off at a time.
-    "loop of 8, taylor, scored once": Arm({"iterations": 8}, TAYLOR, choice="scored once"),
-    "loop of 8, taylor, fresh optimizer": Arm({"iterations": 8}, TAYLOR, {"carry_moments": False}),
     "loop of 8, taylor, decay from the start": Arm({"iterations": 8}, TAYLOR, {"decay": 1}),
     "loop of 8, taylor, uniform cuts": Arm(UNIFORM, TAYLOR),
     "loop of 8, taylor, uniform tokens": Arm({"iterations": 8, "tokens": "uniform"}, TAYLOR),
@@ -220,9 +211,9 @@ class Results:
 def choices() -> dict[str, Any]:
     """Ways to choose neurons: functions of the subject, the settings and the seed."""
     import width_peers
-    from loops import scored_anew, scored_once
+    from loops import scored_anew
 
-    return {"scored anew": scored_anew, "scored once": scored_once, **width_peers.PEERS}
+    return {"scored anew": scored_anew, **width_peers.PEERS}
 
 
 def measure(cell: Cell) -> Row:

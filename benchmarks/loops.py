@@ -19,13 +19,8 @@ from ptl.config.recover import Recovery
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule, Unit, plan, removal, token_weights
 from ptl.data.sequences import calibration_batches
-from ptl.model import checkpoint, dimensions
-from ptl.model.dimensions import model_dimensions, width_for
-from ptl.model.families import family_of
-from ptl.pruning.importance import keep_highest, neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel
+from ptl.model import dimensions
 from ptl.pruning.prune import prune_checkpoint
-from ptl.pruning.surgery import Selection, write_pruned
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
@@ -99,26 +94,6 @@ def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
         repaired = tokens * prune.repair / subject.calibration.num_sequences if unit != "layers" else 0
         work = (passes * tokens + 8 * repaired) * report.params_before
         return round(work + 2 * tokens * end * len(report.candidates))
-
-    return cut
-
-
-def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
-    """Every iteration goes by the scores of the dense model: what scoring again is worth, by leaving it out."""
-    family = family_of(checkpoint.read_config(subject.model))
-    batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
-    scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
-
-    def cut(src: Path, dst: Path, _unit: Unit, goal: int, _end: int) -> int:
-        dimensions = model_dimensions(src, family)
-        width = width_for(dimensions, goal, prune.width_multiple)
-        kept = {}
-        for layer, its_scores in enumerate(scores):
-            # Of the dense model's neurons, those that `src` has, and of these the ones that stay.
-            present = keep_highest(its_scores, dimensions.width)
-            kept[layer] = torch.isin(present, keep_highest(its_scores, width)).nonzero().flatten()
-        write_pruned(src, dst, family, Selection(tuple(kept), kept))
-        return 0  # of the first iteration alone
 
     return cut
 
