@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 from dataclasses import replace
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from depth_report import mean_and_interval
-from loops import ROOT, TINY, json_rows, run, work_quietly
+from loops import ROOT, TINY, json_rows, run, study, work_quietly
 from recovery import CPT, correct_items, generate
 
 from ptl.config.schedule import Prune, Schedule
@@ -73,26 +72,8 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
         trained = run(SUBJECT, schedule, prune, stages, seed, Path(folder))
         solved = correct_items(trained.checkpoint, problems)
         after = model_dimensions(trained.checkpoint, family_of(checkpoint.read_config(trained.checkpoint)))
-    return {
-        **{"arm": arm, "kept": kept, "tokens": tokens, "seed": seed, "params": after.params},
-        **{"active_params": after.active_params, "experts": after.experts, "width": after.width, "solved": solved},
-    }
-
-
-def study(given: argparse.Namespace) -> None:
-    """Measure what is missing."""
-    work_quietly()
-    problems = list(generate("test", given.items, 4711))
-    known = {(row["arm"], row["kept"], row["tokens"], row["seed"]) for row in json_rows(RESULTS)}
-    for cell in itertools.product(given.arms, given.kept, (0, given.tokens), given.seeds):
-        arm, _, tokens, _ = cell
-        # without training a loop ends like one cut, or nearly so
-        if cell in known or (not tokens and ARMS[arm][0] > 1):
-            continue
-        row = measure(*cell, problems)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(arm, *cell[1:], f"{statistics.mean(row['solved']):.3f}", flush=True)
+    sizes = {"active_params": after.active_params, "experts": after.experts, "width": after.width}
+    return {"params": after.params, **sizes, "solved": solved}
 
 
 def table() -> None:
@@ -143,8 +124,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "table":
         table()
-    else:
-        study(given)
+        return
+    work_quietly()
+    problems = list(generate("test", given.items, 4711))
+    product = itertools.product(given.arms, given.kept, (0, given.tokens), given.seeds)
+    cells = [dict(zip(("arm", "kept", "tokens", "seed"), values, strict=True)) for values in product]
+    # without training a loop ends like one cut, or nearly so
+    cells = [cell for cell in cells if cell["tokens"] or ARMS[cell["arm"]][0] == 1]
+    study(RESULTS, cells, lambda cell: measure(**cell, problems=problems))
 
 
 if __name__ == "__main__":

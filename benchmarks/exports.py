@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loops import ROOT, json_rows, run, work_quietly
+from loops import ROOT, json_rows, run, study, work_quietly
 from smollm2 import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
 
 from ptl.config.chat import NO_CHAT
@@ -95,8 +95,9 @@ def made(name: str, form: str, data: Path) -> Path:
     return dst
 
 
-def measure(name: str, form: str, data: Path) -> Row:
+def measure(cell: Row, data: Path) -> Row:
     """One model in one form."""
+    name, form = cell["model"], cell["form"]
     src = models()[name]
     folder = made(name, form, data)
     tokenizer = load_tokenizer(src)
@@ -107,8 +108,6 @@ def measure(name: str, form: str, data: Path) -> Row:
         lm = module_of(FORMS[form].format).language_model(folder, src, settings, NO_CHAT, SEED)
     lm.start_notes()
     return {
-        "model": name,
-        "form": form,
         "params": dimensions.static_cost(src).params,
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
         "gsm8k": losses(lm, tokenizer, solutions(data)),
@@ -175,14 +174,8 @@ def main() -> None:
     if given.what == "prune":
         prune(given.data)
         return
-    known = {(row["model"], row["form"]) for row in json_rows(RESULTS)}
-    for name in given.models:
-        for form in (PLAIN, *given.forms):
-            if (name, form) not in known:
-                row = measure(name, form, given.data)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(name, form, row["bytes"], round(perplexity(row["gsm8k"]), 3), flush=True)
+    cells = [{"model": name, "form": form} for name in given.models for form in (PLAIN, *given.forms)]
+    study(RESULTS, cells, lambda cell: measure(cell, given.data))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ language reference. Each model is a line of benchmarks/results/guard.jsonl; what
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 
 import smollm2
 import torch
-from loops import ROOT, json_rows, run, work_quietly
+from loops import ROOT, json_rows, run, study, work_quietly
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -46,6 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "guard.jsonl"
 WORK = ROOT / ".ptl" / "guard"  # unfinished models
 MULTIPLE, TEXTS = 32, 64
 TEXT = DataSource(source=GENERAL, format="text")
+ALONE = "GSM8K alone"
 MIXES = (0.0, 0.1, 0.3)
 TOKENS, RATE, SCORED = 100_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
 
@@ -73,7 +73,7 @@ def difference(share: float) -> Join:
 
 
 JOINS: dict[str, Join] = {
-    "GSM8K alone": mixed(0),
+    ALONE: mixed(0),
     "general alone": mixed(1),
     **{f"mean, {share:.0%} general": mixed(share) for share in (0.1, 0.3, 0.5)},
     "maximum": lambda own, general: torch.maximum(relative(own), relative(general)),
@@ -98,31 +98,36 @@ def joins(data: Path, share: float) -> None:
     family = family_of(checkpoint.read_config(model))
     dimensions = model_dimensions(model, family)
     width = width_for(dimensions, round(dimensions.params * (1 - share)), MULTIPLE)
-    for name, join in JOINS.items():
-        cell = {"share": share, "scores": name, "mix": 0.0, "tokens": 0}
-        if is_missing(cell):
-            joined = [join(*both) for both in zip(scores(data, False), scores(data, True), strict=True)]
-            selection = select_widths(WidthScores(joined), dimensions, replace(dimensions, width=width))
-            with tempfile.TemporaryDirectory() as folder:
-                write_pruned(model, Path(folder), family, selection)
-                note(cell, Path(folder), data)
+
+    def measure(cell: Row) -> Row:
+        join = JOINS[cell["scores"]]
+        joined = [join(*both) for both in zip(scores(data, False), scores(data, True), strict=True)]
+        selection = select_widths(WidthScores(joined), dimensions, replace(dimensions, width=width))
+        with tempfile.TemporaryDirectory() as folder:
+            write_pruned(model, Path(folder), family, selection)
+            return losses(Path(folder), data)
+
+    study(RESULTS, [{"share": share, "scores": name, "mix": 0.0, "tokens": 0} for name in JOINS], measure)
 
 
 def mixes(data: Path, share: float) -> None:
     own = smollm2.subject(data)
     (source,) = own.data.sources
-    for scored, mix in [(0.0, 0.0), *((SCORED, mix) for mix in MIXES)]:
-        name = f"mean, {scored:.0%} general" if scored else "GSM8K alone"
-        cell = {"share": share, "scores": name, "mix": mix, "tokens": TOKENS}
-        if is_missing(cell):
-            calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=smollm2.LENGTH)
-            subject = replace(own, data=TrainingData(sources=beside(source, mix)), calibration=calibration)
-            folder = WORK / f"{scored}-{mix}"
-            schedule = Schedule(target=share, recovery_tokens=TOKENS, iterations=1)
-            prune = Prune(target="neurons", width_multiple=MULTIPLE)
-            trained = run(subject, schedule, prune, [smollm2.training_stage("cpt", RATE)], 1, folder)
-            note(cell, trained.checkpoint, data)
-            shutil.rmtree(folder)
+
+    def measure(cell: Row) -> Row:
+        scored = 0.0 if cell["scores"] == ALONE else SCORED
+        calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=smollm2.LENGTH)
+        subject = replace(own, data=TrainingData(sources=beside(source, cell["mix"])), calibration=calibration)
+        folder = WORK / f"{scored}-{cell['mix']}"
+        schedule = Schedule(target=share, recovery_tokens=TOKENS, iterations=1)
+        prune = Prune(target="neurons", width_multiple=MULTIPLE)
+        trained = run(subject, schedule, prune, [smollm2.training_stage("cpt", RATE)], 1, folder)
+        found = losses(trained.checkpoint, data)
+        shutil.rmtree(folder)
+        return found
+
+    arms = [(ALONE, 0.0), *((f"mean, {SCORED:.0%} general", mix) for mix in MIXES)]
+    study(RESULTS, [{"share": share, "scores": name, "mix": mix, "tokens": TOKENS} for name, mix in arms], measure)
 
 
 def beside(source: DataSource, share: float) -> list[DataSource]:
@@ -132,18 +137,11 @@ def beside(source: DataSource, share: float) -> list[DataSource]:
     return [source.model_copy(update={"weight": 1 - share}), TEXT.model_copy(update={"weight": share})]
 
 
-def is_missing(cell: Row) -> bool:
-    return not any(row | cell == row for row in json_rows(RESULTS))
-
-
-def note(cell: Row, folder: Path, data: Path) -> None:
-    """Score a model, and write its line."""
+def losses(folder: Path, data: Path) -> Row:
+    """Of a model, on each of the three texts."""
     prose = [("", row["text"]) for row in json_rows(PROSE)]
     texts = {"gsm8k": smollm2.solutions(data), "prose": prose, "reference": smollm2.other_texts()}
-    losses = {name: smollm2.text_losses(folder, pieces[:TEXTS]) for name, pieces in texts.items()}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(cell | losses) + "\n")
-    print(*cell.values(), *(f"{name} {smollm2.perplexity(found):.2f}" for name, found in losses.items()), flush=True)
+    return {name: smollm2.text_losses(folder, pieces[:TEXTS]) for name, pieces in texts.items()}
 
 
 def table(rows: Sequence[Row]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,16 @@ class Trained:
 def json_rows(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of results; none where nothing is measured yet."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def study(path: Path, cells: Iterable[dict[str, Any]], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Measure the cells that a file of results lacks, and append a line for each: the cell and what was measured."""
+    for cell in cells:
+        if not any(row | cell == row for row in json_rows(path)):
+            row = cell | measure(cell)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*(value for value in row.values() if not isinstance(value, list)), flush=True)
 
 
 def work_quietly() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from depth_report import mean_and_interval
-from loops import ROOT, Subject, json_rows, run, work_quietly
+from loops import ROOT, Subject, json_rows, run, study, work_quietly
 from recovery import CPT
 
 from ptl.config.chat import Chat
@@ -99,29 +99,14 @@ def scored(folder: Path) -> Row:
     return row
 
 
-def measure(arm: str, share: float, rate: float, seed: int) -> Row:
+def measure(arm: str, share: float, tokens: int, rate: float, seed: int) -> Row:
     """One model."""
     answers, method, guarded = ARMS[arm]
     stage = CPT | {"method": method, "learning_rate": rate}
-    schedule = Schedule(target=share, recovery_tokens=TOKENS)
+    schedule = Schedule(target=share, recovery_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
         trained = run(subject(answers, bool(guarded)), schedule, Prune(width_multiple=1), [stage], seed, Path(folder))
-        row = scored(trained.checkpoint)
-    return {"arm": arm, "share": share, "tokens": TOKENS, "rate": rate, "seed": seed, "params": trained.params} | row
-
-
-def study(given: argparse.Namespace) -> None:
-    """Measure what is missing."""
-    work_quietly()
-    known = {(row["arm"], row["share"], row["rate"], row["seed"]) for row in json_rows(RESULTS)}
-    for share, seed, arm in itertools.product(given.shares, given.seeds, given.arms):
-        cell = (arm, share, given.rate, seed)
-        if cell in known:
-            continue
-        row = measure(*cell)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(*cell, row["thinking"], row["at once"], flush=True)
+        return {"params": trained.params} | scored(trained.checkpoint)
 
 
 def table() -> None:
@@ -147,8 +132,13 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "table":
         table()
-    else:
-        study(given)
+        return
+    work_quietly()
+    cells = [
+        {"arm": arm, "share": share, "tokens": TOKENS, "rate": given.rate, "seed": seed}
+        for share, seed, arm in itertools.product(given.shares, given.seeds, given.arms)
+    ]
+    study(RESULTS, cells, lambda cell: measure(**cell))
 
 
 if __name__ == "__main__":

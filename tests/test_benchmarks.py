@@ -9,6 +9,7 @@ from checkout import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import depth
 import depth_report
+import loops
 from depth import CHOICE, RATES, RESULT, Results, Study
 
 LOOP, ONE_SHOT = Study("loop of 4", 0.6, 1000), Study("one-shot", 0.6, 1000)
@@ -41,6 +42,14 @@ def test_rates_are_added_while_the_best_is_at_an_edge_of_the_grid(tmp_path):
     first, *others = Results(path).missing(LOOP)
     Results(path).add(row(first, 0.5))
     assert Results(path).missing(LOOP) == others
+
+
+def test_a_study_measures_what_its_file_lacks(tmp_path):
+    path = tmp_path / "results.jsonl"
+    loops.study(path, [{"arm": "a", "seed": 1}], lambda cell: {"solved": [1, 0]})
+    loops.study(path, [{"arm": "a", "seed": 1}, {"arm": "a", "seed": 2}], lambda cell: {"solved": [cell["seed"]]})
+    found = [{"arm": "a", "seed": 1, "solved": [1, 0]}, {"arm": "a", "seed": 2, "solved": [2]}]
+    assert loops.json_rows(path) == found
 
 
 def test_the_table_compares_with_the_best_one_shot_by_seed(tmp_path, capsys):
