@@ -1,6 +1,6 @@
 """Recovery, prune and evaluation of one random model on this machine's GPU, beside what one would write without ptl.
 
-    python benchmarks/gpu.py                                              # a 1B model, on a GPU
+    python benchmarks/gpu.py --gpu h100                                   # a 1B model, on a GPU
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --shape 0.5M --steps 60 --length 256 --items 200    # on a CPU
 
 - Recovery: tokens per second and model FLOPs utilization (MFU) of the recover step (cpt) and of a bare torch loop with
@@ -10,7 +10,7 @@
   lm-evaluation-harness (HFLM), the same items and batch size; loading the model does not count.
 
 MFU is the model's FLOPs per second (6 per weight of the linear layers and token, and attention's; recomputed
-activations do not count) over the peak of the GPU's data sheet (ptl/preflight/forecast_model.py; --peak for others).
+activations do not count) over the peak that the data sheet of --gpu says (ptl/preflight/forecast_model.py).
 Every part has a process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything
 as JSON.
 """
@@ -47,22 +47,6 @@ import train
 ROOT = Path(__file__).parents[1]
 TASK = "examples/tiny_reasoner/tiny_reasoner.yaml"
 ROWS = 64  # of text, each longer than --length; drawn again and again
-# The driver's name of a device -> its data sheet. A part of a GPU (MIG) and other cards are not here.
-DRIVER_NAMES = {
-    "Tesla T4": "t4",
-    "NVIDIA L4": "l4",
-    "NVIDIA A10": "a10",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA A100-SXM4-40GB": "a100-40",
-    "NVIDIA A100-PCIE-40GB": "a100-40",
-    "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA A100 80GB PCIe": "a100-80",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 PCIe": "h100-pcie",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
 
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +75,8 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
     shape = forecast_model.shape_of(str(model))
     flops = 3 * forecast_model.forward_flops(shape, shape.dimensions, 1, given.length)  # of a token, with backward
-    peak = peak_flops(device(), given.dtype, given.peak)
+    card = GPUS.get(given.gpu)
+    peak = TERA * (card.bf16 if given.dtype == "bfloat16" else card.fp32) if card else None
     found = {}
     for name, values in rates.items():
         rate = statistics.median(values)
@@ -204,14 +189,6 @@ def device() -> str:
     return f"CPU ({platform.machine()}), {threads} thread{'s' * (threads > 1)}"
 
 
-def peak_flops(name: str, dtype: str, peak: float | None) -> float | None:
-    """Dense FLOP/s of a device by its data sheet; None for a CPU or a device that is not in the table."""
-    if peak is not None or name not in DRIVER_NAMES:
-        return peak
-    card = GPUS[DRIVER_NAMES[name]]
-    return TERA * (card.bf16 if dtype == "bfloat16" else card.fp32)
-
-
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "ptl": ptl.__version__}
     for name in ("torch", "transformers", "trl", "lm-eval", "vllm"):
@@ -286,7 +263,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--eval-batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak", type=float, help="the device's dense FLOP/s, where its name is not known")
+    parser.add_argument("--gpu", choices=GPUS, help="the card that this is, whose peak the MFU is of")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

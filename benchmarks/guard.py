@@ -12,7 +12,6 @@ language reference. Each model is a line of benchmarks/results/guard.jsonl; what
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from ptl.evaluation.retention import PROSE
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, width_for
 from ptl.model.families import family_of
-from ptl.pruning.importance import keep_highest, neuron_scores
+from ptl.pruning.importance import neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel, WidthScores
 from ptl.pruning.prune import select_widths
 from ptl.pruning.surgery import write_pruned
@@ -62,22 +61,10 @@ def mixed(share: float) -> Join:
     return lambda own, general: (1 - share) * own + share * general
 
 
-def difference(share: float) -> Join:
-    """The authors': what the general text needs most stays, whatever the other one needs."""
-
-    def joined(own: Tensor, general: Tensor) -> Tensor:
-        kept = keep_highest(general, round(share * len(general)))
-        return own.index_fill(0, kept, math.inf)
-
-    return joined
-
-
 JOINS: dict[str, Join] = {
     ALONE: mixed(0),
-    "general alone": mixed(1),
     **{f"mean, {share:.0%} general": mixed(share) for share in (0.1, 0.3, 0.5)},
     "maximum": lambda own, general: torch.maximum(relative(own), relative(general)),
-    **{f"difference, {share:.0%} kept": difference(share) for share in (0.1, 0.3)},
 }
 
 

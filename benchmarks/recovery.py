@@ -1,7 +1,6 @@
-"""Recovery methods on the tiny reasoner: GRPO from -40 %, and a table of methods and schedules at -50 %, equal tokens.
+"""Recovery methods and schedules on the tiny reasoner, at -50 % and equal tokens.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/recovery.py grpo  [--seeds 11 12 13]
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/recovery.py table [--seeds 11 12 13] [--tokens 300000]
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/recovery.py [--seeds 11 12 13] [--tokens 300000]
 
 Fresh problems are generated from the test split's arithmetic with a seed that the shipped files do not use; accuracy is
 greedy exact match of the final number, with a Wilson interval. One JSON line for each run, then a Markdown table.
@@ -55,14 +54,8 @@ RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "one-shot, cpt+grpo": (ONE, [CPT | {"share": 0.5}, GRPO | {"share": 0.5}]),
     "uniform loop (paper), cpt": (UNIFORM, [CPT | {"decay": "each", "carry_moments": False}]),
     "shaped loop, cpt": (SHAPED, [CPT]),
-    "shaped loop, distil": (SHAPED, [CPT | {"method": "distil"}]),
     "none": (ONE, []),
 }
-
-
-def correct(folder: Path, problems: list[dict[str, str]]) -> int:
-    """How many problems greedy decoding solves."""
-    return sum(correct_items(folder, problems))
 
 
 @torch.inference_mode()
@@ -91,11 +84,7 @@ def correct_items(folder: Path, problems: list[dict[str, str]]) -> list[int]:
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     problems = list(generate("test", given.items, given.problem_seed))
-    chosen = RUNS if given.what == "table" else {"none": (ONE, []), "grpo, 60 steps": (ONE, [GRPO])}
-    target = 0.5 if given.what == "table" else 0.4
-    for name, (shape, stages) in chosen.items():
-        if given.only and not any(part in name for part in given.only):
-            continue
+    for name, (shape, stages) in RUNS.items():
         if given.learning_rate is not None:
             stages = [
                 stage | {"learning_rate": given.learning_rate} if stage["method"] != "grpo" else stage
@@ -104,10 +93,10 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for seed in given.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 started = time.monotonic()
-                schedule = Schedule(target=target, recovery_tokens=given.tokens, **shape)
+                schedule = Schedule(target=0.5, recovery_tokens=given.tokens, **shape)
                 trained = run(TINY, schedule, Prune(criterion="max"), stages, seed, Path(folder))
                 seconds = time.monotonic() - started
-                solved = correct(trained.checkpoint, problems)
+                solved = sum(correct_items(trained.checkpoint, problems))
                 low, high = paired.wilson(solved, len(problems), 0.95)
             row = {"run": name, "seed": seed, "tokens": trained.tokens, "accuracy": solved / len(problems)}
             yield row | {"low": round(low, 3), "high": round(high, 3), "seconds": round(seconds, 1)}
@@ -115,13 +104,11 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["grpo", "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--problem-seed", type=int, default=4711, help="of the generated problems")
     parser.add_argument("--learning-rate", type=float, help="of cpt, distil and LoRA, instead of the chosen one")
-    parser.add_argument("--only", nargs="+", help="parts of the names of the runs to do")
     given = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
