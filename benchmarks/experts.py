@@ -61,10 +61,7 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
     narrow = replace(dense, width=dense.width * kept // dense.experts)
     goal = (replace(dense, experts=kept) if unit == "experts" else narrow).params
     schedule = Schedule(target=float(goal), recovery_tokens=max(tokens, iterations), iterations=iterations)
-    prune = Prune(
-        target=unit,
-        criterion=criterion,
-    )
+    prune = Prune(target=unit, criterion=criterion)
     stages = [CPT] if tokens else []
     with tempfile.TemporaryDirectory() as folder:
         trained = run(SUBJECT, schedule, prune, stages, seed, Path(folder))

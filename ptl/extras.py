@@ -23,11 +23,7 @@ MODULES = {
 }
 DISTRIBUTION = "prune-tune-loop"  # `ptl` on PyPI is another project
 # What a command needs, where that is more than the one module that it misses first.
-OF_COMMAND = {
-    "recover": "recover",
-    "evaluate": "evaluate",
-    "export": "gguf",
-}
+OF_COMMAND = {"recover": "recover", "evaluate": "evaluate", "export": "gguf"}
 
 
 def install(*names: str) -> str:
@@ -53,9 +49,7 @@ def missing(module: str, command: str) -> AbsentError | None:
     # Of several extras with this module, the first brings the least.
     extra = OF_COMMAND.get(command, extras[0])
     return AbsentError(
-        f"needs the module {package}, which is not installed",
-        field=f"ptl {command}",
-        remedy=install(extra),
+        f"needs the module {package}, which is not installed", field=f"ptl {command}", remedy=install(extra)
     )
 
 

@@ -42,9 +42,7 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
     # A truncated or changed file.
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
-            f"{name} is damaged after line {number} ({error})",
-            field=field,
-            remedy="fetch it again",
+            f"{name} is damaged after line {number} ({error})", field=field, remedy="fetch it again"
         ) from error
     if rows == 0:
         raise InputError(f"{name} is empty", field=field, remedy="give a file with at least one row")

@@ -4,17 +4,7 @@ from kfp.dsl import component
 
 
 @component(base_image="python:3.11", install_kfp_package=False)
-def doctor(
-    step: str,
-    experiment: str,
-    settings: dict,
-) -> None:
+def doctor(step: str, experiment: str, settings: dict) -> None:
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {},
-        {},
-        settings=settings,
-    )
+    run(step, experiment, {}, {}, settings=settings)

@@ -36,11 +36,7 @@ THINGS = (
     "jars", "keys", "lamps", "maps", "nuts", "pens", "pins", "pots", "rings", "seeds", "stones", "toys",
 )  # fmt: skip
 
-OPENINGS = (
-    "{name} has {n} {things}.",
-    "{name} starts with {n} {things}.",
-    "At first {name} has {n} {things}.",
-)
+OPENINGS = ("{name} has {n} {things}.", "{name} starts with {n} {things}.", "At first {name} has {n} {things}.")
 
 # The verb alone does not tell the operation: who gives and who gets decides. Every phrase names the things, so that a
 # distractor just before it leaves nothing to guess.

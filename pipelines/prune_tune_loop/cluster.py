@@ -130,15 +130,8 @@ def _variables(storage: Storage) -> dict[str, str]:
 def _volumes(storage: Storage) -> list[tuple[str, str, str]]:
     """Kind, name and folder of each volume of a step's pod."""
     # By name: a Secret that serves for several is mounted once.
-    secrets = {
-        storage.hf_secret: mounts.HF,
-        storage.mlflow_secret: mounts.MLFLOW,
-        storage.s3_secret: mounts.S3,
-    }
-    config_maps = {
-        storage.config_map: mounts.CONFIG,
-        storage.ca_config_map: mounts.CA,
-    }
+    secrets = {storage.hf_secret: mounts.HF, storage.mlflow_secret: mounts.MLFLOW, storage.s3_secret: mounts.S3}
+    config_maps = {storage.config_map: mounts.CONFIG, storage.ca_config_map: mounts.CA}
     volumes = [("secret", name, folder) for name, folder in secrets.items()]
     volumes += [("configMap", name, folder) for name, folder in config_maps.items()]
     volumes.append(("persistentVolumeClaim", storage.cache_claim, mounts.CACHE))

@@ -51,12 +51,7 @@ def check(config: Config, tracking_uri: str) -> None:
         os.environ["DOCKER_HOST"] = host
 
 
-def arguments(
-    config: Config,
-    folder: Path,
-    environment: dict[str, str],
-    artifacts: str,
-) -> dict[str, Any]:
+def arguments(config: Config, folder: Path, environment: dict[str, str], artifacts: str) -> dict[str, Any]:
     """Arguments of the docker SDK's `containers.run`: unprivileged, with a read-only root, on the host's network.
 
     `folder` is the run's, `artifacts` where MLflow's experiment keeps its files (mounted where that is a folder). Paths
@@ -153,10 +148,7 @@ def hub_caches() -> dict[str, str]:
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     datasets = os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")
-    return {
-        "HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)),
-        "HF_DATASETS_CACHE": str(_absolute(datasets)),
-    }
+    return {"HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)), "HF_DATASETS_CACHE": str(_absolute(datasets))}
 
 
 def _absolute(path: str | Path) -> Path:

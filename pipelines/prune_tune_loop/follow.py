@@ -220,9 +220,7 @@ def retry(
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
         raise InputError(
-            f"{run_id} is {run.state}",
-            field="run",
-            remedy="only a run that failed or was canceled can be retried",
+            f"{run_id} is {run.state}", field="run", remedy="only a run that failed or was canceled can be retried"
         )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)

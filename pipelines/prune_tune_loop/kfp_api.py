@@ -141,11 +141,7 @@ def run_id_of(api: Api, reference: str) -> str:
         answer = api.client.list_runs(filter=by_name(reference), namespace=api.namespace)
         ids = ids_of(answer.runs, reference, "run_id")
     if len(ids) > 1:
-        raise InputError(
-            f"{len(ids)} runs have the name {reference}",
-            field="run",
-            remedy=f"give an id: {listed(ids)}",
-        )
+        raise InputError(f"{len(ids)} runs have the name {reference}", field="run", remedy=f"give an id: {listed(ids)}")
     return ids[0] if ids else reference
 
 

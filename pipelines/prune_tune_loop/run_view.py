@@ -92,12 +92,7 @@ class RunView:
             record = step.record
             results = [record.attempt, record.seconds, record.accuracy, record.verdict, record.training]
             rows.append([step.name, step.state, *results])
-        return table_text(
-            self.name,
-            ["Step", "State", *numbers, "Verdict", "Training"],
-            rows,
-            numbers=numbers,
-        )
+        return table_text(self.name, ["Step", "State", *numbers, "Verdict", "Training"], rows, numbers=numbers)
 
 
 def step_names(api: Api, run: Any) -> list[str]:

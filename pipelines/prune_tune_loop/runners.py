@@ -176,12 +176,7 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     log = job.folder / "log.txt"
     earlier_result = _time_of(job.folder / "result.json")  # of a run that is resumed for an export
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
-    local.init(
-        runner,
-        pipeline_root=str(root),
-        workspace_root=str(workspace),
-        enable_caching=False,
-    )
+    local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
     problem = "the steps ended without a result."
     cause = None
     with _logged(log, verbose):

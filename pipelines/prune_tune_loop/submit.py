@@ -84,9 +84,7 @@ def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
     unknown = sorted(parameters.keys() - known)
     if unknown:
         raise InputError(
-            f"{', '.join(unknown)} is no parameter of the run",
-            field="--param",
-            remedy=f"there are {', '.join(known)}",
+            f"{', '.join(unknown)} is no parameter of the run", field="--param", remedy=f"there are {', '.join(known)}"
         )
     # Whether the gate is on decides which tasks are compiled, and how they depend on each other.
     compiled = config.gate.enabled
@@ -128,11 +126,7 @@ def _upload_pipeline(api: Api, config: Config) -> Any:
         name = f"{__version__}-{digest[:12]}"
 
         def upload() -> str:
-            version = api.client.upload_pipeline_version(
-                str(path),
-                name,
-                pipeline_id=pipeline_id,
-            )
+            version = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
             return required(version, "pipeline_version_id")
 
         def find() -> list[str]:

@@ -53,11 +53,7 @@ def _file_error(error: OSError) -> PtlError:
     if error.errno in local_files.FULL:
         return local_files.no_space(error)
     if error.errno in UNUSABLE_PATH:
-        return InputError(
-            f"{error.strerror}",
-            field=repr(str(path)[:200]),
-            remedy="give a path that can be used",
-        )
+        return InputError(f"{error.strerror}", field=repr(str(path)[:200]), remedy="give a path that can be used")
     raise error
 
 
@@ -80,8 +76,7 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version."),
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
     """Compress a language model without losing its reasoning."""

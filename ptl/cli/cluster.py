@@ -35,8 +35,7 @@ CaCert = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
 UiHost = Annotated[
-    str | None,
-    typer.Option(envvar="KF_PIPELINES_UI_ENDPOINT", help="address of the UI, for links; default: --host"),
+    str | None, typer.Option(envvar="KF_PIPELINES_UI_ENDPOINT", help="address of the UI, for links; default: --host")
 ]
 RunId = Annotated[str, typer.Argument(help="id or name of the run, as `ptl submit` printed them", show_default=False)]
 Wait = Annotated[

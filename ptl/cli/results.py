@@ -135,7 +135,7 @@ def compare(
         str,
         typer.Argument(
             help="folder with items.jsonl, RUN_ID:evaluate-4, or RUN_ID for its final evaluation; "
-            "a run's directory may stand for its id",
+            "a run's directory may stand for its id"
         ),
     ],
     candidate: Annotated[str, typer.Argument(help="the evaluation to compare with it, named the same way")],

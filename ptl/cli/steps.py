@@ -11,15 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli.arguments import (
-    CheckpointFolder,
-    ConfigOption,
-    Overrides,
-    TargetFolder,
-    check_free,
-    check_given,
-    writing,
-)
+from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, check_given, writing
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import plan, removal
@@ -84,10 +76,7 @@ def recover(
     dst: TargetFolder,
     config: ConfigOption,
     sets: Overrides,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="token budget; default: the config's whole budget"),
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="token budget; default: the config's whole budget")] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as the only recovery of a run.
 

@@ -100,10 +100,7 @@ def nodes(config: Config) -> list[Node]:
     # The dense model, and its scores.
     steps = [Node("doctor", {})] if config.resources.doctor else []
     dense = Source("import-model", "out")
-    steps += [
-        Node("import-model", {}, after=_ends(steps)),
-        Node("evaluate-0", {"model": dense}),
-    ]
+    steps += [Node("import-model", {}, after=_ends(steps)), Node("evaluate-0", {"model": dense})]
 
     # What calibration and recoveries read of it: the loop and the control begin after it.
     own_answers: tuple[str, ...] = (ANSWERS,) if config.training.answers == "self" else ()

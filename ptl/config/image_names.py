@@ -55,9 +55,7 @@ def image(step: str, registry: str = "", tag: str | None = None, digest: str | N
         )
     if not _TAG.fullmatch(tag):
         raise InputError(
-            f"{tag!r} is not an image tag",
-            field="tag",
-            remedy="use up to 128 letters, digits, '_', '.' and '-'",
+            f"{tag!r} is not an image tag", field="tag", remedy="use up to 128 letters, digits, '_', '.' and '-'"
         )
     name = f"{registry}/" if registry else ""
     name += f"ptl-{IMAGE_OF[step]}:{tag}"

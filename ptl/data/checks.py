@@ -161,9 +161,7 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
         if own is not None:
             if not (own / "config.json").is_file():
                 raise InputError(
-                    f"no config.json in {own}",
-                    field=TEACHER,
-                    remedy="give the folder of a checkpoint, or a hub id",
+                    f"no config.json in {own}", field=TEACHER, remedy="give the folder of a checkpoint, or a hub id"
                 )
             of_teacher = pretrained.load_tokenizer(own, TEACHER)
             shapes.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
@@ -224,13 +222,7 @@ def tokens_of(source: DataSource, max_length: int, field: str) -> float:
     if source.source != GENERAL and not Path(source.source).is_file():
         return 0.0
     rows = numbered_rows(source, field)
-    sample = [
-        min(
-            sum(map(len, texts(row))) / CHARACTERS,
-            max_length,
-        )
-        for row in itertools.islice(rows, SAMPLE)
-    ]
+    sample = [min(sum(map(len, texts(row))) / CHARACTERS, max_length) for row in itertools.islice(rows, SAMPLE)]
     count = len(sample) + sum(1 for _ in rows)
     return count * sum(sample) / len(sample)
 

@@ -135,12 +135,7 @@ def _written_otherwise(row: SourceRow) -> InputError:
 
 
 def chat_ids(
-    tokenizer: Any,
-    chat_turns: Turns,
-    row: SourceRow,
-    chat: Chat = NO_CHAT,
-    *,
-    ended: bool = False,
+    tokenizer: Any, chat_turns: Turns, row: SourceRow, chat: Chat = NO_CHAT, *, ended: bool = False
 ) -> TokenIds:
     """The tokens of a chat, as `by_template` writes it."""
     encoded = by_template(tokenizer, chat_turns, row, chat, ended=ended, return_dict=True)
@@ -331,12 +326,7 @@ def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Ite
 
 
 def _source_stream(
-    source: DataSource,
-    tokenizer: Any,
-    max_length: int,
-    seed: int,
-    leak_filter: Filter | None,
-    chat: Chat,
+    source: DataSource, tokenizer: Any, max_length: int, seed: int, leak_filter: Filter | None, chat: Chat
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
     rows = read_rows(source)

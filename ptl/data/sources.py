@@ -92,11 +92,7 @@ def _load(source: DataSource, field: str) -> Any:
     else:
         rows = _from_parquet(path, setting)
     if len(rows) == 0:
-        raise InputError(
-            f"{source.source} is empty",
-            field=setting,
-            remedy="give a source with at least one row",
-        )
+        raise InputError(f"{source.source} is empty", field=setting, remedy="give a source with at least one row")
     return rows
 
 
@@ -142,22 +138,13 @@ def _check_message(message: Any, position: int, row: SourceRow) -> None:
     """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
     turn = message if isinstance(message, dict) else {}
     if "from" in turn and "value" in turn:
-        raise row.error(
-            f": message {position} has `from` and `value` (ShareGPT), no role and content",
-            SHAREGPT,
-        )
+        raise row.error(f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT)
     if not isinstance(turn.get("role"), str):
-        raise row.error(
-            f": message {position} is no object with a role and a content",
-            CORRECT,
-        )
+        raise row.error(f": message {position} is no object with a role and a content", CORRECT)
     content = turn.get("content")
     calls_tools = content is None and turn.get("tool_calls")  # and needs no text
     if not isinstance(content, str) and not calls_tools:
-        raise row.error(
-            f": the content of message {position} is no text ({_kind(content)})",
-            CORRECT,
-        )
+        raise row.error(f": the content of message {position} is no text ({_kind(content)})", CORRECT)
     _check_unicode(f"{turn['role']}{content}", row)
 
 
@@ -166,10 +153,7 @@ def chat_and_answer(row: SourceRow) -> tuple[Turns, Turns]:
     chat, answer = turns(row)
     if not answer:
         role = chat[-1]["role"]
-        raise row.error(
-            f" ends with a turn of role {role!r}, so that there is no answer to learn from",
-            LEAVE_OUT,
-        )
+        raise row.error(f" ends with a turn of role {role!r}, so that there is no answer to learn from", LEAVE_OUT)
     if not answer[0].get("tool_calls") and not (answer[0].get("content") or "").strip():
         raise row.error(": the assistant's last turn is blank", LEAVE_OUT)
     return chat, answer
@@ -200,10 +184,7 @@ def fill(template: str, row: SourceRow) -> str:
         value = _value(name, row)
         is_endless = isinstance(value, float) and not math.isfinite(value)
         if is_endless or isinstance(value, list | dict | bytes | None):
-            raise row.error(
-                f" holds {_kind(value)} for {{{name}}}, which is no text",
-                f"{LEAVE_OUT}, or {PART}",
-            )
+            raise row.error(f" holds {_kind(value)} for {{{name}}}, which is no text", f"{LEAVE_OUT}, or {PART}")
     text = template.format_map(row.columns)
     _check_unicode(text, row)
     return text
@@ -221,10 +202,7 @@ def _value(name: str, row: SourceRow) -> Any:
     """A column, or a part of its value (`column[key]`). Raises InputError where there is none."""
     column, bracket, keys = name.partition("[")
     if column not in row.columns:
-        raise row.error(
-            f" lacks {column!r}, which a template names ({_names(row)})",
-            "correct the template",
-        )
+        raise row.error(f" lacks {column!r}, which a template names ({_names(row)})", "correct the template")
     try:
         return Formatter().get_field(name, (), row.columns)[0]
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -244,10 +222,7 @@ def _check_unicode(text: str, row: SourceRow) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise row.error(
-            f": character {error.start} is no Unicode ({error.reason})",
-            CORRECT,
-        ) from error
+        raise row.error(f": character {error.start} is no Unicode ({error.reason})", CORRECT) from error
 
 
 def _kind(value: Any) -> str:
@@ -339,11 +314,7 @@ def _etag(uri: str, setting: str) -> str:
         except ClientError as error:
             if not s3.is_missing(error):
                 raise
-            raise InputError(
-                f"no object {uri}",
-                field=setting,
-                remedy=f"give {FILE_KINDS}",
-            ) from error
+            raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
     # As from a web page in place of the server.
     if "ETag" not in answer:
         raise InputError(
@@ -364,12 +335,7 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(
-            source.source,
-            source.subset,
-            split=source.split,
-            revision=source.revision,
-        )
+        return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
         raise InputError(
             f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "

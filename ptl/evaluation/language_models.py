@@ -22,13 +22,7 @@ VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"
 
 
 def language_model(
-    src: Path,
-    settings: Evaluate,
-    chat: Chat = NO_CHAT,
-    seed: int = 0,
-    processes: int = 1,
-    *,
-    thoughts: bool = False,
+    src: Path, settings: Evaluate, chat: Chat = NO_CHAT, seed: int = 0, processes: int = 1, *, thoughts: bool = False
 ) -> Any:
     """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`.
 

@@ -222,11 +222,7 @@ def by_item(items: Sequence[Item], task: str | None = None) -> dict[tuple[str, s
     return answers
 
 
-def match(
-    reference: Sequence[Item],
-    candidate: Sequence[Item],
-    task: str | None = None,
-) -> Outcomes:
+def match(reference: Sequence[Item], candidate: Sequence[Item], task: str | None = None) -> Outcomes:
     """Outcomes of two evaluations, item by item, of one task, or of all where they have as many samples.
 
     Raises InputError for other items, prompts or numbers of samples.

@@ -275,13 +275,7 @@ def _item_records(task: str, metric: str, of_pass: Pass) -> list[Item]:
     return [_item_record(task, *logged, metric, of_pass) for logged in of_pass.logged]
 
 
-def _item_record(
-    task: str,
-    harness_task: Any,
-    sample: dict[str, Any],
-    metric: str,
-    of_pass: Pass,
-) -> Item:
+def _item_record(task: str, harness_task: Any, sample: dict[str, Any], metric: str, of_pass: Pass) -> Item:
     """One line of items.jsonl from a sample that the harness logged."""
     prompt = sample["arguments"][0][0]
     note = of_pass.notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note

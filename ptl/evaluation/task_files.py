@@ -278,8 +278,7 @@ def local_splits(
             splits[split] = LocalFile(str(path.resolve()), local.row)
         elif split in needed:
             raise InputError(
-                f"{Path(data_dir)} has no {local.file}, which the task {spec.name!r} needs",
-                field="evaluate.data_dir",
+                f"{Path(data_dir)} has no {local.file}, which the task {spec.name!r} needs", field="evaluate.data_dir"
             )
     return splits
 

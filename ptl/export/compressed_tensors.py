@@ -132,9 +132,7 @@ def write(
         if type in CALIBRATED:
             if calibration is None:
                 raise InputError(
-                    f"{type} needs text for calibration",
-                    field="--config",
-                    remedy="give the run's config, or take fp8",
+                    f"{type} needs text for calibration", field="--config", remedy="give the run's config, or take fp8"
                 )
             # The sequences that pruning calibrates with: both environments then have the same tokens.
             rows = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed, chat)

@@ -84,9 +84,7 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
     # Both become parts of addresses.
     if not (store.is_name(name) and store.is_name(step or name)):
         raise InputError(
-            f"{reference!r} is neither a folder nor the name of a run",
-            field="run",
-            remedy=f"give {FORMS}",
+            f"{reference!r} is neither a folder nor the name of a run", field="run", remedy=f"give {FORMS}"
         )
     with connected() as client:
         # It may be the id of an MLflow run, of the parent or of a step.
@@ -182,9 +180,7 @@ def result(reference: str) -> Result:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path} is no result.json of a run ({error!r})",
-            field="run",
-            remedy=f"give {FORMS}",
+            f"{path} is no result.json of a run ({error!r})", field="run", remedy=f"give {FORMS}"
         ) from error
 
 
@@ -207,9 +203,7 @@ def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
     if record is None or ("evaluate" in step) != evaluation:
         kind = "evaluates" if evaluation else "makes a checkpoint"
         raise InputError(
-            f"run {run.id} has no finished step {step!r} that {kind}",
-            field="step",
-            remedy=f"it has {run.finished}",
+            f"run {run.id} has no finished step {step!r} that {kind}", field="step", remedy=f"it has {run.finished}"
         )
     return record.pointer
 
@@ -236,9 +230,7 @@ def _final_evaluation(result: Result, run: str) -> str:
         if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]:
             return str(row["step"])
     raise InputError(
-        f"the final checkpoint of run {run} was not scored",
-        field="compare",
-        remedy=f"name a step: {run}:evaluate-0",
+        f"the final checkpoint of run {run} was not scored", field="compare", remedy=f"name a step: {run}:evaluate-0"
     )
 
 
@@ -263,11 +255,7 @@ def _registered(reference: str) -> Checkpoint:
     digest = version.tags.get("ptl.digest")
     if digest is None:
         raise InputError(f"{reference} has no tag ptl.digest, so ptl did not register it", field="models")
-    pointer = store.Pointer(
-        str(version.source),
-        digest,
-        int(version.tags.get("ptl.params", 0)),
-    )
+    pointer = store.Pointer(str(version.source), digest, int(version.tags.get("ptl.params", 0)))
     card = _card(run, digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
 
@@ -283,9 +271,7 @@ def _version(client: MlflowClient, reference: str, name: str, alias: str | None,
     if found is not None:
         return found
     raise InputError(
-        f"this MLflow has no {reference}",
-        field="models",
-        remedy=f"aliases of {name}: {', '.join(aliases) or 'none'}",
+        f"this MLflow has no {reference}", field="models", remedy=f"aliases of {name}: {', '.join(aliases) or 'none'}"
     )
 
 
@@ -296,8 +282,6 @@ def _published(uri: str) -> Checkpoint:
     listing = store.read(f"{uri}/{FILES}")
     if listing is None:
         raise InputError(
-            f"no checkpoint at {uri}: it holds no {FILES}",
-            field="uri",
-            remedy="give the folder that a step published",
+            f"no checkpoint at {uri}: it holds no {FILES}", field="uri", remedy="give the folder that a step published"
         )
     return Checkpoint(store.Pointer(uri, digest_of(load_files(listing, uri))), uri)

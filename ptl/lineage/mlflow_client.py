@@ -46,9 +46,7 @@ def connect() -> MlflowClient:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise InputError(
-            "MLFLOW_TRACKING_URI is not set",
-            field="environment",
-            remedy="set it to your MLflow server's address",
+            "MLFLOW_TRACKING_URI is not set", field="environment", remedy="set it to your MLflow server's address"
         )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

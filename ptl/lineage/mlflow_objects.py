@@ -70,13 +70,7 @@ def run(client: MlflowClient, experiment: Experiment, tags: Tags, name: str) -> 
     return winner
 
 
-def _claimed(
-    client: MlflowClient,
-    experiment: Experiment,
-    pipeline_run: str,
-    role: str,
-    oldest: Run,
-) -> Run:
+def _claimed(client: MlflowClient, experiment: Experiment, pipeline_run: str, role: str, oldest: Run) -> Run:
     """The run that is claimed in the store; `oldest` where none is."""
     root = records_root(experiment.artifact_location)
     claim = f"{role}-{experiment.experiment_id}"
@@ -137,13 +131,7 @@ def add_params(client: MlflowClient, run: Run, params: Values) -> None:
     client.log_batch(run.info.run_id, params=new)
 
 
-def add_metrics(
-    client: MlflowClient,
-    run: Run,
-    metrics: Metrics,
-    step: int = 0,
-    model_id: str | None = None,
-) -> None:
+def add_metrics(client: MlflowClient, run: Run, metrics: Metrics, step: int = 0, model_id: str | None = None) -> None:
     """Log the metrics whose newest value is another; of a run as it was read."""
     # Logging a value twice would draw a second point.
     known = run.data.metrics
@@ -151,13 +139,7 @@ def add_metrics(
     log_metrics(client, run.info.run_id, changed, step, model_id)
 
 
-def log_metrics(
-    client: MlflowClient,
-    run_id: str,
-    metrics: Metrics,
-    step: int,
-    model_id: str | None = None,
-) -> None:
+def log_metrics(client: MlflowClient, run_id: str, metrics: Metrics, step: int, model_id: str | None = None) -> None:
     """Metrics of a run at the x-coordinate `step`; with `model_id` also of a LoggedModel."""
     from mlflow.entities import Metric
 
@@ -167,12 +149,7 @@ def log_metrics(
     client.log_batch(run_id, metrics=points)
 
 
-def register(
-    step_run: StepRun,
-    registered_model: str,
-    pointer: Pointer,
-    tags: dict[str, Any],
-) -> str:
+def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: dict[str, Any]) -> str:
     """The version of a checkpoint in the registry, found by the tag `ptl.model_id`, else created.
 
     Its tags say where its score and its items are: run, step and root of the evaluate step that registers it. The id is

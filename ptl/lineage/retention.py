@@ -72,10 +72,7 @@ def inventory(names: list[str], given_up: list[str], older_than: float) -> list[
 
 
 def _experiment_files(
-    client: MlflowClient,
-    experiment: Experiment,
-    given_up: list[str],
-    older_than: float,
+    client: MlflowClient, experiment: Experiment, given_up: list[str], older_than: float
 ) -> ExperimentFiles:
     """The files of an experiment's runs; those that are needed say why."""
     location = experiment.artifact_location.rstrip("/")
@@ -130,13 +127,7 @@ def _checkpoints(location: str, models: list[LoggedModel]) -> Iterator[StoredFil
         is_ours = model.artifact_location == uri and store.is_below(uri, location) and "ptl.run" in model.tags
         if is_ours and model.model_id in folders:
             step = model.tags.get("ptl.step", model.name)
-            yield StoredFiles(
-                model.tags["ptl.run"],
-                step,
-                (uri,),
-                *folders[model.model_id],
-                model_id=model.model_id,
-            )
+            yield StoredFiles(model.tags["ptl.run"], step, (uri,), *folders[model.model_id], model_id=model.model_id)
 
 
 def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[StoredFiles]:
@@ -149,13 +140,7 @@ def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[Sto
             groups[run, match["step"]].append(path)
     for (run, step), paths in groups.items():
         sizes, times = zip(*(folders[path] for path in paths), strict=True)
-        yield StoredFiles(
-            run,
-            step,
-            tuple(f"{root}/{path}" for path in paths),
-            sum(sizes),
-            max(times),
-        )
+        yield StoredFiles(run, step, tuple(f"{root}/{path}" for path in paths), sum(sizes), max(times))
 
 
 def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict[str, str]:

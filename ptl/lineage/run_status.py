@@ -30,10 +30,7 @@ RESULT = "ptl.result"  # tag of a parent: the first lines of its report
 LINK, FAILED, ENDED = "[Run in Kubeflow]", "**Failed** in ", "**Result**: "  # how our descriptions begin
 PARENT = "tags.`ptl.role` = 'parent'"
 # A watcher asks again soon: MLflow's own retries take minutes, and its timeout is two.
-WATCHING = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
+WATCHING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 MAX_EARLIER = 20  # unfinished runs to take over from: each step asks for a record of each of them
 TAKEN_OVER = "steps with the same inputs and settings may be taken over from"
 

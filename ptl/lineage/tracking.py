@@ -100,12 +100,7 @@ def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, t
     return parent
 
 
-def new_model(
-    step_run: StepRun,
-    name: str,
-    params: Values,
-    tags: Values,
-) -> tuple[str, str]:
+def new_model(step_run: StepRun, name: str, params: Values, tags: Values) -> tuple[str, str]:
     """A LoggedModel in state PENDING, named by pipeline run and `name`: its id, and a fresh location for the files."""
     with mlflow_client.connected() as client:
         parent = client.get_run(step_run.parent_run_id)
@@ -130,13 +125,7 @@ def log_metrics(step_run: StepRun, metrics: Metrics, step: int) -> None:
 
 
 def finish(
-    step_run: StepRun,
-    *,
-    params: Values,
-    metrics: Metrics,
-    inputs: list[str],
-    output: str | None,
-    step: int,
+    step_run: StepRun, *, params: Values, metrics: Metrics, inputs: list[str], output: str | None, step: int
 ) -> None:
     """End a step: parameters, metrics and lineage. Calling it again changes nothing.
 
@@ -235,12 +224,7 @@ def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
 
 
 def log_progress(
-    step_run: StepRun,
-    removed: int,
-    accuracy: float,
-    *,
-    low: float | None = None,
-    high: float | None = None,
+    step_run: StepRun, removed: int, accuracy: float, *, low: float | None = None, high: float | None = None
 ) -> None:
     """Accuracy against the number of removed parameters, on the parent run.
 

@@ -40,9 +40,7 @@ def build(
     built = names(registry, tag, optional=optional)
     if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
         raise InputError(
-            f"no {BAKE_FILE} under {ROOT}",
-            field="images",
-            remedy="run this in a checkout of the repository",
+            f"no {BAKE_FILE} under {ROOT}", field="images", remedy="run this in a checkout of the repository"
         )
     if cpu and "evaluate-vllm" in optional:
         raise InputError(
@@ -87,9 +85,7 @@ def push(registry: str, tag: str | None = None, optional: Collection[str] = ()) 
     """Push the images that `build` made; the engine's own login is used. Returns their names."""
     if not registry:
         raise InputError(
-            "pushing needs one",
-            field="registry",
-            remedy="give --registry host[:port][/path], as for the build",
+            "pushing needs one", field="registry", remedy="give --registry host[:port][/path], as for the build"
         )
     # All or none: a tag must not name images of two builds.
     pushed = names(registry, tag, optional=optional)
@@ -141,18 +137,14 @@ def require_engine() -> None:
     """Raise WorkError, saying what to do, unless a Docker engine answers."""
     if shutil.which("docker") is None:
         raise WorkError(
-            "the command is not on PATH",
-            field="docker",
-            remedy="install Docker, or use the subprocess runner",
+            "the command is not on PATH", field="docker", remedy="install Docker, or use the subprocess runner"
         )
     # The server's version: without an engine the command still has one.
     answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
     if answer.returncode != 0:
         *_, reason = ["no answer", *answer.stderr.strip().splitlines()]
         raise WorkError(
-            f"no engine answers ({reason})",
-            field="docker",
-            remedy="start Docker, or set DOCKER_HOST to one that runs",
+            f"no engine answers ({reason})", field="docker", remedy="start Docker, or set DOCKER_HOST to one that runs"
         )
 
 
@@ -161,9 +153,7 @@ def _docker(*command: str, **settings: str) -> None:
     exit_code = subprocess.call(["docker", *command], cwd=ROOT, env={**os.environ, **settings})
     if exit_code != 0:
         raise WorkError(
-            f"failed with exit code {exit_code}",
-            field=f"docker {command[0]}",
-            remedy="its output above says why",
+            f"failed with exit code {exit_code}", field=f"docker {command[0]}", remedy="its output above says why"
         )
 
 

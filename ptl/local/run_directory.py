@@ -156,11 +156,7 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None] | None = 
 def _await_steps(run: RunDir) -> None:
     """Wait until no step of the run works any more. Raises InputError naming the process of one that does not end."""
     for lock in sorted(run.scratch.glob("*.lock")):
-        with processes.exclusive(
-            lock,
-            f"step {lock.stem} of run {run.run_id}",
-            wait=END_SECONDS,
-        ):
+        with processes.exclusive(lock, f"step {lock.stem} of run {run.run_id}", wait=END_SECONDS):
             pass
 
 

@@ -87,11 +87,7 @@ def reach(home: Path, s3: bool) -> None:
     has_servers = (home / "stack").is_dir()
     if s3:
         if not has_servers:
-            raise InputError(
-                f"`ptl up` has never run in {home}",
-                field="--s3",
-                remedy="give --home, or leave --s3 out",
-            )
+            raise InputError(f"`ptl up` has never run in {home}", field="--s3", remedy="give --home, or leave --s3 out")
         use(servers.up(home))
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):

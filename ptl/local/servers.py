@@ -52,12 +52,7 @@ class Service:
         return processes.start_time(self.pid) == self.started != ""
 
 
-def up(
-    root: Path,
-    *,
-    s3_port: int | None = None,
-    mlflow_port: int | None = None,
-) -> Environment:
+def up(root: Path, *, s3_port: int | None = None, mlflow_port: int | None = None) -> Environment:
     """Start what is not running yet, wait until it answers, and return the environment for steps and `ptl run`.
 
     Ports are by default those of the running servers, else S3_PORT and MLFLOW_PORT. Data is in `root/s3` and
@@ -85,11 +80,7 @@ def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: Environ
 
 def s3_up(root: Path, port: int) -> Environment:
     """Start SeaweedFS, unless it runs; the environment that reaches it. Its keys are made once for each root."""
-    environment = {
-        **access_keys(root),
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "MLFLOW_S3_ENDPOINT_URL": address(port),
-    }
+    environment = {**access_keys(root), "AWS_DEFAULT_REGION": "us-east-1", "MLFLOW_S3_ENDPOINT_URL": address(port)}
     if not _needs_start(root, "s3", port):
         return environment
     weed = weed_binary()
@@ -322,8 +313,7 @@ def _await_bucket(environment: Environment) -> None:
         waiter.wait(Bucket=BUCKET, WaiterConfig={"Delay": 1, "MaxAttempts": START_SECONDS})
     except WaiterError as error:
         raise WorkError(
-            f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}",
-            field="s3 server",
+            f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}", field="s3 server"
         ) from error
 
 
@@ -381,9 +371,7 @@ def _make_certificate(certificate: Path, key: Path) -> None:
     key.touch(mode=0o600)
     key.write_bytes(
         private_key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
     certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))

@@ -269,8 +269,5 @@ def write_mlflow_model(folder: Path) -> None:
         "components": ["tokenizer"],
         "tokenizer_type": "AutoTokenizer",
     }
-    flavors = {
-        "python_function": {"loader_module": "mlflow.transformers"},
-        "transformers": transformers,
-    }
+    flavors = {"python_function": {"loader_module": "mlflow.transformers"}, "transformers": transformers}
     (folder / MLFLOW_FILES[0]).write_text(yaml.safe_dump({"flavors": flavors}))

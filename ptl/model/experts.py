@@ -73,10 +73,7 @@ class Experts:
         dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
         if not self.lists_dense_layers or (not listed and step == 1):
             return {}
-        return {
-            "mlp_only_layers": dense,
-            "decoder_sparse_step": 1,
-        }
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
     def views(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """A tensor of transformers' memory as the separate ones that a checkpoint has in its place, by their names."""

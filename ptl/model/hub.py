@@ -31,10 +31,7 @@ def locate(
 
     try:
         snapshot = snapshot_download(
-            path,
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(OTHER_FORMATS),
+            path, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
         )
         return Path(snapshot)
     except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors

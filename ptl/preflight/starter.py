@@ -53,13 +53,7 @@ TYPICAL = 4  # the longest answer is so many times as long as a typical one
 # tiny reasoner's loops do within SHARES (docs/results.md).
 SHARES = (0.3, 0.66)
 RATE_DOUBLES = 0.1
-LEARNING_RATES = {
-    1e7: 1.2e-4,
-    3e8: 2e-4,
-    4.5e9: 1e-5,
-    1e10: 8e-6,
-    math.inf: 4e-6,
-}
+LEARNING_RATES = {1e7: 1.2e-4, 3e8: 2e-4, 4.5e9: 1e-5, 1e10: 8e-6, math.inf: 4e-6}
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 

@@ -90,13 +90,7 @@ def _from_hub(source: DataSource) -> tuple[DataSource, list[Row]]:
     name = source.source
     try:
         source = source.model_copy(update={"revision": huggingface_hub.dataset_info(name).sha})
-        rows = datasets.load_dataset(
-            name,
-            source.subset,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
+        rows = datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision, streaming=True)
         return source, list(itertools.islice(rows, SAMPLE))
     except Exception as error:  # the libraries raise a dozen kinds; each means that the source cannot be had
         raise InputError(

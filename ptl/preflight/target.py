@@ -14,13 +14,7 @@ from ptl.config.run import Config
 from ptl.config.schedule import Iteration, MemoryGoal, Prune, Schedule, plan, removal
 from ptl.errors import InputError
 from ptl.model import hub, widths
-from ptl.model.dimensions import (
-    ModelDimensions,
-    check_unit,
-    experts_for,
-    layers_for,
-    width_for,
-)
+from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, width_for
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.units import counted, memory_beside
 

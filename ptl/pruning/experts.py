@@ -117,11 +117,7 @@ def _norm(observed: Observed) -> Tensor:
 
 
 # By their names in the setting prune.criterion: what was observed in a layer -> float32 [E]
-CRITERIA: dict[str, Callable[[Observed], Tensor]] = {
-    "reap": _reap,
-    "frequency": _frequency,
-    "norm": _norm,
-}
+CRITERIA: dict[str, Callable[[Observed], Tensor]] = {"reap": _reap, "frequency": _frequency, "norm": _norm}
 
 
 def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertScores:

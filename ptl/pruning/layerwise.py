@@ -190,10 +190,7 @@ def layers_in_turn(
 
 
 def run_with_activations(
-    model: LayerwiseModel,
-    index: int,
-    batch: int,
-    hidden: Tensor,
+    model: LayerwiseModel, index: int, batch: int, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's output [B, T, H], its neurons' activations [B, T, F], and what their products are added up in.
 
@@ -217,11 +214,7 @@ def run_with_activations(
     return output, activations, before_norm[0] if before_norm else output
 
 
-def sequences(
-    model: LayerwiseModel,
-    batch: int,
-    *tensors: Tensor,
-) -> Iterator[tuple[Tensor, ...]]:
+def sequences(model: LayerwiseModel, batch: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The rows [T, ...] of one sequence after the other in these tensors [B, T, ...], without its padding."""
     for row, length in enumerate(model.tokens(batch)):
         yield tuple(tensor[row, :length] for tensor in tensors)

@@ -20,14 +20,7 @@ from ptl.config.schedule import Prune
 from ptl.data.sequences import IGNORED, Batch, calibration_batches
 from ptl.errors import InputError
 from ptl.model import checkpoint, pretrained, shapes, widths
-from ptl.model.dimensions import (
-    ModelDimensions,
-    check_unit,
-    experts_for,
-    layers_for,
-    model_dimensions,
-    width_for,
-)
+from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.pruning.experts import expert_scores
 from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores

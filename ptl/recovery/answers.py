@@ -50,14 +50,7 @@ class Answer:
 
 
 def write_answers(
-    src: Path,
-    dst: Path,
-    data: TrainingData,
-    evaluate: Evaluate,
-    chat: Chat,
-    *,
-    model: str,
-    seed: int,
+    src: Path, dst: Path, data: TrainingData, evaluate: Evaluate, chat: Chat, *, model: str, seed: int
 ) -> AnswersReport:
     """Let the checkpoint in `src` answer prompts of `data`; write those to keep to dst/answers.jsonl.
 

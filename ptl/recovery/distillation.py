@@ -18,12 +18,7 @@ from ptl.recovery.job import RecoverReport, RecoveryJob
 TEACHER = "recover.teacher"  # the field of the config, for errors
 
 
-def distil(
-    src: Path,
-    dst: Path,
-    settings: RecoverStage,
-    job: RecoveryJob,
-) -> RecoverReport:
+def distil(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> RecoverReport:
     """Forward KL to the teacher mixed with the next-token loss, on the same tokens and batches as `cpt`.
 
     Memory besides cpt's: the teacher's weights in its stored dtype, and the logits of both models at the positions that
@@ -41,9 +36,7 @@ def load_teacher(settings: RecoverStage, job: RecoveryJob) -> Any:
         folder = hub.locate(settings.teacher, None, field=TEACHER)
     if folder is None:
         raise InputError(
-            "the run has no original model to learn from",
-            field=TEACHER,
-            remedy="give a folder or a hub id",
+            "the run has no original model to learn from", field=TEACHER, remedy="give a folder or a hub id"
         )
     teacher = pretrained.causal_lm(folder, field=TEACHER)
     return teacher.eval().requires_grad_(False)

@@ -86,12 +86,7 @@ def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardVa
 
 
 # by the name of a Reward in the config
-REWARDS = {
-    "final_answer": final_answer_reward,
-    "math": math_reward,
-    "code": code_reward,
-    "format": format_reward,
-}
+REWARDS = {"final_answer": final_answer_reward, "math": math_reward, "code": code_reward, "format": format_reward}
 
 
 def text_of(completion: Any) -> str:

@@ -17,12 +17,7 @@ from ptl.recovery import training
 from ptl.recovery.job import RecoverReport, RecoveryJob
 
 
-def cpt(
-    src: Path,
-    dst: Path,
-    settings: RecoverStage,
-    job: RecoveryJob,
-) -> RecoverReport:
+def cpt(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> RecoverReport:
     """Continual pre-training: next-token loss on the training data."""
     return train(src, dst, settings, job, sft_trainer())
 
@@ -73,11 +68,7 @@ def sft_trainer() -> Any:
 
     class PlainLoss(SFTTrainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             # the model's own loss has the routers' added once for each micro-batch, trl's their mean
             if self.aux_loss_enabled:
@@ -152,10 +143,7 @@ def training_dataset(
     if settings.accumulation > 1 and not settings.packing:
         chunk = _alike_together(chunk, settings.batch_size)
     dataset = Dataset.from_dict(
-        {
-            "input_ids": [tokens.ids for tokens in chunk],
-            "labels": [tokens.labels(settings.loss) for tokens in chunk],
-        }
+        {"input_ids": [tokens.ids for tokens in chunk], "labels": [tokens.labels(settings.loss) for tokens in chunk]}
     )
     if settings.packing:
         dataset = pack_dataset(dataset, settings.max_length, "bfd")

@@ -255,14 +255,7 @@ def _reported_full_disk(scratch: Path) -> Iterator[None]:
         ) from error
 
 
-def save(
-    trainer: Any,
-    src: Path,
-    dst: Path,
-    scratch: Path,
-    *,
-    with_state: bool = False,
-) -> None:
+def save(trainer: Any, src: Path, dst: Path, scratch: Path, *, with_state: bool = False) -> None:
     """Write an ordinary checkpoint of the same tensors as `src`; config and tokenizer files are those of the source."""
     # weights that are spread over processes: all take part in it, and the first one gets them
     parameters = trainer.accelerator.get_state_dict(trainer.model)

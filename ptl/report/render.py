@@ -30,12 +30,7 @@ _, _, _, LOOP, CONTROL, BAD, _ = VARIABLES
 PLOT_STYLE = Path(__file__).parent / "templates/report.mplstyle"
 PLOT_SIZE = (8.4, 3.9)  # inches
 # Kind of a scored checkpoint, in the order of the key -> colour and marker.
-MARKS = {
-    "dense": (LOOP, "s"),
-    "loop": (LOOP, "o"),
-    "rejected": (BAD, "X"),
-    "one-shot control": (CONTROL, "D"),
-}
+MARKS = {"dense": (LOOP, "s"), "loop": (LOOP, "o"), "rejected": (BAD, "X"), "one-shot control": (CONTROL, "D")}
 
 
 def render(result: Result, out: Path) -> None:
@@ -185,14 +180,7 @@ def _draw(figure: Any, result: Result) -> None:
         below = [0.0 if row.low is None else max(0.0, row.accuracy - row.low) for row in rows]
         above = [0.0 if row.high is None else max(0.0, row.high - row.accuracy) for row in rows]
         if rows:
-            axis.errorbar(
-                *_points(rows),
-                yerr=[below, above],
-                fmt=marker,
-                color=colour,
-                label=kind,
-                zorder=3,
-            )
+            axis.errorbar(*_points(rows), yerr=[below, above], fmt=marker, color=colour, label=kind, zorder=3)
     # A thin line through what the loop accepted, and a ring around the final checkpoint.
     path = [row for row in result.rows if _kind(row) in ("dense", "loop")]
     axis.plot(*_points(path), color=LOOP, linewidth=1.2, alpha=0.55)

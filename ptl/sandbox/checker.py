@@ -162,13 +162,7 @@ class Checker:
         self.locals.append(value)
         return {"t": "local", "v": len(self.locals) - 1}
 
-    def ask(
-        self,
-        name: str,
-        *args: Any,
-        keywords: dict[str, Any] | None = None,
-        keep: bool = False,
-    ) -> Any:
+    def ask(self, name: str, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
         """Have the candidate's process do one operation; its exceptions are raised here as builtin ones.
 
         `keep` leaves the result there and returns its handle.
@@ -300,13 +294,7 @@ class RemoteNamesake(RemoteCallable):
         raise AttributeError(f"the candidate's function is asked for {name}, as if it were the module of that name")
 
 
-def _ask(
-    name: str,
-    remote: Remote,
-    *args: Any,
-    keywords: dict[str, Any] | None = None,
-    keep: bool = False,
-) -> Any:
+def _ask(name: str, remote: Remote, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
     return _checker_of(remote).ask(name, remote, *args, keywords=keywords, keep=keep)
 
 

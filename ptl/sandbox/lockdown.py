@@ -192,13 +192,7 @@ def missing_support() -> str | None:
     return None
 
 
-def lock_down(
-    readable: Sequence[str],
-    *,
-    cpu_s: int,
-    memory_bytes: int,
-    file_bytes: int,
-) -> None:
+def lock_down(readable: Sequence[str], *, cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
     """Confine this process: files in its working directory, the standard library in `readable`, no other resource."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)  # nobody of the same user attaches to this process or reads its /proc entry

@@ -167,14 +167,7 @@ def _kill(child: Process) -> None:
     child.wait()
 
 
-def _start_child(
-    role: str,
-    source: str,
-    pipes: list[FileIO],
-    output: FileIO,
-    limits: Limits,
-    scratch: Path,
-) -> Process:
+def _start_child(role: str, source: str, pipes: list[FileIO], output: FileIO, limits: Limits, scratch: Path) -> Process:
     """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
     descriptors = [pipe.fileno() for pipe in pipes]
     # -P, -s and -S: neither the working directory nor site-packages is on the path.
@@ -194,11 +187,7 @@ def _start_child(
         "source": source,
         "pipes": descriptors,
         "parent": os.getpid(),
-        "limits": {
-            "cpu_s": limits.cpu_s,
-            "memory_bytes": limits.memory_bytes,
-            "file_bytes": limits.file_bytes,
-        },
+        "limits": {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes},
     }
     assert child.stdin is not None
     # A child that died is seen by its missing report.

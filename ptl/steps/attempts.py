@@ -71,10 +71,7 @@ def claim(root: str, run: str, step: str) -> int:
     # in order, each by one attempt: of two that begin together one gets the next number.
     while True:
         # One that does not begin a launch continues the newest.
-        attempt = {
-            "launch": launch or (earlier[-1] if earlier else None),
-            "id": own_id,
-        }
+        attempt = {"launch": launch or (earlier[-1] if earlier else None), "id": own_id}
         name = f"{step}.attempt-{len(earlier) + 1}"
         winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
         if winner["id"] == own_id:

@@ -161,8 +161,7 @@ def iterations_until(iteration: int, schedule: Schedule, prune: Prune) -> list[I
     iterations = plan(schedule, prune)
     if not 1 <= iteration <= len(iterations):
         raise InputError(
-            f"{iteration} is outside 1..{len(iterations)}, the iterations of this schedule",
-            field="iteration",
+            f"{iteration} is outside 1..{len(iterations)}, the iterations of this schedule", field="iteration"
         )
     return iterations[:iteration]
 

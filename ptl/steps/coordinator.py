@@ -44,13 +44,7 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    job = trainjob.complete(
-        os.environ[trainjob.TEMPLATE],
-        name,
-        run,
-        cluster.own_pod(),
-        call,
-    )
+    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), call)
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:
@@ -96,11 +90,7 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 def _follow(cluster: Cluster, step: str, name: str) -> None:
     """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
     ended = threading.Event()
-    log = threading.Thread(
-        target=_copy_log,
-        args=(cluster, name, ended),
-        daemon=True,
-    )
+    log = threading.Thread(target=_copy_log, args=(cluster, name, ended), daemon=True)
     log.start()
     try:
         condition, failed = _until_ended(cluster, step, name)
@@ -201,24 +191,13 @@ class Cluster:
     def train_job(self, name: str) -> Json | None:
         """A TrainJob with its status; None where there is none."""
         get = self._jobs.get_namespaced_custom_object
-        job: Json | None = self._ask(
-            get,
-            *self._train_jobs,
-            name,
-            expected=NOT_FOUND,
-        )
+        job: Json | None = self._ask(get, *self._train_jobs, name, expected=NOT_FOUND)
         return job
 
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
         delete = self._jobs.delete_namespaced_custom_object
-        self._ask(
-            delete,
-            *self._train_jobs,
-            name,
-            expected=NOT_FOUND,
-            propagation_policy="Foreground",
-        )
+        self._ask(delete, *self._train_jobs, name, expected=NOT_FOUND, propagation_policy="Foreground")
 
     def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""

@@ -218,11 +218,7 @@ def _withdraw_later(step: Step, iterations: int) -> None:
     """Steps that are not needed have no result: one may be of an attempt that got further, before data changed."""
     for later in range(step.call.iteration + 1, iterations + 1):
         for stage in ("prune", "recover", "evaluate"):
-            store.withdraw(
-                step.run.root,
-                step.run.run,
-                f"{stage}-{later}",
-            )
+            store.withdraw(step.run.root, step.run.run, f"{stage}-{later}")
 
 
 def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate, chat: Chat) -> Metadata:

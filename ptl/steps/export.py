@@ -67,11 +67,7 @@ def _exported(step: Step, source: Path) -> Metadata:
         "export": {**form.model_dump(), "name": form.name},
         **report,
         "scored": {name: record.step for name, record in scored.items()},
-        "pairs": _pairs(
-            items,
-            _limited(references, items["final"], form),
-            settings["gate"],
-        ),
+        "pairs": _pairs(items, _limited(references, items["final"], form), settings["gate"]),
     }
 
 
@@ -96,11 +92,5 @@ def _pairs(exported: dict[str, Items], scored: dict[str, Items], gate: Gate) -> 
     for task in tasks:
         for name, items in references.items():
             outcomes = paired.match(items, exported["final"], task)
-            pairs[task][name] = dataclasses.asdict(
-                paired.paired(
-                    outcomes,
-                    gate.margin,
-                    gate.alpha / len(tasks),
-                )
-            )
+            pairs[task][name] = dataclasses.asdict(paired.paired(outcomes, gate.margin, gate.alpha / len(tasks)))
     return pairs

@@ -36,11 +36,7 @@ def main() -> None:
             process.work({**call, "outputs": {"out": f"{folder}/out"}})
     except Exception as error:
         failure = process.failure_of(error)
-        print(
-            f"error: {step}: {failure.reason}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
         # Outside of Kubernetes there is nobody to read them.
         with contextlib.suppress(OSError):
             words = trainjob.last_words(failure.reason, failure.exit_code)

@@ -50,11 +50,7 @@ def work(call: dict[str, Any]) -> dict[str, Any]:
 
     step = Call.load(call)
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    with processes.exclusive(
-        scratch(f"{step.step}.lock"),
-        f"step {step.step}",
-        wait=WAIT,
-    ):
+    with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
         table.STEPS[step.stage](step)
     return {name: output.metadata for name, output in step.outputs.items()}
 

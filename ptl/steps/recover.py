@@ -51,11 +51,7 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            coordinator.train(
-                call.step,
-                call.dump(),
-                partial(reporting.begin, step.run),
-            )
+            coordinator.train(call.step, call.dump(), partial(reporting.begin, step.run))
             step.take_result_of_nodes()
         elif step.record is None:
             from ptl.recovery.recover import recover_checkpoint
@@ -97,13 +93,7 @@ def _training_checkpoints(step: Step, recovery: Recovery) -> list[TrainingCheckp
     if run.root.startswith("file:") and not is_node():
         return []
     return [
-        TrainingCheckpoints(
-            run.root,
-            run.run,
-            f"{run.step}.{i}",
-            step.key.digest,
-            minutes,
-        )
+        TrainingCheckpoints(run.root, run.run, f"{run.step}.{i}", step.key.digest, minutes)
         for i in range(len(recovery.stages))
     ]
 
@@ -120,14 +110,7 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
     tracking.tag(step.run, {"tokens": iteration.tokens})
     # Distillation learns from the model as it was before any pruning, or from a teacher of its own.
     distils = any(stage.method == "distil" and not stage.teacher for stage in recovery.stages)
-    budget = StageBudget(
-        iteration.tokens,
-        (),
-        call.iteration,
-        iteration.last,
-        settings["seed"],
-        settings["weights"],
-    )
+    budget = StageBudget(iteration.tokens, (), call.iteration, iteration.last, settings["seed"], settings["weights"])
     return RecoveryJob(
         data,
         budget,

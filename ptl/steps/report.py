@@ -60,12 +60,7 @@ def report(call: Call) -> None:
         _set_alias(step, records, final, result)
         _copy_pages(call, step.folder)
         # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
-        store.commit(
-            step.run.root,
-            step.run.run,
-            step.run.step,
-            Record("report", final, {"stage": "report"}),
-        )
+        store.commit(step.run.root, step.run.run, step.run.step, Record("report", final, {"stage": "report"}))
         tracking.finish(
             step.run,
             params={},

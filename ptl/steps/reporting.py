@@ -63,13 +63,7 @@ def track_evaluation(run: StepRun, iteration: int, scored: Pointer, metadata: Me
     """The scores and the verdict of an evaluation, on the pages of the pipeline run and of the step."""
     first = metadata["scores"]["tasks"][0]
     removed = scored.original_params - scored.params
-    tracking.log_progress(
-        run,
-        removed,
-        first["accuracy"],
-        low=first["low"],
-        high=first["high"],
-    )
+    tracking.log_progress(run, removed, first["accuracy"], low=first["low"], high=first["high"])
     if iteration == 0:
         # Known from the start on, beside which the page shows the final model at the end.
         run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
@@ -111,12 +105,7 @@ def score_tags(scores: Metadata, checkpoint: Pointer) -> Metadata:
     # Tags are texts: more digits would only be noise.
     numbers = {name: f"{value:.4g}" for name, value in accuracy(first).items() if name != "items"}
     removed = 1 - checkpoint.params / checkpoint.original_params
-    return {
-        "task": first["task"],
-        "items": first["items"],
-        **numbers,
-        "share_removed": f"{removed:.4f}",
-    }
+    return {"task": first["task"], "items": first["items"], **numbers, "share_removed": f"{removed:.4f}"}
 
 
 def kubeflow_metrics(metadata: Metadata, run: StepRun) -> Metadata:
@@ -204,12 +193,7 @@ def _post(url: str, step: str, reason: str) -> None:
     import requests
 
     run = tracking.pipeline_run()
-    message = {
-        "text": f"ptl: run {run} failed in {step}: {reason}",
-        "run": run,
-        "step": step,
-        "reason": reason,
-    }
+    message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page

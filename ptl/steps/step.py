@@ -156,10 +156,7 @@ class Step:
 
     def fetch(self, pointer: Pointer) -> Path:
         """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
-        print(
-            f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}",
-            flush=True,
-        )
+        print(f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}", flush=True)
         try:
             return store.fetch(pointer, scratch("cache"))
         except WorkError as error:
@@ -229,10 +226,7 @@ class Step:
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
         shutil.rmtree(scratch("cache"), ignore_errors=True)
         committed = self.record.metadata
-        say(
-            run.step,
-            f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}",
-        )
+        say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
         self._report()
         return self.record
 

@@ -37,13 +37,7 @@ forks = False  # whether this process has imported what the work needs, so that 
 Wait = Callable[[float | None], int]
 
 
-def run(
-    step: str,
-    experiment: str,
-    inputs: Mapping[str, Any],
-    outputs: Mapping[str, Any],
-    **settings: Any,
-) -> None:
+def run(step: str, experiment: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], **settings: Any) -> None:
     """The body of every component: its artifacts by name (None: one that the pipeline lacks), and its parameters.
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
@@ -75,11 +69,7 @@ def run(
         if error.errno not in local_files.FULL:
             raise
         failure = Failure(str(local_files.no_space(error)))
-    print(
-        f"error: {step}: {failure.reason}",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
     from ptl.steps.reporting import give_up
 
     give_up(call, failure, outputs)

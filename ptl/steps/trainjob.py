@@ -202,10 +202,5 @@ def last_words(reason: str, exit_code: int) -> str:
     tail = len(reason)
     while len(words) > LONGEST_MESSAGE:
         tail //= 2
-        words = json.dumps(
-            {
-                "reason": f"{reason[:HEAD]} [...] {reason[-tail:]}",
-                "exit_code": exit_code,
-            }
-        )
+        words = json.dumps({"reason": f"{reason[:HEAD]} [...] {reason[-tail:]}", "exit_code": exit_code})
     return words

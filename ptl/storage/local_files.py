@@ -117,9 +117,7 @@ def delete(uri: str, below: str) -> None:
     # The caller has checked the names; what they lead to is checked here.
     if folder.is_symlink() or path_of(below).resolve() not in folder.resolve().parents:
         raise WorkError(
-            f"{folder} is not below {below}",
-            field="store",
-            remedy="nothing was deleted: remove the symlink",
+            f"{folder} is not below {below}", field="store", remedy="nothing was deleted: remove the symlink"
         )
     # A kill in the middle leaves files that no reader takes for a checkpoint.
     (folder / FILES).unlink(missing_ok=True)
@@ -136,9 +134,7 @@ def check(root: str) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(
-            f"cannot write {path}: {error.strerror}",
-            field="store",
-            remedy="make it writable or choose another",
+            f"cannot write {path}: {error.strerror}", field="store", remedy="make it writable or choose another"
         ) from error
 
 

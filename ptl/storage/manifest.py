@@ -58,11 +58,7 @@ def scan(folder: Path) -> list[str]:
         path = entry.relative_to(folder).as_posix()
         # What a link leads to may change, or be on no other machine.
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise WorkError(
-                f"{path} is not a regular file",
-                field=str(folder),
-                remedy="put a copy of it in its place",
-            )
+            raise WorkError(f"{path} is not a regular file", field=str(folder), remedy="put a copy of it in its place")
         if entry.is_file() and path not in (FILES, MLFLOW_META):
             paths.append(path)
     return paths

@@ -208,11 +208,7 @@ def _download(uri: str, files: Files, target: Path, name: str, on_progress: Prog
 
 
 def _transfer(
-    direction: Literal["upload", "download"],
-    folder: Path,
-    uri: str,
-    paths: Iterable[str],
-    on_progress: Progress,
+    direction: Literal["upload", "download"], folder: Path, uri: str, paths: Iterable[str], on_progress: Progress
 ) -> list[str]:
     """Move files between `folder` and `uri`, side by side; returns the paths of those that the server does not have."""
     from botocore.exceptions import ClientError
@@ -235,12 +231,7 @@ def _transfer(
         futures = {}
         for path in paths:
             file = str(folder / path)
-            futures[path] = move(
-                fileobj=file,
-                bucket=bucket,
-                key=f"{prefix}/{path}",
-                subscribers=[counter],
-            )
+            futures[path] = move(fileobj=file, bucket=bucket, key=f"{prefix}/{path}", subscribers=[counter])
         for path, future in futures.items():
             try:
                 future.result()

@@ -30,11 +30,7 @@ def test_what_the_template_does_not_have_is_refused():
         (None, {}, r"^chat\.enabled: the tokenizer has no chat template; set it to false"),
         ("qwen3", misspelt, "enable_thinkng is no variable.*; .* enable_thinking$"),
         ("qwen2_5", {"template_kwargs": {"thinking": True}}, r"^chat\.template_kwargs: thinking is no .*; remove it$"),
-        (
-            "gptoss",
-            {},
-            r"^chat\.enabled: .* writes '<\|channel\|>final<\|message\|>' between",
-        ),
+        ("gptoss", {}, r"^chat\.enabled: .* writes '<\|channel\|>final<\|message\|>' between"),
     ):
         chat_templates.check(tokenizer_with(template), Chat(**chat))  # it is not used
         with pytest.raises(InputError, match=message):
