@@ -78,7 +78,8 @@ def score_name(task: Task) -> str:
 
 def answer_tokens(task: Task) -> int:
     """Tokens of the longest answer: the config's, else the task's own; the harness's where it cannot be looked up."""
-    specs = find(task.name) if can_find(task.name) else []
+    # `ptl init` makes a forecast before a task is named.
+    specs = find(task.name) if task.name != FILL_IN and can_find(task.name) else []
     own = max((spec.answer_tokens for spec in specs), default=task_files.answer_tokens(None))
     return task.max_new_tokens or own
 
