@@ -15,7 +15,10 @@ SWITCH = "enable_thinking"  # the variable of most templates that turns thoughts
 
 
 def check(tokenizer: Any, chat: Chat) -> None:
-    """Raise InputError where chats are asked for and there is no template, or a variable that it does not have."""
+    """Raise InputError where chats are asked for and there is no template, or a variable that it does not have.
+
+    And where more than a thought stands between a prompt and its answer.
+    """
     if not chat.enabled:
         return
     if not tokenizer.chat_template:

@@ -100,19 +100,16 @@ class Spec(BaseModel):
         return [entry.name for entry in self.filter_list or ()] or ["none"]
 
     @property
-    def answer_tokens(self) -> int:
-        """Tokens of the longest answer."""
-        return answer_tokens(self.generation_kwargs)
-
-    @property
     def is_shipped(self) -> bool:
         """Whether it is one that the harness ships, which is trusted."""
         return _is_of_the_harness(self.path)
 
 
-def answer_tokens(options: Mapping[str, Any] | None) -> int:
-    """Tokens of the longest answer by a task's generation_kwargs, under any of the names that the harness takes."""
-    return next((int(options[name]) for name in ANSWER_LENGTHS if options and options.get(name) is not None), 256)
+def answer_tokens(generation_kwargs: Mapping[str, Any] | None) -> int:
+    """Tokens of a task's longest answer, under any of the names that the harness takes; 256 without one, as there."""
+    options = generation_kwargs or {}
+    given = (options.get(name) for name in ANSWER_LENGTHS)
+    return next((int(tokens) for tokens in given if tokens is not None), 256)
 
 
 def _error(problem: str, remedy: str = "") -> InputError:

@@ -70,6 +70,11 @@ def find(name: str) -> list[Spec]:
     return [spec for member in members for spec in find(member)]
 
 
+def find_here(name: str) -> list[Spec]:
+    """As `find`, but nothing where the task cannot be looked up here."""
+    return find(name) if can_find(name) else []
+
+
 def score_name(task: Task) -> str:
     """The name under which a task is scored: the group's, or that of the only task in its YAML."""
     specs = find(task.name)
@@ -78,17 +83,18 @@ def score_name(task: Task) -> str:
 
 def answer_tokens(task: Task) -> int:
     """Tokens of the longest answer: the config's, else the task's own; the harness's where it cannot be looked up."""
+    if task.max_new_tokens:
+        return task.max_new_tokens
     # `ptl init` makes a forecast before a task is named.
-    specs = find(task.name) if task.name != FILL_IN and can_find(task.name) else []
-    own = max((spec.answer_tokens for spec in specs), default=task_files.answer_tokens(None))
-    return task.max_new_tokens or own
+    specs = [] if task.name == FILL_IN else find_here(task.name)
+    return max((task_files.answer_tokens(s.generation_kwargs) for s in specs), default=task_files.answer_tokens(None))
 
 
 def hub_data(settings: Evaluate) -> list[str]:
     """Data sets of the hub that the tasks name, each once; of tasks that can be looked up here."""
     names: dict[str, None] = {}
     for task in settings.tasks:
-        for spec in find(task.name) if can_find(task.name) else ():
+        for spec in find_here(task.name):
             name = spec.dataset_path or ""
             # Others are a path, or how `datasets` reads files (json).
             if "/" in name and not Path(name).exists():
@@ -160,7 +166,7 @@ def check_tasks(settings: Evaluate) -> None:
             raise InputError(
                 f"{name!r} is listed twice", field=FIELD, remedy="remove one, or rename it in a YAML of your own"
             )
-        for spec in find(task.name) if can_find(task.name) else ():
+        for spec in find_here(task.name):
             choose_metric(spec, task.metric)
             if not MLFLOW_NAME.fullmatch(spec.name):
                 raise InputError(
@@ -194,8 +200,8 @@ def check_samples(spec: Spec, task: Task) -> None:
 def check_greedy(settings: Evaluate) -> None:
     """Raise InputError where answers are sampled: those of a GGUF file are greedy."""
     for task in settings.tasks:
-        specs = find(task.name) if can_find(task.name) else []
-        if task.samples > 1 or any((spec.generation_kwargs or {}).get("do_sample") for spec in specs):
+        own = [spec.generation_kwargs or {} for spec in find_here(task.name)]
+        if task.samples > 1 or any(options.get("do_sample") for options in own):
             raise InputError(
                 f"answers to {task.name!r} are sampled (samples, or do_sample in its YAML), and of a GGUF file they "
                 "are greedy",
@@ -208,7 +214,7 @@ def check_gate(settings: Evaluate, gate: Gate) -> None:
     """Raise InputError when the gate is to decide by a task that calls no item right or wrong."""
     # The run's accuracy is that of the first task.
     first = settings.tasks[0]
-    if gate.enabled and can_find(first.name) and not all(is_accuracy(s, first.metric) for s in find(first.name)):
+    if gate.enabled and not all(is_accuracy(spec, first.metric) for spec in find_here(first.name)):
         raise no_accuracy(first)
 
 

@@ -202,7 +202,7 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
         source["source"] = _as_seen_from(folder, source["source"])
     chosen, runs_code = [], False
     for name in names:
-        specs = tasks.find(name) if tasks.can_find(name) else []  # without lm_eval the step will look
+        specs = tasks.find_here(name)  # without lm_eval the step will look
         runs_code |= any(spec.unsafe_code for spec in specs)
         task = {"name": _as_seen_from(folder, name) if tasks.is_path(name) else name}
         # The default metric, or the first one that all tasks of a group have.

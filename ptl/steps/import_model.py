@@ -55,9 +55,9 @@ def import_model(call: Call) -> None:
     gate.check_structure(sections["gate"], call.settings["gated"])
     answers.check_structure(sections["calibration"], sections["training"], sections["chat"], call.settings["answered"])
     model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
-    folder, dimensions = preflight.preflight(Config.model_construct(model=model, **sections))
+    exports = tuple(check(Export, export, "export") for export in call.settings["exports"])
+    folder, dimensions = preflight.preflight(Config.model_construct(model=model, export=exports, **sections))
     assert dimensions is not None, "a step has torch"
-    exports = [check(Export, export, "export") for export in call.settings["exports"]]
     # This step's image does not have llama.cpp.
     check_exports(folder, [export for export in exports if export.format != "gguf"])
 

@@ -31,6 +31,15 @@ def gate(enabled):
     return CONFIG["gate"] | {"enabled": enabled}
 
 
+def test_sampled_tasks_with_an_export_to_gguf_are_refused_by_the_import():
+    """A run parameter may ask for samples after the config was checked."""
+    settings = {**SCHEDULE, **CONFIG, "model": "nowhere", "revision": "", "run_name": "r"}
+    settings |= {"gated": CONFIG["gate"]["enabled"], "answered": False, "exports": [{"format": "gguf", "type": "f16"}]}
+    settings |= {"evaluate": {"tasks": [{"name": "gsm8k", "samples": 2}]}}
+    with pytest.raises(InputError, match=r"are sampled .* of a GGUF file"):
+        import_model.import_model(Call("import-model", "e", settings))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
