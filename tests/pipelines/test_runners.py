@@ -76,6 +76,8 @@ def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkey
 
     killed, temporary = job(tmp_path, small, "dies"), tmp_path / "temporary"
     temporary.mkdir()
+    with pytest.raises(WorkError):  # from here on the process runs from which steps fork, with files of its own
+        run_subprocess(killed)
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     with monkeypatch.context() as command, pytest.raises(WorkError, match="left no reason, as when it is killed"):
