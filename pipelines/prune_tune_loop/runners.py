@@ -36,6 +36,7 @@ from ptl.storage import local_files
 TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
 # What the steps need, imported once and not in the process of each.
 IMPORTED = (
+    "ptl.steps.bars",
     "kfp.dsl.executor_main",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",

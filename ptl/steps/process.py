@@ -12,6 +12,7 @@ from typing import Any
 from ptl import processes
 from ptl.address import without_login
 from ptl.errors import PtlError, explained_imports
+from ptl.steps import bars  # noqa: F401
 from ptl.steps.attempts import NO_SPACE, Failure, NoAttemptLeftError
 from ptl.storage import local_files
 

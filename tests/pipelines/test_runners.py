@@ -1,6 +1,9 @@
 """The local runner on small pipelines of its own: tasks that share a definition keep their own outputs."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from kfp import compiler, dsl
@@ -97,3 +100,12 @@ def test_the_terminal_shows_lines_of_progress_and_the_log_everything(tmp_path, c
             print(piece, end="")
     assert capsys.readouterr().out == "prune-1: started\nprune-1: done\n"
     assert log.read_text() == f"an earlier command\n{printed}"
+
+
+def test_the_bars_of_libraries_are_lines_of_progress(tmp_path, capsys):
+    work = "import ptl.steps.process\nfrom tqdm import tqdm\nfor _ in tqdm(range(4), desc='repairing'): pass"
+    at_once = os.environ | {"TQDM_DELAY": "0", "TQDM_MININTERVAL": "0"}
+    bar = subprocess.run([sys.executable, "-c", work], env=at_once, capture_output=True, text=True, check=True).stderr
+    with _logged(tmp_path / "log.txt", False):
+        print(bar, end="")
+    assert capsys.readouterr().out == "[----------] 0% ? left, repairing: 0 of 4\n"  # the next after 30 s
