@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from ptl.evaluation.paired import Verdict, bootstrap, mcnemar, verdict_of
+from ptl.evaluation.paired import Verdict, bootstrap, sign_flips, verdict_of
 
 ITEMS = (200, 500, 1319)
 DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
@@ -18,7 +18,7 @@ DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
 def judge(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> Verdict:
     """The verdict on these counts, for a reference that can fall by more than the margin."""
     low, _ = bootstrap({-1: regressions, 1: improvements, 0: items - regressions - improvements}, 1, alpha)
-    _, p_worse = mcnemar(regressions, improvements)
+    _, p_worse = sign_flips({-1: regressions, 1: improvements})
     return verdict_of(regressions - improvements, items, low, p_worse, margin, alpha)
 
 

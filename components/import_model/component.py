@@ -11,7 +11,7 @@ def import_model(
     earlier_runs: str,
     model: str,
     revision: str,
-    iterations: int,
+    settings: dict,
     target: float,
     goal: dict,
     cuts: str,
@@ -27,7 +27,7 @@ def import_model(
     seed: int,
     gated: bool,
     answered: bool,
-    exports: list,
+    registered_model: str,
     out: Output[Model],
 ) -> None:
     from ptl.steps.supervisor import run
@@ -41,7 +41,7 @@ def import_model(
         earlier_runs=earlier_runs,
         model=model,
         revision=revision,
-        iterations=iterations,
+        settings=settings,
         target=target,
         goal=goal,
         cuts=cuts,
@@ -57,5 +57,5 @@ def import_model(
         seed=seed,
         gated=gated,
         answered=answered,
-        exports=exports,
+        registered_model=registered_model,
     )

@@ -17,37 +17,8 @@ from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
+from ptl.config.parameters import by_input, parameters, structure
 from ptl.config.run import Config, essentials
-from ptl.config.schedule import BY_GOAL, MemoryGoal
-
-
-def parameters(config: Config) -> dict[str, Any]:
-    """The run parameters, which Kubeflow's form shows, with the config's values as defaults.
-
-    Structure (number of iterations, control arm, images) is not among them: it is in the DAG.
-    """
-    settings = essentials(config)
-    schedule = config.schedule
-    return {
-        "model": settings["model"]["path"],
-        "revision": config.model.revision or "",
-        "target": BY_GOAL if isinstance(schedule.target, MemoryGoal) else schedule.target,
-        "goal": settings["schedule"]["target"] if isinstance(schedule.target, MemoryGoal) else {},
-        "recovery_tokens": schedule.recovery_tokens,
-        "seed": config.seed,
-        "cuts": schedule.cuts,
-        "tokens": schedule.tokens,
-        "prune_settings": settings.get("prune", {}),
-        "chat": settings.get("chat", {}),
-        "calibration": settings["calibration"],
-        "recover_settings": settings["recover"],
-        "training": settings["training"],
-        "evaluate_settings": settings["evaluate"],
-        "gate": settings.get("gate", {}),
-        "experiment": config.storage.experiment,
-        "registered_model": config.storage.registered_model or config.name,
-        "earlier_runs": "",  # ids of unfinished runs whose steps may be taken over; part of no step's key
-    }
 
 
 def build(config: Config) -> Any:
@@ -84,13 +55,12 @@ COMPONENTS = {
     "export": export,
     "report": report,
 }
-STRUCTURE = ("name", "schedule", "control", "export", "resources", "images", "storage")
 
 
 def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
     """A task for every step of the DAG; `placeholders` are KFP's for the run parameters.
 
-    A component takes those that it has an input for; `prune_settings` is its input `prune`.
+    A component takes those that it has an input for.
     """
     tasks: dict[str, Any] = {}
     for node in dag.nodes(config):
@@ -98,10 +68,8 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
         component = COMPONENTS[stage]
         # What is fixed in the compiled pipeline, then what the user may change for a run, then outputs of other steps.
         arguments = {"step": node.name, **_structure(config, node.name)}
-        for name, placeholder in placeholders.items():
-            argument = name.removesuffix("_settings")
-            if argument in component.component_spec.inputs:
-                arguments[argument] = placeholder
+        inputs = component.component_spec.inputs
+        arguments |= {name: value for name, value in by_input(placeholders).items() if name in inputs}
         for name, source in node.inputs.items():
             arguments[name] = tasks[source.step].outputs[source.output]
         task = component(**arguments)
@@ -124,20 +92,17 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
     """What a step gets that is the same in every run of the compiled pipeline."""
     stage = dag.stage_of(step)
     iterations = config.schedule.iterations
-    settings = essentials(config)
     if stage == "doctor":
-        return {"settings": settings}
+        return {"settings": essentials(config)}
     if stage == "report":
-        settings["schedule"] = {"iterations": iterations}  # it adds the run parameters
-        return {"settings": {name: value for name, value in settings.items() if name in STRUCTURE}}
+        return {"settings": structure(config)}
     if stage == "export":
         made = next(export for export in config.export if dag.export_step(export) == step)
         # It looks for the evaluation that scored the final model.
         return {"iterations": iterations, "export": made.model_dump(exclude_none=True)}
     if stage == "import":
         return {
-            "iterations": iterations,
-            "exports": [export.model_dump(exclude_none=True) for export in config.export],
+            "settings": structure(config),
             "gated": config.gate.enabled,
             "answered": config.training.answers == "self",
             # Not part of the step's key: the same run under another name is the same run.

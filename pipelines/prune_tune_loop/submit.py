@@ -23,7 +23,8 @@ from pipelines.prune_tune_loop.kfp_api import (
     required,
 )
 from ptl import __version__, address
-from ptl.config.run import Config, Gate, check
+from ptl.config.parameters import by_input, parameters, run_config, structure
+from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import run_status
 from ptl.log import Show
@@ -33,7 +34,7 @@ def submit(
     config: Config,
     server: Server,
     *,
-    parameters: dict[str, Any] | None = None,
+    given: dict[str, Any] | None = None,
     service_account: str | None = None,
     fresh: bool = False,
     wait: bool = False,
@@ -43,20 +44,20 @@ def submit(
 ) -> int:
     """Compile, upload as a version of the pipeline, start a run; with `wait` follow it to its end.
 
-    `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. The version
+    `given` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. The version
     is named by the content: what was uploaded before is used again. Raises InputError for what the server refuses,
     WorkError when it fails.
     """
     # What is wrong with the input is reported before anything is sent.
-    parameters = parameters or {}
-    _check_parameters(config, parameters)
+    given = given or {}
+    _check_parameters(config, given)
     api = connect(server)
     reference = _upload_pipeline(api, config)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
-    mlflow_experiment = parameters.get("experiment", config.storage.experiment)
-    earlier = [] if fresh or "earlier_runs" in parameters else _unfinished(mlflow_experiment, config.name)
+    mlflow_experiment = given.get("experiment", config.storage.experiment)
+    earlier = [] if fresh or "earlier_runs" in given else _unfinished(mlflow_experiment, config.name)
     if earlier:
-        parameters = {**parameters, "earlier_runs": " ".join(earlier)}
+        given = {**given, "earlier_runs": " ".join(earlier)}
         say(f"{run_status.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
     name = f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
@@ -70,7 +71,7 @@ def submit(
             display_name=name,
             description=_description(name, mlflow_experiment),
             pipeline_version_reference=reference,
-            runtime_config=V2beta1RuntimeConfig(parameters=parameters),
+            runtime_config=V2beta1RuntimeConfig(parameters=given),
             service_account=service_account,
         )
     run_id = _start(api, run)
@@ -79,16 +80,16 @@ def submit(
     return watch(api, run_id, config.gate.enabled, timeout, poll, say) if wait else DONE
 
 
-def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
-    known = pipeline.parameters(config)
-    unknown = sorted(parameters.keys() - known)
+def _check_parameters(config: Config, given: dict[str, Any]) -> None:
+    known = parameters(config)
+    unknown = sorted(given.keys() - known)
     if unknown:
         raise InputError(
             f"{', '.join(unknown)} is no parameter of the run", field="--param", remedy=f"there are {', '.join(known)}"
         )
     # Whether the gate is on decides which tasks are compiled, and how they depend on each other.
     compiled = config.gate.enabled
-    enabled = check(Gate, parameters.get("gate", {"enabled": compiled}), "--param gate").enabled
+    enabled = run_config({"settings": structure(config), **by_input(known | given)}).gate.enabled
     if enabled != compiled:
         raise InputError(
             f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides what is compiled",

@@ -114,7 +114,7 @@ def submit(
     code = work.submit(
         run_config,
         server,
-        parameters=pairs("--param", params),
+        given=pairs("--param", params),
         service_account=service_account,
         fresh=fresh,
         wait=wait,

@@ -175,7 +175,7 @@ class Recovery(Section):
     """the stages, in order"""
 
     @model_validator(mode="after")
-    def _shares_add_up(self) -> Self:
+    def _stages_fit(self) -> Self:
         shares = [stage.share for stage in self.stages if stage.share is not None]
         total = sum(shares)
         others = self._stages_without_share()
@@ -184,6 +184,12 @@ class Recovery(Section):
             raise ValueError(f"the shares of the stages add up to {total:g}, which leaves nothing for the others")
         if shares and not others and abs(total - 1) > TOLERANCE:
             raise ValueError(f"the shares of the stages add up to {total:g}; they must add up to 1")
+        # What earlier budgets have read is found by reading it again, cut at the same length.
+        lengths = {stage.max_length for stage in self.stages if stage.method != "grpo"}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"stages of cpt and distil read the same rows: give them one max_length, not {sorted(lengths)}"
+            )
         return self
 
     def _stages_without_share(self) -> list[RecoverStage]:

@@ -82,22 +82,9 @@ def interval(right: Sequence[int], samples: int, confidence: float = 0.95) -> tu
     """
     shares = [count / samples for count in right]
     mean, variance = fmean(shares), pvariance(shares)
-    worth = mean * (1 - mean) / variance if variance else 1.0  # answers that an item counts for
-    worth = max(1.0, min(worth, samples))
+    # Answers that an item counts for
+    worth = max(1.0, min(mean * (1 - mean) / variance, samples)) if variance else samples if 0 < mean < 1 else 1.0
     return wilson(sum(right) / samples * worth, len(right) * worth, confidence)
-
-
-def mcnemar(regressions: int, improvements: int) -> tuple[float, float]:
-    """McNemar's exact test on the items that changed: (p two-sided, p one-sided for "worse")."""
-    from scipy.stats import binomtest
-
-    changed = regressions + improvements
-    if changed == 0:  # the outcomes are the same: nothing speaks for a difference
-        return 1.0, 1.0
-    # For equal models each changed item is a fair coin's throw.
-    two_sided = binomtest(regressions, changed)
-    worse = binomtest(regressions, changed, alternative="greater")
-    return float(two_sided.pvalue), float(worse.pvalue)
 
 
 def bootstrap(changes: Mapping[int, int], samples: int, alpha: float, seed: int = 0) -> tuple[float, float]:
@@ -124,7 +111,7 @@ def sign_flips(changes: Mapping[int, int]) -> tuple[float, float]:
     """The exact permutation test of paired differences (Fisher 1935): (p two-sided, p one-sided for "worse").
 
     `changes` as of `bootstrap`. For equal models each item's difference has either sign with the same chance. Where all
-    differences are of one size it is McNemar's test.
+    differences are of one size it is McNemar's exact test.
     """
     import numpy as np
     from scipy.signal import convolve
@@ -158,7 +145,7 @@ def paired(
     improvements = sum(count for change, count in changes.items() if change > 0)
     accuracy = sum(reference) / (items * samples)
     low, high = bootstrap(changes, samples, alpha)
-    p_different, p_worse = mcnemar(regressions, improvements) if samples == 1 else sign_flips(changes)
+    p_different, p_worse = sign_flips(changes)
     answers = items * samples
     verdict = verdict_of(sum(reference) - sum(candidate), answers, low, p_worse, margin, alpha)
     # An accuracy that is not above the margin cannot fall by more than it.
@@ -195,7 +182,7 @@ def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: 
     regressions = range(items - improvements + 1)
 
     def is_inferior(count: int) -> bool:
-        _, p_worse = mcnemar(count, improvements)
+        _, p_worse = sign_flips({-1: count, 1: improvements})
         return verdict_of(count - improvements, items, 0.0, p_worse, margin, alpha) == "inferior"
 
     fewest = bisect_left(regressions, True, key=is_inferior)

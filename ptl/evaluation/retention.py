@@ -20,6 +20,7 @@ from ptl.json_lines import read_json_lines
 FIELD = "evaluate.retention"
 PROSE = Path(__file__).with_name("retention.jsonl")  # English, written for ptl and nowhere else
 BLOCK = 100  # resamples at once
+LARGEST = 700.0  # nats of which a float can hold the exponential
 KNOWN = 4.0  # bits for a byte; the frequencies of letters alone need as many
 
 
@@ -35,7 +36,7 @@ class TextLosses:
     @property
     def perplexity(self) -> float:
         """Of a token."""
-        return math.exp(min(sum(self.losses) / sum(self.tokens), 700.0))
+        return math.exp(min(sum(self.losses) / sum(self.tokens), LARGEST))
 
     @property
     def is_known(self) -> bool:
@@ -57,7 +58,7 @@ class Retained:
 
     def fails(self, limit: float, strict: bool) -> bool:
         """Whether the ratio is above the limit; with `strict` also where it is not shown to be below."""
-        return (self.high if strict else self.low) > limit
+        return not (self.high if strict else self.low) <= limit  # NaN fails
 
 
 def texts(settings: Evaluate) -> list[str]:
@@ -116,9 +117,9 @@ def compare(dense: TextLosses, candidate: TextLosses, alpha: float) -> Retained 
     random, ratios = np.random.default_rng(0), []
     for _ in range(RESAMPLES // BLOCK):  # a user may have many texts
         drawn = random.integers(len(tokens), size=(BLOCK, len(tokens)))  # [block, texts]
-        ratios.append(np.exp(differences[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)))
+        ratios.append(np.exp(np.minimum(differences[drawn].sum(axis=1) / tokens[drawn].sum(axis=1), LARGEST)))
     low, high = np.quantile(ratios, [alpha, 1 - alpha])
-    ratio = math.exp(differences.sum() / tokens.sum())
+    ratio = math.exp(min(differences.sum() / tokens.sum(), LARGEST))
     return Retained(
         dense.texts, len(tokens), dense.perplexity, candidate.perplexity, ratio, low=float(low), high=float(high)
     )

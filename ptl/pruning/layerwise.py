@@ -366,7 +366,7 @@ def _scale_sources(model: LayerwiseModel, gradients: States) -> None:
     sizes = torch.cat([gradient.float().flatten(1).norm(dim=1) for gradient in gradients])  # [sequences]
     means = torch.bincount(sources, sizes) / torch.bincount(sources)  # [sources]
     means = means[sources]  # [sequences]
-    factors = means.max() / means.where(means > 0, means.max())
+    factors = means.max() / means.where(means > 0, 1.0)
     for gradient, its in zip(gradients, factors.split([len(each) for each in gradients]), strict=True):
         gradient *= its[:, None, None]
 

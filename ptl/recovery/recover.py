@@ -81,14 +81,15 @@ def recover_checkpoint(
 
 def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: int) -> tuple[int, ...]:
     """The token budgets that were taken from the data before a stage of the last of the iterations."""
-    # all stages read the same data, one budget after another
-    *earlier_iterations, this_iteration = iteration_tokens
-    earlier: list[int | None] = []
-    for tokens in earlier_iterations:
-        earlier += recovery.budgets(tokens)
-    earlier += recovery.budgets(this_iteration)[:stage]
-    # None: of a stage without a budget
-    return tuple(budget for budget in earlier if budget)
+    budgets = [recovery.budgets(tokens) for tokens in iteration_tokens]
+    budgets[-1] = budgets[-1][:stage]
+    # cpt and distil read the same data, one budget after another; grpo reads prompts of its own.
+    return tuple(
+        budget
+        for of_iteration in budgets
+        for settings, budget in zip(recovery.stages, of_iteration, strict=False)
+        if budget and settings.method != "grpo"
+    )
 
 
 def _train_once(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob) -> RecoverReport:

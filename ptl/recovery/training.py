@@ -68,11 +68,11 @@ def learning_rate_curve(
         begin, end, decay = 0.0, 1.0, 1.0
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = begin + (end - begin) * (step - warmup) / max(1, steps - warmup)  # share of the run's recovery
+        after = max(0, step - warmup) / max(1, steps - warmup)  # share of the steps after the warm-up
+        done = begin + (end - begin) * after  # share of the run's recovery
         decayed = max(0.0, done - (1 - decay)) / decay if decay else 0.0  # share of the decay
-        return (1 + math.cos(math.pi * decayed)) / 2
+        # A late iteration's warm-up ends at the decayed rate.
+        return min(1.0, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * decayed)) / 2
 
     return factor
 
@@ -81,9 +81,9 @@ def optimizer_for(model: Any, settings: RecoverStage, state: Path | None = None)
     """AdamW without weight decay on norms and biases; with `state`, it continues the last iteration's."""
     # with LoRA the adapters alone are trained
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
-    # norms and biases
-    vectors = [parameter for parameter in trained.values() if parameter.dim() <= 1]
+    # Biases of experts are matrices too.
+    vectors = [parameter for name, parameter in trained.items() if parameter.dim() <= 1 or name.endswith("bias")]
+    matrices = [parameter for name, parameter in trained.items() if parameter.dim() > 1 and not name.endswith("bias")]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
     # adapters have none
     if vectors:

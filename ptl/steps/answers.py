@@ -11,7 +11,7 @@ from pathlib import Path
 from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS
 from ptl.config.data import TrainingData
-from ptl.config.run import Calibration, Evaluate, unfit_answers
+from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
 from ptl.steps.call import Call, Metadata
 from ptl.steps.step import Step
@@ -51,14 +51,11 @@ def _written(step: Step, evaluate: Evaluate) -> Metadata:
     return dataclasses.asdict(report)
 
 
-def check_structure(calibration: Calibration, training: TrainingData, chat: Chat, compiled: bool) -> None:
-    """Raise InputError where run parameters ask for own answers and no step writes them, or do not fit each other.
+def check_structure(training: TrainingData, compiled: bool) -> None:
+    """Raise InputError where a run parameter asks for own answers and no step writes them, or the other way round.
 
     `compiled`: whether there is such a step.
     """
-    unfit = unfit_answers(calibration, training, chat)
-    if unfit:
-        raise InputError(unfit, field="answers")
     if (training.answers == "self") != compiled:
         raise InputError(
             f"{training.answers}, but this pipeline was compiled with{'' if compiled else 'out'} the step that writes "

@@ -17,6 +17,7 @@ from ptl import __version__, processes
 from ptl.config import dag
 from ptl.config.base import Section
 from ptl.config.data import DataSource
+from ptl.config.parameters import schedule_settings
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check
 from ptl.config.schedule import BY_GOAL, Iteration, Prune, Schedule, plan
@@ -37,8 +38,6 @@ Metadata = dict[str, Any]  # JSON
 SHOWN = ("uri", "params")
 BENCHMARK_ITEMS = "items"  # record of the benchmarks' items, by import-model: recoveries do not train on them
 MODELS = ("out", "accepted")  # outputs that are pointers to checkpoints
-# Of the schedule, what may be among a step's settings: prune has the sizes, recover the tokens, import all of it.
-SCHEDULE = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
 # For the fields that have no default, in steps that have no use for them.
 UNUSED = {"target": 0.5, "recovery_tokens": 0}
 
@@ -135,25 +134,12 @@ class Call:
 
 
 def schedule_of(call: Call) -> Schedule:
-    """The schedule among a step's settings, checked; the import's may have a goal. Raises InputError."""
+    """The schedule among a step's settings, checked. Raises InputError."""
     settings = schedule_settings(call.settings)
     # Only the import sees the goal and the dense model: what it found travels with the checkpoints.
-    if settings.get("target") == BY_GOAL and "model" in call.inputs:
+    if settings.get("target") == BY_GOAL:
         settings["target"] = call.inputs["model"].target_params
     return check(Schedule, UNUSED | settings, "schedule")
-
-
-def schedule_settings(settings: Metadata) -> Metadata:
-    """The schedule's fields among a step's settings, with the goal in the place of `target`. Raises InputError."""
-    fields = {name: settings[name] for name in SCHEDULE if name in settings}
-    goal = settings.get("goal")
-    if goal and fields["target"] != BY_GOAL:
-        raise InputError(
-            f"{fields['target']:g}, and the run has the goal {goal}",
-            field="target",
-            remedy="set target to 0, or goal to {}",
-        )
-    return fields | {"target": goal} if goal else fields
 
 
 def iterations_until(iteration: int, schedule: Schedule, prune: Prune) -> list[Iteration]:

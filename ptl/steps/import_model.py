@@ -6,18 +6,12 @@ import platform
 import re
 import shutil
 from pathlib import Path
-from typing import Any
-
-from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.config.base import flat_settings
-from ptl.config.chat import Chat
-from ptl.config.data import TrainingData
-from ptl.config.export import Export
 from ptl.config.image_names import own_revision
-from ptl.config.recover import Recovery
-from ptl.config.run import Calibration, Config, Evaluate, Gate, ModelSource, check
+from ptl.config.parameters import run_config
+from ptl.config.run import Evaluate
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError
 from ptl.evaluation import gate
@@ -27,7 +21,7 @@ from ptl.log import say
 from ptl.model import checkpoint
 from ptl.report import run_page
 from ptl.steps import answers
-from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, schedule_of, withdraw_outdated
+from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
@@ -40,45 +34,34 @@ def import_model(call: Call) -> None:
     from ptl.model.hub import import_checkpoint
     from ptl.preflight import preflight
 
-    # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
-    sections: dict[str, Any] = {
-        "schedule": schedule_of(call),
-        "prune": call.section(Prune, "prune"),
-        "chat": call.section(Chat, "chat"),
-        "calibration": call.section(Calibration, "calibration"),
-        "training": call.section(TrainingData, "training"),
-        "recover": check(Recovery, {"stages": call.settings["recover"]}, "recover").stages,
-        "evaluate": call.section(Evaluate, "evaluate"),
-        "gate": call.section(Gate, "gate"),
-    }
+    # All that the hub, the data and the benchmarks can be checked with, before anything expensive.
+    config = run_config(call.settings)
     # Which steps there are, and what they wait for, was compiled: a run parameter cannot change it.
-    gate.check_structure(sections["gate"], call.settings["gated"])
-    answers.check_structure(sections["calibration"], sections["training"], sections["chat"], call.settings["answered"])
-    model = ModelSource(path=call.settings["model"], revision=call.settings["revision"] or None)
-    exports = tuple(check(Export, export, "export") for export in call.settings["exports"])
-    folder, dimensions = preflight.preflight(Config.model_construct(model=model, export=exports, **sections))
+    gate.check_structure(config.gate, call.settings["gated"])
+    answers.check_structure(config.training, call.settings["answered"])
+    folder, dimensions = preflight.preflight(config)
     assert dimensions is not None, "a step has torch"
     # This step's image does not have llama.cpp.
-    check_exports(folder, [export for export in exports if export.format != "gguf"])
+    check_exports(folder, [export for export in config.export if export.format != "gguf"])
 
-    goal = _goal(sections["schedule"], sections["prune"], folder)
-    with Step(call, key={"source": model, **goal}) as step:
+    goal = _goal(config.schedule, config.prune, folder)
+    with Step(call, key={"source": config.model, **goal}) as step:
         # When the run is resumed, also data that has changed.
         run_page.describe(
             step.run,
-            flat_settings(to_jsonable_python({"model": model, **sections})),
+            flat_settings(config.model_dump(mode="json")),
             own_revision(),
-            run_page.data_sets(sections["calibration"], sections["training"]),
+            run_page.data_sets(config.calibration, config.training),
         )
         _name_earlier_runs(step.run, call.settings["earlier_runs"])
         # First: they are cheap, and a benchmark that does not load is known before the model is copied.
-        if sections["training"].decontaminate.tasks:
-            _commit_items(step.run, sections["evaluate"], call.settings["seed"])
+        if config.training.decontaminate.tasks:
+            _commit_items(step.run, config.evaluate, config.seed)
         if step.record is None:
             # From the folder that was checked: on the hub the model may have changed since.
             import_checkpoint(str(folder), None, step.folder)
             checkpoint.write_mlflow_model(step.folder)
-            source = {"model": model.path, "revision": model.revision or "", **goal}
+            source = {"model": config.model.path, "revision": config.model.revision or "", **goal}
             step.publish({**source, "params": dimensions.params, "versions": _versions(), "host": platform.node()})
 
 

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from ptl.config import dag
-from ptl.config.base import flat_settings
 from ptl.config.export import ServedFormat, gguf_name
-from ptl.config.run import Config, check
+from ptl.config.parameters import run_config
+from ptl.config.run import Config
 from ptl.evaluation import gate
 from ptl.export import formats
 from ptl.lineage import mlflow_objects, tracking
@@ -17,13 +17,12 @@ from ptl.log import say
 from ptl.report import run_page
 from ptl.report.result import Result
 from ptl.report.words import first_line
-from ptl.steps.call import Call, Metadata, schedule_settings
+from ptl.steps.call import Call, Metadata
 from ptl.steps.reporting import score_tags
 from ptl.steps.step import Step, scratch
 from ptl.storage import local_files, store
 from ptl.storage.store import Pointer, Record
 
-SECTIONS = ("seed", "prune", "chat", "calibration", "recover", "training", "evaluate", "gate")  # run parameters
 SERVICE_NAME = 53  # characters that KServe leaves
 
 
@@ -36,7 +35,7 @@ def report(call: Call) -> None:
     from ptl.report.render import render
 
     with Step(call, key=None) as step:
-        config = check(Config, _run_config(call.settings), "settings")
+        config = run_config(call.settings)
         settings = config.model_dump(mode="json")
         final = call.inputs["final"]
         records = _records(step, config, final)
@@ -53,8 +52,6 @@ def report(call: Call) -> None:
         write_manifests(final, records, config, step.folder)
         # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
-        # import-model was not given all of the config.
-        run_page.describe(step.run, flat_settings(settings))
         run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
         _register_exports(step, records, final)
         _set_alias(step, records, final, result)
@@ -70,18 +67,6 @@ def report(call: Call) -> None:
             step=0,
         )
         shutil.rmtree(scratch("cache"), ignore_errors=True)  # what it has fetched
-
-
-def _run_config(settings: Metadata) -> Metadata:
-    """The config of the run: the compiled one, with the run's own parameters."""
-    # Kubeflow lets a user change the parameters of a compiled pipeline for each run.
-    config = settings["settings"]
-    return {
-        **config,
-        **{section: settings[section] for section in SECTIONS},
-        "model": {"path": settings["model"], "revision": settings["revision"] or None},
-        "schedule": config["schedule"] | schedule_settings(settings),
-    }
 
 
 def _records(step: Step, config: Config, final: Pointer) -> dict[str, Record]:

@@ -95,6 +95,7 @@ def test_the_gate_holds_it():
         return gate.decide(wanted, gate.State(), **sizes, baseline=SAME, parent=SAME, retained=retained)
 
     assert decision((1.1, 2.1)).decision == "accepted"
+    assert decision((math.nan, 2.1)).decision == decision((1e6, 1e6)).decision == "rejected"  # broken
     rejected = decision((1.3, 2.3))
     assert rejected.decision == "rejected" and rejected.state.cap == 10
     assert "times 1.35 (1.35 to 1.35, 2 texts), and 1.2 is tolerated" in rejected.reason

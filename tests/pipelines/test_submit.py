@@ -38,7 +38,7 @@ def go(world, said):
 
 def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
     world.script = ["PENDING", "RUNNING", "RUNNING", "SUCCEEDED"]
-    assert go(parameters={"seed": 7}, server={"namespace": "team"}) == 0
+    assert go(given={"seed": 7}, server={"namespace": "team"}) == 0
     (pipeline,), (version,), (experiment,), (run,) = world.pipelines, world.versions, world.experiments, world.runs
     assert (pipeline["display_name"], pipeline["namespace"]) == ("tiny", "team")
     assert yaml.safe_load(version["yaml"].split("\n---\n")[0])["pipelineInfo"]["name"] == "tiny"
@@ -146,7 +146,7 @@ def test_refusals_and_nonsense_start_no_run(world, go):
 
 def test_a_part_of_the_gate_can_be_a_parameter(world, go):
     """Those that are refused, before anything is asked, are in golden/commands.txt."""
-    assert go(parameters={"gate": {"margin": 0.05}}) == 0
+    assert go(given={"gate": {"margin": 0.05}}) == 0
     assert world.runs[0]["runtime_config"]["parameters"] == {"gate": {"margin": 0.05}}
 
 
@@ -161,7 +161,7 @@ def test_the_description_names_the_run_in_mlflow_which_may_be_away(world, go, mo
 def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
     monkeypatch.setattr(run_status, "unfinished", lambda *named: ["new", "old"] if named == ("ptl", "tiny") else [])
-    for options in ({}, {"fresh": True}, {"parameters": {"earlier_runs": "mine"}}, {"parameters": {"experiment": "x"}}):
+    for options in ({}, {"fresh": True}, {"given": {"earlier_runs": "mine"}}, {"given": {"experiment": "x"}}):
         assert go(wait=False, **options) == 0
     named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]
     assert named == ["new old", None, "mine", None]

@@ -135,6 +135,10 @@ def test_budgets_add_up_and_follow_each_other():
     assert budgets_before(chain, [10, 100], 0) == (3, 7)
     assert budgets_before(chain, [10, 100], 2) == (3, 7, 30)
     assert Recovery(stages=[{}, {}, {}]).budgets(100) == (33, 34, 33)
+    prompts_first = Recovery(stages=[{"method": "grpo", "share": 0.75}, {}])
+    assert budgets_before(prompts_first, [1000, 1000], 1) == (250,)  # of rows that were trained on
+    with pytest.raises(ValueError, match=r"give them one max_length, not \[32, 64\]"):
+        Recovery(stages=[{"max_length": 32}, {"method": "grpo"}, {"method": "distil", "max_length": 64}])
 
 
 def test_a_stage_without_tokens_is_refused(small, tmp_path):
@@ -199,9 +203,11 @@ def test_the_optimizer_state_is_carried_through_pruning(tmp_path):
 
 def test_the_optimizer_decays_matrices_and_nothing_else():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+    model.register_parameter("down_proj_bias", torch.nn.Parameter(torch.zeros(4, 3)))  # of four experts
     matrices, vectors = optimizer_for(model, RecoverStage(weight_decay=0.25, learning_rate=0.5)).param_groups
     assert [tuple(parameter.shape) for parameter in matrices["params"]] == [(3, 2)] and matrices["weight_decay"] == 0.25
-    assert [tuple(parameter.shape) for parameter in vectors["params"]] == [(3,)] * 3 and vectors["weight_decay"] == 0
+    shapes = [tuple(parameter.shape) for parameter in vectors["params"]]
+    assert shapes == [(4, 3), (3,), (3,), (3,)] and vectors["weight_decay"] == 0
     assert matrices["lr"] == vectors["lr"] == 0.5
 
 
@@ -218,6 +224,7 @@ def test_the_learning_rate_decays_at_the_end_of_the_run():
     assert early[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert final[10] == 1.0 and final[55] == pytest.approx(0.5) and final[-1] < 0.001
     assert final[10:] == sorted(final[10:], reverse=True)
+    assert max(curve(4, (1, 1, 1, 1), warmup_steps=10)) == pytest.approx(0.5)  # which is over when it has warmed up
     whole = curve(carried=True)
     assert whole[:51] == [1.0] * 51 and whole[75] == pytest.approx(0.5) and whole[-1] < 0.005
     parts = curve(1, (1, 1), carried=True, decay=1, steps=50) + curve(2, (1, 1), carried=True, decay=1, steps=50)

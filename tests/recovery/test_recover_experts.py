@@ -8,7 +8,10 @@ import torch
 from recovering import DATA, DENSE, losses, prune_to, recover, weights
 from tiny_models import change_config, family_at, with_reasoners_tokenizer
 
+from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Evaluate
+from ptl.data.checks import check_stages
+from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint, dimensions
 from ptl.model.dimensions import model_dimensions
@@ -44,6 +47,13 @@ def moved(before, after):
 
 def is_router(name):
     return ".mlp.router." in name or ".gate." in name
+
+
+def test_a_family_that_mixes_packed_texts_is_not_trained_on_them(mixtures):
+    packed = RecoverStage(packing=True, loss="all", max_length=64)
+    check_stages(mixtures["qwen3_moe"], [packed], None)
+    with pytest.raises(InputError, match=r"recover\.packing: true, and in gpt_oss packed texts"):
+        check_stages(mixtures["gpt_oss"], [packed], None)
 
 
 @pytest.mark.parametrize(("family", "stage"), [("qwen3_moe", CPT), ("deepseek_v3", CPT), ("gpt_oss", DISTIL)])

@@ -9,6 +9,7 @@ import run_records
 from checkout import DENSE, TINY
 from working import OpenedError
 
+from ptl.config import parameters
 from ptl.config.data import Decontaminate
 from ptl.config.recover import Recovery
 from ptl.config.run import load_config
@@ -21,7 +22,8 @@ from ptl.storage.store import Pointer, Record, pointer_of
 
 WANTED = load_config(TINY)
 CONFIG = WANTED.model_dump(mode="json")
-SCHEDULE = {name: CONFIG["schedule"][name] for name in call.SCHEDULE}
+RUN = {"settings": parameters.structure(WANTED), **parameters.by_input(parameters.parameters(WANTED))}
+RUN |= {"gated": WANTED.gate.enabled, "answered": False}  # as the import gets them
 POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
 EVALUATE = {name: CONFIG[name] for name in ("prune", "chat", "evaluate", "seed")}
 EVALUATE |= {"iterations": 4, "target": 0.4, "registered_model": "m"}
@@ -33,19 +35,30 @@ def gate(enabled):
 
 def test_sampled_tasks_with_an_export_to_gguf_are_refused_by_the_import():
     """A run parameter may ask for samples after the config was checked."""
-    settings = {**SCHEDULE, **CONFIG, "model": "nowhere", "revision": "", "run_name": "r"}
-    settings |= {"gated": CONFIG["gate"]["enabled"], "answered": False, "exports": [{"format": "gguf", "type": "f16"}]}
-    settings |= {"evaluate": {"tasks": [{"name": "gsm8k", "samples": 2}]}}
-    with pytest.raises(InputError, match=r"are sampled .* of a GGUF file"):
+    exports = RUN["settings"] | {"export": [{"format": "gguf", "type": "f16"}]}
+    settings = RUN | {"settings": exports, "evaluate": {"tasks": [{"name": "gsm8k", "samples": 2}]}}
+    with pytest.raises(InputError, match=r"has samples, and answers of an export to gguf are greedy"):
         import_model.import_model(Call("import-model", "e", settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("seed", 3_000_000_000, r"seed: .*2147483647"),
+        ("recovery_tokens", 3, r"recovery_tokens=3 leaves"),
+        ("registered_model", "team/model", r"storage\.registered_model: "),
+        ("training", RUN["training"] | {"answers": "self"}, r"compiled without the step that writes own answers"),
+    ],
+)
+def test_run_parameters_that_a_later_step_would_refuse_are_refused_by_the_import(name, value, told):
+    with pytest.raises(InputError, match=told):
+        import_model.import_model(Call("import-model", "e", RUN | {name: value}))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_parameter_that_switches_the_gate_is_refused(compiled, tmp_path):
     """By the import, and by an evaluation, whose fallback is what the compiled pipeline has with the gate on."""
-    sections = {name: CONFIG[name] for name in ("prune", "chat", "calibration", "training", "recover", "evaluate")}
-    settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
-    settings |= {"gate": gate(not compiled), "gated": compiled, "answered": True}
+    settings = RUN | {"gate": gate(not compiled), "gated": compiled, "answered": True}
     with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
         import_model.import_model(Call("import-model", "e", settings))
     given = r"training\.answers: given, but .* with the step that writes own .*; set train"
@@ -122,7 +135,7 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
     assert pointer_of(dataclasses.asdict(pointer)) == Pointer.load(pointer.dump()) == pointer
     with pytest.raises(InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"):
         call.schedule_of(Call("import-model", "e", settings | {"goal": goal, "target": 0.3}))
-    assert call.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
+    assert parameters.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
 
 
 def test_a_training_goes_on_where_mlflow_does_not_answer(monkeypatch, capfd):

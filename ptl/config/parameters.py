@@ -1,0 +1,85 @@
+"""A run's config as it travels: what a compiled pipeline fixes, and the run parameters, which a user may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptl.config.run import Config, check, essentials
+from ptl.config.schedule import BY_GOAL, MemoryGoal
+from ptl.errors import InputError
+
+Settings = dict[str, Any]  # JSON, by the names of a component's inputs
+
+STRUCTURE = ("name", "control", "export", "resources", "images", "storage")
+SECTIONS = ("seed", "prune", "chat", "calibration", "recover", "training", "evaluate", "gate")
+# Of the schedule, what may be among a step's settings: prune has the sizes, recover the tokens, import all of it.
+SCHEDULE = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """The run parameters, which Kubeflow's form shows, with the config's values as defaults.
+
+    Structure (number of iterations, control arm, images) is not among them: it is in the DAG.
+    """
+    settings = essentials(config)
+    schedule = config.schedule
+    return {
+        "model": settings["model"]["path"],
+        "revision": config.model.revision or "",
+        "target": BY_GOAL if isinstance(schedule.target, MemoryGoal) else schedule.target,
+        "goal": settings["schedule"]["target"] if isinstance(schedule.target, MemoryGoal) else {},
+        "recovery_tokens": schedule.recovery_tokens,
+        "seed": config.seed,
+        "cuts": schedule.cuts,
+        "tokens": schedule.tokens,
+        "prune_settings": settings.get("prune", {}),
+        "chat": settings.get("chat", {}),
+        "calibration": settings["calibration"],
+        "recover_settings": settings["recover"],
+        "training": settings["training"],
+        "evaluate_settings": settings["evaluate"],
+        "gate": settings.get("gate", {}),
+        "experiment": config.storage.experiment,
+        "registered_model": config.storage.registered_model or config.name,
+        "earlier_runs": "",  # ids of unfinished runs whose steps may be taken over; part of no step's key
+    }
+
+
+def structure(config: Config) -> Settings:
+    """What is the same in every run of a compiled pipeline, for `run_config`."""
+    fixed = {name: value for name, value in essentials(config).items() if name in STRUCTURE}
+    return fixed | {"schedule": {"iterations": config.schedule.iterations}}
+
+
+def by_input(values: dict[str, Any]) -> Settings:
+    """Run parameters by the names of the components' inputs: `prune_settings` is the input `prune`."""
+    return {name.removesuffix("_settings"): value for name, value in values.items()}
+
+
+def schedule_settings(settings: Settings) -> Settings:
+    """The schedule's fields among a step's settings, with the goal in the place of `target`. Raises InputError."""
+    fields = {name: settings[name] for name in SCHEDULE if name in settings}
+    goal = settings.get("goal")
+    if goal and fields["target"] != BY_GOAL:
+        raise InputError(
+            f"{fields['target']:g}, and the run has the goal {goal}",
+            field="target",
+            remedy="set target to 0, or goal to {}",
+        )
+    return fields | {"target": goal} if goal else fields
+
+
+def run_config(settings: Settings) -> Config:
+    """The config of a run: the structure in `settings.settings`, with the run's parameters. Raises InputError."""
+    fixed = settings["settings"]
+    return check(
+        Config,
+        {
+            **fixed,
+            **{section: settings[section] for section in SECTIONS},
+            "model": {"path": settings["model"], "revision": settings["revision"] or None},
+            "schedule": fixed["schedule"] | schedule_settings(settings),
+            "storage": fixed.get("storage", {}) | {"registered_model": settings["registered_model"]},
+        },
+        "run parameters",
+    )
