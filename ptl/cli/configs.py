@@ -42,14 +42,13 @@ NEXT = """Next:
   ptl run {0}             # here, or on a cluster: ptl submit {0}"""
 
 
-Model = Annotated[
-    str, typer.Argument(help="hub id or checkpoint folder; only its config.json is read", show_default=False)
-]
+Model = Annotated[str, typer.Argument(help="hub id or checkpoint folder; no weights are read", show_default=False)]
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="file to write; default: NAME.yaml, after the model")
 ]
 Data = Annotated[
-    str | None, typer.Option(help="train on these rows: a .jsonl or .parquet file, or a hub data set, ID[:SUBSET]")
+    str | None,
+    typer.Option(help="train on these rows: a .jsonl, .jsonl.gz or .parquet file, or a hub data set, ID[:SUBSET]"),
 ]
 Columns = Annotated[
     str | None,

@@ -1,7 +1,7 @@
 """What a config says about the cluster: resources of the steps, and where addresses and credentials come from.
 
 Addresses and credentials are never in the config, so never in the compiled YAML: they come from a ConfigMap and from
-Secrets of the cluster, all optional. A step names what it misses; runners on one machine ignore all of this.
+Secrets of the cluster, all optional. A step names what it misses; on one machine both come from the environment.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ class StepResources(Section):
 
 
 class Resources(Section):
-    """What a step requests from the cluster; on one machine only `timeout` and `retries` apply."""
+    """What a step requests from the cluster.
+
+    On one machine only `timeout`, `retries`, `control`, `doctor` and the `nodes` of recover apply.
+    """
 
     # Size of a step's pod.
     accelerator: Accelerator | None = None

@@ -69,7 +69,7 @@ class RecoverStage(Section):
     """share of the iteration's recovery tokens; default: an equal part of what the other stages leave"""
     # Memory, and several GPUs.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the forward and backward passes; `bfloat16` is for GPUs"""
+    """precision of the forward and backward passes; `bfloat16` is for GPUs, and for CPUs that have it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     processes: Positive | None = None

@@ -130,7 +130,7 @@ def family_of(config: ConfigJson) -> Family:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     problem = f"model_type {model_type!r} is not supported ({SUPPORTED})"
-    remedy = "give another; a family is one record in ptl/model/families.py and one of VARIANTS in tests/tiny_models.py"
+    remedy = "give another; a family is one record in ptl/model/families.py and an entry of tests/variants.yaml"
     if model_type in TEXT_TOWERS:
         remedy = "it is more than a language model: run `ptl import-model`, which saves its text model"
     raise InputError(problem, field="model", remedy=remedy)

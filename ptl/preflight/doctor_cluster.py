@@ -133,6 +133,8 @@ def objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> l
         for kind, name in [(kind, name) for kind, names in kinds.items() for name in names if name is not None]:
             path = f"/api/v1/namespaces/{namespace}/{kind}s/{name}"
             remedy = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
+            if kind == "secret" and name in secrets:
+                remedy = "make it (kubectl create secret docker-registry), or take it out of image_pull_secrets"
             findings.append(as_finding(f"{kind} {name}", _exists, path, f"is not in {namespace}", remedy, missing))
     return [*findings, *trainer(config, namespace)]
 

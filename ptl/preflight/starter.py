@@ -1,6 +1,6 @@
 """The first config for a model, as `ptl init` writes it: templates/starter.yaml, filled in and checked.
 
-Learning rates and tokens are those of the shipped configs, and the schedule is the default, which rests on
+Learning rate and tokens follow the model's size and how much of it goes; the schedule is the default, which rests on
 docs/results.md. What fits on the GPUs is what `ptl plan` says.
 """
 
@@ -48,9 +48,9 @@ NEURON_TOKENS = 50  # of a repair, for each neuron that stays (docs/scores.md)
 ANSWER = 1024  # tokens of one without a thought
 FEWEST_PROMPTS = 1000
 TYPICAL = 4  # the longest answer is so many times as long as a typical one
-# Parameters up to which a learning rate holds where SHARES[0] of them go, of the shipped configs; between them, of
-# 0.5B, measured on a chat model's own answers. With each RATE_DOUBLES more the rate doubles, as the best rates of the
-# tiny reasoner's loops do within SHARES (docs/results.md).
+# Parameters up to which a learning rate holds where SHARES[0] of them go; that of 0.5B was measured on a chat model's
+# own answers, and the shipped configs have their own. With each RATE_DOUBLES more the rate doubles, as the best rates
+# of the tiny reasoner's loops do within SHARES (docs/results.md).
 SHARES = (0.3, 0.66)
 RATE_DOUBLES = 0.1
 LEARNING_RATES = {1e7: 1.2e-4, 3e8: 2e-4, 4.5e9: 1e-5, 1e10: 8e-6, math.inf: 4e-6}

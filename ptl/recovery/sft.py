@@ -58,7 +58,7 @@ def sft_trainer() -> Any:
     """trl's SFTTrainer; on a CPU with the model's own loss in place of trl's.
 
     trl's is for GPUs, where it scores only the positions with a label and never holds all logits. On a CPU it scores
-    all positions, and each for entropy and top token too, which costs a third of a step (docs/recovery.md).
+    all positions, and each for entropy and top token too, which costs a third of a step.
     """
     from transformers import Trainer
     from trl import SFTTrainer
