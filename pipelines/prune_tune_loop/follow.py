@@ -48,9 +48,9 @@ class Observer:
     step_names: list[str] = field(default_factory=list)
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     is_read: bool = True  # whether MLflow has always answered
-    reads_pods: bool = True  # until they cannot be read
+    reads_pods: bool = True  # unless they could not be read the first time
     busy: datetime | None = None  # when a step was last seen running
-    pods: Mapping[str, Pod] = field(default_factory=dict)  # that have not succeeded, by step
+    pods: Mapping[str, Pod] | None = None  # that have not succeeded, by step, as last read
     announced: dict[str, str] = field(default_factory=dict)  # what was last printed, by topic
     trainings: dict[str, float] = field(default_factory=dict)  # time of the last line of a training, by step
 
@@ -62,8 +62,9 @@ class Observer:
         namespace = self.api.namespace or "kubeflow"
         if self.reads_pods and run.state in ("PENDING", "RUNNING", "FAILED"):
             found = _within(PATIENCE, lambda: pods.read(namespace, run.run_id))
-            # Without an answer it would be the same again, and may ask for another login.
-            self.pods, self.reads_pods = found or {}, found is not None
+            self.pods = self.pods if found is None else found
+            # Without any answer it would be the same again, and may ask for another login.
+            self.reads_pods = self.pods is not None
 
         def where(command: str) -> str:
             selection = f"-n {namespace} -l pipeline/runid={run.run_id}"
@@ -72,7 +73,7 @@ class Observer:
         records = self.records.steps if self.records else None
         if records is None and self.is_read and run.state not in ENDED:
             records = {}  # the first step makes them
-        view = run_view.view(run, self.step_names, records, self.pods, where)
+        view = run_view.view(run, self.step_names, records, self.pods or {}, where)
         # Of pods that cannot be read only the workflow says more.
         now = datetime.now(UTC)
         if view.ended or any(step.state in ("PENDING", "RUNNING") for step in view.steps):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from ptl import address
 from ptl.errors import InputError, WorkError
@@ -80,6 +81,7 @@ def connect(server: Server) -> Api:
             host=server.host,
             existing_token=None if server.token_file else os.environ.get("KFP_TOKEN"),
             credentials=ServiceAccountTokenVolumeCredentials(str(server.token_file)) if server.token_file else None,
+            proxy=_proxy(server.host),
             namespace=server.namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
             ssl_ca_cert=str(server.ca_cert) if server.ca_cert else None,
             verify_ssl=not server.insecure,
@@ -89,6 +91,12 @@ def connect(server: Server) -> Api:
     _bound(client)
     ui = address.bare(server.ui_host or server.host).rstrip("/")
     return Api(client, server.namespace, server.host, ui)
+
+
+def _proxy(host: str) -> str | None:
+    """The environment's proxy for an address, as MLflow's client and boto3 take it; the API's own client would not."""
+    parts = urlsplit(host)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 def _bound(client: Any) -> None:

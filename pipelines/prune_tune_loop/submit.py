@@ -55,7 +55,7 @@ def submit(
     reference = _upload_pipeline(api, config)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = given.get("experiment", config.storage.experiment)
-    earlier = [] if fresh or "earlier_runs" in given else _unfinished(mlflow_experiment, config.name)
+    earlier = [] if fresh or "earlier_runs" in given else _unfinished(config.name)
     if earlier:
         given = {**given, "earlier_runs": " ".join(earlier)}
         say(f"{run_status.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
@@ -98,13 +98,13 @@ def _check_parameters(config: Config, given: dict[str, Any]) -> None:
         )
 
 
-def _unfinished(experiment: str, name: str) -> list[str]:
+def _unfinished(name: str) -> list[str]:
     """Ids of the unfinished runs of this config's name, as far as MLflow can be asked here."""
     if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
         return []
     # No MLflow must not prevent the start.
     with suppress(PtlError):
-        return run_status.unfinished(experiment, name)
+        return run_status.unfinished(name)
     return []
 
 

@@ -95,7 +95,7 @@ Target = Annotated[
 class Schedule(Section):
     """How much each iteration removes, and how many tokens each recovery gets."""
 
-    iterations: Annotated[int, Field(ge=1, le=64)] = 4
+    iterations: Annotated[int, Field(ge=1, le=40)] = 4  # Argo ends a Workflow whose state is larger than 1 MiB, at 48
     """each prunes, recovers and evaluates"""
     target: Target
     """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with; or a goal"""

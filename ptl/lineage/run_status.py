@@ -242,15 +242,15 @@ def reopen(progress: RunProgress) -> None:
         put_tag(client, progress.parent_id, "ptl.error", "")
 
 
-def unfinished(experiment: str, name: str) -> list[str]:
-    """Ids of the unfinished pipeline runs of a config of this name in an experiment, the newest first."""
+def unfinished(name: str) -> list[str]:
+    """Ids of the unfinished pipeline runs of a config of this name, the newest first.
+
+    In all experiments: Kubeflow's MLflow plugin chooses one of its own.
+    """
     query = f"{PARENT} and attributes.status != 'FINISHED' and attributes.run_name LIKE '{name}-%'"
     order = ["attributes.start_time DESC"]
     with _watching() as client:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return []
-        runs = client.search_runs([found.experiment_id], query, order_by=order, max_results=100)
+        runs = client.search_runs(mlflow_client.experiment_ids(client), query, order_by=order, max_results=100)
     # The query also fits a longer name; those of runs end with their time and four digits.
     ours = [run for run in runs if re.fullmatch(rf"{re.escape(name)}-\d+-\d+-[0-9a-f]+", run.info.run_name)]
     return [run.data.tags["ptl.run"] for run in ours[:MAX_EARLIER]]

@@ -2,7 +2,8 @@
 
 Addresses and credentials reach a pod as optional volumes of a ConfigMap and of Secrets, one file for each key: so a
 ConfigMap may hold any variable without a new compile, a missing Secret does not stop a pod, and no variable is there
-twice when Kubernetes or a plugin of Kubeflow sets it as well. A variable that is already set wins.
+twice when Kubernetes or a plugin of Kubeflow sets it as well. A variable that is already set wins. Each attempt reads
+them again: keys may have been renewed.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ FALLBACK_HF_HOME = "/tmp/cache/huggingface"  # of the images
 BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 # Variables with the names that the S3 Secret has for the two keys, where they are other ones.
 S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_SECRET_ACCESS_KEY"}
+READ: dict[str, str] = {}  # variables that came from files, with what these held
 
 
 def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
     base, warnings = Path(root), []
+    others = {name for name, value in environment.items() if value != READ.get(name)}
     variables = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
         for path in sorted((base / name).glob("*")):  # its keys
             variable = variables.get(path.name, path.name) if name == "s3" else path.name
-            if not path.is_file() or not variable.isidentifier() or variable in environment:
+            if not path.is_file() or not variable.isidentifier() or variable in others:
                 continue
+            others.add(variable)
             try:
-                environment[variable] = path.read_text().rstrip("\n")  # `kubectl create secret --from-file` adds it
+                # `kubectl create secret --from-file` adds the line's end.
+                environment[variable] = READ[variable] = path.read_text().rstrip("\n")
             except (ValueError, OSError) as error:  # bytes that are no text cannot be a variable
                 warnings.append(f"warning: {path} is not a variable of the step: {error}")
     # After all variables are there: MLflow's address may come from a Secret.

@@ -85,6 +85,7 @@ def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
         pause = plan.pause * 2**retry
         say(step, f"failed: {failure.reason}; the next attempt begins in {pause:g} s")
         time.sleep(pause)
+        mounts.load()
     return _attempt(call, plan.timeout)
 
 

@@ -45,6 +45,7 @@ SETTINGS = (
 CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -63,7 +64,6 @@ _SETTINGS_ERRORS = {
     "SignatureDoesNotMatch": _WRONG_KEYS,
     "AccessDenied": _DENIED,
     "403": _DENIED,
-    "ExpiredToken": ("the session token has expired", "renew AWS_SESSION_TOKEN"),
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl.errors import PtlError
+from ptl.errors import PtlError, WorkError
 from ptl.log import say
 from ptl.storage import store
 from ptl.storage.local_files import COMPLETE, last_complete, step_of
@@ -54,19 +54,24 @@ class TrainingCheckpoints:
             self._delete(f"{self._slot(older)}-")
 
     def restore(self, scratch: Path) -> None:
-        """Put the newest stored checkpoint into `scratch`, unless a complete one there is as new."""
-        stored = self.records()
-        if not stored:
-            return
-        newest = stored[-1]
-        # named by its optimizer step, as the Trainer looks for it
-        target = scratch / newest.metadata["folder"]
-        local = last_complete(scratch)
-        if local is not None and step_of(local) >= step_of(target):
-            return
-        # one that is not complete is replaced
-        _fetch(newest, target)
-        assert (target / COMPLETE).is_file()
+        """Put the newest stored checkpoint that is intact into `scratch`, unless a complete one there is as new."""
+        stored = self.records()[-NUM_KEPT:]
+        for record in reversed(stored):
+            # named by its optimizer step, as the Trainer looks for it
+            target = scratch / record.metadata["folder"]
+            local = last_complete(scratch)
+            if local is not None and step_of(local) >= step_of(target):
+                return
+            try:
+                # one that is not complete is replaced
+                _fetch(record, target)
+            except WorkError as error:
+                if record is stored[0]:  # nothing is trained again unasked
+                    raise
+                say(self.name, f"warning: an older training checkpoint is taken: {error}")
+            else:
+                assert (target / COMPLETE).is_file()
+                return
 
     def save_result(self, folder: Path, report: str) -> None:
         """Publish what the finished stage has written, and commit it with its report."""
@@ -103,13 +108,19 @@ class TrainingCheckpoints:
         store.commit(self.root, self.run, slot, record)
 
     def _delete(self, prefix: str) -> None:
-        """Delete the folders of the run whose names begin so: what a record says of them does not count."""
+        """Delete the folders of the run whose names begin so: what a record says of them does not count.
+
+        A store that does not allow it is a warning: they cost space, and `ptl gc` removes them.
+        """
         folder = self._folder()
-        names = {path.partition("/")[0] for path, _, _ in store.walk(folder)}
-        # the newest first, as `records` ends at the first gap
-        for name in sorted(names, reverse=True):
-            if name.startswith(prefix):
-                store.delete(f"{folder}/{name}", below=folder)
+        try:
+            names = {path.partition("/")[0] for path, _, _ in store.walk(folder)}
+            # the newest first, as `records` ends at the first gap
+            for name in sorted(names, reverse=True):
+                if name.startswith(prefix):
+                    store.delete(f"{folder}/{name}", below=folder)
+        except PtlError as error:
+            say(self.name, f"warning: training checkpoints that nobody needs stay in the store: {error}")
 
     def _folder(self) -> str:
         """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""

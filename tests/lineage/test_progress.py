@@ -55,10 +55,8 @@ def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
     ]:
         parent = tracked(run, {"import-model": {}}, status)
         client.update_run(parent, name=name)
-    experiment = client.get_experiment(client.get_run(parent).info.experiment_id).name
-    assert run_status.unfinished(experiment, "tiny") == ["new", "old"]
-    assert run_status.unfinished(experiment, "tiny-large") == ["other"]
-    assert run_status.unfinished("there is none", "tiny") == []
+    assert run_status.unfinished("tiny") == ["new", "old"]
+    assert run_status.unfinished("tiny-large") == ["other"]
 
 
 def test_closing_ends_what_is_running_and_nothing_else_until_a_retry(tracked):

@@ -216,6 +216,26 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked):
     assert any(text.startswith("recover-1: OOMKilled: raise resources.memory or ") for text in said)
 
 
+def test_an_answer_that_fails_once_hides_no_pods(world, said, cluster, tracked, monkeypatch):
+    found, tries = {"prune-1": pods.Pod(datetime.now(UTC), reason="Unschedulable")}, []
+
+    def read(*_):
+        tries.append(1)
+        if len(tries) == 2:
+            raise WorkError("503")
+        return found
+
+    monkeypatch.setattr(pods, "read", read)
+    run = world.play("run-running", version="version-of-run-image-missing")
+    api = kfp_api.connect(Server(host=world.url))
+    tracked(run, {"import-model": {}})
+    observer = follow.Observer(api, said.append)
+    for _ in range(3):
+        observer.look(kfp_api.get_run(api, run))
+        assert observer.pods == found
+    assert len(tries) == 3
+
+
 NEVER_PULLED = 'Container image "ptl-prune:9.9" is not present with pull policy of Never'
 NOT_FOUND = "rpc error: code = NotFound desc = failed to pull and unpack image: not found"
 BACK_OFF = f'Back-off pulling image "x": ErrImagePull: {NOT_FOUND}'

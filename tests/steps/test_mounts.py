@@ -34,6 +34,15 @@ def test_any_key_of_the_config_map_and_of_the_secrets_is_a_variable_unless_it_is
     assert environment == names | expected
 
 
+def test_keys_that_were_renewed_are_read_again_and_those_of_the_pod_stay(tmp_path):
+    volume(tmp_path, "s3", AWS_ACCESS_KEY_ID="old", AWS_SESSION_TOKEN="old")
+    environment, _ = loaded(tmp_path, AWS_SESSION_TOKEN="of the pod")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
+        (tmp_path / "s3" / key).write_text("new")
+    mounts.load(environment, str(tmp_path))
+    assert environment == {"AWS_ACCESS_KEY_ID": "new", "AWS_SESSION_TOKEN": "of the pod"}
+
+
 def test_a_mounted_ca_bundle_is_trusted_unless_another_one_is_named(tmp_path):
     (tmp_path / "ca").mkdir(parents=True)
     (tmp_path / "s3").mkdir()  # Kubernetes mounts an empty folder for what is not there

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from ptl.errors import WorkError
+from ptl.errors import InputError, WorkError
 from ptl.storage import local_files, store, training_checkpoints
 from ptl.storage.local_files import COMPLETE, last_complete
 from ptl.storage.store import Pointer, Record
@@ -92,6 +92,31 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path):
         checkpoints.clear()
         assert [path for path in (tmp_path / "art").rglob("*") if path.is_file()] == [kept], uri
         assert last_complete(tmp_path / "here") is not None and checkpoints.records() == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_two_are_an_error(tmp_path, capsys):
+    checkpoints = stored_at(f"file://{tmp_path}/art")
+    for step in (2, 4, 6):
+        checkpoints.save(folder(tmp_path / "here", step))
+    *_, older, newest = checkpoints.records()
+    for record, name in ((newest, "first"), (older, "second")):
+        shutil.rmtree(record.pointer.uri.removeprefix("file://"))
+        if record is newest:
+            checkpoints.restore(tmp_path / name)
+            assert last_complete(tmp_path / name).name == "checkpoint-4"
+            assert "warning: an older training checkpoint is taken: " in capsys.readouterr().out
+    with pytest.raises(WorkError, match="gone"):
+        checkpoints.restore(tmp_path / "second")
+
+
+def test_a_store_that_deletes_nothing_ends_no_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "delete", mock.Mock(side_effect=InputError("access denied", field="store")))
+    checkpoints = stored_at(f"file://{tmp_path}/art")
+    for step in (2, 4, 6):
+        checkpoints.save(folder(tmp_path / "here", step))
+    assert steps(checkpoints) == [2, 4, 6]
+    checkpoints.clear()
+    assert "training checkpoints that nobody needs stay in the store: store: access denied" in capsys.readouterr().out
 
 
 def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
