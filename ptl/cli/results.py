@@ -194,7 +194,7 @@ def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
             if folder.is_relative_to(cache):
                 folder.rename(out)
             else:  # a store of files hands out its own folder
-                shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES, MLFLOW_META), dirs_exist_ok=True)
+                local_files.copy_tree(folder, out, FILES, MLFLOW_META)
             (out / STATE).unlink(missing_ok=True)
             # What lies there describes the model that the run began with.
             (out / "README.md").unlink(missing_ok=True)

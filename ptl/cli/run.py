@@ -64,7 +64,8 @@ def run(
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        checked(settings, () if runner == "subprocess" else extras.UnusableError)
+        # A rehearsal takes what there is here: transformers in vLLM's place.
+        checked(settings, () if runner == "subprocess" and not rehearse else extras.UnusableError)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             import torch

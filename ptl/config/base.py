@@ -195,13 +195,13 @@ def _suggestions(section: type[Section], location: Sequence[str | int]) -> list[
     # A typing error, or initials such as `lr`, in the same section.
     siblings = [path[-1] for path in known if path[:-1] == parents]
     initials = [name for name in siblings if last == "".join(word[0] for word in name.split("_"))]
-    for name in [*initials, *difflib.get_close_matches(last, siblings, 1, NEAR)][:1]:
-        return [".".join([*parents, name])]
     # The right name in the right place, but for another kind of target: no name is meant.
     if (*parents, last) in known:
         return []
     # The right name, but of another section.
-    return [".".join(path) for path in known if path[-1] == last][:MOST]
+    elsewhere = [".".join(path) for path in known if path[-1] == last][:MOST]
+    near = [*initials, *difflib.get_close_matches(last, siblings, 1, NEAR)][:1]
+    return elsewhere or [".".join([*parents, name]) for name in near]
 
 
 @cache

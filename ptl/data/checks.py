@@ -167,6 +167,9 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
                 raise InputError(
                     f"no config.json in {own}", field=TEACHER, remedy="give the folder of a checkpoint, or a hub id"
                 )
+            # Of a run's model they are checked; of a hub id they are not here yet.
+            if name and Path(name).is_dir():
+                checkpoint.shards(own)
             of_teacher = pretrained.load_tokenizer(own, TEACHER)
             shapes.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
             pretrained.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))

@@ -35,6 +35,7 @@ class Tokens:
     cut: bool = False  # whether max_length left out its end
     source: int = 0  # its number in the list of calibration text
     passes: float = field(default=0.0, compare=False)  # over its source, up to here
+    passed_over: int = field(default=0, compare=False)  # rows before it that gave no sequence
 
     def labels(self, loss: str) -> TokenIds:
         """Labels for next-token training: all tokens, or the completion's only."""
@@ -59,6 +60,9 @@ def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     """Tokens of the prompt, and of the prompt with its completion."""
     eos = tokenizer.eos_token_id
     prompt_text, completion_text = texts(row)
+    # Many data sets of text have blank rows; a blank answer is an error.
+    if not completion_text.strip():
+        return [], []
     prompt = tokenizer(prompt_text)["input_ids"] if prompt_text else []
     # some tokenizers end every text by themselves
     if prompt and prompt[-1] == eos:
@@ -185,10 +189,10 @@ def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Cha
     sequences = []
     for number, (source, (begin, end)) in enumerate(zip(settings.data, itertools.pairwise(bounds), strict=True)):
         rows = read_rows(source)
-        count = max(1, end - begin)
-        for i in itertools.islice(order(len(rows), seed), min(count, len(rows))):  # none twice
-            tokens = tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat)
-            sequences.append(replace(tokens, source=number))
+        drawn = itertools.islice(order(len(rows), seed), len(rows))  # none twice
+        tokenized = (tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in drawn)
+        found = itertools.islice((tokens for tokens in tokenized if tokens.ids), max(1, end - begin))
+        sequences += [replace(tokens, source=number) for tokens in found]
     return sequences
 
 
@@ -337,13 +341,13 @@ def _source_stream(
         if leak_filter is None or leak_filter.keeps(row):
             tokens = tokenize(row, tokenizer, max_length, chat)
             if tokens.prompt < len(tokens.ids):
+                yield replace(tokens, passes=drawn / len(rows), passed_over=useless - 1)
                 useless = 0
-                yield replace(tokens, passes=drawn / len(rows))
         # so many in a row hold one complete permutation, of which no row is of use
         if useless == 2 * len(rows):
             raise InputError(
-                f"no row of {source.source} is left: each is dropped by training.decontaminate or its prompt fills "
-                f"recover.max_length={max_length}",
+                f"no row of {source.source} is left: each is blank or dropped by training.decontaminate, or its prompt "
+                f"fills recover.max_length={max_length}",
                 field="training",
                 remedy="raise max_length or give other data",
             )

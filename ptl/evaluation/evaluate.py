@@ -23,6 +23,7 @@ from ptl.evaluation import helpers, language_models, paired, retention, tasks
 from ptl.evaluation.paired import Item, Paired
 from ptl.evaluation.retention import TextLosses
 from ptl.evaluation.scoring import TaskScore, load_tasks, score_task
+from ptl.json_lines import read_json_lines
 from ptl.log import table_text
 from ptl.model import dimensions, pretrained
 from ptl.model.dimensions import StaticCost
@@ -101,8 +102,12 @@ def read_items(path: Path) -> list[Item]:
         path = path / ITEMS
     if not path.is_file():
         raise InputError(f"no {ITEMS} at {path}", remedy="evaluate the checkpoint first")
-    with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in an answer too
-        return [json.loads(line) for line in lines]
+    if not path.stat().st_size:  # of tasks that call no item right or wrong
+        return []
+    items = list(read_json_lines(path, "items", str(path)))
+    if not all("task" in item for item in items):
+        raise InputError(f"{path} has not the items of an evaluation", field="items", remedy=f"give an {ITEMS}")
+    return items
 
 
 def write_items(dst: Path, settings: Evaluate, seed: int) -> int:

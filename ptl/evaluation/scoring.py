@@ -24,19 +24,6 @@ from ptl.evaluation.paired import Item, interval
 from ptl.evaluation.task_files import SPLITS, Spec
 
 
-def _check_lengths(lm: Any, loaded: Any) -> None:
-    """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
-    if loaded.get_config("output_type") != "generate_until":
-        return
-    answer = task_files.answer_tokens(loaded.get_config("generation_kwargs"))
-    if answer >= lm.max_length:
-        raise InputError(
-            f"answers of {loaded.task_name!r} may be {answer} tokens long, but the model's context is {lm.max_length}",
-            field="evaluate.tasks",
-            remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
-        )
-
-
 def load_tasks(specs: list[Spec], task: Task, settings: Evaluate, seed: int) -> dict[str, Any]:
     """Name -> the harness's task, as of `load_task`: one, or the members of a group."""
     from transformers import set_seed
@@ -50,6 +37,7 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
 
     Its attribute `code_eval` counts the answers whose code has run out of time.
     """
+    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -69,6 +57,9 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     try:
         # Only this task: the index of all that the harness ships takes seconds.
         loaded = TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
+    except TemplateError as error:  # the harness renders the first row
+        problem = f"the templates of the task {spec.name!r} do not fit its rows ({error})"
+        raise InputError(problem, field="evaluate.tasks", remedy=f"correct {spec.path}") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise WorkError(f"the task {spec.name!r} did not load: {error}", field="evaluate.tasks") from error
     code_eval.timeouts = 0  # the harness's modules try their metric when they are imported
@@ -235,7 +226,9 @@ def _passes(
     """The task as often as it has samples: the filters of most tasks keep one of the harness's own repeats."""
     for harness_task in loaded.values():
         # Before the first answer is generated.
-        _check_lengths(lm, harness_task)
+        if harness_task.get_config("output_type") == "generate_until":
+            answer = task_files.answer_tokens(harness_task.get_config("generation_kwargs"))
+            tasks.check_room(harness_task.task_name, answer, lm.max_length)
         if task.samples > 1:
             sampling = {"do_sample": True, **(lm.sampling or PLAIN_SAMPLING)}
             harness_task.set_config("generation_kwargs", sampling, update=True)

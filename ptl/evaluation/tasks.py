@@ -182,8 +182,20 @@ def check_tasks(settings: Evaluate) -> None:
                     remedy="leave num_fewshot out",
                 )
             check_samples(spec, task)
+            if spec.output_type == "generate_until" and settings.max_length:
+                check_room(spec.name, answer_tokens(task), settings.max_length)
             check_code(spec, settings.allow_code)
             local_splits(spec, settings.data_dir, task.num_fewshot)
+
+
+def check_room(name: str, answer: int, context: int) -> None:
+    """Raise InputError when a task's longest answer leaves no room for a prompt; both in tokens."""
+    if answer >= context:
+        raise InputError(
+            f"answers of {name!r} may be {answer} tokens long, but the model's context is {context}",
+            field=FIELD,
+            remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
+        )
 
 
 def check_samples(spec: Spec, task: Task) -> None:

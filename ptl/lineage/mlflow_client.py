@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ def connect() -> MlflowClient:
         raise InputError(
             "MLFLOW_TRACKING_URI is not set", field="environment", remedy="set it to your MLflow server's address"
         )
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        raise InputError(f"MLFLOW_TRACKING_URI={uri}", field="environment", remedy=f"write http://{uri}, or https://")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Else it prints two lines whenever a run ends, among what a command prints.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptl.config.data import DataSource
+from ptl.config.data import DataSource, columns_of
 from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError
@@ -59,7 +59,9 @@ def read(name: str, columns: str | None) -> Rows:
 def settings_of(row: Row, columns: str | None) -> dict[str, str]:
     """Format and templates for rows with such columns. Raises InputError that names --columns."""
     present = row.keys()
-    names = tuple(columns.split(",")) if columns else next((known for known in KNOWN if present >= set(known)), ())
+    names: tuple[str, ...] = next((known for known in KNOWN if present >= set(known)), ())
+    if columns:
+        names = tuple(map(str.strip, columns.split(",")))
     if not 1 <= len(names) <= 2 or not present >= set(names):
         raise InputError(
             f"{columns or 'missing'}; the rows have {', '.join(sorted(row))}",
@@ -68,6 +70,11 @@ def settings_of(row: Row, columns: str | None) -> dict[str, str]:
         )
     if names in KNOWN:
         return KNOWN[names]
+    try:
+        columns_of("".join(f"{{{name}}}" for name in names))
+    except ValueError as error:
+        problem = f"{columns}: no template can name such a column"
+        raise InputError(problem, field="--columns", remedy="rename it in the file") from error
     if len(names) == 2:
         return {"prompt": f"{{{names[0]}}}\n", "completion": f"{{{names[1]}}}"}
     if isinstance(row[names[0]], list):

@@ -30,6 +30,8 @@ ERROR_FILE = "error.json"  # in `scratch`
 LAST_LINES = 30  # of a failed training, in its error
 RENDEZVOUS = 1800  # seconds that machines wait for each other: some fetch their checkpoint later
 GRACE = 10  # seconds between SIGTERM and SIGKILL
+# What a shell of torchrun or Slurm has set, and accelerate would take for a launch of ours.
+FOREIGN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world_size() -> int:

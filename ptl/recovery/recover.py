@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -125,6 +126,8 @@ def _train(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob) -> Recov
     out.mkdir(parents=True)
     if job.store is not None:
         job.store.restore(job.scratch)
+    for name in launch.FOREIGN:
+        os.environ.pop(name, None)
     in_processes = launch.processes_of_all(stage, job.machines) > 1
     method = launch.run if in_processes else RECOVERIES[stage.method]
     report = method(src, out, stage, job)

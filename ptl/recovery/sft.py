@@ -135,6 +135,7 @@ def training_dataset(
     details: dict[str, Any] = {
         "sequences": len(chunk),
         "cut_sequences": sum(tokens.cut for tokens in chunk),
+        "passed_over": sum(tokens.passed_over for tokens in chunk),
         "passes": max(tokens.passes for tokens in chunk),
         "processes": arguments.world_size,
     }

@@ -115,7 +115,7 @@ def _scored(step: Step, source: Path, key: str) -> Metadata:
         folder.mkdir(parents=True)
         report = evaluate_checkpoint(source, folder, settings["evaluate"], settings["chat"], seed=settings["seed"])
         local_files.replace(report_file, json.dumps(dataclasses.asdict(report)).encode())
-    shutil.copytree(folder, step.folder, dirs_exist_ok=True)
+    local_files.copy_tree(folder, step.folder)
     return dict(json.loads(report_file.read_bytes()))
 
 

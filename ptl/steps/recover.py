@@ -26,6 +26,7 @@ from ptl.storage.training_checkpoints import TrainingCheckpoints
 if TYPE_CHECKING:
     from ptl.recovery.job import RecoverReport
 
+COUNTED = ("sequences", "cut_sequences", "passed_over")  # of a stage's data
 STORE_MINUTES = 15.0  # between training checkpoints in the store, unless PTL_STORE_MINUTES says otherwise
 
 
@@ -159,9 +160,15 @@ def sequence_counts(step: str, stages: list[Metadata]) -> Metadata:
     trained = [details for details in stages if "sequences" in details]
     if not trained:
         return {}
-    counts = {name: sum(details[name] for details in trained) for name in ("sequences", "cut_sequences")}
+    counts = {name: sum(details[name] for details in trained) for name in COUNTED}
     if counts["cut_sequences"]:
         say(step, "{cut_sequences:,} of {sequences:,} sequences were cut at recover.max_length".format(**counts))
+    if counts["passed_over"]:
+        say(
+            step,
+            f"{counts['passed_over']:,} rows were passed over: blank, also in a benchmark, or with a prompt that fills "
+            "recover.max_length",
+        )
     return counts | {"passes": max(details["passes"] for details in trained)}
 
 

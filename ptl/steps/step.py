@@ -35,6 +35,7 @@ from ptl.recovery.job import is_node, machines
 from ptl.steps import reporting
 from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
 from ptl.storage import store
+from ptl.storage.local_files import copy_tree
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of
 
@@ -139,7 +140,7 @@ class Step:
                 say(step, f"not taken over from run {run}: {error}")
                 continue
             # Without the list of files: the copy is published with one of its own.
-            shutil.copytree(folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
+            copy_tree(folder, self.folder, FILES)
             say(step, f"taken over from run {run}: same inputs, same settings")
             tracking.tag(self.run, {"taken_over_from": run})
             return {name: value for name, value in record.metadata.items() if name != "started"}

@@ -181,6 +181,17 @@ def full_disk(path: Path) -> Iterator[None]:
         raise no_space(OSError(error.errno, error.strerror, str(path))) from error
 
 
+def copy_tree(folder: Path, target: Path, *left_out: str) -> None:
+    """Copy a folder but for files of these names; shutil alone would report a full disk as text."""
+
+    def copy(file: str, copied: str) -> str:
+        with full_disk(Path(copied)):
+            return shutil.copy2(file, copied)
+
+    ignored = shutil.ignore_patterns(*left_out)
+    shutil.copytree(folder, target, ignore=ignored, copy_function=copy, dirs_exist_ok=True)
+
+
 @contextmanager
 def _draft(path: Path, data: bytes, mode: int = 0o666) -> Iterator[Path]:
     """The data under a name of this writer alone, in the same folder: a rename or a link from it is one step."""

@@ -16,7 +16,7 @@ from typing import Any
 from ptl.errors import PtlError, WorkError
 from ptl.log import say
 from ptl.storage import store
-from ptl.storage.local_files import COMPLETE, last_complete, step_of
+from ptl.storage.local_files import COMPLETE, copy_tree, last_complete, step_of
 from ptl.storage.manifest import FILES, digest_of, silent
 from ptl.storage.store import Pointer, Record
 
@@ -142,6 +142,6 @@ def _fetch(record: Record, target: Path) -> None:
     folder = store.fetch(record.pointer, download, on_progress=silent)
     shutil.rmtree(target, ignore_errors=True)
     partial = target.with_name(f".{os.getpid()}.{target.name}")
-    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
+    copy_tree(folder, partial, FILES)
     partial.rename(target)
     shutil.rmtree(download, ignore_errors=True)

@@ -308,7 +308,7 @@ def test_rows_are_read_by_their_columns(tmp_path):
         ({"prompt": "1+1=", "completion": " 2", "text": "x"}, None, "1+1=", " 2"),
         ({"text": "1+1=2", "url": "x"}, None, "", "1+1=2"),
         ({"messages": CHAT, "prompt": "1+1?"}, None, "1+1?", "2"),
-        ({"instruction": "Add 1 and 1", "output": "2"}, "instruction,output", "Add 1 and 1\n", "2"),
+        ({"instruction": "Add 1 and 1", "output": "2"}, "instruction, output", "Add 1 and 1\n", "2"),
         ({"conversations": CHAT}, "conversations", "1+1?", "2"),
         ({"body": "1+1=2"}, "body", "", "1+1=2"),
     ):
@@ -323,6 +323,7 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path):
     for row, columns, said in (
         ({"title": "x", "body": "y"}, None, "--columns: missing; the rows have body, title"),
         ({"title": "x", "body": "y"}, "title,text", "--columns: title,text; the rows have body, title"),
+        ({"my.question": "x", "a": "y"}, "my.question,a", "--columns: my.question,a: no template .*; rename it"),
         ({"messages": CHAT[:1]}, None, "--data.*: row 1 .* no answer"),
         ({"conversations": [{"from": "human", "value": "1+1?"}]}, "conversations", "--data.* role: user"),
     ):

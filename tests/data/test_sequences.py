@@ -137,6 +137,21 @@ def test_a_prompt_that_fills_max_length_is_no_training_sequence(tmp_path):
     assert error.value.field == "training"
 
 
+def test_blank_texts_are_passed_over_and_counted(tmp_path):
+    """As of wikitext, a third of whose rows are blank."""
+    path = rows_file(tmp_path / "a.jsonl", [{"text": text} for text in (" ", "ab", "", "\n", "cd")])
+    source = DataSource(source=path, format="text")
+    chunk = training_chunk(TrainingData(sources=[source]), Letters(), 64, seed=0, earlier=(), budget=60)
+    assert {tokens.ids[0] for tokens in chunk} == {97, 99} and len(chunk) == 20
+    assert 25 <= sum(tokens.passed_over for tokens in chunk) <= 30  # of ten passes, the last one's end not read
+    given = Calibration(data=source, num_sequences=2, max_length=5)
+    drawn = sequences.calibration_rows(given, Letters(), seed=0)
+    assert sorted(tokens.ids[0] for tokens in drawn) == [97, 99]
+    blank = TrainingData(sources=[DataSource(source=rows_file(tmp_path / "b.jsonl", [{"text": " "}]), format="text")])
+    with pytest.raises(InputError, match="each is blank or"):
+        training_chunk(blank, Letters(), 64, seed=0, earlier=(), budget=9)
+
+
 def test_calibration_batches_have_equal_lengths_together(tmp_path):
     rows = [{"prompt": "a" * i, "completion": "b"} for i in (9, 1, 2)]
     source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows))

@@ -250,7 +250,7 @@ def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_p
     assert passes([text]) == 8  # of 100 tokens each
     assert passes([other, text]) == 4 and passes([text | {"weight": 3}, other]) == 6
     assert passes([text, hub]) == 2 and passes([hub]) is None
-    assert passes([text], recover=[{"max_length": 50}, {"max_length": 40}]) == 16  # rows are cut
+    assert passes([text], recover=[{"max_length": 50}]) == 16  # rows are cut
     assert passes([text], recover=[{"method": "grpo"}]) is None
     # 200 rows are measured, and all counted.
     assert passes([file("rows.jsonl", *[400] * 250, 0)]) == 8000 / 25_100

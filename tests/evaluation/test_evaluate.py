@@ -410,6 +410,9 @@ WRONG = [  # golden/commands.txt has more
 ]
 
 
+TYPING_ERROR = f"include: {YAML}\ntask: own\ndoc_to_text: '{{{{qustion}}}}'"
+
+
 def test_wrong_tasks_and_files_that_are_none_are_named_before_the_model_is_loaded(tmp_path):
     for named, message in WRONG:
         with pytest.raises(InputError, match=message) as error:
@@ -420,6 +423,13 @@ def test_wrong_tasks_and_files_that_are_none_are_named_before_the_model_is_loade
         wanted = task_file(tmp_path, text + "\n")
         with pytest.raises(InputError, match=rf"^evaluate\.tasks: .*{tmp_path}/own\.yaml"):
             check_tasks(wanted)
+    with pytest.raises(InputError, match=r"answers of 'tiny_reasoner' may be 60 tokens long, but .* context is 16"):
+        check_tasks(settings({"name": YAML}, max_length=16))
+    with pytest.raises(InputError, match=r"templates of the task 'own' do not fit .*'qustion' is undefined.*own.yaml"):
+        evaluate_checkpoint(DENSE, tmp_path / "out", task_file(tmp_path, f"{TYPING_ERROR}\n"), seed=0)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1?"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl has not the items of an evaluation"):
+        read_items(tmp_path / "rows.jsonl")
     with pytest.raises(InputError, match=r"no scores under the name of the task 'c\+\+'; name it"):
         check_tasks(task_file(tmp_path, f"include: {YAML}\ntask: c++\n"))
 

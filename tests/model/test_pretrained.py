@@ -56,6 +56,12 @@ def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(tmp_path, monkey
         with pytest.raises(InputError, match=r"(needs code of its own, which is never run|not supported)"):
             way()
             pytest.fail(f"{name} loaded it")
+    (own / "model.safetensors").rename(own / "pytorch_model.bin")
+    change_config(own, model_type="llama", auto_map=None)
+    with pytest.raises(InputError, match="has only pickled weights"):
+        check_stages(plain, [RecoverStage(method="distil", teacher=str(own), max_length=32)], None)
+    (own / "pytorch_model.bin").rename(own / "model.safetensors")
+    change_config(own, model_type="own", auto_map=CLASSES)
     # A known family that names code too, as Phi-3's checkpoints on the hub do, is loaded without it.
     change_config(own, model_type="llama")
     assert pretrained.causal_lm(own).num_parameters() == build("llama").num_parameters()

@@ -119,8 +119,9 @@ def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["cpt", "distil"])
-def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(small, tmp_path, method):
+def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(small, tmp_path, monkeypatch, method):
     """It has nothing to be predicted from, so its loss is zero: the budget stays exact, the weights are numbers."""
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as in a shell of Slurm
     tokenizer, stage = pretrained.tokenizer(small), {"method": method, "batch_size": 1}
     whole = training_chunk(DATA, tokenizer, SHORT["max_length"], seed=0, earlier=(), budget=2000)[1]
     report = recover(small, tmp_path / "out", stage, tokens=len(whole.ids) + 1, teacher=DENSE, log=(log := []))

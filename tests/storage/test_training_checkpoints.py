@@ -1,5 +1,7 @@
 """Training checkpoints in the store: another machine resumes from them, and nothing of them stays after success."""
 
+import errno
+import os
 import shutil
 from dataclasses import replace
 from unittest import mock
@@ -107,6 +109,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_an_error(tmp_path, caps
             assert "warning: an older training checkpoint is taken: " in capsys.readouterr().out
     with pytest.raises(WorkError, match="gone"):
         checkpoints.restore(tmp_path / "second")
+
+
+def test_a_full_disk_is_named_also_where_a_folder_is_copied(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(shutil, "copy2", mock.Mock(side_effect=full))
+    with pytest.raises(WorkError, match=rf"no space left while writing {tmp_path}/out/weights"):
+        local_files.copy_tree(folder(tmp_path, 2), tmp_path / "out", COMPLETE)
 
 
 def test_a_store_that_deletes_nothing_ends_no_training(tmp_path, monkeypatch, capsys):
