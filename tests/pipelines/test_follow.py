@@ -6,6 +6,7 @@ import gzip
 import json
 import signal
 from datetime import UTC, datetime
+from unittest import mock
 
 import mock_kubernetes
 import pytest
@@ -217,15 +218,8 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked):
 
 
 def test_an_answer_that_fails_once_hides_no_pods(world, said, cluster, tracked, monkeypatch):
-    found, tries = {"prune-1": pods.Pod(datetime.now(UTC), reason="Unschedulable")}, []
-
-    def read(*_):
-        tries.append(1)
-        if len(tries) == 2:
-            raise WorkError("503")
-        return found
-
-    monkeypatch.setattr(pods, "read", read)
+    found = {"prune-1": pods.Pod(datetime.now(UTC), reason="Unschedulable")}
+    monkeypatch.setattr(pods, "read", mock.Mock(side_effect=[found, WorkError("503"), found]))
     run = world.play("run-running", version="version-of-run-image-missing")
     api = kfp_api.connect(Server(host=world.url))
     tracked(run, {"import-model": {}})
@@ -233,7 +227,7 @@ def test_an_answer_that_fails_once_hides_no_pods(world, said, cluster, tracked, 
     for _ in range(3):
         observer.look(kfp_api.get_run(api, run))
         assert observer.pods == found
-    assert len(tries) == 3
+    assert pods.read.call_count == 3
 
 
 NEVER_PULLED = 'Container image "ptl-prune:9.9" is not present with pull policy of Never'
