@@ -82,7 +82,7 @@ def test_lengths_above_the_context(model, tmp_path):
     scored, sft = SCORED.model_copy(update={"max_length": 257}), CPT | {"max_length": 257}
     for field, check in [
         ("calibration.max_length", lambda: prune(model, tmp_path, scored)),
-        ("recover.max_length", lambda: recover(model, tmp_path / "out", CPT, sft)),
+        ("recover.max_length", lambda: recover(model, tmp_path / "out", sft)),
     ]:
         with pytest.raises(InputError, match=rf"^{field}: 257 is more than the model's 256 positions"):
             check()
