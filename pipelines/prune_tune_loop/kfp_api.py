@@ -96,7 +96,8 @@ def connect(server: Server) -> Api:
 def _proxy(host: str) -> str | None:
     """The environment's proxy for an address, as MLflow's client and boto3 take it; the API's own client would not."""
     parts = urlsplit(host)
-    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    is_here = parts.hostname in ("localhost", "127.0.0.1", "::1")  # `kubectl port-forward`
+    return None if is_here or proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 def _bound(client: Any) -> None:

@@ -126,15 +126,17 @@ def artifact_location(experiment: str) -> str:
 
 def _check_not_moved(experiment: str) -> None:
     """Raise InputError where the folder of local runs was moved: MLflow would send new checkpoints to the old place."""
-    root = os.environ["PTL_ARTIFACT_ROOT"]
-    database = local_files.path_of(root).with_name("mlflow.db")
+    artifacts = local_files.path_of(os.environ["PTL_ARTIFACT_ROOT"])
+    database = artifacts.with_name("mlflow.db")
     if os.environ["MLFLOW_TRACKING_URI"] != f"sqlite:///{database}" or not database.is_file():
         return
     with mlflow_client.connected() as client:
         found = client.get_experiment_by_name(experiment)
-    if found is not None and not str(found.artifact_location).startswith(root):
+    location = str(found.artifact_location) if found else ""
+    # By another name it may be the same folder.
+    if location.startswith("file:") and not local_files.path_of(location).resolve().is_relative_to(artifacts.resolve()):
         raise InputError(
-            f"{database.parent} was moved: what its runs have made is known as {found.artifact_location}",
+            f"{artifacts.parent} was moved: what its runs have made is known as {location}",
             field="--home",
             remedy="move it back, make a link there that leads here, or give another folder",
         )

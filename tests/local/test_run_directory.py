@@ -96,6 +96,9 @@ def test_local_runs_that_were_moved_are_not_continued_in_the_old_place(tmp_path,
     shutil.copytree(old, new)
     with pytest.raises(InputError, match=rf"--home: {new} was moved: .*{old}/artifacts/1; move it back"):
         at(new)
+    shutil.rmtree(old)
+    old.symlink_to(new)
+    assert at(new) == f"file://{new}/artifacts"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
     with pytest.raises(InputError, match="write http://localhost:5000"), mlflow_client.connected():
         pass

@@ -186,3 +186,10 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
     assert invoke("status", "run-0")[0] == 1 and invoke("status", "run-0", "--token-file", "none")[0] == 2
     assert invoke("retry", "run-0", "--host", world.url)[0] == 0
     assert ": canceled" in invoke("cancel", "run-0", "--host", world.url)[1]
+
+
+def test_the_proxy_of_the_environment_holds_for_what_is_not_here(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "inside.example.com")
+    hosts = ("https://kfp.example.com/pipeline", "https://inside.example.com", "https://localhost:8888")
+    assert [kfp_api._proxy(host) for host in hosts] == ["http://proxy:3128", None, None]
