@@ -152,7 +152,7 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
     for stage in stages:
         length = "max_completion_length" if stage.method == "grpo" else "max_length"
         shapes.check_positions(folder, {f"recover.{length}": getattr(stage, length)})
-        # transformers (5.24) gives its attention's masks no positions, by which packed texts are told apart.
+        # transformers (5.24) gives its attention's masks no positions, and only these separate packed texts.
         if stage.packing and checkpoint.read_config(folder)["model_type"] == "gpt_oss":
             problem = "true, and in gpt_oss packed texts would attend to each other"
             raise InputError(problem, field="recover.packing", remedy="set it to false")

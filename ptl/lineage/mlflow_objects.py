@@ -8,14 +8,16 @@ copy knows nothing of what the store holds: then runs are created anew, and mode
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
 from ptl.lineage.mlflow_client import ALREADY_THERE, connected, if_there, ignoring
 from ptl.lineage.run_status import PARENT, StepRun, records_root, search
-from ptl.storage import store
+from ptl.storage import local_files, store
 from ptl.storage.store import Pointer
 
 if TYPE_CHECKING:
@@ -44,7 +46,24 @@ def experiment(client: MlflowClient, name: str, artifact_location: str | None = 
             field="storage.experiment",
             remedy="restore it there or choose another name",
         )
+    if artifact_location and artifact_location.startswith("file:"):
+        _check_not_moved(existing, local_files.path_of(artifact_location))
     return existing
+
+
+def _check_not_moved(existing: Experiment, artifacts: Path) -> None:
+    """Raise InputError where the folder of local runs was moved: MLflow would send new checkpoints to the old place."""
+    location = str(existing.artifact_location)
+    is_its_own = os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{artifacts.with_name('mlflow.db')}"
+    if not is_its_own or not location.startswith("file:"):
+        return
+    # By another name it may be the same folder.
+    if not local_files.path_of(location).resolve().is_relative_to(artifacts.resolve()):
+        raise InputError(
+            f"{artifacts.parent} was moved: what its runs have made is known as {location}",
+            field="--home",
+            remedy="move it back, make a link there that leads here, or give another folder",
+        )
 
 
 def run(client: MlflowClient, experiment: Experiment, tags: Tags, name: str) -> Run:

@@ -11,7 +11,7 @@ from ptl.lineage import mlflow_client, mlflow_objects, run_status
 from ptl.local import servers
 from ptl.local.run_directory import RunDir
 from ptl.processes import LIFELINE, Environment
-from ptl.storage import local_files, s3, store
+from ptl.storage import s3, store
 
 # What steps get of this process's environment, beside what `environment` adds.
 PASSED = (
@@ -107,7 +107,6 @@ def artifact_location(experiment: str) -> str:
     Raises InputError when the server does not answer, or its store cannot be used.
     """
     if not address.is_server(os.environ["MLFLOW_TRACKING_URI"]):
-        _check_not_moved(experiment)
         return os.environ["PTL_ARTIFACT_ROOT"]
     try:
         # MLflow's own client would try for minutes.
@@ -122,21 +121,3 @@ def artifact_location(experiment: str) -> str:
     # Steps would find out only when the first checkpoint is done.
     store.check(f"{location.rstrip('/')}/ptl")
     return location
-
-
-def _check_not_moved(experiment: str) -> None:
-    """Raise InputError where the folder of local runs was moved: MLflow would send new checkpoints to the old place."""
-    artifacts = local_files.path_of(os.environ["PTL_ARTIFACT_ROOT"])
-    database = artifacts.with_name("mlflow.db")
-    if os.environ["MLFLOW_TRACKING_URI"] != f"sqlite:///{database}" or not database.is_file():
-        return
-    with mlflow_client.connected() as client:
-        found = client.get_experiment_by_name(experiment)
-    location = str(found.artifact_location) if found else ""
-    # By another name it may be the same folder.
-    if location.startswith("file:") and not local_files.path_of(location).resolve().is_relative_to(artifacts.resolve()):
-        raise InputError(
-            f"{artifacts.parent} was moved: what its runs have made is known as {location}",
-            field="--home",
-            remedy="move it back, make a link there that leads here, or give another folder",
-        )

@@ -81,9 +81,10 @@ def optimizer_for(model: Any, settings: RecoverStage, state: Path | None = None)
     """AdamW without weight decay on norms and biases; with `state`, it continues the last iteration's."""
     # with LoRA the adapters alone are trained
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # Biases of experts are matrices too.
-    vectors = [parameter for name, parameter in trained.items() if parameter.dim() <= 1 or name.endswith("bias")]
-    matrices = [parameter for name, parameter in trained.items() if parameter.dim() > 1 and not name.endswith("bias")]
+    # Biases of experts have two dimensions.
+    decays = {name: parameter.dim() > 1 and not name.endswith("bias") for name, parameter in trained.items()}
+    matrices = [parameter for name, parameter in trained.items() if decays[name]]
+    vectors = [parameter for name, parameter in trained.items() if not decays[name]]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
     # adapters have none
     if vectors:

@@ -52,7 +52,7 @@ def _written(step: Step, evaluate: Evaluate) -> Metadata:
 
 
 def check_structure(training: TrainingData, compiled: bool) -> None:
-    """Raise InputError where a run parameter asks for own answers and no step writes them, or the other way round.
+    """Raise InputError where a run parameter asks for own answers and no step writes them, or does not and one would.
 
     `compiled`: whether there is such a step.
     """

@@ -14,6 +14,7 @@ from mlflow.store.entities import PagedList
 from mock_server import Proxy
 from working import execute, run_locally
 
+from ptl.errors import InputError
 from ptl.lineage import locate, mlflow_client, mlflow_objects, tracking
 from ptl.local import runs, servers
 from ptl.steps.call import Call
@@ -120,3 +121,23 @@ def test_a_run_continues_after_its_database_was_lost(environment, new_database, 
     assert mlflow_objects.existing_models(client, ids) == ({ids[0], ids[2]} if state == "older" else {ids[2]})
     # Whoever comes later finds the same runs.
     assert Call("prune-1", experiment).start().parent_run_id == report.parent_run_id
+
+
+def test_local_runs_that_were_moved_are_not_continued_in_the_old_place(tmp_path, monkeypatch):
+    def at(home):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        with mlflow_client.connected() as client:
+            return mlflow_objects.experiment(client, "mine", (home / "artifacts").as_uri()).artifact_location
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    assert at(old) == at(old) == f"file://{old}/artifacts"
+    shutil.copytree(old, new)
+    with pytest.raises(InputError, match=rf"--home: {new} was moved: .*{old}/artifacts; move it back"):
+        at(new)
+    shutil.rmtree(old)
+    old.symlink_to(new)
+    assert at(new) == f"file://{old}/artifacts"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    with pytest.raises(InputError, match="write http://localhost:5000"), mlflow_client.connected():
+        pass

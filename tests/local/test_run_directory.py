@@ -1,7 +1,6 @@
 """Run directories: one command at a time, and what a crash has left of one is no obstacle."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from checkout import TINY
 from ptl import processes
 from ptl.config.run import Config, check, load_config
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.local import run_directory, runs
 from ptl.local.run_directory import missing_exports, open_run, working
 
@@ -79,29 +77,6 @@ def test_the_newest_unfinished_run_is_resumed_and_others_of_its_name_are_known(t
     # Of finished runs the newest counts, which lacks no export here.
     (tmp_path / "runs/tiny-2/result.json").write_text(result(q8_0=""))
     assert not open_run(tmp_path, with_exports(config, {"type": "q8_0"}), False)[1]
-
-
-def test_local_runs_that_were_moved_are_not_continued_in_the_old_place(tmp_path, monkeypatch):
-    def at(home):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-        monkeypatch.setenv("PTL_ARTIFACT_ROOT", (home / "artifacts").as_uri())
-        return runs.artifact_location("mine")
-
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.mkdir()
-    root = at(old)
-    with mlflow_client.connected() as client:
-        mlflow_objects.experiment(client, "mine", f"{root}/1")
-    assert at(old) == root
-    shutil.copytree(old, new)
-    with pytest.raises(InputError, match=rf"--home: {new} was moved: .*{old}/artifacts/1; move it back"):
-        at(new)
-    shutil.rmtree(old)
-    old.symlink_to(new)
-    assert at(new) == f"file://{new}/artifacts"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
-    with pytest.raises(InputError, match="write http://localhost:5000"), mlflow_client.connected():
-        pass
 
 
 def test_what_a_killed_command_left_ends_before_the_next_one_begins(tmp_path, config, monkeypatch):
