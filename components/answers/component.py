@@ -14,15 +14,7 @@ def answers(
     model: Input[Model],
     metrics: Output[Metrics],
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {"model": model},
-        {"metrics": metrics},
-        chat=chat,
-        training=training,
-        evaluate=evaluate,
-        seed=seed,
-    )
+    run(given, outputs=["metrics"])

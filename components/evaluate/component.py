@@ -20,19 +20,7 @@ def evaluate(
     metrics: Output[Metrics],
     fallback: Input[Model] = None,
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {"model": model, "fallback": fallback},
-        {"accepted": accepted, "metrics": metrics},
-        iterations=iterations,
-        target=target,
-        prune=prune,
-        chat=chat,
-        evaluate=evaluate,
-        gate=gate,
-        seed=seed,
-        registered_model=registered_model,
-    )
+    run(given, outputs=["accepted", "metrics"])

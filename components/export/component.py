@@ -19,18 +19,7 @@ def export(
     out: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {"model": model, "dense": dense},
-        {"out": out, "metrics": metrics},
-        iterations=iterations,
-        export=export,
-        chat=chat,
-        calibration=calibration,
-        evaluate=evaluate,
-        gate=gate,
-        seed=seed,
-    )
+    run(given, outputs=["out", "metrics"])

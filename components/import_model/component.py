@@ -30,32 +30,7 @@ def import_model(
     registered_model: str,
     out: Output[Model],
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {},
-        {"out": out},
-        run_name=run_name,
-        earlier_runs=earlier_runs,
-        model=model,
-        revision=revision,
-        settings=settings,
-        target=target,
-        goal=goal,
-        cuts=cuts,
-        recovery_tokens=recovery_tokens,
-        tokens=tokens,
-        prune=prune,
-        chat=chat,
-        calibration=calibration,
-        training=training,
-        recover=recover,
-        evaluate=evaluate,
-        gate=gate,
-        seed=seed,
-        gated=gated,
-        answered=answered,
-        registered_model=registered_model,
-    )
+    run(given, outputs=["out"])

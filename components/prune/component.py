@@ -18,19 +18,7 @@ def prune(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {"model": model},
-        {"out": out},
-        iterations=iterations,
-        target=target,
-        cuts=cuts,
-        prune=prune,
-        chat=chat,
-        calibration=calibration,
-        training=training,
-        seed=seed,
-    )
+    run(given, outputs=["out"])

@@ -17,18 +17,7 @@ def recover(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {"model": model},
-        {"out": out},
-        iterations=iterations,
-        recovery_tokens=recovery_tokens,
-        tokens=tokens,
-        chat=chat,
-        recover=recover,
-        training=training,
-        seed=seed,
-    )
+    run(given, outputs=["out"])

@@ -29,28 +29,7 @@ def report(
     markdown: Output[Markdown],
     control: Input[Model] = None,
 ) -> None:
+    given = locals()
     from ptl.steps.supervisor import run
 
-    run(
-        step,
-        experiment,
-        {"final": final, "control": control},
-        {"html": html, "markdown": markdown},
-        settings=settings,
-        model=model,
-        revision=revision,
-        target=target,
-        goal=goal,
-        recovery_tokens=recovery_tokens,
-        seed=seed,
-        cuts=cuts,
-        tokens=tokens,
-        prune=prune,
-        chat=chat,
-        calibration=calibration,
-        recover=recover,
-        training=training,
-        evaluate=evaluate,
-        gate=gate,
-        registered_model=registered_model,
-    )
+    run(given, outputs=["html", "markdown"])

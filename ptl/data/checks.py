@@ -17,7 +17,7 @@ from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
-from ptl.data.sequences import check_chat
+from ptl.data.sequences import check_chat, source_stream
 from ptl.data.sources import GENERAL, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
@@ -141,6 +141,12 @@ def check_settings(
             )
         for row in numbered_rows(source, field) if local_file(source, field) else ():
             check_chat(row, tokenizer, chat, answers=answers)
+    max_lengths = [stage.max_length for stage in recover if stage.method != "grpo"]
+    if max_lengths and training.answers != "self":
+        for i, source in enumerate(training.sources):
+            if local_file(source, f"training.sources.{i}"):
+                # Its first sequence, or the error that no row gives one.
+                next(source_stream(source, tokenizer, min(max_lengths), 0, None, chat))
 
 
 def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:

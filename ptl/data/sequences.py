@@ -252,7 +252,7 @@ def training_chunk(
     truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
     batch of its own.
     """
-    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter, chat) for source in data.sources]
+    streams = [source_stream(source, tokenizer, max_length, seed, leak_filter, chat) for source in data.sources]
     stream = _mixed(streams, [source.weight for source in data.sources])
     # read again from the start, as an attempt on another machine does
     for earlier_budget in earlier:
@@ -329,7 +329,7 @@ def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Ite
         yield tokens
 
 
-def _source_stream(
+def source_stream(
     source: DataSource, tokenizer: Any, max_length: int, seed: int, leak_filter: Filter | None, chat: Chat
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""

@@ -55,9 +55,15 @@ class PipelineRun:
 def needs_mlflow(reference: str, *, items: bool = False) -> bool:
     """Whether MLflow must be asked for it; with `items`, for the items of an evaluation, which are in the store."""
     if Path(reference).exists():
-        return items and run_directory(reference) is not None
+        return not _is_here(reference) or (items and run_directory(reference) is not None)
     # Addresses of the store are read without it.
     return reference.startswith("models:") or "://" not in reference
+
+
+def _is_here(reference: str) -> bool:
+    """Whether it is a file or a folder; the directory of a run that has not finished only names the run."""
+    path = Path(reference)
+    return path.exists() and (run_directory(reference) is None or (path / "result.json").is_file())
 
 
 def run_directory(reference: str) -> Path | None:
@@ -134,9 +140,8 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     Raises InputError naming what there is where the checkpoint or what it needs is not there.
     """
     # What is on this machine comes first: a run's directory may be named like a run.
-    path = Path(reference)
-    if path.exists():
-        card = store.read(str(path.resolve() / "README.md"))
+    if _is_here(reference):
+        card = store.read(str(Path(reference).resolve() / "README.md"))
         return _final(result(reference), arm, reference, card)
     if arm != "loop" and ":" in reference:
         raise InputError(f"{reference} names one checkpoint; for an arm give the id of a run", field="--arm")
@@ -171,9 +176,9 @@ def evaluation(reference: str, cache: Path) -> Path:
 
 def result(reference: str) -> Result:
     """The result of a run from its result.json, its directory, or its id."""
-    path = Path(reference)
-    if not path.exists():
+    if not _is_here(reference):
         return _result_of(find_run(reference)[0])
+    path = Path(reference)
     if path.is_dir():
         path = path / "result.json"
     try:

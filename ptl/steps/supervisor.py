@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,25 @@ forks = False  # whether this process has imported what the work needs, so that 
 Wait = Callable[[float | None], int]
 
 
-def run(step: str, experiment: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], **settings: Any) -> None:
-    """The body of every component: its artifacts by name (None: one that the pipeline lacks), and its parameters.
+def run(given: Mapping[str, Any], outputs: Collection[str]) -> None:
+    """The body of every component, given its arguments by name and which of its artifacts are outputs.
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
+    step = given["step"]
     for warning in mounts.load():
         say(step, warning)
     # All attempts in this pod are of one launch; the work's process inherits its name.
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
-    # Of an artifact only the file is read: it holds the pointer.
+    paths = {name: artifact.path for name, artifact in given.items() if hasattr(artifact, "path")}
     call = {
-        "settings": {"step": step, "experiment": experiment, **settings},
-        "inputs": {name: Path(artifact.path).read_text() for name, artifact in inputs.items() if artifact},
-        "outputs": {name: artifact.path for name, artifact in outputs.items()},
+        # None: an artifact that the pipeline lacks.
+        "settings": {name: value for name, value in given.items() if name not in paths and value is not None},
+        # Of an artifact only the file is read: it holds the pointer.
+        "inputs": {name: Path(path).read_text() for name, path in paths.items() if name not in outputs},
+        "outputs": {name: paths[name] for name in outputs},
     }
     # The work's process reads its call from a file, and writes its outputs or its failure beside it.
     try:
@@ -63,7 +66,7 @@ def run(step: str, experiment: str, inputs: Mapping[str, Any], outputs: Mapping[
             if failure is None:
                 # KFP keeps it with its artifacts; their files are written already.
                 for name, metadata in json.loads(path.with_name("outputs.json").read_text()).items():
-                    outputs[name].metadata.update(metadata)
+                    given[name].metadata.update(metadata)
                 return
     except OSError as error:
         if error.errno not in local_files.FULL:
@@ -72,7 +75,7 @@ def run(step: str, experiment: str, inputs: Mapping[str, Any], outputs: Mapping[
     print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
     from ptl.steps.reporting import give_up
 
-    give_up(call, failure, outputs)
+    give_up(call, failure, {name: given[name] for name in outputs})
 
 
 def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:

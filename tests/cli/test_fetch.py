@@ -247,7 +247,8 @@ def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, monkeypatc
     (home / "latest" / "result.json").unlink()
     (home / "latest" / "config.yaml").touch()  # all that a run without a result has
     ptl("fetch", f"{home}/latest:recover-1", "out", "--home", tmp_path / "none")
-    assert holds("out", here.directory / "recover-1")[0]
+    ptl("fetch", home / "latest", "final", "--home", tmp_path / "none")
+    assert holds("out", here.directory / "recover-1")[0] and holds("final", here.directory / "recover-2")[0]
 
 
 def reach(env, patch):

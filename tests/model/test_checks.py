@@ -144,6 +144,18 @@ def test_chats_need_a_template_and_an_answer(model, tmp_path):
             check()
 
 
+def test_prompts_that_leave_no_room_for_an_answer(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(2 * (json.dumps({"text": "word " * 50, "answer": "2"}) + "\n"))
+    long = {"source": str(path), "prompt": "{text}", "completion": "{answer}"}
+    training = type(TINY.training)(sources=[SOURCE, long])
+    with pytest.raises(InputError, match=rf"^training: no row of {path} is left: .* its prompt fills .*max_length=128"):
+        validate(DENSE, CPT, training=training)
+    validate(DENSE, CPT | {"max_length": 256}, training=training)
+    own = training.model_copy(update={"answers": "self", "max_new_tokens": 64})
+    validate(DENSE, CPT, training=own)
+
+
 def test_templates_beside_the_default_one_travel_with_the_model(model, tmp_path):
     (model / checkpoint.CHAT_TEMPLATES).mkdir()
     (model / "chat_template.jinja").write_text("default")

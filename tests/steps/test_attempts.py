@@ -45,12 +45,12 @@ def go(tmp_path, monkeypatch):
         for name, value in {"PTL_TEST_PLAN": plan, "PTL_RETRIES": str(retries), **more}.items():
             monkeypatch.setenv(name, value)
         out = SimpleNamespace(path=str(tmp_path / "out"), metadata={})
-        inputs = {"fallback": None}
+        given = {"step": step, "experiment": "attempts", "out": out, "fallback": None}
         if pointer is not None:
             (tmp_path / "model").write_text(pointer.dump())
-            inputs["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
+            given["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
         try:
-            supervisor.run(step, "attempts", inputs, {"out": out})
+            supervisor.run(given, ["out"])
         except SystemExit as end:
             return end.code, out.metadata
         return 0, out.metadata
@@ -133,7 +133,8 @@ supervisor.PROCESS = "failing_step"
 supervisor.forks = sys.argv[2] == "forked"
 heavy = {"torch", "transformers", "mlflow", "numpy"} & set(sys.modules)
 assert not heavy, heavy
-supervisor.run("prune-1", "e", {}, {"out": SimpleNamespace(path=sys.argv[1] + "/out", metadata={})})
+out = SimpleNamespace(path=sys.argv[1] + "/out", metadata={})
+supervisor.run({"step": "prune-1", "experiment": "e", "out": out}, ["out"])
 """
 
 
