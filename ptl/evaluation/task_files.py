@@ -261,6 +261,12 @@ def local_splits(
     if data_files and spec.dataset_path in FORMATS and "://" not in str(data_files):
         # As in `datasets`, what names no split is for training.
         by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
+        for split in _needed_splits(spec, num_fewshot) - by_split.keys():
+            raise InputError(
+                f"the task {spec.name!r} reads the split {split!r}, and its data_files has {', '.join(by_split)}",
+                field="evaluate.tasks",
+                remedy=f"correct data_files, or which of {', '.join(SPLITS)} names it",
+            )
         return {split: LocalFile(_data_file(spec, file)) for split, file in by_split.items()}
     # Nobody names files, or a function of the task makes its data.
     if data_dir is None or spec.custom_dataset is not None:

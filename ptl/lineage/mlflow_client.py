@@ -70,7 +70,7 @@ def connect() -> MlflowClient:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """MLflow's own errors become one that names the server: an InputError for refused credentials, else a WorkError."""
+    """Errors of MLflow and of its database name it: an InputError for a refused login, else a WorkError."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -83,6 +83,15 @@ def explained() -> Iterator[None]:
             problem,
             field="MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD",
             remedy="set them, or MLFLOW_TRACKING_TOKEN, to those of a user who may use the experiment",
+        ) from error
+    except Exception as error:
+        # The package is missing where MLflow is a server.
+        if not type(error).__module__.startswith("sqlalchemy."):
+            raise
+        database = address.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        raise WorkError(
+            f"MLflow's database {database}: {str(error).splitlines()[0]}",
+            remedy="is it one that MLflow has made, whole, and its disk not full?",
         ) from error
 
 

@@ -506,10 +506,11 @@ def test_local_files_that_are_missing_or_broken_are_named(tmp_path, data_dir, mo
     # Of a task's own data each form that `datasets` takes; what has an address it fetches itself.
     (tmp_path / "t.csv").write_text("question,answer\na,1\nb,2\n")
     for named, split in (("t.csv", "train"), (["t.csv"], "train"), ({"test": "t.csv"}, "test")):
-        own = find(YAML)[0].model_copy(
-            update={"path": tmp_path / "t.yaml", "dataset_path": "csv", "dataset_kwargs": {"data_files": named}}
-        )
+        changed = {"path": tmp_path / "t.yaml", "dataset_path": "csv", "test_split": split}
+        own = find(YAML)[0].model_copy(update=changed | {"dataset_kwargs": {"data_files": named}})
         assert read_splits(local_splits(own, None))[split]["answer"] == [1, 2], named
+    with pytest.raises(InputError, match=r"reads the split 'validation', and its data_files has test; .* test_split"):
+        local_splits(own.model_copy(update={"test_split": "validation"}), None)
     own.dataset_kwargs["data_files"] = {"test": "hf://datasets/x/t.csv"}
     assert local_splits(own, None) == {}
     monkeypatch.chdir(tmp_path)  # a task's own data is found from any working directory

@@ -49,3 +49,14 @@ def test_what_is_there_and_other_databases_are_left_alone(tmp_path, monkeypatch)
     with pytest.raises(WorkError, match=r"could not create its database .*:\nsqlite is too old"):
         mlflow_client.connect()
     assert not (tmp_path / "other.db").exists()
+
+
+def test_a_database_that_is_damaged_or_none_of_mlflows(tmp_path, monkeypatch):
+    path = tmp_path / "other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    sqlite3.connect(path).execute("create table runs (x)")
+    for problem in ("no such column", "file is not a database"):
+        said = pytest.raises(WorkError, match=rf"MLflow's database sqlite:///.*other\.db: .*{problem}")
+        with said, mlflow_client.connected() as client:
+            mlflow_client.experiment_ids(client)
+        path.write_text("no database " * 100)
