@@ -55,7 +55,6 @@ TAYLOR = {"criterion": "taylor", "target": "neurons"}
 WIDTH = {"target": "width", "width_multiple": "auto"}
 ARMS = {
     "one-shot, max": Arm(ONE_SHOT, {"criterion": "max"}),
-    "one-shot, mean": Arm(ONE_SHOT, {"criterion": "mean"}),
     "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
     "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
     "loop of 4, max": Arm(4, {"criterion": "max"}),

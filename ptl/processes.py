@@ -12,13 +12,14 @@ import fcntl
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
@@ -30,6 +31,7 @@ LIFELINE = "PTL_LIFELINE"  # a file that the command which started this process 
 TIED = "PTL_TIED"  # id of the process that `tied` started, for the processes that it starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+GRACE = 10  # seconds between SIGTERM and SIGKILL
 
 # Of a step on a cluster, unless the config says otherwise.
 RETRIES = 2  # further attempts
@@ -148,6 +150,30 @@ def die_with_tied() -> None:
     parent = os.environ.get(TIED)
     if parent is not None:
         die_with(int(parent))
+
+
+def followed(command: list[str], environment: Environment, on_line: Callable[[str], None]) -> int:
+    """Run a `tied` command to its end, each line of its output to `on_line`; its exit code.
+
+    Whatever ends this ends the command, also an `on_line` that fails.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(tied(command), **pipes, env=environment, encoding="utf-8", errors="replace")
+    assert process.stdout is not None
+    try:
+        with process.stdout as lines:
+            for line in lines:
+                on_line(line)
+        return process.wait()
+    except BaseException:
+        # On SIGTERM a launcher ends its processes.
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 from checkout import TINY
-from command import ptl
 
 from ptl import address
 from ptl.errors import InputError, WorkError
@@ -58,14 +57,13 @@ def test_mlflow_gets_the_login_and_no_message_shows_it(noting, monkeypatch):
     assert not any("secret" in str(each) for each in chain)  # a traceback shows each of them
 
 
-def test_no_login_follows_a_redirect(noting, monkeypatch):
+def test_no_login_follows_a_redirect(noting, ptl, monkeypatch):
     other, seen_by_other = noting(200)
     url, seen = noting(302, [("Location", f"{other}/sign-in?state=hidden")])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", "://user:secret@"))
     monkeypatch.setenv("KFP_TOKEN", "token")
-    done = ptl("doctor", TINY, "--cluster", "--host", url.replace("://", "://user:secret@"))
-    shown = done.stdout + done.stderr
-    assert done.returncode == 1 and "Traceback" not in shown
+    code, shown = ptl("doctor", TINY, "--cluster", "--host", url.replace("://", "://user:secret@"))
+    assert code == 1 and "Traceback" not in shown
     assert seen_by_other == [] and any("authorization" in headers for headers in seen)
     assert f"{other}/sign-in" in shown and "log in again" in shown
     assert "secret" not in shown and "hidden" not in shown

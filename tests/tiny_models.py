@@ -192,9 +192,9 @@ def multiplied(model, stream, heads):
 
 @torch.no_grad()
 def changes_by_removal(stream, neurons):
-    """Largest and mean change of each layer's output when one neuron goes: float32 [layers, experts or 1, neurons]."""
+    """Largest change of each layer's output when one neuron goes: float32 [layers, experts or 1, neurons]."""
     experts = stream.family.experts
-    largest, mean = torch.zeros(2, 4, 6 if experts else 1, len(neurons))
+    largest = torch.zeros(4, 6 if experts else 1, len(neurons))
     states = stream.embed()
     for i in range(4):
         with stream.layer(i) as layer:
@@ -209,8 +209,7 @@ def changes_by_removal(stream, neurons):
                         change = (stream.run(i, b, hidden) - states[b]).norm(dim=-1) * mask
                         down[:, neuron] = column
                         largest[i, expert, n] = torch.maximum(largest[i, expert, n], change.max())
-                        mean[i, expert, n] += (change.sum(dim=1) / mask.sum(dim=1)).sum() / 5
-    return {"max": largest, "mean": mean}
+    return largest
 
 
 def batches(lengths=((12, 9, 12), (5, 7)), seed=1):

@@ -23,7 +23,7 @@ from pipelines.prune_tune_loop.kfp_api import (
     required,
 )
 from ptl import __version__, address
-from ptl.config.parameters import by_input, parameters, run_config, structure
+from ptl.config.parameters import by_input, check_compiled, parameters, run_config, structure
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import run_status
@@ -87,15 +87,8 @@ def _check_parameters(config: Config, given: dict[str, Any]) -> None:
         raise InputError(
             f"{', '.join(unknown)} is no parameter of the run", field="--param", remedy=f"there are {', '.join(known)}"
         )
-    # Whether the gate is on decides which tasks are compiled, and how they depend on each other.
-    compiled = config.gate.enabled
-    enabled = run_config({"settings": structure(config), **by_input(known | given)}).gate.enabled
-    if enabled != compiled:
-        raise InputError(
-            f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides what is compiled",
-            field="--param gate",
-            remedy=f"submit with --set gate.enabled={str(enabled).lower()}, or correct it in the parameter",
-        )
+    run = run_config({"settings": structure(config), **by_input(known | given)})
+    check_compiled(run, gated=config.gate.enabled, answered=config.training.answers == "self")
 
 
 def _unfinished(name: str) -> list[str]:

@@ -83,3 +83,21 @@ def run_config(settings: Settings) -> Config:
         },
         "run parameters",
     )
+
+
+def check_compiled(config: Config, gated: bool, answered: bool) -> None:
+    """Raise InputError where a run's parameters ask for other steps, or another order, than were compiled.
+
+    `gated`: whether the steps wait for the gate; `answered`: whether one writes own answers.
+    """
+    enabled, answers = config.gate.enabled, config.training.answers
+    for field, value, is_compiled in (
+        ("gate.enabled", str(enabled).lower(), enabled == gated),
+        ("training.answers", answers, (answers == "self") == answered),
+    ):
+        if not is_compiled:
+            raise InputError(
+                f"{value}, but this pipeline was compiled with another value, which decides its steps and their order",
+                field=field,
+                remedy=f"set it in the config (or --set {field}={value}), and compile and submit it again",
+            )

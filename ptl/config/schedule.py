@@ -25,7 +25,7 @@ GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
 Unit = Literal["neurons", "width", "layers", "experts"]
 # Criteria by what they score; `random` is of both.
-NEURON_CRITERIA = ("max", "mean", "weight", "taylor")
+NEURON_CRITERIA = ("max", "weight", "taylor")
 EXPERT_CRITERIA = ("reap", "frequency", "norm")
 
 Multiple = Annotated[
@@ -130,9 +130,9 @@ class Prune(Section):
         "`width`; `neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
         "mixture, as many in every layer",
     )
-    criterion: Literal["max", "mean", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
+    criterion: Literal["max", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
         "taylor",
-        description="how neurons are scored: `max`, `mean`, `weight`, `taylor` or `random`. With target `experts` how "
+        description="how neurons are scored: `max`, `weight`, `taylor` or `random`. With target `experts` how "
         "experts are: `reap` (the default there), `frequency`, `norm` or `random`",
     )
 

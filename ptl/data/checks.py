@@ -17,7 +17,7 @@ from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
-from ptl.data.sequences import check_chat, source_stream
+from ptl.data.sequences import check_chat, no_row_left, tokenize
 from ptl.data.sources import GENERAL, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
@@ -145,8 +145,10 @@ def check_settings(
     if max_lengths and training.answers != "self":
         for i, source in enumerate(training.sources):
             if local_file(source, f"training.sources.{i}"):
-                # Its first sequence, or the error that no row gives one.
-                next(source_stream(source, tokenizer, min(max_lengths), 0, None, chat))
+                rows = numbered_rows(source, f"training.sources.{i}")
+                tokenized = (tokenize(row, tokenizer, min(max_lengths), chat) for row in rows)
+                if not any(tokens.is_useful for tokens in tokenized):  # up to the first one
+                    raise no_row_left(source, min(max_lengths))
 
 
 def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:

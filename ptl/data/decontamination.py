@@ -118,10 +118,10 @@ class Filter:
         """What was compared and dropped, for the step's metadata; see `sentence`."""
         return {
             # with no items, no row was compared
-            "rows": len(self.decisions) if self.items else 0,
-            "dropped": self.dropped,
-            "items": self.items,
-            "short": self.short,
+            "rows_compared": len(self.decisions) if self.items else 0,
+            "rows_dropped": self.dropped,
+            "benchmark_items": self.items,
+            "benchmark_items_short": self.short,
             "not_compared": self.not_compared,
             "examples": self.examples,
         }
@@ -129,14 +129,14 @@ class Filter:
 
 def most(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The count of most rows: each stage reads the training data from its start, and so counts what others counted."""
-    return max(counts, key=lambda report: report["rows"])
+    return max(counts, key=lambda report: report["rows_compared"])
 
 
 def sentence(report: dict[str, Any]) -> str:
     """A report's counts in words: never that no row was left out where nothing could be compared."""
-    rows = f"{report['rows']:,} training rows"
-    dropped = report["dropped"]
-    items, short = report["items"], report["short"]
+    rows = f"{report['rows_compared']:,} training rows"
+    dropped = report["rows_dropped"]
+    items, short = report["benchmark_items"], report["benchmark_items_short"]
     parts = []
     if dropped:
         parts.append(f"{dropped:,} of {rows} were left out: they share text with a benchmark")

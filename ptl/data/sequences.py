@@ -37,6 +37,11 @@ class Tokens:
     passes: float = field(default=0.0, compare=False)  # over its source, up to here
     passed_over: int = field(default=0, compare=False)  # rows before it that gave no sequence
 
+    @property
+    def is_useful(self) -> bool:
+        """Whether there is something to train on: a completion, or a text."""
+        return self.prompt < len(self.ids)
+
     def labels(self, loss: str) -> TokenIds:
         """Labels for next-token training: all tokens, or the completion's only."""
         if loss == "all":
@@ -252,7 +257,7 @@ def training_chunk(
     truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
     batch of its own.
     """
-    streams = [source_stream(source, tokenizer, max_length, seed, leak_filter, chat) for source in data.sources]
+    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter, chat) for source in data.sources]
     stream = _mixed(streams, [source.weight for source in data.sources])
     # read again from the start, as an attempt on another machine does
     for earlier_budget in earlier:
@@ -329,7 +334,7 @@ def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Ite
         yield tokens
 
 
-def source_stream(
+def _source_stream(
     source: DataSource, tokenizer: Any, max_length: int, seed: int, leak_filter: Filter | None, chat: Chat
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
@@ -340,14 +345,19 @@ def source_stream(
         useless += 1
         if leak_filter is None or leak_filter.keeps(row):
             tokens = tokenize(row, tokenizer, max_length, chat)
-            if tokens.prompt < len(tokens.ids):
+            if tokens.is_useful:
                 yield replace(tokens, passes=drawn / len(rows), passed_over=useless - 1)
                 useless = 0
         # so many in a row hold one complete permutation, of which no row is of use
         if useless == 2 * len(rows):
-            raise InputError(
-                f"no row of {source.source} is left: each is blank or dropped by training.decontaminate, or its prompt "
-                f"fills recover.max_length={max_length}",
-                field="training",
-                remedy="raise max_length or give other data",
-            )
+            raise no_row_left(source, max_length)
+
+
+def no_row_left(source: DataSource, max_length: int) -> InputError:
+    """The error of a source that gives no sequence to train on."""
+    return InputError(
+        f"no row of {source.source} is left: each is blank or dropped by training.decontaminate, or its prompt fills "
+        f"recover.max_length={max_length}",
+        field="training",
+        remedy="raise max_length or give other data",
+    )

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ptl.config.run import Gate
-from ptl.errors import InputError
 from ptl.evaluation import retention
 from ptl.evaluation.paired import Paired, describe
 from ptl.evaluation.retention import Retained
@@ -42,17 +41,6 @@ class Decision:
     def keep(self) -> Literal["candidate", "parent"]:
         """Which model the next iteration gets."""
         return "candidate" if self.decision in ("accepted", GATE_OFF) else "parent"
-
-
-def check_structure(settings: Gate, compiled: bool) -> None:
-    """Raise InputError where a run's parameter switches the gate: what waits for what was compiled for `compiled`."""
-    if settings.enabled != compiled:
-        value, other = ("true", "off") if settings.enabled else ("false", "on")
-        raise InputError(
-            f"{value}, but this pipeline was compiled with the gate {other}, which decides what its steps wait for",
-            field="gate.enabled",
-            remedy="set gate.enabled in the config, and compile and submit it again",
-        )
 
 
 def goal(current_params: int, planned_goal: int, state: Mapping[str, Any]) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,25 +161,19 @@ def interpreter() -> Path:
     return Path(python)
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: list[str]) -> None:
     """Run a command to its end, its output into ours. Raises WorkError with the last lines where it fails."""
     # Bars would be a line for each step; both libraries' logs name the layers.
     environment = {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
-    with subprocess.Popen(
-        processes.tied([*command]),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            last_lines.append(line)
-    if process.returncode:
-        output = "".join(last_lines).strip()
-        raise WorkError(f"llmcompressor ended with {process.returncode}: {output}", field="export")
+
+    def follow(line: str) -> None:
+        print(line, end="", flush=True)
+        last_lines.append(line)
+
+    exit_code = processes.followed(command, environment, follow)
+    if exit_code:
+        raise WorkError(f"llmcompressor ended with {exit_code}: {''.join(last_lines).strip()}", field="export")
 
 
 def language_model(folder: Path, _src: Path, settings: Evaluate, chat: Chat, seed: int) -> Any:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ptl.errors import InputError
 from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
@@ -19,6 +19,18 @@ FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Whi
 ROUNDED = 0.9  # of the parameters asked for: with fewer, by multiples that are coarse for it, other sizes are better
 
 Wanted = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
+
+
+@dataclass(frozen=True)
+class ComparedWidths:
+    """Sizes to end the loop with, of which a prune step takes one: by the loss after the cut, where that tells."""
+
+    hidden: int  # dimensions of the residual stream
+    width: int  # FFN neurons of each layer, or of each expert
+    kv_heads: int  # of each layer
+    experts: int | None  # of each layer; None: a dense model
+    loss: float  # of a token of the calibration text
+    taken: bool
 
 
 def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wanted | None) -> list[ModelDimensions]:

@@ -164,53 +164,34 @@ def _observing_outputs(tokens: Tensor, observed: Observed) -> RunExpert:
     return run
 
 
-def _max(total: Tensor, changes: Tensor, _shares: Tensor) -> Tensor:
-    """The largest change over all tokens."""
-    return torch.maximum(total, changes.amax(dim=0))
-
-
-def _mean(total: Tensor, changes: Tensor, shares: Tensor) -> Tensor:
-    """The mean change over a sequence's tokens, those that are sent elsewhere included, and over the sequences."""
-    return total + shares @ changes
-
-
 @torch.no_grad()
-def _by_output_change(
-    model: LayerwiseModel,
-    _seed: int,
-    *,
-    join: Callable[[Tensor, Tensor, Tensor], Tensor],  # total [F], changes [n, F] and shares [n] of tokens -> [F]
-) -> NeuronScores:
-    """Score by how far the layer's output moves when one neuron is removed, one layer after the other."""
+def _by_output_change(model: LayerwiseModel, _seed: int) -> NeuronScores:
+    """Score by how far the layer's output moves, at most, when one neuron is removed, one layer after the other."""
     scores = []
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring neurons of experts, by layer"):
         norms = _of_experts(layer, lambda _gate_up, down: column_norms(down))  # [E, F]
         total = torch.zeros_like(norms)
         for b, hidden in enumerate(states):
-            with _running_experts(layer, _joining_changes(_shares(model, b), total, join)):
+            tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
+            with _running_experts(layer, _joining_changes(tokens, total)):
                 states[b] = model.run(i, b, hidden)
         scores.append((total * norms).cpu())
     return scores
 
 
-def _shares(model: LayerwiseModel, b: int) -> Tensor:
-    """What each token of a batch counts in a mean over sequences of means over tokens: [B * T]; 0 for padding."""
-    mask = model.batches[b]["attention_mask"]  # [B, T]
-    lengths = model.tokens(b)[:, None]
-    return (mask / lengths / model.num_sequences).flatten()
+def _joining_changes(tokens: Tensor, total: Tensor) -> RunExpert:
+    """Runs an expert, and joins to its row of `total` [E, F] how far each neuron moves the output at `tokens`.
 
-
-def _joining_changes(shares: Tensor, total: Tensor, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> RunExpert:
-    """Runs an expert, and joins to its row of `total` [E, F] how far each neuron moves the layer's output."""
+    They are bool [B * T].
+    """
 
     def run(experts: Any, routed: Routed) -> Tensor:
         values = _activations(experts, routed)  # [n, F]
-        share = shares[routed.rows]  # [n]
-        real = share > 0
+        real = tokens[routed.rows]  # [n]
         if real.any():
             weighted = values[real].float() * routed.weights[real, None].float()
-            total[routed.expert] = join(total[routed.expert], weighted.abs(), share[real])
+            total[routed.expert] = torch.maximum(total[routed.expert], weighted.abs().amax(dim=0))
         return _outputs(experts, routed, values)
 
     return run
@@ -279,8 +260,7 @@ def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
 
 # By their names in the setting prune.criterion, as of importance.py; each takes the model and a seed
 CRITERIA_OF_NEURONS: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
-    "max": partial(_by_output_change, join=_max),
-    "mean": partial(_by_output_change, join=_mean),
+    "max": _by_output_change,
     "weight": _by_weights,
     "taylor": partial(first_order_scores, observe=observe_expert_neurons),
     "random": _random,

@@ -30,25 +30,16 @@ from ptl.pruning.layerwise import (
 
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:
-    """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens."""
+    """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens.
+
+    changes [T, F] and their units, [F] or [] -> float32 [F].
+    """
     largest = changes.abs().amax(dim=0)  # [F]
     return largest.float() * units
 
 
-def _mean(changes: Tensor, units: Tensor) -> Tensor:
-    """The mean change of the layer's output over a sequence's tokens."""
-    mean = changes.abs().mean(dim=0, dtype=torch.float32)  # [F]
-    return mean * units
-
-
 @torch.no_grad()
-def _by_output_change(
-    model: LayerwiseModel,
-    _seed: int,
-    *,
-    score: Callable[[Tensor, Tensor], Tensor],  # changes [T, F] of a sequence, their units [F] or [] -> float32 [F]
-    join: Callable[[Tensor, Tensor], Tensor],  # of the sequences: torch.maximum, or torch.add for their mean
-) -> NeuronScores:
+def _by_output_change(model: LayerwiseModel, _seed: int) -> NeuronScores:
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
 
     A neuron with activation a and column w adds a w, so that |a| times the norm of w is that distance, unless a norm
@@ -70,8 +61,8 @@ def _by_output_change(
             states[b], *observed = run_with_activations(model, i, b, hidden)
             for sequence in sequences(model, b, *observed):
                 changes = change_of(*sequence) if change_of else sequence[0]  # [T, F]
-                total = join(total, score(changes, units).cpu())
-        scores.append(total / model.num_sequences if join is torch.add else total)
+                total = torch.maximum(total, _max(changes, units).cpu())
+        scores.append(total)
     return scores
 
 
@@ -112,8 +103,7 @@ def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
 
 # By their names in the setting prune.criterion; each takes the model and a seed
 CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
-    "max": partial(_by_output_change, score=_max, join=torch.maximum),
-    "mean": partial(_by_output_change, score=_mean, join=torch.add),
+    "max": _by_output_change,
     "weight": _by_weights,
     "taylor": partial(first_order_scores, observe=_observe_neurons),
     "random": _random,

@@ -22,23 +22,12 @@ from ptl.errors import InputError
 from ptl.model import checkpoint, pretrained, shapes, widths
 from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
+from ptl.model.widths import ComparedWidths
 from ptl.pruning.experts import expert_scores
 from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel, WidthScores, mean_loss
 from ptl.pruning.repair import repair
 from ptl.pruning.surgery import Selection, write_pruned
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Widths to end the loop with, and the loss of a token of the calibration text right after they are cut."""
-
-    hidden: int
-    width: int
-    kv_heads: int
-    experts: int | None
-    loss: float
-    taken: bool  # whether it was chosen
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class PruneReport:
     hidden: int  # dimensions of the residual stream
     kv_heads: int  # of each layer
     experts: int | None  # that stay in each layer; None: a dense model
-    candidates: tuple[Candidate, ...]  # ways to the end of the loop that were compared; none but for "width"
+    candidates: tuple[ComparedWidths, ...]  # ways to the end of the loop that were compared; none but for "width"
     chosen: dict[str, int]  # widths to end the loop with, as fields of ModelDimensions; empty but for "width"
     removed_layers: tuple[int, ...]  # their numbers in the source
     sequences: int  # calibration sequences scored; 0: none were needed
@@ -87,7 +76,7 @@ def prune_checkpoint(
     check_unit(before.experts, before.narrowable, unit, prune.repair)
     selection = Selection(tuple(range(before.layers)), {})
     model: LayerwiseModel | None = None
-    candidates: list[Candidate] = []
+    candidates: list[ComparedWidths] = []
     criterion: str = "max" if unit == "layers" else prune.criterion
     if goal < before.params:  # otherwise no text is read, and no layer is scored
         is_width = unit == "width"
@@ -203,7 +192,7 @@ def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDime
 
 def _compared(
     src: Path, dst: Path, model: LayerwiseModel, possible: list[ModelDimensions], select: Select
-) -> tuple[ModelDimensions, list[Candidate]]:
+) -> tuple[ModelDimensions, list[ComparedWidths]]:
     """The sizes with the least loss right after the cut, and what was compared.
 
     The first where all are above that of guessing, which ranks nothing. Each is written to `dst` for a while, and read
@@ -221,7 +210,7 @@ def _compared(
     ranked = [math.inf if math.isnan(loss) else loss for loss in losses]
     best = ranked.index(min(ranked)) if min(ranked) < math.log(model.config.vocab_size) else 0
     candidates = [
-        Candidate(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss, taken=i == best)
+        ComparedWidths(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss, taken=i == best)
         for i, (sizes, loss) in enumerate(zip(possible, losses, strict=True))
     ]
     return possible[best], candidates

@@ -12,24 +12,21 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import IO
 
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
-from ptl.processes import tied
-from ptl.recovery.job import REPORT, Log, Machines, RecoverReport, RecoveryJob
+from ptl.processes import followed
+from ptl.recovery.job import REPORT, Machines, RecoverReport, RecoveryJob
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
 REPORT_FILE = "report.json"  # in `scratch`
 ERROR_FILE = "error.json"  # in `scratch`
 LAST_LINES = 30  # of a failed training, in its error
 RENDEZVOUS = 1800  # seconds that machines wait for each other: some fetch their checkpoint later
-GRACE = 10  # seconds between SIGTERM and SIGKILL
 # What a shell of torchrun or Slurm has set, and accelerate would take for a launch of ours.
 FOREIGN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -105,8 +102,20 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     job_file.write_bytes(pickle.dumps((src, dst, settings, dataclasses.replace(job, on_log=print))))
     here, total = processes_here(settings, job.machines), processes_of_all(settings, job.machines)
     print(f"starting {here} of {total} training processes, which wait for each other", flush=True)
-    succeeded, printed = _launch([*command(settings, job.machines), str(job_file)], job.on_log)
-    if succeeded and report_file.is_file():
+    printed: list[str] = []
+
+    def follow(line: str) -> None:
+        if line.startswith(METRICS):
+            metrics, step = json.loads(line.removeprefix(METRICS))
+            job.on_log(metrics, step)
+        elif line.strip():  # a message begins with an empty line
+            printed.append(line)
+            print(line, end="", flush=True)
+
+    # what torch's launcher would set, with a warning
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    exit_code = followed([*command(settings, job.machines), str(job_file)], environment, follow)
+    if exit_code == 0 and report_file.is_file():
         return REPORT.validate_json(report_file.read_bytes())
     if error_file.is_file():
         # the error of a process, raised again
@@ -114,31 +123,6 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
         is_input = error.pop("exit_code") == InputError.exit_code
         raise InputError(**error) if is_input else WorkError(**error)
     raise WorkError(f"training in {total} processes failed{_reason(printed)}", field="recover")
-
-
-def _launch(words: list[str], on_log: Log) -> tuple[bool, list[str]]:
-    """Start the processes and follow them to their end; whether all succeeded, and what they printed."""
-    process = subprocess.Popen(
-        tied(words),  # ends with this process, however that ends
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={"OMP_NUM_THREADS": "1", **os.environ},  # what torch's launcher would set, with a warning
-    )
-    assert process.stdout is not None
-    try:
-        with process.stdout as lines:
-            printed = _follow(lines, on_log)
-        return process.wait() == 0, printed
-    except BaseException:
-        # a log that fails ends the training too: on SIGTERM a launcher ends its processes
-        process.terminate()
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        raise
 
 
 def command(settings: RecoverStage, machines: Machines) -> list[str]:
@@ -162,19 +146,6 @@ def command(settings: RecoverStage, machines: Machines) -> list[str]:
         # on CPUs too (gloo): `--cpu` would start one process, or need MPI
         flags += " --multi_gpu"
     return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "-m", "ptl.recovery.worker"]
-
-
-def _follow(lines: IO[str], on_log: Log) -> list[str]:
-    """Pass on what the training prints, and its metrics; returns the other lines."""
-    printed: list[str] = []
-    for line in lines:
-        if line.startswith(METRICS):
-            metrics, step = json.loads(line.removeprefix(METRICS))
-            on_log(metrics, step)
-        elif line.strip():  # a message begins with an empty line
-            printed.append(line)
-            print(line, end="", flush=True)
-    return printed
 
 
 def _reason(printed: list[str]) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 from ptl.config.dag import export_step
 from ptl.config.export import Export
 from ptl.config.run import Evaluate
+from ptl.data import decontamination
 from ptl.errors import InputError
 from ptl.evaluation import retention
 from ptl.evaluation.paired import Item, Outcomes, Paired, by_item, match, p_longer, paired, pass_at_n
 from ptl.log import say
+from ptl.model.widths import ComparedWidths
 from ptl.report.result import (
     Change,
-    ComparedWidths,
     Decontaminated,
     Examples,
     ExportRow,
@@ -216,17 +217,8 @@ def _of_loop(steps: Records, field: str) -> list[Metadata]:
 def _decontaminated(steps: Records) -> Decontaminated | None:
     """The loop's counts; None where nothing was to be compared."""
     counts = _of_loop(steps, "rows_compared")
-    if not counts:
-        return None
     # Each iteration reads the data from its start: the longest has read all that others have.
-    longest = max(counts, key=lambda metadata: int(metadata["rows_compared"]))
-    return Decontaminated(
-        rows=longest["rows_compared"],
-        dropped=longest["rows_dropped"],
-        items=longest["benchmark_items"],
-        short=longest["benchmark_items_short"],
-        not_compared=longest["not_compared"],
-    )
+    return Decontaminated(**decontamination.most(counts)) if counts else None
 
 
 def _sequences(steps: Records) -> Sequences:

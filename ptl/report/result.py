@@ -11,19 +11,9 @@ from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired, rambles
 from ptl.evaluation.retention import Retained
 from ptl.evaluation.scoring import TaskScore
+from ptl.model.widths import ComparedWidths
 
 FORGETS = 1.2  # times the dense model's perplexity of held-out text
-
-
-class ComparedWidths(BaseModel):
-    """Sizes to end the loop with, of which a prune step took one: by the loss right after the cut, where that tells."""
-
-    hidden: int  # dimensions of the residual stream
-    width: int  # FFN neurons of each layer, or of each expert
-    kv_heads: int  # of each layer
-    experts: int | None  # of each layer; None: a dense model
-    loss: float  # of a token of the calibration text
-    taken: bool
 
 
 class Row(BaseModel):
@@ -143,10 +133,10 @@ class Goal(BaseModel):
 class Decontaminated(BaseModel):
     """Training rows of the loop that were compared with the benchmarks."""
 
-    rows: int
-    dropped: int
-    items: int  # of the benchmarks
-    short: int  # of the items, too short to be found inside a row
+    rows_compared: int
+    rows_dropped: int
+    benchmark_items: int
+    benchmark_items_short: int  # too short to be found inside a row
     not_compared: list[str]  # benchmarks whose items are not known
 
 

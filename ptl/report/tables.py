@@ -11,8 +11,9 @@ from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired
 from ptl.evaluation.retention import Retained
 from ptl.evaluation.scoring import TaskScore
+from ptl.model.widths import ComparedWidths
 from ptl.report import words
-from ptl.report.result import ComparedWidths, ExportedModel, ExportRow, Result, Row
+from ptl.report.result import ExportedModel, ExportRow, Result, Row
 from ptl.report.words import Verdict, beside_control, of_pair
 from ptl.units import counted, duration, size
 

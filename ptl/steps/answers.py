@@ -12,7 +12,6 @@ from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS
 from ptl.config.data import TrainingData
 from ptl.config.run import Calibration, Evaluate
-from ptl.errors import InputError
 from ptl.steps.call import Call, Metadata
 from ptl.steps.step import Step
 
@@ -49,20 +48,6 @@ def _written(step: Step, evaluate: Evaluate) -> Metadata:
         seed=settings["seed"],
     )
     return dataclasses.asdict(report)
-
-
-def check_structure(training: TrainingData, compiled: bool) -> None:
-    """Raise InputError where a run parameter asks for own answers and no step writes them, or does not and one would.
-
-    `compiled`: whether there is such a step.
-    """
-    if (training.answers == "self") != compiled:
-        raise InputError(
-            f"{training.answers}, but this pipeline was compiled with{'' if compiled else 'out'} the step that writes "
-            "own answers",
-            field="training.answers",
-            remedy="set training.answers in the config, and compile and submit it again",
-        )
 
 
 def reads(section: TrainingData | Calibration) -> list[str]:

@@ -36,9 +36,6 @@ def evaluate(call: Call) -> None:
         return call.pass_through()
     fallback = call.inputs.get("fallback")
     gate_settings = call.section(Gate, "gate")
-    if call.arm == "loop" and call.iteration:
-        # The pipeline was compiled with a fallback for each iteration, or with none.
-        gate.check_structure(gate_settings, compiled=fallback is not None)
     key = {
         "evaluate": call.section(Evaluate, "evaluate"),
         "chat": call.section(Chat, "chat"),

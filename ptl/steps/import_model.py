@@ -10,17 +10,15 @@ from pathlib import Path
 from ptl import __version__
 from ptl.config.base import flat_settings
 from ptl.config.image_names import own_revision
-from ptl.config.parameters import run_config
+from ptl.config.parameters import check_compiled, run_config
 from ptl.config.run import Evaluate
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.errors import WorkError
-from ptl.evaluation import gate
 from ptl.lineage import tracking
 from ptl.lineage.run_status import MAX_EARLIER, StepRun
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.report import run_page
-from ptl.steps import answers
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
@@ -36,9 +34,7 @@ def import_model(call: Call) -> None:
 
     # All that the hub, the data and the benchmarks can be checked with, before anything expensive.
     config = run_config(call.settings)
-    # Which steps there are, and what they wait for, was compiled: a run parameter cannot change it.
-    gate.check_structure(config.gate, call.settings["gated"])
-    answers.check_structure(config.training, call.settings["answered"])
+    check_compiled(config, gated=call.settings["gated"], answered=call.settings["answered"])
     folder, dimensions = preflight.preflight(config)
     assert dimensions is not None, "a step has torch"
     # This step's image does not have llama.cpp.

@@ -182,10 +182,4 @@ def _decontaminated(step: str, stages: list[Metadata]) -> Metadata:
         return {}
     # Every stage compares its rows with the same items.
     most = decontamination.most(counts)
-    return {
-        "rows_compared": most["rows"],
-        "rows_dropped": most["dropped"],
-        "benchmark_items": most["items"],
-        "benchmark_items_short": most["short"],
-        "not_compared": sorted(set(most["not_compared"])),
-    }
+    return {name: value for name, value in most.items() if name != "examples"}

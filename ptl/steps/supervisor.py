@@ -37,7 +37,7 @@ forks = False  # whether this process has imported what the work needs, so that 
 Wait = Callable[[float | None], int]
 
 
-def run(given: Mapping[str, Any], outputs: Collection[str]) -> None:
+def run(given: Mapping[str, Any], outputs: Collection[str] = ()) -> None:
     """The body of every component, given its arguments by name and which of its artifacts are outputs.
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.

@@ -3,13 +3,11 @@
 import contextlib
 import errno
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from unittest import mock
 
-import command
 import golden_messages
 import huggingface_hub
 import pytest
@@ -50,8 +48,8 @@ def test_messages(ptl, tmp_path, monkeypatch):
     Path("empty.jsonl").touch()
     Path("damaged.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question":\n')
     Path("asked.jsonl").write_text('{"messages": [{"role": "user", "content": "1+1?"}]}\n')
-    Path("other").mkdir()
-    Path("other/config.yaml").write_text("name: other\n")
+    Path("runs/other").mkdir(parents=True)
+    Path("runs/other/config.yaml").write_text("name: other\n")
 
     def message(*words):
         code, printed = ptl(*words)
@@ -60,20 +58,20 @@ def test_messages(ptl, tmp_path, monkeypatch):
     before = sorted(path for path in Path().rglob("*"))
     golden_messages.check("commands.txt", message, reasoner=DENSE, root=ROOT, folder=tmp_path)
     assert sorted(path for path in Path().rglob("*")) == before
-    assert Path("other/config.yaml").read_text() == "name: other\n"
+    assert Path("runs/other/config.yaml").read_text() == "name: other\n"
     assert json.loads(ptl("validate", "--schema")[1]) == Config.model_json_schema()
 
 
-def test_a_run_is_refused_before_any_work(tmp_path):
-    """In a process of its own: code 2 and a message, before MLflow's database or a run directory exist."""
+def test_a_run_is_refused_before_any_work(ptl, monkeypatch):
+    """Code 2 and a message, before MLflow's database or a run directory exist."""
     for uri, words, said in (
         ("", options(prune__target="neurons", prune__width_multiple=128), "prune.width_multiple=128"),
         ("http://127.0.0.1:9", [], "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9: "),
     ):
-        environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
-        done = command.ptl("run", TINY, "--home", tmp_path / "home", *words, env=environment)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert not (tmp_path / "home").exists()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        code, printed = ptl("run", TINY, *words)
+        assert code == 2 and said in printed and "Traceback" not in printed, printed
+        assert not Path(".ptl").exists()
 
 
 def test_software_of_a_step_that_does_not_load_is_wrong_input_or_excused(monkeypatch, capsys):
@@ -135,15 +133,16 @@ def test_the_configs_calibration_text_is_passed_on(ptl, monkeypatch):
     assert said == (0, f"wrote out: {(DENSE / 'model.safetensors').stat().st_size:,} bytes\n")
 
 
-def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
-    assert command.ptl("recover", DENSE, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
-    assert not (tmp_path / "out").exists()
+def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(ptl):
+    assert ptl("recover", DENSE, "out", "-c", TINY, "--tokens", "0")[0] == 2
+    assert not Path("out").exists()
     task = f"{{name: {EXAMPLE / 'tiny_reasoner.yaml'}, limit: 64}}"
     sets = options(training__decontaminate="{tasks: true}", evaluate__tasks=f"[{task}]")
-    done = command.ptl("recover", DENSE, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
-    assert done.stdout.startswith("[----------] 0% 0 of 2,000 tokens\n") and "{'" not in done.stdout
-    compared = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]
-    assert (compared["items"], compared["not_compared"]) == (64, []) and compared["rows"] > compared["dropped"]
+    _, printed = ptl("recover", DENSE, "out", "-c", TINY, "--tokens", "2000", *sets)
+    assert "[----------] 0% 0 of 2,000 tokens\n" in printed and "{'" not in printed
+    compared = json.loads(printed[printed.index('{\n "method"') :])["details"]["decontaminated"]
+    assert (compared["benchmark_items"], compared["not_compared"]) == (64, [])
+    assert compared["rows_compared"] > compared["rows_dropped"]
 
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(tmp_path):

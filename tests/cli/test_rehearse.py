@@ -7,7 +7,6 @@ import pytest
 import whole_run
 from chats import tokenizer_with
 from checkout import EXAMPLE
-from command import ptl
 from tiny_models import build, save
 from typer.testing import CliRunner
 
@@ -36,7 +35,7 @@ def test_a_run_with_gate_and_reinforcement_learning_is_rehearsed(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("thinks", [True, False])
-def test_what_init_writes_for_a_small_qwen3_is_rehearsed_in_both_modes(thinks, tmp_path):
+def test_what_init_writes_for_a_small_qwen3_is_rehearsed_in_both_modes(thinks, ptl, tmp_path):
     """By the template that it is published with; its random weights end few answers, which is said before any cut."""
     tokenizer = tokenizer_with("qwen3")
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
@@ -44,8 +43,8 @@ def test_what_init_writes_for_a_small_qwen3_is_rehearsed_in_both_modes(thinks, t
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 0]
     tokenizer.save_pretrained(save(model, tmp_path / "model", tokenizer=False))
     config, data, task = tmp_path / "mine.yaml", EXAMPLE / "train.jsonl.gz", EXAMPLE / "tiny_reasoner.yaml"
-    done = ptl("init", tmp_path / "model", "--data", data, "--task", task, "--gpu", "none", "-o", config)
-    assert done.returncode == 0, done.stderr
+    code, said = ptl("init", tmp_path / "model", "--data", data, "--task", task, "--gpu", "none", "-o", config)
+    assert code == 0, said
     mode = f"chat.template_kwargs={{enable_thinking: {str(thinks).lower()}}}"
     output = whole_run.finish(whole_run.start(config, tmp_path / "home", "--rehearse", "--set", mode))
     assert output.index("hit the token limit") < output.index("answers: done in") < output.index("prune-1: started")

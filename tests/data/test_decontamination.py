@@ -33,6 +33,10 @@ def filter_of(folder, items, *unscored):
     return decontamination.build(Decontaminate(), evaluated(folder, items, *unscored))
 
 
+def counts(report):
+    return tuple(report[name] for name in ("rows_compared", "rows_dropped", "benchmark_items", "benchmark_items_short"))
+
+
 def kept(leak_filter, rows, source=TRAIN):
     """Which rows stay; a text is a row's prompt, or the whole row of a source of texts."""
     decisions = []
@@ -102,9 +106,10 @@ def test_the_report_counts_each_row_once_and_quotes_five(tmp_path):
     for _ in range(2):  # epochs
         assert list(map(leaks.keeps, rows)) == [False] * 7 + [True]
     report = leaks.report()
-    assert (report["rows"], report["dropped"], report["items"], report["short"]) == (8, 7, 3, 2)
+    assert counts(report) == (8, 7, 3, 2)
     assert report["examples"] == [f"train row {i}: {prompt[:200]}" for i, prompt in enumerate(prompts[:5])]
-    assert decontamination.most([{"rows": 1}, {"rows": 3}, {"rows": 2}]) == {"rows": 3}
+    counted = [{"rows_compared": rows} for rows in (1, 3, 2)]
+    assert decontamination.most(counted) == counted[1]
     # Not by the name of the source alone.
     for subset, row, stays in (("algebra", rows[7], True), ("geometry", rows[0], False)):
         assert leaks.keeps(SourceRow(row.columns, DataSource(source="hub/math", subset=subset), 1)) == stays
@@ -133,7 +138,7 @@ def test_training_and_prompts_leave_out_what_shares_text_with_a_benchmark(tmp_pa
         leaks = decontamination.build(against, None)
         assert read(leaks) == {row["prompt"] for row in clean}
         report = leaks.report()
-        assert (report["rows"], report["dropped"], report["items"], report["short"]) == (13, 3, 2, 1)
+        assert counts(report) == (13, 3, 2, 1)
         assert report["not_compared"] == ["evaluate.tasks"]
     # Each dropped: an error instead of an endless search.
     rows_file(tmp_path / "train.jsonl", leaked)
@@ -227,7 +232,7 @@ def test_a_copy_of_a_short_question_is_found_whatever_template_its_group_has(tmp
         assert not any(kept(leaks, [f"Hello there. {question}\nThank you." for question in asked]))
         # trained on in the benchmark's own form
         others = [GROUPS[group](f"Where do {i + 60} white boats go with Bob?", i) for i in range(10, 20)]
-        assert all(kept(leaks, others)) and leaks.report()["short"] == 0
+        assert all(kept(leaks, others)) and leaks.report()["benchmark_items_short"] == 0
 
 
 HIDDEN = [
@@ -247,7 +252,7 @@ def test_what_hides_a_copy_is_undone_and_an_item_whose_copy_is_not_found_not_com
     # One word of a question is its own, and two items ask the same of other tables.
     capitals = [f"Please say: What is the capital of {name}?" for name in ("Peru", "Chad", "Fiji")]
     tables = [f"{row}\nWhich of these numbers is the largest?" for row in ("3 5 6", "7 1 8", "2 4 9")]
-    assert [filter_of(tmp_path, items).report()["short"] for items in (capitals, tables)] == [3, 3]
+    assert [filter_of(tmp_path, items).report()["benchmark_items_short"] for items in (capitals, tables)] == [3, 3]
 
 
 def test_rows_are_compared_by_column_and_as_trained(tmp_path):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from checkout import DENSE, EXAMPLE
+from recovering import DATA
 from tiny_models import build, save, word_calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptl.config.data import DataSource
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import score_tasks
@@ -109,12 +109,9 @@ def test_of_experts_only_fp8_is_written(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("type", ["fp8", "int8", "w4a16"])
 def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, one_thread):
-    columns = {"prompt": "{question}\n", "completion": "{answer}"}
-    train = str(EXAMPLE / "train.jsonl.gz")
-    source = DataSource(source=train, format="prompt_completion", **columns)
     out = tmp_path / "out"
     pytest.importorskip("compressed_tensors")
-    write_compressed(DENSE, out, type, Calibration(data=source, num_sequences=16, max_length=256))
+    write_compressed(DENSE, out, type, Calibration(data=DATA.sources[0], num_sequences=16, max_length=256))
     sizes = [sum(path.stat().st_size for path in checkpoint.shards(folder)) for folder in (out, DENSE)]
     assert sizes[0] < sizes[1] / 3  # from float32; the embeddings stay
     assert checkpoint.read_config(out)["quantization_config"]["ignore"] == ["lm_head"]

@@ -157,29 +157,23 @@ def test_logits_of_what_was_written_are_compared(tmp_path):
 # ---- the types of a file
 
 
-def model_of(folder, **sizes):
-    sizes = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "pad_token_id": 2, "num_hidden_layers": 2, **sizes}
-    save(build("llama", **sizes), folder, tokenizer=False)
-    llama_tokenizer(folder)
-    return folder
-
-
 @pytest.mark.usefixtures("converter_in_process")
 @pytest.mark.parametrize("type", nightly_but("bf16", "q8_0", "q4_k_m", of=TYPES["gguf"]))
 def test_every_type_is_written_and_computes_nearly_the_same(type, tmp_path):
-    wide = model_of(tmp_path / "wide", hidden_size=256, intermediate_size=512, head_dim=64)  # multiples of 256
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # multiples of 256
+    wide, _ = dense_model("llama", tmp_path, num_hidden_layers=2, **sizes)
     exact, file = tmp_path / "exact.gguf", tmp_path / "model.gguf"
     assert write_gguf(wide, exact, "f32") + write_gguf(wide, file, type) == []
     correlation = np.corrcoef(logits(exact).ravel(), logits(file).ravel())[0, 1]
     assert correlation > (0.7 if type in gguf.FTYPES else 0.998)  # the weights are random
     assert (file.stat().st_size < 0.6 * exact.stat().st_size) == (type != "f32")
-    assert {path.name for path in tmp_path.iterdir()} == {"wide", "exact.gguf", "model.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "exact.gguf", "model.gguf"}
 
 
 @pytest.mark.usefixtures("converter_in_process")
 def test_rows_that_cannot_be_quantized_are_named_with_what_is_stored(tmp_path):
     """k-quants have blocks of 256, the others of 32."""
-    narrow = model_of(tmp_path / "narrow", hidden_size=64, intermediate_size=192, head_dim=16)
+    narrow, _ = dense_model("llama", tmp_path, num_hidden_layers=2)
     write_gguf(narrow, tmp_path / "whole.gguf", "f32")
 
     def notes(type):
@@ -190,7 +184,7 @@ def test_rows_that_cannot_be_quantized_are_named_with_what_is_stored(tmp_path):
     (note,) = notes("q4_k_m")
     assert note.startswith(f"q4_k_m needs rows of a multiple of 256, and stores in a larger type: {rows}, ")
     assert note.endswith("; for ffn_down prune with prune.width_multiple: 256")
-    other = model_of(tmp_path / "other", hidden_size=288, intermediate_size=256, head_dim=16)
+    other, _ = dense_model("llama", tmp_path / "other", num_hidden_layers=2, hidden_size=288, intermediate_size=256)
     write_gguf(other, tmp_path / "other.gguf", "f32")
     (note,) = gguf._rounding_notes(gguf._quantize(tmp_path / "other.gguf", "q4_k_m"), "q4_k_m")
     remedy = "; for rows of the hidden size (288, prune.target=width) prune with prune.width_multiple: 256"

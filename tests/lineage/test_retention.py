@@ -123,10 +123,6 @@ def finished_run(loop):
     return loop().whole()
 
 
-def mlflow():
-    return MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-
-
 def inventory(experiment, days=8.0, runs=(), older_than=7.0):
     """As it is after so many days."""
     (files,) = retention.inventory([experiment], list(runs), older_than - days)
@@ -181,7 +177,7 @@ def test_of_a_finished_run_the_final_checkpoints_stay(experiment, finished_run, 
     assert {step for step, record in run.steps.items() if fetchable(record, tmp_path)} == reasons.keys()
     assert fetchable(store.committed(root, run.run, "evaluate-2"), tmp_path)  # scores and items stay
     assert collect(experiment) == 0 and going(experiment) == [] and listing(root) == before  # records are all there
-    client = mlflow()
+    client = MlflowClient()
     tags = {step: client.get_logged_model(record.pointer.model_id).tags for step, record in run.steps.items()}
     assert sorted(step for step in tags if retention.DELETED in tags[step]) == INTERMEDIATE
     client.delete_model_version(experiment, "1")
@@ -231,7 +227,7 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path, m
 
 def test_what_keeps_the_files_of_a_finished_run(experiment, finished_run):
     # Files of others, and drafts of a killed writer, change nothing.
-    root, run, client = f"{inventory(experiment).location}/ptl", finished_run.run, mlflow()
+    root, run, client = f"{inventory(experiment).location}/ptl", finished_run.run, MlflowClient()
     for name in (".DS_Store", f"{run}/.parent-1.claim.{'a' * 32}", f"{run}/.hidden/file"):
         store._backend(root).put_once(f"{root}/{name}", b"x")
     assert going(experiment) == INTERMEDIATE
@@ -285,7 +281,7 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
         final.pointer.uri,
     ]
     # Whoever writes to MLflow may name such folders as models too.
-    step, client = forger.step_run("evaluate-1"), mlflow()
+    step, client = forger.step_run("evaluate-1"), MlflowClient()
     for number, uri in enumerate(attacks):
         record = Record("k", Pointer(uri, "sha256:" + "0" * 64), {"stage": "prune", "iteration": number})
         store.commit(step.root, forger.run, f"prune-{number}", record)

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from command import ptl
 from gguf_files import NO_LLAMA_CPP, needs_llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_run import CHAIN, records
@@ -55,11 +54,11 @@ def test_the_run_leaves_what_is_promised(finished, result):
 def test_training_rows_are_compared_with_the_benchmark(finished, result):
     first, second = (records(finished[0])[name]["metadata"] for name in ("recover-1", "recover-2"))
     compared = first["details"]["decontaminated"]
-    assert compared["rows"] > compared["dropped"] == first["rows_dropped"]
+    assert compared["rows_compared"] > compared["rows_dropped"] == first["rows_dropped"]
     assert second["rows_compared"] > first["rows_compared"]
     # The second reads the data from its start: it counts those of the first.
-    expected = {"rows": second["rows_compared"], "dropped": second["rows_dropped"]}
-    assert result["decontaminated"] == expected | {"items": 64, "short": 0, "not_compared": []}
+    expected = {"benchmark_items": 64, "benchmark_items_short": 0, "not_compared": []}
+    assert result["decontaminated"] == expected | {name: second[name] for name in ("rows_compared", "rows_dropped")}
 
 
 def test_the_steps_ran_in_the_order_of_the_plan(finished):
@@ -90,7 +89,7 @@ def test_an_export_is_published_scored_and_registered(finished, result, client):
     assert version.tags["ptl.model_id"] == record["pointer"]["model_id"] and version.source == record["pointer"]["uri"]
 
 
-def test_the_final_checkpoint_is_ordinary_and_generates(finished, client, tmp_path):
+def test_the_final_checkpoint_is_ordinary_and_generates(finished, client, ptl, tmp_path):
     """With plain transformers and with MLflow: it loads, and the KV cache changes nothing.
 
     The store stays sound, although MLflow writes a file of its own into the folder of a registered version.
@@ -98,8 +97,8 @@ def test_the_final_checkpoint_is_ordinary_and_generates(finished, client, tmp_pa
     pipeline = mlflow.transformers.load_model("models:/tiny/2")
     assert "####" in pipeline(QUESTION, max_new_tokens=24)[0]["generated_text"]
     folder = tmp_path / "final"
-    fetched = ptl("fetch", "models:/tiny/2", folder, "--home", finished[0])
-    assert fetched.returncode == 0, fetched.stderr
+    code, said = ptl("fetch", "models:/tiny/2", folder, "--home", finished[0])
+    assert code == 0, said
     names = {path.name for path in folder.iterdir()}
     assert "MLmodel" in names and "registered_model_meta" not in names
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -23,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_scores_are_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     model, some = build(variant), range(0, width_of(variant), 6)
     stream = LayerwiseModel(save(model, tmp_path, tokenizer=False), FAMILIES[variant], batches())
-    for criterion, expected in changes_by_removal(stream, some).items():
-        scores = torch.stack(neuron_scores(stream, criterion, seed=0))
-        torch.testing.assert_close(scores[..., some], expected, rtol=1e-3, atol=1e-4)
+    scores = torch.stack(neuron_scores(stream, "max", seed=0))
+    torch.testing.assert_close(scores[..., some], changes_by_removal(stream, some), rtol=1e-3, atol=1e-4)
     for scores, layer in zip(neuron_scores(stream, "weight", seed=0), model.get_decoder().layers, strict=True):
         experts = layer.mlp.experts  # a neuron has a row of gate, one of up and a column of down
         parts = (*experts.gate_up_proj.chunk(2, dim=1), experts.down_proj.mT)
@@ -36,7 +35,7 @@ def test_an_expert_without_tokens_keeps_its_largest_weights(tmp_path):
     source = save(build("qwen3_moe"), tmp_path, tokenizer=False)
     stream = LayerwiseModel(source, FAMILIES["qwen3_moe"], batches(((3,),)))  # three tokens do not reach all experts
     weights = torch.stack(neuron_scores(stream, "weight", seed=0))
-    for criterion in ("max", "mean", "taylor"):
+    for criterion in ("max", "taylor"):
         scores = torch.stack(neuron_scores(stream, criterion, seed=0))
         silent = scores.amax(dim=-1) < 1e-20  # [layers, experts]
         assert silent.any() and not silent.all() and (scores[silent] > 0).all(), criterion
@@ -61,7 +60,7 @@ def prune(source, calibration, folder, width=16, **settings):
 
 
 @pytest.mark.parametrize(
-    ("variant", "criterion"), [("qwen3_moe", "max"), ("qwen2_moe", "mean"), ("olmoe", "taylor"), ("mixtral", "max")]
+    ("variant", "criterion"), [("qwen3_moe", "max"), ("qwen2_moe", "taylor"), ("olmoe", "taylor"), ("mixtral", "max")]
 )
 def test_dead_neurons_are_pruned_without_any_change_of_the_logits(variant, criterion, calibration, tmp_path):
     model, width = build(variant), width_of(variant)

@@ -86,7 +86,7 @@ def test_decontamination_leaves_rows_out_of_the_training(small, tmp_path):
     one, tokenizer = SimpleNamespace(world_size=1, per_device_train_batch_size=4), pretrained.tokenizer(small)
     dataset, details = sft.training_dataset(tokenizer, RecoverStage(loss="all"), job, one)
     text = "".join(map(tokenizer.decode, dataset["input_ids"]))
-    assert details["decontaminated"]["dropped"] == 1 and "Bob" in text and "Ann" not in text
+    assert details["decontaminated"]["rows_dropped"] == 1 and "Bob" in text and "Ann" not in text
 
 
 def test_a_step_that_is_split_has_rows_of_like_lengths_together(small, tmp_path):

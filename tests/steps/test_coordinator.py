@@ -32,7 +32,6 @@ POINTER = Pointer("s3://b/pruned", "sha256:" + "c" * 64, params=9, original_para
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     config = load_config(TINY, NODES)
-    monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", RUN)
     monkeypatch.setenv("KFP_POD_NAME", mock_kubernetes.OWN_POD)
     monkeypatch.setenv("PTL_NODES", "2")
@@ -196,7 +195,6 @@ def test_last_words_fit_what_kubernetes_keeps():
 
 
 def test_the_machines_are_those_of_the_environment(monkeypatch):
-    monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", RUN)
     for environment, expected, coordinates in [
         ({"PTL_NODES": "1"}, Machines(), False),
