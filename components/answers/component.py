@@ -14,7 +14,6 @@ def answers(
     model: Input[Model],
     metrics: Output[Metrics],
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["metrics"])
+    run(locals(), outputs=["metrics"])

@@ -5,7 +5,6 @@ from kfp.dsl import component
 
 @component(base_image="python:3.11", install_kfp_package=False)
 def doctor(step: str, experiment: str, settings: dict) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given)
+    run(locals())

@@ -20,7 +20,6 @@ def evaluate(
     metrics: Output[Metrics],
     fallback: Input[Model] = None,
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["accepted", "metrics"])
+    run(locals(), outputs=["accepted", "metrics"])

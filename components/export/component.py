@@ -19,7 +19,6 @@ def export(
     out: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["out", "metrics"])
+    run(locals(), outputs=["out", "metrics"])

@@ -30,7 +30,6 @@ def import_model(
     registered_model: str,
     out: Output[Model],
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["out"])
+    run(locals(), outputs=["out"])

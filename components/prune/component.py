@@ -18,7 +18,6 @@ def prune(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["out"])
+    run(locals(), outputs=["out"])

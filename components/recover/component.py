@@ -17,7 +17,6 @@ def recover(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["out"])
+    run(locals(), outputs=["out"])

@@ -29,7 +29,6 @@ def report(
     markdown: Output[Markdown],
     control: Input[Model] = None,
 ) -> None:
-    given = locals()
     from ptl.steps.supervisor import run
 
-    run(given, outputs=["html", "markdown"])
+    run(locals(), outputs=["html", "markdown"])

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate, Speed
 from ptl.evaluation import language_models, tasks
@@ -161,12 +163,12 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     items = Speed.items // (len(specs) * task.samples)
     limit = max(1, min(items, task.limit or items))
     first_items = task.model_copy(update={"limit": limit})
-    for _ in range(settings.speed.repeats):
-        for name, lm in models.items():
-            score, _ = score_task(lm, first_items, settings, seed=seed)
-            if score.low is None:  # which the task's YAML did not say
-                return runs
-            runs[name].append(score)
+    turns = [*models.items()] * settings.speed.repeats
+    for name, lm in tqdm(turns, desc="answering for the speed, model after model"):
+        score, _ = score_task(lm, first_items, settings, seed=seed)
+        if score.low is None:  # which the task's YAML did not say
+            return runs
+        runs[name].append(score)
     return runs
 
 

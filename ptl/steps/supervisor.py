@@ -38,7 +38,7 @@ Wait = Callable[[float | None], int]
 
 
 def run(given: Mapping[str, Any], outputs: Collection[str] = ()) -> None:
-    """The body of every component, given its arguments by name and which of its artifacts are outputs.
+    """The body of every component, given its local variables and which of its artifacts are outputs.
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
@@ -49,10 +49,11 @@ def run(given: Mapping[str, Any], outputs: Collection[str] = ()) -> None:
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
+    # Neither an artifact that the pipeline lacks, nor this function, which the body has imported.
+    given = {name: value for name, value in given.items() if value is not None and value is not run}
     paths = {name: artifact.path for name, artifact in given.items() if hasattr(artifact, "path")}
     call = {
-        # None: an artifact that the pipeline lacks.
-        "settings": {name: value for name, value in given.items() if name not in paths and value is not None},
+        "settings": {name: value for name, value in given.items() if name not in paths},
         # Of an artifact only the file is read: it holds the pointer.
         "inputs": {name: Path(path).read_text() for name, path in paths.items() if name not in outputs},
         "outputs": {name: paths[name] for name in outputs},

@@ -50,7 +50,7 @@ def go(tmp_path, monkeypatch):
             (tmp_path / "model").write_text(pointer.dump())
             given["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
         try:
-            supervisor.run(given, ["out"])
+            supervisor.run(given | {"run": supervisor.run}, ["out"])
         except SystemExit as end:
             return end.code, out.metadata
         return 0, out.metadata
