@@ -149,8 +149,9 @@ def subject(answers: str, data: Path) -> Subject:
     """The model, with the texts that it is scored and trained on."""
     its = config(data)
     problems, _, general = its.calibration.data
-    sources = in_place_of(its.training.sources, ANSWERS, its.chat)
-    if answers != "own":
+    if answers == "own":
+        sources = in_place_of(its.training.sources, ANSWERS, its.chat)
+    else:
         sources = (problems.model_copy(update={"weight": 2.0}),)  # of both, so that the general text has the same share
     training = its.training.model_copy(update={"sources": sources})
     calibration = its.calibration.model_copy(update={"data": (*sources, general)})
@@ -235,7 +236,7 @@ def predicted(checkpoint: Path, dense: Path, chat: Chat) -> dict[str, list[float
 
 def measure(cell: Cell, data: Path, vllm: Path) -> Row:
     """One line."""
-    if not ANSWERS.is_dir():
+    if cell.training.startswith("own") and cell != AS_IT_IS and not ANSWERS.is_dir():
         by_vllm(vllm, "python", __file__, "answers", "--data", data)
     began = time.monotonic()
     checkpoint = made(cell, data) if cell.arm != DENSE or cell.tokens else MODEL

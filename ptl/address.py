@@ -43,8 +43,10 @@ def runs_page(server: str, experiment: str, run: str = "") -> str:
     return f"{server}/#/experiments/{experiment}/runs{f'/{run}' if run else ''}?{TRAINING}"
 
 
-def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
+def split_login(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
     """Move the login of MLFLOW_TRACKING_URI to the variables that MLflow has for it: it prints the address.
+
+    Returns the variables that this has set.
 
     A login in the address takes precedence over theirs, as it does in MLflow.
     """
@@ -52,9 +54,14 @@ def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
     try:
         parts = urlsplit(uri)
     except ValueError:  # no address at all, which its first use reports
-        return
-    if is_server(uri) and parts.password:
-        # In an address they are quoted, in the variables they are not.
-        environment["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
-        environment["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
-        environment["MLFLOW_TRACKING_URI"] = bare(uri)
+        return {}
+    if not is_server(uri) or not parts.password:
+        return {}
+    # In an address they are quoted, in the variables they are not.
+    login = {
+        "MLFLOW_TRACKING_USERNAME": unquote(parts.username or ""),
+        "MLFLOW_TRACKING_PASSWORD": unquote(parts.password),
+        "MLFLOW_TRACKING_URI": bare(uri),
+    }
+    environment.update(login)
+    return login

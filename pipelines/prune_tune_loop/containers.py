@@ -120,21 +120,18 @@ def remove_leftovers(folder: Path) -> None:
 
 def files(config: Config) -> set[Path]:
     """Local files and folders that a config names: model, data, and task files with the files next to them."""
-    from ptl.evaluation import task_files, tasks
+    from ptl.evaluation import tasks
 
     working_directory = Path.cwd()
     # A whole working directory is too much.
     settings = flat_settings(config.model_dump(mode="json", include=SECTIONS)).values()
     named = [Path(text) for text in settings if isinstance(text, str) and _is_file(text)]
     paths = {_with_blobs(path) for path in named if not working_directory.is_relative_to(path.resolve())}
-    for task in config.evaluate.tasks:
-        if tasks.is_path(task.name):
-            (spec,) = tasks.find(task.name)
-            # A task's YAML may use functions and templates next to it.
-            folder = spec.path.parent
-            paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
-            splits = task_files.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
-            paths |= {Path(split.file) for split in splits.values()}
+    own = [task for task in config.evaluate.tasks if tasks.is_path(task.name)]
+    paths |= tasks.files(config.evaluate.model_copy(update={"tasks": own}))
+    # Functions and templates may read what is next to a task's YAML.
+    folders = {tasks.find(task.name)[0].path.parent for task in own}
+    paths |= {folder for folder in folders if not working_directory.is_relative_to(folder)}
     return set(map(_absolute, paths))
 
 

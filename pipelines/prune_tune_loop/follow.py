@@ -252,8 +252,7 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
         last_answer = time.monotonic()
         deadline = math.inf if timeout is None else last_answer + timeout
         while True:
-            # Another pause would end after the deadline.
-            is_last_look = time.monotonic() + poll > deadline
+            is_last_look = time.monotonic() >= deadline
             try:
                 run = get_run(api, run_id)
             except WorkError as error:
@@ -273,7 +272,7 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
             if is_last_look:
                 say(late)
                 return TIMEOUT
-            time.sleep(poll)
+            time.sleep(max(0, min(poll, deadline - time.monotonic())))
 
 
 def _exit_code(view: RunView, is_gated: bool, say: Show) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from ptl.config.export import TYPES, Export
 from ptl.config.run import Config
+from ptl.errors import InputError
 
 Arm = Literal["loop", "control", "export"]
 ANSWERS = "answers"  # the step that writes the dense model's own answers, and its record
@@ -79,7 +80,7 @@ def _name_parts(name: str) -> tuple[str, ...]:
     """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name!r} is no step")
+        raise InputError(f"{name!r} is no step", field="step", remedy="name it as ptl does, for example prune-1")
     control, stage, number, export = match.groups(default="")
     return control, stage or export, number
 

@@ -301,7 +301,14 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
 
 def _data_file(spec: Spec, named: Any) -> str:
     """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
-    file = str(named[0] if isinstance(named, list) and len(named) == 1 else named)
+    files = named if isinstance(named, list) else [named]
+    if len(files) > 1:
+        raise InputError(
+            f"the task {spec.name!r} has {len(files)} files of one split in its data_files",
+            field="evaluate.tasks",
+            remedy="join them into one",
+        )
+    file = str(files[0])
     for folder in (Path(), *spec.path.parents):
         if (folder / file).is_file():
             return str((folder / file).resolve())

@@ -183,7 +183,8 @@ def check_tasks(settings: Evaluate) -> None:
                 )
             check_samples(spec, task)
             if spec.output_type == "generate_until" and settings.max_length:
-                check_room(spec.name, answer_tokens(task), settings.max_length)
+                answer = task.max_new_tokens or task_files.answer_tokens(spec.generation_kwargs)
+                check_room(spec.name, answer, settings.max_length)
             check_code(spec, settings.allow_code)
             local_splits(spec, settings.data_dir, task.num_fewshot)
 

@@ -205,7 +205,8 @@ def _result_of(run: PipelineRun) -> Result:
 def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
     """What a finished step of a run has published: a checkpoint, or the items of an evaluation."""
     record = store.committed(run.root, run.id, step)
-    if record is None or ("evaluate" in step) != evaluation:
+    stages = ("evaluate",) if evaluation else ("import", "prune", "recover", "export")
+    if record is None or record.metadata["stage"] not in stages:
         kind = "evaluates" if evaluation else "makes a checkpoint"
         raise InputError(
             f"run {run.id} has no finished step {step!r} that {kind}", field="step", remedy=f"it has {run.finished}"

@@ -47,7 +47,9 @@ def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -
             except (ValueError, OSError) as error:  # bytes that are no text cannot be a variable
                 warnings.append(f"warning: {path} is not a variable of the step: {error}")
     # After all variables are there: MLflow's address may come from a Secret.
-    address.split_login(environment)
+    login = address.split_login(environment)
+    if "MLFLOW_TRACKING_URI" in READ:
+        READ.update(login)
     warnings.append(_trust(environment, base / "ca"))
     warnings.append(_cache(environment))
     return [warning for warning in warnings if warning]

@@ -1,6 +1,6 @@
 """Checkpoints in an S3 store: boto3's transfer manager, within bounded memory; never the crt transfer client.
 
-Settings and credentials of the connection are from the environment only; errors have a remedy.
+Settings are from the environment, credentials from boto3's own places; errors have a remedy.
 """
 
 from __future__ import annotations
@@ -41,15 +41,7 @@ SETTINGS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )
-# Any of these means that the environment says where credentials are; boto3 then reads them.
-CREDENTIALS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_PROFILE",
-    "AWS_SHARED_CREDENTIALS_FILE",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)
+PREFIXES = ("AWS_", "MLFLOW_S3_")  # of all that boto3 and MLflow's client read
 MISSING = ("NoSuchKey", "404")  # error codes of an object that is not there
 
 SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -77,15 +69,13 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def client(attempts: int = REQUEST_ATTEMPTS) -> S3Client:
-    """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
-    if not any(os.environ.get(name) for name in CREDENTIALS):
-        raise InputError("no S3 credentials", field="environment", remedy=f"{SET_KEYS} (`ptl up` prints them)")
+    """A client for the environment as it is now, with credentials from wherever boto3 finds them."""
     # The environment may change while a process lives: a client is kept for each state of it.
-    return _build(attempts, tuple(os.environ.get(name) for name in SETTINGS + CREDENTIALS))
+    return _build(attempts, tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES))))
 
 
 @functools.lru_cache(4)
-def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
+def _build(attempts: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
     """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
     import boto3
     from botocore.config import Config
@@ -134,7 +124,9 @@ def _error_for(kind: type[PtlError], error: Exception, uri: str, field: str = "s
 
     problem = str(error)
     remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+    if isinstance(error, NoCredentialsError):
+        kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
+    elif isinstance(error, PartialCredentialsError):
         kind, remedy = InputError, SET_KEYS
     elif _code(error) in _SETTINGS_ERRORS:
         kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]

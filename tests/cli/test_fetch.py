@@ -68,7 +68,7 @@ def made(folder, *, root=None, experiment="e", done=True):
             model, location = tracking.new_model(started, step, {"params": params}, {})
         digest = digest_of(store.publish(directory / step, location))
         pointers[step] = Pointer(location, digest, params, run_id=started.run_id, model_id=model)
-        stage = "recover" if params else "evaluate"
+        stage = "recover" if params else "answers" if step == "answers" else "evaluate"
         store.commit(started.root, run, step, store.Record("k", pointers[step], {"stage": stage}))
         finish(started, model or None)
 
@@ -78,6 +78,7 @@ def made(folder, *, root=None, experiment="e", done=True):
             files = {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i), STATE: b"state"}
             files["README.md"] = b"of the model that the run began with"
             publish(step, files, params=100 - i)
+        publish("answers", {"answers.jsonl": b""})
         for step, right in SCORES.items():
             publish(step, {"items.jsonl": items(right)})
         if done:

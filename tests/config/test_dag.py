@@ -10,6 +10,7 @@ from checkout import SHIPPED, TINY
 from ptl.config.cluster import StepName
 from ptl.config.dag import arm_of, iteration_of, kind_of, nodes, stage_of
 from ptl.config.run import load_config
+from ptl.errors import InputError
 
 EXPORTS = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors", "type": "fp8"}]
 
@@ -74,5 +75,5 @@ def test_names_say_stage_arm_and_iteration():
     assert {kind_of(node.name) for node in dag} == set(get_args(StepName))
     assert [kind_of(name) for name in ("doctor", "answers", "control-recover")] == ["prune", "evaluate", "recover"]
     for name in ("", "prune-", "prune-2-driver"):
-        with pytest.raises(ValueError, match="no step"):
+        with pytest.raises(InputError, match="is no step; name it as ptl does"):
             stage_of(name)

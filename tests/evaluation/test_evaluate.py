@@ -509,6 +509,9 @@ def test_local_files_that_are_missing_or_broken_are_named(tmp_path, data_dir, mo
         assert read_splits(local_splits(own, None))[split]["answer"] == [1, 2], named
     with pytest.raises(InputError, match=r"reads the split 'validation', and its data_files has test; .* test_split"):
         local_splits(own.model_copy(update={"test_split": "validation"}), None)
+    own.dataset_kwargs["data_files"] = {"test": ["t.csv", "u.csv"]}
+    with pytest.raises(InputError, match="has 2 files of one split in its data_files; join them into one"):
+        local_splits(own, None)
     own.dataset_kwargs["data_files"] = {"test": "hf://datasets/x/t.csv"}
     assert local_splits(own, None) == {}
     monkeypatch.chdir(tmp_path)  # a task's own data is found from any working directory

@@ -67,6 +67,17 @@ def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_pat
     snapshot = tmp_path / "models--someone--model/snapshots/abc"
     snapshot.mkdir(parents=True)
     assert snapshot.parents[1] in containers.files(load_config(TINY, {"model.path": str(snapshot)}))
+    # Of a task what its YAML includes, and beside it all but what the working directory is in
+    task = tmp_path / "tasks" / "own.yaml"
+    task.parent.mkdir()
+    included = tmp_path / "base.yaml"
+    included.write_text((ROOT / config.evaluate.tasks[0].name).read_text())
+    data = ROOT / "examples/tiny_reasoner/test.jsonl"
+    task.write_text(f"include: ../base.yaml\ntask: own\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n")
+    own = load_config(TINY, {"evaluate.tasks.0.name": str(task)})
+    assert {task.parent, included} <= containers.files(own)
+    monkeypatch.chdir(task.parent)
+    assert task.parent not in (found := containers.files(own)) and {task, included} <= found
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,15 @@ def test_keys_that_were_renewed_are_read_again_and_those_of_the_pod_stay(tmp_pat
     assert environment == {"AWS_ACCESS_KEY_ID": "new", "AWS_SESSION_TOKEN": "of the pod"}
 
 
+def test_a_renewed_login_in_mlflows_address_is_read_again(tmp_path):
+    volume(tmp_path, "mlflow", MLFLOW_TRACKING_URI="http://me:old@ours")
+    environment, _ = loaded(tmp_path)
+    (tmp_path / "mlflow/MLFLOW_TRACKING_URI").write_text("http://me:new@ours")
+    mounts.load(environment, str(tmp_path))
+    login = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "new"}
+    assert environment == {"MLFLOW_TRACKING_URI": "http://ours"} | login
+
+
 def test_a_mounted_ca_bundle_is_trusted_unless_another_one_is_named(tmp_path):
     (tmp_path / "ca").mkdir(parents=True)
     (tmp_path / "s3").mkdir()  # Kubernetes mounts an empty folder for what is not there

@@ -1,5 +1,6 @@
 """What can go wrong between a step and an S3 server; the store's own tests are in test_store.py."""
 
+import os
 import random
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from ptl.errors import InputError, WorkError
 from ptl.storage import s3 as s3_files
 from ptl.storage import store
 from ptl.storage.manifest import FILES
-from ptl.storage.s3 import CREDENTIALS
 
 MIB = 1 << 20
 
@@ -43,14 +43,23 @@ def test_wrong_and_missing_credentials(s3, monkeypatch, small, tmp_path):
     for work in (lambda: store.check(s3.root), lambda: publish(small, s3.root)):
         with pytest.raises(InputError, match=r"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the server's"):
             work()
-    # They come from the environment only.
-    (tmp_path / ".aws").mkdir()
-    (tmp_path / ".aws" / "credentials").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+
+
+def test_credentials_are_from_where_boto3_looks(s3, tmp_path, monkeypatch):
+    keys = [os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(InputError, match="missing: AWS_SECRET_ACCESS_KEY"):
+        store.check(s3.root)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    for credential in CREDENTIALS:
-        monkeypatch.delenv(credential, raising=False)
     with pytest.raises(InputError, match="no S3 credentials; set AWS_ACCESS_KEY_ID"):
         store.check(s3.root)
+    (tmp_path / ".aws").mkdir()
+    file = "[own]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
+    (tmp_path / ".aws" / "credentials").write_text(file.format(*keys))
+    monkeypatch.setenv("AWS_PROFILE", "own")
+    store.check(s3.root)
 
 
 def test_a_wrong_bucket_or_endpoint(s3, small, monkeypatch):
