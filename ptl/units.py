@@ -28,7 +28,7 @@ def size(count: int) -> str:
 def billions(params: int) -> str:
     """8,190,735,360 -> `8.19B`."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if params >= size:
+        if params >= 0.9995 * size:  # less has three digits in the unit below
             return f"{params / size:.3g}{unit}"
     return str(params)
 

@@ -12,7 +12,7 @@ import typer
 
 from pipelines.prune_tune_loop import follow, kfp_api
 from pipelines.prune_tune_loop.kfp_api import Server
-from ptl import address, extras
+from ptl import address
 from ptl.cli import arguments
 from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.cli.configs import warn
@@ -97,7 +97,6 @@ def submit(
     timeout: Timeout = None,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
-    extras.need("kfp", "submit")
     from pipelines.prune_tune_loop import submit as work
     from ptl.preflight import preflight
 
@@ -174,7 +173,6 @@ def doctor(
     if local:
         findings = machine.local(run_config, home)
     else:
-        extras.need("kfp", "doctor")
         health = functools.partial(_health, server) if server.host else None
         findings = doctor_cluster.cluster(run_config, health, server.namespace, kubeflow_namespace)
     print(*findings, sep="\n", flush=True)

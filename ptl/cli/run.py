@@ -209,7 +209,7 @@ def up(
         print("stopped:", ", ".join(servers.down(home)) or "nothing was running")
         return
     # MLflow's server would end with a traceback of its own.
-    extras.need("flask", "up")
+    extras.need_all(["pipelines"], "up")
     if ui:
         servers.ui(home, mlflow_port or 5000)
     with processes.interruptible(

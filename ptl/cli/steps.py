@@ -14,7 +14,7 @@ import typer
 from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, check_given, writing
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
-from ptl.config.schedule import plan, removal
+from ptl.config.schedule import plan
 from ptl.log import on_terminal
 
 
@@ -43,7 +43,7 @@ def prune(
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
     from ptl.model import dimensions
-    from ptl.preflight.target import resolved
+    from ptl.preflight.target import resolved, to_remove
     from ptl.pruning.prune import prune_checkpoint
 
     overrides = pairs("--set", sets)
@@ -55,7 +55,7 @@ def prune(
     _check_folders(src, dst)
     params = dimensions.static_cost(src).params
     schedule = resolved(settings.schedule, settings.prune, src)
-    goal = params - removal(params, schedule.target)
+    goal = params - to_remove(params, schedule)
     with writing(dst) as out:
         report = prune_checkpoint(
             src,

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -64,8 +65,8 @@ def _count(value: Any) -> Any:
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value
-    number = float(match[1]) * 1000 ** " kMG".index(match[2] or " ")
-    return int(number) if number.is_integer() else value
+    number = Fraction(match[1]) * 1000 ** " kMG".index(match[2] or " ")  # of floats 8.2M would be none
+    return int(number) if number.denominator == 1 else value
 
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(_count)]

@@ -77,6 +77,8 @@ def explained() -> Iterator[None]:
         yield
     except MlflowException as error:
         problem = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}: {error}"
+        if "Invalid Host" in str(error):  # also a 403
+            raise WorkError(problem, remedy="start it with --allowed-hosts and this host name (host:*)") from error
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             raise WorkError(problem, remedy="is the server up and is the address right?") from error
         raise InputError(

@@ -111,7 +111,7 @@ def digests(registry: str, tag: str | None = None, optional: Collection[str] = (
     by_image = {}
     for step, name in zip((*IMAGES, *optional), names(registry, tag, optional=optional), strict=True):
         answer = _docker_quietly("image", "inspect", name, "--format", "{{json .RepoDigests}}")
-        repository = name.rpartition(":")[0]
+        repository = name.rpartition(":")[0].removeprefix("docker.io/")  # as the engine names those of Docker Hub
         references = json.loads(answer.stdout) if answer.returncode == 0 else []
         # The same image may have been pushed to other registries too.
         found = [reference for reference in references or [] if reference.startswith(f"{repository}@")]

@@ -14,27 +14,17 @@ from ptl.processes import LIFELINE, Environment
 from ptl.storage import s3, store
 
 # What steps get of this process's environment, beside what `environment` adds.
-PASSED = (
-    *s3.SETTINGS,
+LOGIN = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_INSECURE_TLS",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
-    "PTL_WEBHOOK_URL",
-    "HF_TOKEN",
-    "HF_ENDPOINT",
-    "HF_HUB_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "OMP_NUM_THREADS",
-    # Some libraries read the one spelling, some the other.
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
 )
+HUB = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+# Some libraries read the one spelling, some the other.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+OTHERS = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "PTL_WEBHOOK_URL", "OMP_NUM_THREADS")
+PASSED = (*s3.SETTINGS, *LOGIN, *HUB, *PROXIES, *OTHERS)
 
 
 def environment(run: RunDir, addresses: Environment) -> Environment:

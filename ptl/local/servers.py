@@ -5,7 +5,6 @@ Each server is noted in `root/stack/<name>.service.json`, by which a later comma
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
@@ -13,7 +12,6 @@ import secrets
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from ptl import extras, processes
-from ptl.address import runs_page
 from ptl.errors import InputError, WorkError
 from ptl.extras import AbsentError
 from ptl.lineage import mlflow_client
@@ -113,11 +110,7 @@ def ui(root: Path, port: int) -> NoReturn:
             f"no runs yet in {root} (no {database.name})", field="--ui", remedy="start one with `ptl run CONFIG`"
         )
     _require_free("--mlflow-port", port)
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        newest = connection.execute("select experiment_id from runs order by start_time desc limit 1").fetchone()
-    # MLflow's start page is about features that we do not use.
-    page = runs_page(address(port), newest[0]) if newest else f"{address(port)}/#/experiments"
-    print(f"your runs in MLflow: {page} (Ctrl-C stops it)", flush=True)
+    print(f"your runs in MLflow: {address(port)}/#/experiments (Ctrl-C stops it)", flush=True)
     os.environ.update(_mlflow_environment(f"sqlite:///{database}"))
     # In place of this process: Ctrl-C goes to the server itself.
     os.execv(sys.executable, _mlflow_command(port, f"file://{root / 'artifacts'}"))

@@ -7,7 +7,6 @@ accelerators and disk. doctor_cluster has what only Kubeflow needs.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -18,22 +17,13 @@ from typing import Any, Literal
 from ptl import address
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError
+from ptl.lineage import mlflow_client, mlflow_objects, run_status
 from ptl.preflight.in_cluster import DoubtError
 from ptl.storage import s3
 from ptl.units import size
 
 # Somebody waits, and a redirect leads to a login page.
-BRIEF = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
-}
-# By a pattern in what MLflow's client says.
-REMEDIES = {
-    "Invalid Host": "start it with --allowed-hosts and this host name (host:*), which replaces the default list",
-    "code 40|UNAUTH|PERMISSION": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, of a user with EDIT",
-    "": "is the server up, is MLFLOW_TRACKING_URI right, may this machine reach it?",
-}
+BRIEF = run_status.WATCHING | {"MLFLOW_ALLOW_HTTP_REDIRECTS": "false"}
 
 
 @dataclass(frozen=True)
@@ -90,31 +80,20 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
 
 def mlflow(config: Config) -> str:
     """MLflow takes a run from this user."""
-    from mlflow.exceptions import MlflowException
-
-    from ptl.lineage import mlflow_client, mlflow_objects
-
-    client = mlflow_client.connect()  # no message below shows a password
-    uri, name = os.environ["MLFLOW_TRACKING_URI"], config.storage.experiment
-    try:
-        with mlflow_client.briefly(BRIEF):
-            experiment = mlflow_objects.experiment(client, name, os.environ.get("PTL_ARTIFACT_ROOT"))
-            run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
-            # A run that stays open would be listed as one that still works.
-            client.set_terminated(run.info.run_id, "FINISHED")
-            client.delete_run(run.info.run_id)
-    except MlflowException as error:
-        message = str(error)
-        remedy = next(remedy for sign, remedy in REMEDIES.items() if re.search(sign, message))
-        raise InputError(f"does not take a run: {message[:300]}", field=uri, remedy=remedy) from error
-    return f"{uri} takes runs in experiment {name!r}"
+    name = config.storage.experiment
+    with mlflow_client.briefly(BRIEF), mlflow_client.connected() as client:
+        experiment = mlflow_objects.experiment(client, name, os.environ.get("PTL_ARTIFACT_ROOT"))
+        run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
+        # A run that stays open would be listed as one that still works.
+        client.set_terminated(run.info.run_id, "FINISHED")
+        client.delete_run(run.info.run_id)
+    return f"{os.environ['MLFLOW_TRACKING_URI']} takes runs in experiment {name!r}"
 
 
 def store(config: Config, elsewhere: bool) -> str:
     """The experiment's artifact location can be written and read, and a second writer of one name is refused."""
     import boto3
 
-    from ptl.lineage import mlflow_client
     from ptl.storage import store as checkpoints
 
     experiment = mlflow_client.connect().get_experiment_by_name(config.storage.experiment)

@@ -4,12 +4,12 @@ of settings that are allowed, and yet likely to waste a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptl.config.cluster import StepName
 from ptl.config.run import Config
-from ptl.config.schedule import Prune, Schedule, plan
+from ptl.config.schedule import Prune, Schedule
 from ptl.data import chat_templates
 from ptl.data.checks import check_data, check_own_answers, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
@@ -20,8 +20,6 @@ from ptl.model.families import family_of
 from ptl.preflight import target
 from ptl.units import listed, numbered
 
-FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
-SOME_TOKENS = 10**9  # enough to divide
 THOUGHT = 8192  # tokens of an answer that may hold a thought
 
 
@@ -81,8 +79,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
 
 def warnings(config: Config) -> list[str]:
     """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
-    of_the_gate = [*_starved_iterations(config), *_undecayed(config)] if config.gate.enabled else []
-    return [*_idle_accelerators(config), *of_the_gate]
+    return [*_idle_accelerators(config), *_unfit_for_the_gate(config)]
 
 
 def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
@@ -132,49 +129,31 @@ def chat_warnings(config: Config, folder: Path) -> Iterator[str]:
 
 def _idle_accelerators(config: Config) -> Iterator[str]:
     """Accelerators that a step holds and cannot use."""
-    training = [stage.processes for stage in config.recover]
-    # None: one for each accelerator.
-    processes: dict[StepName, int | None] = {
-        "recover": None if None in training else max(filter(None, training)),
-        "evaluate": config.evaluate.processes,
-        "import-model": 0,
-        "prune": 1,
-        "report": 0,
-    }
-    for step, used in processes.items():
+    of_stages = [stage.processes for stage in config.recover]
+    for step, processes in (("recover", of_stages), ("evaluate", [config.evaluate.processes])):
+        # None: one for each accelerator.
+        used = max(count or math.inf for count in processes)
         held = config.resources.accelerators_of(step)
-        if used is not None and held > used:
+        if held > used:
             yield (
                 f"resources.accelerators: {step} holds {held} and uses {used}: set "
-                f"resources.steps.{step}.accelerators"
-                + (f", or raise {step}.processes" if step in ("recover", "evaluate") else "")
+                f"resources.steps.{step}.accelerators, or raise {step}.processes"
             )
 
 
-def _starved_iterations(config: Config) -> list[str]:
-    """The gate judges right after each iteration, so recovery must not come iterations after the damage."""
-    # As if there were many tokens: steps of GRPO alone are shared out in the same way.
-    schedule = config.schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
-    for iteration in plan(schedule, config.prune):
-        trained = iteration.tokens / SOME_TOKENS  # share of the recovery
-        if trained >= FAIR * iteration.cut:
-            continue
-        # The first one is enough: the remedy is the same for all.
-        return [
-            f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
-            f"{iteration.index} removes {100 * float(iteration.cut):.0f} % of what goes in all and gets "
-            f"{100 * trained:.1f} % of the recovery; the gate judges it right then, and a rejection halves the cuts "
-            "that follow: set schedule.tokens=uniform"
-        ]
-    return []
-
-
-def _undecayed(config: Config) -> list[str]:
-    """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
+def _unfit_for_the_gate(config: Config) -> Iterator[str]:
+    """The gate judges each iteration right after its recovery, and the loop may end with any that it accepts."""
+    schedule = config.schedule
+    if not config.gate.enabled or schedule.iterations == 1:
+        return
+    if schedule.tokens != "uniform":
+        yield (
+            f"schedule.tokens={schedule.tokens}, with the gate on: early iterations get little of the recovery and are "
+            "judged right after it; a rejection halves the cuts that follow: set schedule.tokens=uniform"
+        )
     decays = [stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"]
-    if not decays or config.schedule.iterations == 1:
-        return []
-    return [
-        f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, and a "
-        "loop that the gate stops ends with such a model: set decay: each in every stage of recover"
-    ]
+    if decays:
+        yield (
+            f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, "
+            "and a loop that the gate stops ends with such a model: set decay: each in every stage of recover"
+        )

@@ -12,6 +12,7 @@ from ptl.preflight.forecast import FULL, Forecast
 from ptl.preflight.forecast_model import GIB, GPUS
 from ptl.units import listed
 
+BESIDE_VLLM = {"evaluate.speed.repeats": 0}  # whose speed ptl does not measure
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
 
 Changes = dict[str, Any]  # of a config, by section and field; of `recover` in every stage
@@ -42,10 +43,12 @@ def _remedy(stage: str, run: Forecast) -> str:
     model = largest(run, stage)
     changes = smallest_change(stage, model, run)
     if changes is not None:
+        if "evaluate.backend" in changes:
+            changes = {**changes, **BESIDE_VLLM}
         return " and ".join(f"{field}: {str(value).lower()}" for field, value in changes.items())
     remedies = []
     if stage == "evaluate":
-        remedies.append("give it more GPUs with evaluate.backend: vllm")
+        remedies.append("give it more GPUs with evaluate.backend: vllm and evaluate.speed.repeats: 0")
     if stage == "recover":
         remedies.append("give it more GPUs or nodes with recover.sharding: fsdp")
         if all(each.method != "grpo" and each.lora is None for each in run.config.recover):

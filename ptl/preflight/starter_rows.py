@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl.config.data import DataSource, columns_of
+from ptl.config.run import check
 from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError
@@ -44,7 +45,8 @@ def read(name: str, columns: str | None) -> Rows:
     """
     dataset, _, subset = name.partition(":")
     is_subset = bool(subset) and "://" not in name
-    source = DataSource(source=dataset, subset=subset) if is_subset else DataSource(source=name)
+    named = {"source": dataset, "subset": subset} if is_subset else {"source": name}
+    source = check(DataSource, named, FIELD)
     if local_file(source, FIELD) is None:
         source, sample = _from_hub(source)
     else:

@@ -108,23 +108,29 @@ def after_iterations(model: ModelDimensions, schedule: Schedule, prune: Prune) -
     return possible_paths(model, schedule, prune)[0]
 
 
+def to_remove(params: int, schedule: Schedule) -> int:
+    """How many of a model's parameters must go. Raises InputError for a target that leaves all or nothing."""
+    total = removal(params, schedule.target)
+    if not 0 < total < params:
+        raise InputError(
+            f"{schedule.target:g} is no size below the model's own {params:,} parameters",
+            field="schedule.target",
+            remedy="give a share between 0 and 1, or the number of parameters to end with",
+        )
+    return total
+
+
 def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> list[SizePath]:
     """The same for each of the sizes to end with among which the first prune step chooses by the loss.
 
-    All but width has one path. Raises InputError for a target that
-    leaves all or nothing, or that neurons, widths, experts or layers cannot reach, and for a repair of experts.
+    All but width has one path. Raises InputError as `to_remove`, for a target that neurons, widths, experts or layers
+    cannot reach, and for a repair of experts.
     """
     iterations = plan(schedule, prune)
     units = {iteration.unit for iteration in iterations}
     for unit in units:
         check_unit(model.experts, model.narrowable, unit, prune.repair)
-    total = removal(model.params, schedule.target)
-    if not 0 < total < model.params:
-        raise InputError(
-            f"{schedule.target:g} is no size below the model's own {model.params:,} parameters",
-            field="schedule.target",
-            remedy="give a share between 0 and 1, or the number of parameters to end with",
-        )
+    total = to_remove(model.params, schedule)
     ends = [model]
     if "width" in units:
         ends = widths.candidates(model, model.params - total, prune.width_multiple, prune.wanted)

@@ -107,8 +107,8 @@ def test_overrides_name_parts_of_lists_numbers_as_people_write_them_and_one_sect
     # Reinforcement learning may do without tokens, and needs a step in each iteration: 1, 2, 4, 8.
     stage = loaded("recover=[{method: grpo, steps: 15}]", "schedule.recovery_tokens=0").recover[0]
     assert (stage.method, stage.steps) == ("grpo", 15)
-    for text in ("1e6", "1M", "1000k", "1_000_000"):
-        assert loaded(f"schedule.recovery_tokens={text}").schedule.recovery_tokens == 10**6
+    for text in ("8.2e6", "8.2M", "8200k", "8_200_000"):
+        assert loaded(f"schedule.recovery_tokens={text}").schedule.recovery_tokens == 8_200_000
     shared = TINY.with_name("onprem.yaml")
     before, after = load_config(shared), load_config(shared, {"training.source": "s3://b/other.jsonl"})
     assert before.training.sources[0].source == before.calibration.data[0].source  # one anchor
