@@ -26,7 +26,7 @@ from ptl.config.base import FILL_IN
 from ptl.config.run import Config, check, load_config, pairs
 from ptl.config.schedule import MemoryGoal, Schedule, one_shot
 from ptl.data.checks import PER_PARAMETER
-from ptl.errors import InputError
+from ptl.errors import InputError, PtlError
 from ptl.extras import AbsentError, UnusableError
 from ptl.units import listed
 
@@ -265,10 +265,10 @@ def _naming_options() -> Iterator[None]:
     """Errors about fields of a config that does not exist yet name the options that they come from."""
     try:
         yield
-    except InputError as error:
+    except PtlError as error:
         section = error.field.partition(".")[0]
         field = section if section.startswith("--") else OPTIONS.get(section, error.field)
-        raise InputError(error.problem, field=field, remedy=error.remedy) from error
+        raise type(error)(error.problem, field=field, remedy=error.remedy) from error
 
 
 def _target(text: str) -> float | MemoryGoal:

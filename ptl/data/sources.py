@@ -20,6 +20,7 @@ from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.data import DataSource, columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
+from ptl.model import hub
 from ptl.storage.manifest import file_digest
 
 GENERAL = "ptl://general"  # a source: English prose that was written for ptl, and ships with it
@@ -337,9 +338,9 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        raise InputError(
+        problem = (
             f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
-            f"cannot be loaded: {type(error).__name__}: {error}",
-            field=setting,
-            remedy=f"check the id, HF_TOKEN and the connection, or give {FILE_KINDS}",
-        ) from error
+            f"cannot be loaded: {type(error).__name__}: {error}"
+        )
+        remedy = f"check the id, HF_TOKEN and the connection, or give {FILE_KINDS}"
+        raise hub.error_for(error, problem, field=setting, remedy=remedy) from error

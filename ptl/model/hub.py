@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptl import log
-from ptl.errors import InputError
+from ptl.errors import InputError, PtlError, WorkError
 from ptl.model import checkpoint, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
@@ -36,12 +36,22 @@ def locate(
         return Path(snapshot)
     except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
         at_revision = f" at revision {revision}" if revision else ""
-        kind = type(error).__name__
-        raise InputError(
-            f"{path!r} is no local folder, and the hub does not give it{at_revision} ({kind})",
-            field=field,
-            remedy=_remedy(error),
-        ) from error
+        problem = f"{path!r} is no local folder, and the hub does not give it{at_revision} ({type(error).__name__})"
+        raise error_for(error, problem, field=field, remedy=_remedy(error)) from error
+
+
+def error_for(error: Exception, problem: str, *, field: str, remedy: str) -> PtlError:
+    """The error of what cannot be had from the hub: of the input, unless the same request may succeed later."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        may_succeed = error.response.status_code >= 500
+    elif isinstance(error, OSError) and error.errno:  # of this machine, a full disk for example
+        problem, may_succeed = f"{problem}: {error.strerror}", True
+    else:
+        has_no_answer = isinstance(error, ConnectionError | errors.LocalEntryNotFoundError)
+        may_succeed = has_no_answer and not constants.HF_HUB_OFFLINE
+    return (WorkError if may_succeed else InputError)(problem, field=field, remedy=remedy)
 
 
 def has_dataset(name: str, revision: str | None, field: str) -> bool:

@@ -30,20 +30,18 @@ BELOW_THRESHOLDS = 1e-30
 
 @dataclass(frozen=True)
 class Routed:
-    """The tokens of a batch that are sent to one expert, padding included."""
+    """The tokens of a batch that are sent to one expert, padding included, and what it gives."""
 
     expert: int
     rows: Tensor  # int64 [n]: which of the B * T tokens
-    hidden: Tensor  # [n, H]
     weights: Tensor  # [n]: what the router multiplies the expert's outputs by
-
-
-RunExpert = Callable[[Any, Routed], Tensor]  # the module of the experts -> one expert's outputs [n, H], not multiplied
+    activations: Tensor  # [n, F]: of its neurons
+    outputs: Tensor  # [n, H]: before the router's weight
 
 
 @contextmanager
-def _running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
-    """While the block lasts, `run` computes what each expert gives."""
+def _observed_experts(layer: nn.Module, observe: Callable[[Routed], None]) -> Iterator[None]:
+    """While the block lasts, `observe` sees what each expert is sent and gives."""
     experts: Any = layer.get_submodule(EXPERTS)
 
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -51,8 +49,11 @@ def _running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
         total = torch.zeros_like(hidden)
         for expert in chosen.unique().tolist():
             rows, position = torch.where(chosen == expert)
-            routed = Routed(expert, rows, hidden[rows], weights[rows, position])
-            weighted = run(experts, routed) * routed.weights[:, None]  # [n, H]
+            activations = experts._apply_gate(_project(experts, "gate_up_proj", expert, hidden[rows]))
+            outputs = _project(experts, "down_proj", expert, activations)
+            routed = Routed(expert, rows, weights[rows, position], activations, outputs)
+            observe(routed)
+            weighted = outputs * routed.weights[:, None]  # [n, H]
             total.index_add_(0, rows, weighted.to(total.dtype))
         return total
 
@@ -62,17 +63,6 @@ def _running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
     finally:
         # Without the attribute of the instance, the method of the class is used again.
         del experts.forward
-
-
-def _activations(experts: Any, routed: Routed) -> Tensor:
-    """What an expert's neurons give at its tokens: [n, F]."""
-    gated: Tensor = experts._apply_gate(_project(experts, "gate_up_proj", routed.expert, routed.hidden))
-    return gated
-
-
-def _outputs(experts: Any, routed: Routed, values: Tensor) -> Tensor:
-    """What an expert gives, before the router's weight, for these activations [n, F] of its neurons: [n, H]."""
-    return _project(experts, "down_proj", routed.expert, values)
 
 
 def _project(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
@@ -93,12 +83,13 @@ class Observed:
         self.norms = torch.zeros(experts)  # [E]: of the expert's output, Euclidean
         self.weighted_norms = torch.zeros(experts)  # [E]: the same times the router's weight
 
-    def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
-        """Take in an expert's outputs [n, H], and the router's weights [n] of these tokens."""
-        norms = outputs.float().norm(dim=-1)  # [n]
-        self.tokens[expert] += len(norms)
-        self.norms[expert] += norms.sum().cpu()
-        self.weighted_norms[expert] += (weights.float() * norms).sum().cpu()
+    def add(self, tokens: Tensor, routed: Routed) -> None:
+        """Take in what an expert gives at these of the batch's tokens: bool [B * T]."""
+        real = tokens[routed.rows]  # [n]
+        norms = routed.outputs[real].float().norm(dim=-1)
+        self.tokens[routed.expert] += len(norms)
+        self.norms[routed.expert] += norms.sum().cpu()
+        self.weighted_norms[routed.expert] += (routed.weights[real].float() * norms).sum().cpu()
 
 
 def _reap(observed: Observed) -> Tensor:
@@ -147,21 +138,9 @@ def _observe(model: LayerwiseModel) -> dict[int, Observed]:
         observed = layers[i] = Observed(experts.num_experts)
         for b, hidden in enumerate(states):
             tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
-            with _running_experts(layer, _observing_outputs(tokens, observed)):
+            with _observed_experts(layer, partial(observed.add, tokens)):
                 states[b] = model.run(i, b, hidden)
     return layers
-
-
-def _observing_outputs(tokens: Tensor, observed: Observed) -> RunExpert:
-    """Runs an expert, and observes what it gives at these of the tokens [B * T]."""
-
-    def run(experts: Any, routed: Routed) -> Tensor:
-        hidden = _outputs(experts, routed, _activations(experts, routed))  # [n, H]
-        real = tokens[routed.rows]  # [n]
-        observed.add(routed.expert, hidden[real], routed.weights[real])
-        return hidden
-
-    return run
 
 
 @torch.no_grad()
@@ -174,27 +153,18 @@ def _by_output_change(model: LayerwiseModel, _seed: int) -> NeuronScores:
         total = torch.zeros_like(norms)
         for b, hidden in enumerate(states):
             tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
-            with _running_experts(layer, _joining_changes(tokens, total)):
+            with _observed_experts(layer, partial(_join_changes, tokens, total)):
                 states[b] = model.run(i, b, hidden)
         scores.append((total * norms).cpu())
     return scores
 
 
-def _joining_changes(tokens: Tensor, total: Tensor) -> RunExpert:
-    """Runs an expert, and joins to its row of `total` [E, F] how far each neuron moves the output at `tokens`.
-
-    They are bool [B * T].
-    """
-
-    def run(experts: Any, routed: Routed) -> Tensor:
-        values = _activations(experts, routed)  # [n, F]
-        real = tokens[routed.rows]  # [n]
-        if real.any():
-            weighted = values[real].float() * routed.weights[real, None].float()
-            total[routed.expert] = torch.maximum(total[routed.expert], weighted.abs().amax(dim=0))
-        return _outputs(experts, routed, values)
-
-    return run
+def _join_changes(tokens: Tensor, total: Tensor, routed: Routed) -> None:
+    """Join to an expert's row of `total` [E, F] how far each neuron moves the output at these tokens: bool [B * T]."""
+    real = tokens[routed.rows]  # [n]
+    if real.any():
+        weighted = routed.activations[real].float() * routed.weights[real, None].float()
+        total[routed.expert] = torch.maximum(total[routed.expert], weighted.abs().amax(dim=0))
 
 
 def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> LayerObserved:
@@ -203,30 +173,24 @@ def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor
     The router's weight is part of the gradient. A layer with one MLP in place of experts has none.
     Memory: the batch's activations in all experts of the layer, which the backward pass needs.
     """
-    visits: list[tuple[Routed, Tensor]] = []
-
-    def record(experts: Any, routed: Routed) -> Tensor:
-        values = _activations(experts, routed)  # [n, F]
-        visits.append((routed, values))
-        return _outputs(experts, routed, values)
-
+    visits: list[Routed] = []
     layer = model.layers[i]
-    with _running_experts(layer, record):
+    with _observed_experts(layer, visits.append):
         output = model.run(i, b, hidden)
 
     def changes(slopes: Sequence[Tensor]) -> Tensor:
         mask = model.batches[b]["attention_mask"]  # [B, T]
         down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
         total = torch.zeros(len(mask), len(down), down.shape[-1], device=model.device)
-        for (routed, values), slope in zip(visits, slopes, strict=True):
-            of_tokens = values.detach().float() * slope.float()  # [n, F]
+        for routed, slope in zip(visits, slopes, strict=True):
+            of_tokens = routed.activations.detach().float() * slope.float()  # [n, F]
             # Which tokens are whose; a product, as sums by index differ from run to run on a GPU.
             sequence = torch.arange(len(mask), device=model.device)[:, None]
             members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
             total[:, routed.expert] = members.float() @ of_tokens
         return total
 
-    return output, [values for _, values in visits], changes
+    return output, [routed.activations for routed in visits], changes
 
 
 @torch.no_grad()

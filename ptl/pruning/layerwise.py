@@ -240,6 +240,7 @@ class WidthScores:
     hidden: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the residual stream's dimensions: float32 [H]
     kv_heads: list[Tensor] = field(default_factory=list)  # of each layer, of its KV heads: float32 [KV heads]
     experts: Mapping[int, Tensor] = field(default_factory=dict)  # by the layer's number: float32 [E]
+    layers: Tensor = field(default_factory=lambda: torch.zeros(0))  # float32 [layers]
 
 
 def first_order_scores(model: LayerwiseModel, _seed: int, *, observe: Observe) -> NeuronScores:

@@ -84,12 +84,12 @@ def prune_checkpoint(
         if is_width and len(possible) == 1:
             unit, criterion = _removed(before, possible[0])
         model = LayerwiseModel(src, family, _batches(src, calibration, chat, seed, by_loss=criterion == "taylor"))
-        select = _SCORED[unit](model, before, criterion, seed)
-        sizes, candidates = _compared(src, dst, model, possible, select)
+        scores = _scores(model, before, unit, criterion, seed)
+        sizes, candidates = _compared(src, dst, model, possible, partial(select_widths, scores, before))
         if is_width:
             chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
             sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
-        selection = select(sizes)
+        selection = select_widths(scores, before, sizes)
     write_pruned(src, dst, family, selection)
     if prune.repair and model and unit != "layers":
         _repair(src, dst, calibration.model_copy(update={"num_sequences": prune.repair}), selection, chat, seed)
@@ -135,46 +135,25 @@ def _removed(before: ModelDimensions, after: ModelDimensions) -> tuple[str, str]
     return ("experts", "reap") if after == replace(before, experts=after.experts) else ("width", "taylor")
 
 
-Select = Callable[[ModelDimensions], Selection]  # what stays of a model that has been scored, by its sizes afterwards
-
-
-def _neurons(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, seed: int) -> Select:
-    """The highest-scored neurons of each layer, or of each of its experts, as many in each."""
-    return partial(select_widths, WidthScores(neuron_scores(model, criterion, seed)), dimensions)
-
-
-def _experts(model: LayerwiseModel, dimensions: ModelDimensions, criterion: str, seed: int) -> Select:
-    """The highest-scored experts of each layer, as many in each, and as many in each group of a layer."""
-    return partial(select_widths, WidthScores([], experts=expert_scores(model, criterion, seed)), dimensions)
-
-
-def _width(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, seed: int) -> Select:
-    """The highest-scored neurons, dimensions of the residual stream and KV heads; experts where neurons cannot go."""
+def _scores(model: LayerwiseModel, dimensions: ModelDimensions, unit: str, criterion: str, seed: int) -> WidthScores:
+    """Scores of all that an iteration may remove: of a mixture whose neurons stay, `width` removes experts."""
+    if unit == "neurons":
+        return WidthScores(neuron_scores(model, criterion, seed))
+    if unit == "experts":
+        return WidthScores([], experts=expert_scores(model, criterion, seed))
+    if unit == "layers":
+        of_layers = layer_scores(model)  # [layers]
+        of_layers[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
+        return WidthScores([], layers=of_layers)
     scores = all_width_scores(model, dimensions.narrowable)
-    if not dimensions.narrowable:
-        scores = replace(scores, experts=expert_scores(model, "reap", seed))
-    return partial(select_widths, scores, dimensions)
-
-
-def _layers(model: LayerwiseModel, dimensions: ModelDimensions, _criterion: str, _seed: int) -> Select:
-    """The highest-scored layers."""
-    scores = layer_scores(model)  # [layers]
-    scores[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
-    return lambda sizes: Selection(tuple(keep_highest(scores, sizes.layers).tolist()), {})
-
-
-# By the unit that an iteration removes; each takes the model, its dimensions, a criterion and a seed
-_SCORED: dict[str, Callable[[LayerwiseModel, ModelDimensions, str, int], Select]] = {
-    "neurons": _neurons,
-    "width": _width,
-    "layers": _layers,
-    "experts": _experts,
-}
+    return scores if dimensions.narrowable else replace(scores, experts=expert_scores(model, "reap", seed))
 
 
 def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
     """The highest-scored of all that `after` has less of than `before`."""
-    neurons, experts, hidden, kv_heads = {}, {}, None, {}
+    layers, neurons, experts, hidden, kv_heads = [*range(before.layers)], {}, {}, None, {}
+    if after.layers < before.layers:
+        layers = keep_highest(scores.layers, after.layers).tolist()
     if after.width < before.width:
         neurons = {i: keep_highest(of_layer, after.width) for i, of_layer in enumerate(scores.neurons)}
     if after.experts < before.experts:
@@ -187,11 +166,15 @@ def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDime
         hidden = keep_highest(scores.hidden, after.hidden)
     if after.kv_heads < before.kv_heads:
         kv_heads = {i: keep_highest(of_layer, after.kv_heads) for i, of_layer in enumerate(scores.kv_heads)}
-    return Selection(tuple(range(before.layers)), neurons, experts, hidden, kv_heads)
+    return Selection(tuple(layers), neurons, experts, hidden, kv_heads)
 
 
 def _compared(
-    src: Path, dst: Path, model: LayerwiseModel, possible: list[ModelDimensions], select: Select
+    src: Path,
+    dst: Path,
+    model: LayerwiseModel,
+    possible: list[ModelDimensions],
+    select: Callable[[ModelDimensions], Selection],
 ) -> tuple[ModelDimensions, list[ComparedWidths]]:
     """The sizes with the least loss right after the cut, and what was compared.
 

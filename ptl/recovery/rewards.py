@@ -10,7 +10,9 @@ from typing import Any
 from ptl.config.data import Reward
 
 FINAL = re.compile(r"(?m)^#### (-?[\d,]*\.?\d+)\s*$")
-CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:```|\Z)", re.S)
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+CODE_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.S)
+PYTHON = ("", "py", "python", "python3")  # tags of a block
 LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
@@ -72,10 +74,10 @@ def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: L
 
 
 def program(answer: str) -> str:
-    """The Python in an answer."""
+    """The Python in an answer: its first block that says no other language, else all of it."""
     # a block that is not closed was ended by the limit of tokens
-    block = CODE_BLOCK.search(answer)
-    return block.group(1) if block else answer.lstrip()
+    blocks = (code for tag, code in CODE_BLOCK.findall(answer) if tag.strip().lower() in PYTHON)
+    return next(blocks, answer.lstrip())
 
 
 def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
@@ -102,22 +104,18 @@ def _after_marker(text: str) -> str:
 
 
 def _reference_formula(reference: str) -> str:
-    """A reference as math-verify reads it: the final answer of a worked solution, a bare LaTeX answer in dollars."""
-    formula = _after_marker(reference)
-    # a worked solution ends with a number, where a comma separates thousands
-    if "####" in reference:
-        formula = formula.replace(",", "")
-    is_marked = "$" in formula or "\\boxed" in formula
-    if is_marked or len(formula) > LONGEST_BARE_ANSWER:
-        return formula
-    return f"${formula}$"
+    """A reference as math-verify reads it: the final answer of a worked solution, or all of it."""
+    return _formula(_after_marker(reference))
 
 
 def _answer_formula(answer: str) -> str:
     """What follows the last `####`, where the model marks its answer so; else all of it."""
     conclusion = _after_marker(answer)
-    if "####" not in answer or not conclusion:
-        return answer
-    # thousands separators are no part of a number in LaTeX
-    number = conclusion.replace(",", "")
-    return f"${number}$"
+    return _formula(conclusion) if "####" in answer and conclusion else answer
+
+
+def _formula(text: str) -> str:
+    """A bare answer in dollars, as LaTeX; without thousands separators, which are no part of a number there."""
+    formula = THOUSANDS.sub("", text)
+    is_marked = "$" in formula or "\\boxed" in formula
+    return formula if is_marked or len(formula) > LONGEST_BARE_ANSWER else f"${formula}$"

@@ -1,11 +1,14 @@
 """Where rows come from, and what is refused or warned of before any work: files, lines, columns, chats, amounts."""
 
+import errno
 import gzip
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from checkout import TINY
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rows import ANSWERED, ASKED, rows_file
 
 from ptl.config.data import DataSource, Decontaminate, Reward, TrainingData
@@ -15,7 +18,8 @@ from ptl.data import checks, decontamination, sources
 from ptl.data.checks import Amount, planned_amount
 from ptl.data.sequences import tokenize
 from ptl.data.sources import SourceRow, check_rows, read_rows
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
+from ptl.model import hub
 from ptl.storage.s3 import client, split
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
@@ -170,6 +174,27 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
     with pytest.raises(InputError, match="revision abc"):
         read_rows(source)
     assert sources.content_digest(source) is None
+
+
+def test_what_a_later_attempt_may_have_from_the_hub_is_no_wrong_input(monkeypatch):
+    def answer(status):
+        return HfHubHTTPError("", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    source = DataSource(source="org/set")
+    for error, kind in (
+        (ConnectionError("no route"), WorkError),
+        (answer(503), WorkError),
+        (OSError(errno.ENOSPC, "No space left"), WorkError),
+        (answer(404), InputError),
+        (ValueError("Unknown split"), InputError),
+    ):
+        monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
+        with pytest.raises(kind, match="cannot be loaded"):
+            read_rows(source)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("not cached")))
+    with pytest.raises(InputError, match="connect"):
+        hub.locate("org/model", None)
 
 
 def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):

@@ -29,6 +29,10 @@ def test_final_answer_must_stand_alone_and_math_compares_values_in_other_threads
         ("math", r"\boxed{3}", "4", 0),
         ("math", "5*2=10\n#### 10", "3+7=10\n#### 10", 1),
         ("math", "#### 1,000", "#### 1000", 1),
+        ("math", "#### (1, 2)", "#### (1, 2)", 1),
+        ("math", "#### [2, 5)", "[2, 5)", 1),
+        ("math", r"#### \(\boxed{(1, 2)}\)", r"#### (1, 2)", 1),
+        ("math", "#### (1, 3)", "#### (1, 2)", 0),
         ("math", "", "4", 0),
         ("math", r"\boxed{3}", "", None),  # not judged without a reference that can be read
     ):
@@ -51,6 +55,8 @@ def test_code_runs_the_tests_in_the_sandbox(monkeypatch):
     assert logged == {"code_timeouts": 0.5}
     assert program("Sure:\n```py\nx = 1\n```\nor\n```py\nx = 2\n```\n") == "x = 1\n"  # the first block
     assert program("```python\nx = 1") == "x = 1" == program("x = 1")  # cut off by the limit of tokens
+    assert program("```Python \r\nx = 1\n```\nThis works.") == "x = 1\n"
+    assert program("Run:\n```bash\nls\n```\nThen\n```python3\nx = 1\n```") == "x = 1\n"
 
 
 def test_format_matches_the_whole_answer():
