@@ -181,7 +181,8 @@ def test_a_remedy_that_is_applied_fits(large):
     assert too_large({}, 8)["recover"] == f"{more}, or set recover.lora, or take a larger GPU (h200, b200)"
     assert "recover" not in too_large(lora | sharded, 8) and "recover" not in too_large(sharded, 8, 2)
     assert too_large(lora, 1)["recover"] == more
-    more = "give it more GPUs with evaluate.backend: vllm"
+    assert too_large({}, 8)["evaluat"] == "evaluate.backend: vllm and evaluate.speed.repeats: 0"
+    more = "give it more GPUs with evaluate.backend: vllm and evaluate.speed.repeats: 0"
     assert too_large({}, 1)["evaluat"].endswith(f": {more}, or take a larger GPU (b200)")
 
 
