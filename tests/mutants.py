@@ -49,7 +49,8 @@ def run_pytest(tests: str) -> None:
     # For the processes that tests start, and for this one, whose script is in the checkout itself.
     os.environ["PYTHONPATH"] = sys.path[0] = str(checkout)
     assert Path(import_module("ptl").__file__).is_relative_to(checkout)
-    options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={checkout}.tmp", "-m", "not nightly"]
+    folder = checkout.with_name(f"tests-{checkout.name}")  # messages shorten paths that begin with the checkout's
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}", "-m", "not nightly"]
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(int(pytest.main([*options, *shlex.split(tests)])))
 

@@ -64,20 +64,25 @@ def opening(tokenizer: Any, chat: Chat) -> str:
     return str(by_template(tokenizer, user_turn("?"), None, chat, tokenize=False))
 
 
+def _template(tokenizer: Any) -> str:
+    """The template that is used where none is named; of several there may be no such."""
+    template = tokenizer.chat_template
+    return (template.get("default") if isinstance(template, dict) else template) or ""
+
+
 def thinks(tokenizer: Any, chat: Chat = NO_CHAT) -> bool:
     """Whether the model thinks before it answers: its template knows thoughts, and does not end them in the prompt."""
     end = chat.thought[1]
-    if not tokenizer.chat_template or end not in tokenizer.get_chat_template():
+    if end not in _template(tokenizer):
         return False
     return not opening(tokenizer, chat).rstrip().endswith(end)
 
 
 def has_switch(tokenizer: Any) -> bool:
     """Whether the template has the variable `enable_thinking`."""
-    return bool(tokenizer.chat_template) and SWITCH in tokenizer.get_chat_template()
+    return SWITCH in _template(tokenizer)
 
 
 def has_date(tokenizer: Any, chat: Chat) -> bool:
     """Whether the template writes today's date into each prompt."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return "strftime_now" in template and "date_string" not in chat.template_kwargs
+    return "strftime_now" in _template(tokenizer) and "date_string" not in chat.template_kwargs

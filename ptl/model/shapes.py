@@ -220,7 +220,5 @@ def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
     for field, length in lengths.items():
         if length > positions:
             raise InputError(
-                f"{length} is more than the model's {positions} positions ({folder})",
-                field=field,
-                remedy=f"lower it to {positions}",
+                f"{length} is more than the model's {positions} positions ({folder})", field=field, remedy="lower it"
             )

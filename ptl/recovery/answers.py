@@ -83,11 +83,11 @@ def write_answers(
         lm.close()
     written = len(prompts) * data.samples
     if not num_kept:
-        raise WorkError(
-            f"none of {written:,} answers is of use ({num_ended:,} ended, and none of them is correct)",
-            field="training.answers",
-            remedy="raise training.max_new_tokens, correct training.reward, or set training.keep=ended",
-        )
+        problem, remedy = f"none of {written:,} answers ended", "raise training.max_new_tokens"
+        if num_ended:
+            problem = f"of {written:,} answers {num_ended:,} ended, and none of them is correct"
+            remedy = "correct training.reward, or set training.keep=ended"
+        raise WorkError(problem, field="training.answers", remedy=remedy)
     if data.keep != "all":
         _warn_of_cut_answers(1 - num_ended / written, data.max_new_tokens)
     return AnswersReport(len(prompts), written, num_ended, num_kept, num_tokens / written, sampling)

@@ -15,12 +15,13 @@ from typing import Any
 from ptl.address import runs_page
 from ptl.config.base import flat_settings
 from ptl.evaluation import speed
+from ptl.model import hub
 from ptl.report import tables, words
 from ptl.report.result import Result, Row
 from ptl.report.tables import Table
 from ptl.units import billions, duration
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # what the hub's metadata allows; a path on a disk is left out
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # what the hub's metadata allows
 # Of the main table's rows in a terminal; `gate off` has its own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
 # Colours of templates/report.mplstyle and of the lines drawn here -> CSS variables of the page.
@@ -104,13 +105,18 @@ def _hub_metadata(result: Result) -> str:
         model_name=result.name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=result.model.model if HUB_ID.fullmatch(result.model.model) else None,
+        base_model=next(filter(_is_hub_id, [result.model.model]), None),
         tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
-        datasets=list(filter(HUB_ID.fullmatch, sources)) or None,
+        datasets=list(filter(_is_hub_id, sources)) or None,
         metrics=list(dict.fromkeys(map(words.metric, scores))) or None,
         eval_results=scored or None,
     )
     return data.to_yaml()
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether it is no file or folder of this machine, which a config names relative to the working directory too."""
+    return HUB_ID.fullmatch(name) is not None and not hub.is_local(name)
 
 
 def terminal_text(result: Result, report: str) -> str:

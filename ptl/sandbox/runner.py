@@ -51,6 +51,7 @@ from ptl.sandbox import lockdown
 
 Process = subprocess.Popen[bytes]
 
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time in each period, and the period
 _MAX_SOURCE = 1_000_000  # characters
 _POLL_S = 0.05  # seconds between two checks of what has no kernel limit
 _EXIT_S = 0.2  # seconds for the candidate's own end, whose exit code says why
@@ -131,8 +132,17 @@ def run_tests(candidate: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Ou
 def run_many(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
     """Run each (candidate, tests) pair, one on each usable core; outcomes are in the order of the pairs."""
     require_support()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         return list(pool.map(lambda pair: run_tests(pair[0], pair[1], limits), pairs))
+
+
+def _cores() -> int:
+    """Those that this process may use: in a pod with a limit fewer than the machine has."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 @contextlib.contextmanager

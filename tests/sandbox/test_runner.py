@@ -14,7 +14,7 @@ import pytest
 from checkout import ROOT
 
 from ptl.errors import InputError
-from ptl.sandbox import lockdown
+from ptl.sandbox import lockdown, runner
 from ptl.sandbox.runner import DEFAULT_LIMITS, Limits, Outcome, run_many, run_tests
 
 DATA = Path(os.environ.get("PTL_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -92,6 +92,15 @@ def test_run_many_keeps_the_order_and_repeats():
     first = run_many(pairs)
     assert [outcome.passed for outcome in first] == [True, False, False, True, False]
     assert run_many(pairs) == first
+
+
+def test_a_container_has_fewer_cores_than_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
+    monkeypatch.setattr(runner, "CPU_LIMIT", tmp_path / "cpu.max")
+    assert runner._cores() == 128
+    for limit, cores in (("max 100000", 128), ("800000 100000", 8), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+        assert runner._cores() == cores
 
 
 # ------------------------------------------------------------------------- attacks on what the machine holds: denied
