@@ -6,7 +6,6 @@ Those in one pod, in pods that Argo starts anew, and those of a local runner tog
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -14,8 +13,6 @@ import uuid
 
 from ptl.errors import InputError, WorkError
 from ptl.processes import RETRIES, RETRY_WAIT, on_a_cluster
-
-NO_SPACE = errno.ENOSPC  # exit code of a step's process that could not even write why it failed
 
 
 class NoAttemptLeftError(WorkError):

@@ -13,7 +13,7 @@ from ptl import processes
 from ptl.address import without_login
 from ptl.errors import PtlError, explained_imports
 from ptl.steps import bars  # noqa: F401
-from ptl.steps.attempts import NO_SPACE, Failure, NoAttemptLeftError
+from ptl.steps.attempts import Failure, NoAttemptLeftError
 from ptl.storage import local_files
 
 WAIT = 30  # seconds for an earlier process of the same step to end
@@ -27,7 +27,8 @@ def main(path: Path, parent: int) -> None:
         path.with_name("outputs.json").write_text(json.dumps(work(call)))
     except Exception as error:
         failure = failure_of(error)
-        _write_failure(path, failure)
+        with path.with_name("failure.json").open("r+") as file:  # whose room on the disk was taken before the work
+            json.dump(dataclasses.asdict(failure), file)
         sys.exit(failure.exit_code)
 
 
@@ -54,17 +55,6 @@ def work(call: dict[str, Any]) -> dict[str, Any]:
     with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
         table.STEPS[step.stage](step)
     return {name: output.metadata for name, output in step.outputs.items()}
-
-
-def _write_failure(path: Path, failure: Failure) -> None:
-    """Leave the reason where the supervisor looks for it."""
-    try:
-        path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
-    except OSError as error:
-        if error.errno not in local_files.FULL:
-            raise
-        print(failure.reason, file=sys.stderr, flush=True)
-        sys.exit(NO_SPACE)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from typing import Any
 from ptl import processes
 from ptl.log import say
 from ptl.steps import mounts
-from ptl.steps.attempts import NO_SPACE, Failure, Policy, policy
+from ptl.steps.attempts import Failure, Policy, policy
 from ptl.storage import local_files
 
 PROCESS = "ptl.steps.process"  # the module that does the work
+FAILURE_BYTES = 65536  # reserved for the reason of a failure, as the disk may be full by then
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
 forks = False  # whether this process has imported what the work needs, so that a fork of it may do the work
 
@@ -96,7 +97,7 @@ def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
 def _attempt(call: Path, timeout: float | None) -> Failure | None:
     """Do the work once, in a process group of its own; None when it is done."""
     failure_file = call.with_name("failure.json")
-    failure_file.unlink(missing_ok=True)
+    failure_file.write_text(" " * FAILURE_BYTES)
     group, wait = _start(call)
     with processes.handling_signals(processes.end_by_signal):
         # Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT.
@@ -114,10 +115,8 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
             _signal_group(group, signal.SIGKILL)
     if exit_code == 0:
         return None
-    if exit_code == NO_SPACE:
-        return Failure(str(local_files.no_space(OSError(exit_code, os.strerror(exit_code), failure_file))))
     # An error that was raised has left its reason in a file.
-    with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it wrote why, or while it did
+    with contextlib.suppress(ValueError):  # it died before it wrote why, or while it did
         return Failure(**json.loads(failure_file.read_text()))
     return Failure(_unexplained(exit_code))
 
