@@ -239,6 +239,23 @@ def listed_gpus(environment: Mapping[str, str]) -> list[str] | None:
     return list(takewhile(lambda entry: entry and not entry.startswith("-"), entries))
 
 
+def on_gpus(asked: int | None, stage: str) -> int:
+    """How many processes a stage has on this machine: what its config asks for, else one for each GPU.
+
+    Raises InputError for more processes than GPUs, of machines that have any.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if asked and 0 < gpus < asked:
+        raise InputError(
+            f"{asked} processes, and this machine has {gpus} GPUs",
+            field=f"{stage}.processes",
+            remedy=f"lower it, or raise resources.steps.{stage}.accelerators",
+        )
+    return asked or max(1, gpus)
+
+
 if __name__ == "__main__":
     # Started by a `tied` command: PARENT COMMAND...
     die_with(int(sys.argv[1]))

@@ -58,9 +58,8 @@ def run(
         if runner == "subprocess":
             extras.need_all(EXTRAS, "run")
         from pipelines.prune_tune_loop import containers
-        from ptl.config.cluster import TRAINED
         from ptl.recovery import launch
-        from ptl.recovery.job import Machines
+        from ptl.recovery.job import ALONE
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
@@ -72,7 +71,7 @@ def run(
 
             settings, left_out = announced(settings, torch.cuda.device_count())
         if runner == "subprocess":
-            launch.check_batches(settings.recover, Machines(settings.resources.nodes_of(TRAINED)))
+            launch.check_batches(settings.recover, ALONE)
         if runner == "docker":
             # With --s3 the address is not known yet, only that it will be a server's.
             containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))

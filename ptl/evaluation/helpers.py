@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.run import Evaluate
-from ptl.errors import InputError, WorkError
+from ptl.errors import WorkError
 from ptl.model import checkpoint
-from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus
+from ptl.processes import VISIBLE_GPUS, die_with, listed_gpus, on_gpus
 
 ENDING = 10.0  # seconds in which a helper that is ended may clean up
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
@@ -156,22 +156,8 @@ def visible_gpu(number: int, environment: Mapping[str, str]) -> str:
 
 
 def processes_for(settings: Evaluate) -> int:
-    """How many processes answer: what the config says, else one for each GPU; vLLM has one in any case.
-
-    Raises InputError for more processes than GPUs, of machines that have any.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if settings.processes is None:
-        return max(1, gpus)
-    if 0 < gpus < settings.processes:
-        raise InputError(
-            f"{settings.processes} processes, and the step has {gpus} GPUs",
-            field="evaluate.processes",
-            remedy="lower it, or raise resources.steps.evaluate.accelerators",
-        )
-    return settings.processes
+    """How many processes answer; vLLM has one in any case."""
+    return on_gpus(settings.processes, "evaluate")
 
 
 def divided(requests: Sequence[tuple[Any, ...]], processes: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ class Machines:
     """How many they are, which one this is, and where the first one is reached."""
 
     count: int = 1
-    rank: int | None = None  # of this machine; None: it stands for all of them, with the processes of all
+    rank: int = 0  # of this machine
     address: str = LOOPBACK
     port: int = 0  # of the first one, there; 0: any free one
 
@@ -48,7 +48,7 @@ def is_node(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def machines(environment: Mapping[str, str] = os.environ) -> Machines:
-    """As the environment says it: that of a node's pod, or of a step that stands for all nodes."""
+    """As the environment of a node's pod says it; elsewhere there is one."""
     if is_node(environment):
         return Machines(
             int(environment[NODE_COUNT]),
@@ -56,7 +56,7 @@ def machines(environment: Mapping[str, str] = os.environ) -> Machines:
             environment[FIRST_ADDRESS],
             int(environment[FIRST_PORT]),
         )
-    return Machines(int(environment.get(NODES, "1")))
+    return ALONE
 
 
 class CheckpointStore(Protocol):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from ptl import processes
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.processes import followed
@@ -36,32 +37,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here(settings: RecoverStage, machines: Machines) -> int:
-    """How many processes train on this machine: what the config says for each node, else one for each GPU."""
-    import torch
-
-    stands_for = machines.count if machines.rank is None else 1
-    gpus = torch.cuda.device_count()
-    # Each group of processes needs a GPU of its own.
-    if 0 < gpus < stands_for:
-        raise InputError(
-            f"{stands_for} nodes cannot share the {gpus} GPUs of this machine",
-            field="resources.steps.recover.nodes",
-            remedy=f"set it to {gpus} at most for a run on one machine",
-        )
-    wanted = stands_for * settings.processes if settings.processes else gpus or stands_for
-    if 0 < gpus < wanted:
-        raise InputError(
-            f"{wanted} processes, and this machine has {gpus} GPUs",
-            field="recover.processes",
-            remedy="lower it, or raise resources.steps.recover.accelerators",
-        )
-    return wanted
+def processes_here(settings: RecoverStage) -> int:
+    """How many processes train on this machine."""
+    return processes.on_gpus(settings.processes, "recover")
 
 
 def processes_of_all(settings: RecoverStage, machines: Machines) -> int:
     """How many processes train on all machines together."""
-    return processes_here(settings, machines) * (1 if machines.rank is None else machines.count)
+    return processes_here(settings) * machines.count
 
 
 def sequences_per_pass(settings: RecoverStage, processes: int) -> int:
@@ -100,7 +83,7 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     error_file.unlink(missing_ok=True)
     # all but the log, which the processes print
     job_file.write_bytes(pickle.dumps((src, dst, settings, dataclasses.replace(job, on_log=print))))
-    here, total = processes_here(settings, job.machines), processes_of_all(settings, job.machines)
+    here, total = processes_here(settings), processes_of_all(settings, job.machines)
     print(f"starting {here} of {total} training processes, which wait for each other", flush=True)
     printed: list[str] = []
 
@@ -131,7 +114,7 @@ def command(settings: RecoverStage, machines: Machines) -> list[str]:
     flags = f"--num_processes {processes_of_all(settings, machines)} --mixed_precision {precision} --dynamo_backend no"
     # port 0: a free one, as several trainings may run on one machine
     flags += f" --main_process_port {machines.port}"
-    if machines.rank is None:
+    if machines.count == 1:
         flags += " --num_machines 1"
     else:
         # nodes have their ranks from Kubeflow Trainer

@@ -31,7 +31,7 @@ from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
-from ptl.recovery.job import is_node, machines
+from ptl.recovery.job import NODES, is_node, machines
 from ptl.steps import reporting
 from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
 from ptl.storage import store
@@ -312,7 +312,7 @@ class Step:
 def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
     is_step = processes.on_a_cluster() and not is_node(environment)
-    return is_step and machines(environment).count > 1
+    return is_step and int(environment.get(NODES, "1")) > 1
 
 
 def scratch(name: str) -> Path:

@@ -145,23 +145,18 @@ def test_a_process_leaves_its_report_or_its_error(tmp_path, monkeypatch):
         run(tmp_path, monkeypatch, *lines)
 
 
-def test_a_machine_has_its_processes_or_all_and_a_batch_that_they_cannot_divide_is_refused(
-    small, tmp_path, monkeypatch
-):
-    alone, both, node = Machines(), Machines(2), Machines(2, 1, "node-0", 29500)
+def test_a_machine_has_its_processes_and_a_batch_that_they_cannot_divide_is_refused(small, tmp_path, monkeypatch):
+    alone, node = Machines(), Machines(2, 1, "node-0", 29500)
     for gpus, settings, machines, expected in (
-        *((0, {}, alone, (1, 1)), (0, {}, both, (2, 2)), (0, {}, node, (1, 2))),
-        *((0, {"processes": 3}, both, (6, 6)), (0, {"processes": 3}, node, (3, 6))),
-        *((4, {}, alone, (4, 4)), (4, {}, both, (4, 4)), (4, {}, node, (4, 8)), (1, {}, node, (1, 2))),
+        *((0, {}, alone, (1, 1)), (0, {}, node, (1, 2)), (0, {"processes": 3}, node, (3, 6))),
+        *((4, {}, alone, (4, 4)), (4, {}, node, (4, 8)), (1, {}, node, (1, 2))),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         stage = RecoverStage(**settings)
-        counts = launch.processes_here(stage, machines), launch.processes_of_all(stage, machines)
+        counts = launch.processes_here(stage), launch.processes_of_all(stage, machines)
         assert counts == expected, (gpus, machines)
-    with pytest.raises(InputError, match="2 nodes cannot share the 1 GPUs of this machine"):
-        launch.processes_here(RecoverStage(), both)
     with pytest.raises(InputError, match=r"^recover\.processes: 2 processes, and this machine has 1 GPUs"):
-        launch.processes_here(RecoverStage(processes=2), alone)
+        launch.processes_here(RecoverStage(processes=2))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})

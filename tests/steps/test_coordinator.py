@@ -198,10 +198,10 @@ def test_the_machines_are_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("KFP_RUN_ID", RUN)
     for environment, expected, coordinates in [
         ({"PTL_NODES": "1"}, Machines(), False),
-        ({"PTL_NODES": "4"}, Machines(4), True),  # it stands for four
+        ({"PTL_NODES": "4"}, Machines(), True),
         ({"PTL_NODES": "4"} | OF_A_NODE, Machines(2, 1, "localhost", 1), False),
     ]:
-        assert machines(environment) == expected and expected.first == (expected.rank in (None, 0))
+        assert machines(environment) == expected and expected.first == (expected.rank == 0)
         assert is_coordinator(environment) == coordinates
     monkeypatch.setenv("PTL_RUN_ID", "local")
     assert not is_coordinator({"PTL_NODES": "4"})
