@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH_BYTES = 8  # of the header's length, little-endian; tensors begin at a multiple of it
-# Dtypes of the format by their names in torch.
-FORMAT_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be pruned
 TensorShape = tuple[int, ...]
 TensorSpec = tuple[str, str, TensorShape]  # name, dtype as in the header, shape
@@ -58,9 +43,9 @@ Entries = Mapping[str, Entry]  # by the tensor's name
 
 def dtypes() -> dict[str, Any]:
     """torch's dtype of each dtype of the format."""
-    import torch
+    from transformers.modeling_utils import str_to_torch_dtype
 
-    return {name: getattr(torch, torch_name) for name, torch_name in FORMAT_DTYPES.items()}
+    return str_to_torch_dtype
 
 
 def num_bytes(shape: TensorShape, dtype: str) -> int:
