@@ -143,7 +143,8 @@ def test_images_are_pushed_all_or_none(docker, monkeypatch):
 def test_the_digests_that_the_engine_knows_are_what_compile_takes(docker):
     """As engines answer; an image pushed to two registries has two references."""
     lines = [
-        f"""*{REGISTRY}/ptl-{name}:7*) echo '["other/ptl-{name}@sha256:0","{REGISTRY}/ptl-{name}@{digest}"]' ;;"""
+        f"""*{asked}/ptl-{name}:7*) echo '["other/ptl-{name}@sha256:0","{known}/ptl-{name}@{digest}"]' ;;"""
+        for asked, known in ((REGISTRY, REGISTRY), ("docker.io/me", "me"))
         for name, digest in DIGESTS.items()
     ]
     with docker.open("a") as program:
@@ -151,5 +152,6 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(docker):
     _, printed = one_process.ptl("images", "digests", "--registry", REGISTRY, "--tag", "7")
     config = load_config(CONFIGS / "onprem.yaml", pairs("--set", ["seed=3", f"images={printed}"]))
     assert config.images.model_dump() == SECTION and config.seed == 3
+    assert images.digests("docker.io/me", "7")["digests"] == DIGESTS
     with pytest.raises(InputError, match=re.escape("export-gguf:7; push it first (`ptl images push --with export-")):
         images.digests(REGISTRY, "7", ["export-gguf"])
