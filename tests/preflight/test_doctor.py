@@ -102,7 +102,7 @@ def test_an_mlflow_that_takes_no_run(config, tracking, answers, monkeypatch):
     for answer, remedy in (
         ((401, "You are not authenticated."), "MLFLOW_TRACKING_PASSWORD"),
         ((403, "Invalid Host header"), "--allowed-hosts"),
-        ((200, "<html>log in</html>"), "is MLFLOW_TRACKING_URI"),
+        ((200, "<html>log in</html>"), "is the server up and is the address right"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", answers({"/api/2.0/mlflow/experiments/get-by-name": answer}))
         assert remedy in checked("error", doctor.mlflow, config), answer

@@ -33,6 +33,7 @@ def test_final_answer_must_stand_alone_and_math_compares_values_in_other_threads
         ("math", "#### [2, 5)", "[2, 5)", 1),
         ("math", r"#### \(\boxed{(1, 2)}\)", r"#### (1, 2)", 1),
         ("math", "#### (1, 3)", "#### (1, 2)", 0),
+        ("math", "#### 1,2", "#### 12", 0),
         ("math", "", "4", 0),
         ("math", r"\boxed{3}", "", None),  # not judged without a reference that can be read
     ):
