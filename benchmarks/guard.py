@@ -36,8 +36,8 @@ from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.pruning.importance import neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel, WidthScores
-from ptl.pruning.prune import select_widths
+from ptl.pruning.layerwise import LayerwiseModel, UnitScores
+from ptl.pruning.prune import select_units
 from ptl.pruning.surgery import write_pruned
 
 RESULTS = ROOT / "benchmarks" / "results" / "guard.jsonl"
@@ -89,7 +89,7 @@ def joins(data: Path, share: float) -> None:
     def measure(cell: Row) -> Row:
         join = JOINS[cell["scores"]]
         joined = [join(*both) for both in zip(scores(data, False), scores(data, True), strict=True)]
-        selection = select_widths(WidthScores(joined), dimensions, replace(dimensions, width=width))
+        selection = select_units(UnitScores(joined), dimensions, replace(dimensions, width=width))
         with tempfile.TemporaryDirectory() as folder:
             write_pruned(model, Path(folder), family, selection)
             return losses(Path(folder), data)

@@ -30,8 +30,8 @@ from ptl.model import checkpoint
 from ptl.model.axes import head_size
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
-from ptl.pruning.layerwise import WidthScores
-from ptl.pruning.prune import prune_checkpoint, select_widths
+from ptl.pruning.layerwise import UnitScores
+from ptl.pruning.prune import prune_checkpoint, select_units
 from ptl.pruning.surgery import write_pruned
 
 
@@ -57,16 +57,16 @@ def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
     return cut
 
 
-def _write(src: Path, dst: Path, scores: WidthScores, sizes: ModelDimensions) -> None:
+def _write(src: Path, dst: Path, scores: UnitScores, sizes: ModelDimensions) -> None:
     family = family_of(checkpoint.read_config(src))
-    write_pruned(src, dst, family, select_widths(scores, model_dimensions(src, family), sizes))
+    write_pruned(src, dst, family, select_units(scores, model_dimensions(src, family), sizes))
 
 
-def _blank(src: Path) -> tuple[Any, WidthScores]:
+def _blank(src: Path) -> tuple[Any, UnitScores]:
     model = AutoModelForCausalLM.from_pretrained(src).eval()
     config = model.config
     layers = range(config.num_hidden_layers)
-    scores = WidthScores(
+    scores = UnitScores(
         [torch.zeros(config.intermediate_size) for _ in layers],
         torch.zeros(config.hidden_size),
         [torch.zeros(config.num_key_value_heads) for _ in layers],
@@ -75,7 +75,7 @@ def _blank(src: Path) -> tuple[Any, WidthScores]:
 
 
 @torch.no_grad()
-def _minitron(src: Path, batches: Any, _seed: int) -> WidthScores:
+def _minitron(src: Path, batches: Any, _seed: int) -> UnitScores:
     model, scores = _blank(src)
 
     def add(total: Tensor, values: Tensor) -> None:
@@ -111,7 +111,7 @@ def _sequences(batches: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _norm(src: Path, _batches: Any, _seed: int) -> WidthScores:
+def _norm(src: Path, _batches: Any, _seed: int) -> UnitScores:
     model, scores = _blank(src)
     scores.hidden.add_(model.model.embed_tokens.weight.square().sum(dim=0))
     for i, layer in enumerate(model.model.layers):
@@ -122,7 +122,7 @@ def _norm(src: Path, _batches: Any, _seed: int) -> WidthScores:
     return scores
 
 
-def _random(src: Path, _batches: Any, seed: int) -> WidthScores:
+def _random(src: Path, _batches: Any, seed: int) -> UnitScores:
     _, scores = _blank(src)
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*scores.neurons, scores.hidden, *scores.kv_heads):
@@ -204,6 +204,6 @@ def _projections(attention: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-KINDS: dict[str, Callable[[Path, Any, int], WidthScores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
+KINDS: dict[str, Callable[[Path, Any, int], UnitScores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
 OF_NEURONS = ("torch-pruning magnitude", "torch-pruning taylor")
 PEERS = {name: partial(by, name) for name in (*KINDS, "torch-pruning", *OF_NEURONS)}

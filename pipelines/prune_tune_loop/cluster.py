@@ -36,7 +36,7 @@ def configure(task: Any, stage: str, config: Config) -> Any:
     own = resources.of_step(stage)
     # A result taken from another run's cache has no record in this run: repeated steps take the store's records.
     task.set_caching_options(False)
-    # The pod then only starts a TrainJob and follows it; on one machine the step does the work of all nodes itself.
+    # The pod then only starts a TrainJob and follows it.
     coordinates = resources.nodes_of(stage) > 1
     if coordinates:
         task.set_env_variable(NODES, str(own.nodes))

@@ -14,7 +14,7 @@ from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.local import images
 from ptl.steps import mounts
-from ptl.storage import local_files
+from ptl.storage import local_files, s3
 
 LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
 SECTIONS = {"model", "calibration", "training", "recover", "evaluate"}  # where a config names files
@@ -64,6 +64,7 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
     caches = hub_caches()
     run_arguments: dict[str, Any] = {
         "environment": {
+            **(s3.keys() if artifacts.startswith("s3://") else {}),  # also of a profile, whose files stay outside
             **environment,
             **certificates,
             **caches,
@@ -119,7 +120,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def files(config: Config) -> set[Path]:
-    """Local files and folders that a config names: model, data, and task files with the files next to them."""
+    """Local files and folders that a config names: model, data, and task files with those next to them or included."""
     from ptl.evaluation import tasks
 
     working_directory = Path.cwd()

@@ -1,7 +1,8 @@
 """What a config says about the cluster: resources of the steps, and where addresses and credentials come from.
 
 Addresses and credentials are never in the config, so never in the compiled YAML: they come from a ConfigMap and from
-Secrets of the cluster, all optional. A step names what it misses; on one machine both come from the environment.
+Secrets of the cluster, all optional. A step names what it misses; on one machine addresses come from the environment,
+S3 keys from wherever boto3 finds them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class StepResources(Section):
 class Resources(Section):
     """What a step requests from the cluster.
 
-    On one machine only `timeout`, `retries`, `control`, `doctor` and the `nodes` of recover apply.
+    On one machine only `timeout`, `retries`, `control` and `doctor` apply.
     """
 
     # Size of a step's pod.

@@ -126,8 +126,8 @@ def _shrink_stages(settings: dict[str, Any], config: Config, gpus: int) -> None:
 def _fit_machine(settings: dict[str, Any], config: Config, gpus: int) -> None:
     """Change what a machine with so many GPUs cannot do of a run; one without accelerators stays as it is."""
     trained = settings["resources"]["steps"].get(TRAINED)
-    if trained and gpus:
-        trained["nodes"] = 1  # it has all GPUs; on CPUs its processes stand for nodes
+    if trained:
+        trained["nodes"] = 1  # this one
     for stage, of_run in zip(settings["recover"], config.recover, strict=True):
         stage["processes"] = _processes(of_run, config.resources.accelerators_of(TRAINED), gpus)
         if (stage["processes"] or gpus) <= 1:

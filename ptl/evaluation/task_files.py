@@ -302,7 +302,7 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
 def _data_file(spec: Spec, named: Any) -> str:
     """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
     files = named if isinstance(named, list) else [named]
-    if len(files) > 1:
+    if len(files) != 1:
         raise InputError(
             f"the task {spec.name!r} has {len(files)} files of one split in its data_files",
             field="evaluate.tasks",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
 REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
+MESSAGE = 300  # characters of an error: it may be a login page
 PAGE = 1000  # results in one answer; MLflow allows no more of experiments
 
 # Error codes of MLflow.
@@ -76,7 +77,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        problem = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}: {error}"
+        problem = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}: {str(error)[:MESSAGE]}"
         if "Invalid Host" in str(error):  # also a 403
             raise WorkError(problem, remedy="start it with --allowed-hosts and this host name (host:*)") from error
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):

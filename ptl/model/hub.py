@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +45,15 @@ def error_for(error: Exception, problem: str, *, field: str, remedy: str) -> Ptl
     """The error of what cannot be had from the hub: of the input, unless the same request may succeed later."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WorkError(f"{problem}: {error.strerror}", field=field, remedy="free some")
     if isinstance(error, errors.HfHubHTTPError):
-        may_succeed = error.response.status_code >= 500
-    elif isinstance(error, OSError) and error.errno:  # of this machine, a full disk for example
-        problem, may_succeed = f"{problem}: {error.strerror}", True
+        status = error.response.status_code
+        may_succeed = status in (408, 429) or status >= 500
     else:
-        has_no_answer = isinstance(error, ConnectionError | errors.LocalEntryNotFoundError)
-        may_succeed = has_no_answer and not constants.HF_HUB_OFFLINE
+        no_answer = isinstance(error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError)
+        of_its_client = type(error).__module__.startswith("httpx")
+        may_succeed = (no_answer or of_its_client) and not constants.HF_HUB_OFFLINE
     return (WorkError if may_succeed else InputError)(problem, field=field, remedy=remedy)
 
 

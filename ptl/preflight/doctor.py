@@ -92,15 +92,13 @@ def mlflow(config: Config) -> str:
 
 def store(config: Config, elsewhere: bool) -> str:
     """The experiment's artifact location can be written and read, and a second writer of one name is refused."""
-    import boto3
-
     from ptl.storage import store as checkpoints
 
     experiment = mlflow_client.connect().get_experiment_by_name(config.storage.experiment)
     assert experiment is not None  # made by the check of MLflow
     root = str(experiment.artifact_location).rstrip("/")
     on_s3 = root.startswith("s3://")
-    if elsewhere and on_s3 and boto3.session.Session().get_credentials() is None:
+    if elsewhere and on_s3 and not s3.keys():
         raise DoubtError(
             f"not checked: no S3 credentials are set here; the steps take them from Secret {config.storage.s3_secret}",
             remedy="set them, or resources.doctor: true",

@@ -148,8 +148,9 @@ def _unfit_for_the_gate(config: Config) -> Iterator[str]:
         return
     if schedule.tokens != "uniform":
         yield (
-            f"schedule.tokens={schedule.tokens}, with the gate on: early iterations get little of the recovery and are "
-            "judged right after it; a rejection halves the cuts that follow: set schedule.tokens=uniform"
+            f"schedule.tokens={schedule.tokens}, with the gate on: early iterations get less of the recovery than "
+            "later ones and are judged right after it; a rejection halves the cuts that follow: set "
+            "schedule.tokens=uniform"
         )
     decays = [stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"]
     if decays:

@@ -19,7 +19,7 @@ from ptl.pruning.layerwise import (
     LayerwiseModel,
     NeuronScores,
     Observed,
-    WidthScores,
+    UnitScores,
     column_norms,
     first_order_scores,
     layers_in_turn,
@@ -117,7 +117,7 @@ def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronSco
     return CRITERIA[criterion](model, seed)
 
 
-def all_width_scores(model: LayerwiseModel, narrowable: bool) -> WidthScores:
+def all_width_scores(model: LayerwiseModel, narrowable: bool) -> UnitScores:
     """Score dimensions of the residual stream, KV heads and, in a `narrowable` model, neurons, by `taylor`."""
     if not narrowable:
         return width_scores(model, observe=_observe_nothing)

@@ -233,8 +233,8 @@ Observe = Callable[[LayerwiseModel, int, int, Tensor], Observed]
 
 
 @dataclass(frozen=True)
-class WidthScores:
-    """Scores of all that makes a model wide; empty: that is not scored."""
+class UnitScores:
+    """Scores of all that may be removed; empty: that is not scored."""
 
     neurons: NeuronScores
     hidden: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the residual stream's dimensions: float32 [H]
@@ -249,7 +249,7 @@ def first_order_scores(model: LayerwiseModel, _seed: int, *, observe: Observe) -
 
 
 @torch.enable_grad()
-def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True) -> WidthScores:
+def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True) -> UnitScores:
     """The same of neurons, dimensions of the residual stream and KV heads, in the same two sweeps.
 
     Source: Molchanov et al. 2019, arXiv 1906.10771. A dimension is zeroed in all that is written to the stream, the
@@ -282,7 +282,7 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
         neurons.append(total / model.num_sequences)
         kv_heads.append(of_groups / model.num_sequences)
     of_dimensions = sum((change.abs().sum(dim=0) for change in of_stream if masked), torch.zeros(()))
-    return WidthScores(neurons[::-1], of_dimensions / model.num_sequences, kv_heads[::-1])
+    return UnitScores(neurons[::-1], of_dimensions / model.num_sequences, kv_heads[::-1])
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ptl.model.families import family_of
 from ptl.model.widths import ComparedWidths
 from ptl.pruning.experts import expert_scores
 from ptl.pruning.importance import all_width_scores, keep_highest, layer_scores, neuron_scores
-from ptl.pruning.layerwise import LayerwiseModel, WidthScores, mean_loss
+from ptl.pruning.layerwise import LayerwiseModel, UnitScores, mean_loss
 from ptl.pruning.repair import repair
 from ptl.pruning.surgery import Selection, write_pruned
 
@@ -85,11 +85,11 @@ def prune_checkpoint(
             unit, criterion = _removed(before, possible[0])
         model = LayerwiseModel(src, family, _batches(src, calibration, chat, seed, by_loss=criterion == "taylor"))
         scores = _scores(model, before, unit, criterion, seed)
-        sizes, candidates = _compared(src, dst, model, possible, partial(select_widths, scores, before))
+        sizes, candidates = _compared(src, dst, model, possible, partial(select_units, scores, before))
         if is_width:
             chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
             sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
-        selection = select_widths(scores, before, sizes)
+        selection = select_units(scores, before, sizes)
     write_pruned(src, dst, family, selection)
     if prune.repair and model and unit != "layers":
         _repair(src, dst, calibration.model_copy(update={"num_sequences": prune.repair}), selection, chat, seed)
@@ -135,21 +135,21 @@ def _removed(before: ModelDimensions, after: ModelDimensions) -> tuple[str, str]
     return ("experts", "reap") if after == replace(before, experts=after.experts) else ("width", "taylor")
 
 
-def _scores(model: LayerwiseModel, dimensions: ModelDimensions, unit: str, criterion: str, seed: int) -> WidthScores:
+def _scores(model: LayerwiseModel, dimensions: ModelDimensions, unit: str, criterion: str, seed: int) -> UnitScores:
     """Scores of all that an iteration may remove: of a mixture whose neurons stay, `width` removes experts."""
     if unit == "neurons":
-        return WidthScores(neuron_scores(model, criterion, seed))
+        return UnitScores(neuron_scores(model, criterion, seed))
     if unit == "experts":
-        return WidthScores([], experts=expert_scores(model, criterion, seed))
+        return UnitScores([], experts=expert_scores(model, criterion, seed))
     if unit == "layers":
         of_layers = layer_scores(model)  # [layers]
         of_layers[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
-        return WidthScores([], layers=of_layers)
+        return UnitScores([], layers=of_layers)
     scores = all_width_scores(model, dimensions.narrowable)
     return scores if dimensions.narrowable else replace(scores, experts=expert_scores(model, "reap", seed))
 
 
-def select_widths(scores: WidthScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
+def select_units(scores: UnitScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
     """The highest-scored of all that `after` has less of than `before`."""
     layers, neurons, experts, hidden, kv_heads = [*range(before.layers)], {}, {}, None, {}
     if after.layers < before.layers:

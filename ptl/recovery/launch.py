@@ -2,7 +2,7 @@
 
 The job goes to the processes by pickle. What they print comes back, metrics on lines that begin with METRICS; the first
 process leaves its report, and whichever fails first its error, in a file. On several machines each launches its own
-processes; one that stands for all launches those of all.
+processes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from ptl import processes
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
-from ptl.processes import followed
+from ptl.processes import followed, on_gpus
 from ptl.recovery.job import REPORT, Machines, RecoverReport, RecoveryJob
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
@@ -39,7 +38,7 @@ def world_size() -> int:
 
 def processes_here(settings: RecoverStage) -> int:
     """How many processes train on this machine."""
-    return processes.on_gpus(settings.processes, "recover")
+    return on_gpus(settings.processes, "recover")
 
 
 def processes_of_all(settings: RecoverStage, machines: Machines) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 from ptl.config.data import Reward
 
 FINAL = re.compile(r"(?m)^#### (-?[\d,]*\.?\d+)\s*$")
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-CODE_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.S)
-PYTHON = ("", "py", "python", "python3")  # tags of a block
+FORMULA = re.compile(r"(?<!\\)\$|\\boxed")
+CODE_BLOCK = re.compile(r"```((?:\w[^\n`]*)?)[^\S\n]*\n(.*?)(?:```|\Z)", re.S)
+PYTHON = ("", "py", "py3", "python", "python3")  # tags of a block
 LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
@@ -61,7 +61,7 @@ def _math_value(answer: str, reference: str) -> float | None:
 
 
 def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: LogMetric | None = None) -> RewardValues:
-    """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox.
+    """1 where the tests pass on the answer's Python (its first block of Python, else all of it), in the sandbox.
 
     `log_metric` gets the share of answers whose code ran out of time, which count as wrong.
     """
@@ -115,7 +115,5 @@ def _answer_formula(answer: str) -> str:
 
 
 def _formula(text: str) -> str:
-    """A bare answer in dollars, as LaTeX; without thousands separators, which are no part of a number there."""
-    formula = THOUSANDS.sub("", text)
-    is_marked = "$" in formula or "\\boxed" in formula
-    return formula if is_marked or len(formula) > LONGEST_BARE_ANSWER else f"${formula}$"
+    """A bare answer in dollars, as LaTeX."""
+    return text if FORMULA.search(text) or len(text) > LONGEST_BARE_ANSWER else f"${text}$"

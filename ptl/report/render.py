@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ptl.address import runs_page
-from ptl.config.base import flat_settings
+from ptl.config.base import SUFFIXES, flat_settings
 from ptl.evaluation import speed
-from ptl.model import hub
 from ptl.report import tables, words
 from ptl.report.result import Result, Row
 from ptl.report.tables import Table
@@ -105,7 +104,7 @@ def _hub_metadata(result: Result) -> str:
         model_name=result.name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=next(filter(_is_hub_id, [result.model.model]), None),
+        base_model=result.model.model if _is_hub_id(result.model.model) else None,
         tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
         datasets=list(filter(_is_hub_id, sources)) or None,
         metrics=list(dict.fromkeys(map(words.metric, scores))) or None,
@@ -115,8 +114,8 @@ def _hub_metadata(result: Result) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether it is no file or folder of this machine, which a config names relative to the working directory too."""
-    return HUB_ID.fullmatch(name) is not None and not hub.is_local(name)
+    """Whether it is no path: that of a local model begins with a point or a slash."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(SUFFIXES)
 
 
 def terminal_text(result: Result, report: str) -> str:

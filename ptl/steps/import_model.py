@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -29,7 +30,7 @@ from ptl.storage.store import Pointer, Record
 def import_model(call: Call) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
     from ptl.export.formats import check_exports
-    from ptl.model.hub import import_checkpoint
+    from ptl.model.hub import import_checkpoint, is_local
     from ptl.preflight import preflight
 
     # All that the hub, the data and the benchmarks can be checked with, before anything expensive.
@@ -57,7 +58,9 @@ def import_model(call: Call) -> None:
             # From the folder that was checked: on the hub the model may have changed since.
             import_checkpoint(str(folder), None, step.folder)
             checkpoint.write_mlflow_model(step.folder)
-            source = {"model": config.model.path, "revision": config.model.revision or "", **goal}
+            path = config.model.path
+            name = os.path.join(".", path) if is_local(path) else path  # noqa: PTH118 - as no id of the hub begins
+            source = {"model": name, "revision": config.model.revision or "", **goal}
             step.publish({**source, "params": dimensions.params, "versions": _versions(), "host": platform.node()})
 
 

@@ -74,6 +74,19 @@ def client(attempts: int = REQUEST_ATTEMPTS) -> S3Client:
     return _build(attempts, tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES))))
 
 
+def keys() -> dict[str, str]:
+    """The credentials as variables, for whom boto3 would find none; empty where it finds none here."""
+    import boto3
+
+    with explained("S3"):
+        credentials = boto3.session.Session().get_credentials()
+        if credentials is None:
+            return {}
+        frozen = credentials.get_frozen_credentials()
+    named = zip(SETTINGS[-3:], (frozen.access_key, frozen.secret_key, frozen.token), strict=True)
+    return {name: value for name, value in named if value}
+
+
 @functools.lru_cache(4)
 def _build(attempts: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
     """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
@@ -120,14 +133,21 @@ def explained(uri: str, field: str = "store") -> Iterator[None]:
 
 def _error_for(kind: type[PtlError], error: Exception, uri: str, field: str = "store") -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do; of the settings an InputError."""
-    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (
+        ClientError,
+        ConfigParseError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        ProfileNotFound,
+        SSOError,
+    )
 
     problem = str(error)
     remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
     if isinstance(error, NoCredentialsError):
         kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
-    elif isinstance(error, PartialCredentialsError):
-        kind, remedy = InputError, SET_KEYS
+    elif isinstance(error, PartialCredentialsError | ProfileNotFound | ConfigParseError | SSOError):
+        kind, remedy = InputError, f"correct the profile, or {SET_KEYS}"
     elif _code(error) in _SETTINGS_ERRORS:
         kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
     elif isinstance(error, ClientError):

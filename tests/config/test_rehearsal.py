@@ -99,11 +99,11 @@ def test_reinforcement_learning_is_short_and_unguarded():
     (stage,) = rehearsal(config(recover=[GRPO]), gpus=8).recover
     assert (stage.steps, stage.guard_prompts, stage.accumulation, stage.save_steps) == (4, 0, 1, 1)
     assert (stage.num_generations, stage.batch_size, stage.max_completion_length) == (2, 16, 64)  # a group on each GPU
-    # On CPUs, and on the cluster itself, processes stand for nodes.
+    # Only the cluster has nodes.
     run = config(recover=[GRPO | {"accumulation": 1}], resources=GPUS | {"steps": {"recover": {"nodes": 2}}})
     on_cpus, on_gpus, on_cluster = (rehearsal(run, gpus) for gpus in (0, 8, None))
-    assert [each.resources.nodes_of("recover") for each in (on_cpus, on_gpus, on_cluster)] == [2, 1, 2]
-    assert [each.recover[0].batch_size for each in (on_cpus, on_gpus, on_cluster)] == [4, 16, 32]
+    assert [each.resources.nodes_of("recover") for each in (on_cpus, on_gpus, on_cluster)] == [1, 1, 2]
+    assert [each.recover[0].batch_size for each in (on_cpus, on_gpus, on_cluster)] == [2, 16, 32]
 
 
 def test_what_needs_a_gpu_is_replaced_and_named_and_processes_on_cpus_stay():

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 from checkout import TINY
+from httpx2 import ReadTimeout
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rows import ANSWERED, ASKED, rows_file
 
@@ -181,15 +182,18 @@ def test_what_a_later_attempt_may_have_from_the_hub_is_no_wrong_input(monkeypatc
         return HfHubHTTPError("", response=SimpleNamespace(status_code=status, headers={}, request=None))
 
     source = DataSource(source="org/set")
-    for error, kind in (
-        (ConnectionError("no route"), WorkError),
-        (answer(503), WorkError),
-        (OSError(errno.ENOSPC, "No space left"), WorkError),
-        (answer(404), InputError),
-        (ValueError("Unknown split"), InputError),
+    for error, kind, remedy in (
+        (ConnectionError("no route"), WorkError, "check the id"),
+        (ReadTimeout("slow"), WorkError, "check the id"),
+        (answer(429), WorkError, "check the id"),
+        (answer(503), WorkError, "check the id"),
+        (OSError(errno.ENOSPC, "No space left"), WorkError, "free some"),
+        (OSError(errno.EACCES, "Permission denied"), InputError, "check the id"),
+        (answer(404), InputError, "check the id"),
+        (ValueError("Unknown split"), InputError, "check the id"),
     ):
         monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
-        with pytest.raises(kind, match="cannot be loaded"):
+        with pytest.raises(kind, match=f"cannot be loaded: .*; {remedy}"):
             read_rows(source)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("not cached")))

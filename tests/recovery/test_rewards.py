@@ -34,6 +34,9 @@ def test_final_answer_must_stand_alone_and_math_compares_values_in_other_threads
         ("math", r"#### \(\boxed{(1, 2)}\)", r"#### (1, 2)", 1),
         ("math", "#### (1, 3)", "#### (1, 2)", 0),
         ("math", "#### 1,2", "#### 12", 0),
+        ("math", "#### (100, 200)", "(100,200)", 1),
+        ("math", r"\boxed{(100,200)}", "(100,200)", 1),
+        ("math", r"#### \$1,800.50", "1800.5", 1),
         ("math", "", "4", 0),
         ("math", r"\boxed{3}", "", None),  # not judged without a reference that can be read
     ):
@@ -57,6 +60,7 @@ def test_code_runs_the_tests_in_the_sandbox(monkeypatch):
     assert program("Sure:\n```py\nx = 1\n```\nor\n```py\nx = 2\n```\n") == "x = 1\n"  # the first block
     assert program("```python\nx = 1") == "x = 1" == program("x = 1")  # cut off by the limit of tokens
     assert program("```Python \r\nx = 1\n```\nThis works.") == "x = 1\n"
+    assert program("Use ```x``` like\n```py3\nx = 1\n```\nprose") == "x = 1\n"
     assert program("Run:\n```bash\nls\n```\nThen\n```python3\nx = 1\n```") == "x = 1\n"
 
 

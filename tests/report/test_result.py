@@ -192,7 +192,7 @@ def test_changed_answers_are_side_by_side(records, settings, monkeypatch, tmp_pa
     assert (change.id, change.before, change.after) == ("2", "6", "7")
 
 
-def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, monkeypatch, no_pictures):
+def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pictures):
     from huggingface_hub import ModelCard
 
     written(records, settings, tmp_path)
@@ -202,8 +202,6 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, monke
     assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
     assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
     records["import-model"].metadata["model"] = "org/model-1"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.jsonl").touch()
     names = ("org/rows", "s3://bucket/rows.jsonl", "own.jsonl")
     settings["training"]["sources"] = [{"source": name} for name in names]
     written(records, settings, tmp_path)

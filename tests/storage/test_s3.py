@@ -38,7 +38,7 @@ def small(folder):
     return folder
 
 
-def test_wrong_and_missing_credentials(s3, monkeypatch, small, tmp_path):
+def test_wrong_credentials(s3, monkeypatch, small):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for work in (lambda: store.check(s3.root), lambda: publish(small, s3.root)):
         with pytest.raises(InputError, match=r"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the server's"):
@@ -58,8 +58,15 @@ def test_credentials_are_from_where_boto3_looks(s3, tmp_path, monkeypatch):
     (tmp_path / ".aws").mkdir()
     file = "[own]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
     (tmp_path / ".aws" / "credentials").write_text(file.format(*keys))
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    for work in (s3_files.keys, lambda: store.check(s3.root)):
+        with pytest.raises(
+            InputError, match=r"\(other\) could not be found; correct the profile, or set AWS_ACCESS_KEY"
+        ):
+            work()
     monkeypatch.setenv("AWS_PROFILE", "own")
     store.check(s3.root)
+    assert [*s3_files.keys().values()] == keys
 
 
 def test_a_wrong_bucket_or_endpoint(s3, small, monkeypatch):
