@@ -105,7 +105,7 @@ def mixes(data: Path, share: float) -> None:
         scored = 0.0 if cell["scores"] == ALONE else SCORED
         calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=smollm2.LENGTH)
         subject = replace(own, data=TrainingData(sources=beside(source, cell["mix"])), calibration=calibration)
-        folder = WORK / f"{scored}-{cell['mix']}"
+        folder = WORK / f"{cell['share']}-{scored}-{cell['mix']}"
         schedule = Schedule(target=share, recovery_tokens=TOKENS, iterations=1)
         prune = Prune(target="neurons", width_multiple=MULTIPLE)
         trained = run(subject, schedule, prune, [smollm2.training_stage("cpt", RATE)], 1, folder)

@@ -20,6 +20,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from transfer import peak_mib
+
 DEPTHS = {"0.2B": 2, "1.1B": 16, "3B": 46}
 SHAPE = {
     "hidden_size": 2048,
@@ -121,8 +123,8 @@ def measure(args):
         work(args, folder, out)
     seconds = time.monotonic() - began
     shutil.rmtree(out, ignore_errors=True)
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    cpu = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     print(
         json.dumps(
             {
@@ -130,7 +132,7 @@ def measure(args):
                 "size": args.size,
                 "seconds": round(seconds, 1),
                 "cpu_seconds": round(cpu, 1),
-                "peak_mb": round(own.ru_maxrss / 1024),
+                "peak_mb": round(peak_mib()),
             }
         )
     )

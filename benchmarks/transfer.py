@@ -1,8 +1,7 @@
-"""Publish and fetch a checkpoint side by side with plain boto3 and with cp: `python benchmarks/transfer.py --mib 1024`.
+"""Publish and fetch a checkpoint side by side with plain boto3: `python benchmarks/transfer.py --mib 1024`.
 
 Starts its own SeaweedFS in a temporary folder. Every measurement is a process of its own, the contestants take turns,
-and medians are printed. `publish` and `fetch` also hash every byte, publish on `file://` flushes to disk; boto3 and cp
-do neither, `cp + sync` flushes.
+and medians are printed. `publish` and `fetch` also hash every byte.
 """
 
 import argparse
@@ -42,37 +41,14 @@ def fetch(folder, place, scratch):
     store.fetch(store.Pointer.load((scratch / "pointer.json").read_text()), scratch / "cache")
 
 
-def cp(folder, place, scratch):
-    subprocess.run(["cp", "-r", "--reflink=never", folder, scratch / "copy"], check=True)
-
-
-def cp_and_sync(folder, place, scratch):
-    cp(folder, place, scratch)
-    subprocess.run(["sync", "-f", scratch / "copy"], check=True)
-
-
-def publish_s3(folder, place, scratch):
-    remember(folder, scratch, f"s3://{servers.BUCKET}/{place}")
-
-
-def publish_file(folder, place, scratch):
-    remember(folder, scratch, f"file://{scratch}/published")
-
-
-# Name -> title, the one that it is compared with, publish, fetch
-CONTESTANTS = {
-    "boto3": ("plain boto3", "boto3", boto3_up, boto3_down),
-    "ptl_s3": ("ptl, s3://", "boto3", publish_s3, fetch),
-    "cp": ("cp", "cp", cp, cp),
-    "cpsync": ("cp + sync", "cp", cp_and_sync, cp_and_sync),
-    "ptl_file": ("ptl, file://", "cp", publish_file, fetch),
-}
-WAYS = ("up", "down")
-
-
-def remember(folder, scratch, location):
+def publish(folder, place, scratch):
+    location = f"s3://{servers.BUCKET}/{place}"
     files = store.publish(folder, location)
     (scratch / "pointer.json").write_text(store.Pointer(location, digest_of(files)).dump())
+
+
+CONTESTANTS = {"plain boto3": (boto3_up, boto3_down), "ptl": (publish, fetch)}
+WAYS = ("up", "down")
 
 
 def plain_client():
@@ -99,8 +75,7 @@ def measure(name, way, folder, place, scratch):
     import s3transfer.manager  # noqa: F401
 
     start = time.perf_counter()
-    _, _, *operations = CONTESTANTS[name]
-    operations[WAYS.index(way)](folder, place, scratch)
+    CONTESTANTS[name][WAYS.index(way)](folder, place, scratch)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_mib()}))
 
 
@@ -127,8 +102,6 @@ def run(mib, repeats, work):
             scratch.mkdir()
             for way in WAYS:
                 os.sync()  # nobody pays for the dirty pages of the one before
-                if name.startswith("cp") and way == "down":
-                    shutil.rmtree(scratch / "copy")
                 results[name, way].append(child(name, way, folder, f"bench/{name}-{number}", scratch))
             shutil.rmtree(scratch)
     return results
@@ -142,14 +115,14 @@ def table(results, mib):
         return max(item["peak"] for item in results[name, way])
 
     lines = [
-        "| 1 checkpoint | publish MiB/s | fetch MiB/s | against its reference up / down | peak memory up / down, MiB |",
+        "| 1 checkpoint | publish MiB/s | fetch MiB/s | against boto3 up / down | peak memory up / down, MiB |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, (title, reference, *_) in CONTESTANTS.items():
+    for name in CONTESTANTS:
         rates = " | ".join(f"{rate(name, way):.0f}" for way in WAYS)
-        ratio = " / ".join(f"{rate(name, way) / rate(reference, way):.2f}" for way in WAYS)
-        memory = "-" if name.startswith("cp") else " / ".join(f"{peak(name, way):.0f}" for way in WAYS)
-        lines.append(f"| {title} | {rates} | {ratio} | {memory} |")
+        ratio = " / ".join(f"{rate(name, way) / rate('plain boto3', way):.2f}" for way in WAYS)
+        memory = " / ".join(f"{peak(name, way):.0f}" for way in WAYS)
+        lines.append(f"| {name} | {rates} | {ratio} | {memory} |")
     return "\n".join(lines)
 
 

@@ -38,17 +38,13 @@ group "default" {
   targets = ["prune", "recover", "evaluate"]
 }
 
-# export-gguf is not in the default group: it is evaluate's image with llama.cpp's converter, quantizer and runtime.
-target "image" {
-  name       = step
-  matrix     = { step = ["prune", "recover", "evaluate", "export-gguf"] }
+# What all images have in common.
+target "common" {
   context    = "."
   dockerfile = "docker/Dockerfile"
   target     = "step"
   platforms  = ["linux/amd64"]
-  tags       = ["${REGISTRY}ptl-${step}:${TAG}"]
   args = {
-    STEP            = step
     BASE_IMAGE      = BASE_IMAGE
     SYSTEM_PACKAGES = SYSTEM_PACKAGES
     LOCKS           = LOCKS
@@ -58,39 +54,25 @@ target "image" {
   }
 }
 
-# Not in the default group: larger than the others together.
+# export-gguf is not in the default group: it is evaluate's image with llama.cpp's converter, quantizer and runtime.
+target "image" {
+  inherits = ["common"]
+  name     = step
+  matrix   = { step = ["prune", "recover", "evaluate", "export-gguf"] }
+  tags     = ["${REGISTRY}ptl-${step}:${TAG}"]
+  args     = { STEP = step }
+}
+
+# Not in the default group: larger than the others together. It has no CPU build.
 target "evaluate-vllm" {
-  context    = "."
-  dockerfile = "docker/Dockerfile"
-  target     = "step"
-  platforms  = ["linux/amd64"]
-  tags       = ["${REGISTRY}ptl-evaluate-vllm:${TAG}"]
-  args = {
-    STEP            = "evaluate-vllm"
-    PARENT          = "runtime"
-    BASE_IMAGE      = BASE_IMAGE
-    SYSTEM_PACKAGES = SYSTEM_PACKAGES
-    VERSION         = VERSION
-    REVISION        = REVISION
-  }
+  inherits = ["common"]
+  tags     = ["${REGISTRY}ptl-evaluate-vllm:${TAG}"]
+  args     = { STEP = "evaluate-vllm", PARENT = "runtime", LOCKS = "docker/locks", HASHES = "--require-hashes" }
 }
 
 # evaluate's packages, and llmcompressor in an environment of its own: twice torch. Not in the default group either.
 target "export-compressed-tensors" {
-  context    = "."
-  dockerfile = "docker/Dockerfile"
-  target     = "step"
-  platforms  = ["linux/amd64"]
-  tags       = ["${REGISTRY}ptl-export-compressed-tensors:${TAG}"]
-  args = {
-    STEP            = "export-compressed-tensors"
-    LOCK            = "evaluate"
-    PARENT          = "llmcompressor"
-    BASE_IMAGE      = BASE_IMAGE
-    SYSTEM_PACKAGES = SYSTEM_PACKAGES
-    LOCKS           = LOCKS
-    HASHES          = HASHES
-    VERSION         = VERSION
-    REVISION        = REVISION
-  }
+  inherits = ["common"]
+  tags     = ["${REGISTRY}ptl-export-compressed-tensors:${TAG}"]
+  args     = { STEP = "export-compressed-tensors", LOCK = "evaluate", PARENT = "llmcompressor" }
 }

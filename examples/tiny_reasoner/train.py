@@ -1,8 +1,8 @@
-"""Train the tiny reasoner from nothing: tokenizer, 211k parameters, greedy exact match on problems it has never seen.
+"""Train the tiny reasoner from nothing: tokenizer, 214k parameters, greedy exact match on problems it has never seen.
 
     python examples/tiny_reasoner/train.py -o examples/tiny_reasoner/checkpoint
     python examples/tiny_reasoner/train.py --experts 8 -o .ptl/models/tiny-experts
-    python examples/tiny_reasoner/train.py --think -o examples/tiny_reasoner/thinker
+    python examples/tiny_reasoner/train.py --think --steps 8000 -o examples/tiny_reasoner/thinker
 
 A few minutes on one CPU core. Accuracy stays below 20 % until the loss falls under about 0.1, then it rises
 steeply: do not stop early. With --experts a mixture of experts (Qwen 3's): each token is sent to two of them, which
