@@ -1,10 +1,8 @@
 """The real servers, started once; each test leaves them running."""
 
-import contextlib
 import json
 import os
 import socket
-import sqlite3
 import ssl
 import subprocess
 import sys
@@ -117,17 +115,15 @@ def test_a_server_that_does_not_start_is_ended_and_shows_the_end_of_its_log(tmp_
 
 
 def test_the_ui_is_mlflow_over_the_local_database(tmp_path, monkeypatch, capsys):
-    """With a mock in place of exec, which does not return; it opens at the newest run's experiment."""
+    """With a mock in place of exec, which does not return."""
     started = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.extend(command))
     monkeypatch.setattr(os, "environ", dict(os.environ))
     port = free_port()
     with pytest.raises(InputError, match="no runs yet"):
         servers.ui(tmp_path, port)
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
-        database.execute("create table runs (experiment_id, start_time)")
-        database.executemany("insert into runs values (?, ?)", [(1, 5), (2, 7), (3, 6)])
+    (tmp_path / "mlflow.db").touch()
     servers.ui(tmp_path, port)
-    assert f"http://127.0.0.1:{port}/#/experiments/2/runs?" in capsys.readouterr().out
+    assert f"http://127.0.0.1:{port}/#/experiments " in capsys.readouterr().out
     assert {f"--port={port}", f"--default-artifact-root=file://{tmp_path}/artifacts"} <= set(started)
     assert os.environ["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
