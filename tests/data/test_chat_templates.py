@@ -22,7 +22,7 @@ def test_whether_a_model_thinks_follows_from_its_template():
         tokenizer = tokenizer_with(template)
         assert chat_templates.thinks(tokenizer, Chat(enabled=True, template_kwargs=variables)) is thinks, template
         assert chat_templates.has_switch(tokenizer) is has_switch, template
-    tokenizer.chat_template = {"rag": "enable_thinking"}  # for one use alone
+    tokenizer.chat_template = {"enable_thinking": "{{ messages }}"}  # for one use alone
     assert not chat_templates.has_switch(tokenizer) and not chat_templates.thinks(tokenizer)
 
 
