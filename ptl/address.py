@@ -46,9 +46,7 @@ def runs_page(server: str, experiment: str, run: str = "") -> str:
 def split_login(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
     """Move the login of MLFLOW_TRACKING_URI to the variables that MLflow has for it: it prints the address.
 
-    Returns the variables that this has set.
-
-    A login in the address takes precedence over theirs, as it does in MLflow.
+    A login in the address takes precedence over theirs, as it does in MLflow. Returns what this has set.
     """
     uri = environment.get("MLFLOW_TRACKING_URI", "")
     try:

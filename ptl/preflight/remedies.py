@@ -12,7 +12,6 @@ from ptl.preflight.forecast import FULL, Forecast
 from ptl.preflight.forecast_model import GIB, GPUS
 from ptl.units import listed
 
-BESIDE_VLLM = {"evaluate.speed.repeats": 0}  # whose speed ptl does not measure
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
 
 Changes = dict[str, Any]  # of a config, by section and field; of `recover` in every stage
@@ -43,12 +42,10 @@ def _remedy(stage: str, run: Forecast) -> str:
     model = largest(run, stage)
     changes = smallest_change(stage, model, run)
     if changes is not None:
-        if "evaluate.backend" in changes:
-            changes = {**changes, **BESIDE_VLLM}
-        return " and ".join(f"{field}: {str(value).lower()}" for field, value in changes.items())
+        return _written(changes)
     remedies = []
     if stage == "evaluate":
-        remedies.append("give it more GPUs with evaluate.backend: vllm and evaluate.speed.repeats: 0")
+        remedies.append(f"give it more GPUs with {_written({'evaluate.backend': 'vllm'})}")
     if stage == "recover":
         remedies.append("give it more GPUs or nodes with recover.sharding: fsdp")
         if all(each.method != "grpo" and each.lora is None for each in run.config.recover):
@@ -57,6 +54,12 @@ def _remedy(stage: str, run: Forecast) -> str:
     if kinds:
         remedies.append(f"take a larger GPU ({kinds})")
     return f"no setting makes it fit on these GPUs: {', or '.join(remedies or ['start from a smaller model'])}"
+
+
+def _written(changes: Changes) -> str:
+    """Changes as a config has them; with vLLM, whose speed ptl does not measure, also what else must change."""
+    beside = {"evaluate.speed.repeats": 0} if "evaluate.backend" in changes else {}
+    return " and ".join(f"{field}: {str(value).lower()}" for field, value in {**changes, **beside}.items())
 
 
 def smallest_change(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> Changes | None:

@@ -36,14 +36,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here(settings: RecoverStage) -> int:
-    """How many processes train on this machine."""
-    return on_gpus(settings.processes, "recover")
-
-
 def processes_of_all(settings: RecoverStage, machines: Machines) -> int:
     """How many processes train on all machines together."""
-    return processes_here(settings) * machines.count
+    return on_gpus(settings.processes, "recover") * machines.count
 
 
 def sequences_per_pass(settings: RecoverStage, processes: int) -> int:
@@ -82,7 +77,7 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     error_file.unlink(missing_ok=True)
     # all but the log, which the processes print
     job_file.write_bytes(pickle.dumps((src, dst, settings, dataclasses.replace(job, on_log=print))))
-    here, total = processes_here(settings), processes_of_all(settings, job.machines)
+    here, total = on_gpus(settings.processes, "recover"), processes_of_all(settings, job.machines)
     print(f"starting {here} of {total} training processes, which wait for each other", flush=True)
     printed: list[str] = []
 

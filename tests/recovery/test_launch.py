@@ -11,6 +11,7 @@ from checkout import ROOT
 from conftest import free_port
 from recovering import DATA, as_if_died_after, losses, recover, weights
 
+from ptl import processes
 from ptl.config.recover import RecoverStage
 from ptl.errors import InputError, WorkError
 from ptl.recovery import launch, worker
@@ -153,10 +154,10 @@ def test_a_machine_has_its_processes_and_a_batch_that_they_cannot_divide_is_refu
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         stage = RecoverStage(**settings)
-        counts = launch.processes_here(stage), launch.processes_of_all(stage, machines)
+        counts = processes.on_gpus(stage.processes, "recover"), launch.processes_of_all(stage, machines)
         assert counts == expected, (gpus, machines)
     with pytest.raises(InputError, match=r"^recover\.processes: 2 processes, and this machine has 1 GPUs"):
-        launch.processes_here(RecoverStage(processes=2))
+        launch.processes_of_all(RecoverStage(processes=2), alone)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})
