@@ -36,8 +36,6 @@ SUBJECT = replace(TINY, model=MODEL)
 # name -> iterations, what is removed, criterion
 ARMS = {
     "reap": (1, "experts", "reap"),
-    "frequency": (1, "experts", "frequency"),
-    "norm": (1, "experts", "norm"),
     "random": (1, "experts", "random"),
     "loop of 4, reap": (4, "experts", "reap"),
     "neurons, taylor": (1, "neurons", "taylor"),

@@ -1,12 +1,12 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
 import math
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from pipelines.prune_tune_loop import pods, run_view
@@ -61,8 +61,9 @@ class Observer:
         self._read_records(run)
         namespace = self.api.namespace or "kubeflow"
         if self.reads_pods and run.state in ("PENDING", "RUNNING", "FAILED"):
-            found = _within(PATIENCE, lambda: pods.read(namespace, run.run_id))
-            self.pods = self.pods if found is None else found
+            # A kubeconfig and its login plugins are the user's own, and may fail or wait for ever.
+            with suppress(Exception), ThreadPool(1) as pool:
+                self.pods = pool.apply_async(pods.read, (namespace, run.run_id)).get(PATIENCE)
             # Without any answer it would be the same again, and may ask for another login.
             self.reads_pods = self.pods is not None
 
@@ -121,20 +122,6 @@ class Observer:
         if text and self.announced.get(topic) != text:
             self.show(text)
         self.announced[topic] = text
-
-
-def _within(seconds: float, read: Callable[[], Mapping[str, Pod]]) -> Mapping[str, Pod] | None:
-    """What is read, or None: a kubeconfig and its login plugins are the user's own, and may fail or wait for ever."""
-    found = []
-
-    def work() -> None:
-        with suppress(Exception):
-            found.append(read())
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
 
 
 def status(reference: str, server: Server, *, say: Show = print) -> int:

@@ -76,16 +76,11 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
         task.set_display_name(node.name)
         # Dependencies without data; those with data follow from the arguments.
         task.after(*(tasks[name] for name in node.after))
-        task.set_container_image(_image(config, node.name))
-        tasks[node.name] = cluster.configure(task, dag.kind_of(node.name), config)
-
-
-def _image(config: Config, step: str) -> str:
-    kind = dag.kind_of(step)
-    # vLLM pins another torch, hence an image of its own.
-    if kind == "evaluate" and config.evaluate.backend == "vllm":
-        kind = "evaluate-vllm"
-    return config.images.of(kind)
+        kind = dag.kind_of(node.name)
+        # vLLM pins another torch, hence an image of its own.
+        uses_vllm = kind == "evaluate" and config.evaluate.backend == "vllm"
+        task.set_container_image(config.images.of("evaluate-vllm" if uses_vllm else kind))
+        tasks[node.name] = cluster.configure(task, kind, config)
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:

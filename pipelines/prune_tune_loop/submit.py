@@ -55,7 +55,12 @@ def submit(
     reference = _upload_pipeline(api, config)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = given.get("experiment", config.storage.experiment)
-    earlier = [] if fresh or "earlier_runs" in given else _unfinished(config.name)
+    ui = address.mlflow_ui()  # empty where no MLflow server is set here
+    earlier: list[str] = []
+    if ui and not fresh and "earlier_runs" not in given:
+        # No MLflow must not prevent the start.
+        with suppress(PtlError):
+            earlier = run_status.unfinished(config.name)
     if earlier:
         given = {**given, "earlier_runs": " ".join(earlier)}
         say(f"{run_status.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
@@ -69,7 +74,8 @@ def submit(
         run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
             experiment_id=required(created, "experiment_id"),
             display_name=name,
-            description=_description(name, mlflow_experiment),
+            # MLflow's parent run has the same name.
+            description=f"MLflow: experiment {mlflow_experiment}, run {name}: {ui}" if ui else None,
             pipeline_version_reference=reference,
             runtime_config=V2beta1RuntimeConfig(parameters=given),
             service_account=service_account,
@@ -89,22 +95,6 @@ def _check_parameters(config: Config, given: dict[str, Any]) -> None:
         )
     run = run_config({"settings": structure(config), **by_input(known | given)})
     check_compiled(run, gated=config.gate.enabled, answered=config.training.answers == "self")
-
-
-def _unfinished(name: str) -> list[str]:
-    """Ids of the unfinished runs of this config's name, as far as MLflow can be asked here."""
-    if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
-        return []
-    # No MLflow must not prevent the start.
-    with suppress(PtlError):
-        return run_status.unfinished(name)
-    return []
-
-
-def _description(run_name: str, experiment: str) -> str | None:
-    """Where the run is in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
-    server = address.mlflow_ui()
-    return f"MLflow: experiment {experiment}, run {run_name}: {server}" if server else None
 
 
 def _upload_pipeline(api: Api, config: Config) -> Any:

@@ -38,33 +38,24 @@ def main() -> None:
     except PtlError as error:
         _exit_with(error)
     except ModuleNotFoundError as error:
-        missing = extras.missing(error.name or "", _command_name())
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")  # its options come after it
+        missing = extras.missing(error.name or "", command)
         if missing is None:
             raise
         _exit_with(missing)
     except OSError as error:
-        _exit_with(_file_error(error))
-
-
-def _file_error(error: OSError) -> PtlError:
-    """What a user can do about a full disk or an unusable path; raises all others again."""
-    # Libraries raise it in places where no command can expect it.
-    path = error.filename
-    if error.errno in local_files.FULL:
-        return local_files.no_space(error)
-    if error.errno in UNUSABLE_PATH:
-        return InputError(f"{error.strerror}", field=repr(str(path)[:200]), remedy="give a path that can be used")
-    raise error
+        # Libraries raise it in places where no command can expect it.
+        if error.errno in local_files.FULL:
+            _exit_with(local_files.no_space(error))
+        if error.errno not in UNUSABLE_PATH:
+            raise
+        path = repr(str(error.filename)[:200])
+        _exit_with(InputError(f"{error.strerror}", field=path, remedy="give a path that can be used"))
 
 
 def _exit_with(error: PtlError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-
-
-def _command_name() -> str:
-    """The command on the command line; its options come after it."""
-    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
 def _print_version(requested: bool) -> None:

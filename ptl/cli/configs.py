@@ -159,7 +159,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     # Before a model is downloaded.
     checks: list[extras.Check] = [
         partial(language_models.check_backend, config.evaluate),
-        *formats.installation_checks(config.export),
+        *(formats.module_of(name).check_installed for name in dict.fromkeys(form.format for form in config.export)),
     ]
     warnings = [*preflight.warnings(config), *extras.not_checked(checks, excused)]
     if not pretrained.can_build():

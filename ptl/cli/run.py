@@ -89,7 +89,7 @@ def run(
             _print_end(directory, resumed, time.monotonic() - started, s3)
             _check_exports(directory, settings)
             if rehearse:
-                _conclude(directory, left_out, [arguments.shown(config), *_repeated(sets)])
+                _conclude(directory, left_out, config, sets)
 
 
 def _job(config: Config, directory: RunDir, environment: Environment, artifacts: str) -> RunnerJob:
@@ -165,13 +165,8 @@ def _text(value: Any) -> str:
     return f"{value:,}" if type(value) is int else "default" if value is None else str(value)
 
 
-def _repeated(sets: Sequence[str]) -> list[str]:
-    """The overrides of a command, to be repeated in the next one."""
-    return [word for entry in sets for word in ("--set", entry)]
-
-
-def _conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str]) -> None:
-    """Print what the rehearsal has shown, and what comes next; `arguments` are those of a submit."""
+def _conclude(directory: RunDir, not_rehearsed: Sequence[str], config: Path, sets: Sequence[str]) -> None:
+    """Print what the rehearsal has shown, and what comes next: a submit of the same config and overrides."""
     result = json.loads(directory.result.read_text())
     skipped = [step["step"] for step in result["not_needed"]]
     print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
@@ -179,7 +174,8 @@ def _conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequen
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
     print_left_out(not_rehearsed)
     print("Next, the run itself: here by the same command without --rehearse, on Kubeflow by")
-    print(f"  ptl submit {shlex.join(arguments)}")
+    overrides = [word for entry in sets for word in ("--set", entry)]
+    print(f"  ptl submit {shlex.join([arguments.shown(config), *overrides])}")
 
 
 def print_left_out(parts: Sequence[str]) -> None:

@@ -42,7 +42,6 @@ def prune(
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
-    from ptl.model import dimensions
     from ptl.preflight.target import resolved, to_remove
     from ptl.pruning.prune import prune_checkpoint
 
@@ -52,8 +51,7 @@ def prune(
     settings = load_config(config, overrides)
     check_given(settings.calibration, "calibration")
     unit = plan(settings.schedule, settings.prune)[0].unit  # of neurons_then_layers the first
-    _check_folders(src, dst)
-    params = dimensions.static_cost(src).params
+    params = _check_folders(src, dst)
     schedule = resolved(settings.schedule, settings.prune, src)
     goal = params - to_remove(params, schedule)
     with writing(dst) as out:
@@ -126,15 +124,13 @@ def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, set
         _print_report(report, retention={"perplexity": report.retention.perplexity})
 
 
-def _check_folders(src: Path, dst: Path) -> None:
-    """Raise InputError unless `src` is a checkpoint that can be read and `dst` one that can be written."""
-    from ptl.model import checkpoint
-    from ptl.model.dimensions import model_dimensions
-    from ptl.model.families import family_of
+def _check_folders(src: Path, dst: Path) -> int:
+    """The parameters of `src`. Raises InputError unless it is a checkpoint that can be read, and `dst` be written."""
+    from ptl.model import checkpoint, dimensions
 
     checkpoint.check_links(src)
-    model_dimensions(src, family_of(checkpoint.read_config(src)))
     check_free(dst)
+    return dimensions.static_cost(src).params
 
 
 def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:

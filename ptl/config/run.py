@@ -263,11 +263,18 @@ class Config(Section):
         undivided = self.undivided_batch(gpus=1) if self.resources.nodes_of(TRAINED) > 1 else ""
         if undivided:
             raise ValueError(undivided)
-        unfit = unfit_answers(self.calibration, self.training, self.chat)
-        if unfit:
-            raise ValueError(unfit)
-        reads_answers = self.calibration.answers == "self" or any(stage.method != "grpo" for stage in self.recover)
-        if self.training.answers == "self" and not reads_answers:
+        data, writes_answers = self.calibration, self.training.answers == "self"
+        if data.answers == "self" and not writes_answers:
+            raise ValueError("calibration.answers=self takes the answers of training.answers=self: set both")
+        if data.answers == "self" and all(source.format == "text" for source in data.data):
+            raise ValueError(
+                "calibration.answers=self takes the place of rows with prompts: give calibration.data one of them"
+            )
+        has_chats = any(source.format == "messages" for source in self.training.sources)
+        if writes_answers and has_chats and not self.chat.enabled:
+            raise ValueError("training.answers=self needs chat.enabled=true for sources of format messages: set it")
+        reads_answers = data.answers == "self" or any(stage.method != "grpo" for stage in self.recover)
+        if writes_answers and not reads_answers:
             raise ValueError("training.answers=self: grpo writes answers of its own, nothing reads these: set given")
         is_sampled = any(task.samples > 1 for task in self.evaluate.tasks)
         if is_sampled and any(export.format == "gguf" for export in self.export):
@@ -289,18 +296,6 @@ class Config(Section):
                 f"images.digests has none of {', '.join(absent)}: take what `{command}` prints, or remove all"
             )
         return self
-
-
-def unfit_answers(calibration: Calibration, training: TrainingData, chat: Chat) -> str:
-    """Why own answers cannot be made as these sections say, in a sentence with a remedy; else empty."""
-    if calibration.answers == "self" and training.answers != "self":
-        return "calibration.answers=self takes the answers of training.answers=self: set both"
-    if calibration.answers == "self" and all(source.format == "text" for source in calibration.data):
-        return "calibration.answers=self takes the place of rows with prompts: give calibration.data one of them"
-    has_chats = any(source.format == "messages" for source in training.sources)
-    if training.answers == "self" and has_chats and not chat.enabled:
-        return "training.answers=self needs chat.enabled=true for sources of format messages: set it"
-    return ""
 
 
 def essentials(config: Config) -> dict[str, Any]:

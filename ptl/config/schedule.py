@@ -24,9 +24,6 @@ _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
 Unit = Literal["neurons", "width", "layers", "experts"]
-# Criteria by what they score; `random` is of both.
-NEURON_CRITERIA = ("max", "weight", "taylor")
-EXPERT_CRITERIA = ("reap", "frequency", "norm")
 
 Multiple = Annotated[
     Annotated[int, Field(ge=1)] | Literal["auto"], one_error("must be a whole number of 1 or more, or auto")
@@ -130,10 +127,10 @@ class Prune(Section):
         "`width`; `neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
         "mixture, as many in every layer",
     )
-    criterion: Literal["max", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
+    criterion: Literal["max", "weight", "taylor", "random", "reap"] = Field(
         "taylor",
         description="how neurons are scored: `max`, `weight`, `taylor` or `random`. With target `experts` how "
-        "experts are: `reap` (the default there), `frequency`, `norm` or `random`",
+        "experts are: `reap` (the default there) or `random`",
     )
 
     # Widths that GPUs multiply fast, and that can be divided between several.
@@ -170,8 +167,8 @@ class Prune(Section):
             raise ValueError("width is for target=width: set it, or leave width out")
         if self.repair and self.target in ("layers", "experts"):
             raise ValueError(f"what target={self.target} removes is not repaired: leave repair out")
-        of_targets = {"experts": (*EXPERT_CRITERIA, "random"), "width": ("taylor",)}
-        possible = of_targets.get(self.target, (*NEURON_CRITERIA, "random"))
+        of_targets = {"experts": ("reap", "random"), "width": ("taylor",)}
+        possible = of_targets.get(self.target, ("max", "weight", "taylor", "random"))
         if self.criterion not in possible:
             raise ValueError(
                 f"criterion={self.criterion} does not score what target={self.target} removes: set one of "

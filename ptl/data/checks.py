@@ -48,7 +48,7 @@ def _read(
         is_scored, is_trained_on = field.startswith("calibration.data"), field.startswith("training.sources")
         # The dense model writes them.
         own = (is_scored and calibration.answers == "self") or (is_trained_on and training.answers == "self")
-        answers = not own and (is_scored or (is_trained_on and _trains_on_answers(recover)))
+        answers = not own and (is_scored or (is_trained_on and any(stage.method != "grpo" for stage in recover)))
         its = source.prompts_only if own or field.endswith("prompts") else source
         if (its, answers) not in seen:
             seen.add((its, answers))
@@ -65,10 +65,6 @@ def named_sources(
     sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
     stages = enumerate(recover)
     return sources | {f"recover.{i}.prompts": s.prompts for i, s in stages if s.prompts}
-
-
-def _trains_on_answers(stages: Sequence[RecoverStage]) -> bool:
-    return any(stage.method != "grpo" for stage in stages)
 
 
 def check_own_answers(training: TrainingData) -> None:
@@ -178,9 +174,17 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
             # Of a run's model they are checked; of a hub id they are not here yet.
             if name and Path(name).is_dir():
                 checkpoint.shards(own)
-            of_teacher = pretrained.load_tokenizer(own, TEACHER)
+            vocabulary, of_teacher = tokenizer.get_vocab(), pretrained.load_tokenizer(own, TEACHER).get_vocab()
             shapes.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
-            pretrained.compare_vocabularies(tokenizer.get_vocab(), of_teacher.get_vocab(), name or str(own))
+            # An entry is a token with its number; a token that has moved counts on both sides.
+            different = vocabulary.items() ^ of_teacher.items()
+            if different:
+                raise InputError(
+                    f"{name or own} has another vocabulary ({len(of_teacher)} tokens, the student {len(vocabulary)}; "
+                    f"{len(different)} entries differ)",
+                    field=TEACHER,
+                    remedy="distillation needs a teacher with the same tokenizer",
+                )
 
 
 @dataclass(frozen=True)

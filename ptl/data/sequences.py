@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
 from ptl.config.data import DataSource, TrainingData
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # input_ids, attention_mask, labels: int64 [B, T], padded on the right; of calibration text also source: int64 [B]
 Batch = dict[str, "Tensor"]
 TokenIds = list[int]
-Side = Literal["left", "right"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 ANSWER = "(answer)"  # as an assistant's turn, to find what a template writes after one
 
@@ -183,8 +182,33 @@ def order(count: int, seed: int) -> Iterator[int]:
 
 
 def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Batch]:
-    """Calibration rows as `padded` batches."""
-    return padded(calibration_rows(settings, tokenizer, seed, chat), settings.batch_size)
+    """Calibration rows as right-padded batches, those of equal length together.
+
+    Only the completions have labels; a text without a prompt is all completion.
+    """
+    import torch
+
+    # by length: little padding
+    rows = sorted(calibration_rows(settings, tokenizer, seed, chat), key=lambda tokens: len(tokens.ids))
+    batches = []
+    for begin in range(0, len(rows), settings.batch_size):
+        group = rows[begin : begin + settings.batch_size]
+        batch = {
+            "input_ids": _pad([tokens.ids for tokens in group], 0),  # [B, T]
+            "attention_mask": _pad([[1] * len(tokens.ids) for tokens in group], 0),  # [B, T]
+            "labels": _pad([tokens.labels("completion") for tokens in group], IGNORED),  # [B, T]
+            "source": torch.tensor([tokens.source for tokens in group]),  # [B]
+        }
+        batches.append(batch)
+    return batches
+
+
+def _pad(rows: Sequence[TokenIds], value: int) -> Tensor:
+    """Rows of numbers as one tensor, filled up on the right to the longest: int64 [B, T]."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Tokens]:
@@ -199,45 +223,6 @@ def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Cha
         found = itertools.islice((tokens for tokens in tokenized if tokens.ids), max(1, end - begin))
         sequences += [replace(tokens, source=number) for tokens in found]
     return sequences
-
-
-def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
-    """Right-padded batches, those of equal length together.
-
-    Only the completions have labels; a text without a prompt is all completion.
-    """
-    import torch
-
-    # by length: little padding
-    ordered = sorted(sequences, key=lambda tokens: len(tokens.ids))
-    batches = []
-    for begin in range(0, len(ordered), size):
-        group = ordered[begin : begin + size]
-        batch = padded_ids([tokens.ids for tokens in group], 0, "right")
-        # padding carries no loss
-        labels = [tokens.labels("completion") for tokens in group]
-        sources = torch.tensor([tokens.source for tokens in group])
-        batches.append(batch | {"labels": _pad(labels, IGNORED, "right"), "source": sources})
-    return batches
-
-
-def padded_ids(rows: Sequence[TokenIds], pad_token: int, side: Side) -> Batch:
-    """One batch: input_ids, and attention_mask with 0 at the padding, int64 [B, T]; to generate, padded on the left."""
-    ones = [[1] * len(ids) for ids in rows]
-    return {
-        "input_ids": _pad(rows, pad_token, side),  # [B, T]
-        "attention_mask": _pad(ones, 0, side),  # [B, T]
-    }
-
-
-def _pad(rows: Sequence[TokenIds], value: int, side: Side) -> Tensor:
-    """Rows of numbers as one tensor, filled up to the longest: int64 [B, T]."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    # a prompt may be empty, which torch would take for float32
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)  # [B, T]
 
 
 def training_chunk(

@@ -77,16 +77,9 @@ def score_tasks(
     seed: int,
 ) -> tuple[tuple[TaskScore, ...], list[Item]]:
     """Every task's score, and the items of all tasks."""
-    scores = []
-    items = []
-    try:
-        for task in settings.tasks:
-            score, its_items = score_task(lm, task, settings, seed=seed)
-            scores.append(score)
-            items += its_items
-    finally:
-        lm.close()
-    return tuple(scores), items
+    with contextlib.closing(lm):
+        scored = [score_task(lm, task, settings, seed=seed) for task in settings.tasks]
+    return tuple(score for score, _ in scored), [item for _, items in scored for item in items]
 
 
 def _write_lines(dst: Path, items: Iterable[Item]) -> None:

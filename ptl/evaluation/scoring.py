@@ -10,18 +10,17 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptl.config.run import Evaluate, Task
-from ptl.errors import InputError, WorkError
+from ptl.errors import WorkError
 from ptl.evaluation import task_files, tasks
 from ptl.evaluation.helpers import PLAIN_SAMPLING, AnswerNote, seed_of_sample
 from ptl.evaluation.paired import Item, interval
-from ptl.evaluation.task_files import SPLITS, Spec
+from ptl.evaluation.task_files import SPLITS, Spec, task_error
 
 
 def load_tasks(specs: list[Spec], task: Task, settings: Evaluate, seed: int) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
         loaded = TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
     except TemplateError as error:  # the harness renders the first row
         problem = f"the templates of the task {spec.name!r} do not fit its rows ({error})"
-        raise InputError(problem, field="evaluate.tasks", remedy=f"correct {spec.path}") from error
+        raise task_error(problem, f"correct {spec.path}") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise WorkError(f"the task {spec.name!r} did not load: {error}", field="evaluate.tasks") from error
     code_eval.timeouts = 0  # the harness's modules try their metric when they are imported
@@ -85,8 +84,7 @@ class _CodeEval:
         from ptl.sandbox import runner
 
         if k not in (None, [1]):
-            problem = f"pass@k with k={k} is not supported"
-            raise InputError(problem, field="evaluate.tasks", remedy="use a task with pass@1")
+            raise task_error(f"pass@k with k={k} is not supported", "use a task with pass@1")
         passed = []
         for tests, candidates in zip(references, predictions, strict=True):
             outcomes = [runner.run_tests(candidate, tests) for candidate in candidates]
@@ -154,10 +152,6 @@ class Pass(NamedTuple):
     cut_prompts: int
     seconds: float
 
-    def values(self, metric: str) -> list[Any]:
-        """Of each item."""
-        return [logged[metric] for _, logged in self.logged]
-
 
 def score_task(
     lm: Any,  # of language_models.language_model
@@ -174,8 +168,9 @@ def score_task(
     metric, extraction = tasks.choose_metric(first, task.metric)
     passes = list(_passes(lm, loaded, task, settings, extraction, seed))
 
-    # One tuple for each item, of one value for each sample
-    values = list(zip(*(one.values(metric) for one in passes), strict=True))
+    # Of each item what was logged of each sample, and the metric's values
+    logged = list(zip(*(one.logged for one in passes), strict=True))
+    values = [[sample[metric] for _, sample in samples] for samples in logged]
     # Right and wrong answers; or a metric of the whole task.
     items: list[Item] = []
     low = high = pass_at_n = None
@@ -184,14 +179,11 @@ def score_task(
         accuracy = sum(right) / (len(right) * task.samples)
         low, high = interval(right, task.samples, settings.confidence)
         pass_at_n = sum(count > 0 for count in right) / len(right) if task.samples > 1 else None
-        by_sample = [_item_records(name, metric, one) for one in passes]
-        items = list(chain.from_iterable(zip(*by_sample, strict=True)))
+        for samples in logged:
+            for (harness_task, sample), its in zip(samples, passes, strict=True):
+                items.append(_item_record(name, harness_task, sample, metric, its))
     elif len(specs) > 1:
-        raise InputError(
-            f"the group {task.name!r} has no accuracy to pool",
-            field="evaluate.tasks",
-            remedy="name its tasks one by one",
-        )
+        raise task_error(f"the group {task.name!r} has no accuracy to pool", "name its tasks one by one")
     else:
         accuracy = fmean(float(one.results["results"][first.name][f"{metric},{extraction}"]) for one in passes)
 
@@ -224,6 +216,8 @@ def _passes(
     lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate, extraction: str, seed: int
 ) -> Iterator[Pass]:
     """The task as often as it has samples: the filters of most tasks keep one of the harness's own repeats."""
+    from lm_eval.evaluator import evaluate
+
     for harness_task in loaded.values():
         # Before the first answer is generated.
         if harness_task.get_config("output_type") == "generate_until":
@@ -238,7 +232,15 @@ def _passes(
             harness_task.set_fewshot_seed(seed)
         # What is noted is of this pass alone.
         lm.start_notes()
-        results = _run_harness(lm, loaded, task, settings)
+        results: Any = evaluate(
+            lm=lm,
+            task_dict={"tasks": loaded},
+            limit=task.limit,
+            bootstrap_iters=0,  # its standard errors are not used
+            apply_chat_template=lm.chat.enabled,
+            fewshot_as_multiturn=lm.chat.enabled,
+            confirm_run_unsafe_code=settings.allow_code,
+        )
         # Every item is logged once for each filter that extracts an answer.
         logged = [
             (loaded[member], sample)
@@ -247,25 +249,6 @@ def _passes(
             if sample["filter"] == extraction
         ]
         yield Pass(number, results, logged, lm.notes, lm.cut_prompts, lm.seconds)
-
-
-def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate) -> Any:
-    """The harness's results, with the samples it logged."""
-    from lm_eval.evaluator import evaluate
-
-    return evaluate(
-        lm=lm,
-        task_dict={"tasks": loaded},
-        limit=task.limit,
-        bootstrap_iters=0,  # its standard errors are not used
-        apply_chat_template=lm.chat.enabled,
-        fewshot_as_multiturn=lm.chat.enabled,
-        confirm_run_unsafe_code=settings.allow_code,
-    )
-
-
-def _item_records(task: str, metric: str, of_pass: Pass) -> list[Item]:
-    return [_item_record(task, *logged, metric, of_pass) for logged in of_pass.logged]
 
 
 def _item_record(task: str, harness_task: Any, sample: dict[str, Any], metric: str, of_pass: Pass) -> Item:

@@ -99,11 +99,6 @@ class Spec(BaseModel):
         """Names of the ways in which an answer is extracted; the first one counts unless the metric names another."""
         return [entry.name for entry in self.filter_list or ()] or ["none"]
 
-    @property
-    def is_shipped(self) -> bool:
-        """Whether it is one that the harness ships, which is trusted."""
-        return _is_of_the_harness(self.path)
-
 
 def answer_tokens(generation_kwargs: Mapping[str, Any] | None) -> int:
     """Tokens of a task's longest answer, under any of the names that the harness takes; 256 without one, as there."""
@@ -112,7 +107,8 @@ def answer_tokens(generation_kwargs: Mapping[str, Any] | None) -> int:
     return next((int(tokens) for tokens in given if tokens is not None), 256)
 
 
-def _error(problem: str, remedy: str = "") -> InputError:
+def task_error(problem: str, remedy: str = "") -> InputError:
+    """An error about a task of the config."""
     return InputError(problem, field="evaluate.tasks", remedy=remedy)
 
 
@@ -123,7 +119,8 @@ def harness_folder() -> Path | None:
     return (Path(str(package.origin)).parent / "tasks").resolve() if package else None
 
 
-def _is_of_the_harness(path: Path) -> bool:
+def is_of_the_harness(path: Path) -> bool:
+    """Whether the harness ships this YAML, which is trusted then."""
     root = harness_folder()
     return root is not None and path.resolve().is_relative_to(root)
 
@@ -133,7 +130,7 @@ def task_index() -> dict[str, Path]:
     """Name of a task or group -> its YAML, of all that the harness ships."""
     root = harness_folder()
     if root is None:
-        raise _error("lm-evaluation-harness is not installed", "install ptl's extra `evaluate`")
+        raise task_error("lm-evaluation-harness is not installed", "install ptl's extra `evaluate`")
     # By a pattern: parsing 14,000 files takes far longer than reading them.
     paths: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
@@ -146,13 +143,13 @@ def load_spec(path: Path, config: TaskConfig | None = None) -> Spec:
     """The task of a file, which may have been read. Raises InputError where it is not a single task of the harness."""
     config = read_yaml(path.resolve()) if config is None else config
     if not isinstance(config.get("task"), str):
-        raise _error(f"{path} has no `task: NAME`", "give a single task of lm-eval")
+        raise task_error(f"{path} has no `task: NAME`", "give a single task of lm-eval")
     try:
         return Spec.model_validate({**config, "path": path.resolve()})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise _error(f"{path}: {field}: {str(first['input'])[:SHOWN]!r}: {first['msg']}") from error
+        raise task_error(f"{path}: {field}: {str(first['input'])[:SHOWN]!r}: {first['msg']}") from error
 
 
 class Loader(yaml.SafeLoader):
@@ -170,21 +167,21 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     """
     # Nor is a pipe read, which may never end.
     if path in including or not path.is_file():
-        raise _error(
+        raise task_error(
             f"no task file {path}, or it includes itself",
             "correct the path: in a config it is relative to the config's folder, in an option to this one",
         )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _error(f"{path} cannot be read: {error}") from error
+        raise task_error(f"{path} cannot be read: {error}") from error
     # The harness's own files are trusted, and some name a field twice.
-    if _is_of_the_harness(path):
+    if is_of_the_harness(path):
         config = yaml.load(text, Loader=Loader)
     else:
         config = yaml_text.load(text, str(path), Loader, field="evaluate.tasks")
     if not isinstance(config, dict):
-        raise _error(f"{path} must hold a mapping, found {type(config).__name__}")
+        raise task_error(f"{path} must hold a mapping, found {type(config).__name__}")
     functions = [
         f"{FUNCTIONS} {getattr(event, 'value', '')}"
         for event in yaml.parse(text, Loader=Loader)
@@ -194,7 +191,7 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     included = config.pop("include", [])
     names = included if isinstance(included, list) else [included]
     if not all(isinstance(name, str) for name in names):
-        raise _error(f"{path}: include must be the path of a YAML file, or a list of them")
+        raise task_error(f"{path}: include must be the path of a YAML file, or a list of them")
     merged: TaskConfig = {}
     files = [path]
     for name in names:
@@ -262,10 +259,9 @@ def local_splits(
         # As in `datasets`, what names no split is for training.
         by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
         for split in _needed_splits(spec, num_fewshot) - by_split.keys():
-            raise InputError(
+            raise task_error(
                 f"the task {spec.name!r} reads the split {split!r}, and its data_files has {', '.join(by_split)}",
-                field="evaluate.tasks",
-                remedy=f"correct data_files, or which of {', '.join(SPLITS)} names it",
+                f"correct data_files, or which of {', '.join(SPLITS)} names it",
             )
         return {split: LocalFile(_data_file(spec, file)) for split, file in by_split.items()}
     # Nobody names files, or a function of the task makes its data.
@@ -290,7 +286,7 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
     """The scored split, and that of the few-shot examples where the task has no examples of its own."""
     scored = spec.test_split or spec.validation_split
     if not scored:
-        raise InputError(f"the task {spec.name!r} names no test or validation split", field="evaluate.tasks")
+        raise task_error(f"the task {spec.name!r} names no test or validation split")
     # The split of the examples, as the harness chooses it.
     shots = spec.num_fewshot if num_fewshot is None else num_fewshot
     examples = spec.fewshot_split or spec.training_split or spec.validation_split
@@ -303,17 +299,15 @@ def _data_file(spec: Spec, named: Any) -> str:
     """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
     files = named if isinstance(named, list) else [named]
     if len(files) != 1:
-        raise InputError(
-            f"the task {spec.name!r} has {len(files)} files of one split in its data_files",
-            field="evaluate.tasks",
-            remedy="join them into one",
+        raise task_error(
+            f"the task {spec.name!r} has {len(files)} files of one split in its data_files", "join them into one"
         )
     file = str(files[0])
     for folder in (Path(), *spec.path.parents):
         if (folder / file).is_file():
             return str((folder / file).resolve())
     neither = f"which is neither in the working directory nor in a folder above {spec.path}"
-    raise InputError(f"the task {spec.name!r} reads {file}, {neither}", field="evaluate.tasks")
+    raise task_error(f"the task {spec.name!r} reads {file}, {neither}")
 
 
 def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from ptl.config.base import FILL_IN
 from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.evaluation import retention, task_files
-from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits
+from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits, task_error
 
-FIELD = "evaluate.tasks"
 ALLOW_CODE = "evaluate.allow_code"
 MLFLOW_NAME = re.compile(r"[\w./ :-]+")  # of a metric
 CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
@@ -41,20 +40,18 @@ def can_find(name: str) -> bool:
 def find(name: str) -> list[Spec]:
     """The task of that name or path; a group (minerva_math) gives its members. Raises InputError with close names."""
     if name == FILL_IN:
-        raise InputError(
+        raise task_error(
             f"{FILL_IN} is still to be filled in",
-            field=FIELD,
-            remedy="name a task, for example gsm8k (`lm_eval ls tasks` lists all), or give the path of a task YAML",
+            "name a task, for example gsm8k (`lm_eval ls tasks` lists all), or give the path of a task YAML",
         )
     if is_path(name):
         return [load_spec(Path(name))]
     paths = task_files.task_index()
     if name not in paths:
         close = ", ".join(difflib.get_close_matches(name, paths, n=8, cutoff=0.5))
-        raise InputError(
+        raise task_error(
             f"{name!r} is no task of lm-evaluation-harness; close names: {close or 'none'}",
-            field=FIELD,
-            remedy="`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML",
+            "`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML",
         )
     config = task_files.read_yaml(paths[name])
     if "group" not in config:
@@ -62,10 +59,9 @@ def find(name: str) -> list[Spec]:
     members = config["task"]
     # A subgroup may be written out in the YAML, and a tag stands for all tasks that have it.
     if not isinstance(members, list) or not all(isinstance(member, str) and member in paths for member in members):
-        raise InputError(
+        raise task_error(
             f"the tasks of the group {name!r} are not all named in its YAML (it has a tag or a subgroup there)",
-            field=FIELD,
-            remedy="name its tasks one by one (`lm_eval ls tasks` lists them)",
+            "name its tasks one by one (`lm_eval ls tasks` lists them)",
         )
     return [spec for member in members for spec in find(member)]
 
@@ -125,16 +121,13 @@ def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
     name, _, extraction = metric.partition(",")
     default = " (the default of `metric`)" if metric == Task.model_fields["metric"].default else ""
     if name not in spec.metrics:
-        raise InputError(
+        raise task_error(
             f"the task {spec.name!r} has no metric {name!r}{default}",
-            field=FIELD,
-            remedy=f"set the task's `metric` to one that it has: {', '.join(spec.metrics)}",
+            f"set the task's `metric` to one that it has: {', '.join(spec.metrics)}",
         )
     if extraction and extraction not in spec.filters:
-        raise InputError(
-            f"the task {spec.name!r} has no filter {extraction!r}",
-            field=FIELD,
-            remedy=f"use one of: {', '.join(spec.filters)}",
+        raise task_error(
+            f"the task {spec.name!r} has no filter {extraction!r}", f"use one of: {', '.join(spec.filters)}"
         )
     # The first filter counts unless the metric names another.
     return name, extraction or spec.filters[0]
@@ -163,25 +156,26 @@ def check_tasks(settings: Evaluate) -> None:
     names = [score_name(task) if can_find(task.name) else task.name for task in settings.tasks]
     for task, name in zip(settings.tasks, names, strict=True):
         if names.count(name) > 1:
-            raise InputError(
-                f"{name!r} is listed twice", field=FIELD, remedy="remove one, or rename it in a YAML of your own"
-            )
+            raise task_error(f"{name!r} is listed twice", "remove one, or rename it in a YAML of your own")
         for spec in find_here(task.name):
             choose_metric(spec, task.metric)
             if not MLFLOW_NAME.fullmatch(spec.name):
-                raise InputError(
+                raise task_error(
                     f"MLflow takes no scores under the name of the task {spec.name!r}",
-                    field=FIELD,
-                    remedy="name it in its YAML with letters, digits, spaces and the signs - _ . : / alone",
+                    "name it in its YAML with letters, digits, spaces and the signs - _ . : / alone",
                 )
             # lm_eval itself would warn and ignore the number.
             if task.num_fewshot and spec.num_fewshot == 0:
-                raise InputError(
+                raise task_error(
                     f"num_fewshot={task.num_fewshot}, but the task {spec.name!r} says it has no few-shot examples",
-                    field=FIELD,
-                    remedy="leave num_fewshot out",
+                    "leave num_fewshot out",
                 )
-            check_samples(spec, task)
+            if task.samples > 1 and spec.output_type != "generate_until":
+                raise task_error(
+                    f"samples={task.samples}, but the model writes no answers to the task {spec.name!r}, which "
+                    "compares likelihoods",
+                    "leave samples out",
+                )
             if spec.output_type == "generate_until" and settings.max_length:
                 answer = task.max_new_tokens or task_files.answer_tokens(spec.generation_kwargs)
                 check_room(spec.name, answer, settings.max_length)
@@ -192,21 +186,9 @@ def check_tasks(settings: Evaluate) -> None:
 def check_room(name: str, answer: int, context: int) -> None:
     """Raise InputError when a task's longest answer leaves no room for a prompt; both in tokens."""
     if answer >= context:
-        raise InputError(
+        raise task_error(
             f"answers of {name!r} may be {answer} tokens long, but the model's context is {context}",
-            field=FIELD,
-            remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
-        )
-
-
-def check_samples(spec: Spec, task: Task) -> None:
-    """Raise InputError when a task of which nothing is generated is to have several answers."""
-    if task.samples > 1 and spec.output_type != "generate_until":
-        raise InputError(
-            f"samples={task.samples}, but the model writes no answers to the task {spec.name!r}, which compares "
-            "likelihoods",
-            field=FIELD,
-            remedy="leave samples out",
+            "set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
         )
 
 
@@ -215,11 +197,10 @@ def check_greedy(settings: Evaluate) -> None:
     for task in settings.tasks:
         own = [spec.generation_kwargs or {} for spec in find_here(task.name)]
         if task.samples > 1 or any(options.get("do_sample") for options in own):
-            raise InputError(
+            raise task_error(
                 f"answers to {task.name!r} are sampled (samples, or do_sample in its YAML), and of a GGUF file they "
                 "are greedy",
-                field=FIELD,
-                remedy="use a task without do_sample, and one sample of each item, or no export to gguf",
+                "use a task without do_sample, and one sample of each item, or no export to gguf",
             )
 
 
@@ -243,7 +224,7 @@ def no_accuracy(task: Task) -> InputError:
 
 def check_code(spec: Spec, allow_code: bool) -> None:
     """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
-    code = [] if spec.is_shipped else list(_own_code(spec))
+    code = [] if task_files.is_of_the_harness(spec.path) else list(_own_code(spec))
     if code and not allow_code:
         raise InputError(
             f"{spec.path} has {', '.join(code[:3])}: code that would run with all rights of the step, outside the "
@@ -259,10 +240,9 @@ def check_code(spec: Spec, allow_code: bool) -> None:
             remedy=f"set {ALLOW_CODE}: true to have it run in the sandbox",
         )
     if spec.unsafe_code and spec.path.parent.name not in CODE_FOLDERS:
-        raise InputError(
+        raise task_error(
             f"the task {spec.name!r} runs model-written code by means of its own, outside the sandbox",
-            field=FIELD,
-            remedy=f"use a task of {' or '.join(CODE_FOLDERS)}",
+            f"use a task of {' or '.join(CODE_FOLDERS)}",
         )
 
 

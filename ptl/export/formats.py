@@ -25,7 +25,6 @@ from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
 from ptl.evaluation.language_models import VLLM_FIELD
 from ptl.evaluation.paired import Item
-from ptl.extras import Check
 from ptl.model import pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions
 from ptl.model.shapes import longrope_limit
@@ -55,12 +54,6 @@ def check_exports(src: Path, exports: Iterable[Export], ends: Sequence[ModelDime
     for export in distinct.values():
         notes += module_of(export.format).check(src, export.type, narrow)
     return notes
-
-
-def installation_checks(exports: Iterable[Export]) -> list[Check]:
-    """For each format a check that raises UnusableError where it cannot be made on this machine."""
-    formats = dict.fromkeys(export.format for export in exports)
-    return [module_of(format).check_installed for format in formats]
 
 
 def width_warnings(

@@ -20,7 +20,6 @@ from ptl.storage.manifest import FILES, digest_of, load_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 FORMS = "a run's directory, RUN_ID, RUN_ID:recover-2, models:/NAME@ALIAS, models:/NAME/VERSION, s3://... or file://..."
 REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
@@ -253,8 +252,18 @@ def _registered(reference: str) -> Checkpoint:
     match = REGISTERED.fullmatch(reference)
     if match is None:
         raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
+    name = match["name"]
     with connected() as client:
-        version = _version(client, reference, **match.groupdict())
+        model = if_there(client.get_registered_model, name)
+        aliases = model.aliases if model else {}
+        number = match["version"] or aliases.get(match["alias"])
+        version = if_there(client.get_model_version, name, str(number)) if number else None
+        if version is None:
+            raise InputError(
+                f"this MLflow has no {reference}",
+                field="models",
+                remedy=f"aliases of {name}: {', '.join(aliases) or 'none'}",
+            )
         # The run that made it may be gone: then there is no card.
         run = _run_by_id(client, version.tags.get("ptl.run", ""))
     # Without its digest the files could not be verified.
@@ -264,21 +273,6 @@ def _registered(reference: str) -> Checkpoint:
     pointer = store.Pointer(str(version.source), digest, int(version.tags.get("ptl.params", 0)))
     card = _card(run, digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
-
-
-def _version(client: MlflowClient, reference: str, name: str, alias: str | None, version: str | None) -> ModelVersion:
-    """The version of a registered model that has the alias, or the number. Raises InputError with what there is."""
-    model = if_there(client.get_registered_model, name)
-    aliases = model.aliases if model else {}
-    number = version or aliases.get(alias)
-    found: ModelVersion | None = None
-    if number:
-        found = if_there(client.get_model_version, name, str(number))
-    if found is not None:
-        return found
-    raise InputError(
-        f"this MLflow has no {reference}", field="models", remedy=f"aliases of {name}: {', '.join(aliases) or 'none'}"
-    )
 
 
 def _published(uri: str) -> Checkpoint:

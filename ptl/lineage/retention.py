@@ -89,7 +89,11 @@ def _experiment_files(
     models = list(pages(client.search_logged_models, experiment_ids=ids))
     folders = _folders(root, depth=2)
     needed = {run: _needed(root, run, folders, bool(given_up)) for run in runs if store.is_name(run)}
-    versions = _versions(client)
+    # What is registered: version -> all that names its model
+    versions = {
+        f"{version.name} {version.version}": f"{version.source} {version.model_id} {version.tags.get('ptl.model_id')}"
+        for version in pages(client.search_model_versions)
+    }
     for stored in [*_checkpoints(location, models), *_training_checkpoints(root, folders)]:
         reasons = needed.get(stored.run)
         if reasons is not None:
@@ -170,14 +174,6 @@ def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict
         reason = KEPT["report"] if evaluation["arm"] == "loop" else "the control of its run"
         needed[evaluation["accepted"]["model_id"]] = reason
     return needed
-
-
-def _versions(client: MlflowClient) -> dict[str, str]:
-    """What is registered: version -> all that names its model."""
-    return {
-        f"{version.name} {version.version}": f"{version.source} {version.model_id} {version.tags.get('ptl.model_id')}"
-        for version in pages(client.search_model_versions)
-    }
 
 
 def delete(experiment: ExperimentFiles, stored: StoredFiles) -> None:

@@ -13,7 +13,6 @@ from ptl.errors import InputError
 from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.mlflow_objects import Metrics, Tags, Values, ptl_keys, set_tags
 from ptl.lineage.run_status import TAG, StepRun, put_tag, records_root, settle, steps_of, tags_of_parent
-from ptl.log import say
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,8 +52,9 @@ def start(
     own = {"run": run, "role": "step", "step": step, "arm": arm, "iteration": iteration}
     tags = ptl_keys(own)
     with mlflow_client.connected() as client:
-        # A step on a cluster may have a run already, in an experiment that is not ours to choose.
-        plugin_run_id = _plugin_run_id()
+        # Kubeflow's MLflow plugin may have made a run, in an experiment that is not ours to choose; off a cluster a
+        # run id that a shell has set is not meant.
+        plugin_run_id = os.environ.get("MLFLOW_RUN_ID") if processes.on_a_cluster() else None
         if plugin_run_id:
             child = client.get_run(plugin_run_id)
             home = client.get_experiment(child.info.experiment_id)
@@ -81,11 +81,6 @@ def start(
         )
         settle(client, step_run)
         return step_run
-
-
-def _plugin_run_id() -> str | None:
-    """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
-    return os.environ.get("MLFLOW_RUN_ID") if processes.on_a_cluster() else None
 
 
 def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, tags: Tags) -> Run:
@@ -133,6 +128,8 @@ def finish(
     A parameter that an earlier attempt logged keeps its value, and a model that MLflow has lost is left out. The last
     step, `report`, ends the parent too.
     """
+    from mlflow.entities import LoggedModelInput
+
     run_id = step_run.run_id
     with mlflow_client.connected() as client:
         existing = mlflow_objects.existing_models(client, [*inputs, *([output] if output else [])])
@@ -145,23 +142,16 @@ def finish(
         # The metrics belong to the model that was made, else to the one that was scored.
         scored = inputs[0] if output is None and len(inputs) == 1 else output
         mlflow_objects.add_metrics(client, run, metrics, step, scored)
-        _log_inputs(client, run, inputs)
+        # Those that are not inputs of the run yet
+        logged = run.inputs.model_inputs if run.inputs else []
+        new = sorted(set(inputs) - {model.model_id for model in logged})
+        if new:
+            client.log_inputs(run_id, models=[LoggedModelInput(model) for model in new])
         if output:
             # READY last: until then the model counts as one of a killed attempt.
             mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
         _end(client, step_run, "FINISHED", "")
-
-
-def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
-    """Make LoggedModels inputs of a run, those that are not yet."""
-    from mlflow.entities import LoggedModelInput
-
-    logged = run.inputs.model_inputs if run.inputs else []
-    new = set(model_ids) - {model.model_id for model in logged}
-    if new:
-        models = [LoggedModelInput(model_id) for model_id in sorted(new)]
-        client.log_inputs(run.info.run_id, models=models)
 
 
 def fail(step_run: StepRun, message: str) -> None:
@@ -195,15 +185,6 @@ def name_earlier_runs(step_run: StepRun, runs: list[str]) -> None:
     """Let the pipeline run's later steps take over from these runs."""
     with mlflow_client.connected() as client:
         client.set_tag(step_run.parent_run_id, EARLIER_RUNS, " ".join(runs))
-
-
-def note_error(step_run: StepRun, message: str) -> None:
-    """Keep why an attempt failed, as tag `ptl.error`; another attempt may follow. It never hides the error itself."""
-    try:
-        with mlflow_client.briefly():
-            tag(step_run, {"error": message[:TAG]})
-    except Exception as error:
-        say(step_run.step, f"warning: the failure could not be recorded: {error}")
 
 
 def error_of(step_run: StepRun) -> str:

@@ -58,27 +58,20 @@ def build(
     if cpu:
         settings["LOCKS"] = "docker/locks/cpu"
         settings["HASHES"] = "--verify-hashes"
-    if index:
-        settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
-    downloads = _download_options(ca, index, wheels)
-    targets = [*IMAGES, *optional]
-    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *downloads, *targets, **settings)
-    return built
-
-
-def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -> list[str]:
-    """Options of bake that say where packages come from."""
-    # `ca` and `index` as secrets: they are in no layer of an image.
-    options = []
+    # Where packages come from; `ca` and `index` as secrets: they are in no layer of an image.
+    downloads = []
     if ca is not None:
-        options += ["--set", f"*.secrets=id=ca,src={ca.absolute()}"]
+        downloads += ["--set", f"*.secrets=id=ca,src={ca.absolute()}"]
     if index is not None:
         if not index.startswith(("http://", "https://")):
             raise InputError("must be an address, http:// or https://", field="--index")
-        options += ["--set", "*.secrets=id=index,env=PIP_INDEX_URL"]
+        downloads += ["--set", "*.secrets=id=index,env=PIP_INDEX_URL"]
+        settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
     if wheels is not None:
-        options += ["--set", f"*.contexts.wheels={wheels.absolute()}"]
-    return options
+        downloads += ["--set", f"*.contexts.wheels={wheels.absolute()}"]
+    targets = [*IMAGES, *optional]
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *downloads, *targets, **settings)
+    return built
 
 
 def push(registry: str, tag: str | None = None, optional: Collection[str] = ()) -> list[str]:

@@ -87,7 +87,7 @@ def reach(home: Path, s3: bool) -> None:
         problem = f"no local runs in {home} (no {database.name})"
         if has_servers:
             problem += "; --s3 is for the runs of its servers"
-        raise InputError(f"{problem}, or set MLFLOW_TRACKING_URI", field="--home")
+        raise InputError(problem, field="--home", remedy="give another one, or set MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
 
 

@@ -34,6 +34,7 @@ MLFLOW_TOKENIZER = Path("components", "tokenizer")
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
 # Suffixes of files that can run code when they are read
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+OTHER_WEIGHTS = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 # A checkpoint with any of these files has a tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -209,7 +210,7 @@ def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> Non
     # The caller writes the weights, and with them the index and the config; manifests would be out of date.
     excluded_names = {INDEX, STATE, "config.json", MISTRAL_CONFIG, "ptl-files.json", *MLFLOW_FILES, *excluded}
     for path in [*src.iterdir(), *src.glob(f"{CHAT_TEMPLATES}/*.jinja")]:
-        is_excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
+        is_excluded = path.name in excluded_names or path.suffix in PICKLES + OTHER_WEIGHTS
         if path.is_file() and not is_excluded:
             copy = dst / path.relative_to(src)
             copy.parent.mkdir(exist_ok=True)

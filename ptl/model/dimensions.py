@@ -167,18 +167,16 @@ def resolve_multiple(
     multiple: Multiple,
     least: int = 1,  # what is always a divisor
 ) -> int:
-    """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1.
+    """What the FFN width, or a hidden size, is rounded down to: `auto` takes 128, 64, 8 or 1.
 
     The remaining neurons decide, not the width: a loop and its control, which come to a size from different widths,
     round it alike.
     """
     if multiple != "auto":
         return math.lcm(multiple, least)
-    for step in MULTIPLES:
-        # A wide multiple of a narrow FFN would leave only a few widths to choose from.
-        if step % least == 0 and width % step == 0 and remaining // step >= MIN_STEPS:
-            return step
-    return least
+    steps = (math.lcm(size, least) for size in MULTIPLES)
+    # A wide multiple of a narrow FFN would leave only a few widths to choose from.
+    return next((step for step in steps if width % step == 0 and remaining // step >= MIN_STEPS), least)
 
 
 def width_for(dimensions: ModelDimensions, goal: int, multiple: Multiple) -> int:

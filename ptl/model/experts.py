@@ -45,18 +45,10 @@ class Experts:
         """An expert's part of a layer, in the layout of separate tensors."""
         return f"{self.block}.experts.{expert}.{projection}"
 
-    def is_fused(self, names: Entries) -> bool:
-        """Whether a checkpoint with these tensors has the fused layout."""
-        return self.transposed or any(name.endswith(FUSED) for name in names)
-
     def number(self, part: str) -> int | None:
         """The expert that a part belongs to, where each has tensors of its own."""
         match = re.match(rf"{self.block}\.experts\.(\d+)\.", part)
         return int(match[1]) if match else None
-
-    def renumbered(self, part: str, expert: int) -> str:
-        """The name of a part once its expert has another number."""
-        return self.part(expert, part.rpartition(".")[2])
 
     def counts_experts(self, part: str) -> bool:
         """Whether the first dimension of a part counts the experts."""
@@ -94,7 +86,7 @@ class Experts:
 
 def stored_tensors(parameters: Mapping[str, Tensor], experts: Experts | None, names: Entries) -> dict[str, Tensor]:
     """A model's tensors by the names that they have in a checkpoint with these names, as views where these differ."""
-    if experts is None or experts.is_fused(names):
+    if experts is None or experts.transposed or any(name.endswith(FUSED) for name in names):
         return dict(parameters)
     stored: dict[str, Tensor] = {}
     for name, tensor in parameters.items():

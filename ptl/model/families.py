@@ -26,9 +26,8 @@ class Family:
     """
 
     model_type: str  # as config.json names it
-    # [fused_projections * intermediate, hidden]; their biases are pruned alike
+    # Gate and up, or one tensor with both: [2 * intermediate, hidden] together; their biases are pruned alike
     up_projections: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    fused_projections: int = 1  # projections stacked in one tensor: 2 where gate and up are fused
     down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
     scaled_embeddings: bool = False  # whether embeddings are multiplied by the root of the hidden size
@@ -54,7 +53,7 @@ class Family:
         return not (is_extra or ROTARY.match(name))
 
 
-PHI3 = Family("phi3", up_projections=("mlp.gate_up_proj",), fused_projections=2, square=True)
+PHI3 = Family("phi3", up_projections=("mlp.gate_up_proj",), square=True)
 OLMO2 = Family("olmo2", post_norm="post_feedforward_layernorm", square=True)
 GEMMA = Family("gemma", norm_offset=1.0, scaled_embeddings=True)
 GEMMA2 = replace(GEMMA, model_type="gemma2", post_norm="post_feedforward_layernorm")

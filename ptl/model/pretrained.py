@@ -99,20 +99,6 @@ def load_tokenizer(folder: Path, field: str = MODEL) -> Any:
     return loaded
 
 
-def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:
-    """Raise InputError where a token has not the same number for student and teacher; `name` is the teacher's."""
-    if student == teacher:
-        return
-    # An entry is a token with its number; a token that has moved counts on both sides.
-    different = set(student.items()) ^ set(teacher.items())
-    raise InputError(
-        f"{name} has another vocabulary ({len(teacher)} tokens, the student {len(student)}; "
-        f"{len(different)} entries differ)",
-        field="recover.teacher",
-        remedy="distillation needs a teacher with the same tokenizer",
-    )
-
-
 @contextmanager
 def _explained(source: str, field: str) -> Iterator[None]:
     """Turn whatever transformers raises over the small files of a checkpoint into an InputError."""

@@ -101,8 +101,16 @@ def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Ten
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     specs = list(specs)  # they are read twice
     torch_dtypes = dtypes()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in specs:
+        end = position + num_bytes(shape, dtype)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}  # from the header's end
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
     with path.open("wb") as file:
-        file.write(_header(specs))
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tensor.shape) == (torch_dtypes[dtype], shape), f"{tensor.dtype} {tensor.shape}"
             file.write(_bytes(tensor))
@@ -131,16 +139,3 @@ def rewrite(src: Path, dst: Path, changed: Callable[[Entry], NewTensor | None]) 
         write_tensors(dst, specs, (read() for _, read in kept))
         dst.chmod(0o644)  # others may read it, whatever the umask
     return specs
-
-
-def _header(specs: Iterable[TensorSpec]) -> bytes:
-    """Length and JSON that precede the tensors' bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, dtype, shape in specs:
-        end = position + num_bytes(shape, dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}  # from the header's end
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text

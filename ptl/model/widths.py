@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ptl.errors import InputError
-from ptl.model.dimensions import MIN_STEPS, MULTIPLES, ModelDimensions, Multiple, experts_for, width_for
+from ptl.model.dimensions import MULTIPLES, ModelDimensions, Multiple, experts_for, resolve_multiple, width_for
 
 FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
 ROUNDED = 0.9  # of the parameters asked for: with fewer, by multiples that are coarse for it, other sizes are better
@@ -59,7 +59,7 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wa
     if found:
         found = found[::-1]
         # Not less than the goal, where another is just that.
-        return [sizes for sizes in found if _has_cut_ffn(sizes, model)] or found
+        return [sizes for sizes in found if sizes.width < model.width or sizes.experts < model.experts] or found
     raise InputError(
         f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
@@ -133,10 +133,6 @@ def _ffn_share(model: ModelDimensions) -> float:
     return 1 - replace(model, width=0).params / model.params
 
 
-def _has_cut_ffn(sizes: ModelDimensions, model: ModelDimensions) -> bool:
-    return sizes.width < model.width or sizes.experts < model.experts
-
-
 def _kv_heads(model: ModelDimensions, wanted: Wanted) -> list[int]:
     """Numbers of KV heads to choose from: all of them, and the next lower number that divides them."""
     if kv := wanted.get("kv"):
@@ -161,12 +157,10 @@ def _step(model: ModelDimensions, heads: int, multiple: Multiple, end: int | Non
     On the way to an `end`, which was chosen of the dense model's, of what that is a multiple of.
     """
     least = _least_step(model, heads)
-    if multiple != "auto":
-        return math.lcm(multiple, least)
+    if end is None or multiple != "auto":
+        return resolve_multiple(model.hidden, model.hidden, multiple, least)
     steps = (math.lcm(size, least) for size in MULTIPLES)
-    if end is not None:
-        return next((step for step in steps if model.hidden % step == end % step == 0), least)
-    return next((step for step in steps if model.hidden % step == 0 and model.hidden // step >= MIN_STEPS), least)
+    return next((step for step in steps if model.hidden % step == end % step == 0), least)
 
 
 def _least_step(model: ModelDimensions, heads: int) -> int:

@@ -54,8 +54,9 @@ def local(config: Config, home: Path) -> list[Finding]:
     # Tracked where the run would be: in `home`, unless the environment names another location.
     home = home.absolute()
     home.mkdir(parents=True, exist_ok=True)
-    if not address.is_server(os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")):
-        os.environ.setdefault("PTL_ARTIFACT_ROOT", (home / "artifacts").as_uri())
+    os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+    if not address.is_server(os.environ["MLFLOW_TRACKING_URI"]):
+        os.environ["PTL_ARTIFACT_ROOT"] = (home / "artifacts").as_uri()
     return [*step_environment(config), as_finding("disk", disk, config, home)]
 
 

@@ -64,11 +64,6 @@ class StepForecast:
     note: str
 
     @property
-    def params(self) -> int:
-        """Of the model."""
-        return self.model.params
-
-    @property
     def gpu_hours(self) -> float:
         """Of all GPUs that the step holds, whether it uses them or not."""
         return self.hours * self.gpus * self.nodes

@@ -20,7 +20,7 @@ def steps(run: Forecast) -> str:
         notes = [step.note] if step.fits else ["does not fit", step.note]
         row = [
             step.step,
-            f"{step.params:,}",
+            f"{step.model.params:,}",
             f"{step.model.active_params:,}",
             f"{step.tokens:,}",
             f"{step.nodes} x {step.gpus}" if step.nodes > 1 else str(step.gpus),

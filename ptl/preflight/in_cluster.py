@@ -47,25 +47,24 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
     from urllib3.exceptions import HTTPError
 
     try:
-        if NAMESPACE.is_file():
-            config.load_incluster_config()
-        else:
-            config.load_kube_config(os.environ.get("KUBECONFIG"))
-        connection = client.Configuration.get_default_copy()
-        connection.retries = 0  # whoever asks would wait four times
-        return client.ApiClient(connection).call_api(
-            path,
-            method,
-            query_params=query,
-            header_params={"Accept": "application/json", "Content-Type": "application/json"},
-            body=body,
-            response_type="object",
-            auth_settings=["BearerToken"],
-            _return_http_data_only=True,
-            _request_timeout=SECONDS,
-        )
+        return request(method, path, body=body, query_params=query, _request_timeout=SECONDS)
     except (config.ConfigException, client.ApiException, HTTPError) as error:
         kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else DoubtError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         remedy = "check the kubeconfig, or the rights of the account"
         raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error
+
+
+def request(method: str, path: str, **options: Any) -> Any:
+    """The API's JSON, also where a field is missing that the client's classes need; its own options and errors."""
+    from kubernetes import client, config
+
+    if NAMESPACE.is_file():
+        config.load_incluster_config()
+    else:
+        config.load_kube_config(os.environ.get("KUBECONFIG"))
+    connection = client.Configuration.get_default_copy()
+    connection.retries = 0  # whoever asks would wait four times
+    headers = {"Accept": "application/json", "Content-Type": "application/json"}
+    fixed = {"header_params": headers, "response_type": "object", "auth_settings": ["BearerToken"]}
+    return client.ApiClient(connection).call_api(path, method, **fixed, _return_http_data_only=True, **options)

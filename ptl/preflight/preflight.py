@@ -73,7 +73,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
         return None
     dimensions = model_dimensions(folder, family)
     # What the config will do to it.
-    target.after_iterations(dimensions, target.resolved(schedule, prune, folder), prune)
+    target.possible_paths(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions
 
 
@@ -89,7 +89,7 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
     """
     before = model.params
     idle = []
-    for iteration, after in target.after_iterations(model, config.schedule, config.prune):
+    for iteration, after in target.possible_paths(model, config.schedule, config.prune)[0]:
         if after.params == before:
             idle.append(iteration.index)
         before = after.params

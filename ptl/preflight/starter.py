@@ -94,7 +94,7 @@ def starter(
     usual = default_target(dense, available, prune.target)
     goal = usual if target is None else target
     schedule = goals.resolved(Schedule(target=goal, iterations=1, recovery_tokens=1), prune, source)
-    ((_, after),) = goals.after_iterations(dense, schedule, prune)
+    ((_, after),) = goals.possible_paths(dense, schedule, prune)[0]
     removed = dense.params - after.params
     tokens = _tokens(removed, available)
     values = {

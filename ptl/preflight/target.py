@@ -100,14 +100,6 @@ def sentence(config: Config) -> str:
     )
 
 
-def after_iterations(model: ModelDimensions, schedule: Schedule, prune: Prune) -> SizePath:
-    """The iterations, each with the model's sizes after it, rounded as prune rounds them.
-
-    Of several paths the first, which prune takes where the losses rank nothing. Raises InputError as `possible_paths`.
-    """
-    return possible_paths(model, schedule, prune)[0]
-
-
 def to_remove(params: int, schedule: Schedule) -> int:
     """How many of a model's parameters must go. Raises InputError for a target that leaves all or nothing."""
     total = removal(params, schedule.target)
@@ -121,10 +113,11 @@ def to_remove(params: int, schedule: Schedule) -> int:
 
 
 def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> list[SizePath]:
-    """The same for each of the sizes to end with among which the first prune step chooses by the loss.
+    """The iterations, each with the model's sizes after it, rounded as prune rounds them: a path for each possible end.
 
-    All but width has one path. Raises InputError as `to_remove`, for a target that neurons, widths, experts or layers
-    cannot reach, and for a repair of experts.
+    The first prune step chooses the end by the loss, and the first where that ranks nothing. All but width has one
+    path. Raises InputError as `to_remove`, for a target that neurons, widths, experts or layers cannot reach, and for a
+    repair of experts.
     """
     iterations = plan(schedule, prune)
     units = {iteration.unit for iteration in iterations}

@@ -4,7 +4,7 @@ Also those of the neurons inside them: importance.py's criteria on the tokens se
 multiplied by its router's weight. So a neuron with activation a and column w adds (weight x a) w at the tokens that are
 sent to its expert, and nothing at all others.
 
-The less a score, the more redundant the expert or neuron; CRITERIA and CRITERIA_OF_NEURONS are where a user extends.
+The less a score, the more redundant the expert or neuron; CRITERIA_OF_NEURONS is where a user extends.
 Shape letters: B sequences, T tokens, H hidden size, E experts of a layer, K experts that each token is sent to, n
 tokens sent to one expert, F neurons of an expert.
 """
@@ -20,8 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptl.pruning.layerwise import LayerwiseModel, NeuronScores, column_norms, first_order_scores, layers_in_turn
-from ptl.pruning.layerwise import Observed as LayerObserved
+from ptl.model.experts import DOWN
+from ptl.pruning.layerwise import (
+    LayerwiseModel,
+    NeuronScores,
+    Observed,
+    column_norms,
+    first_order_scores,
+    layers_in_turn,
+)
 
 EXPERTS = "mlp.experts"  # the module of a layer that holds all of its experts
 # Neurons that never change anything keep the order of their weights' norms, with scores below every threshold.
@@ -75,49 +82,13 @@ def _project(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
 ExpertScores = dict[int, Tensor]  # float32 [E] of each layer that has experts, by its number
 
 
-class Observed:
-    """What the calibration tokens show about the experts of one layer: sums over the tokens sent to each."""
-
-    def __init__(self, experts: int) -> None:
-        self.tokens = torch.zeros(experts)  # [E]
-        self.norms = torch.zeros(experts)  # [E]: of the expert's output, Euclidean
-        self.weighted_norms = torch.zeros(experts)  # [E]: the same times the router's weight
-
-    def add(self, tokens: Tensor, routed: Routed) -> None:
-        """Take in what an expert gives at these of the batch's tokens: bool [B * T]."""
-        real = tokens[routed.rows]  # [n]
-        norms = routed.outputs[real].float().norm(dim=-1)
-        self.tokens[routed.expert] += len(norms)
-        self.norms[routed.expert] += norms.sum().cpu()
-        self.weighted_norms[routed.expert] += (routed.weights[real].float() * norms).sum().cpu()
-
-
-def _reap(observed: Observed) -> Tensor:
-    """Router-weighted activation norm, the mean over the expert's tokens (REAP, arXiv 2510.13999, eq. 9)."""
-    return observed.weighted_norms / observed.tokens.clamp(min=1)  # an expert without tokens scores 0
-
-
-def _frequency(observed: Observed) -> Tensor:
-    """How many tokens are sent to the expert."""
-    return observed.tokens
-
-
-def _norm(observed: Observed) -> Tensor:
-    """Norm of the expert's output, the mean over its tokens (MAN, arXiv 2606.15716)."""
-    return observed.norms / observed.tokens.clamp(min=1)
-
-
-# By their names in the setting prune.criterion: what was observed in a layer -> float32 [E]
-CRITERIA: dict[str, Callable[[Observed], Tensor]] = {"reap": _reap, "frequency": _frequency, "norm": _norm}
-
-
 def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertScores:
-    """Score every expert on the model's batches; returns float32 [E] per layer. `random` is the control."""
+    """Score every expert on the model's batches by `reap`, or at `random`, the control; float32 [E] per layer."""
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         layers = {i: experts for i, layer in enumerate(model.layers) if (experts := _experts_of(layer)) is not None}
         return {i: torch.rand(experts.num_experts, generator=generator) for i, experts in layers.items()}
-    return {i: CRITERIA[criterion](layer) for i, layer in _observe(model).items()}
+    return _reap(model)
 
 
 def _experts_of(layer: nn.Module) -> Any:
@@ -126,21 +97,30 @@ def _experts_of(layer: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _observe(model: LayerwiseModel) -> dict[int, Observed]:
-    """Run all batches through the model, layer by layer, and observe the experts of each layer that has them."""
-    layers = {}
+def _reap(model: LayerwiseModel) -> ExpertScores:
+    """Router-weighted activation norm, the mean over the expert's tokens (REAP, arXiv 2510.13999, eq. 9)."""
+    scores = {}
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring experts, by layer"):
         experts = _experts_of(layer)
         if experts is None:
             states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
             continue
-        observed = layers[i] = Observed(experts.num_experts)
+        tokens, norms = torch.zeros(2, experts.num_experts)  # [E] each: sums over the tokens sent to an expert
         for b, hidden in enumerate(states):
-            tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
-            with _observed_experts(layer, partial(observed.add, tokens)):
+            real = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
+            with _observed_experts(layer, partial(_add_norms, real, tokens, norms)):
                 states[b] = model.run(i, b, hidden)
-    return layers
+        scores[i] = norms / tokens.clamp(min=1)  # an expert without tokens scores 0
+    return scores
+
+
+def _add_norms(real: Tensor, tokens: Tensor, norms: Tensor, routed: Routed) -> None:
+    """Add to an expert's entries of [E] its real tokens, bool [B * T], and the norms of what the layer gets of it."""
+    of_expert = real[routed.rows]  # [n]
+    weighted = routed.weights[of_expert].float() * routed.outputs[of_expert].float().norm(dim=-1)
+    tokens[routed.expert] += len(weighted)
+    norms[routed.expert] += weighted.sum().cpu()
 
 
 @torch.no_grad()
@@ -167,7 +147,7 @@ def _join_changes(tokens: Tensor, total: Tensor, routed: Routed) -> None:
         total[routed.expert] = torch.maximum(total[routed.expert], weighted.abs().amax(dim=0))
 
 
-def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> LayerObserved:
+def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> Observed:
     """What neurons of experts give, and each sequence's first-order change of the loss [B, E, F].
 
     The router's weight is part of the gradient. A layer with one MLP in place of experts has none.
@@ -196,13 +176,13 @@ def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor
 @torch.no_grad()
 def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     """L2 norm of the neuron's weights; the data plays no part."""
-    return [_of_experts(layer, _weight_norms).cpu() for _, layer in layers_in_turn(model, "scoring neurons, by layer")]
+    return [_of_experts(layer, weight_norms).cpu() for _, layer in layers_in_turn(model, "scoring neurons, by layer")]
 
 
-def _weight_norms(gate_up: Tensor, down: Tensor) -> Tensor:
-    """L2 norm of each neuron's weights in an expert's projections [2F, H] and [H, F]: float32 [F]."""
+def weight_norms(gate_up: Tensor, down: Tensor) -> Tensor:
+    """L2 norm of each neuron's weights in an MLP's projections [2F, H] and [H, F]: float32 [F]."""
     row_squares = gate_up.float().square().sum(dim=1)  # [2F]
-    squares = column_norms(down).square() + row_squares.view(2, -1).sum(dim=0)
+    squares = column_norms(down).square() + row_squares.view(-1, down.shape[1]).sum(dim=0)
     return squares.sqrt()
 
 
@@ -212,14 +192,12 @@ def _of_experts(layer: nn.Module, score: Callable[[Tensor, Tensor], Tensor]) -> 
     return torch.stack([score(*weights) for weights in zip(experts.gate_up_proj, experts.down_proj, strict=True)])
 
 
-def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
-    """Uniform numbers: the control of every criterion."""
+def random_scores(model: LayerwiseModel, seed: int) -> NeuronScores:
+    """Uniform numbers, of any model's neurons: the control of every criterion."""
     generator = torch.Generator().manual_seed(seed)
-    scores = []
-    for layer in model.layers:
-        down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
-        scores.append(torch.rand(len(down), down.shape[-1], generator=generator))
-    return scores
+    part = DOWN if model.family.experts else f"{model.family.down_projection}.weight"
+    shapes = [layer.get_parameter(part).shape for layer in model.layers]  # [H, F] or [E, H, F]
+    return [torch.rand(*shape[:-2], shape[-1], generator=generator) for shape in shapes]
 
 
 # By their names in the setting prune.criterion, as of importance.py; each takes the model and a seed
@@ -227,15 +205,8 @@ CRITERIA_OF_NEURONS: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = 
     "max": _by_output_change,
     "weight": _by_weights,
     "taylor": partial(first_order_scores, observe=observe_expert_neurons),
-    "random": _random,
+    "random": random_scores,
 }
-
-
-def expert_neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
-    """Score every neuron of every expert on the model's batches; returns float32 [E, F] per layer."""
-    scores = CRITERIA_OF_NEURONS[criterion](model, seed)
-    order_silent(model, scores)
-    return scores
 
 
 def order_silent(model: LayerwiseModel, scores: NeuronScores) -> None:
@@ -244,5 +215,5 @@ def order_silent(model: LayerwiseModel, scores: NeuronScores) -> None:
         silent = (of_layer == 0).all(dim=1)  # [E]
         if silent.any():
             with model.layer(i) as layer, torch.no_grad():
-                norms = _of_experts(layer, _weight_norms).cpu()
+                norms = _of_experts(layer, weight_norms).cpu()
             of_layer[silent] = norms[silent] * BELOW_THRESHOLDS

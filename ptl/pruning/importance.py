@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptl.errors import WorkError
 from ptl.model.families import Family
-from ptl.pruning.experts import expert_neuron_scores, observe_expert_neurons, order_silent
+from ptl.pruning.experts import CRITERIA_OF_NEURONS, observe_expert_neurons, order_silent, random_scores, weight_norms
 from ptl.pruning.layerwise import (
     LayerwiseModel,
     NeuronScores,
@@ -29,18 +29,9 @@ from ptl.pruning.layerwise import (
 )
 
 
-def _max(changes: Tensor, units: Tensor) -> Tensor:
-    """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens.
-
-    changes [T, F] and their units, [F] or [] -> float32 [F].
-    """
-    largest = changes.abs().amax(dim=0)  # [F]
-    return largest.float() * units
-
-
 @torch.no_grad()
 def _by_output_change(model: LayerwiseModel, _seed: int) -> NeuronScores:
-    """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
+    """Score by how far the layer's output moves, at most, when one neuron is removed (arXiv 2602.04919).
 
     A neuron with activation a and column w adds a w, so that |a| times the norm of w is that distance, unless a norm
     is between down_proj and the residual stream: see `changes_after_norm`. Granite multiplies a w by a constant.
@@ -61,7 +52,8 @@ def _by_output_change(model: LayerwiseModel, _seed: int) -> NeuronScores:
             states[b], *observed = run_with_activations(model, i, b, hidden)
             for sequence in sequences(model, b, *observed):
                 changes = change_of(*sequence) if change_of else sequence[0]  # [T, F]
-                total = torch.maximum(total, _max(changes, units).cpu())
+                largest = changes.abs().amax(dim=0)  # [F]
+                total = torch.maximum(total, (largest.float() * units).cpu())
         scores.append(total)
     return scores
 
@@ -84,21 +76,9 @@ def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     family = model.family
     scores = []
     for _, layer in layers_in_turn(model, "scoring neurons, by layer"):
-        squares = column_norms(_down_projection(layer, family)).pow(2)  # [F]
-        for name in family.up_projections:
-            weight = layer.get_parameter(f"{name}.weight").float()  # [projections * F, H]
-            row_squares = weight.pow(2).sum(dim=1)  # [projections * F]
-            by_projection = row_squares.view(family.fused_projections, -1)  # [projections, F]
-            squares = squares + by_projection.sum(dim=0)
-        scores.append(squares.sqrt().cpu())
+        gate_up = torch.cat([layer.get_parameter(f"{name}.weight") for name in family.up_projections])  # [2F, H]
+        scores.append(weight_norms(gate_up, _down_projection(layer, family)).cpu())
     return scores
-
-
-def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
-    """Uniform numbers: the control of every criterion."""
-    generator = torch.Generator().manual_seed(seed)
-    width = model.config.intermediate_size
-    return [torch.rand(width, generator=generator) for _ in model.layers]
 
 
 # By their names in the setting prune.criterion; each takes the model and a seed
@@ -106,15 +86,17 @@ CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
     "max": _by_output_change,
     "weight": _by_weights,
     "taylor": partial(first_order_scores, observe=_observe_neurons),
-    "random": _random,
+    "random": random_scores,
 }
 
 
 def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
     """Score every neuron on the model's batches; returns float32 [F] per layer, of a mixture [E, F]."""
-    if model.family.experts:
-        return expert_neuron_scores(model, criterion, seed)
-    return CRITERIA[criterion](model, seed)
+    if not model.family.experts:
+        return CRITERIA[criterion](model, seed)
+    scores = CRITERIA_OF_NEURONS[criterion](model, seed)
+    order_silent(model, scores)
+    return scores
 
 
 def all_width_scores(model: LayerwiseModel, narrowable: bool) -> UnitScores:

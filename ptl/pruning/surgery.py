@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ptl.model import axes, checkpoint, safetensors_io
 from ptl.model.axes import FUSED_QKV, HIDDEN, KV_HEADS, NEURONS, Axes
@@ -17,9 +20,6 @@ from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
 from ptl.model.shapes import LAST_NORM
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")  # lists of config.json with an entry for each layer
 PREFIX_FIELDS = ("max_window_layers", "first_k_dense_replace")  # its counts of leading layers
@@ -52,8 +52,6 @@ class PrunedTensor:
 
     def values(self, source: Tensor) -> Tensor:
         """The pruned tensor."""
-        import torch
-
         for axis, kept in self.kept.items():
             if kept.dim() == 1:
                 source = source.index_select(axis, kept)
@@ -111,7 +109,7 @@ class Surgery:
         if experts and expert is not None and staying is not None:
             if expert not in staying.tolist():
                 return None
-            part = experts.renumbered(part, staying.tolist().index(expert))
+            part = experts.part(staying.tolist().index(expert), part.rpartition(".")[2])
         kind = f".{match['kind']}" if match["kind"] else ""
         return f"{match['prefix']}{self.selection.layers.index(layer)}.{part}{kind}"
 
@@ -129,12 +127,12 @@ class Surgery:
         expert = self.family.experts.number(part) if self.family.experts else None
         if neurons is None:
             return None
-        return _stacked(neurons if expert is None else neurons[expert], self.width, size // self.width)
+        kept = neurons if expert is None else neurons[expert]  # [..., n]
+        starts = self.width * torch.arange(size // self.width)  # of the projections that are stacked in the tensor
+        return (kept.unsqueeze(-2) + starts[:, None]).flatten(-2)
 
     def _rows(self, heads: Tensor, rows: int, fused: bool) -> Tensor:
         """Rows of the KV heads that stay and of their query heads: each group's follow each other."""
-        import torch
-
         kv_heads = axes.kv_heads(self.config)
         size = rows // kv_heads  # of a group in all projections
         per_group = self.config.num_attention_heads // kv_heads
@@ -155,14 +153,6 @@ class Surgery:
         is_last = self.family.scaled_embeddings and self.tied and name == LAST_NORM
         is_norm = kinds == (HIDDEN,) and name.endswith("norm.weight") and not is_last
         return growth if is_norm else 1.0
-
-
-def _stacked(kept: Tensor, rows: int, projections: int) -> Tensor:
-    """Rows that stay [..., n] in a tensor of several projections with so many rows each: the same in each of them."""
-    import torch
-
-    starts = rows * torch.arange(projections)  # [projections]
-    return (kept.unsqueeze(-2) + starts[:, None]).flatten(-2)
 
 
 def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:

@@ -88,19 +88,14 @@ def write_answers(
             problem = f"of {written:,} answers {num_ended:,} ended, and none of them is correct"
             remedy = "correct training.reward, or set training.keep=ended"
         raise WorkError(problem, field="training.answers", remedy=remedy)
-    if data.keep != "all":
-        _warn_of_cut_answers(1 - num_ended / written, data.max_new_tokens)
-    return AnswersReport(len(prompts), written, num_ended, num_kept, num_tokens / written, sampling)
-
-
-def _warn_of_cut_answers(cut: float, limit: int) -> None:
-    """Say that many answers are left out, before anything is pruned."""
-    if cut > helpers.MANY_TRUNCATED:
+    cut = 1 - num_ended / written
+    if data.keep != "all" and cut > helpers.MANY_TRUNCATED:  # said before anything is pruned
         say(
             ANSWERS,
-            f"warning: {cut:.0%} of the answers hit the limit of {limit} tokens and are left out: what is trained on "
-            "is short or easy; raise training.max_new_tokens and start again",
+            f"warning: {cut:.0%} of the answers hit the limit of {data.max_new_tokens} tokens and are left out: what "
+            "is trained on is short or easy; raise training.max_new_tokens and start again",
         )
+    return AnswersReport(len(prompts), written, num_ended, num_kept, num_tokens / written, sampling)
 
 
 def in_place_of(sources: Sequence[DataSource], folder: Path, chat: Chat) -> tuple[DataSource, ...]:

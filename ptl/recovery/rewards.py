@@ -45,19 +45,18 @@ def math_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValu
 def _math_value(answer: str, reference: str) -> float | None:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    parse_limit: dict[str, Any] = {}
-    verify_limit: dict[str, Any] = {}
-    # math-verify's time limits are signals, which only the main thread may set
-    if threading.current_thread() is not threading.main_thread():
-        parse_limit["parsing_timeout"] = None
-        verify_limit["timeout_seconds"] = None
+    # seconds, as by default; math-verify's time limits are signals, which only the main thread may set
+    limit: Any = 5 if threading.current_thread() is threading.main_thread() else None
     notations = [LatexExtractionConfig(), ExprExtractionConfig()]
-    # empty where nothing is read
-    expected = parse(_reference_formula(reference), extraction_config=notations, **parse_limit)
+    # a reference may be a worked solution; empty where nothing is read
+    expected = parse(_formula(_after_marker(reference)), extraction_config=notations, parsing_timeout=limit)
     if not expected:
         return None
-    concluded = parse(_answer_formula(answer), extraction_config=notations, **parse_limit)
-    return float(verify(expected, concluded, **verify_limit))
+    # what follows the last `####`, where the model marks its answer so; else all of it
+    conclusion = _after_marker(answer)
+    formula = _formula(conclusion) if "####" in answer and conclusion else answer
+    concluded = parse(formula, extraction_config=notations, parsing_timeout=limit)
+    return float(verify(expected, concluded, timeout_seconds=limit))
 
 
 def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: LogMetric | None = None) -> RewardValues:
@@ -101,17 +100,6 @@ def text_of(completion: Any) -> str:
 def _after_marker(text: str) -> str:
     """What follows the last `####`; all of a text without one."""
     return text.rpartition("####")[2].strip()
-
-
-def _reference_formula(reference: str) -> str:
-    """A reference as math-verify reads it: the final answer of a worked solution, or all of it."""
-    return _formula(_after_marker(reference))
-
-
-def _answer_formula(answer: str) -> str:
-    """What follows the last `####`, where the model marks its answer so; else all of it."""
-    conclusion = _after_marker(answer)
-    return _formula(conclusion) if "####" in answer and conclusion else answer
 
 
 def _formula(text: str) -> str:

@@ -70,6 +70,7 @@ class StepRow(BaseModel):
     iteration: int
     stage: str
     seconds: float  # of work
+    whole_seconds: float  # with the libraries' imports
     params: int
     tokens: int = 0  # of a recovery
     uri: str

@@ -159,16 +159,12 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
         rows.append([name, _score(task), after, difference, _verdict(verdict)])
         passed = result.pass_at_n.get(task.task)
         if passed and key == "dense":
-            rows.append(_pass_at(task, passed))
+            # How many items at least one of the samples solves.
+            shares = words.percent(passed.reference), words.percent(passed.candidate)
+            rows.append(_cells(f"{task.task}, pass@{task.samples}", *shares, _comparison(passed), NONE))
     title = "Score" if key == "dense" else "Loop against one-shot pruning"
     columns = (title, key.capitalize(), "Final", "Difference", "Verdict")
     return Table(columns, rows, 3)
-
-
-def _pass_at(task: TaskScore, pair: Paired) -> list[Cell]:
-    """How many items at least one of the samples solves."""
-    shares = words.percent(pair.reference), words.percent(pair.candidate)
-    return _cells(f"{task.task}, pass@{task.samples}", *shares, _comparison(pair), NONE)
 
 
 def _verdict(verdict: Verdict) -> Cell:

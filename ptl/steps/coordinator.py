@@ -22,9 +22,9 @@ from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
-from ptl.preflight.in_cluster import NAMESPACE
+from ptl.preflight import in_cluster
 from ptl.steps import trainjob
-from ptl.steps.trainjob import CONTAINER, GROUP, OF_JOB_SET, PLURAL, VERSION, Json, NodePod, read_pod
+from ptl.steps.trainjob import API_VERSION, CONTAINER, OF_JOB_SET, PLURAL, Json, NodePod, read_pod
 
 POLL = 2.0  # seconds
 LAST_LOG = 10  # seconds for the end of the first node's log
@@ -142,7 +142,7 @@ def _copy_log(cluster: Cluster, name: str, ended: threading.Event) -> None:
                 # What was not copied yet; a line at the seam may come twice.
                 since = None if is_new else math.ceil(time.monotonic() - last_line[pod.name])
                 last_line.setdefault(pod.name, time.monotonic())
-                for line in cluster.log(pod.name, CONTAINER, since):
+                for line in cluster.log(pod.name, since):
                     print(line, flush=True)
                     last_line[pod.name] = time.monotonic()
 
@@ -155,78 +155,57 @@ class Cluster:
     """The namespace in which this pod runs."""
 
     def __init__(self) -> None:
-        from kubernetes import client, config
+        from kubernetes import config
 
-        # in a pod its account; elsewhere as kubectl does
-        self.namespace = "default"
-        if NAMESPACE.is_file():
-            config.load_incluster_config()
-            self.namespace = NAMESPACE.read_text().strip()
-        else:
-            kubeconfig = os.environ.get("KUBECONFIG")
-            try:
-                config.load_kube_config(kubeconfig)
-            except config.ConfigException as error:
-                raise InputError(
-                    "this pod has no token of a service account, with which it would start its nodes",
-                    field="resources.steps.recover.nodes",
-                    remedy="let Kubernetes mount it (automountServiceAccountToken), or train on one node",
-                ) from error
-            _, active = config.list_kube_config_contexts(kubeconfig)
-            self.namespace = active["context"].get("namespace", self.namespace)
-        self._train_jobs = (GROUP, VERSION, self.namespace, PLURAL)
-        self._jobs = client.CustomObjectsApi()
-        self._pods = client.CoreV1Api()
+        # in a pod that of its account; elsewhere kubectl's
+        try:
+            if in_cluster.NAMESPACE.is_file():
+                namespace = in_cluster.NAMESPACE.read_text().strip()
+            else:
+                _, active = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
+                namespace = active["context"].get("namespace", "default")
+        except config.ConfigException as error:
+            raise InputError(
+                "this pod has no token of a service account, with which it would start its nodes",
+                field="resources.steps.recover.nodes",
+                remedy="let Kubernetes mount it (automountServiceAccountToken), or train on one node",
+            ) from error
+        self._pods = f"/api/v1/namespaces/{namespace}/pods"
+        self._train_jobs = f"/apis/{API_VERSION}/namespaces/{namespace}/{PLURAL}"
 
     def own_pod(self) -> Json:
         """This pod. Raises InputError where its account may not read it."""
         name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
-        return self._read(self._pods.read_namespaced_pod, name, self.namespace)
+        return dict(self._ask("GET", f"{self._pods}/{name}"))
 
     def create(self, job: Json) -> bool:
         """Create a TrainJob; False where one of its name exists. Raises InputError where it is refused."""
-        create = self._jobs.create_namespaced_custom_object
-        return self._ask(create, *self._train_jobs, job, expected=CONFLICT, job=job) is not None
+        return self._ask("POST", self._train_jobs, expected=CONFLICT, body=job) is not None
 
     def train_job(self, name: str) -> Json | None:
         """A TrainJob with its status; None where there is none."""
-        get = self._jobs.get_namespaced_custom_object
-        job: Json | None = self._ask(get, *self._train_jobs, name, expected=NOT_FOUND)
+        job: Json | None = self._ask("GET", f"{self._train_jobs}/{name}", expected=NOT_FOUND)
         return job
 
     def delete(self, name: str) -> None:
         """Delete a TrainJob, with its pods; nothing where there is none."""
-        delete = self._jobs.delete_namespaced_custom_object
-        self._ask(delete, *self._train_jobs, name, expected=NOT_FOUND, propagation_policy="Foreground")
+        query = [("propagationPolicy", "Foreground")]
+        self._ask("DELETE", f"{self._train_jobs}/{name}", expected=NOT_FOUND, query_params=query)
 
     def nodes(self, name: str) -> list[NodePod]:
         """The pods of a TrainJob's nodes."""
-        selector = f"{OF_JOB_SET}={name}"
-        listing = self._read(self._pods.list_namespaced_pod, self.namespace, label_selector=selector)
-        return [read_pod(pod) for pod in listing["items"]]
+        query = [("labelSelector", f"{OF_JOB_SET}={name}")]
+        return [read_pod(pod) for pod in self._ask("GET", self._pods, query_params=query)["items"]]
 
-    def log(self, pod: str, container: str, since: int | None = None) -> Iterator[str]:
-        """The lines that a container prints, until it ends or the connection does; of the last `since` seconds."""
-        options = {"since_seconds": since} if since is not None else {}
-        response = self._pods.read_namespaced_pod_log(
-            pod, self.namespace, container=container, follow=True, _preload_content=False, **options
-        )
-        for line in response:
+    def log(self, pod: str, since: int | None) -> Iterator[str]:
+        """The lines that a node prints, until it ends or the connection does; of the last `since` seconds."""
+        query = [("container", CONTAINER), ("follow", "true")]
+        if since is not None:
+            query.append(("sinceSeconds", str(since)))
+        for line in in_cluster.request("GET", f"{self._pods}/{pod}/log", query_params=query, _preload_content=False):
             yield line.decode(errors="replace").rstrip("\n")
 
-    def _read(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Json:
-        """An object as the API has it: the client's own classes refuse one in which a field is missing."""
-        response = self._ask(request, *arguments, _preload_content=False, **options)
-        return dict(json.loads(response.data))
-
-    def _ask(
-        self,
-        request: Callable[..., Any],
-        *arguments: Any,
-        expected: int | None = None,
-        job: Json | None = None,
-        **options: Any,
-    ) -> Any:
+    def _ask(self, method: str, path: str, *, expected: int | None = None, **options: Any) -> Any:
         """One request, again while nobody answers; None for the status `expected`. Raises NoAnswerError, InputError."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -234,14 +213,14 @@ class Cluster:
         began = time.monotonic()
         while True:
             try:
-                return request(*arguments, _request_timeout=SECONDS, **options)
+                return in_cluster.request(method, path, _request_timeout=SECONDS, **options)
             except (ApiException, HTTPError) as error:
                 status = getattr(error, "status", None)
                 if status is not None and status == expected:
                     return None
                 # an upgrade of the control plane, or a throttle
                 if status is not None and status < 500 and status != 429:
-                    raise _refused(error, job) from error
+                    raise _refused(error, options.get("body")) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
                         f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
@@ -250,7 +229,7 @@ class Cluster:
                 time.sleep(5)
 
 
-def _refused(error: Any, job: Json | None = None) -> InputError:
+def _refused(error: Any, job: Json | None) -> InputError:
     """The error of a request that the API refuses, with what helps."""
     message = _message(error)
     runtime = job["spec"]["runtimeRef"]["name"] if job else ""

@@ -55,7 +55,14 @@ def report(call: Call) -> None:
         run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
         _register_exports(step, records, final)
         _set_alias(step, records, final, result)
-        _copy_pages(call, step.folder)
+        # As Kubeflow's artifacts and, from a local runner, in the run's directory.
+        shutil.copyfile(step.folder / "report.html", call.outputs["html"].path)
+        shutil.copyfile(step.folder / "report.md", call.outputs["markdown"].path)
+        run_directory = os.environ.get("PTL_RUN_DIR")
+        if run_directory:
+            # result.json last: where it is, all other files are.
+            for path in sorted(step.folder.iterdir(), key=lambda path: path.name == "result.json"):
+                local_files.replace(Path(run_directory, path.name), path.read_bytes())
         # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
         store.commit(step.run.root, step.run.run, step.run.step, Record("report", final, {"stage": "report"}))
         tracking.finish(
@@ -155,14 +162,3 @@ def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: R
     alias = pair.verdict.replace(" ", "-")
     mlflow_objects.set_alias(registered_model, alias, version)
     say(step.run.step, f"version {version} of {registered_model} has the alias {alias}")
-
-
-def _copy_pages(call: Call, folder: Path) -> None:
-    """The pages as Kubeflow's artifacts and, from a local runner, in the run's directory."""
-    shutil.copyfile(folder / "report.html", call.outputs["html"].path)
-    shutil.copyfile(folder / "report.md", call.outputs["markdown"].path)
-    run_directory = os.environ.get("PTL_RUN_DIR")
-    if run_directory:
-        # result.json last: where it is, all other files are.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
-            local_files.replace(Path(run_directory, path.name), path.read_bytes())

@@ -19,7 +19,7 @@ from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_client, tracking
-from ptl.lineage.run_status import StepRun, kubeflow_page
+from ptl.lineage.run_status import TAG, StepRun, kubeflow_page
 from ptl.log import say
 from ptl.report import run_page
 from ptl.steps import attempts
@@ -53,10 +53,12 @@ def begin(run: StepRun) -> None:
 
 
 def note_error(run: StepRun, error: Exception) -> None:
-    """Keep on the step's page why an attempt failed; another one may follow."""
+    """Keep on the step's page why an attempt failed, as tag `ptl.error`; another one may follow."""
     # Where none is left the page has the reason of the last one.
     if not isinstance(error, attempts.NoAttemptLeftError):
-        tracking.note_error(run, address.without_login(f"{type(error).__name__}: {error}"))
+        message = address.without_login(f"{type(error).__name__}: {error}")
+        with _no_reason_to_fail(run.step, "MLflow"), mlflow_client.briefly():
+            tracking.tag(run, {"error": message[:TAG]})
 
 
 def track_evaluation(run: StepRun, iteration: int, scored: Pointer, metadata: Metadata) -> None:
@@ -149,8 +151,11 @@ def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mappi
     # A run reaches its report without an export, and on a cluster without its control: on one machine somebody sees
     # that fail, and the same command resumes it.
     dispensable = step.arm == "export" or (step.arm == "control" and processes.on_a_cluster())
-    if not dispensable:
-        leave_for_runner(step.step, failure)
+    folder = os.environ.get("PTL_RUN_DIR")
+    if folder and not dispensable:
+        # For the command on this machine that the step ends: KFP itself only says that a task failed.
+        error = {"step": step.step, "message": failure.reason, "exit_code": failure.exit_code}
+        local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
     announce(step, failure)
     if not dispensable:
         sys.exit(failure.exit_code)
@@ -160,14 +165,6 @@ def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mappi
     for name, artifact in artifacts.items():
         artifact.metadata.update(step.outputs[name].metadata)
     say(step.step, f"failed: {failure.reason}; the run continues without it")
-
-
-def leave_for_runner(step: str, failure: attempts.Failure) -> None:
-    """Leave the reason for the command on this machine that the step ends: KFP itself only says that a task failed."""
-    folder = os.environ.get("PTL_RUN_DIR")
-    if folder:
-        error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
-        local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
 
 
 def announce(step: Call, failure: attempts.Failure) -> None:

@@ -49,7 +49,8 @@ def complete(template: str, name: str, run: str, coordinator: Json, call: Json) 
     metadata["ownerReferences"] = [owner | {"controller": False, "blockOwnerDeletion": False} for owner in owners]
     metadata["labels"][RUN_LABEL] = run
     variables = spec["trainer"]["env"]
-    variables += [{"name": RUN, "value": run}, {"name": CALL, "value": literal(json.dumps(call))}]
+    # Kubernetes would replace $(NAME) and $$ in it.
+    variables += [{"name": RUN, "value": run}, {"name": CALL, "value": json.dumps(call).replace("$", "$$")}]
     # As they are written in the pod, so that a login stays in its Secret.
     for container in coordinator["spec"]["containers"]:
         variables += [entry for entry in container.get("env", []) if entry["name"].startswith(OF_MLFLOW)]
@@ -58,11 +59,6 @@ def complete(template: str, name: str, run: str, coordinator: Json, call: Json) 
     if account:
         pod_of(job)["serviceAccountName"] = account
     return job
-
-
-def literal(value: str) -> str:
-    """A variable's value that Kubernetes takes as it is: it replaces $(NAME) and $$."""
-    return value.replace("$", "$$")
 
 
 def pod_of(job: Json) -> Json:

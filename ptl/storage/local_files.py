@@ -18,7 +18,8 @@ from ptl.storage.manifest import FILES, THREADS, Files, Progress, verify
 
 COMPLETE = "ptl-complete"  # marks a training checkpoint of the Trainer as written to its end
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
-NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
+# No hard link can be made: the name is taken, or not here at all
+NO_LINK = {errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def path_of(uri: str) -> Path:
@@ -78,7 +79,15 @@ def put_once(uri: str, data: bytes) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Complete under another name first: a reader sees all of it or nothing.
         with _draft(path, data) as draft:
-            _link(draft, path)
+            # A hard link fails when the name is taken: in one step, also on other machines that share the folder.
+            try:
+                os.link(draft, path)
+            except OSError as error:
+                if error.errno not in NO_LINK:
+                    raise
+                # A file system without hard links: the one writer that a step normally has is still safe.
+                if not path.exists():
+                    draft.rename(path)
             _sync(path.parent)
     return path.read_bytes()
 
@@ -203,21 +212,6 @@ def _draft(path: Path, data: bytes, mode: int = 0o666) -> Iterator[Path]:
         yield draft
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _link(draft: Path, path: Path) -> None:
-    """A hard link fails when the name is taken: that is the conditional write."""
-    # In one step, also for processes on other machines that share the folder.
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        # A file system without hard links: the one writer that a step normally has is still safe.
-        if not path.exists():
-            draft.rename(path)
 
 
 def _sync(path: Path) -> None:

@@ -118,41 +118,29 @@ def _endpoint_url() -> str | None:
 
 
 @contextmanager
-def explained(uri: str, field: str = "store") -> Iterator[None]:
-    """Errors of the settings become InputError, those of the transfer WorkError; both name field, endpoint and URI."""
-    from botocore.exceptions import BotoCoreError, ClientError
+def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) -> Iterator[None]:
+    """Errors of the settings become InputError, those of the transfer `kind`; all name field, endpoint and URI."""
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions
+    from botocore.exceptions import ConfigParseError, PartialCredentialsError, ProfileNotFound, SSOError
     from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 
-    transfer = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
+    transfer = (Boto3Error, RetriesExceededError, S3DownloadFailedError, S3ValidationError)
     try:
         yield
-    except (BotoCoreError, ClientError, ResponseParserError, *transfer) as error:
-        raise _error_for(WorkError, error, uri, field) from error
-
-
-def _error_for(kind: type[PtlError], error: Exception, uri: str, field: str = "store") -> PtlError:
-    """An error of boto3 as one that says what went wrong, where, and what to do; of the settings an InputError."""
-    from botocore.exceptions import (
-        ClientError,
-        ConfigParseError,
-        NoCredentialsError,
-        PartialCredentialsError,
-        ProfileNotFound,
-        SSOError,
-    )
-
-    problem = str(error)
-    remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
-    if isinstance(error, NoCredentialsError):
-        kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
-    elif isinstance(error, PartialCredentialsError | ProfileNotFound | ConfigParseError | SSOError):
-        kind, remedy = InputError, f"correct the profile, or {SET_KEYS}"
-    elif _code(error) in _SETTINGS_ERRORS:
-        kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
-    elif isinstance(error, ClientError):
-        remedy = "run the same command again, or look at the S3 server's log"
-    return kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
+    except (exceptions.BotoCoreError, exceptions.ClientError, ResponseParserError, *transfer) as error:
+        problem = str(error)
+        remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
+        if isinstance(error, exceptions.NoCredentialsError):
+            kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
+        elif isinstance(error, PartialCredentialsError | ProfileNotFound | ConfigParseError | SSOError):
+            kind, remedy = InputError, f"correct the profile, or {SET_KEYS}"
+        elif _code(error) in _SETTINGS_ERRORS:
+            kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
+        elif isinstance(error, exceptions.ClientError):
+            remedy = "run the same command again, or look at the S3 server's log"
+        raise kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy) from error
 
 
 def _code(error: Any) -> str:
@@ -327,12 +315,8 @@ def delete(uri: str, _below: str) -> None:
 
 def check(root: str) -> None:
     """Raise InputError for missing or wrong credentials, a wrong endpoint or a missing bucket, within seconds."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, prefix = split(root)
     # Few attempts: somebody waits for the answer, and a server that is restarting can be asked again.
     # Not by HeadBucket, which a policy for one prefix refuses.
-    try:
+    with explained(root, kind=InputError):
         client(attempts=2).list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
-    except (BotoCoreError, ClientError) as error:
-        raise _error_for(InputError, error, root) from error

@@ -175,12 +175,7 @@ def mark_damaged(root: str, run: str, pointer: Pointer) -> None:
 def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
     """The record of a finished step, or None; with `key`, only one that has it. Its files may be `damaged`."""
     uri = _manifest(root, run, step)
-
-    def read_record() -> Record | None:
-        data = read(uri)
-        return None if data is None else _load_record(data, uri, step)
-
-    record = _twice(read_record)
+    record = _twice(lambda: _load_record(read(uri), uri, step))
     return record if record and key in (None, record.key) else None
 
 
@@ -275,9 +270,9 @@ def _seal(record: Record) -> bytes:
     return json.dumps({**fields, "sha256": digest(fields)}, indent=1).encode()
 
 
-def _load_record(data: bytes, uri: str, step: str) -> Record | None:
-    """A record from its bytes, None where it was withdrawn; what cannot be trusted is a WorkError."""
-    if data == WITHDRAWN:
+def _load_record(data: bytes | None, uri: str, step: str) -> Record | None:
+    """A record from its bytes, None where there are none or it was withdrawn; what cannot be trusted is a WorkError."""
+    if data is None or data == WITHDRAWN:
         return None
     try:
         fields = dict(json.loads(data))

@@ -75,11 +75,11 @@ class TrainingCheckpoints:
 
     def save_result(self, folder: Path, report: str) -> None:
         """Publish what the finished stage has written, and commit it with its report."""
-        self._commit(self._result, folder, {"report": report})
+        self._commit(self._slot("result"), folder, {"report": report})
 
     def fetch_result(self, folder: Path) -> str | None:
         """Put what the finished stage has written into `folder`; returns its report, None where there is none yet."""
-        record = store.committed(self.root, self.run, self._result, self.key)
+        record = store.committed(self.root, self.run, self._slot("result"), self.key)
         if record is None:
             return None
         _fetch(record, folder)
@@ -126,14 +126,9 @@ class TrainingCheckpoints:
         """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""
         return f"{self.root.rstrip('/')}/{self.run}"
 
-    def _slot(self, number: int) -> str:
-        """The name of a record, as of a step."""
-        return f"{self.name}.training-{number}"
-
-    @property
-    def _result(self) -> str:
-        """The same for what the stage has written in the end."""
-        return f"{self.name}.training-result"
+    def _slot(self, which: int | str) -> str:
+        """The name of a record, as of a step: a checkpoint's number, or `result` for what the stage has written."""
+        return f"{self.name}.training-{which}"
 
 
 def _fetch(record: Record, target: Path) -> None:

@@ -149,7 +149,14 @@ def test_a_folder_without_config_or_weights_or_with_an_adapter_is_refused(single
 
 
 def test_pickles_foreign_weights_and_what_mlflow_reads_are_not_copied(single, tmp_path):
-    files = ("optimizer.bin", "other.safetensors", checkpoint.MISTRAL_CONFIG, "ptl-files.json", "registered_model_meta")
+    files = (
+        "optimizer.bin",
+        "other.safetensors",
+        "model.gguf",
+        checkpoint.MISTRAL_CONFIG,
+        "ptl-files.json",
+        "registered_model_meta",
+    )
     for name in (*files, "notes.txt"):
         (single / name).write_text("{}")
     checkpoint.write_mlflow_model(single)

@@ -118,8 +118,8 @@ def test_steps_tokens_and_hours_are_those_of_the_plan(large):
     tokens = [step.tokens for step in run.steps if step.step.startswith("recover")]
     assert tokens == [it.tokens for it in plan(settings.schedule, settings.prune)]
     # Widths are rounded as prune rounds them.
-    assert run.steps[-1].params == run.steps[-4].params == pytest.approx(0.6 * run.shape.params, rel=0.01)
-    assert run.steps[-1].params <= 0.6 * run.shape.params
+    assert run.steps[-1].model.params == run.steps[-4].model.params == pytest.approx(0.6 * run.shape.params, rel=0.01)
+    assert run.steps[-1].model.params <= 0.6 * run.shape.params
     # At 35 % of the peak: three passes of recovery; of evaluation prompts, and eight batches of answers.
     dense, last = run.shape.dimensions, run.steps[-2]
     trained = 3 * forward_flops(run.shape, last.model, 1e8, 512) / (0.35 * 989e12)
@@ -138,7 +138,7 @@ def test_steps_tokens_and_hours_are_those_of_the_plan(large):
 def test_own_answers_take_the_hours_of_the_dense_model(large):
     own = {"training.answers": "self", "training.samples": 4}
     steps = {step.step: step for step in forecast(config(large, **own)).steps}
-    assert steps["answers"].params == steps["evaluate-0"].params > steps["prune-1"].params
+    assert steps["answers"].model.params == steps["evaluate-0"].model.params > steps["prune-1"].model.params
     assert steps["answers"].tokens == 8000 * (512 + 1024)
 
 
@@ -232,7 +232,7 @@ def test_each_iteration_counts_its_own_unit(tmp_path):
         return {step.step: step for step in forecast(load_config(TINY, changes)).steps}
 
     experts, layers = steps("experts"), steps("layers")
-    assert experts["prune-4"].params == pytest.approx(0.7 * 30_532_122_624, rel=0.02)
+    assert experts["prune-4"].model.params == pytest.approx(0.7 * 30_532_122_624, rel=0.02)
     assert experts["prune-1"].note.endswith("of 128 experts")  # reap needs one pass, and keeps no states of every layer
     # Layers are attention too.
     per_token = [layers[f"recover-{i}"].hours / layers[f"recover-{i}"].tokens for i in (1, 2, 3)]

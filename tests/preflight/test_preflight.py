@@ -56,7 +56,7 @@ def after(model, prune, **schedule):
     """The models after each iteration, and what is said of them."""
     planned = Schedule(**{"iterations": 4, "target": 0.3, "recovery_tokens": 0} | schedule)
     config = load_config(TINY).model_copy(update={"schedule": planned, "prune": prune})
-    sizes = [after for _, after in target.after_iterations(model, planned, prune)]
+    sizes = [after for _, after in target.possible_paths(model, planned, prune)[0]]
     return sizes, " ".join(preflight.model_warnings(config, model))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ptl.errors import WorkError
 from ptl.model.families import FAMILIES, Family
-from ptl.pruning.importance import _max, changes_after_norm, keep_highest, layer_scores, neuron_scores
+from ptl.pruning.importance import changes_after_norm, keep_highest, layer_scores, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,8 +67,6 @@ def test_scores_computed_by_hand_of_which_the_highest_are_kept_and_the_lower_ind
     first = [((4**2 + 6**2) ** 0.5 + 10) / 2, (1.5**2 + 3**2) ** 0.5]
     second = [((8**2 + 10.8**2) ** 0.5 + (8**2 + 16.8**2) ** 0.5) / 2, (6**2 + 3.6**2) ** 0.5]
     assert layer_scores(ByHand()).tolist() == pytest.approx([max(first), max(second)])
-    activations, norms = torch.tensor([[1.0, -4.0], [-3.0, 2.0]]), torch.tensor([2.0, 0.5])
-    assert _max(activations, norms).tolist() == [6.0, 2.0]  # strongly negative activations count
     assert keep_highest(torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
     scores = torch.tensor([2.0, 1.0]).repeat(500)  # so many that a sort that is not stable mixes them
     assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
