@@ -125,7 +125,7 @@ def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, set
 
 
 def _check_folders(src: Path, dst: Path) -> int:
-    """The parameters of `src`. Raises InputError unless it is a checkpoint that can be read, and `dst` be written."""
+    """The parameters of `src`. Raises InputError unless it can be read as a checkpoint, and `dst` can be written."""
     from ptl.model import checkpoint, dimensions
 
     checkpoint.check_links(src)

@@ -47,7 +47,7 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
     from urllib3.exceptions import HTTPError
 
     try:
-        return request(method, path, body=body, query_params=query, _request_timeout=SECONDS)
+        return request(connect(), method, path, body=body, query_params=query, _request_timeout=SECONDS)
     except (config.ConfigException, client.ApiException, HTTPError) as error:
         kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else DoubtError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -55,8 +55,8 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
         raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error
 
 
-def request(method: str, path: str, **options: Any) -> Any:
-    """The API's JSON, also where a field is missing that the client's classes need; its own options and errors."""
+def connect() -> Any:
+    """The client of the pod's account; elsewhere kubectl's. Raises kubernetes' ConfigException where there is none."""
     from kubernetes import client, config
 
     if NAMESPACE.is_file():
@@ -65,6 +65,11 @@ def request(method: str, path: str, **options: Any) -> Any:
         config.load_kube_config(os.environ.get("KUBECONFIG"))
     connection = client.Configuration.get_default_copy()
     connection.retries = 0  # whoever asks would wait four times
+    return client.ApiClient(connection)
+
+
+def request(api: Any, method: str, path: str, **options: Any) -> Any:
+    """The API's JSON, also where a field is missing that the client's classes need; its own options and errors."""
     headers = {"Accept": "application/json", "Content-Type": "application/json"}
     fixed = {"header_params": headers, "response_type": "object", "auth_settings": ["BearerToken"]}
-    return client.ApiClient(connection).call_api(path, method, **fixed, _return_http_data_only=True, **options)
+    return api.call_api(path, method, **fixed, _return_http_data_only=True, **options)

@@ -159,6 +159,7 @@ class Cluster:
 
         # in a pod that of its account; elsewhere kubectl's
         try:
+            self._api = in_cluster.connect()
             if in_cluster.NAMESPACE.is_file():
                 namespace = in_cluster.NAMESPACE.read_text().strip()
             else:
@@ -202,7 +203,8 @@ class Cluster:
         query = [("container", CONTAINER), ("follow", "true")]
         if since is not None:
             query.append(("sinceSeconds", str(since)))
-        for line in in_cluster.request("GET", f"{self._pods}/{pod}/log", query_params=query, _preload_content=False):
+        path = f"{self._pods}/{pod}/log"
+        for line in in_cluster.request(self._api, "GET", path, query_params=query, _preload_content=False):
             yield line.decode(errors="replace").rstrip("\n")
 
     def _ask(self, method: str, path: str, *, expected: int | None = None, **options: Any) -> Any:
@@ -213,7 +215,7 @@ class Cluster:
         began = time.monotonic()
         while True:
             try:
-                return in_cluster.request(method, path, _request_timeout=SECONDS, **options)
+                return in_cluster.request(self._api, method, path, _request_timeout=SECONDS, **options)
             except (ApiException, HTTPError) as error:
                 status = getattr(error, "status", None)
                 if status is not None and status == expected:

@@ -69,6 +69,7 @@ def test_the_criteria_and_methods_of_the_config_are_those_of_the_code():
     from ptl.recovery.recover import RECOVERIES
 
     assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys()
+    assert all(Prune(target="neurons", criterion=name).criterion == name for name in importance.CRITERIA)
     assert [*importance.CRITERIA, "reap"] == [*get_args(Prune.model_fields["criterion"].annotation)]
     stage = Config.model_json_schema()["$defs"]["RecoverStage"]["properties"]
     assert stage["method"]["enum"] == list(RECOVERIES)
