@@ -157,9 +157,10 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     from ptl.preflight import preflight, target
 
     # Before a model is downloaded.
+    exported = dict.fromkeys(form.format for form in config.export)
     checks: list[extras.Check] = [
         partial(language_models.check_backend, config.evaluate),
-        *(formats.module_of(name).check_installed for name in dict.fromkeys(form.format for form in config.export)),
+        *(formats.module_of(name).check_installed for name in exported),
     ]
     warnings = [*preflight.warnings(config), *extras.not_checked(checks, excused)]
     if not pretrained.can_build():

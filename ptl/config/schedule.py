@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -24,6 +24,7 @@ _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
 Unit = Literal["neurons", "width", "layers", "experts"]
+NeuronCriterion = Literal["max", "weight", "taylor", "random"]
 
 Multiple = Annotated[
     Annotated[int, Field(ge=1)] | Literal["auto"], one_error("must be a whole number of 1 or more, or auto")
@@ -127,7 +128,7 @@ class Prune(Section):
         "`width`; `neurons_then_layers` removes layers in the last iteration; `experts` removes whole experts of a "
         "mixture, as many in every layer",
     )
-    criterion: Literal["max", "weight", "taylor", "random", "reap"] = Field(
+    criterion: Literal[NeuronCriterion, "reap"] = Field(
         "taylor",
         description="how neurons are scored: `max`, `weight`, `taylor` or `random`. With target `experts` how "
         "experts are: `reap` (the default there) or `random`",
@@ -168,7 +169,7 @@ class Prune(Section):
         if self.repair and self.target in ("layers", "experts"):
             raise ValueError(f"what target={self.target} removes is not repaired: leave repair out")
         of_targets = {"experts": ("reap", "random"), "width": ("taylor",)}
-        possible = of_targets.get(self.target, ("max", "weight", "taylor", "random"))
+        possible = of_targets.get(self.target, get_args(NeuronCriterion))
         if self.criterion not in possible:
             raise ValueError(
                 f"criterion={self.criterion} does not score what target={self.target} removes: set one of "

@@ -51,6 +51,13 @@ class ByHand:
         return hidden + self.layers[i].down(hidden.relu()[..., [0, 1, 1]])
 
 
+class Negated(ByHand):
+    """The same with negative activations."""
+
+    def run(self, i, _batch, hidden):
+        return hidden + self.layers[i].down(-hidden.relu()[..., [0, 1, 1]])
+
+
 # column norms: layer 0 (5, 1, .5), layer 1 (2, 1, .1)
 # h after layer 0: token (1,2) -> (1+3+1, 2+4+2) = (5, 8); (2,0) -> (8, 8); (0,3) -> (1.5, 6)
 BY_HAND = {
@@ -63,6 +70,9 @@ def test_scores_computed_by_hand_of_which_the_highest_are_kept_and_the_lower_ind
     for criterion, expected in BY_HAND.items():
         scores = torch.stack(neuron_scores(ByHand(), criterion, seed=0))
         torch.testing.assert_close(scores, torch.tensor(expected), msg=criterion)
+    assert (
+        neuron_scores(Negated(), "max", seed=0)[0].tolist() == BY_HAND["max"][0]
+    )  # strongly negative activations count
     # layer 0 moves (1,2) by (4,6), (2,0) by (6,8) and (0,3) by (1.5,3); layer 1 adds (h1, 2 h0 + .1 h1)
     first = [((4**2 + 6**2) ** 0.5 + 10) / 2, (1.5**2 + 3**2) ** 0.5]
     second = [((8**2 + 10.8**2) ** 0.5 + (8**2 + 16.8**2) ** 0.5) / 2, (6**2 + 3.6**2) ** 0.5]
