@@ -78,6 +78,7 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     DENSE: (AT_ONCE, {}),
     "neurons": (AT_ONCE, NEURONS),
     "neurons, not repaired": (AT_ONCE, NEURONS | {"repair": 0}),
+    "neurons, not repaired, by twentieths": (0.05, NEURONS | {"repair": 0}),
     "neurons, by tenths": (0.1, NEURONS),
     "hidden 840": (AT_ONCE, WIDTH),
     "hidden 840, not repaired": (AT_ONCE, WIDTH | {"repair": 0}),
