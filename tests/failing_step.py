@@ -27,6 +27,10 @@ def work():
         "import": ModuleNotFoundError("No module named 'no_such_library'"),
         "work": WorkError("the store is away"),
     }
+    if what == "out-of-memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation.")
     if what in errors:
         raise errors[what]
     if what == "no-space":

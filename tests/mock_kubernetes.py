@@ -74,7 +74,7 @@ class MockKubernetes(MockServer):
         self.looks = []  # functions, one for each look at a TrainJob
         self.on_create = lambda job: None
         self.on_delete = lambda name: None
-        self.outage = 0  # answers of 503 to come
+        self.outage = []  # the status of answers to come
         self.own_env = []  # of the coordinator's pod
         self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
         super().__init__()
@@ -88,8 +88,7 @@ class MockKubernetes(MockServer):
             answer = self.delete(name) or f'trainjobs.trainer.kubeflow.org "{name}" not found'
             status = 404 if isinstance(answer, str) else 200
         elif self.outage:
-            self.outage -= 1
-            status, answer = 503, "the server is currently unable to handle the request"
+            status, answer = self.outage.pop(), "the server is currently unable to handle the request"
         elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", path):
             handler.close_connection = True  # its length is not known
             handler.send_response(200)

@@ -136,9 +136,10 @@ def _temporary_files(run_folder: Path) -> Iterator[None]:
     try:
         yield
     except PtlError as failure:
-        # KFP's own files do not fit, say: then a step fails before it can report why.
-        if shutil.disk_usage(folder).free < PAGE:
-            raise local_files.no_space(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))) from failure
+        # KFP's own files do not fit, say, or the log: then a step fails before it can report why.
+        for full in (folder, run_folder):
+            if shutil.disk_usage(full).free < PAGE:
+                raise local_files.no_space(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(full))) from failure
         raise
     finally:
         tempfile.tempdir = earlier["tempdir"]

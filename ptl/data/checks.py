@@ -30,13 +30,15 @@ CHARACTERS = 4  # of a token, roughly
 SAMPLE = 200  # rows whose length is measured
 
 
-def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:
-    """Read local data files once: they must exist, parse, and have in each row what the templates name.
+def check_data(
+    calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage], *, hub_rows: bool = False
+) -> None:
+    """Read data once, that of the hub only with `hub_rows`: it must exist, parse, and have what the templates name.
 
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
     for field, source, answers in _read(calibration, training, recover):
-        check_rows(source, answers=answers, field=field)
+        check_rows(source, answers=answers, field=field, hub_rows=hub_rows)
 
 
 def _read(

@@ -68,13 +68,13 @@ def numbered_rows(source: DataSource, field: str = DATA) -> Iterator[SourceRow]:
         yield SourceRow(columns, source, number, field)
 
 
-def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -> None:
+def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA, hub_rows: bool = False) -> None:
     """Fail early: a file must exist, parse and have what its templates name in every row, chats with an answer.
 
     Without `answers` a chat may end with the user's turn: its text is only compared, or answered by the model.
-    Datasets on the hub are not downloaded.
+    Data sets of the hub are downloaded with `hub_rows` only.
     """
-    if local_file(source, field) is None:
+    if not hub_rows and local_file(source, field) is None:
         return
     read = chat_and_answer if answers and source.format == "messages" else texts
     for row in numbered_rows(source, field):
@@ -274,9 +274,10 @@ def _from_parquet(path: Path, setting: str) -> Any:
         rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache()))
         # A damaged text would only be noticed in the row that has it.
         rows.data.table.validate(full=True)
-    except Exception as error:  # of a damaged file, the libraries raise a dozen kinds
+    except Exception as raised:  # of a damaged file, the libraries raise a dozen kinds
+        error = raised.__cause__ or raised  # `datasets` hides what it was behind an error of its own
         if getattr(error, "errno", None):  # of the cache's disk
-            raise
+            raise error from None
         raise InputError(
             f"{path} is no readable Parquet file ({type(error).__name__}: {error})",
             field=setting,
@@ -337,7 +338,9 @@ def _from_hub(source: DataSource, setting: str) -> Any:
 
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
-    except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
+    except Exception as raised:  # the library raises a dozen kinds; each means that the source cannot be had
+        is_wrapped = isinstance(raised, datasets.exceptions.DatasetGenerationError)  # of a full disk, for example
+        error = raised.__cause__ if is_wrapped and isinstance(raised.__cause__, Exception) else raised
         problem = (
             f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
             f"cannot be loaded: {type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import zlib
 from functools import cache, cached_property, lru_cache, partial
@@ -135,6 +136,10 @@ def check_backend(settings: Evaluate) -> None:
 def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) -> Any:
     import torch
 
+    # When it starts, vLLM would compile FlashInfer's sampler by nvcc, which is not in the image. That sampler takes no
+    # seed for each answer, so that it would not be used.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
     try:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.models.vllm_causallms import VLLM
@@ -172,7 +177,9 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
     lm = NotedModel(
         pretrained=str(src),
         dtype="auto",
-        batch_size=settings.batch_size,
+        # All requests at once: by a number the harness waits for the longest answer of each so many.
+        batch_size="auto",
+        max_num_seqs=settings.batch_size,
         max_model_len=settings.max_length or longrope_limit(checkpoint.read_config(src)),
         tensor_parallel_size=tensor_parallel(src, torch.cuda.device_count()),
         seed=seed,
@@ -195,9 +202,10 @@ def tensor_parallel(src: Path, gpus: int) -> int:
     sizes = pretrained.config_with_defaults(config)
     width = getattr(sizes, family_of(config).width_field)
     heads = sizes.num_key_value_heads  # of keys and values; several GPUs may hold the same one
+    vocabulary = -(-sizes.vocab_size // 64) * 64  # as vLLM pads it
     best = 1
     for count in range(1, gpus + 1):
-        divided = (sizes.num_attention_heads, width, max(heads, count))
+        divided = (sizes.num_attention_heads, width, vocabulary, max(heads, count))
         if all(size % count == 0 for size in divided) and max(heads, count) % heads == 0:
             best = count
     return best

@@ -23,9 +23,12 @@ from ptl.units import listed, numbered
 THOUGHT = 8192  # tokens of an answer that may hold a thought
 
 
-def preflight(config: Config) -> tuple[Path, ModelDimensions | None]:
-    """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions."""
-    check_data(config.calibration, config.training, config.recover)
+def preflight(config: Config, *, hub_rows: bool = False) -> tuple[Path, ModelDimensions | None]:
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
+
+    With `hub_rows` data sets of the hub are downloaded, and their rows checked too.
+    """
+    check_data(config.calibration, config.training, config.recover, hub_rows=hub_rows)
     check_rewards(config.recover, config.training)
     check_own_answers(config.training)
     check_tasks(config.evaluate)

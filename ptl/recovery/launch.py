@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -94,7 +95,7 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     exit_code = followed([*command(settings, job.machines), str(job_file)], environment, follow)
     if exit_code == 0 and report_file.is_file():
         return REPORT.validate_json(report_file.read_bytes())
-    if error_file.is_file():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # on a full disk it is empty
         # the error of a process, raised again
         error = json.loads(error_file.read_text())
         is_input = error.pop("exit_code") == InputError.exit_code
@@ -118,6 +119,8 @@ def command(settings: RecoverStage, machines: Machines) -> list[str]:
         flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
         # saved in one piece, as the first process reads it
         flags += " --fsdp_state_dict_type FULL_STATE_DICT"
+        # each process has read the weights anyway; sent by the first one, buffers of routers would be refused
+        flags += " --fsdp_cpu_ram_efficient_loading false"
         flags += f" --fsdp_activation_checkpointing {str(settings.gradient_checkpointing).lower()}"
     else:
         # on CPUs too (gloo): `--cpu` would start one process, or need MPI

@@ -5,7 +5,6 @@ They find its record by the run, as they find the benchmarks' items: an edge fro
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from ptl.config.chat import Chat
@@ -37,17 +36,10 @@ def _written(step: Step, evaluate: Evaluate) -> Metadata:
     """Write the answers of the model to the step's folder."""
     from ptl.recovery.answers import write_answers
 
-    settings = step.settings
-    report = write_answers(
-        step.fetch_model(),
-        step.folder,
-        settings["training"],
-        evaluate,
-        settings["chat"],
-        model=step.call.inputs["model"].digest,
-        seed=settings["seed"],
-    )
-    return dataclasses.asdict(report)
+    settings, source = step.settings, step.fetch_model()
+    arguments = (settings["training"], evaluate, settings["chat"])
+    named = {"model": step.call.inputs["model"].digest, "seed": settings["seed"]}
+    return step.once(step.key.digest, lambda folder: write_answers(source, folder, *arguments, **named))
 
 
 def reads(section: TrainingData | Calibration) -> list[str]:

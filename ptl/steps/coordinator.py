@@ -32,6 +32,7 @@ DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 SECONDS = 30  # for one request
 PATIENCE = 600  # seconds without an answer of the API before we give up
+SILENCE = 300  # seconds without a line after which the connection of a log is opened again
 CONFLICT, NOT_FOUND = 409, 404
 APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, Kubeflow Trainer)"
 
@@ -89,6 +90,7 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 
 def _follow(cluster: Cluster, step: str, name: str) -> None:
     """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
+    cluster.passing += (403,)  # rights that have sufficed, which a server that starts does not know yet
     ended = threading.Event()
     log = threading.Thread(target=_copy_log, args=(cluster, name, ended), daemon=True)
     log.start()
@@ -154,6 +156,9 @@ class NoAnswerError(WorkError):
 class Cluster:
     """The namespace in which this pod runs."""
 
+    # What an API server answers for a while: that it throttles, or when it starts and knows no accounts yet
+    passing: tuple[int, ...] = (429, 401)
+
     def __init__(self) -> None:
         from kubernetes import config
 
@@ -204,7 +209,9 @@ class Cluster:
         if since is not None:
             query.append(("sinceSeconds", str(since)))
         path = f"{self._pods}/{pod}/log"
-        for line in in_cluster.request(self._api, "GET", path, query_params=query, _preload_content=False):
+        # A connection that is dropped without a word, as by a load balancer, looks like a node that prints nothing.
+        options = {"_preload_content": False, "_request_timeout": (SECONDS, SILENCE)}
+        for line in in_cluster.request(self._api, "GET", path, query_params=query, **options):
             yield line.decode(errors="replace").rstrip("\n")
 
     def _ask(self, method: str, path: str, *, expected: int | None = None, **options: Any) -> Any:
@@ -220,8 +227,8 @@ class Cluster:
                 status = getattr(error, "status", None)
                 if status is not None and status == expected:
                     return None
-                # an upgrade of the control plane, or a throttle
-                if status is not None and status < 500 and status != 429:
+                # from 500 on it is an upgrade of the control plane
+                if status is not None and status < 500 and status not in self.passing:
                     raise _refused(error, options.get("body")) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
@@ -248,7 +255,7 @@ def _refused(error: Any, job: Json | None) -> InputError:
             remedy="install Kubeflow Trainer 2 (docs/install.md), or train on one node",
         )
     # a quota and an admission webhook forbid too
-    if error.status == 401 or "forbidden: User" in message:
+    if "forbidden: User" in message:
         return InputError(
             f"this step's account may not do that: {message}",
             field="resources.steps.recover.nodes",

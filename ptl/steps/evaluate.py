@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +19,8 @@ from ptl.model.dimensions import model_dimensions, smallest_cuts
 from ptl.model.families import family_of
 from ptl.steps.call import Call, Metadata, key_of, schedule_of
 from ptl.steps.reporting import kubeflow_metrics, score_tags
-from ptl.steps.step import Step, scratch
-from ptl.storage import local_files, store
+from ptl.steps.step import Step
+from ptl.storage import store
 from ptl.storage.store import Pointer, Record
 
 
@@ -105,15 +103,8 @@ def _scored(step: Step, source: Path, key: str) -> Metadata:
     from ptl.evaluation.evaluate import evaluate_checkpoint
 
     settings = step.settings
-    folder = scratch(step.call.step) / f"scored-{key[:12]}"
-    report_file = folder.with_suffix(".json")
-    if not report_file.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        report = evaluate_checkpoint(source, folder, settings["evaluate"], settings["chat"], seed=settings["seed"])
-        local_files.replace(report_file, json.dumps(dataclasses.asdict(report)).encode())
-    local_files.copy_tree(folder, step.folder)
-    return dict(json.loads(report_file.read_bytes()))
+    arguments = (settings["evaluate"], settings["chat"])
+    return step.once(key, lambda folder: evaluate_checkpoint(source, folder, *arguments, seed=settings["seed"]))
 
 
 def _warn_of_truncated_answers(scores: Metadata) -> None:

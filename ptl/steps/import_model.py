@@ -36,7 +36,7 @@ def import_model(call: Call) -> None:
     # All that the hub, the data and the benchmarks can be checked with, before anything expensive.
     config = run_config(call.settings)
     check_compiled(config, gated=call.settings["gated"], answered=call.settings["answered"])
-    folder, dimensions = preflight.preflight(config)
+    folder, dimensions = preflight.preflight(config, hub_rows=True)
     assert dimensions is not None, "a step has torch"
     # This step's image does not have llama.cpp.
     check_exports(folder, [export for export in config.export if export.format != "gguf"])

@@ -16,6 +16,7 @@ from ptl.steps import bars  # noqa: F401
 from ptl.steps.attempts import Failure, NoAttemptLeftError
 from ptl.storage import local_files
 
+LESS_MEMORY = "lower calibration.batch_size or evaluate.batch_size, or raise recover.accumulation (`ptl plan`)"
 WAIT = 30  # seconds for an earlier process of the same step to end
 
 
@@ -40,6 +41,8 @@ def failure_of(error: Exception) -> Failure:
     traceback.print_exc()
     if isinstance(error, OSError) and error.errno in local_files.FULL:
         return Failure(str(local_files.no_space(error)))
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return Failure(f"{str(error).splitlines()[0]}; {LESS_MEMORY}")
     return Failure(without_login(f"{type(error).__name__}: {error}"))
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from ptl.log import say
 from ptl.recovery.job import NODES, is_node, machines
 from ptl.steps import reporting
 from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
-from ptl.storage import store
-from ptl.storage.local_files import copy_tree
+from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, digest_of
 from ptl.storage.store import Pointer, Record, pointer_of
 
@@ -140,7 +140,7 @@ class Step:
                 say(step, f"not taken over from run {run}: {error}")
                 continue
             # Without the list of files: the copy is published with one of its own.
-            copy_tree(folder, self.folder, FILES)
+            local_files.copy_tree(folder, self.folder, FILES)
             say(step, f"taken over from run {run}: same inputs, same settings")
             tracking.tag(self.run, {"taken_over_from": run})
             return {name: value for name, value in record.metadata.items() if name != "started"}
@@ -230,6 +230,20 @@ class Step:
         say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
         self._report()
         return self.record
+
+    def once(self, key: str, work: Callable[[Path], Any]) -> Metadata:
+        """Fill the step's folder by `work`, which is given a folder and returns a report, a dataclass; as a mapping.
+
+        Another attempt takes what this one does, where MLflow or the store does not answer afterwards.
+        """
+        folder = scratch(self.call.step) / f"done-{key[:12]}"
+        report_file = folder.with_suffix(".json")
+        if not report_file.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            local_files.replace(report_file, json.dumps(dataclasses.asdict(work(folder))).encode())
+        local_files.copy_tree(folder, self.folder)
+        return dict(json.loads(report_file.read_bytes()))
 
     def take_result_of_nodes(self) -> None:
         """The record that other machines have committed. Raises InputError without one: it would be the same again."""

@@ -25,7 +25,8 @@ INDEX = "batch.kubernetes.io/job-completion-index"  # label of a pod: the node's
 TEMPLATE = "PTL_TRAIN_JOB"  # JSON, which the compiled pipeline sets
 CALL = "PTL_NODE_CALL"  # JSON: the step of which a node does its part
 RUN = "KFP_RUN_ID"  # in a node as in the pod of any other step
-OF_MLFLOW = "MLFLOW_"  # how the variables begin that Kubeflow's MLflow plugin sets in a pod
+# How the variables begin that Kubeflow sets in a pod: by its MLflow plugin, and for the cluster's proxy
+OF_KUBEFLOW = ("MLFLOW_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 RUN_LABEL = "ptl/run"  # of a TrainJob
 TERMINATION_LOG = "/dev/termination-log"
 LONGEST_MESSAGE = 4096  # bytes that Kubernetes keeps of a container's last words
@@ -52,8 +53,8 @@ def complete(template: str, name: str, run: str, coordinator: Json, call: Json) 
     # Kubernetes would replace $(NAME) and $$ in it.
     variables += [{"name": RUN, "value": run}, {"name": CALL, "value": json.dumps(call).replace("$", "$$")}]
     # As they are written in the pod, so that a login stays in its Secret.
-    for container in coordinator["spec"]["containers"]:
-        variables += [entry for entry in container.get("env", []) if entry["name"].startswith(OF_MLFLOW)]
+    (main,) = [container for container in coordinator["spec"]["containers"] if container["name"] == "main"]
+    variables += [entry for entry in main.get("env", []) if entry["name"].upper().startswith(OF_KUBEFLOW)]
     # The identity by which a cloud gives rights to its store.
     account = coordinator["spec"].get("serviceAccountName")
     if account:

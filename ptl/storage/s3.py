@@ -122,10 +122,17 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
     """Errors of the settings become InputError, those of the transfer `kind`; all name field, endpoint and URI."""
     from boto3.exceptions import Boto3Error
     from botocore import exceptions
-    from botocore.exceptions import ConfigParseError, PartialCredentialsError, ProfileNotFound, SSOError
+    from botocore.exceptions import (
+        ConfigParseError,
+        PartialCredentialsError,
+        ProfileNotFound,
+        SSOError,
+        TokenRetrievalError,
+    )
     from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 
+    of_profile = (PartialCredentialsError, ProfileNotFound, ConfigParseError, SSOError, TokenRetrievalError)
     transfer = (Boto3Error, RetriesExceededError, S3DownloadFailedError, S3ValidationError)
     try:
         yield
@@ -134,12 +141,12 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
         remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
         if isinstance(error, exceptions.NoCredentialsError):
             kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
-        elif isinstance(error, PartialCredentialsError | ProfileNotFound | ConfigParseError | SSOError):
-            kind, remedy = InputError, f"correct the profile, or {SET_KEYS}"
+        elif isinstance(error, of_profile):
+            kind, remedy = InputError, f"log in again (aws sso login), correct the profile, or {SET_KEYS}"
         elif _code(error) in _SETTINGS_ERRORS:
             kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
         elif isinstance(error, exceptions.ClientError):
-            remedy = "run the same command again, or look at the S3 server's log"
+            remedy = "renew what has expired, run the same command again, or look at the S3 server's log"
         raise kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy) from error
 
 

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 from checkout import TINY
+from datasets.exceptions import DatasetGenerationError
 from httpx2 import ReadTimeout
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rows import ANSWERED, ASKED, rows_file
@@ -167,10 +168,15 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
     """A mock stands for the hub, which tests do not reach."""
     asked = []
     source = DataSource(source="org/set", subset="main", split="test", revision="abc")
-    rows = iter([[{"text": "a"}]])
+    rows = iter([[{"text": "a"}]] * 2)
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or next(rows))
     check_rows(source)  # without a download
-    assert asked == [] and read_rows(source) == [{"text": "a"}]
+    assert asked == []
+    with pytest.raises(InputError, match="row 1 of org/set lacks 'prompt'"):
+        checks.check_data(Calibration(data=source), TrainingData(sources=[source]), [], hub_rows=True)
+    assert len(asked) == 1
+    asked.clear()
+    assert read_rows(source) == [{"text": "a"}]
     assert asked == [(("org/set", "main"), {"split": "test", "revision": "abc"})]
     with pytest.raises(InputError, match="revision abc"):
         read_rows(source)
@@ -182,12 +188,15 @@ def test_what_a_later_attempt_may_have_from_the_hub_is_no_wrong_input(monkeypatc
         return HfHubHTTPError("", response=SimpleNamespace(status_code=status, headers={}, request=None))
 
     source = DataSource(source="org/set")
+    full, hidden = OSError(errno.ENOSPC, "No space left"), DatasetGenerationError("An error occurred")
+    hidden.__cause__ = full
     for error, kind, remedy in (
         (ConnectionError("no route"), WorkError, "check the id"),
         (ReadTimeout("slow"), WorkError, "check the id"),
         (answer(429), WorkError, "check the id"),
         (answer(503), WorkError, "check the id"),
-        (OSError(errno.ENOSPC, "No space left"), WorkError, "free some"),
+        (full, WorkError, "free some"),
+        (hidden, WorkError, "free some"),
         (OSError(errno.EACCES, "Permission denied"), InputError, "check the id"),
         (answer(404), InputError, "check the id"),
         (ValueError("Unknown split"), InputError, "check the id"),

@@ -362,7 +362,7 @@ def test_a_helper_has_the_second_visible_gpu_and_vllm_as_many_as_a_models_heads_
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
     raw = json.loads((DENSE / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert [tensor_parallel(tmp_path, gpus) for gpus in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 6]
+    assert [tensor_parallel(tmp_path, gpus) for gpus in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 4]
 
 
 def test_vllm_backend_notes_every_answer(monkeypatch):
@@ -388,11 +388,12 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
             return ["x"] * len(requests)
 
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=VLLM))
-    lm = language_model(DENSE, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
+    lm = language_model(DENSE, settings({"name": YAML}, backend="vllm", max_length=10, batch_size=7), seed=3)
     lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
     assert lm.notes == {"short": (3, False, False), "long": (3, True, False), "longer": (3, False, False)}
     assert lm.cut_prompts == 2 and lm.seconds > 0
     assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(DENSE), 3, 10)
+    assert (lm.given["batch_size"], lm.given["max_num_seqs"]) == ("auto", 7)
     seeds = []
     for lm.seed in (1, 2, 1):
         lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])

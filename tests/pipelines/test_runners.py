@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from kfp import compiler, dsl
@@ -90,6 +91,10 @@ def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkey
     with pytest.raises(WorkError, match="left no reason"):
         run_subprocess(killed)
     assert left() == []
+    free = {str(tmp_path): 0}  # as if that disk were full
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free.get(str(path), 1 << 30)))
+    with pytest.raises(WorkError, match=f"no space left while writing {tmp_path}"):
+        run_subprocess(killed)
 
 
 def test_the_terminal_shows_lines_of_progress_and_the_log_everything(tmp_path, capsys):

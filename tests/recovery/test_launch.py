@@ -144,6 +144,9 @@ def test_a_process_leaves_its_report_or_its_error(tmp_path, monkeypatch):
     lines = [f"job.with_name('error.json').write_text({error_file!r})", "sys.exit(1)"]
     with pytest.raises(InputError, match=r"^recover\.x: refused; give another$"):
         run(tmp_path, monkeypatch, *lines)
+    lines = ["job.with_name('error.json').touch()", "print('No space left')", "sys.exit(1)"]  # of a full disk
+    with pytest.raises(WorkError, match="No space left"):
+        run(tmp_path, monkeypatch, *lines)
 
 
 def test_a_machine_has_its_processes_and_a_batch_that_they_cannot_divide_is_refused(small, tmp_path, monkeypatch):

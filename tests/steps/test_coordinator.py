@@ -81,6 +81,7 @@ def test_a_train_job_is_created_followed_and_kept(cluster, capfd, monkeypatch):
     # as Kubeflow's MLflow plugin sets them
     token = {"secretKeyRef": {"name": "mlflow", "key": "token"}}
     cluster.own_env = [{"name": "MLFLOW_RUN_ID", "value": "r"}, {"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": token}]
+    cluster.own_env += [{"name": "https_proxy", "value": "http://proxy:3128"}]
     pending = [pod(NAME, node, phase="Pending") for node in (0, 1)]
     reason = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
     pending[1]["status"]["containerStatuses"] = [{"name": "node", "state": {"waiting": reason}}]
@@ -100,12 +101,30 @@ def test_a_train_job_is_created_followed_and_kept(cluster, capfd, monkeypatch):
     assert call["settings"] == expected and "$$(HOME)" in variables[trainjob.CALL]
     assert Pointer.load(call["inputs"]["model"]) == POINTER
     # a login stays in its Secret
-    assert [entry for entry in trainer["env"] if entry["name"].startswith("MLFLOW_")] == cluster.own_env
+    assert [entry for entry in trainer["env"] if entry in cluster.own_env] == cluster.own_env
     assert "of-a-secret" not in json.dumps(job) and cluster.deleted == []
     printed = capfd.readouterr().out
     for state in ("0 of 2 nodes run; node 1: ImagePullBackOff: Back-off pulling image", "2 of 2 nodes run", "complete"):
         assert f"ptl: recover-2: TrainJob {NAME}: {state}\n" in printed
     assert f"hello from {NAME}-node-0-0-0abcd" in printed and "node-0-1" not in printed  # the first node's log
+
+
+def test_a_log_whose_connection_was_dropped_in_silence_is_read_on(cluster, capfd, monkeypatch):
+    monkeypatch.setattr(coordinator, "SILENCE", 0.2)
+    cluster.play(("trainjob-running", running()))
+    opened, is_read_on = [], threading.Event()
+
+    def log():
+        opened.append(f"connection {len(opened) + 1}\n")
+        yield opened[-1]
+        if len(opened) == 2:
+            cluster.play(("trainjob-complete", done()))
+            is_read_on.set()
+        is_read_on.wait(30)
+
+    cluster.logs[f"{NAME}-node-0-0-0abcd"] = log
+    train()
+    assert "".join(opened) in capfd.readouterr().out
 
 
 def test_nodes_that_are_restarted_are_followed_on_and_why_they_failed_is_remembered(cluster, capfd):
@@ -178,13 +197,15 @@ def test_what_the_cluster_refuses_is_an_input_error_that_names_the_remedy(cluste
             train()
 
 
-def test_an_api_that_does_not_answer_for_a_while_is_waited_for(cluster, monkeypatch):
+@pytest.mark.parametrize("status", [401, 403, 503])
+def test_an_api_that_does_not_answer_for_a_while_is_waited_for(cluster, monkeypatch, status):
+    """One that has just started may know neither the account nor its rights."""
     monkeypatch.setattr(coordinator, "PATIENCE", 60)
     monkeypatch.setattr(coordinator.time, "sleep", lambda seconds: None)
     cluster.play(("trainjob-running", running()), ("trainjob-complete", done()))
-    cluster.outage = 3
+    cluster.on_create = lambda job: setattr(cluster, "outage", [status] * 3)
     train()
-    assert cluster.deleted == []
+    assert cluster.deleted == [] and cluster.outage == []
 
 
 def test_last_words_fit_what_kubernetes_keeps():

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+from botocore.exceptions import TokenRetrievalError
 from conftest import full_disk
 from mock_server import Proxy
 from test_store import contents, flip, publish
@@ -61,9 +62,11 @@ def test_credentials_are_from_where_boto3_looks(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "other")
     for work in (s3_files.keys, lambda: store.check(s3.root)):
         with pytest.raises(
-            InputError, match=r"\(other\) could not be found; correct the profile, or set AWS_ACCESS_KEY"
+            InputError, match=r"\(other\) could not be found; log in again .*, correct the profile, or set AWS_ACCESS"
         ):
             work()
+    with pytest.raises(InputError, match=r"Token has expired.*aws sso login"), s3_files.explained(s3.root):
+        raise TokenRetrievalError(provider="sso", error_msg="Token has expired")
     monkeypatch.setenv("AWS_PROFILE", "own")
     store.check(s3.root)
     assert [*s3_files.keys().values()] == keys
