@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import reduce
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 
@@ -90,11 +91,12 @@ class MockKubernetes(MockServer):
         elif self.outage:
             status, answer = self.outage.pop(), "the server is currently unable to handle the request"
         elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", path):
-            handler.close_connection = True  # its length is not known
             handler.send_response(200)
+            handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
-            for line in self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
-                handler.wfile.write(line.encode())
+            lines = self.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])()
+            for line in chain(lines, [""]):  # which is the end
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(line.encode()), line.encode()))
             return
         else:
             status, answer = self.read(path, query)

@@ -112,19 +112,20 @@ def test_a_train_job_is_created_followed_and_kept(cluster, capfd, monkeypatch):
 def test_a_log_whose_connection_was_dropped_in_silence_is_read_on(cluster, capfd, monkeypatch):
     monkeypatch.setattr(coordinator, "SILENCE", 0.2)
     cluster.play(("trainjob-running", running()))
-    opened, is_read_on = [], threading.Event()
+    opened, waited, is_read_on = [], [], threading.Event()
 
     def log():
         opened.append(f"connection {len(opened) + 1}\n")
         yield opened[-1]
         if len(opened) == 2:
-            cluster.play(("trainjob-complete", done()))
             is_read_on.set()
-        is_read_on.wait(30)
+        waited.append(is_read_on.wait(10))
+        cluster.play(("trainjob-complete", done()))
 
     cluster.logs[f"{NAME}-node-0-0-0abcd"] = log
     train()
-    assert "".join(opened) in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert all(waited) and all(line in printed for line in opened)
 
 
 def test_nodes_that_are_restarted_are_followed_on_and_why_they_failed_is_remembered(cluster, capfd):
