@@ -158,4 +158,5 @@ def run(
             tokens += iteration.tokens
             flops += 6 * dimensions.static_cost(at).params * iteration.tokens
         done.touch()
+        shutil.rmtree(folder / f"training-{iteration.index}", ignore_errors=True)  # gigabytes of optimizer state
     return Trained(at, dimensions.static_cost(at).params, tokens, flops, scoring)

@@ -245,7 +245,7 @@ def measure(cell: Cell, data: Path, vllm: Path) -> Row:
     folder = scored(cell, checkpoint, data, vllm)
     ended = time.monotonic()
     scores = json.loads((folder / SCORES).read_text())
-    row = asdict(cell) | {
+    return asdict(cell) | {
         "params": scores["params"],
         "hidden": scores["hidden_size"],
         "ffn": scores["widths"],
@@ -257,10 +257,6 @@ def measure(cell: Cell, data: Path, vllm: Path) -> Row:
             for item in read_items(folder)
         ],
     }
-    # Gigabytes of optimizer state
-    for rest in cell.folder.glob("training-*"):
-        shutil.rmtree(rest)
-    return row
 
 
 def speed(pruned: Sequence[Cell], data: Path, vllm: Path) -> None:

@@ -145,7 +145,7 @@ def compare(
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
-    """Compare two evaluations item by item. Exit code: 0 not inferior, 2 wrong input, 3 inferior."""
+    """Compare two evaluations item by item. Exit code: 0 not inferior or unclear, 2 wrong input, 3 inferior."""
     from ptl.evaluation import evaluate as work
 
     _reach_stores(home, s3, reference, candidate, items=True)
