@@ -351,7 +351,7 @@ def picture(rows: Sequence[Row]) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("problems solved (%)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     figure.savefig(PICTURE, metadata={"Date": None})
 
 
