@@ -177,7 +177,7 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
     lm = NotedModel(
         pretrained=str(src),
         dtype="auto",
-        # All requests at once: by a number the harness waits for the longest answer of each so many.
+        # All requests at once: with a number, each batch waits for its longest answer.
         batch_size="auto",
         max_num_seqs=settings.batch_size,
         max_model_len=settings.max_length or longrope_limit(checkpoint.read_config(src)),
@@ -193,7 +193,7 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
 
 
 def tensor_parallel(src: Path, gpus: int) -> int:
-    """Over how many of a step's GPUs vLLM divides a checkpoint: the most by which its heads and its FFN can be divided.
+    """Over how many of a step's GPUs vLLM divides a checkpoint: the most that divide its heads, FFN and vocabulary.
 
     Not copies of the model: for those the harness needs ray.
     """

@@ -59,7 +59,7 @@ def connect() -> Any:
     """The client of the pod's account; elsewhere kubectl's. Raises kubernetes' ConfigException where there is none."""
     from kubernetes import client, config
 
-    if NAMESPACE.is_file() and not os.environ.get("KUBECONFIG"):  # as for kubectl
+    if NAMESPACE.is_file():
         config.load_incluster_config()
     else:
         config.load_kube_config(os.environ.get("KUBECONFIG"))

@@ -140,7 +140,9 @@ def _arguments(settings: RecoverStage, job: RecoveryJob, steps: int) -> Any:
         reward_weights=[reward.weight for reward in settings.rewards],
         weight_decay=settings.weight_decay,
         shuffle_dataset=False,  # the prompts come shuffled
-        model_init_kwargs={"device_map": None},  # of the reference: `auto` spreads it over all GPUs, or to the CPU
+        model_init_kwargs={
+            "device_map": None
+        },  # of the reference (trl warns: the policy has its own); `auto` uses all GPUs
         use_vllm=torch.cuda.is_available() and find_spec("vllm") is not None,
         vllm_mode="colocate",
     )

@@ -48,6 +48,7 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
     job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), call)
     with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
+        cluster.nodes(name)  # a right that is missing shows before anything is started
         if not follows:
             begin()
         try:

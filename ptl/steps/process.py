@@ -42,7 +42,8 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, OSError) and error.errno in local_files.FULL:
         return Failure(str(local_files.no_space(error)))
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return Failure(f"{str(error).splitlines()[0]}; {LESS_MEMORY}")
+        first_line = str(error).partition("\n")[0].rstrip(".")
+        return Failure(f"{first_line}; {LESS_MEMORY}")
     return Failure(without_login(f"{type(error).__name__}: {error}"))
 
 

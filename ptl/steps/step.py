@@ -232,9 +232,9 @@ class Step:
         return self.record
 
     def once(self, key: str, work: Callable[[Path], Any]) -> Metadata:
-        """Fill the step's folder by `work`, which is given a folder and returns a report, a dataclass; as a mapping.
+        """Run `work` on an empty folder, copy that into the step's, and return its report, a dataclass, as a mapping.
 
-        Another attempt takes what this one does, where MLflow or the store does not answer afterwards.
+        What is done is kept on this machine's disk: an attempt that fails later does not have it repeated.
         """
         folder = scratch(self.call.step) / f"done-{key[:12]}"
         report_file = folder.with_suffix(".json")

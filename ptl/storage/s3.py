@@ -146,7 +146,8 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
         elif _code(error) in _SETTINGS_ERRORS:
             kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
         elif isinstance(error, exceptions.ClientError):
-            remedy = "renew what has expired, run the same command again, or look at the S3 server's log"
+            retry = "run the same command again, or look at the S3 server's log"
+            remedy = "renew the login" if _code(error) == "ExpiredToken" else retry
         raise kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy) from error
 
 

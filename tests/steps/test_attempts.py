@@ -73,7 +73,7 @@ def error_file(tmp_path):
         ("cuda", "RuntimeError: CUDA error: an illegal memory access"),
         ("exit", "ended with exit code 9"),
         ("no-space", "no space left while writing a file"),
-        ("out-of-memory", "Tried to allocate 20 GiB.; lower calibration.batch_size"),
+        ("out-of-memory", "Tried to allocate 20 GiB; lower calibration.batch_size"),
     ],
 )
 def test_after_a_crash_the_step_is_tried_again(plan, reason, go, tmp_path, capfd):

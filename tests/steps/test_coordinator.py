@@ -110,7 +110,7 @@ def test_a_train_job_is_created_followed_and_kept(cluster, capfd, monkeypatch):
 
 
 def test_a_log_whose_connection_was_dropped_in_silence_is_read_on(cluster, capfd, monkeypatch):
-    monkeypatch.setattr(coordinator, "SILENCE", 0.2)
+    monkeypatch.setattr(coordinator, "SILENCE", 1)
     cluster.play(("trainjob-running", running()))
     opened, waited, is_read_on = [], [], threading.Event()
 

@@ -16,7 +16,7 @@ from ptl.config.run import load_config
 from ptl.config.schedule import MemoryGoal, plan
 from ptl.errors import InputError, WorkError
 from ptl.steps import answers, call, evaluate, import_model, prune, recover, report, reporting
-from ptl.steps.call import Call
+from ptl.steps.call import Call, Key
 from ptl.steps.step import Step
 from ptl.storage.store import Pointer, Record, pointer_of
 
@@ -163,6 +163,13 @@ def test_scores_outlive_what_is_done_with_them(monkeypatch, tmp_path):
         found.append((step.folder / "items.jsonl").read_text())
         assert scores["params"] == POINTER.params
     assert found == ["1", "1", "2"]
+    monkeypatch.setattr("ptl.recovery.answers.write_answers", evaluate_checkpoint)
+    monkeypatch.setattr(Step, "fetch_model", lambda step: Path())
+    for attempt in (3, 4):
+        step = Step(Call("answers", "e", {}, {"model": POINTER}), key={"training": 0, "chat": 0, "seed": 0})
+        step.folder, step.key = tmp_path / f"out-{attempt}", Key("c" * 64, {})
+        assert answers._written(step, None)["params"] == POINTER.params
+    assert len(made) == 3
 
 
 def test_a_report_needs_the_items_of_what_it_compares_and_no_others():
