@@ -275,7 +275,7 @@ def _from_parquet(path: Path, setting: str) -> Any:
         # A damaged text would only be noticed in the row that has it.
         rows.data.table.validate(full=True)
     except Exception as raised:  # of a damaged file, the libraries raise a dozen kinds
-        error = raised.__cause__ or raised  # `datasets` hides what it was behind an error of its own
+        error = _cause(raised)
         if getattr(error, "errno", None):  # of the cache's disk
             raise error from None
         raise InputError(
@@ -284,6 +284,13 @@ def _from_parquet(path: Path, setting: str) -> Any:
             remedy="write it again",
         ) from error
     return rows
+
+
+def _cause(error: Exception) -> Any:
+    """What it was, such as a full disk: `datasets` hides that behind an error of its own."""
+    from datasets.exceptions import DatasetGenerationError
+
+    return (isinstance(error, DatasetGenerationError) and error.__cause__) or error
 
 
 def _from_s3(uri: str, setting: str) -> Path:
@@ -339,8 +346,7 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as raised:  # the library raises a dozen kinds; each means that the source cannot be had
-        is_wrapped = isinstance(raised, datasets.exceptions.DatasetGenerationError)  # of a full disk, for example
-        error = raised.__cause__ if is_wrapped and isinstance(raised.__cause__, Exception) else raised
+        error = _cause(raised)
         problem = (
             f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
             f"cannot be loaded: {type(error).__name__}: {error}"
