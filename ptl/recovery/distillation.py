@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from ptl.config.recover import RecoverStage
 from ptl.data.sequences import IGNORED
@@ -56,9 +56,11 @@ def ce_and_kl(
     vocabulary = min(student.shape[-1], teacher.shape[-1])
     student = student[:, :vocabulary].float()  # [N, V]
     teacher = teacher[:, :vocabulary].float()  # [N, V]
-    ce = cross_entropy(student, labels, reduction="sum")
-    log_p = log_softmax(teacher / temperature, -1)  # [N, V]
-    log_q = log_softmax(student / temperature, -1)  # [N, V]
+    log_p, log_q = log_softmax(teacher, -1), log_softmax(student, -1)  # [N, V]
+    ce = nll_loss(log_q, labels, reduction="sum")
+    # a softmax over a large vocabulary costs gigabytes of a GPU, and much of a CPU's step
+    if temperature != 1.0:
+        log_p, log_q = (log_softmax(logits / temperature, -1) for logits in (log_p, log_q))
     kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
     return ce, kl * temperature**2
 
