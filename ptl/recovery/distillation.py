@@ -60,7 +60,7 @@ def ce_and_kl(
     ce = nll_loss(log_q, labels, reduction="sum")
     # a softmax over a large vocabulary costs gigabytes of a GPU, and much of a CPU's step
     if temperature != 1.0:
-        log_p, log_q = (log_softmax(logits / temperature, -1) for logits in (log_p, log_q))
+        log_p, log_q = (log_softmax(each / temperature, -1) for each in (log_p, log_q))
     kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
     return ce, kl * temperature**2
 
