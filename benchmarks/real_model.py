@@ -335,6 +335,7 @@ def picture(rows: Sequence[Row]) -> None:
         if row["arm"] != DENSE:
             lines.setdefault((row["arm"], row["training"], row["tokens"]), [dense]).append(row)
     for axis, (task, title) in zip(axes, TITLES.items(), strict=True):
+        axis.set_prop_cycle(color=[*pyplot.colormaps["tab10"].colors, "black"])  # one for each arm
         for number, ((arm, training, tokens), models) in enumerate(lines.items()):
             models = sorted(models, key=lambda row: -row["params"])
             # So that intervals do not hide each other
