@@ -328,31 +328,33 @@ def picture(rows: Sequence[Row]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "ptl"  # the same picture is the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.8), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 4.2), sharex=True, layout="constrained")
     dense = next(row for row in rows if row["arm"] == DENSE and not row["tokens"])
-    lines: dict[tuple[str, str, int], list[Row]] = {}
+    lines: dict[tuple[str, tuple[str, int, float]], list[Row]] = {}
     for row in rows:
         if row["arm"] != DENSE:
-            lines.setdefault((row["arm"], row["training"], row["tokens"]), [dense]).append(row)
+            training = row["training"], row["tokens"], row["learning_rate"]
+            lines.setdefault((row["arm"], training), [dense]).append(row)
+    colors = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arm, _ in lines))}
+    styles = dict(zip(dict.fromkeys(training for _, training in lines), ("o-", "s--", "^:", "v-."), strict=False))
     for axis, (task, title) in zip(axes, TITLES.items(), strict=True):
-        axis.set_prop_cycle(color=[*pyplot.colormaps["tab10"].colors, "black"])  # one for each arm
-        for number, ((arm, training, tokens), models) in enumerate(lines.items()):
+        for number, ((arm, training), models) in enumerate(lines.items()):
+            answers, tokens, rate = training
             models = sorted(models, key=lambda row: -row["params"])
             # So that intervals do not hide each other
             at = [row["params"] / 1e6 + (0 if row is dense else number) for row in models]
             right = [solved(row, task) for row in models]
             low, high = zip(*(paired.wilson(sum(items), len(items)) for items in right), strict=True)
-            label = f"{arm}; {training}; {tokens:,} tokens" if tokens else arm
-            (line,) = axis.plot(at, [100 * sum(items) / len(items) for items in right], "o-", markersize=4, label=label)
-            axis.vlines(
-                at, [100 * share for share in low], [100 * share for share in high], line.get_color(), linewidth=1
-            )
+            label = f"{arm}; {answers}; {tokens:,} tokens at {rate:g}" if tokens else arm
+            means = [100 * sum(items) / len(items) for items in right]
+            axis.plot(at, means, styles[training], color=colors[arm], markersize=4, label=label)
+            axis.vlines(at, [100 * share for share in low], [100 * share for share in high], colors[arm], linewidth=1)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("million parameters")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("problems solved (%)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     figure.savefig(PICTURE, metadata={"Date": None})
 
 
