@@ -82,7 +82,7 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     "neurons, by tenths": (0.1, NEURONS),
     "hidden 840": (AT_ONCE, WIDTH),
     "hidden 840, not repaired": (AT_ONCE, WIDTH | {"repair": 0}),
-    "hidden 840, by tenths": (0.1, WIDTH),
+    "hidden 840, not repaired, by twentieths": (0.05, WIDTH | {"repair": 0}),
     "hidden 784": (AT_ONCE, WIDTH | {"width": {"hidden": 784, "kv": 2}}),
     "layers": (AT_ONCE, {"target": "layers"}),
     "torch-pruning": (AT_ONCE, WIDTH | {"repair": 0}),
