@@ -1,6 +1,7 @@
 """A login in an address: where it must not appear."""
 
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 from checkout import TINY
@@ -77,4 +78,22 @@ def test_the_webhook_is_not_redirected(noting, monkeypatch, capsys):
     monkeypatch.setattr(reporting, "_fail_in_mlflow", lambda *_: None)
     reporting.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
     shown = capsys.readouterr().out
-    assert seen_by_other == [] and f"it points to {other}/hook" in shown and "secret" not in shown
+    assert seen_by_other == [] and f"it redirects to {urlsplit(other).hostname}; set {reporting.WEBHOOK}" in shown
+    assert "secret" not in shown and "/hook" not in shown
+
+
+@pytest.mark.parametrize(
+    "url, why",
+    [
+        ("http://127.0.0.1:9/services/secret", "ConnectionError"),
+        ("https://:443/secret", "InvalidURL"),
+        ("{server}/services/secret?key=secret", "it answers 404"),
+    ],
+)
+def test_what_keeps_the_webhook_from_hearing_does_not_show_its_path(url, why, noting, monkeypatch, capsys):
+    monkeypatch.setenv(reporting.WEBHOOK, url.format(server=noting(404)[0]))
+    monkeypatch.setenv("PTL_RUN_ID", "run")
+    monkeypatch.setattr(reporting, "_fail_in_mlflow", lambda *_: None)
+    reporting.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    shown = capsys.readouterr().out
+    assert f"could not be reported to the webhook: {why}" in shown and "secret" not in shown

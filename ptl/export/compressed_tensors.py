@@ -180,8 +180,9 @@ def language_model(folder: Path, _src: Path, settings: Evaluate, chat: Chat, see
     """The harness's model for an export.
 
     transformers expands the weights when it loads them or before the first token, so that neither its speed nor its
-    memory is that of the runtime.
+    memory is that of the runtime. The image of this step has no vLLM.
     """
+    settings = settings.model_copy(update={"backend": "hf"})
     return language_models.language_model(folder, settings, chat, seed, helpers.processes_for(settings))
 
 

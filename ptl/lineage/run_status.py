@@ -112,15 +112,15 @@ def settle(client: MlflowClient, step_run: StepRun) -> None:
 def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
     """A pipeline run's status by those of its steps, and what failed."""
     runs = steps_of(client, step_run.experiment_id, step_run.run)
+    # The report is the last step: one that failed before has been done again since, or the loop ended before it.
+    report = runs.get("report")
+    if report and report.info.status == "FINISHED":
+        return "FINISHED", ""
     for step, run in sorted(runs.items()):
         tags = run.data.tags
         if tags.get("ptl.arm") == "loop" and run.info.status == "FAILED":
             error = tags.get("ptl.error", "")
             return "FAILED", f"{step}: {error}"
-    # The report is the last step.
-    report = runs.get("report")
-    if report and report.info.status == "FINISHED":
-        return "FINISHED", ""
     return "RUNNING", ""
 
 

@@ -169,7 +169,7 @@ def key_of(parent: str, settings: dict[str, Any]) -> Key:
     files = list(_files(settings))
     contents = [(Path(name).name, content) for name, content in files]
     digest = store.digest([__version__, parent, _without_folders(to_jsonable_python(settings)), contents])
-    return Key(digest, {str(Path(name).absolute()): content for name, content in files})
+    return Key(digest, {name if "://" in name else str(Path(name).absolute()): content for name, content in files})
 
 
 def _without_folders(value: Any) -> Any:

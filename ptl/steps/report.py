@@ -58,11 +58,6 @@ def report(call: Call) -> None:
         # As Kubeflow's artifacts and, from a local runner, in the run's directory.
         shutil.copyfile(step.folder / "report.html", call.outputs["html"].path)
         shutil.copyfile(step.folder / "report.md", call.outputs["markdown"].path)
-        run_directory = os.environ.get("PTL_RUN_DIR")
-        if run_directory:
-            # result.json last: where it is, all other files are.
-            for path in sorted(step.folder.iterdir(), key=lambda path: path.name == "result.json"):
-                local_files.replace(Path(run_directory, path.name), path.read_bytes())
         # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
         store.commit(step.run.root, step.run.run, step.run.step, Record("report", final, {"stage": "report"}))
         tracking.finish(
@@ -73,6 +68,11 @@ def report(call: Call) -> None:
             output=None,
             step=0,
         )
+        run_directory = os.environ.get("PTL_RUN_DIR")
+        if run_directory:
+            # After all else, and result.json last: where it is, the run is finished.
+            for path in sorted(step.folder.iterdir(), key=lambda path: path.name == "result.json"):
+                local_files.replace(Path(run_directory, path.name), path.read_bytes())
         shutil.rmtree(scratch("cache"), ignore_errors=True)  # what it has fetched
 
 

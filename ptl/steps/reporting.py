@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 from ptl import address, processes
 from ptl.errors import WorkError
@@ -194,13 +195,17 @@ def _post(url: str, step: str, reason: str) -> None:
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page
-    response = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
-    response.raise_for_status()
+    # A path may be the secret: requests' own messages, and what an address is redirected to, have it.
+    try:
+        response = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
+    except (requests.RequestException, ValueError) as error:
+        raise WorkError(type(error).__name__) from None
     if response.is_redirect:
         # It may lead to any server, and a POST that is redirected loses its body.
-        raise WorkError(
-            f"it points to {address.page(response.headers['location'])}", remedy=f"set {WEBHOOK} to that address"
-        )
+        server = urlsplit(urljoin(url, response.headers["location"])).hostname
+        raise WorkError(f"it redirects to {server}", remedy=f"set {WEBHOOK} to that address")
+    if not response.ok:
+        raise WorkError(f"it answers {response.status_code} {response.reason}")
 
 
 @contextlib.contextmanager
@@ -209,8 +214,4 @@ def _no_reason_to_fail(step: str, receiver: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = str(error)
-        url = os.environ.get(WEBHOOK)
-        if url:  # libraries quote the address, which may be a secret
-            message = message.replace(url, "***")
-        say(step, f"warning: the failure could not be reported to {receiver}: {message}")
+        say(step, f"warning: the failure could not be reported to {receiver}: {error}")

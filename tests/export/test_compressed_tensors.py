@@ -11,9 +11,11 @@ from recovering import DATA
 from tiny_models import build, save, word_calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptl.config.chat import NO_CHAT
 from ptl.config.run import Calibration, Evaluate, Speed, Task
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import score_tasks
+from ptl.evaluation.language_models import noted_hflm
 from ptl.export import compressed_tensors, quantize
 from ptl.export.compressed_tensors import PYTHON, check, group_size
 from ptl.export.compressed_tensors import write as write_compressed
@@ -103,6 +105,12 @@ def test_of_experts_only_fp8_is_written(tmp_path):
         check(save(build("mixtral"), tmp_path / "mixtral"), "fp8")
 
 
+def test_an_export_is_scored_by_transformers_also_where_the_run_has_vllm():
+    settings = Evaluate(tasks=[Task(name="arc_easy")], backend="vllm", speed=Speed(repeats=0))
+    model = compressed_tensors.language_model(DENSE, DENSE, settings, NO_CHAT, 0)
+    assert isinstance(model, noted_hflm())
+
+
 # ---- the real thing
 
 
@@ -118,7 +126,7 @@ def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, o
 
     task = Task(name=str(EXAMPLE / "tiny_reasoner.yaml"), limit=20)
     settings = Evaluate(tasks=[task], speed=Speed(repeats=0))
-    (score,), items = score_tasks(compressed_tensors.language_model(out, DENSE, settings, 0), settings, seed=0)
+    (score,), items = score_tasks(compressed_tensors.language_model(out, DENSE, settings, NO_CHAT, 0), settings, seed=0)
     assert score.accuracy >= 0.9 and len(items) == 20
 
 

@@ -110,4 +110,5 @@ def test_a_step_has_its_finished_run_and_a_run_the_state_of_its_report_or_a_fail
     assert status(recover="FINISHED", report="RUNNING") == status(recover="FINISHED") == ("RUNNING", "")
     assert status(recover="FINISHED", report="FINISHED") == ("FINISHED", "")
     assert status(control="FAILED", report="FINISHED") == ("FINISHED", "")
+    assert status(recover="FAILED", report="FINISHED") == ("FINISHED", "")  # the loop was repeated and ended before it
     assert status(control="FAILED", recover="FAILED") == ("FAILED", "recover: away")

@@ -267,6 +267,7 @@ def test_a_file_counts_by_name_and_content_wherever_it_is(data, tmp_path, monkey
     assert key(data.source) == before and key(copy.name).digest == before.digest
     copy.write_text("{1}")
     assert key(copy.name).digest != before.digest != key(shutil.copy(data.source, "b.jsonl")).digest
+    assert list(key("ptl://general").files) == ["ptl://general"]  # is nowhere
 
 
 def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weights_by_their_time(tmp_path):
