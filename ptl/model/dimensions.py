@@ -237,7 +237,7 @@ def check_unit(experts: int, narrowable: bool, unit: str, repair: int) -> None:
             f"{unit!r} would prune neurons inside of experts, which ptl does only where every layer has experts, "
             "none of them is shared by their width, and they have no biases",
             field="prune.target",
-            remedy="set prune.target=auto, experts or layers",
+            remedy="set prune.target=auto with prune.criterion=taylor, or prune.target=experts or layers",
         )
 
 

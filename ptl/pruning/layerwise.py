@@ -44,7 +44,7 @@ class LayerwiseModel:
         # As from_pretrained: in the config's dtype whatever is stored, but for what the architecture keeps in float32
         stored = safetensors_io.dtypes()[self.entries["model.norm.weight"].dtype]
         causal_lm = pretrained.skeleton(folder, pretrained.config(folder).dtype or stored, buffers=True)
-        causal_lm.eval().requires_grad_(False)
+        pretrained.for_generation(causal_lm).eval().requires_grad_(False)
         self.config = causal_lm.config
         kept_in_float32 = tuple(causal_lm._get_dtype_plan(causal_lm.dtype))  # parts of names
         for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):

@@ -14,8 +14,8 @@ from ptl.evaluation.helpers import MANY_TRUNCATED
 from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_objects, tracking
 from ptl.log import say
-from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions, smallest_cuts
+from ptl.model import checkpoint, widths
+from ptl.model.dimensions import ModelDimensions, model_dimensions, smallest_cuts
 from ptl.model.families import family_of
 from ptl.steps.call import Call, Metadata, key_of, schedule_of
 from ptl.steps.reporting import kubeflow_metrics, score_tags
@@ -62,7 +62,7 @@ def _evaluated(step: Step, source: Path) -> Metadata:
     if call.step == "evaluate-0":
         _warn_of_truncated_answers(scores)
     # The folder has the outcome of every item, which the gate compares.
-    verdict, accepted = decide(step, scores)
+    verdict, accepted = decide(step, source, scores)
     speed = {}
     if ends_the_loop(call, settings["iterations"], accepted):
         _withdraw_later(step, settings["iterations"])
@@ -70,7 +70,7 @@ def _evaluated(step: Step, source: Path) -> Metadata:
     return {
         "scores": scores,
         "checkpoint": dataclasses.asdict(candidate),
-        "smallest_cuts": cuts_of(source, settings["prune"]),
+        "smallest_cuts": smallest_cuts(_dimensions(source), settings["prune"].width_multiple),
         "verdict": verdict,
         "accepted": dataclasses.asdict(accepted),
         "speed": speed,
@@ -79,10 +79,8 @@ def _evaluated(step: Step, source: Path) -> Metadata:
     }
 
 
-def cuts_of(folder: Path, prune: Prune) -> dict[str, int]:
-    """The least number of parameters that can be removed from a checkpoint, for each unit."""
-    dimensions = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-    return smallest_cuts(dimensions, prune.width_multiple)
+def _dimensions(folder: Path) -> ModelDimensions:
+    return model_dimensions(folder, family_of(checkpoint.read_config(folder)))
 
 
 def _scores(step: Step, source: Path, key: str) -> Metadata:
@@ -118,14 +116,14 @@ def _warn_of_truncated_answers(scores: Metadata) -> None:
             )
 
 
-def decide(step: Step, scores: Metadata) -> tuple[Metadata, Pointer]:
+def decide(step: Step, source: Path, scores: Metadata) -> tuple[Metadata, Pointer]:
     """The verdict on the checkpoint whose items are in the step's folder, and what the loop continues with."""
     call = step.call
     if call.iteration == 0:
         return {"decision": "baseline", "reason": ""}, call.inputs["model"]
     if call.arm == "control":
         return {"decision": "control", "reason": ""}, _register(step, scores)
-    decision = _gate_decision(step, scores)
+    decision = _gate_decision(step, source, scores)
     state = decision.state
     if state.stopped:
         # The steps that follow say this when they pass their input through.
@@ -153,7 +151,7 @@ def _register(step: Step, scores: Metadata) -> Pointer:
     return dataclasses.replace(candidate, model_version=version)
 
 
-def _gate_decision(step: Step, scores: Metadata) -> gate.Decision:
+def _gate_decision(step: Step, source: Path, scores: Metadata) -> gate.Decision:
     """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
     call, settings = step.call, step.settings
     candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
@@ -179,9 +177,29 @@ def _gate_decision(step: Step, scores: Metadata) -> gate.Decision:
         baseline=_compare(step, dense),
         parent=_compare(step, parent),
         retained=retention.compare(before, after, settings["gate"].alpha),
-        # The least that the next iteration can remove; None where nothing can go.
-        smallest_cut=parent.metadata["smallest_cuts"].get(following.unit),
+        smallest_cut=_smallest_cut(candidate, source, settings["prune"], parent.metadata, following.unit),
     )
+
+
+def _smallest_cut(candidate: Pointer, source: Path, prune: Prune, parent: Metadata, unit: str) -> int | None:
+    """The least that the next iteration can remove from the candidate's parent; None where nothing can go."""
+    smallest: int | None = parent["smallest_cuts"].get(unit)
+    if unit != "width" or not candidate.chosen:
+        return smallest
+    scores = parent["scores"]
+    before = dataclasses.replace(
+        _dimensions(source),
+        hidden=scores["hidden_size"],
+        width=scores["widths"][-1],
+        kv_heads=scores["kv_heads"],
+        experts=scores["experts"],
+    )
+    chosen: Metadata = candidate.chosen
+    end = dataclasses.replace(before, **chosen)
+    removed = before.params - candidate.params
+    following = before.params - widths.towards(before, end, before.params - removed // 2, prune.width_multiple).params
+    # A size that falls by large steps may take half of a cut for the whole of it.
+    return following if following >= removed else smallest
 
 
 def _compare(step: Step, reference: Record) -> paired.Paired:

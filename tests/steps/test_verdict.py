@@ -10,6 +10,7 @@ from working import OpenedError
 
 from ptl.config.run import Gate, load_config
 from ptl.config.schedule import Prune
+from ptl.model.dimensions import smallest_cuts, static_cost
 from ptl.steps import evaluate
 from ptl.steps.call import Call, Output, key_of
 from ptl.steps.prune import prune
@@ -68,7 +69,7 @@ def decided(run, tmp_path):
         items(tmp_path, right)
         step = at_work(run, f"evaluate-{iteration}", pruned(params), Prune(**prune), rule, fallback=fallback)
         step.folder = tmp_path
-        return evaluate.decide(step, SCORES | {"retention": SCORES["retention"] | {"losses": [*losses]}})
+        return evaluate.decide(step, DENSE, SCORES | {"retention": SCORES["retention"] | {"losses": [*losses]}})
 
     return decide
 
@@ -117,6 +118,20 @@ def test_a_rejected_cut_is_halved_while_the_next_iterations_unit_can_be_cut_by_h
     assert "stopped" not in first["reason"] and "9,000 parameters): stopped" in second["reason"]
 
 
+def test_a_rejected_width_is_not_tried_again_where_half_of_its_cut_is_rounded_up_to_the_whole():
+    dense = evaluate._dimensions(DENSE)  # 64 hidden, 192 neurons, 2 KV heads
+    prune = Prune(width_multiple=8)
+    parent = {"smallest_cuts": smallest_cuts(dense, 8), "scores": dataclasses.asdict(static_cost(DENSE))}
+    for hidden, neurons, smallest in ((56, 192, None), (48, 192, 6144), (64, 176, 6144)):
+        sizes = dataclasses.replace(dense, hidden=hidden, width=neurons)
+        # All neurons stay to the end, but where some go: then these go one by one.
+        end = {"hidden": 32, "width": 192 if neurons == 192 else 64, "kv_heads": 1, "experts": 0}
+        candidate = Pointer("file:///cut", CUT, params=sizes.params, chosen=end)
+        cut = evaluate._smallest_cut(candidate, DENSE, prune, parent, "width")
+        assert cut == (smallest or dense.params - sizes.params), sizes
+    assert evaluate._smallest_cut(candidate, DENSE, prune, parent, "layers") == parent["smallest_cuts"]["layers"]
+
+
 def test_each_candidate_is_compared_with_the_dense_model_and_with_its_parent(decided, scored):
     """A fall in two small steps: neither is one against the parent."""
     parent = Pointer("file:///parent", "sha256:" + "e" * 64, params=90_000, original_params=100_000)
@@ -136,28 +151,29 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(de
 
 def test_without_the_gate_and_in_the_control_checkpoints_are_registered_and_not_tested(run, registered):
     candidate = pruned(60_000)
-    verdict, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), SCORES)
+    verdict, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), DENSE, SCORES)
     numbers = {"params": 60_000, "target_params": 60_000}
     assert verdict == {"decision": "gate off", "reason": "the gate is off", "numbers": numbers}
     assert (onward.digest, onward.model_version) == (CUT, "7")
-    verdict, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), SCORES)
+    verdict, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), DENSE, SCORES)
     assert verdict["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "7")
     name, checkpoint, tags = registered[-1]
     assert (name, checkpoint, tags["step"], tags["arm"]) == ("model", candidate, "control-evaluate", "control")
     # As texts: what the version's page shows of its score.
     score = {"task": "t", "items": 200, "accuracy": "0.9", "low": "0.8", "high": "0.95", "share_removed": "0.4000"}
     assert score.items() <= tags.items()
-    verdict, onward = evaluate.decide(at_work(run, "evaluate-0", IMPORTED), SCORES)
+    verdict, onward = evaluate.decide(at_work(run, "evaluate-0", IMPORTED), DENSE, SCORES)
     assert verdict["decision"] == "baseline" and onward == IMPORTED and len(registered) == 2
 
 
 def test_smallest_cuts_of_a_real_checkpoint():
+    dense = evaluate._dimensions(DENSE)
     # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
-    assert evaluate.cuts_of(DENSE, Prune(width_multiple=1))["neurons"] == 768
-    whole = evaluate.cuts_of(DENSE, Prune(width_multiple=8))
+    assert smallest_cuts(dense, 1)["neurons"] == 768
+    whole = smallest_cuts(dense, 8)
     assert whole["neurons"] == 8 * 768
     assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64  # FFN, attention with half the key-value heads, norms
-    assert "neurons" not in evaluate.cuts_of(DENSE, Prune(width_multiple=192))
+    assert "neurons" not in smallest_cuts(dense, 192)
     # A small step of width is one of the FFN, which takes what the other sizes leave.
     assert whole["width"] == whole["neurons"]
 
