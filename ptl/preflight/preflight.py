@@ -90,17 +90,17 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
 
     `model` has the dense model's sizes, and the schedule's target is a number.
     """
-    before = model.params
-    idle = []
-    for iteration, after in target.possible_paths(model, config.schedule, config.prune)[0]:
-        if after.params == before:
-            idle.append(iteration.index)
-        before = after.params
+    paths = target.possible_paths(model, config.schedule, config.prune)
+    idle = set()
+    for path in paths:
+        before = [model, *(after for _, after in path)]
+        idle |= {step.index for (step, after), earlier in zip(path, before, strict=False) if after == earlier}
     if not idle:
         return []
     return [
-        f"nothing is left to remove for {numbered('iteration', idle)}, as an earlier one removes more than its "
-        f"share: layers and experts go in whole, and widths by multiples (prune.width_multiple="
+        f"{'' if len(paths) == 1 else 'perhaps '}nothing is left to remove for "
+        f"{numbered('iteration', sorted(idle))}, as an earlier one removes more than its share: "
+        f"layers and experts go in whole, and widths by multiples (prune.width_multiple="
         f"{config.prune.width_multiple}): set schedule.cuts=uniform, or take fewer iterations"
     ]
 

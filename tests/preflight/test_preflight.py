@@ -15,6 +15,8 @@ from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.local import run_directory
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import FAMILIES
 from ptl.preflight import preflight, target
 
 STAGE = {"method": "cpt", "decay": "each"}
@@ -80,6 +82,9 @@ def test_models_after_each_iteration_have_whole_units():
         assert [each.params for each in sizes] == params, prune
         assert f"nothing is left to remove for {idle}, as" in said, prune
     assert after(DENSE, Prune(width_multiple=8), cuts="uniform", target=0.32)[1] == ""
+    # Fewer KV heads leave nothing to the eighth, a smaller hidden size nothing to the seventh.
+    _, said = after(model_dimensions(CHECKPOINT, FAMILIES["llama"]), Prune(width_multiple=1), target=0.65, iterations=8)
+    assert said.startswith("perhaps nothing is left to remove for iterations 7 and 8, as")
     assert [each.active_params for each in sizes] == [120_600, 120_400, 120_400, 120_400]
     sizes, _ = after(MIXTURE, Prune(width_multiple=1))  # an expert's neurons go by eights
     assert [(each.width, each.active_params) for each in sizes[::2]] == [(64, 113_800), (40, 109_000)]
