@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from checkout import DENSE, EXAMPLE
+from scipy import stats
 
 from ptl.config.run import Evaluate, Gate
 from ptl.errors import InputError
@@ -74,6 +76,28 @@ def test_the_ratio_is_paired_by_text():
     # What the dense model did not know, in bits for a byte, is not compared.
     assert losses(2.7, 2.8).is_known
     assert retention.compare(losses(2.7, 2.9), losses(1, 1), 0.05) is None
+
+
+def test_the_bounds_are_those_of_student():
+    nats = [0.1, 0.3, 0.0, 0.25, 0.4]
+    found = retention.compare(losses(*[1] * 5), losses(*[1 + each for each in nats]), 0.05)
+    for bound, alternative in ((found.low, "greater"), (found.high, "less")):
+        interval = stats.ttest_1samp(nats, 0, alternative=alternative).confidence_interval(0.95)
+        assert math.log(bound) == pytest.approx(interval.low if alternative == "greater" else interval.high)
+
+
+@pytest.mark.parametrize("skew", [0, -1, 1])
+def test_what_keeps_the_limit_is_rejected_as_often_as_alpha_says(skew):
+    """Texts of many lengths, whose true ratio is the limit: 2,000 sets of as many texts as ship."""
+    random, limit, rejected = np.random.default_rng(5 + skew), 1.2, 0
+    for _ in range(2_000):
+        tokens = random.integers(60, 400, size=54)
+        noise = random.normal(size=54) if skew == 0 else skew * (random.gamma(4, size=54) - 4) / 2
+        dense = random.normal(3, 0.3, size=54) * tokens
+        after = dense + (math.log(limit) + 0.05 * noise) * tokens
+        sets = [TextLosses("x", 10**9, tokens.tolist(), nats.tolist()) for nats in (dense, after)]
+        rejected += retention.compare(*sets, 0.05).fails(limit, strict=False)
+    assert 0.035 < rejected / 2_000 < 0.070, rejected
 
 
 def test_a_file_without_texts_is_refused(tmp_path):
