@@ -47,20 +47,29 @@ def experiment(client: MlflowClient, name: str, artifact_location: str | None = 
             remedy="restore it there or choose another name",
         )
     if artifact_location and artifact_location.startswith("file:"):
-        _check_not_moved(existing, local_files.path_of(artifact_location))
+        check_home(existing, local_files.path_of(artifact_location))
     return existing
 
 
-def _check_not_moved(existing: Experiment, artifacts: Path) -> None:
-    """Raise InputError where the folder of local runs was moved: MLflow would send new checkpoints to the old place."""
+def check_home(existing: Experiment, artifacts: Path | None = None) -> None:
+    """Raise InputError where the folder of local runs was moved or copied: its database names the old folder's files.
+
+    MLflow would send new checkpoints there, and deleting would delete what the original still needs. `artifacts` is the
+    folder's own; by default `artifacts` beside MLflow's database, where there is one.
+    """
     location = str(existing.artifact_location)
-    is_its_own = os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{artifacts.with_name('mlflow.db')}"
+    database = Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"))
+    if artifacts is None:
+        artifacts = database.with_name("artifacts")
+        if not artifacts.is_dir():
+            return
+    is_its_own = database == artifacts.with_name("mlflow.db")
     if not is_its_own or not location.startswith("file:"):
         return
     # By another name it may be the same folder.
     if not local_files.path_of(location).resolve().is_relative_to(artifacts.resolve()):
         raise InputError(
-            f"{artifacts.parent} was moved: what its runs have made is known as {location}",
+            f"{artifacts.parent} was moved or copied: what its runs have made is known as {location}",
             field="--home",
             remedy="move it back, make a link there that leads here, or give another folder",
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client
+from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.mlflow_client import pages
 from ptl.lineage.run_status import PARENT, records_root
 from ptl.storage import store
@@ -58,7 +58,8 @@ def inventory(names: list[str], given_up: list[str], older_than: float) -> list[
     """The files of experiments, of all that hold runs of the pipeline where no name is given.
 
     `given_up` are ids of pipeline runs whose checkpoints may go although they can be resumed: then only their files are
-    listed. `older_than` is in days since the newest file was written. Raises InputError for an unknown experiment.
+    listed. `older_than` is in days since the newest file was written. Raises InputError for an unknown experiment, and
+    in a copy of a folder of local runs, whose database names the original's files.
     """
     with mlflow_client.connected() as client:
         known = {experiment.name: experiment for experiment in pages(client.search_experiments)}
@@ -67,6 +68,8 @@ def inventory(names: list[str], given_up: list[str], older_than: float) -> list[
                 existing = ", ".join(sorted(known)) or "none"
                 raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
         chosen = [known[name] for name in sorted(set(names) or known)]
+        for experiment in chosen:
+            mlflow_objects.check_home(experiment)
         experiments = [_experiment_files(client, experiment, given_up, older_than) for experiment in chosen]
     return [experiment for experiment in experiments if experiment.stored]
 

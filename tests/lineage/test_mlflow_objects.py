@@ -133,7 +133,7 @@ def test_local_runs_that_were_moved_are_not_continued_in_the_old_place(tmp_path,
     old.mkdir()
     assert at(old) == at(old) == f"file://{old}/artifacts"
     shutil.copytree(old, new)
-    with pytest.raises(InputError, match=rf"--home: {new} was moved: .*{old}/artifacts; move it back"):
+    with pytest.raises(InputError, match=rf"--home: {new} was moved or copied: .*{old}/artifacts; move it back"):
         at(new)
     shutil.rmtree(old)
     old.symlink_to(new)

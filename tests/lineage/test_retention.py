@@ -4,6 +4,7 @@ The steps' work is a mock that writes a few bytes; publishing, records and track
 """
 
 import os
+import shutil
 import sqlite3
 import uuid
 from contextlib import ExitStack
@@ -340,3 +341,25 @@ def test_command(finished_run):
     assert f"deleted: 5 items, {size(goes)} ({goes:,} bytes)" in gc(*experiment, "--older-than", "0", "--delete")
     after = listing(held.location)
     assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
+
+
+def test_in_a_copy_of_a_folder_of_runs_nothing_is_deleted(new_database, monkeypatch, tmp_path):
+    def use(home):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{home}/artifacts")
+        monkeypatch.setenv("PTL_SCRATCH", f"{home}/scratch")
+
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    new_database(original)
+    use(original)
+    Loop("copied", monkeypatch).whole()
+    shutil.copytree(original, copy)
+    before = listing(f"file://{original}/artifacts")
+    use(copy)
+    for options in ([], ["--delete"]):
+        result = CliRunner().invoke(app, ["gc", "--home", str(copy), "--older-than", "0", *options])
+        assert f"--home: {copy} was moved or copied" in str(result.exception) and result.exit_code
+        assert listing(f"file://{original}/artifacts") == before
+    use(original)
+    assert going("copied") == INTERMEDIATE
