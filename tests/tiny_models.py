@@ -30,6 +30,7 @@ VARIANTS, MOE_VARIANTS = (
 YARN = KINDS[".yarn"]
 # What differs by more than numbers: of each day, where the others find the same mistakes
 DAILY = ("llama-biases", "llama-tied", "qwen2-sliding", "gemma2", "gemma2-untied", "phi3", "olmo2", "smollm3")
+DAILY += ("phi3-longrope",)
 DAILY += ("granite", "cohere2", "helium", "qwen3_moe-dense", "qwen2_moe", "deepseek_v3", "gpt_oss", "olmoe", "mixtral")
 # Those whose experts can be narrowed: all layers have them, none is shared by their width
 NARROW_VARIANTS = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")

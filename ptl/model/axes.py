@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ptl.errors import InputError
 from ptl.model import pretrained
 from ptl.model.experts import stored_tensors
 from ptl.model.families import ConfigJson, Family
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 HIDDEN = "hidden"  # dimensions of the residual stream
 NEURONS = "neurons"  # of each MLP, or of each expert; stacked projections are so many times as long
 KV_HEADS = "kv_heads"  # KV heads, each with its query heads: a group has rows that follow each other
+ROTARY = ("rope_parameters", "rope_scaling")  # fields of config.json
 FUSED_QKV = "self_attn.qkv_proj"  # rows of queries, keys and values below each other
 
 Axes = tuple[str | None, ...]  # of a tensor; None: what width does not change
@@ -31,7 +33,9 @@ def of_config(
 ) -> dict[str, Axes]:
     """The axes of each tensor of a config.json's model. Raises InputError as `pretrained.skeleton_of_config`."""
     config = pretrained.config_with_defaults(content)
-    plain = {**content, "head_dim": head_size(config)}
+    # No tensor depends on how positions are encoded, and some configs accept their factors for one hidden size alone.
+    plain = {field: value for field, value in content.items() if field not in ROTARY}
+    plain["head_dim"] = head_size(config)
     # Heads are doubled in a wider model: transformers wants a hidden size that they divide.
     wide = {**plain, "hidden_size": 2 * config.hidden_size}
     heads = {"num_attention_heads": 2 * config.num_attention_heads, "num_key_value_heads": 2 * kv_heads(config)}
@@ -70,9 +74,14 @@ def kv_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def fixed(of_names: Mapping[str, Axes], config: Any) -> dict[str, str]:
-    """Why hidden size ("hidden") or KV heads ("kv") cannot be pruned exactly; empty: they can."""
+def fixed(of_names: Mapping[str, Axes], content: ConfigJson, config: Any) -> dict[str, str]:
+    """Why hidden size ("hidden") or KV heads ("kv") cannot be pruned exactly; empty: they can.
+
+    `content` is that of config.json, `config` what transformers makes of it.
+    """
     reasons = {}
+    if _ties_heads_to_hidden(content, config):
+        reasons |= dict.fromkeys(("hidden", "kv"), "its config accepts only heads of its hidden size / number of heads")
     if not hasattr(config, "rms_norm_eps"):
         reasons["hidden"] = "its norms subtract a mean, which the dimensions that go are part of"
     for name, kinds in of_names.items():
@@ -83,6 +92,17 @@ def fixed(of_names: Mapping[str, Axes], config: Any) -> dict[str, str]:
         elif kinds == (KV_HEADS,) and name.endswith("norm.weight"):
             reasons["kv"] = "a norm is over all of its heads together"
     return reasons
+
+
+def _ties_heads_to_hidden(content: ConfigJson, config: Any) -> bool:
+    """Whether the config class refuses another hidden size beside the same head_dim (Phi-3's checks longrope by it)."""
+    try:
+        pretrained.skeleton_of_config(
+            {**content, "head_dim": head_size(config), "hidden_size": 2 * config.hidden_size}, "config.json"
+        )
+    except InputError:
+        return True
+    return False
 
 
 def value_size(config: Any) -> int:

@@ -154,7 +154,7 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         outside=terms(model.tensors.keys() - counted),
         heads_per_kv_head=config.num_attention_heads // widths[KV_HEADS],
         head_size=axes.value_size(config),
-        fixed=axes.fixed(of_names, config),
+        fixed=axes.fixed(of_names, model.content, config),
         square=model.family.square,
         dense_layers=dense_layers,
         **mixture,

@@ -84,7 +84,11 @@ def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size
 # ---- a config.json that is wrong
 
 
-@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS))
+# With longrope transformers itself refuses Phi-3's sizes, by the number of factors.
+CHECKED_BY_SHAPE = [variant for variant in VARIANTS if "longrope" not in variant]
+
+
+@pytest.mark.parametrize("variant", nightly_but(*DAILY, of=CHECKED_BY_SHAPE))
 def test_a_size_that_differs_from_the_weights_is_named(folders, tmp_path, variant):
     """Two of the sizes in each variant, each size in several."""
     number = [*VARIANTS].index(variant)
