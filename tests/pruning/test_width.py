@@ -29,7 +29,7 @@ BY_DAY = [(variant, unit, narrow) for variant, unit, narrow in CASES if narrow o
 OF_LAYERS = {"num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
 # What cannot be pruned exactly: attention as wide as the hidden size, norms that subtract a mean, or over all heads
 FIXED = {"helium": {"hidden", "kv"}, "olmoe": {"hidden", "kv"}, "cohere2": {"hidden"}, "olmo2": {"kv"}, "olmo3": {"kv"}}
-FIXED |= dict.fromkeys(("phi3-longrope", "phi3-longrope-partial"), {"hidden", "kv"})
+FIXED |= {"phi3-longrope": {"hidden", "kv"}, "phi3-longrope-partial": {"hidden", "kv"}}
 # Norms of queries and keys keep their size, and have the epsilon of the others, which grows by 32 / 20: it is too small
 # to be measured in these
 NO_EPSILON = {"rms_norm_eps": 1e-12}
