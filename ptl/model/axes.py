@@ -79,7 +79,7 @@ def fixed(of_names: Mapping[str, Axes], content: ConfigJson, config: Any) -> dic
 
     `content` is that of config.json, `config` what transformers makes of it.
     """
-    reasons = {}
+    reasons: dict[str, str] = {}
     if _ties_heads_to_hidden(content, config):
         reasons |= dict.fromkeys(("hidden", "kv"), "its config accepts only heads of its hidden size / number of heads")
     if not hasattr(config, "rms_norm_eps"):
