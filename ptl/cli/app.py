@@ -15,7 +15,7 @@ from ptl.storage import local_files
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # a bug's traceback goes into an issue: as Python prints it
 )
 

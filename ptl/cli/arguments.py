@@ -7,12 +7,13 @@ it at a time.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -91,11 +92,26 @@ Runner = Annotated[
     Literal["subprocess", "docker"],
     typer.Option(help="how the steps of a local run are executed: docker runs each in its image"),
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON document; everything else goes to the standard error")
+]
 Servers = Annotated[bool, typer.Option("--s3", help="use the servers of `ptl up`, as `ptl run --s3` does")]
 Rehearse = Annotated[
     bool,
     typer.Option("--rehearse", help="the same steps with about 1 % of the work: minutes, and numbers without meaning"),
 ]
+
+
+@contextmanager
+def printing_json(as_json: bool) -> Iterator[None]:
+    """Let what a command prints go to the standard error where its output is one JSON document."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
+def print_json(document: Any) -> None:
+    """Print the one document of a command with --json."""
+    print(json.dumps(document, indent=2, default=str))
 
 
 def check_given(section: Calibration | TrainingData, name: str) -> None:

@@ -20,7 +20,7 @@ import typer
 
 from ptl import extras
 from ptl.cli import arguments
-from ptl.cli.arguments import ConfigFile, Overrides
+from ptl.cli.arguments import AsJson, ConfigFile, Overrides
 from ptl.config import dag
 from ptl.config.base import FILL_IN
 from ptl.config.run import Config, check, load_config, pairs
@@ -86,19 +86,28 @@ def validate(
             "--schema", is_eager=True, callback=_print_schema, help="print the JSON schema of a config, for editors"
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a config, its data files and its model, and print what size it ends with; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
-    dense = checked(settings)
+    with arguments.printing_json(as_json):
+        dense = checked(settings)
+    # Without torch there are no sizes to print.
     if dense is None:
+        if as_json:
+            arguments.print_json({"name": settings.name, "params": None, "ends": []})
         return
     from ptl.preflight import target
 
-    if goal := target.sentence(settings):
-        print(goal)
+    goal = target.sentence(settings)
     numbered = target.with_number(settings)
     paths = target.possible_paths(dense, numbered.schedule, settings.prune)
     ends = {end.params for end in target.ends(paths)}
+    if as_json:
+        arguments.print_json({"name": settings.name, "params": dense.params, "ends": sorted(ends)})
+        return
+    if goal:
+        print(goal)
     at_most = "at most " if len(ends) > 1 else ""
     print(f"{settings.name}: {dense.params:,} parameters become {at_most}{max(ends):,}; `ptl plan` has every step")
 
@@ -113,6 +122,7 @@ def plan(
     nodes: Annotated[
         int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Forecast every step (parameters, tokens, GPU memory, hours) from the model's config, without weights."""
     from ptl.model import hub
@@ -120,11 +130,14 @@ def plan(
 
     settings = load_config(config, pairs("--set", sets))
     run = forecast.forecast(settings, gpu, count, nodes)
-    print(forecast_table.steps(run))
-    if widths := forecast_table.widths(run):
-        print(widths)
+    if as_json:
+        arguments.print_json(forecast_table.document(run))
     folder = hub.locate(settings.model.path, settings.model.revision, hub.SMALL_FILES)
-    of_model = _planned(run.config, folder, run.shape.dimensions)
+    with arguments.printing_json(as_json):
+        print(forecast_table.steps(run))
+        if widths := forecast_table.widths(run):
+            print(widths)
+        of_model = _planned(run.config, folder, run.shape.dimensions)
     warn([*preflight.warnings(settings), *remedies.warnings(run), *of_model])
 
 

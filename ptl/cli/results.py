@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from dataclasses import asdict
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from ptl import __version__, processes
 from ptl.cli import arguments
-from ptl.cli.arguments import CONFIG_HELP, HOME, Home, Servers, TargetFolder
+from ptl.cli.arguments import CONFIG_HELP, HOME, AsJson, Home, Servers, TargetFolder
 from ptl.config.export import TYPES
 from ptl.config.run import load_config
 from ptl.errors import InputError
@@ -142,6 +143,7 @@ def compare(
     margin: Annotated[float, typer.Option(help="drop in accuracy that is tolerated, as a share of the items")] = 0.02,
     alpha: Annotated[float, typer.Option(help="significance level of the tests")] = 0.05,
     strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown to be not inferior")] = False,
+    as_json: AsJson = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
@@ -153,10 +155,16 @@ def compare(
         # The files are read here, before the folder is removed.
         old, new = (work.read_items(locate.evaluation(name, Path(folder))) for name in (reference, candidate))
     pairs, pass_at_n = work.compare(old, new, margin, alpha)
-    print(work.comparison_table(pairs, pass_at_n))
-    lengths = work.answers_table(old, new)
-    if lengths:
-        print(lengths)
+    if as_json:
+        comparisons = {"tasks": pairs, "pass_at_n": pass_at_n}
+        arguments.print_json(
+            {kind: {task: asdict(pair) for task, pair in of_tasks.items()} for kind, of_tasks in comparisons.items()}
+        )
+    else:
+        print(work.comparison_table(pairs, pass_at_n))
+        lengths = work.answers_table(old, new)
+        if lengths:
+            print(lengths)
     raise typer.Exit(3 if any(pair.fails(strict) for pair in pairs.values()) else 0)
 
 
@@ -211,6 +219,7 @@ def gc(
     ] = [],  # noqa: B006
     older_than: Annotated[float, typer.Option(min=0, help="days since the last write; anything newer is kept")] = 7.0,
     delete: Annotated[bool, typer.Option("--delete", help="delete; without this option nothing is changed")] = False,
+    as_json: AsJson = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
@@ -224,7 +233,7 @@ def gc(
     # Wrong names are refused before anything is deleted.
     given_up = [locate.find_run(name)[0].id for name in run]
     experiments = retention.inventory(experiment, given_up, older_than)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, arguments.printing_json(as_json):
         for files in experiments:
             print(f"experiment {files.name}, in {files.location}")
             _print_list(files.stored)
@@ -235,6 +244,9 @@ def gc(
                 for stored in unneeded:
                     retention.delete(files, stored)
     num_bytes = sum(stored.bytes for stored in removed)
+    if as_json:
+        arguments.print_json({"deleted": delete, "bytes": num_bytes, "experiments": list(map(asdict, experiments))})
+        return
     summary = f"{len(removed)} items, {size(num_bytes)} ({num_bytes:,} bytes)"
     print(f"deleted: {summary}" if delete else f"can go: {summary}; nothing was deleted, --delete does it")
 

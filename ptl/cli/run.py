@@ -23,7 +23,7 @@ from ptl.cli.configs import checked
 from ptl.config import rehearsal
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import PtlError, WorkError
-from ptl.lineage import run_status
+from ptl.lineage import mlflow_client, run_status
 from ptl.local import run_directory, runs, servers
 from ptl.local.run_directory import RunDir
 from ptl.log import table_text
@@ -62,6 +62,8 @@ def run(
         from ptl.recovery.job import ALONE
 
         # Everything that can be refused is refused before a server or a directory exists.
+        if not s3:
+            mlflow_client.check_address()
         settings = load_config(config, pairs("--set", sets))
         # A rehearsal takes what there is here: transformers in vLLM's place.
         checked(settings, () if runner == "subprocess" and not rehearse else extras.UnusableError)

@@ -48,9 +48,28 @@ LONGEST = 4096  # characters of a path
 SHOWN = 200  # characters of a wrong value
 MOST = 3  # suggestions
 NEAR = 0.62  # similarity of a name that may have been meant
+_NUMBER_KINDS = dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number")
+_NUMBER_KINDS |= dict.fromkeys(("float_type", "float_parsing"), "must be a number")
+# Our words for pydantic's kinds of errors; {braces} hold what an error says of its limits.
 KINDS = {
+    **_NUMBER_KINDS,
+    "finite_number": "must be a finite number",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "literal_error": "must be {expected}",
     "model_type": "must be a section, a mapping of its fields",
+    "dict_type": "must be a mapping of names to values",
     "tuple_type": "must be a list: [...]",
+    "too_short": "must have an entry",
+    "invalid_key": "must have text as its names",
+    "string_unicode": "must be text of valid Unicode",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match the regular expression {pattern}",
     "string_type": """must be text: put it in quotes, FIELD: "VALUE" in a file, --set 'FIELD="VALUE"' in a shell""",
 }
 
@@ -82,6 +101,13 @@ def one_error(message: str) -> WrapValidator:
             raise ValueError(message) from error
 
     return WrapValidator(validate)
+
+
+# What Kubernetes, and so a pipeline's name too, takes as a DNS label.
+Label = Annotated[
+    Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")],
+    one_error("must be text of small letters, digits and hyphens, up to 63, and begin and end with a letter or digit"),
+]
 
 
 class Section(BaseModel):
@@ -178,7 +204,8 @@ def _explanation(section: type[Section], details: Any) -> str:
     if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
         message = str(details["ctx"]["error"])
     # Pydantic's words name classes and kinds of Python.
-    message = KINDS.get(details["type"], message)
+    if words := KINDS.get(details["type"]):
+        message = words.format(**details.get("ctx", {}))
     if isinstance(details["input"], dict):  # a whole section says less than the message
         return message
     value = repr(details["input"])

@@ -12,15 +12,26 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from ptl.config.base import Positive, Section, one_error
+from ptl.config.base import Label, Positive, Section, one_error
 from ptl.processes import RETRIES, RETRY_WAIT
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "export-gguf", "export-compressed-tensors", "report"]
 # Kubernetes' quantities, and names of its objects.
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+Quantity = Annotated[
+    Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")],
+    one_error("must be a quantity of Kubernetes, for example 4, 500m or 64Gi"),
+]
+Name = Annotated[
+    Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")],
+    one_error("must be text of small letters, digits, hyphens and dots, and begin and end with a letter or digit"),
+]
+# Pods carry it as a label's value.
+Queue = Annotated[
+    Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")],
+    one_error("must be text of small letters, digits, hyphens and dots, up to 63"),
+]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
-Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Mounted = Label
 # Without a domain Kubernetes takes its own resources alone: cpu, memory, and no gpu.
 Accelerator = Annotated[
     Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")],
@@ -115,7 +126,7 @@ class Resources(Section):
     """tolerations of prune, recover, evaluate and export-compressed-tensors"""
     node_selector: dict[str, str] = Field({})
     """labels of the nodes for the same steps, for example nvidia.com/gpu.product"""
-    queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+    queue: Queue | None = None
     """Kueue LocalQueue"""
     image_pull_secrets: tuple[Name, ...] = ()
     """Secrets with the login of the image registry"""

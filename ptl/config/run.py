@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
 from ptl.config import image_names, yaml_text
-from ptl.config.base import FOLDER, Location, Positive, Section, error_lines, typed
+from ptl.config.base import FOLDER, Label, Location, Positive, Section, error_lines, one_error, typed
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.data import Sources, TrainingData
@@ -22,7 +22,10 @@ from ptl.errors import InputError
 S = TypeVar("S", bound=Section)
 
 ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
-ImageDigest = Annotated[str, Field(pattern=image_names.DIGEST)]
+ImageDigest = Annotated[
+    Annotated[str, Field(pattern=image_names.DIGEST)],
+    one_error("must be a digest: sha256: and 64 hexadecimal digits, as `ptl images digests` prints them"),
+]
 
 
 class ModelSource(Section):
@@ -167,7 +170,7 @@ class Images(Section):
 class Config(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    name: Label
     """the pipeline's name"""
 
     # What the loop does with which model and data.

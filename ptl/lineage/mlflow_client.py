@@ -28,6 +28,9 @@ REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOU
 MESSAGE = 300  # characters of an error: it may be a login page
 PAGE = 1000  # results in one answer; MLflow allows no more of experiments
 
+# Of servers and databases. Folders (file:) have no registry of models, and Databricks keeps records its own way.
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+
 # Error codes of MLflow.
 NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
 ALREADY_THERE = "RESOURCE_ALREADY_EXISTS"
@@ -41,6 +44,22 @@ SqlAlchemyStore(*sys.argv[1:]).engine.dispose()
 """
 
 
+def check_address() -> None:
+    """Raise InputError for a MLFLOW_TRACKING_URI that MLflow has no store for: it says so late, and of another part."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    shown = address.without_login(uri)
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        raise InputError(shown, field="MLFLOW_TRACKING_URI", remedy=f"write http://{shown}, or https://")
+    # A database's scheme may name its driver: postgresql+psycopg2
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if uri and scheme not in SCHEMES:
+        raise InputError(
+            f"{shown} begins with none of {', '.join(SCHEMES)}",
+            field="MLFLOW_TRACKING_URI",
+            remedy="give the address of a server (https://...) or of a database (sqlite:////folder/mlflow.db)",
+        )
+
+
 def connect() -> MlflowClient:
     """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
     # MLflow prints the address: a password must not be in it.
@@ -50,8 +69,7 @@ def connect() -> MlflowClient:
         raise InputError(
             "MLFLOW_TRACKING_URI is not set", field="environment", remedy="set it to your MLflow server's address"
         )
-    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
-        raise InputError(f"MLFLOW_TRACKING_URI={uri}", field="environment", remedy=f"write http://{uri}, or https://")
+    check_address()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Else it prints two lines whenever a run ends, among what a command prints.

@@ -81,6 +81,7 @@ def reach(home: Path, s3: bool) -> None:
         use(servers.up(home))
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow_client.check_address()
         return
     database = home / "mlflow.db"
     if not database.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from string import ascii_uppercase
+from typing import Any
 
 from ptl.log import table_text
 from ptl.preflight import target
@@ -39,6 +40,33 @@ def steps(run: Forecast) -> str:
         "checkpoints (estimates from data sheets, without exports, queues and the start of pods)"
     )
     return table_text(title, headings, rows, numbers=headings[1:-1])
+
+
+def document(run: Forecast) -> dict[str, Any]:
+    """Every step as data: memory in bytes on each GPU, hours of wall-clock time."""
+    steps = [
+        {
+            "step": step.step,
+            "params": step.model.params,
+            "active_params": step.model.active_params,
+            "tokens": step.tokens,
+            "nodes": step.nodes,
+            "gpus": step.gpus,
+            "memory": round(step.memory),
+            "fits": step.fits,
+            "hours": step.hours,
+            "note": step.note,
+        }
+        for step in run.steps
+    ]
+    return {
+        "params": run.shape.dimensions.params,
+        "gpu": run.kind,
+        "nodes": run.nodes,
+        "hours": run.hours,
+        "gpu_hours": run.gpu_hours,
+        "steps": steps,
+    }
 
 
 def widths(run: Forecast) -> str | None:

@@ -208,3 +208,8 @@ def test_a_shipped_config_is_given_by_its_name_and_compiled_with_the_paths_of_th
     assert shipped.calibration.data[0].source == str(tmp_path / "rows.jsonl")
     # A config of one's own keeps its files where they are.
     assert arguments.as_in_images(config, tmp_path / "own.yaml").model.path == config.model.path
+
+
+def test_help_by_its_short_option_and_completion(ptl):
+    assert ptl("-h") == ptl("--help") and ptl("plan", "-h")[0] == 0
+    assert "--install-completion" in ptl("-h")[1]

@@ -232,6 +232,8 @@ def test_compare_by_name_and_of_a_checkpoint_that_was_scored_twice_by_the_last_t
     for reference, candidate in zip(first, last, strict=True):
         printed = ptl("compare", reference, candidate)
         assert COMPARED in printed and LENGTHS in printed
+    document = json.loads(ptl("compare", here.directory / "evaluate-0", here.directory, "--json"))
+    assert document["tasks"]["t"]["verdict"] == "unclear" and document["tasks"]["t"]["items"] == 10
     rows = [{"arm": arm, "step": step, "digest": "d"} for arm, step in (("loop", "evaluate-1"), ("loop", "evaluate-2"))]
     rows.append({"arm": "control", "step": "control-evaluate", "digest": "d"})
     assert locate._final_evaluation({"rows": rows, "final": {"digest": "d"}}, "run") == "evaluate-2"

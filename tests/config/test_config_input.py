@@ -62,6 +62,8 @@ def test_any_values_of_fields_are_refused_or_sound(fields):
         is_whole(check(Config, raw, "config", folder=TINY.parent))
     except InputError as error:
         assert "wrong values" in str(error) and len(str(error)) < 20_000
+        # Of pydantic, which speaks of tuples and inputs
+        assert " should " not in str(error).replace("'", " ")
 
 
 @fast

@@ -138,6 +138,18 @@ def test_local_runs_that_were_moved_are_not_continued_in_the_old_place(tmp_path,
     shutil.rmtree(old)
     old.symlink_to(new)
     assert at(new) == f"file://{old}/artifacts"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
-    with pytest.raises(InputError, match="write http://localhost:5000"), mlflow_client.connected():
-        pass
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("localhost:5000", "MLFLOW_TRACKING_URI: localhost:5000; write http://localhost:5000, or https://"),
+        ("htp://user:secret@host", r"MLFLOW_TRACKING_URI: htp://\*\*\*@host begins with none of http, https, sqlite"),
+        ("file:///mlruns", "MLFLOW_TRACKING_URI: file:///mlruns begins with none of http, https, sqlite"),
+    ],
+)
+def test_an_address_that_mlflow_has_no_store_for_is_refused_before_any_work(uri, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for use in (mlflow_client.connect, lambda: runs.reach(tmp_path, s3=False)):
+        with pytest.raises(InputError, match=message):
+            use()

@@ -3,6 +3,7 @@
 The steps' work is a mock that writes a few bytes; publishing, records and tracking are the real ones.
 """
 
+import json
 import os
 import shutil
 import sqlite3
@@ -338,6 +339,10 @@ def test_command(finished_run):
     dry = gc(*experiment, "--older-than", "0")
     assert f"can go: 5 items, {size(goes)} ({goes:,} bytes); nothing was deleted" in dry
     assert f"registered: {finished_run.experiment} 1" in dry and listing(held.location) == before
+    result = CliRunner().invoke(app, ["gc", *experiment, "--older-than", "0", "--json"], catch_exceptions=False)
+    document = json.loads(result.stdout)
+    going_files = [files for files in document["experiments"][0]["stored"] if not files["needed"]]
+    assert (document["deleted"], document["bytes"], len(going_files)) == (False, goes, 5)
     assert f"deleted: 5 items, {size(goes)} ({goes:,} bytes)" in gc(*experiment, "--older-than", "0", "--delete")
     after = listing(held.location)
     assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes

@@ -107,13 +107,20 @@ def output(command, *arguments, **settings):
     sets = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]
     done = CliRunner().invoke(app.app, [command, *map(str, arguments), *sets], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout if "--json" in arguments else done.output
 
 
 def columns(said):
     """The table of widths: its rows without borders."""
     rows = [re.findall(r"[^\s│┃]+", line) for line in said.partition("Hidden size/")[2].splitlines()]
     return {row[0]: row[1:] for row in rows if len(row) > 1 and (row[0] in ("Iteration", "dense") or row[0].isdigit())}
+
+
+def test_plan_and_validate_print_one_json_document():
+    plan = json.loads(output("plan", TINY, "--json"))
+    ends = json.loads(output("validate", TINY, "--json"))["ends"]
+    assert plan["steps"][0]["step"] == "evaluate-0" and plan["steps"][0]["params"] == plan["params"]
+    assert ends == [min(step["params"] for step in plan["steps"] if "control" not in step["step"])]
 
 
 def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_chooses_from():
