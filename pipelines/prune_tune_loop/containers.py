@@ -106,9 +106,12 @@ def _mounts(paths: set[Path], *, read_only: bool) -> list[Any]:
     """A bind mount for each path that is in no other of them."""
     from docker.types import Mount
 
-    # A mount contains all that is below it.
-    outermost = sorted(path for path in paths if paths.isdisjoint(path.parents))
-    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in outermost]
+    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in outermost(paths)]
+
+
+def outermost(paths: set[Path]) -> list[Path]:
+    """Paths without those below another of them: a mount contains all that is below it."""
+    return sorted(path for path in paths if paths.isdisjoint(path.parents))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -128,7 +128,7 @@ def _warn_of_local_files(config: Config, file: Path) -> None:
 
     examples = arguments.image_root(file) / "examples"  # the images contain them
     # A volume may hold the path for the pods, so it is no error.
-    for path in sorted(containers.files(config)):
+    for path in containers.outermost(containers.files(config)):
         if not path.is_relative_to(examples):
             _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
 

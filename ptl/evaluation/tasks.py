@@ -11,6 +11,7 @@ from ptl.config.base import FILL_IN
 from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.evaluation import retention, task_files
+from ptl.evaluation.code_files import CodeFiles, code_files
 from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits, task_error
 
 ALLOW_CODE = "evaluate.allow_code"
@@ -110,10 +111,24 @@ def files(settings: Evaluate) -> set[Path]:
             paths |= {Path(split.file) for split in splits.values()}
             if is_path(task.name):
                 paths |= {*spec.files}
-            # Functions may be of any Python beside the files that name them.
-            if is_path(task.name) and spec.functions:
-                paths |= {module for path in spec.files for module in path.parent.glob("*.py")}
+            for beside in _beside_code(task, spec):
+                paths |= {*beside.files}
     return paths
+
+
+def _beside_code(task: Task, spec: Spec) -> list[CodeFiles]:
+    """What the code of a user's task may read: all that is below the folders of the files that name functions."""
+    if not is_path(task.name) or not (spec.functions or spec.class_name):
+        return []
+    folders = sorted({path.parent for path in spec.files})
+    # A folder contains those below it.
+    return [code_files(folder) for folder in folders if not {*folders} & {*folder.parents}]
+
+
+def warnings(settings: Evaluate) -> list[str]:
+    """What the code of tasks may read and no step's key has."""
+    pairs = [(task, spec) for task in settings.tasks for spec in find_here(task.name)]
+    return [beside.warning() for task, spec in pairs for beside in _beside_code(task, spec) if beside.left_out]
 
 
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:

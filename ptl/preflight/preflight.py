@@ -13,6 +13,7 @@ from ptl.config.schedule import Prune, Schedule
 from ptl.data import chat_templates
 from ptl.data.checks import check_data, check_own_answers, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
+from ptl.evaluation import tasks
 from ptl.evaluation.tasks import answer_tokens, check_gate, check_greedy, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, model_dimensions
@@ -82,7 +83,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
 
 def warnings(config: Config) -> list[str]:
     """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
-    return [*_idle_accelerators(config), *_unfit_for_the_gate(config)]
+    return [*_idle_accelerators(config), *_unfit_for_the_gate(config), *tasks.warnings(config.evaluate)]
 
 
 def model_warnings(config: Config, model: ModelDimensions) -> list[str]:

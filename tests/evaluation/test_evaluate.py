@@ -13,7 +13,7 @@ from checkout import DENSE, EXAMPLE, ROOT
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
-from ptl.evaluation import language_models, scoring, tasks
+from ptl.evaluation import code_files, language_models, scoring, tasks
 from ptl.evaluation.evaluate import SCORES, evaluate_checkpoint, read_items, write_items
 from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper, Share, divided, visible_gpu
 from ptl.evaluation.language_models import language_model, tensor_parallel
@@ -478,11 +478,38 @@ def test_the_files_of_a_task_are_what_it_reads(tmp_path):
     wanted = task_file(tmp_path, "include: base.yaml\ntask: own\n")
     assert files(wanted) >= {*own, Path(YAML), data} and tmp_path / "utils.py" not in files(wanted)
     wanted = task_file(tmp_path, "include: base.yaml\ntask: own\nprocess_docs: !function utils.ask\n")
-    assert {path for path in files(wanted) if path.parent == tmp_path} == {*own, tmp_path / "utils.py"}
+    # Functions may read anything below the task's folder.
+    inner = tmp_path / "inner" / "modules"
+    (inner / "__pycache__").mkdir(parents=True)
+    (inner / "__pycache__" / "grade.pyc").touch()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").touch()
+    (tmp_path / "config.yaml").write_text("evaluate: {}\n")
+    counted = {inner / "grade.py", inner.parent / "table.csv"}
+    for path in counted:
+        path.touch()
+    beside = {tmp_path / name for name in ("utils.py", "log.txt", "other.jsonl")}
+    beside |= {tmp_path / f"gsm8k_{split}.jsonl" for split in ("test", "train")}
+    assert {path for path in files(wanted) if path.is_relative_to(tmp_path)} == own | counted | beside
     # The harness's own come with the image, their data from the hub, unless it is in a folder.
     assert files(settings({"name": "gsm8k"})) == set()
     read = files(settings({"name": "gsm8k"}, data_dir=str(tmp_path)))
     assert {path.name for path in read} == {"gsm8k_test.jsonl", "gsm8k_train.jsonl"}
+
+
+def test_files_beside_code_that_do_not_count_are_named(tmp_path, monkeypatch):
+    wanted = task_file(tmp_path, f"include: {YAML}\ntask: own\nprocess_docs: !function utils.ask\n")
+    assert tasks.warnings(wanted) == []
+    monkeypatch.setattr(code_files, "LARGEST_FILE", 2**20)
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(2**20 + 1)
+    (tmp_path / "linked").symlink_to(Path(YAML).parent)
+    (warning,) = tasks.warnings(wanted)
+    assert warning.startswith(f"evaluate.tasks: a change of large.bin, linked in {tmp_path} is not noticed when")
+    assert not {tmp_path / "large.bin", tmp_path / "linked"} & files(wanted)
+    (tmp_path / "later.py").touch()
+    monkeypatch.setattr(code_files, "MOST_FILES", 1)
+    assert all("and all after the first 1 files" in warning for warning in tasks.warnings(wanted))
 
 
 def test_local_files_that_are_missing_or_broken_are_named(tmp_path, data_dir, monkeypatch):

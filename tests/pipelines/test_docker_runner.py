@@ -78,6 +78,13 @@ def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_pat
     assert {task.parent, included} <= containers.files(own)
     monkeypatch.chdir(task.parent)
     assert task.parent not in (found := containers.files(own)) and {task, included} <= found
+    # A file that is in a step's key is in its container.
+    module = task.parent / "inner" / "grade.py"
+    module.parent.mkdir()
+    module.touch()
+    assert module not in found
+    task.write_text(f"{task.read_text()}process_docs: !function inner.grade.ask\n")
+    assert module in containers.files(own)
 
 
 @pytest.fixture(scope="module")

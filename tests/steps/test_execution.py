@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from checkout import TINY
+from checkout import EXAMPLE, TINY
 from run_records import scores
 from working import OpenedError, execute, fetch, run_locally
 
 from ptl import processes
 from ptl.config.data import DataSource
 from ptl.config.recover import RecoverStage
-from ptl.config.run import Evaluate, ModelSource, check, load_config
+from ptl.config.run import Evaluate, ModelSource, Task, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
 from ptl.lineage import mlflow_client, tracking
@@ -285,6 +285,20 @@ def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weig
         assert (key_of("", source) == before[1]) == imported
     (tmp_path / names[1]).write_bytes(b"others!")
     assert key_of("sha256:parent", teacher).digest != before[0].digest
+
+
+def test_a_module_in_a_subfolder_and_a_table_that_grading_code_reads_are_part_of_the_key(tmp_path):
+    (tmp_path / "inner").mkdir()
+    read = [tmp_path / "inner" / "grade.py", tmp_path / "inner" / "table.csv", tmp_path / "own.yaml"]
+    read[2].write_text(f"include: {EXAMPLE}/tiny_reasoner.yaml\ntask: own\nprocess_docs: !function inner.grade.ask\n")
+    digests = set()
+    for path in read:
+        for text in ("# before\n", "# after\n"):
+            path.write_text(text + (path.read_text() if path.suffix == ".yaml" else ""))
+            evaluate_settings = Evaluate(tasks=(Task(name=str(read[2])),), allow_code=True)
+            digests.add(key_of("", {"evaluate": evaluate_settings}).digest)
+    # The state after one file's change is the next one's before.
+    assert len(digests) == 6
 
 
 def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
