@@ -80,11 +80,11 @@ def _is_text(value: Any) -> bool:
 
 
 def measure(lm: Any, settings: Evaluate) -> TextLosses:
-    """Losses of the held-out texts by the harness's model, each after its first token, as the tokenizer begins a text.
+    """Losses of the held-out texts by the harness's model, each after what the tokenizer begins a text with.
 
-    That is BOS where the tokenizer adds one; behind a BOS that it has never seen, a model predicts the rest worse. A
-    window at a time, and in float32: the logits of a batch of whole texts need more memory than answers do, and sums in
-    bfloat16 are whole nats.
+    That is mostly BOS; where it adds nothing, the text's own first token, as behind a BOS that it has never seen a
+    model predicts the rest worse. What the tokenizer adds is not scored. A window at a time, and in float32: the logits
+    of a batch of whole texts need more memory than answers do, and sums in bfloat16 are whole nats.
     """
     import torch
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -93,15 +93,30 @@ def measure(lm: Any, settings: Evaluate) -> TextLosses:
     dtype, lm.softmax_dtype = getattr(lm, "softmax_dtype", None), torch.float32
     counts, losses = [], []
     for text in tqdm(held_out, desc="held-out texts"):
-        # Without the warning of texts that are longer than the context.
-        first, *ids = lm.tokenizer(text, verbose=False)["input_ids"]
-        windows = map(make_disjoint_window, get_rolling_token_windows(ids, first, lm.max_length, context_len=1))
+        start, ids = _start_and_text(lm.tokenizer, text)
+        # A window has room for the start of a text, although only the first begins with it.
+        room = lm.max_length - len(start) + 1
+        windows = [*map(make_disjoint_window, get_rolling_token_windows(ids, start[-1], room, context_len=1))]
+        windows[:1] = [(start, scored) for _, scored in windows[:1]]
         found = [lm._loglikelihood_tokens([(("", ""), *window)], disable_tqdm=True) for window in windows]
         counts.append(len(ids))
         losses.append(-sum(likelihood for ((likelihood, _),) in found))
     lm.softmax_dtype = dtype
     size = sum(len(text.encode()) for text in held_out)
     return TextLosses(Path(settings.retention or PROSE).name, size, counts, losses)
+
+
+def _start_and_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """The tokens that a text begins with and are given, and those of the text that are scored.
+
+    Some tokenizers add two in front ([gMASK]<sop>), and some add EOS behind.
+    """
+    # Without the warning of texts that are longer than the context.
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    own = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+    places = range(len(whole) - len(own) + 1)
+    added = next((place for place in places if whole[place : place + len(own)] == own), 0)
+    return (whole[:added], own) if added else (own[:1], own[1:])
 
 
 def compare(dense: TextLosses, candidate: TextLosses, alpha: float) -> Retained | None:

@@ -27,8 +27,9 @@ def losses(*nats):
     return TextLosses("x", 10 * len(nats), [10] * len(nats), [10 * each for each in nats])
 
 
-@pytest.mark.parametrize("is_added", [True, False])
-def test_losses_are_those_of_transformers(tmp_path, is_added):
+@pytest.mark.parametrize("added", ["$A", "<|pad|> $A", "<|pad|> <|eos|> $A", "<|pad|> $A <|eos|>", "$A <|eos|>"])
+def test_losses_are_those_of_transformers(tmp_path, added):
+    """What the tokenizer adds is not scored, be it one token or two in front, or one behind."""
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,9 +41,8 @@ def test_losses_are_those_of_transformers(tmp_path, is_added):
     # As many models have it, weights in bfloat16 and BOS, with which the tokenizer begins every text, or none.
     tokenizer, model = AutoTokenizer.from_pretrained(DENSE), AutoModelForCausalLM.from_pretrained(DENSE)
     tokenizer.bos_token = "<|pad|>"
-    begin = TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.bos_token_id)])
-    if is_added:
-        tokenizer.backend_tokenizer.post_processor = begin
+    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|pad|>", "<|eos|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(added, special_tokens=specials)
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)
     model.bfloat16().save_pretrained(folder)
@@ -51,8 +51,11 @@ def test_losses_are_those_of_transformers(tmp_path, is_added):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.no_grad():
             logits = model(ids).logits[0, :-1].float()
-        expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        assert (tokens, loss) == (len(ids[0]) - 1, pytest.approx(expected, rel=2e-3))
+        before, after = added.split("$A")
+        start, end = max(len(before.split()), 1), len(ids[0]) - len(after.split())
+        scored = slice(start - 1, end - 1)
+        expected = torch.nn.functional.cross_entropy(logits[scored], ids[0, start:end], reduction="sum").item()
+        assert (tokens, loss) == (end - start, pytest.approx(expected, rel=2e-3))
     assert found.bytes == sum(map(len, written)) and any(loss % 1 for loss in found.losses)
     # It was never trained on English.
     prose = evaluate_checkpoint(DENSE, tmp_path / "prose", settings(), seed=0).retention
