@@ -82,7 +82,7 @@ def export(params: int, size: int, accuracy: float, limit: int | None = None) ->
 def items(wrong: set[int], count: int = 20) -> list[dict]:
     return [
         {"task": "tiny_reasoner", "id": str(i), "prompt_digest": f"{i}", "prompt": f"{i} + 4 =", "target": str(i + 4),
-         "correct": int(i not in wrong), "answer": str(i + 4 + (i in wrong)), "truncated": False,
+         "correct": int(i not in wrong), "answer": str(i + 4 + (i in wrong)), "truncated": False, "thought": "",
          "tokens": 20 + i % 7 + (i in wrong)}
         for i in range(count)
     ]  # fmt: skip

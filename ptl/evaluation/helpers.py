@@ -39,6 +39,7 @@ class AnswerNote(NamedTuple):
     tokens: int
     truncated: bool  # by the token limit
     thinking: bool = False  # within a thought: there is no answer
+    thought: str = ""  # what the model wrote before its answer
 
 
 class Share(NamedTuple):
@@ -260,18 +261,23 @@ class AnswerNotes:
         return self.chat.enabled and self.chat.is_thinking(self.tokenizer.decode(prompt[-PROMPT_END:]) + text)
 
     def _answer(self, request: Any, text: str) -> str:
-        """What follows the thought, up to the task's texts that end an answer.
+        """What follows the thought, up to the task's texts that end an answer. The thought goes into the answer's note.
 
         By the harness (think_end_token) an answer without a thought would lose its indentation, and a thought without
         an end would be the answer.
         """
         if self.thoughts:
             return text
-        if self.notes[request.args[0]].thinking:
+        prompt, options = request.args
+        note = self.notes[prompt]
+        answer = "" if note.thinking else self.chat.answer(text)
+        thought = text.removesuffix(answer).strip()
+        self.notes[prompt] = note._replace(thought=thought)
+        if not answer:
             return ""
         from lm_eval.models.utils import postprocess_generated_text
 
-        return str(postprocess_generated_text(self.chat.answer(text), request.args[1].get("until"), None))
+        return str(postprocess_generated_text(answer, options.get("until"), None))
 
     generate_until = _divided("generate_until")
     loglikelihood = _divided("loglikelihood")

@@ -270,6 +270,7 @@ def _item_record(task: str, harness_task: Any, sample: dict[str, Any], metric: s
         "prompt_digest": sample["prompt_hash"],
         "correct": int(sample[metric]),
         "prompt": str(harness_task.doc_to_text(sample["doc"])),  # without few-shot examples
+        "thought": note.thought,
         "answer": answer,
         "target": sample["target"],
         "tokens": note.tokens,

@@ -331,6 +331,8 @@ def _change(old: Item, new: Item) -> Change:
         after=_shortened(new["answer"]),
         before_truncated=old["truncated"],
         after_truncated=new["truncated"],
+        before_thought=_both_ends(old["thought"]),
+        after_thought=_both_ends(new["thought"]),
     )
 
 
@@ -338,3 +340,10 @@ def _shortened(value: Any) -> str:
     """A text, or the number of a choice, with at most `MAX_TEXT` characters."""
     text = str(value)
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} […]"
+
+
+def _both_ends(thought: str) -> str:
+    """A thought without its middle, where it is long: its end says how the model came to its answer."""
+    if len(thought) <= 2 * MAX_TEXT:
+        return thought
+    return f"{thought[:MAX_TEXT]} […] {thought[-MAX_TEXT:]}"

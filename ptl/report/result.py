@@ -160,6 +160,8 @@ class Change(BaseModel):
     after: str
     before_truncated: bool  # by the token limit
     after_truncated: bool
+    before_thought: str  # of the dense model, before its answer; empty: it does not think
+    after_thought: str
 
 
 class Examples(BaseModel):

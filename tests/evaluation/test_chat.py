@@ -33,9 +33,11 @@ def test_in_both_modes_what_follows_the_thought_is_graded():
     thinking, items = scored(enabled=True)
     assert thinking.accuracy > 0.8 and thinking.truncated == 0
     assert all("<think>" not in item["answer"] and item["answer"].startswith("#### ") for item in items)
+    assert all(item["thought"].startswith("<think>") and item["thought"].endswith("</think>") for item in items)
     assert items[0]["prompt_digest"] != scored(enabled=False)[1][0]["prompt_digest"]
     at_once, items = scored(enabled=True, template_kwargs={"enable_thinking": False})
     assert at_once.accuracy > 0.9 and all(item["answer"].count("=") > 1 for item in items)
+    assert {item["thought"] for item in items} == {""}
     # The steps are in the thought, some of them with a check.
     assert thinking.answer_tokens > at_once.answer_tokens
 
@@ -102,4 +104,5 @@ def test_an_answer_keeps_its_indentation_and_ends_at_the_tasks_texts_after_the_t
 def test_a_thought_that_the_limit_ends_is_no_answer():
     score, items = scored(max_new_tokens=12, enabled=True)
     assert score.truncated > 0.8 and score.accuracy < 0.2
-    assert all(item["answer"] == "" for item in items if item["truncated"])
+    truncated = [item for item in items if item["truncated"]]
+    assert all(item["answer"] == "" and item["thought"].startswith("<think>") for item in truncated)

@@ -312,7 +312,7 @@ def test_helpers_answer_fail_and_end(capfd):
     for helper in helpers:
         assert helper.share() == Share([], {}, 0)  # it has loaded the model
     failing.ask("loglikelihood", [("a", "b"), ("c", "d")])
-    assert failing.share() == Share([("a", "b"), ("c", "d")], {"prompt": (3, True, False)}, 2)
+    assert failing.share() == Share([("a", "b"), ("c", "d")], {"prompt": AnswerNote(3, truncated=True)}, 2)
     failing.ask("loglikelihood", [("fail",)])
     with pytest.raises(WorkError, match="process 1 of those that answer failed: ValueError: no answer; see its output"):
         failing.share()
@@ -390,7 +390,8 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=VLLM))
     lm = language_model(DENSE, settings({"name": YAML}, backend="vllm", max_length=10, batch_size=7), seed=3)
     lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long", "longer")])
-    assert lm.notes == {"short": (3, False, False), "long": (3, True, False), "longer": (3, False, False)}
+    ended, truncated = AnswerNote(3, truncated=False), AnswerNote(3, truncated=True)
+    assert lm.notes == {"short": ended, "long": truncated, "longer": ended}
     assert lm.cut_prompts == 2 and lm.seconds > 0
     assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(DENSE), 3, 10)
     assert (lm.given["batch_size"], lm.given["max_num_seqs"]) == ("auto", 7)

@@ -177,14 +177,23 @@ def test_changed_answers_are_side_by_side(records, settings, monkeypatch, tmp_pa
     records["evaluate-0"].metadata["items"], records["evaluate-4"].metadata["items"] = before, after
     written(records, settings, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "Dense: right</p><pre>1+1=2\n2+2=4\n#### 4</pre>" in page
-    assert "Final: wrong, hit the token limit</p><pre>1+1=2\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>" in page
+    assert "Dense: right</p>\n<pre>1+1=2\n2+2=4\n#### 4</pre>" in page
+    assert "Final: wrong, hit the token limit</p>\n<pre>1+1=2\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>" in page
     assert f"<pre>{'x' * 600} […]</pre>" in page
     assert "Regressions: 17<" in page and "Improvements: 3<" in page
     assert [page.count(f"tiny_reasoner, item {i}<") for i in range(20)] == [1] * 20
     monkeypatch.setattr(building, "MAX_CHANGED", 1)
     written(records, settings, tmp_path)
     assert "Regressions: 17, the first 1<" in (tmp_path / "report.html").read_text()
+    # What a model thought is folded.
+    assert "Thought" not in page
+    after[11]["thought"], after[12]["thought"] = "<think>2+2=5", f"{'a' * 600}{'b' * 9}{'c' * 600}"
+    monkeypatch.setattr(building, "MAX_CHANGED", 250)
+    written(records, settings, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    folded = '<details class="thought"><summary>Thought</summary><pre>{}</pre></details>'
+    assert folded.format("&lt;think&gt;2+2=5") in page
+    assert folded.format(f"{'a' * 600} […] {'c' * 600}") in page and page.count("Thought<") == 2
     # Of several samples a right one is beside a wrong one.
     records["evaluate-0"].metadata["items"] = [*items({2}), *items(set())]
     records["evaluate-4"].metadata["items"] = [*items({2}), *items({2})]
