@@ -75,6 +75,18 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file at `path`. Only for files whose locks are waited for: asking is a lock."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
     """The error that names the holder of a lock file, by what the holder wrote into it."""
     file.seek(0)

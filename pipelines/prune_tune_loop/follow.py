@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -124,8 +124,10 @@ class Observer:
         self.announced[topic] = text
 
 
-def status(reference: str, server: Server, *, say: Show = print) -> int:
-    """Print a run and its steps as a table. 1 when it failed or was canceled."""
+def status(
+    reference: str, server: Server, *, say: Show = print, write: Callable[[dict[str, Any]], None] | None = None
+) -> int:
+    """Print a run and its steps as a table; `write` gets the same as JSON. 1 when it failed or was canceled."""
     api = connect(server)
     run_id = run_id_of(api, reference)
     run = get_run(api, run_id)
@@ -143,6 +145,8 @@ def status(reference: str, server: Server, *, say: Show = print) -> int:
             say(line)
     observer.settle(view)
     say(f"{view.name}: {view.state}  {api.link(run_id)}")
+    if write:
+        write({**view.document, "link": api.link(run_id)})
     return FAILED if view.state in ("FAILED", CANCELED) else DONE
 
 

@@ -4,7 +4,7 @@ Kubeflow says only how the run as a whole is: its list of tasks stops being upda
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,6 +69,15 @@ class RunView:
     @property
     def ended(self) -> bool:
         return self.state in (*ENDED, CANCELED)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The run as JSON."""
+        steps = []
+        for step in self.steps:
+            record = asdict(step.record) | {"step": step.name, "state": step.state, "reason": step.reason}
+            steps.append(record)
+        return {"run_id": self.run_id, "name": self.name, "state": self.state, "reason": self.reason, "steps": steps}
 
     @property
     def hint_to_cancel(self) -> str:

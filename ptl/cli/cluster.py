@@ -1,4 +1,4 @@
-"""The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`, `doctor`."""
+"""The commands for runs on a cluster: `ptl submit`, `cancel`, `retry`; `status` and `doctor` are for local runs too."""
 
 import functools
 import inspect
@@ -13,11 +13,13 @@ import typer
 from pipelines.prune_tune_loop import follow, kfp_api
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address
-from ptl.cli import arguments
-from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse
+from ptl.cli import arguments, local_status
+from ptl.cli.arguments import HOME, AsJson, ConfigFile, Home, Overrides, Rehearse
 from ptl.cli.configs import warn
 from ptl.cli.run import announced, print_left_out
 from ptl.config.run import Config, load_config, pairs
+from ptl.errors import InputError
+from ptl.local import progress
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
 Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
@@ -133,9 +135,46 @@ def _warn_of_local_files(config: Config, file: Path) -> None:
             _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
 
 
-def status(server: Server, run_id: RunId) -> None:
-    """Print a run and its steps as a table; exit code 1 if it failed or was canceled."""
-    raise typer.Exit(follow.status(run_id, server, say=_say))
+def status(
+    server: Server,
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            help="id or name of a run, here or on a cluster; a local run may be named by its directory; "
+            "default: list the newest local runs",
+            show_default=False,
+        ),
+    ] = "",
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Print a run and its steps as a table; exit code 1 if it failed, was canceled or was interrupted."""
+    if not run_id:
+        runs = local_status.list_runs(home)
+        if as_json:
+            arguments.print_json({"runs": list(map(local_status.document, runs))})
+        else:
+            print(local_status.runs_table(runs, home))
+        return
+    run = local_status.find(run_id, home)
+    if run is not None:
+        if as_json:
+            arguments.print_json(local_status.document(run))
+        else:
+            print(local_status.text(run))
+        raise typer.Exit(int(run.state in (progress.FAILED, progress.INTERRUPTED)))
+    if not server.host:
+        raise InputError(
+            f"{home} has no run {run_id}, and no cluster is named",
+            field="run",
+            remedy="`ptl status` lists the runs here; --home names another folder, KF_PIPELINES_ENDPOINT a cluster",
+        )
+    documents: list[dict[str, Any]] = []
+    with arguments.printing_json(as_json):
+        code = follow.status(run_id, server, say=_say, write=documents.append)
+    if as_json:
+        arguments.print_json(documents[0])
+    raise typer.Exit(code)
 
 
 def cancel(server: Server, run_id: RunId) -> None:

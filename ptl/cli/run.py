@@ -24,7 +24,7 @@ from ptl.config import rehearsal
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import PtlError, WorkError
 from ptl.lineage import mlflow_client, run_status
-from ptl.local import run_directory, runs, servers
+from ptl.local import progress, run_directory, runs, servers
 from ptl.local.run_directory import RunDir
 from ptl.log import table_text
 from ptl.processes import Environment
@@ -87,7 +87,9 @@ def run(
         with run_directory.working(directory, settings, containers.remove_leftovers if runner == "docker" else None):
             _print_start(directory, resumed, addresses, artifacts)
             started = time.monotonic()
-            _execute(_job(settings, directory, environment, artifacts), runner, directory, verbose)
+            job = _job(settings, directory, environment, artifacts)
+            progress.begin(directory.path, dict.fromkeys(job.steps, 1.0))
+            _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started, s3)
             _check_exports(directory, settings)
             if rehearse:

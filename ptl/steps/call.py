@@ -26,6 +26,7 @@ from ptl.errors import InputError
 from ptl.evaluation import gate, tasks
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
+from ptl.local import progress
 from ptl.log import say
 from ptl.storage import store
 from ptl.storage.manifest import file_digest
@@ -83,8 +84,10 @@ class Call:
     def pass_through(self) -> None:
         """Make the input the output: nothing is left to do."""
         model = self.inputs["model"]
-        say(self.step, f"not needed, its input is passed through: {gate.State(**model.gate).reason}")
+        reason = gate.State(**model.gate).reason
+        say(self.step, f"not needed, its input is passed through: {reason}")
         self.write(model)
+        progress.note(self.step, progress.NOT_NEEDED, summary=reason)
 
     def write(self, pointer: Pointer) -> None:
         """Make a pointer the model that this step hands on: the artifact's file; its uri is never touched."""

@@ -50,6 +50,7 @@ def failure_of(error: Exception) -> Failure:
 @explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
     """Do the step of a call as `Call.load` reads it; returns the metadata of its outputs."""
+    from ptl.local import progress
     from ptl.steps import table
     from ptl.steps.call import Call
     from ptl.steps.step import scratch
@@ -57,6 +58,7 @@ def work(call: dict[str, Any]) -> dict[str, Any]:
     step = Call.load(call)
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
     with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
+        progress.note(step.step, progress.RUNNING)
         table.STEPS[step.stage](step)
     return {name: output.metadata for name, output in step.outputs.items()}
 

@@ -21,12 +21,13 @@ from ptl.evaluation import gate
 from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_client, tracking
 from ptl.lineage.run_status import TAG, StepRun, kubeflow_page
+from ptl.local import progress
 from ptl.log import say
 from ptl.report import run_page
 from ptl.steps import attempts
 from ptl.steps.call import Call, Metadata
 from ptl.storage import local_files
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 from ptl.units import size
 
 NOT_METRICS = ("iteration", "started")  # numbers of a record that are no results
@@ -138,6 +139,26 @@ def summary(metadata: Metadata) -> str:
     return f"{metadata['params']:,} parameters"
 
 
+def note_end(step: str, record: Record | None, taken_over_from: str) -> None:
+    """Note for `ptl status` of a local run that a step is done, and what came out."""
+    if record is None:
+        progress.note(step, progress.DONE)
+        return
+    metadata = record.metadata
+    evaluated = {}
+    if metadata["stage"] == "evaluate":
+        evaluated = {"accuracy": metadata["scores"]["tasks"][0]["accuracy"], "verdict": metadata["verdict"]["decision"]}
+    progress.note(
+        step,
+        progress.DONE,
+        since=metadata["started"] + metadata["whole_seconds"],
+        seconds=metadata["seconds"],
+        summary="" if evaluated else summary(metadata),
+        taken_over_from=taken_over_from,
+        **evaluated,
+    )
+
+
 def _score(task: Metadata) -> str:
     return f"{task['metric']} {task['accuracy']:.3f} on {task['items']} items"
 
@@ -157,6 +178,8 @@ def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mappi
         # For the command on this machine that the step ends: KFP itself only says that a task failed.
         error = {"step": step.step, "message": failure.reason, "exit_code": failure.exit_code}
         local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
+    with _no_reason_to_fail(step.step, "`ptl status`"):
+        progress.note(step.step, progress.FAILED, error=failure.reason)
     announce(step, failure)
     if not dispensable:
         sys.exit(failure.exit_code)

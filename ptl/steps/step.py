@@ -61,6 +61,7 @@ class Step:
         self.settings: Any = key
         self._reads = reads
         self._started = time.time()
+        self._taken_over_from = ""  # id of an earlier run
         self._damaged: Record | None = None  # a record of this key whose files are to be made again
 
     def __enter__(self) -> Step:
@@ -75,6 +76,7 @@ class Step:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is None and machines().first:
             shutil.rmtree(scratch(self.run.step), ignore_errors=True)
+            reporting.note_end(self.run.step, self.record, self._taken_over_from)
         elif isinstance(error, Exception):
             reporting.note_error(self.run, error)
 
@@ -143,6 +145,7 @@ class Step:
             local_files.copy_tree(folder, self.folder, FILES)
             say(step, f"taken over from run {run}: same inputs, same settings")
             tracking.tag(self.run, {"taken_over_from": run})
+            self._taken_over_from = run
             return {name: value for name, value in record.metadata.items() if name != "started"}
         return None
 

@@ -1,0 +1,113 @@
+"""`ptl status` of runs of this machine, whose steps note in the run's directory how far they are."""
+
+import dataclasses
+import json
+
+import pytest
+from run_records import scores
+from working import execute, run_locally
+
+from pipelines.prune_tune_loop.follow import DONE, FAILED
+from ptl import processes
+from ptl.lineage import tracking
+from ptl.local import progress
+from ptl.steps import reporting
+from ptl.steps.attempts import Failure
+from ptl.steps.call import Call
+from ptl.storage.store import Pointer
+
+PLAN = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1", "report")
+STOPPED = Pointer("file:///x", "sha256:" + "c" * 64, gate={"stopped": True, "reason": "the model is small enough"})
+
+
+@pytest.fixture
+def begin(tmp_path, mlflow_folder, monkeypatch):
+    """Begin a run of six steps on this machine, which may take over steps of an earlier one; returns its directory."""
+
+    def run(earlier=""):
+        name = run_locally(monkeypatch, tmp_path, mlflow_folder)
+        folder = tmp_path / ".ptl" / "runs" / name
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("PTL_RUN_DIR", str(folder))
+        progress.begin(folder, dict.fromkeys(PLAN, 1.0))
+        if earlier:  # as import-model does
+            tracking.name_earlier_runs(Call("import-model", "status").start(), [earlier])
+        return folder
+
+    return run
+
+
+def made(_src, dst, _run):
+    (dst / "model.safetensors").write_bytes(b"weights")
+    return {"params": 1234, "tokens": 8, "steps": 1}
+
+
+def rows(printed):
+    """The cells of the table by step, without the time."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    return {cells[0]: [cells[1], *cells[3:]] for cells in lines}
+
+
+def test_a_second_terminal_sees_the_steps_of_a_run(ptl, begin):
+    earlier = begin()
+    execute(Call("prune-1", "status"), None, {}, made)
+    folder = begin(earlier.name)
+    model = execute(Call("import-model", "status"), None, {}, made).pointer
+    evaluation = {"scores": scores(9, 0.5, 1), "verdict": {"decision": "baseline"}, "seconds": 4.2}
+    evaluation["accepted"] = dataclasses.asdict(model)
+    execute(Call("evaluate-0", "status"), model, {}, lambda *given: made(*given) and evaluation)
+    execute(Call("prune-1", "status"), None, {}, None)
+    progress.note("recover-1", progress.RUNNING)
+    (folder / "log.txt").write_text("loading\nptl: recover-1: started\nptl: [##--] 20% 10 s left\na warning\n")
+    with processes.lifeline(folder / "lifeline-1"):
+        code, printed = ptl("status", folder.name)
+        listing = ptl("status")[1]
+        document = json.loads(ptl("status", folder.name, "--json")[1])
+    assert code == DONE
+    assert f"\n[##--] 20% 10 s left\n{folder.name}: running, step 4 of 6; " in printed
+    steps = rows(printed)
+    assert steps["import-model"] == ["done", "0", "", "1,234 parameters"]
+    assert steps["evaluate-0"] == ["done", "4", "0.500", "baseline"]
+    # The other run's time is not this one's.
+    assert steps["prune-1"] == ["done", "", "", f"1,234 parameters, taken over from {earlier.name}"]
+    assert steps["recover-1"] == ["running", "", "", ""] and steps["report"] == ["waiting", "", "", ""]
+    assert "step 4 of 6" in listing and listing.index(folder.name) < listing.index(earlier.name)
+    assert (document["state"], document["step"], document["of"]) == ("running", 4, 6)
+    assert [step["state"] for step in document["steps"]] == ["done", "done", "done", "running", "waiting", "waiting"]
+
+    # The command is killed.
+    code, printed = ptl("status", folder)
+    assert code == FAILED and f"{folder.name}: interrupted, step 4 of 6" in printed
+    assert rows(printed)["recover-1"][0] == "interrupted" and "10 s left" not in printed
+
+
+def test_why_a_step_failed_and_which_was_not_needed(ptl, begin):
+    folder = begin()
+    Call("prune-1", "status", {}, {"model": STOPPED}).pass_through()
+    call = {"settings": {"step": "recover-1", "experiment": "status"}, "inputs": {}, "outputs": {}}
+    with pytest.raises(SystemExit):
+        reporting.give_up(call, Failure("the data is gone"), {})
+    code, printed = ptl("status", folder.name)
+    assert code == FAILED and f"recover-1: the data is gone\n{folder.name}: failed, step 2 of 6" in printed
+    assert rows(printed)["prune-1"] == ["not needed", "", "", "the model is small enough"]
+    # The next command has everything before it.
+    progress.begin(folder, dict.fromkeys(PLAN, 1.0))
+    assert rows(ptl("status", folder.name)[1])["recover-1"] == ["waiting", "", "", ""]
+
+
+def test_without_a_run_there_is_a_remedy(ptl, begin):
+    code, printed = ptl("status")
+    assert code == 2 and "run: no run is named, and there are none in .ptl; give the id" in printed
+    begin()
+    code, printed = ptl("status", "other")
+    assert code == 2 and "run: .ptl has no run other, and no cluster is named" in printed
+
+
+def test_a_run_on_a_cluster_is_json_too(ptl, world, tracked):
+    run = world.play("run-succeeded-6-tasks")
+    tracked(run, {"import-model": {"status": "FINISHED"}})
+    code, printed = ptl("status", run, "--host", world.url, "--json")
+    document = json.loads(printed[printed.index("{") :])
+    assert code == DONE and (document["run_id"], document["state"]) == (run, "SUCCEEDED")
+    assert [step["step"] for step in document["steps"]] == list(PLAN)
+    assert document["link"].endswith(run)
