@@ -115,7 +115,14 @@ def validate(
 def plan(
     config: ConfigFile,
     sets: Overrides,
-    gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="kind of GPU, for example h100, or none: this machine's CPU, measured; default: h100, or none where "
+            "the config asks for no accelerators and this machine has no GPU",
+            show_default=False,
+        ),
+    ] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="GPUs per step, on each node, in place of resources.accelerators")
     ] = None,
@@ -126,9 +133,12 @@ def plan(
 ) -> None:
     """Forecast every step (parameters, tokens, GPU memory, hours) from the model's config, without weights."""
     from ptl.model import hub
-    from ptl.preflight import forecast, forecast_table, preflight, remedies
+    from ptl.preflight import forecast, forecast_model, forecast_table, machine, preflight, remedies
 
     settings = load_config(config, pairs("--set", sets))
+    if gpu is None:
+        asks = count or nodes or settings.resources.accelerator
+        gpu = forecast_model.USUAL_GPU if asks else machine.gpu()
     run = forecast.forecast(settings, gpu, count, nodes)
     if as_json:
         arguments.print_json(forecast_table.document(run))
@@ -237,21 +247,32 @@ def init(
     columns: Columns = None,
     tasks: Tasks = None,
     target: Target = None,
-    gpu: Annotated[str, typer.Option(help="kind of GPU that it will run on, or none")] = "h100",
-    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs of a recovery")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="kind of GPU that it will run on, or none; default: this machine's, with --gpus h100",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: 1", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
 ) -> None:
     """Write a first config for a model, with comments: sizes, schedule, data, and what fits on your GPUs."""
-    from ptl.preflight import starter, starter_rows
-    from ptl.preflight.forecast_model import GPUS
+    from ptl.preflight import machine, starter, starter_rows
+    from ptl.preflight.forecast_model import GPUS, NO_GPU, USUAL_GPU
 
     file = output or Path(f"{starter.run_name(model)}.yaml")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise InputError(f"{file} must be a file in a folder that exists", field="--output")
     if file.exists() and not force:
         raise InputError(f"{file} exists", field="--output", remedy="give another file, or --force to overwrite it")
-    if gpu not in (*GPUS, "none"):
-        raise InputError(f"{gpu!r} must be one of {', '.join(GPUS)}, or none", field="--gpu")
+    looked = gpu is None and gpus is None
+    if gpu is None:
+        gpu = machine.gpu() if looked else USUAL_GPU
+    if gpu not in (*GPUS, NO_GPU):
+        raise InputError(f"{gpu!r} must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu")
     with _naming_options():
         text, amount = starter.starter(
             model,
@@ -259,11 +280,13 @@ def init(
             rows=starter_rows.read(data, columns) if data else None,
             task_names=tasks or (),
             target=_target(target) if target else None,
-            gpu=None if gpu == "none" else gpu,
-            gpus=gpus,
+            gpu=None if gpu == NO_GPU else gpu,
+            gpus=gpus or 1,
         )
     file.write_text(text, encoding="utf-8")
     print(f"wrote {file}")
+    if looked:
+        print(_about_this_machine(gpu))
     # The comment at the head of the file says what it will take.
     print(*(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", text.splitlines())), sep="\n")
     print(amount.sentence)
@@ -272,6 +295,16 @@ def init(
     if FILL_IN in text:
         print(f"Fill in first, where it says {FILL_IN}")
     print(NEXT.format(shlex.quote(str(file))))
+
+
+def _about_this_machine(gpu: str) -> str:
+    """What `init` has found here, and how to get a config for another machine."""
+    if gpu == "none":
+        return (
+            "No GPU here: the config asks for none, and transformers answers, not vLLM. For a machine with GPUs: "
+            "--gpu h100 --gpus 8"
+        )
+    return f"The GPU here is counted as {gpu}. For others: --gpu KIND --gpus NUMBER"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What each step of a run will need, from the model's config alone: tokens, GPU memory and hours.
 
-Estimates, not measurements: a share of the data sheets' peak, without waiting for other GPUs, pods or queues. What a
-step really takes on the machines that it will run on, a rehearsal measures (`--rehearse`).
+Estimates, not measurements: a share of the data sheets' peak, or of a CPU what it reached in a second, without waiting
+for other GPUs, pods or queues. What a step really takes on the machines that it will run on, a rehearsal measures
+(`--rehearse`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ptl.config.schedule import Schedule, Unit, one_shot, plan
 from ptl.errors import InputError
 from ptl.evaluation import tasks
 from ptl.model.dimensions import ModelDimensions
-from ptl.preflight import target
+from ptl.preflight import machine, target
 from ptl.preflight.forecast_model import (
     GIB,
     GPUS,
+    NO_GPU,
     PROMPT_TOKENS,
-    TERA,
+    USUAL_GPU,
     Gpu,
     Shape,
     answering_memory,
@@ -36,7 +38,6 @@ from ptl.preflight.forecast_model import (
     training_memory,
 )
 
-REACHED = 0.35 * TERA  # FLOP/s of each TFLOP/s of a data sheet
 FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 HOUR = 3600  # seconds
 # Of tasks' test splits.
@@ -75,13 +76,15 @@ class Forecast:
 
     config: Config  # with a number as its target
     shape: Shape
-    kind: str  # of GPU
+    kind: str  # of GPU, or NO_GPU
     gpus: Mapping[str, int]  # that a step holds on a node, by its kind: prune, recover, evaluate
     nodes: int  # of a recovery
 
     @property
     def gpu(self) -> Gpu:
-        """The GPU's data sheet."""
+        """The GPU's data sheet, or what this machine's CPU reaches."""
+        if self.kind == NO_GPU:
+            return machine.cpu(self.shape.dimensions.hidden, self.shape.dimensions.width)
         return GPUS[self.kind]
 
     @cached_property
@@ -109,7 +112,7 @@ class Forecast:
     @property
     def gpu_hours(self) -> float:
         """Of all GPUs that the steps hold."""
-        return sum(step.gpu_hours for step in self.steps)
+        return 0.0 if self.kind == NO_GPU else sum(step.gpu_hours for step in self.steps)
 
     def of(self, stage: str) -> list[StepForecast]:
         """The steps of a kind: prune, recover or evaluate, which own answers are made like."""
@@ -137,14 +140,17 @@ class Forecast:
         return self.memory(stage, model) <= share * self.gpu.gib * GIB
 
 
-def forecast(config: Config, gpu: str = "h100", count: int | None = None, num_nodes: int | None = None) -> Forecast:
+def forecast(config: Config, gpu: str = USUAL_GPU, count: int | None = None, num_nodes: int | None = None) -> Forecast:
     """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
 
-    `num_nodes`: machines of a recovery, in place of the config's. Raises InputError for an unknown GPU or a model whose
-    config cannot be had, and its `steps` for a target that leaves nothing.
+    `num_nodes`: machines of a recovery, in place of the config's. With NO_GPU in place of a kind every step is on this
+    machine's CPU, of which its speed is measured. Raises InputError for an unknown GPU or a model whose config cannot
+    be had, and its `steps` for a target that leaves nothing.
     """
-    if gpu not in GPUS:
-        raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
+    if gpu not in (*GPUS, NO_GPU):
+        raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu")
+    if gpu == NO_GPU:
+        count = num_nodes = 1
     config = target.with_number(config)
     shape = shape_of(config.model.path, config.model.revision)
     # A config without accelerators, for machines without GPUs, is forecast with one for each step.
@@ -231,7 +237,7 @@ def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], r
         states = max(states, 2 * repaired)  # of both models
     host_memory = states * before.hidden * shape.itemsize
     note = f", {host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else ""
-    return tokens, flops / (run.gpu.fp32 * REACHED), note
+    return tokens, flops / run.gpu.flops("float32"), note
 
 
 def _answers(model: ModelDimensions, run: Forecast) -> Work:
@@ -248,7 +254,7 @@ def _generation(model: ModelDimensions, run: Forecast, items: int, new_tokens: i
     length = PROMPT_TOKENS + new_tokens
     # All prompts are read at once, then each batch answers token by token.
     prefill = forward_flops(shape, model, items * PROMPT_TOKENS, PROMPT_TOKENS)
-    seconds = prefill / (gpu.bf16 * REACHED * gpus)
+    seconds = prefill / (gpu.flops("float32" if shape.itemsize == 4 else "bfloat16") * gpus)
     batches = math.ceil(items / gpus / rows)  # of each GPU
     seconds += batches * new_tokens * decode_seconds(shape, model, rows, shape.itemsize, length, gpu)
     return items * length, seconds
@@ -285,8 +291,7 @@ def _recovery(model: ModelDimensions, schedule: Schedule, number: int, run: Fore
             rows, new_tokens = stage.batch_size / gpus, stage.max_completion_length
             each = decode_seconds(run.shape, model, rows, 4, new_tokens, run.gpu)
             seconds += read / context / stage.batch_size * new_tokens * each
-        peak = run.gpu.bf16 if stage.dtype == "bfloat16" else run.gpu.fp32
-        seconds += _training_flops(stage, model, read, run.shape) / (peak * REACHED * gpus)
+        seconds += _training_flops(stage, model, read, run.shape) / (run.gpu.flops(stage.dtype) * gpus)
         tokens += int(read)
     return tokens, seconds, ""
 

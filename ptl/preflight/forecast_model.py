@@ -19,6 +19,7 @@ from ptl.model.families import family_of
 
 GIB, TERA = 1 << 30, 1e12
 OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
+REACHED = 0.35  # share of a data sheet's FLOP/s
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
 PROMPT_TOKENS = 512  # of a prompt, whose length nothing says
@@ -32,7 +33,18 @@ class Gpu:
     bf16: float  # dense TFLOP/s
     fp32: float  # the same in float32
     bandwidth: float  # TB/s of the memory
+    # Of a CPU these are measured, and its numbers above are what it reaches.
+    reached: float = REACHED
+    decoded: float = DECODE_SHARE
+    layer_seconds: float = 0.0  # of a layer for one token, however small it is
 
+    def flops(self, dtype: str) -> float:
+        """FLOP/s that work reaches."""
+        return (self.bf16 if dtype == "bfloat16" else self.fp32) * TERA * self.reached
+
+
+USUAL_GPU = "h100"
+NO_GPU = "none"  # in place of a kind: work is done by the CPU
 
 # NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in
 # the memory itself the driver shows up to 6 % less, for which forecast.FULL leaves room.
@@ -130,7 +142,10 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
     unused = (1 - model.experts_per_token / model.experts) ** rows if model.experts else 0.0
     read = model.params - unused * model.experts * model.params_per_expert
     cache = rows * context * shape.of(model).kv_bytes  # bytes
-    return (read * itemsize + cache) / (gpu.bandwidth * TERA * DECODE_SHARE)
+    reading = (read * itemsize + cache) / (gpu.bandwidth * TERA * gpu.decoded)
+    # A CPU is no faster with many rows: it computes for longer than it reads.
+    computing = forward_flops(shape, model, rows, context) / gpu.flops("float32" if itemsize == 4 else "bfloat16")
+    return max(reading, computing) + model.layers * gpu.layer_seconds
 
 
 def scoring_memory(shape: Shape, calibration: Calibration, repair: int) -> float:

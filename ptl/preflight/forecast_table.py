@@ -8,7 +8,7 @@ from typing import Any
 from ptl.log import table_text
 from ptl.preflight import target
 from ptl.preflight.forecast import HOUR, Forecast, narrows, sizes
-from ptl.preflight.forecast_model import GIB, checkpoint_bytes
+from ptl.preflight.forecast_model import GIB, NO_GPU, checkpoint_bytes
 from ptl.units import decimal_hours, duration, size
 
 
@@ -30,16 +30,32 @@ def steps(run: Forecast) -> str:
             ", ".join(filter(None, notes)),
         ]
         rows.append(row)
-    if not dense.experts:  # every token meets all parameters
+    left_out = [] if dense.experts else ["Active"]  # every token meets all parameters
+    if run.kind == NO_GPU:
+        left_out.append("GPUs")
+        headings[headings.index("GiB per GPU")] = "GiB"
+    for name in left_out:
+        column = headings.index(name)
         for cells in (headings, *rows):
-            del cells[2]
+            del cells[column]
+    return table_text(_title(run), headings, rows, numbers=headings[1:-1])
+
+
+def _title(run: Forecast) -> str:
+    """The whole run in a sentence, and where its numbers are from."""
+    params = f"{run.shape.params:,} parameters"
+    work = f"{duration(run.hours * HOUR)} of work"
+    disk = f"at most {size(checkpoint_bytes(run.config, run.shape))} of checkpoints"
+    if run.kind == NO_GPU:
+        return (
+            f"{params} on this machine's CPU: {work}, {disk} (estimates from what it reached in a second just now, "
+            "without exports and the start of steps)"
+        )
     machines = f"{run.nodes} nodes of " if run.nodes > 1 else ""
-    title = (
-        f"{dense.params:,} parameters on {machines}{run.gpus['recover']} x {run.kind}: {duration(run.hours * HOUR)} of "
-        f"work, {decimal_hours(run.gpu_hours)} GPU-hours, at most {size(checkpoint_bytes(run.config, run.shape))} of "
-        "checkpoints (estimates from data sheets, without exports, queues and the start of pods)"
+    return (
+        f"{params} on {machines}{run.gpus['recover']} x {run.kind}: {work}, {decimal_hours(run.gpu_hours)} GPU-hours, "
+        f"{disk} (estimates from data sheets, without exports, queues and the start of pods)"
     )
-    return table_text(title, headings, rows, numbers=headings[1:-1])
 
 
 def document(run: Forecast) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight.forecast import FULL, Forecast
-from ptl.preflight.forecast_model import GIB, GPUS
+from ptl.preflight.forecast_model import GIB, GPUS, NO_GPU
 from ptl.units import listed
 
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
@@ -23,9 +23,10 @@ def warnings(run: Forecast) -> list[str]:
     for stage in run.gpus:
         large = [step for step in run.of(stage) if not step.fits]
         if large:
+            steps, needed = listed([step.step for step in large]), max(step.memory for step in large) / GIB
+            where, owner = ("on each GPU", run.kind) if run.kind != NO_GPU else ("of memory", "this machine")
             sentences.append(
-                f"{listed([step.step for step in large])}: up to {max(step.memory for step in large) / GIB:.0f} GiB "
-                f"on each GPU, {run.kind} has {run.gpu.gib:.0f} GiB: {_remedy(stage, run)}"
+                f"{steps}: up to {needed:.0f} GiB {where}, {owner} has {run.gpu.gib:.0f} GiB: {_remedy(stage, run)}"
             )
     return sentences
 
@@ -43,6 +44,10 @@ def _remedy(stage: str, run: Forecast) -> str:
     changes = smallest_change(stage, model, run)
     if changes is not None:
         return _written(changes)
+    kinds = larger_gpus(stage, model, run)
+    if run.kind == NO_GPU:
+        larger = f"a GPU ({kinds})" if kinds else "GPUs (--gpu, --count)"
+        return f"no setting makes it fit here: take {larger}, or start from a smaller model"
     remedies = []
     if stage == "evaluate":
         remedies.append(f"give it more GPUs with {_written({'evaluate.backend': 'vllm'})}")
@@ -50,7 +55,6 @@ def _remedy(stage: str, run: Forecast) -> str:
         remedies.append("give it more GPUs or nodes with recover.sharding: fsdp")
         if all(each.method != "grpo" and each.lora is None for each in run.config.recover):
             remedies.append("set recover.lora")
-    kinds = larger_gpus(stage, model, run)
     if kinds:
         remedies.append(f"take a larger GPU ({kinds})")
     return f"no setting makes it fit on these GPUs: {', or '.join(remedies or ['start from a smaller model'])}"
@@ -90,7 +94,8 @@ def _settings(stage: str, run: Forecast) -> dict[str, list[Any]]:
         return {"calibration.batch_size": [rows for rows in BATCHES if rows < config.calibration.batch_size]}
     if stage == "evaluate":
         batches = [rows for rows in BATCHES if rows < config.evaluate.batch_size]
-        return {"evaluate.backend": ["vllm"], "evaluate.batch_size": batches}
+        backends = [] if run.kind == NO_GPU else ["vllm"]
+        return {"evaluate.backend": backends, "evaluate.batch_size": batches}
     # A batch is divided evenly among forward passes and GPUs.
     largest_batch = max(each.batch_size for each in config.recover)
 
@@ -98,7 +103,8 @@ def _settings(stage: str, run: Forecast) -> dict[str, list[Any]]:
         return all(each.batch_size % (number * run.training(each)) == 0 for each in config.recover)
 
     passes = list(filter(divides, range(2, largest_batch + 1)))
-    return {"recover.sharding": ["fsdp"], "recover.accumulation": passes, "recover.gradient_checkpointing": [True]}
+    shardings = [] if run.kind == NO_GPU else ["fsdp"]
+    return {"recover.sharding": shardings, "recover.accumulation": passes, "recover.gradient_checkpointing": [True]}
 
 
 def changed(run: Forecast, changes: Changes) -> Forecast:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
+import torch
 import whole_run
 from bodies import PUBLISHED, body
 from chats import tokenizer_with
@@ -19,6 +20,7 @@ from ptl.config.chat import Chat
 from ptl.config.run import load_config
 from ptl.data.sources import GENERAL, SourceRow, texts
 from ptl.errors import InputError
+from ptl.evaluation import language_models
 from ptl.evaluation.tasks import check_tasks
 from ptl.model.hub import SMALL_FILES
 from ptl.preflight import preflight, starter, starter_rows
@@ -78,10 +80,28 @@ def test_qwen3_8b_on_eight_gpus_and_on_one(ptl, init, qwen3_8b):
     assert (config.resources.memory, config.resources.of_step("recover").memory) == ("103Gi", "347Gi")
     assert "from 8.19B to 5.7B" in said and "per removed parameter" in said and "ptl validate qwen3-8b.yaml" in said
     assert ptl("init", qwen3_8b)[0] == 2  # a file is overwritten only when asked
-    config, _ = init(qwen3_8b, "--force")
+    config, _ = init(qwen3_8b, "--force", "--gpu", "h100")
     (stage,) = config.recover  # an adapter, which learns ten times as fast
     assert (stage.lora.rank, stage.learning_rate, config.resources.accelerators) == (64, 8.2e-5, 1)
     assert config.schedule.recovery_tokens == 250_000_000
+
+
+def test_a_machine_without_a_gpu_gets_a_config_that_it_can_run(ptl, init, chat_model, monkeypatch):
+    for here in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        config, said = init(chat_model(), *ROWS, "--force")
+        asked = (config.resources.accelerator, config.evaluate.backend)
+        if here:
+            assert asked == ("nvidia.com/gpu", "vllm") and "The GPU here is counted as h200." in said
+        else:
+            assert asked == (None, "hf") and "No GPU here: the config asks for none" in said
+            language_models.check_backend(config.evaluate)
+    # What the user says decides, and is not commented on.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in (("--gpu", "h200", "--gpus", 2), ("--gpus", 8)):
+        config, said = init(chat_model(), *ROWS, "--force", *options)
+        assert config.resources.accelerators == options[-1] and "GPU here" not in said
 
 
 def test_each_kind_of_gpu_gets_what_fits_or_a_remedy_that_works(ptl, qwen3_8b):
@@ -232,7 +252,8 @@ def test_what_is_on_the_hub_is_pinned_to_its_commit_and_asked_for_once(init, qwe
 
 
 def test_a_model_that_thinks_is_calibrated_trained_and_scored_as_it_is_served(ptl, init, chat_model):
-    config, _ = init(chat_model(), *ROWS)
+    on_gpu = [*ROWS, "--gpu", "h100"]
+    config, _ = init(chat_model(), *on_gpu)
     assert (config.chat.enabled, config.chat.template_kwargs) == (True, {"enable_thinking": True})
     source = config.training.sources[0]
     assert (source.prompt, source.completion, config.recover[0].method) == ("{question}", "{answer}", "distil")
@@ -240,11 +261,11 @@ def test_a_model_that_thinks_is_calibrated_trained_and_scored_as_it_is_served(pt
     assert (evaluate.backend, evaluate.tasks[0].max_new_tokens, evaluate.speed.repeats) == ("vllm", 8192, 0)
     assert all(step.fits for step in forecast(config).steps)
     # In the other mode, and of a model that does not think, answers are as short as the tasks say.
-    config, _ = init(chat_model("qwen3_instruct_2507"), *ROWS, "--force")
+    config, _ = init(chat_model("qwen3_instruct_2507"), *on_gpu, "--force")
     assert config.chat.enabled and not config.chat.template_kwargs and config.recover[0].method == "distil"
     assert (config.evaluate.backend, config.evaluate.tasks[0].max_new_tokens) == ("hf", None)
     # A base model may have a template, too.
-    config, _ = init(chat_model(post_trained=False), *ROWS, "--force")
+    config, _ = init(chat_model(post_trained=False), *on_gpu, "--force")
     assert not config.chat.enabled and config.recover[0].method == "cpt"
     assert config.training.sources[0].prompt == "Question: {question}\nAnswer:"
 
