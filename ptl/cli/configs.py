@@ -54,7 +54,7 @@ Columns = Annotated[
     str | None,
     typer.Option(
         help="PROMPT,COMPLETION, or the one column of chats or texts; default: messages, prompt,completion, "
-        "question,answer or text",
+        "question,answer, Alpaca's or text",
         show_default=False,
     ),
 ]
@@ -174,6 +174,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
     """
+    from ptl.data.checks import column_warnings
     from ptl.evaluation import language_models
     from ptl.export import formats
     from ptl.model import pretrained
@@ -192,6 +193,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
     folder, dimensions = preflight.preflight(config)
+    warnings += column_warnings(config.calibration, config.training, config.recover)
     if dimensions is not None:
         if config.export or config.evaluate.backend == "vllm":
             warnings += formats.context_notes(folder)
@@ -274,10 +276,11 @@ def init(
     if gpu not in (*GPUS, NO_GPU):
         raise InputError(f"{gpu!r} must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu")
     with _naming_options():
+        rows = starter_rows.read(data, columns) if data else None
         text, amount = starter.starter(
             model,
             file.absolute().parent,
-            rows=starter_rows.read(data, columns) if data else None,
+            rows=rows,
             task_names=tasks or (),
             target=_target(target) if target else None,
             gpu=None if gpu == NO_GPU else gpu,
@@ -291,7 +294,7 @@ def init(
     print(*(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", text.splitlines())), sep="\n")
     print(amount.sentence)
     # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
-    warn(amount.warnings(PER_PARAMETER))
+    warn([*([rows.unused] if rows and rows.unused else []), *amount.warnings(PER_PARAMETER)])
     if FILL_IN in text:
         print(f"Fill in first, where it says {FILL_IN}")
     print(NEXT.format(shlex.quote(str(file))))

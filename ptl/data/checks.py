@@ -8,12 +8,13 @@ the perplexity of other text (docs/results.md, "A pretrained model with few toke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ptl.config.chat import Chat
-from ptl.config.data import DataSource, Reward, TrainingData
+from ptl.config.data import DataSource, Reward, TrainingData, columns_of
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
@@ -21,6 +22,7 @@ from ptl.data.sequences import check_chat, no_row_left, tokenize
 from ptl.data.sources import GENERAL, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
+from ptl.units import listed
 
 TEACHER = "recover.teacher"
 PER_PARAMETER = 0.1  # tokens for each removed parameter: the paper's
@@ -67,6 +69,43 @@ def named_sources(
     sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
     stages = enumerate(recover)
     return sources | {f"recover.{i}.prompts": s.prompts for i, s in stages if s.prompts}
+
+
+def column_warnings(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> Iterator[str]:
+    """Columns with text in the first rows of files that no template names: an `input` is easily forgotten."""
+    stages = [stage for stage in recover if stage.method == "grpo"]
+    rewards = [training.reward, *(reward for stage in stages for reward in stage.rewards)]
+    references = [reward.reference_template for reward in rewards]
+    seen = set()
+    for field, source in named_sources(calibration, training, recover).items():
+        if source in seen or source.source == GENERAL or "against" in field or local_file(source, field) is None:
+            continue
+        seen.add(source)
+        rows = [row.columns for row in itertools.islice(numbered_rows(source, field), SAMPLE)]
+        if sentence := unused_columns(source, rows, field, references):
+            yield sentence
+
+
+def unused_columns(
+    source: DataSource, rows: Sequence[Mapping[str, Any]], field: str, references: Sequence[str] = ()
+) -> str:
+    """A sentence about columns of rows that hold something and are in no template; empty where there are none."""
+    templates = {"text": [source.text], "prompt_completion": [source.prompt, source.completion], "messages": []}[
+        source.format
+    ]
+    names = [name for template in (*templates, *references) for name in columns_of(template)]
+    used = {name.partition("[")[0] for name in names}
+    if source.format == "messages":
+        used.add(source.messages)
+    # In the order of the file.
+    filled = dict.fromkeys(name for row in rows for name, value in row.items() if value not in (None, "", [], {}))
+    unused = [name for name in filled if name not in used]
+    if not unused:
+        return ""
+    remedy = "name what the model needs in a template, as {column}"
+    if source.format == "messages":
+        remedy = "write what the model needs into the turns"
+    return f"{field}: no template reads {listed(unused)} of {Path(source.source).name}: {remedy}"
 
 
 def check_own_answers(training: TrainingData) -> None:

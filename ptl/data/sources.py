@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -250,6 +251,8 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
         problem = f"{path.name} is still to be filled in" if is_open else f"no file {path}"
         raise InputError(problem, field=setting, remedy=f"give {FILE_KINDS}")
     # the id of a data set has no such ending
+    if path.suffix == ".csv":
+        raise InputError(f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=setting, remedy=_from_csv(path))
     if path.suffix in (".json", ".csv", ".txt") or path.exists() or is_remote:
         raise InputError(
             f"{name} is no .jsonl, .jsonl.gz or .parquet file",
@@ -257,6 +260,16 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
             remedy="convert it (of a JSON list: jq -c '.[]' FILE.json > FILE.jsonl), or give a hub id",
         )
     return None
+
+
+def _from_csv(path: Path) -> str:
+    """The line that makes JSON lines of a CSV file."""
+    program = (
+        "import csv, json, sys; [print(json.dumps(row)) for row in "
+        "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))]"
+    )
+    converted = shlex.quote(path.with_suffix(".jsonl").name)
+    return f'convert it: python3 -c "{program}" {shlex.quote(str(path))} > {converted}'
 
 
 def content_digest(source: DataSource) -> str | None:

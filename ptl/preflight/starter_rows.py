@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl.config.data import DataSource, columns_of
 from ptl.config.run import check
-from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of
+from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of, unused_columns
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError
 
@@ -22,6 +22,9 @@ KNOWN = {
     ("messages",): {"format": "messages"},
     ("prompt", "completion"): {"prompt": "{prompt}", "completion": "{completion}"},
     ("question", "answer"): QUESTION,
+    # Alpaca, which may also have the whole prompt as `text`
+    ("instruction", "input", "output"): {"prompt": "{instruction}\n{input}\n", "completion": "{output}"},
+    ("instruction", "output"): {"prompt": "{instruction}\n", "completion": "{output}"},
     ("text",): {"format": "text", "text": "{text}"},
 }
 
@@ -36,6 +39,7 @@ class Rows:
     tokens: float | None  # roughly; None: of a data set on the hub
     max_length: int  # tokens of a row
     mean_length: float  # tokens of a row, roughly
+    unused: str = ""  # a sentence about columns that no template names
 
 
 def read(name: str, columns: str | None) -> Rows:
@@ -55,7 +59,8 @@ def read(name: str, columns: str | None) -> Rows:
     lengths = [_characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1)]
     max_length = next((length for length in LENGTHS if length * CHARACTERS >= max(lengths)), LENGTHS[-1])
     mean_length = statistics.mean(min(length / CHARACTERS, max_length) for length in lengths)
-    return Rows(source, tokens_of(source, max_length, FIELD) or None, max_length, mean_length)
+    tokens = tokens_of(source, max_length, FIELD) or None
+    return Rows(source, tokens, max_length, mean_length, unused_columns(source, sample, FIELD))
 
 
 def settings_of(row: Row, columns: str | None) -> dict[str, str]:
@@ -64,14 +69,14 @@ def settings_of(row: Row, columns: str | None) -> dict[str, str]:
     names: tuple[str, ...] = next((known for known in KNOWN if present >= set(known)), ())
     if columns:
         names = tuple(map(str.strip, columns.split(",")))
+    if names in KNOWN and present >= set(names):
+        return KNOWN[names]
     if not 1 <= len(names) <= 2 or not present >= set(names):
         raise InputError(
             f"{columns or 'missing'}; the rows have {', '.join(sorted(row))}",
             field="--columns",
             remedy="give --columns PROMPT,COMPLETION, or the one column of chats (role and content) or of texts",
         )
-    if names in KNOWN:
-        return KNOWN[names]
     try:
         columns_of("".join(f"{{{name}}}" for name in names))
     except ValueError as error:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -330,6 +331,8 @@ def test_rows_are_read_by_their_columns(tmp_path):
         ({"text": "1+1=2", "url": "x"}, None, "", "1+1=2"),
         ({"messages": CHAT, "prompt": "1+1?"}, None, "1+1?", "2"),
         ({"instruction": "Add 1 and 1", "output": "2"}, "instruction, output", "Add 1 and 1\n", "2"),
+        ({"instruction": "Add", "input": "1 1", "output": "2", "text": "x"}, None, "Add\n1 1\n", "2"),
+        ({"instruction": "Add 1 and 1", "output": "2"}, None, "Add 1 and 1\n", "2"),
         ({"conversations": CHAT}, "conversations", "1+1?", "2"),
         ({"body": "1+1=2"}, "body", "", "1+1=2"),
     ):
@@ -350,3 +353,23 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=f"(?s)^{said}"):
             read(tmp_path, row, columns=columns)
+
+
+def test_columns_that_no_template_reads_are_named(ptl, init, tmp_path):
+    row = {"instruction": "Add", "input": "1 and 1", "output": "2", "note": ""}
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    options = ["--gpu", "none", "--data", "rows.jsonl", "--task", EXAMPLE / "tiny_reasoner.yaml", "-o", "mine.yaml"]
+    _, said = init(DENSE, *options)
+    assert "no template reads" not in said  # an empty column is not missed
+    _, said = init(DENSE, *options, "--columns", "instruction,output", "--force")
+    assert "warning: --data: no template reads input of rows.jsonl: name what the model needs" in said
+    code, said = ptl("validate", "mine.yaml")
+    assert code == 0 and said.count("calibration.data.0: no template reads input of rows.jsonl") == 1, said
+
+
+def test_the_line_that_is_said_for_a_csv_file_converts_it(ptl):
+    Path("my rows.csv").write_text('\ufeffquestion,answer\n"1+1,\nor 2?",2\n', encoding="utf-8")
+    code, said = ptl("init", DENSE, "--data", "my rows.csv", "--gpu", "none")
+    assert code == 2 and said.startswith("error: --data: my rows.csv is no .jsonl"), said
+    subprocess.run(["bash", "-c", said.strip().partition("convert it: ")[2]], check=True)
+    assert json.loads(Path("my rows.jsonl").read_text()) == {"question": "1+1,\nor 2?", "answer": "2"}
