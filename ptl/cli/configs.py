@@ -180,6 +180,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     from ptl.model import pretrained
     from ptl.preflight import preflight, target
 
+    preflight.check_filled_in(config)
     # Before a model is downloaded.
     exported = dict.fromkeys(form.format for form in config.export)
     checks: list[extras.Check] = [

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from ptl.config.base import FILL_IN
 from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule
 from ptl.data import chat_templates
 from ptl.data.checks import check_data, check_own_answers, check_rewards, check_settings, named_sources
 from ptl.data.sources import local_file
+from ptl.errors import InputError
 from ptl.evaluation import tasks
 from ptl.evaluation.tasks import answer_tokens, check_gate, check_greedy, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
@@ -43,6 +45,22 @@ def preflight(config: Config, *, hub_rows: bool = False) -> tuple[Path, ModelDim
     if dimensions is not None:
         check_settings(folder, config.calibration, config.training, config.evaluate, config.recover, config.chat)
     return folder, dimensions
+
+
+def check_filled_in(config: Config) -> None:
+    """Raise InputError that names all fields which `ptl init` has left to the user."""
+    sources = named_sources(config.calibration, config.training, config.recover)
+    open_fields = [
+        f"{field}.source" for field, source in sources.items() if Path(source.source).name.startswith(FILL_IN)
+    ]
+    open_fields += [f"evaluate.tasks.{i}.name" for i, task in enumerate(config.evaluate.tasks) if task.name == FILL_IN]
+    if open_fields:
+        raise InputError(
+            f"{FILL_IN} is still to be filled in",
+            field=listed(open_fields),
+            remedy="give your rows (a .jsonl, .jsonl.gz or .parquet file, or a hub id) and a task, such as gsm8k or "
+            "the path of a task YAML",
+        )
 
 
 def hub_data_not_asked_for(config: Config) -> list[str]:

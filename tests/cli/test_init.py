@@ -202,13 +202,13 @@ def test_what_is_left_to_fill_in_is_refused_until_it_is(ptl):
     code, said = ptl("init", DENSE, "-o", "mine.yaml", "--gpu", "none")
     assert code == 0 and "Fill in first" in said
     file = Path("mine.yaml")
-    for said, placeholder, value in (
-        ("calibration.data.0.source: FILL-IN.jsonl", "FILL-IN.jsonl", str(ROWS[1])),
-        ("FILL-IN", '"FILL-IN"', f'"{ROWS[3]}"'),
+    for fields, placeholder, value in (
+        ("calibration.data.0.source, training.sources.0.source and evaluate.tasks.0.name", "FILL-IN.jsonl", ROWS[1]),
+        ("evaluate.tasks.0.name", '"FILL-IN"', f'"{ROWS[3]}"'),
     ):
         code, printed = ptl("validate", file)
-        assert code == 2 and f"{said} is still to be filled in" in printed
-        file.write_text(file.read_text().replace(placeholder, value))
+        assert code == 2 and printed.startswith(f"error: {fields}: FILL-IN is still to be filled in; "), printed
+        file.write_text(file.read_text().replace(placeholder, str(value)))
     code, printed = ptl("validate", file)
     assert code == 0, printed
 
