@@ -107,6 +107,7 @@ def starter(
         "percent": f"{100 * removed / dense.params:.0f}",
         "target": f"{goal:_.12g}" if isinstance(goal, float) else f"{{memory: {goal.memory}}}",
         "lowered": "" if target is None and usual < TARGET else None,
+        "iterations": _iterations(dense, schedule, prune),
         "units": prune.target,
         "scored": "widths" if prune.target == "auto" else prune.target,
         "criterion": prune.criterion,
@@ -156,6 +157,17 @@ def default_target(before: ModelDimensions, tokens: float | None, unit: str = "n
     # Shares themselves are inexact: 0.15 // 0.05 is 2.
     steps = min(removable / 2, recovered) // (TARGET_STEP * before.params)
     return min(TARGET, round(max(1, steps) * TARGET_STEP, 2))
+
+
+def _iterations(dense: ModelDimensions, schedule: Schedule, prune: Prune) -> int | None:
+    """The most iterations up to the default that all have something to remove; None: the default."""
+    usual: int = Schedule.model_fields["iterations"].default
+    for number in range(usual, 0, -1):
+        path = goals.possible_paths(dense, schedule.model_copy(update={"iterations": number}), prune)[0]
+        before = [dense, *(after for _, after in path)]
+        if all(after != earlier for (_, after), earlier in zip(path, before, strict=False)):
+            return None if number == usual else number
+    return 1
 
 
 def _tokens(removed: int, there: float | None) -> int:

@@ -183,6 +183,11 @@ def of_a_mixture(request, init):
     return request.param
 
 
+def test_no_iteration_has_nothing_to_remove(of_a_mixture, ptl):
+    assert load_config("mine.yaml").schedule.iterations < 4
+    assert "nothing is left to remove" not in ptl("validate", "mine.yaml")[1]
+
+
 def test_the_config_of_a_mixture_is_validated_and_planned(of_a_mixture, ptl):
     for name in ("validate", "plan"):
         code, said = ptl(name, "mine.yaml")
