@@ -18,6 +18,7 @@ from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layer
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.units import counted, memory_beside
 
+MOST = 0.95  # share of the parameters that may go
 TOKENS = 4096  # of each sequence in the KV cache, where a goal does not say
 
 SizePath = list[tuple[Iteration, ModelDimensions]]  # a model's sizes after each iteration
@@ -108,6 +109,12 @@ def to_remove(params: int, schedule: Schedule) -> int:
             f"{schedule.target:g} is no size below the model's own {params:,} parameters",
             field="schedule.target",
             remedy="give a share between 0 and 1, or the number of parameters to end with",
+        )
+    if total > MOST * params:
+        raise InputError(
+            f"{schedule.target:g}: hardly anything is left, {params - total:,} of {params:,} parameters",
+            field="schedule.target",
+            remedy=f"remove at most {MOST:g} of them, or take a smaller model",
         )
     return total
 
