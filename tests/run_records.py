@@ -144,6 +144,7 @@ def records() -> dict:
     """Four accepted iterations that end at 0.98, a control that ends at 0.90."""
     out = {
         "import-model": metadata("import", 0, model="examples/tiny_reasoner/checkpoint", revision="", params=DENSE,
+                              base_model="", license="", license_name="", license_link="",
                               versions={"torch": "2.13.0", "ptl": "0.1.0"}, host="fixture"),
         "evaluate-0": metadata("evaluate", 0, scores=scores(DENSE, 0.996, 256), items=items({3}),
                             verdict={"decision": "baseline", "reason": "the dense model"}),

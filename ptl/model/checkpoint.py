@@ -202,13 +202,23 @@ def check_links(folder: Path) -> None:
 
 
 def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> None:
-    """Copy tokenizer, generation config, chat templates and so on: no weights, no pickles, nothing `excluded`.
+    """Copy tokenizer, generation config, license, chat templates and so on: no weights, no pickles, nothing `excluded`.
 
-    Mistral's own config is left out too: after pruning, its sizes would be wrong.
+    Mistral's own config is left out too, since its sizes would be wrong after pruning, and the model card, whose scores
+    would be.
     """
     check_links(src)
     # The caller writes the weights, and with them the index and the config; manifests would be out of date.
-    excluded_names = {INDEX, STATE, "config.json", MISTRAL_CONFIG, "ptl-files.json", *MLFLOW_FILES, *excluded}
+    excluded_names = {
+        INDEX,
+        STATE,
+        "config.json",
+        "README.md",
+        MISTRAL_CONFIG,
+        "ptl-files.json",
+        *MLFLOW_FILES,
+        *excluded,
+    }
     for path in [*src.iterdir(), *src.glob(f"{CHAT_TEMPLATES}/*.jinja")]:
         is_excluded = path.name in excluded_names or path.suffix in PICKLES + OTHER_WEIGHTS
         if path.is_file() and not is_excluded:

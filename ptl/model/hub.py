@@ -15,7 +15,7 @@ from ptl.model.families import family_of
 
 TIMEOUT = 5  # seconds for the hub to say that it has a data set
 OTHER_FORMATS = ("consolidated*",)  # Mistral's repositories hold the weights a second time, in its own format
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # beside the weights; no pickles, no code
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")  # no pickles, no code
 
 
 def locate(

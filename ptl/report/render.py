@@ -15,12 +15,12 @@ from typing import Any
 from ptl.address import runs_page
 from ptl.config.base import SUFFIXES, flat_settings
 from ptl.evaluation import speed
+from ptl.model.model_card import HUB_ID
 from ptl.report import tables, words
 from ptl.report.result import Result, Row
 from ptl.report.tables import Table
 from ptl.units import billions, duration
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # what the hub's metadata allows
 # Of the main table's rows in a terminal; `gate off` has its own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
 # Colours of templates/report.mplstyle and of the lines drawn here -> CSS variables of the page.
@@ -65,7 +65,7 @@ def page(name: str, result: Result, *, html: bool, picture: str = "") -> str:
         keep_trailing_newline=True,
     )
     env.globals |= {"tables": tables, "words": words, "speed": speed}
-    env.filters |= {"duration": duration, "billions": billions, "date": _date}
+    env.filters |= {"duration": duration, "billions": billions, "date": _date, "public_name": _public_name}
     settings = {key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])}
     return env.get_template(name).render(result=result, html=html, picture=picture, settings=settings)
 
@@ -104,7 +104,10 @@ def _hub_metadata(result: Result) -> str:
         model_name=result.name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=result.model.model if _is_hub_id(result.model.model) else None,
+        base_model=result.model.base_model or None,
+        license=result.model.license or None,
+        license_name=result.model.license_name or None,
+        license_link=result.model.license_link or None,
         tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
         datasets=list(filter(_is_hub_id, sources)) or None,
         metrics=list(dict.fromkeys(map(words.metric, scores))) or None,
@@ -114,8 +117,13 @@ def _hub_metadata(result: Result) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether it is no path: that of a local model begins with a point or a slash."""
+    """Return whether a name is that of a model or a data set on the hub; a local model's begins with a point."""
     return HUB_ID.fullmatch(name) is not None and not name.endswith(SUFFIXES)
+
+
+def _public_name(source: str) -> str:
+    """The name of training data as a published card shows it: of a local file without its folders."""
+    return source if "://" in source or _is_hub_id(source) else Path(source).name
 
 
 def terminal_text(result: Result, report: str) -> str:

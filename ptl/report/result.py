@@ -180,6 +180,10 @@ class Source(BaseModel):
 
     model: str  # path or hub id
     revision: str
+    base_model: str  # hub id of the model, or of what it was made from; empty: not known
+    license: str  # as its model card names it; empty: it names none
+    license_name: str
+    license_link: str
 
 
 class Tracking(BaseModel):

@@ -30,6 +30,7 @@ from ptl.storage.store import Pointer, Record
 def import_model(call: Call) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
     from ptl.export.formats import check_exports
+    from ptl.model import model_card
     from ptl.model.hub import import_checkpoint, is_local
     from ptl.preflight import preflight
 
@@ -61,7 +62,10 @@ def import_model(call: Call) -> None:
             path = config.model.path
             name = os.path.join(".", path) if is_local(path) else path  # noqa: PTH118 - as no id of the hub begins
             source = {"model": name, "revision": config.model.revision or "", **goal}
-            step.publish({**source, "params": dimensions.params, "versions": _versions(), "host": platform.node()})
+            card = model_card.published(path, folder)
+            step.publish(
+                {**source, **card, "params": dimensions.params, "versions": _versions(), "host": platform.node()}
+            )
 
 
 def _name_earlier_runs(run: StepRun, earlier_runs: str) -> None:

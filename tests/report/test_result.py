@@ -210,9 +210,15 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     rated = ModelCard(card).data.eval_results
     assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
     assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
-    records["import-model"].metadata["model"] = "org/model-1"
+    assert "This is a local checkpoint, made smaller" in card and "No license is named here" in card
+    assert "examples/" not in card and "train.jsonl" in card
+    known = {"model": "org/model-1", "base_model": "org/model-1", "license": "apache-2.0"}
+    records["import-model"].metadata.update(known)
     names = ("org/rows", "s3://bucket/rows.jsonl", "own.jsonl")
     settings["training"]["sources"] = [{"source": name} for name in names]
     written(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert (data["base_model"], data["datasets"]) == ("org/model-1", ["org/rows"])
+    assert data["license"] == "apache-2.0" and "license_name" not in data
+    card = (tmp_path / "README.md").read_text()
+    assert "This is org/model-1, made smaller" in card and "No license" not in card
