@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ptl import address
+from ptl import address, connections
 from ptl.errors import InputError, WorkError
 from ptl.units import listed
 
@@ -207,9 +207,11 @@ REMEDIES = {
 
 
 def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | WorkError:
+    if not error.status:
+        return _of_lost_connection(error, server_name)
     chain = _server_message(error)
     reason = re.split("[Ee]rror: ", chain)[-1]  # without the functions that it went through
-    status = error.status or 0
+    status = error.status
     problem, remedy = f"{status} {reason}", ""
     if 300 <= status < 400:
         target = address.page(urljoin(host, error.headers.get("Location", "")))
@@ -218,7 +220,7 @@ def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | 
     # The server answers 500 for a version that is not there.
     elif status == 500 and "ResourceNotFoundError: " in chain:
         status, problem, remedy = NOT_FOUND, reason, "it was deleted"
-    elif status == 0 or status >= 500 or status == TOO_MANY_REQUESTS:
+    elif status >= 500 or status == TOO_MANY_REQUESTS:
         return WorkError(f"{status} {chain}", field=server_name, remedy="is it healthy?")
     elif status in REMEDIES:
         # A proxy's own answer is a page: HTTP's word says more.
@@ -226,13 +228,11 @@ def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | 
     return RefusedError(problem, status, field=server_name, remedy=remedy)
 
 
-def _of_lost_connection(error: Any, server_name: str) -> WorkError:
-    reason = getattr(error, "reason", None) or error
-    # Without the library's own objects and the query: `HTTPSConnectionPool(host=..., port=443): `
-    problem = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
-    is_certificate = "CERTIFICATE" in str(error).upper()
-    remedy = "is --ca-cert right?" if is_certificate else "is --host right, and is it up?"
-    return WorkError(problem, field=server_name, remedy=remedy)
+def _of_lost_connection(error: Exception, server_name: str) -> WorkError:
+    sentence = connections.sentence(server_name, error)
+    return WorkError(
+        sentence, remedy="is --ca-cert right?" if "certificate" in sentence else "is --host right, and is it up?"
+    )
 
 
 def _server_message(error: Any) -> str:
@@ -243,4 +243,4 @@ def _server_message(error: Any) -> str:
     with contextlib.suppress(ValueError, AttributeError):
         answer = json.loads(content)
         content = answer.get("message") or answer.get("error_message") or answer.get("error") or content
-    return " ".join(str(content).split())[:500]
+    return connections.shortened(str(content), 500)

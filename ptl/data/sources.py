@@ -362,7 +362,7 @@ def _from_hub(source: DataSource, setting: str) -> Any:
         error = _cause(raised)
         problem = (
             f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
-            f"cannot be loaded: {type(error).__name__}: {error}"
+            f"cannot be loaded: {hub.reason(error)}"
         )
         remedy = f"check the id, HF_TOKEN and the connection, or give {FILE_KINDS}"
         raise hub.error_for(error, problem, field=setting, remedy=remedy) from error

@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import address, extras, processes
+from ptl import address, connections, extras, processes
 from ptl.errors import InputError, WorkError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
 REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
-MESSAGE = 300  # characters of an error: it may be a login page
 PAGE = 1000  # results in one answer; MLflow allows no more of experiments
 
 # Of servers and databases. Folders (file:) have no registry of models, and Databricks keeps records its own way.
@@ -95,7 +95,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        problem = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}: {str(error)[:MESSAGE]}"
+        problem = _problem(error)
         if "Invalid Host" in str(error):  # also a 403
             raise WorkError(problem, remedy="start it with --allowed-hosts and this host name (host:*)") from error
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
@@ -111,9 +111,26 @@ def explained() -> Iterator[None]:
             raise
         database = address.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
         raise WorkError(
-            f"MLflow's database {database}: {str(error).splitlines()[0]}",
+            connections.sentence(f"MLflow's database {database}", error, str(error).splitlines()[0]),
             remedy="is it one that MLflow has made, whole, and its disk not full?",
         ) from error
+
+
+def _problem(error: MlflowException) -> str:
+    """A sentence: why the server does not answer, what it answers, or which status and page it answers with."""
+    from mlflow.exceptions import RestException
+
+    server = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}"
+    text = str(error)
+    # MLflow's client quotes an answer that is no JSON, as those of proxies are.
+    description, _, body = text.partition("Response body: ")
+    if isinstance(error, RestException) or not body:
+        return connections.sentence(server, error)
+    answer = connections.shortened(body.strip("'"))
+    status = re.search(r"failed with error code (\d+)", description)
+    if status is None:
+        return f"{server} answers, but not as MLflow does: {answer}"
+    return f"{server} answers {connections.status_name(int(status[1]))}: {answer}"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptl import log
+from ptl import connections, log
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.model import checkpoint, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
@@ -37,7 +37,7 @@ def locate(
         return Path(snapshot)
     except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
         at_revision = f" at revision {revision}" if revision else ""
-        problem = f"{path!r} is no local folder, and the hub does not give it{at_revision} ({type(error).__name__})"
+        problem = f"{path!r} is no local folder, and the hub does not give it{at_revision} ({reason(error)})"
         raise error_for(error, problem, field=field, remedy=_remedy(error)) from error
 
 
@@ -69,7 +69,7 @@ def has_dataset(name: str, revision: str | None, field: str) -> bool:
         huggingface_hub.dataset_info(name, revision=revision, timeout=TIMEOUT)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(
-            f"{name!r} is no file here, and the hub has no such data set ({type(error).__name__})",
+            f"{name!r} is no file here, and the hub has no such data set ({reason(error)})",
             field=field,
             remedy=_remedy(error),
         ) from error
@@ -113,16 +113,40 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     checkpoint.copy_companions(src, dst)
 
 
+def reason(error: Exception) -> str:
+    """Why the hub does not give something, as one phrase."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    phrase = connections.failure(error) or _explained(error)[0]
+    if not phrase and isinstance(error, HfHubHTTPError):
+        phrase = connections.status_name(error.response.status_code)
+    return phrase or connections.shortened(f"{type(error).__name__}: {error}")
+
+
 def _remedy(error: Exception) -> str:
     """What to do about an error of the hub."""
+    return _explained(error)[1]
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """A phrase for an error of the hub, empty for one of no known kind, and what to do about it."""
     from huggingface_hub import errors
 
-    remedies = {  # a gated model is not found either, so the order counts
-        errors.GatedRepoError: "accept its licence on its page of the hub, and set HF_TOKEN to a token of that account",
-        errors.RepositoryNotFoundError: "check the id; a private one needs HF_TOKEN",
-        errors.RevisionNotFoundError: "check the revision: a commit, branch or tag",
-        errors.LocalEntryNotFoundError: "the hub cannot be reached from here, and its cache does not hold it: give the "
-        "folder of a checkpoint, or connect (HF_HUB_OFFLINE=1 allows the cache alone)",
+    kinds = {  # a gated model is not found either, so the order counts
+        errors.GatedRepoError: (
+            "its licence is not accepted",
+            "accept its licence on its page of the hub, and set HF_TOKEN to a token of that account",
+        ),
+        errors.RepositoryNotFoundError: (
+            "nothing of that name, or hidden from this account",
+            "check the id; a private one needs HF_TOKEN",
+        ),
+        errors.RevisionNotFoundError: ("no such revision", "check the revision: a commit, branch or tag"),
+        errors.LocalEntryNotFoundError: (
+            "no connection",
+            "the hub cannot be reached from here, and its cache does not hold it: give the folder of a checkpoint, or "
+            "connect (HF_HUB_OFFLINE=1 allows the cache alone)",
+        ),
     }
-    otherwise = "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached"
-    return next((remedy for kind, remedy in remedies.items() if isinstance(error, kind)), otherwise)
+    otherwise = ("", "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached")
+    return next((texts for kind, texts in kinds.items() if isinstance(error, kind)), otherwise)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ptl import connections
 from ptl.errors import InputError
 
 MODEL = "model.path"  # the field of the config that names the checkpoint
@@ -115,7 +116,7 @@ def _explained(source: str, field: str) -> Iterator[None]:
                 field=field,
                 remedy="use a checkpoint that transformers loads without trust_remote_code",
             ) from error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]  # on one line
+        reason = connections.shortened(f"{type(error).__name__}: {error}", MAX_REASON)
         raise InputError(
             f"transformers cannot read {source} ({reason})",
             field=field,

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ptl import processes
+from ptl import connections, processes
 from ptl.config.cluster import TRAINED
 from ptl.config.image_names import with_options
 from ptl.config.run import Config, check
@@ -78,24 +78,31 @@ def images(config: Config) -> str:
             "hold the images already (kind load), set resources.image_pull_policy: Never",
         )
     for name in names:
-        try:
-            command = ["docker", "manifest", "inspect", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-            reason = done.stderr.strip()[:200] if done.returncode else ""
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = f"docker gave no answer ({type(error).__name__})"
-        if re.search("no such manifest|manifest.unknown", reason, re.IGNORECASE):
+        problem = _docker_problem("manifest", "inspect", name)
+        if re.search("no such manifest|manifest.unknown", problem, re.IGNORECASE):
             raise InputError(
                 f"{name} is not in the registry, or hidden from this login",
                 remedy=f"ptl images build{options}, then ptl images push{options}, with this registry and tag; or "
                 "correct images.registry",
             )
-        if reason:
+        if problem:
+            # Docker is written in Go, whose errors end with their cause.
             raise DoubtError(
-                f"{name} was not checked: {reason}",
+                f"{name} was not checked: {connections.shortened(problem.split(': ')[-1])}",
                 remedy="log in (docker login), and make sure that resources.image_pull_secrets names a Secret for it",
             )
     return f"{listed} can be pulled"
+
+
+def _docker_problem(*words: str) -> str:
+    """What a docker command that fails says; empty where it succeeds."""
+    try:
+        done = subprocess.run(["docker", *words], capture_output=True, text=True, check=False, timeout=60)
+    except FileNotFoundError:
+        return "there is no command docker here"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return connections.sentence("docker", error)
+    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
 
 def kubeflow(config: Config, health: Health) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ptl import connections
 from ptl.errors import InputError
 
 SECONDS = 15
@@ -50,9 +53,28 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
         return request(connect(), method, path, body=body, query_params=query, _request_timeout=SECONDS)
     except (config.ConfigException, client.ApiException, HTTPError) as error:
         kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else DoubtError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         remedy = "check the kubeconfig, or the rights of the account"
-        raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error
+        raise kind_of_error(f"not checked: {sentence(error)}", remedy=remedy) from error
+
+
+def sentence(error: Exception) -> str:
+    """What kept the Kubernetes API from an answer, or what it answers instead of what was asked for."""
+    from kubernetes import client
+
+    api = f"the Kubernetes API at {client.Configuration.get_default_copy().host}"
+    status = getattr(error, "status", None)
+    if status:
+        return f"{api} answers {connections.status_name(status)}: {message(error)}"
+    if isinstance(error, client.ApiException) or connections.failure(error):
+        return connections.sentence(api, error)
+    return connections.shortened(str(error))  # of the kubeconfig
+
+
+def message(error: Any) -> str:
+    """What the API says, out of its JSON."""
+    with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
+        return str(json.loads(error.body)["message"])
+    return connections.failure(error) or connections.shortened(str(getattr(error, "reason", None) or error))
 
 
 def connect() -> Any:

@@ -13,6 +13,7 @@ from ptl.config.run import check
 from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of, unused_columns
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError
+from ptl.model import hub
 
 FIELD = "--data"
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
@@ -108,7 +109,7 @@ def _from_hub(source: DataSource) -> tuple[DataSource, list[Row]]:
         return source, list(itertools.islice(rows, SAMPLE))
     except Exception as error:  # the libraries raise a dozen kinds; each means that the source cannot be had
         raise InputError(
-            f"{name!r} is no file here, and the hub does not give it as a data set ({type(error).__name__}: {error})",
+            f"{name!r} is no file here, and the hub does not give it as a data set ({hub.reason(error)})",
             field=FIELD,
             remedy="give a .jsonl, .jsonl.gz or .parquet file, or check the id, HF_TOKEN and the connection",
         ) from error

@@ -10,7 +10,6 @@ refusal and whose TrainJobs cannot have an owner.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import threading
@@ -233,7 +232,7 @@ class Cluster:
                     raise _refused(error, options.get("body")) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
-                        f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
+                        f"the Kubernetes API has not answered for {PATIENCE} s: {in_cluster.message(error)}",
                         remedy="the TrainJob trains meanwhile, and a retry of the step finds it",
                     ) from error
                 time.sleep(5)
@@ -241,7 +240,7 @@ class Cluster:
 
 def _refused(error: Any, job: Json | None) -> InputError:
     """The error of a request that the API refuses, with what helps."""
-    message = _message(error)
+    message = in_cluster.message(error)
     runtime = job["spec"]["runtimeRef"]["name"] if job else ""
     if "not found: specified" in message:
         return InputError(
@@ -263,11 +262,3 @@ def _refused(error: Any, job: Json | None) -> InputError:
             remedy=f"for its Role {APPLY}",
         )
     return InputError(f"the cluster refuses it: {message}", field="resources.steps.recover")
-
-
-def _message(error: Any) -> str:
-    """What the API says, out of its JSON."""
-    try:
-        return str(json.loads(error.body)["message"])
-    except (AttributeError, ValueError, KeyError, TypeError):
-        return str(getattr(error, "reason", None) or error)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from ptl import address, processes
+from ptl import address, connections, processes
 from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.evaluation.retention import TextLosses
@@ -222,13 +222,15 @@ def _post(url: str, step: str, reason: str) -> None:
     try:
         response = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
     except (requests.RequestException, ValueError) as error:
-        raise WorkError(type(error).__name__) from None
+        if isinstance(error, ValueError):
+            raise WorkError(f"{WEBHOOK} is no address") from None
+        raise WorkError(f"it does not answer: {connections.failure(error) or type(error).__name__}") from None
     if response.is_redirect:
         # It may lead to any server, and a POST that is redirected loses its body.
         server = urlsplit(urljoin(url, response.headers["location"])).hostname
         raise WorkError(f"it redirects to {server}", remedy=f"set {WEBHOOK} to that address")
     if not response.ok:
-        raise WorkError(f"it answers {response.status_code} {response.reason}")
+        raise WorkError(f"it answers {connections.status_name(response.status_code)}")
 
 
 @contextlib.contextmanager

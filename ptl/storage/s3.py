@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from ptl import connections
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.storage.local_files import full_disk
 from ptl.storage.manifest import BLOCK, FILES, THREADS, Files, Progress, verify
@@ -137,7 +138,7 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
     try:
         yield
     except (exceptions.BotoCoreError, exceptions.ClientError, ResponseParserError, *transfer) as error:
-        problem = str(error)
+        problem = connections.shortened(str(error))
         remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
         if isinstance(error, exceptions.NoCredentialsError):
             kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
@@ -148,7 +149,12 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
         elif isinstance(error, exceptions.ClientError):
             retry = "run the same command again, or look at the S3 server's log"
             remedy = "renew the login" if _code(error) == "ExpiredToken" else retry
-        raise kind(f"{uri} at {_endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy) from error
+            message = error.response.get("Error", {}).get("Message", "")
+            problem = connections.shortened(f"{_code(error)} ({message})")
+        server = _endpoint_url() or "AWS"
+        reason = connections.failure(error)
+        sentence = f"S3 at {server} does not answer: {reason} ({uri})" if reason else f"{uri} at {server}: {problem}"
+        raise kind(sentence, field=field, remedy=remedy) from error
 
 
 def _code(error: Any) -> str:

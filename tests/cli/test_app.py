@@ -66,7 +66,11 @@ def test_a_run_is_refused_before_any_work(ptl, monkeypatch):
     """Code 2 and a message, before MLflow's database or a run directory exist."""
     for uri, words, said in (
         ("", options(prune__target="neurons", prune__width_multiple=128), "prune.width_multiple=128"),
-        ("http://127.0.0.1:9", [], "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9: "),
+        (
+            "http://127.0.0.1:9",
+            [],
+            "MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9 does not answer: connection refused; start the server",
+        ),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         code, printed = ptl("run", TINY, *words)

@@ -112,7 +112,10 @@ def test_a_token_is_of_the_environment_or_of_a_file_that_is_read_again(world, go
 
 
 def test_a_dead_server_is_one_short_line_without_a_password():
-    with pytest.raises(WorkError, match=r"127.0.0.1:9: .*Connection refused; is --host right") as error:
+    with pytest.raises(
+        WorkError,
+        match=r"^Kubeflow Pipelines at http://\*{3}@127.0.0.1:9 does not answer: connection refused; is --host right",
+    ) as error:
         submit.submit(CONFIG, Server(host="http://user:secret@127.0.0.1:9"))
     assert "secret" not in str(error.value)
 

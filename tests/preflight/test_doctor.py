@@ -99,13 +99,14 @@ def answers(serve):
 
 
 def test_an_mlflow_that_takes_no_run(config, tracking, answers, monkeypatch):
-    for answer, remedy in (
-        ((401, "You are not authenticated."), "MLFLOW_TRACKING_PASSWORD"),
-        ((403, "Invalid Host header"), "--allowed-hosts"),
-        ((200, "<html>log in</html>"), "is the server up and is the address right"),
+    for answer, problem, remedy in (
+        ((401, "You are not authenticated."), "answers HTTP 401 Unauthorized: You are not authenticated.", "_PASSWORD"),
+        ((403, "Invalid Host header"), "answers HTTP 403 Forbidden: Invalid Host header", "--allowed-hosts"),
+        ((200, "<html>log in</html>"), "answers, but not as MLflow does: an HTML page", "is the address right"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", answers({"/api/2.0/mlflow/experiments/get-by-name": answer}))
-        assert remedy in checked("error", doctor.mlflow, config), answer
+        said = checked("error", doctor.mlflow, config)
+        assert problem in said and remedy in said, said
     assert "store" not in states(doctor.step_environment(config))  # whose location only MLflow knows
 
 
@@ -164,8 +165,13 @@ def test_images_in_a_registry(docker, monkeypatch):
     assert "ptl-prune:1 is not in the registry" in checked("error", doctor_cluster.images, config)
     with_vllm = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"backend": "vllm"})})
     assert "ptl images push --with evaluate-vllm" in checked("error", doctor_cluster.images, with_vllm)
-    monkeypatch.setenv("ERROR", "unauthorized: authentication required")
-    checked("warning", doctor_cluster.images, config)
+    go = 'failed to configure transport: Get "https://registry/v2/": dial tcp 127.0.0.1:9: connect: connection refused'
+    for text, cause in (
+        ("unauthorized: authentication required", "authentication required"),
+        (go, "connection refused"),
+    ):
+        monkeypatch.setenv("ERROR", text)
+        assert f"ptl-prune:1 was not checked: {cause}\n" in checked("warning", doctor_cluster.images, config)
     # Without one a cluster has only what its nodes hold.
     assert "images.registry" in checked("error", doctor_cluster.images, load_config(TINY))
     checked("ok", doctor_cluster.images, load_config(TINY, {"resources.image_pull_policy": "Never"}))
