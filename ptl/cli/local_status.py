@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -37,7 +38,7 @@ def list_runs(home: Path) -> list[Progress]:
 
 def runs_table(runs: list[Progress], home: Path) -> str:
     """One line for each run."""
-    rows = [[run.run_id, run.state, _position(run), _time(run.begun)] for run in runs]
+    rows = [[run.run_id, run.state, run.position, _time(run.begun)] for run in runs]
     return table_text(f"Runs in {home}", ["Run", "State", "Step", "Since"], rows)
 
 
@@ -50,7 +51,7 @@ def text(run: Progress) -> str:
     lines += [f"{step}: {note.error}" for step, note in run.steps.items() if note.error]
     if run.newest_line:
         lines.append(run.newest_line)
-    lines.append(f"{run.run_id}: {run.state}, {_position(run)}; {run.folder / 'log.txt'} has everything it has printed")
+    lines.append(f"{run.run_id}: {run.state}, {run.position}; {run.folder / 'log.txt'} has everything it has printed")
     return "\n".join(lines)
 
 
@@ -58,7 +59,8 @@ def document(run: Progress) -> dict[str, Any]:
     """The run as JSON."""
     steps = [{"step": step, **asdict(note)} for step, note in run.steps.items()]
     about_run = {"run_id": run.run_id, "state": run.state, "folder": str(run.folder), "begun": run.begun}
-    return {**about_run, "step": run.number, "of": len(run.steps), "steps": steps}
+    left = run.seconds_left(time.time()) if run.state == progress.RUNNING else None
+    return {**about_run, "step": run.number, "of": len(run.steps), "seconds_left": left, "steps": steps}
 
 
 def _cells(note: Note) -> list[str]:
@@ -68,12 +70,6 @@ def _cells(note: Note) -> list[str]:
     origin = f"taken over from {note.taken_over_from}" if note.taken_over_from else ""
     result = ", ".join(filter(None, [note.verdict, note.summary, origin]))
     return [note.state, _time(note.since) if note.since else "", seconds, accuracy, result]
-
-
-def _position(run: Progress) -> str:
-    if run.state == progress.DONE:
-        return f"{len(run.steps)} steps"
-    return f"step {run.number} of {len(run.steps)}"
 
 
 def _time(moment: float) -> str:

@@ -6,6 +6,7 @@ servers that a run may use, `ptl images` makes the images of its steps.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -88,7 +89,7 @@ def run(
             _print_start(directory, resumed, addresses, artifacts)
             started = time.monotonic()
             job = _job(settings, directory, environment, artifacts)
-            progress.begin(directory.path, dict.fromkeys(job.steps, 1.0))
+            progress.begin(directory.path, _work(settings, job.steps))
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started, s3)
             _check_exports(directory, settings)
@@ -107,6 +108,21 @@ def _job(config: Config, directory: RunDir, environment: Environment, artifacts:
     steps = tuple(node.name for node in dag.nodes(config))
     parameters = {"earlier_runs": " ".join(directory.earlier)}
     return RunnerJob(config, pipeline, directory.path, environment, artifacts, steps, parameters)
+
+
+def _work(config: Config, steps: Sequence[str]) -> dict[str, float]:
+    """The work of each step by the forecast of `ptl plan`, in its hours; 0 where it is not known."""
+    from ptl.config import dag
+    from ptl.preflight.forecast import forecast
+
+    hours: dict[str, float] = {}
+    # Only how long it may take is not known without it; a runner of images needs no torch here.
+    with contextlib.suppress(PtlError, ImportError):
+        hours = {step.step: step.hours for step in forecast(config).steps}
+    for step in steps:
+        if dag.stage_of(step) == "export":  # it scores the final model and the dense one
+            hours[step] = 2 * hours.get("evaluate-0", 0.0)
+    return {step: hours.get(step, 0.0) for step in steps}
 
 
 def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:

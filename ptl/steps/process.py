@@ -12,7 +12,7 @@ from typing import Any
 from ptl import processes
 from ptl.address import without_login
 from ptl.errors import PtlError, explained_imports
-from ptl.steps import bars  # noqa: F401
+from ptl.steps import bars
 from ptl.steps.attempts import Failure, NoAttemptLeftError
 from ptl.storage import local_files
 
@@ -56,6 +56,7 @@ def work(call: dict[str, Any]) -> dict[str, Any]:
     from ptl.steps.step import scratch
 
     step = Call.load(call)
+    bars.name(step.step)
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
     with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
         progress.note(step.step, progress.RUNNING)

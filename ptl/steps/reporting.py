@@ -51,7 +51,7 @@ def begin(run: StepRun) -> None:
         raise attempts.NoAttemptLeftError(f"{error.problem}{last}", remedy=error.remedy) from None
     tracking.tag(run, {"attempt": attempt})
     number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().retries + 1}"
-    say(run.step, f"started{number}")
+    say(run.step, f"started{number}{progress.position_of(run.step)}")
 
 
 def note_error(run: StepRun, error: Exception) -> None:
@@ -147,12 +147,16 @@ def note_end(step: str, record: Record | None, taken_over_from: str) -> None:
     metadata = record.metadata
     evaluated = {}
     if metadata["stage"] == "evaluate":
-        evaluated = {"accuracy": metadata["scores"]["tasks"][0]["accuracy"], "verdict": metadata["verdict"]["decision"]}
+        evaluated = {
+            "accuracy": metadata["scores"]["tasks"][0]["accuracy"],
+            "verdict": metadata["verdict"]["decision"],
+            "ends_loop": metadata["accepted"]["gate"].get("stopped", False),
+        }
     progress.note(
         step,
         progress.DONE,
         since=metadata["started"] + metadata["whole_seconds"],
-        seconds=metadata["seconds"],
+        seconds=max(metadata["seconds"], metadata["whole_seconds"]),
         summary="" if evaluated else summary(metadata),
         taken_over_from=taken_over_from,
         **evaluated,

@@ -64,7 +64,7 @@ def test_a_second_terminal_sees_the_steps_of_a_run(ptl, begin):
         listing = ptl("status")[1]
         document = json.loads(ptl("status", folder.name, "--json")[1])
     assert code == DONE
-    assert f"\n[##--] 20% 10 s left\n{folder.name}: running, step 4 of 6; " in printed
+    assert f"\n[##--] 20% 10 s left\n{folder.name}: running, step 4 of 6, about " in printed
     steps = rows(printed)
     assert steps["import-model"] == ["done", "0", "", "1,234 parameters"]
     assert steps["evaluate-0"] == ["done", "4", "0.500", "baseline"]
@@ -79,6 +79,43 @@ def test_a_second_terminal_sees_the_steps_of_a_run(ptl, begin):
     code, printed = ptl("status", folder)
     assert code == FAILED and f"{folder.name}: interrupted, step 4 of 6" in printed
     assert rows(printed)["recover-1"][0] == "interrupted" and "10 s left" not in printed
+
+
+def test_the_time_left_follows_the_plan_and_then_what_was_measured(begin, monkeypatch):
+    """The forecast's hours are of another machine: only their shares count."""
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    folder = begin()
+    work = {"import-model": 0.0, "evaluate-0": 0.1, "prune-1": 0.2, "recover-1": 0.3, "evaluate-1": 0.1, "report": 0.0}
+    progress.begin(folder, work)
+
+    def position(step, **seconds):
+        for ended, its_seconds in seconds.items():
+            progress.note(ended.replace("_", "-"), progress.DONE, seconds=its_seconds)
+        progress.note(step, progress.RUNNING, since=1000.0)
+        with processes.lifeline(folder / "lifeline-1"):
+            return progress.position_of(step)
+
+    assert position("import-model") == " (step 1 of 6)"
+    assert position("evaluate-0", import_model=9.0) == " (step 2 of 6)"  # its work is not known
+    assert position("prune-1", evaluate_0=100.0) == " (step 3 of 6, about 10 min left)"
+    # The second evaluation takes as long as the first, whatever pruning has taken.
+    assert position("recover-1", prune_1=20.0) == " (step 4 of 6, about 3 min 40 s left)"
+    monkeypatch.setattr("time.time", lambda: 1050.0)
+    with processes.lifeline(folder / "lifeline-1"):
+        # 50 s of it are over.
+        assert progress.read(folder).seconds_left(1050.0) == pytest.approx(170)
+    assert position("evaluate-1", recover_1=77.0) == " (step 5 of 6, about 50.0 s left)"
+
+
+def test_after_the_loops_end_only_what_is_still_needed_takes_time(begin):
+    folder = begin()
+    progress.begin(
+        folder, {"evaluate-1": 1.0, "prune-2": 5.0, "recover-2": 5.0, "evaluate-2": 1.0, "control-prune": 2.0}
+    )
+    progress.note("evaluate-1", progress.DONE, seconds=10.0)
+    assert progress.read(folder).seconds_left(0.0) == pytest.approx(130)
+    progress.note("evaluate-1", progress.DONE, seconds=10.0, ends_loop=True)
+    assert progress.read(folder).seconds_left(0.0) == pytest.approx(20)
 
 
 def test_why_a_step_failed_and_which_was_not_needed(ptl, begin):

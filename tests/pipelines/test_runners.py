@@ -107,10 +107,28 @@ def test_the_terminal_shows_lines_of_progress_and_the_log_everything(tmp_path, c
     assert log.read_text() == f"an earlier command\n{printed}"
 
 
-def test_the_bars_of_libraries_are_lines_of_progress(tmp_path, capsys):
-    work = "import ptl.steps.process\nfrom tqdm import tqdm\nfor _ in tqdm(range(4), desc='repairing'): pass"
+BAR = """
+import sys
+from ptl.steps import bars
+if sys.argv[1:] == ["forked"]:
+    import os, tqdm  # before the process knows its step
+    os.environ.clear()
+bars.name("answers")
+from tqdm import tqdm
+bar = tqdm(total=100, initial=10, desc="answering", smoothing=0)
+bar.start_t -= 20
+bar.update(10)
+bar.close()
+"""
+
+
+@pytest.mark.parametrize("origin", ["started", "forked"])
+def test_the_bars_of_libraries_are_lines_of_progress_of_their_step(tmp_path, capsys, origin):
     at_once = os.environ | {"TQDM_DELAY": "0", "TQDM_MININTERVAL": "0"}
-    bar = subprocess.run([sys.executable, "-c", work], env=at_once, capture_output=True, text=True, check=True).stderr
+    command = [sys.executable, "-c", BAR, origin]
+    bar = subprocess.run(command, env=at_once, capture_output=True, text=True, check=True).stderr
     with _logged(tmp_path / "log.txt", False):
         print(bar, end="")
-    assert capsys.readouterr().out == "[----------] 0% ? left, repairing: 0 of 4\n"  # the next after 30 s
+    # The next one after 30 s; its clock is that of a training's bar.
+    assert capsys.readouterr().out == "answers: [#---------] 10% ? left, answering: 10 of 100\n"
+    assert "answers: [##--------] 20% 2 min 40 s left, answering: 20 of 100\n" in bar
