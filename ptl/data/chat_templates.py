@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ptl.config.chat import NO_CHAT, Chat
-from ptl.data.sequences import ANSWER, answered_question, by_template
-from ptl.data.sources import user_turn
+from ptl.config.chat import NO_CHAT, QUESTION, Chat
+from ptl.data.sources import SourceRow, Turns, user_turn
 from ptl.errors import InputError
 
+TokenIds = list[int]
+
 FIELD = "chat.template_kwargs"
+ANSWER = "(answer)"  # as an assistant's turn, to find what a template writes after one
 SWITCH = "enable_thinking"  # the variable of most templates that turns thoughts on and off
 
 
@@ -60,8 +62,52 @@ def check_thoughts(tokenizer: Any, chat: Chat) -> None:
 
 
 def opening(tokenizer: Any, chat: Chat) -> str:
-    """A question as the template writes it, with what begins the answer."""
-    return str(by_template(tokenizer, user_turn("?"), None, chat, tokenize=False))
+    """QUESTION as the template writes it, with what begins the answer."""
+    return str(by_template(tokenizer, user_turn(QUESTION), None, chat, tokenize=False))
+
+
+def end_of_turn(tokenizer: Any, chat: Chat) -> TokenIds:
+    """What the chat template writes after an answer: tokens that end it, else EOS."""
+    end = answered_question(tokenizer, chat).rpartition(ANSWER)[2].rstrip()
+    ids: TokenIds = tokenizer(end, add_special_tokens=False)["input_ids"]
+    return ids or [tokenizer.eos_token_id]
+
+
+def answered_question(tokenizer: Any, chat: Chat) -> str:
+    """QUESTION with the answer ANSWER, as the chat template writes it."""
+    answered = [*user_turn(QUESTION), {"role": "assistant", "content": ANSWER}]
+    return str(by_template(tokenizer, answered, None, chat, ended=True, tokenize=False))
+
+
+def chat_ids(
+    tokenizer: Any, chat_turns: Turns, row: SourceRow, chat: Chat = NO_CHAT, *, ended: bool = False
+) -> TokenIds:
+    """The tokens of a chat, as `by_template` writes it."""
+    encoded = by_template(tokenizer, chat_turns, row, chat, ended=ended, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def by_template(
+    tokenizer: Any,
+    chat_turns: Turns,
+    row: SourceRow | None,  # for errors; None: it is ours
+    chat: Chat,
+    *,
+    ended: bool = False,
+    **form: bool,  # of what is returned, as of apply_chat_template
+) -> Any:
+    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            chat_turns, add_generation_prompt=not ended, **form, **chat.template_kwargs
+        )
+    except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
+        problem = f"the model's chat template does not take it ({error})"
+        if row is None:
+            raise InputError(f"a question: {problem}", field="model.path", remedy="correct the template") from error
+        raise row.error(f": {problem}", "correct the row, or use another format") from error
 
 
 def _template(tokenizer: Any) -> str:

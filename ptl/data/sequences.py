@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
+from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
+from ptl.data.chat_templates import TokenIds, by_template, chat_ids, end_of_turn, opening
 from ptl.data.decontamination import Filter
-from ptl.data.sources import SourceRow, Turns, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
+from ptl.data.sources import SourceRow, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 # input_ids, attention_mask, labels: int64 [B, T], padded on the right; of calibration text also source: int64 [B]
 Batch = dict[str, "Tensor"]
-TokenIds = list[int]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
-ANSWER = "(answer)"  # as an assistant's turn, to find what a template writes after one
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,10 @@ class Tokens:
 
 
 def tokenize(row: SourceRow, tokenizer: Any, max_length: int, chat: Chat = NO_CHAT) -> Tokens:
-    """One row as tokens, ended by EOS or by the chat template's end of a turn, and truncated to max_length."""
+    """One row as tokens, truncated to max_length, and ended by EOS or by the chat template's end of a turn.
+
+    Unless the row's answer was truncated when it was written: then it has no end.
+    """
     if chat.enabled and row.source.format != "text":
         prompt, ids = _served_tokens(row, tokenizer, chat)
     elif row.source.format == "messages":
@@ -73,9 +75,9 @@ def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
         prompt = prompt[:-1]
     # tokens such as BOS begin the sequence, whichever part that is
     completion = tokenizer(completion_text, add_special_tokens=not prompt)["input_ids"]
-    if not completion or completion[-1] != eos:
-        completion = [*completion, eos]
-    return prompt, prompt + completion
+    if completion and completion[-1] == eos:
+        completion = completion[:-1]
+    return prompt, prompt + completion + ([] if row.is_truncated else [eos])
 
 
 def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds, TokenIds]:
@@ -92,22 +94,11 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
         prompt_text, answer = texts(row)
         before = user_turn(prompt_text)
     prompt = chat_ids(tokenizer, before, row, chat)
-    answer = chat.continued(tokenizer.decode(prompt[-PROMPT_END:]), answer)
-    completion = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return prompt, prompt + completion + end_of_turn(tokenizer, chat)
-
-
-def end_of_turn(tokenizer: Any, chat: Chat) -> TokenIds:
-    """What the chat template writes after an answer: tokens that end it, else EOS."""
-    end = answered_question(tokenizer, chat).rpartition(ANSWER)[2].rstrip()
-    ids: TokenIds = tokenizer(end, add_special_tokens=False)["input_ids"]
-    return ids or [tokenizer.eos_token_id]
-
-
-def answered_question(tokenizer: Any, chat: Chat) -> str:
-    """A question with the answer ANSWER, as the chat template writes it."""
-    answered = [*user_turn("?"), {"role": "assistant", "content": ANSWER}]
-    return str(by_template(tokenizer, answered, None, chat, ended=True, tokenize=False))
+    prompt_text = by_template(tokenizer, before, row, chat, tokenize=False)
+    begun = chat.begun_thought(prompt_text, opening(tokenizer, chat))
+    completion = tokenizer(chat.continued(begun, answer), add_special_tokens=False)["input_ids"]
+    end = [] if row.is_truncated else end_of_turn(tokenizer, chat)
+    return prompt, prompt + completion + end
 
 
 def _chat_tokens(row: SourceRow, tokenizer: Any, chat: Chat = NO_CHAT) -> tuple[TokenIds, TokenIds]:
@@ -140,37 +131,6 @@ def _written_otherwise(row: SourceRow) -> InputError:
         ": the model's chat template writes the prompt otherwise with its answer",
         "set chat.enabled: true, which trains on the answer as it is served, or leave the row out",
     )
-
-
-def chat_ids(
-    tokenizer: Any, chat_turns: Turns, row: SourceRow, chat: Chat = NO_CHAT, *, ended: bool = False
-) -> TokenIds:
-    """The tokens of a chat, as `by_template` writes it."""
-    encoded = by_template(tokenizer, chat_turns, row, chat, ended=ended, return_dict=True)
-    return list(encoded["input_ids"])
-
-
-def by_template(
-    tokenizer: Any,
-    chat_turns: Turns,
-    row: SourceRow | None,  # for errors; None: it is ours
-    chat: Chat,
-    *,
-    ended: bool = False,
-    **form: bool,  # of what is returned, as of apply_chat_template
-) -> Any:
-    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            chat_turns, add_generation_prompt=not ended, **form, **chat.template_kwargs
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
-        problem = f"the model's chat template does not take it ({error})"
-        if row is None:
-            raise InputError(f"a question: {problem}", field="model.path", remedy="correct the template") from error
-        raise row.error(f": {problem}", "correct the row, or use another format") from error
 
 
 def order(count: int, seed: int) -> Iterator[int]:

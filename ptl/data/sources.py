@@ -26,6 +26,7 @@ from ptl.storage.manifest import file_digest
 
 GENERAL = "ptl://general"  # a source: English prose that was written for ptl, and ships with it
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
+TRUNCATED = "truncated"  # a column
 FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 # remedies
 CORRECT = "correct the row"
@@ -46,6 +47,11 @@ class SourceRow:
     source: DataSource
     number: int = 0  # from 1
     field: str = DATA  # the section of the config that names the source, for errors
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether its answer has no end, because a limit of tokens truncated it."""
+        return self.columns.get(TRUNCATED) is True
 
     def error(self, problem: str, remedy: str) -> InputError:
         """An error about this row; its field is the one of the row's format."""

@@ -61,8 +61,8 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
             prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
             limit = max_length - context.shape[1]
             answers = answer(model, self.tokenizer, prompts, stop, limit, context_length)
-            for prompt, tokens in zip(prompts, answers, strict=True):
-                self.pending.append(self.note(prompt, tokens, stop, ended=len(tokens) < limit))
+            for tokens in answers:
+                self.pending.append(self.note(tokens, stop, ended=len(tokens) < limit))
             padded = [tokens + [self.tokenizer.pad_token_id] * (limit - len(tokens)) for tokens in answers]
             return torch.cat([context, torch.tensor(padded)], dim=1)  # [batch, prompt + answer]
 

@@ -15,12 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptl.config.chat import NO_CHAT, PROMPT_END, Chat
+from ptl.config.chat import NO_CHAT, QUESTION, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import WorkError
 from ptl.model import checkpoint
@@ -38,7 +39,6 @@ class AnswerNote(NamedTuple):
 
     tokens: int
     truncated: bool  # by the token limit
-    thinking: bool = False  # within a thought: there is no answer
     thought: str = ""  # what the model wrote before its answer
 
 
@@ -219,7 +219,7 @@ def _without_stops(request: Any) -> Any:
 class AnswerNotes:
     """To be mixed into a model of the harness: notes its time and how every answer ended; may have helpers."""
 
-    tokenizer: Any  # of the harness's model
+    apply_chat_template: Callable[..., Any]  # of the harness's model
     helpers: Sequence[Helper] = ()
     seed: int = 0  # of answers that are sampled
     sampling: Mapping[str, Any] = {}  # that the model's makers recommend; empty: greedily
@@ -256,9 +256,14 @@ class AnswerNotes:
         if attr == "generate_until":
             self.notes[req[0]] = self.pending.popleft()
 
-    def is_thinking(self, prompt: list[int], text: str) -> bool:
-        """Whether an answer ended within its thought, which the last tokens of the prompt may have begun."""
-        return self.chat.enabled and self.chat.is_thinking(self.tokenizer.decode(prompt[-PROMPT_END:]) + text)
+    @cached_property
+    def opening(self) -> str:
+        """QUESTION as the chat template writes it, with what begins the answer."""
+        return str(self.apply_chat_template([{"role": "user", "content": QUESTION}]))
+
+    def begun_thought(self, prompt: str) -> str:
+        """The thought at the end of a prompt, as of `Chat.begun_thought`; empty where prompts are no chats."""
+        return self.chat.begun_thought(prompt, self.opening) if self.chat.enabled else ""
 
     def _answer(self, request: Any, text: str) -> str:
         """What follows the thought, up to the task's texts that end an answer. The thought goes into the answer's note.
@@ -268,15 +273,12 @@ class AnswerNotes:
         """
         if self.thoughts:
             return text
-        prompt, options = request.args
-        note = self.notes[prompt]
-        answer = "" if note.thinking else self.chat.answer(text)
-        thought = text.removesuffix(answer).strip()
-        self.notes[prompt] = note._replace(thought=thought)
-        if not answer:
-            return ""
         from lm_eval.models.utils import postprocess_generated_text
 
+        prompt, options = request.args
+        answer = self.chat.answer(self.begun_thought(prompt) + text)
+        thought = text.removesuffix(answer).strip()
+        self.notes[prompt] = self.notes[prompt]._replace(thought=thought)
         return str(postprocess_generated_text(answer, options.get("until"), None))
 
     generate_until = _divided("generate_until")

@@ -63,10 +63,10 @@ def noted_hflm() -> Any:
             self.check_helpers()
             out = super()._model_generate(context, max_length, stop, **kwargs)  # [batch, prompt + answer]
             answers = out[:, context.shape[1] :]  # [batch, answer]
-            for prompt, tokens in zip(context.tolist(), answers.tolist(), strict=True):
+            for tokens in answers.tolist():
                 # Padding follows an answer that ended before others of its batch.
                 length = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-                self.pending.append(self.note(prompt, tokens[:length], stop, ended=length is not None))
+                self.pending.append(self.note(tokens[:length], stop, ended=length is not None))
             return out
 
         def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
@@ -81,14 +81,12 @@ def noted_hflm() -> Any:
             added = self.tokenizer.added_tokens_decoder
             return {i for i, token in added.items() if token.special and not self.chat.delimits(str(token))}
 
-        def note(self, prompt: list[int], tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
+        def note(self, tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
             """How an answer ended; `ended`: by a token."""
-            thinking = False
-            if not ended or self.chat.enabled:
+            if not ended:
                 text = self.tok_decode(tokens)
-                ended = ended or any(sequence in text for sequence in stop)
-                thinking = self.is_thinking(prompt, text)
-            return AnswerNote(len(tokens), truncated=not ended, thinking=thinking)
+                ended = any(sequence in text for sequence in stop)
+            return AnswerNote(len(tokens), truncated=not ended)
 
         def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
             ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
@@ -163,8 +161,7 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
                 return outputs
             for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
                 answer = output.outputs[0]
-                thinking = self.is_thinking(prompt, answer.text)
-                self.pending.append(AnswerNote(len(answer.token_ids), answer.finish_reason == "length", thinking))
+                self.pending.append(AnswerNote(len(answer.token_ids), answer.finish_reason == "length"))
                 # The harness has cut such a prompt to exactly the room that the answer leaves.
                 self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
             return outputs

@@ -23,7 +23,6 @@ from ptl.config.run import Config, ModelSource, Task, check
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.data import chat_templates
 from ptl.data.checks import PASSES, PER_PARAMETER, Amount
-from ptl.data.sequences import end_of_turn
 from ptl.errors import InputError
 from ptl.evaluation import tasks
 from ptl.model import checkpoint, hub, pretrained
@@ -233,7 +232,7 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
 def ends_turns(folder: Path, tokenizer: Any) -> bool:
     """Whether a model ends its answers as its chat template ends a turn: base models with a template do not."""
     ends = (checkpoint.generation_config(folder) or checkpoint.read_config(folder)).get("eos_token_id")
-    return end_of_turn(tokenizer, NO_CHAT)[0] in (ends if isinstance(ends, list) else [ends])
+    return chat_templates.end_of_turn(tokenizer, NO_CHAT)[0] in (ends if isinstance(ends, list) else [ends])
 
 
 def longest_answer(tokenizer: Any, shape: Shape) -> int:

@@ -17,8 +17,9 @@ from ptl.config.chat import Chat
 from ptl.config.dag import ANSWERS
 from ptl.config.data import DataSource, Reward, TrainingData
 from ptl.config.run import Evaluate
-from ptl.data.sequences import by_template, leaves_room, prompt_rows
-from ptl.data.sources import SourceRow, answer_of, prompt_of
+from ptl.data.chat_templates import by_template
+from ptl.data.sequences import leaves_room, prompt_rows
+from ptl.data.sources import TRUNCATED, SourceRow, answer_of, prompt_of
 from ptl.errors import WorkError
 from ptl.evaluation import helpers, language_models
 from ptl.log import say
@@ -33,7 +34,7 @@ class AnswersReport:
 
     prompts: int
     written: int  # answers
-    ended: int  # that the token limit did not cut
+    ended: int  # not truncated by the token limit
     kept: int  # of these: all, or those that are correct
     answer_tokens: float  # mean over what was written
     sampling: dict[str, Any]  # none: greedy
@@ -45,8 +46,10 @@ class Answer:
 
     row: SourceRow
     prompt: Any  # a text, or the turns of a chat
-    text: str
-    ended: bool  # else the token limit has cut it
+    text: str  # with a thought that the prompt has begun
+    conclusion: str  # what follows the thought
+    truncated: bool  # by the token limit
+    ended: bool  # not truncated, and no thought without an end
 
 
 def write_answers(
@@ -54,9 +57,9 @@ def write_answers(
 ) -> AnswersReport:
     """Let the checkpoint in `src` answer prompts of `data`; write those to keep to dst/answers.jsonl.
 
-    A line has prompt and completion, or in a chat `messages`; source and row of the prompt, number of the sample, seed,
-    sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend, batches and the context matter. Raises
-    WorkError where nothing is left to train on.
+    A line has prompt and completion, or in a chat `messages`; whether the limit truncated the answer, source and row of
+    the prompt, number of the sample, seed, sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend,
+    batches and the context matter. Raises WorkError where nothing is left to train on.
     """
     lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
     sampling = dict(lm.sampling) or (helpers.PLAIN_SAMPLING if data.samples > 1 else {})
@@ -73,7 +76,7 @@ def write_answers(
                 num_tokens += sum(note.tokens for note in lm.notes.values())
                 kept = answers if data.keep == "all" else ended
                 if data.keep == "correct":
-                    kept = _correct(ended, data.reward, chat)
+                    kept = _correct(ended, data.reward)
                 for answer in kept:
                     settings = {"sample": sample, "seed": seed, "sampling": sampling, "model": model}
                     file.write(json.dumps(_line(answer) | settings, ensure_ascii=False) + "\n")
@@ -139,20 +142,28 @@ def _answers(
     requests = [Instance("generate_until", {}, (text, options), number) for number, text in enumerate(prompts)]
     lm.start_notes()
     for (text, (row, prompt)), written in zip(prompts.items(), lm.generate_until(requests), strict=True):
-        note = lm.notes[text]
-        yield Answer(row, prompt, written, ended=not (note.truncated or note.thinking))
+        yield _answer(row, prompt, lm.begun_thought(text), written, lm.notes[text].truncated, lm.chat)
 
 
-def _correct(answers: Sequence[Answer], reward: Reward, chat: Chat) -> list[Answer]:
+def _answer(row: SourceRow, prompt: Any, begun: str, written: str, truncated: bool, chat: Chat) -> Answer:
+    """What the model has written after a prompt that has `begun` a thought."""
+    if not chat.enabled:
+        return Answer(row, prompt, written, written, truncated, not truncated)
+    whole = begun + written
+    text = whole if chat.is_thinking(begun) else written
+    return Answer(row, prompt, text, chat.answer(whole), truncated, not (truncated or chat.is_thinking(whole)))
+
+
+def _correct(answers: Sequence[Answer], reward: Reward) -> list[Answer]:
     """Of answers that have ended, those that the reward function finds correct by what follows the thought."""
     references = [answer_of(reward.reference_template, answer.row) for answer in answers]
-    conclusions = [chat.answer(answer.text) if chat.enabled else answer.text for answer in answers]
+    conclusions = [answer.conclusion for answer in answers]
     values = REWARDS[reward.name](conclusions, references, reward)
     return [answer for answer, value in zip(answers, values, strict=True) if value == 1.0]
 
 
 def _line(answer: Answer) -> dict[str, Any]:
-    source = {"source": answer.row.source.source, "row": answer.row.number}
+    source = {TRUNCATED: answer.truncated, "source": answer.row.source.source, "row": answer.row.number}
     if isinstance(answer.prompt, str):
         return {"prompt": answer.prompt, "completion": answer.text, **source}
     return {"messages": [*answer.prompt, {"role": "assistant", "content": answer.text}], **source}

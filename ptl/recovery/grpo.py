@@ -111,7 +111,8 @@ def reader(chat: Chat, tokenizer: Any) -> Callable[[Any], str]:
     if not chat.enabled:
         return text_of
     chat_templates.check_thoughts(tokenizer, chat)
-    begun = chat.thought[0] if chat.is_thinking(chat_templates.opening(tokenizer, chat)) else ""
+    opening = chat_templates.opening(tokenizer, chat)
+    begun = chat.begun_thought(opening, opening)
     return lambda completion: chat.answer(begun + text_of(completion))
 
 

@@ -76,6 +76,30 @@ def test_a_completion_is_what_the_model_writes_after_the_prompt_with_its_thought
         assert '<tool_call>\n{"name": "add"' in tokenizer.decode(called.ids)
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("template", ["qwen3", "deepseek_r1_distill"])
+def test_an_answer_that_was_truncated_has_no_end_and_stays_where_it_was(template, thinks):
+    tokenizer, chat = tokenizer_with(template), Chat(enabled=True, template_kwargs={"enable_thinking": thinks})
+    question = ASKED | {"content": "What is <think>"}
+    begun = tokenizer.apply_chat_template(
+        [question], tokenize=False, add_generation_prompt=True, enable_thinking=thinks
+    )
+    begins_thought = "deepseek" in template
+    for answer, completion in (
+        ("<think>\n1+1", "1+1" if begins_thought else "<think>\n1+1" if thinks else ""),
+        ("<think>\n1+1\n</think>\n\nIt is", "1+1\n</think>\n\nIt is" if begins_thought else None),
+    ):
+        chats = {"messages": [question, ANSWERED | {"content": answer}], "truncated": True}
+        pair = {"prompt": question["content"], "completion": answer, "truncated": True}
+        rows = [(chats, DataSource(source="x", format="messages")), (pair, DataSource(source="x"))]
+        expected = completion if completion is not None else answer if thinks else "It is"
+        for row, source in rows:
+            assert tokenizer.decode(tokenize(SourceRow(row, source, 1), tokenizer, 512, chat).ids) == begun + expected
+    # A completion that follows a text, of a tokenizer that ends every text too.
+    row = SourceRow({"prompt": "ab", "completion": "c", "truncated": True}, DataSource(source="x"))
+    assert tokenize(row, Letters(end=[EOS]), 64).ids == [97, 98, 99]
+
+
 def test_messages_need_a_chat_template():
     row = SourceRow({"messages": [ASKED, ANSWERED]}, DataSource(source="x", format="messages"), 7)
     with pytest.raises(InputError, match=r"row 7 of x: .*chat_template is not set"):

@@ -77,10 +77,14 @@ def test_vllm_is_given_the_variables_and_nothing_else(monkeypatch):
 class Written:
     """A mock of the harness's model, which has answered already."""
 
+    begun = ""  # by the template's prompts
     texts = ("    return 1\n```\nIt works.", "<think>So:\n\n1 + 3</think>\n\n    4\n\nDone.", "\n\n4\n\nDone.")
 
     def __init__(self, **_):
         pass
+
+    def apply_chat_template(self, chat):
+        return f"<u>{chat[0]['content']}<a>{self.begun}"
 
     def generate_until(self, requests):
         for request in requests:
@@ -94,11 +98,28 @@ def test_an_answer_keeps_its_indentation_and_ends_at_the_tasks_texts_after_the_t
     model = type("Model", (AnswerNotes, Written), {})
     until = (["```", "\n\n"], "\n\n", ["\n\n", ""])
     requests = [
-        Instance("generate_until", {}, (str(i), {"until": texts, "max_gen_toks": 9}), i)
+        Instance("generate_until", {}, (f"<u>{i}<a>", {"until": texts, "max_gen_toks": 9}), i)
         for i, texts in enumerate(until)
     ]
     assert model(chat=Chat(enabled=True)).generate_until(requests) == ["    return 1\n", "    4", "4"]
     assert model(chat=Chat(enabled=True), thoughts=True).generate_until(requests) == list(Written.texts)
+
+
+@pytest.mark.parametrize(
+    ("begun", "answers"),
+    [
+        ("", ("Write <think>.", "Write <think>.", "2")),
+        ("<think>\n", ("", "Write <think>.", "2")),
+        ("<think></think>", ("Write <think>.", "<think>1</think>Write <think>.", "1</think>2")),
+    ],
+)
+def test_an_answer_that_mentions_a_thoughts_marks_is_graded_as_it_follows_the_prompts_thought(begun, answers):
+    texts = ("Write <think>.", "<think>1</think>Write <think>.", "1</think>2")
+    model = type("Model", (AnswerNotes, Written), {"texts": texts, "begun": begun})
+    # The user's own words begin no thought.
+    prompts = [f"<u>What is {mark}<a>{begun}" for mark in ("<think>", "2", "</think>")]
+    requests = [Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": 9}), 0) for text in prompts]
+    assert model(chat=Chat(enabled=True)).generate_until(requests) == list(answers)
 
 
 def test_a_thought_that_the_limit_ends_is_no_answer():

@@ -79,6 +79,7 @@ def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path,
     assert 0 < report.kept <= report.ended < 9 and "hit the limit of 25 tokens" in capsys.readouterr().out
     report, rows, _ = written(tmp_path / "b", max_new_tokens=8, keep="all")
     assert (report.ended, report.kept) == (0, 12) and all(row["messages"][1]["content"] for row in rows)
+    assert all(row["truncated"] for row in rows)
     # Nor is one of use to a prompt whose beginning the context has no room for: others are answered.
     report, short, _ = written(tmp_path / "e", max_new_tokens=200, keep="all")
     lengths = [
@@ -86,6 +87,22 @@ def test_answers_that_the_limit_cuts_are_of_no_use_unless_all_are_kept(tmp_path,
         for each in (short, rows)
     ]
     assert report.prompts == 12 and max(lengths[0]) < 56 < max(lengths[1])
+
+
+@pytest.mark.parametrize("begun", ["", "<think>"])
+def test_truncated_answers_are_trained_on_as_they_were_written(begun, tmp_path):
+    """Without an end of the turn, and within the thought that the prompt may have begun."""
+    src = shutil.copytree(THINKER, tmp_path / "model")
+    with (src / "chat_template.jinja").open("a") as template:
+        template.write("{%- if add_generation_prompt %}{{ '" + begun + "' }}{%- endif %}")
+    report, rows, data = written(tmp_path / "a", src, max_new_tokens=8, keep="all")
+    assert (report.ended, report.kept) == (0, 12)
+    said = {"<|user|>{}<|assistant|>{}".format(*(turn["content"] for turn in row["messages"])) for row in rows}
+    assert all("<|assistant|><think>" in text for text in said)
+    budget = {"seed": 0, "earlier": [], "budget": 400, "chat": Chat(enabled=True)}
+    tokenizer = pretrained.tokenizer(src)
+    texts = [tokenizer.decode(tokens.ids) for tokens in training_chunk(data, tokenizer, 256, **budget)[1:]]
+    assert texts and set(texts) <= said
 
 
 def test_rows_need_no_answers_of_their_own(tmp_path):
