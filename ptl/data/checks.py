@@ -19,7 +19,7 @@ from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
 from ptl.data.sequences import check_chat, no_row_left, tokenize
-from ptl.data.sources import GENERAL, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
+from ptl.data.sources import GENERAL, TRUNCATED, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
 from ptl.units import listed
@@ -95,6 +95,7 @@ def unused_columns(
     ]
     names = [name for template in (*templates, *references) for name in columns_of(template)]
     used = {name.partition("[")[0] for name in names}
+    used.add(TRUNCATED)
     if source.format == "messages":
         used.add(source.messages)
     # In the order of the file.

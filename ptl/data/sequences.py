@@ -13,7 +13,7 @@ from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
 from ptl.data.chat_templates import TokenIds, by_template, chat_ids, end_of_turn, opening
 from ptl.data.decontamination import Filter
-from ptl.data.sources import SourceRow, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
+from ptl.data.sources import THOUGHT, SourceRow, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
         before, (last,) = chat_and_answer(row)
         if last.get("tool_calls"):  # each template writes them in its own way
             return _chat_tokens(row, tokenizer, chat)
-        answer = chat.with_thought(last.get("reasoning_content") or "", last["content"])
+        answer = chat.with_thought(last.get(THOUGHT) or "", last["content"])
     else:
         prompt_text, answer = texts(row)
         before = user_turn(prompt_text)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shlex
@@ -23,10 +24,13 @@ from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
 from ptl.model import hub
 from ptl.storage.manifest import file_digest
+from ptl.units import listed
 
 GENERAL = "ptl://general"  # a source: English prose that was written for ptl, and ships with it
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
 TRUNCATED = "truncated"  # a column
+THOUGHT = "reasoning_content"  # of a turn, as most templates name it
+THOUGHT_NAMES = (THOUGHT, "reasoning", "thinking")  # as servers and templates name it
 FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 # remedies
 CORRECT = "correct the row"
@@ -116,14 +120,21 @@ def texts(row: SourceRow) -> tuple[str, str]:
 
 
 def _chat_text(chat: Turns) -> str:
-    """What is written in the turns of a chat; a turn that calls tools may have no text."""
-    return "\n".join(message.get("content") or "" for message in chat)
+    """What is written in the turns of a chat."""
+    return "\n".join(map(_turn_text, chat))
+
+
+def _turn_text(message: dict[str, Any]) -> str:
+    """All that a template may write of a turn: the thought, the text, and the calls of tools as JSON."""
+    calls = message.get("tool_calls")
+    calls_text = json.dumps(calls, ensure_ascii=False, default=str) if calls else ""
+    return "\n".join(filter(None, [message.get(THOUGHT), message.get("content"), calls_text]))
 
 
 def turns(row: SourceRow) -> tuple[Turns, Turns]:
     """The turns of a row's chat before its answer, and the assistant's last turn; none where another's ends the chat.
 
-    Raises InputError for what is no chat of text.
+    A thought has the name THOUGHT. Raises InputError for what is no chat of text.
     """
     column = row.source.messages
     chat = row.columns.get(column)
@@ -132,8 +143,7 @@ def turns(row: SourceRow) -> tuple[Turns, Turns]:
             f" has no list in column {column!r} ({_names(row)})",
             "name the column that holds the chat: messages: COLUMN",
         )
-    for position, message in enumerate(chat, 1):
-        _check_message(message, position, row)
+    chat = [_checked_message(message, position, row) for position, message in enumerate(chat, 1)]
     if chat[-1]["role"] != "assistant":
         return chat, []
     # without a prompt there is nothing to answer
@@ -142,8 +152,11 @@ def turns(row: SourceRow) -> tuple[Turns, Turns]:
     return chat[:-1], chat[-1:]
 
 
-def _check_message(message: Any, position: int, row: SourceRow) -> None:
-    """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
+def _checked_message(message: Any, position: int, row: SourceRow) -> dict[str, Any]:
+    """A turn, with its thought by the name THOUGHT too; `position` counts from 1.
+
+    Raises InputError for a turn without a role, and for a content or a thought that is no text.
+    """
     turn = message if isinstance(message, dict) else {}
     if "from" in turn and "value" in turn:
         raise row.error(f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT)
@@ -153,7 +166,16 @@ def _check_message(message: Any, position: int, row: SourceRow) -> None:
     calls_tools = content is None and turn.get("tool_calls")  # and needs no text
     if not isinstance(content, str) and not calls_tools:
         raise row.error(f": the content of message {position} is no text ({_kind(content)})", CORRECT)
-    _check_unicode(f"{turn['role']}{content}", row)
+    thoughts = {name: turn[name] for name in THOUGHT_NAMES if turn.get(name) not in (None, "")}
+    for name, thought in thoughts.items():
+        if not isinstance(thought, str):
+            raise row.error(f": the {name} of message {position} is no text ({_kind(thought)})", CORRECT)
+    if len(set(thoughts.values())) > 1:
+        raise row.error(f": message {position} has different thoughts in {listed(list(thoughts))}", "leave one of them")
+    if thoughts:
+        turn = {**turn, THOUGHT: next(iter(thoughts.values()))}
+    _check_unicode(f"{turn['role']}{_turn_text(turn)}", row)
+    return turn
 
 
 def chat_and_answer(row: SourceRow) -> tuple[Turns, Turns]:

@@ -268,6 +268,18 @@ def test_rows_are_compared_by_column_and_as_trained(tmp_path):
         assert kept(filter_of(tmp_path, [item]), [dict(zip("ab", columns, strict=True))], source) == [False], prompt
 
 
+def test_thoughts_and_calls_of_tools_are_compared_too(tmp_path):
+    question, source = words(0, 16), DataSource(source="train", format="messages")
+    asked = {"role": "user", "content": "1+1?"}
+    calls = [{"function": {"name": "ask", "arguments": {"question": question}}}]
+    written = [{"function": {"name": "ask", "arguments": json.dumps({"question": question})}}]
+    answers = [{"reasoning_content": question}, {"thinking": question}, {"tool_calls": calls}, {"tool_calls": written}]
+    turns = [{"role": "assistant", "content": "2", **fields} for fields in ({}, *answers)]
+    rows = [{"messages": [asked, turn]} for turn in turns]
+    later = [{"messages": [asked, turn, asked, turns[0]]} for turn in turns]
+    assert kept(filter_of(tmp_path, [question]), rows + later, source) == [True, *[False] * 4] * 2
+
+
 def test_a_benchmark_of_chats_is_compared_without_its_system_messages(tmp_path):
     """Four of them, each in a quarter of the chats, are no words that all items share, and no items."""
     texts = [f"{words(5 * number, 20)} {words(0, 5 * number)}." for number in range(4)]

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from chats import tokenizer_with
 from checkout import TINY
 from datasets.exceptions import DatasetGenerationError
 from httpx2 import ReadTimeout
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rows import ANSWERED, ASKED, rows_file
 
+from ptl.config.chat import Chat
 from ptl.config.data import DataSource, Decontaminate, Reward, TrainingData
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, load_config
@@ -50,6 +52,13 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, case):
 GOOD = {"prompt": "a", "completion": "b", "text": "c", "messages": [ASKED, ANSWERED]}
 FIRST = GOOD | {"c": "x", "part": {"key": "xyz"}}
 CHAT = {"format": "messages"}
+
+
+def thinking(**fields):
+    """A chat whose answer has these fields too."""
+    return {"messages": [ASKED, ANSWERED | fields]}
+
+
 ROWS = {  # fields of the source, of the second row, what is said
     "null": ({}, {"completion": None}, "holds null for {completion}, which is no text"),
     "not a number": ({}, {"prompt": float("nan")}, "holds nan for {prompt}"),
@@ -64,6 +73,11 @@ ROWS = {  # fields of the source, of the second row, what is said
     "ShareGPT": (CHAT, {"messages": [{"from": "human", "value": "1+1?"}]}, "message 1 has `from` and `value`"),
     "no content": (CHAT, {"messages": [ASKED, {"role": "assistant"}]}, r"of message 2 is no text \(null\)"),
     "parts": (CHAT, {"messages": [ASKED | {"content": [{}]}, ANSWERED]}, r"of message 1 is no text \(a list\)"),
+    "a list as thought": (CHAT, thinking(reasoning_content=[]), r"the reasoning_content of message 2 .* \(a list\)"),
+    "a number as thought": (CHAT, thinking(thinking=0), r"the thinking of message 2 is no text \(a int\)"),
+    "half a pair in a thought": (CHAT, thinking(reasoning="\ud83d"), "is no Unicode"),
+    "half a pair in a call": (CHAT, thinking(tool_calls=[{"function": {"arguments": {"a": "\ud83d"}}}]), "no Unicode"),
+    "two thoughts": (CHAT, thinking(reasoning_content="a", thinking="b"), "in reasoning_content and thinking"),
 }
 
 
@@ -89,10 +103,23 @@ def test_a_chat_may_end_without_an_answer_and_call_tools(tmp_path):
     check_rows(source, answers=False)
     rows = list(sources.numbered_rows(source))
     assert list(map(sources.prompt_of, rows)) == [[ASKED], [ASKED, ANSWERED, ASKED], tools[:-1]]
-    assert sources.texts(rows[2]) == ("1+1?\n\n2", "2")
+    prompt = '1+1?\n[{"function": {"name": "add", "arguments": {"a": 1, "b": 1}}}]\n2'
+    assert sources.texts(rows[2]) == (prompt, "2")
     assert sources.prompt_of(SourceRow(GOOD, DataSource(source="x"))) == "a"
     with pytest.raises(InputError, match="format `text` has no prompt"):
         sources.prompt_of(SourceRow(GOOD, DataSource(source="x", format="text")))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_trained_on_by_each_of_its_names(name):
+    tokenizer, chat = tokenizer_with("qwen3"), Chat(enabled=True)
+    row = SourceRow(thinking(**{name: "1+1", "reasoning_content": "1+1"}), DataSource(source="x", **CHAT))
+    assert sources.texts(row) == ("1+1?", "1+1\n2")
+    tokens = tokenize(row, tokenizer, 512, chat)
+    assert tokenizer.decode(tokens.ids[tokens.prompt :]) == "<think>\n1+1\n</think>\n\n2<|im_end|>"
+    # The one name that is there may be null in all other rows of a table.
+    other = SourceRow(thinking(**{"reasoning_content": None, name: "1+1"}), DataSource(source="x", **CHAT))
+    assert tokenize(other, tokenizer, 512, chat) == tokens
 
 
 def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
