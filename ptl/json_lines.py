@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
@@ -25,6 +26,8 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
                 # An empty line is no row, one at the end for example.
                 if line.strip():
                     rows += 1
+                    if rows == 1:
+                        _check_form(line, field, name)
                     yield _json_object(line, field, f"{name}, line {number}")
     # A truncated or changed file.
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -33,6 +36,21 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
         ) from error
     if rows == 0:
         raise InputError(f"{name} is empty", field=field, remedy="give a file with at least one row")
+
+
+def _check_form(line: bytes, field: str, name: str) -> None:
+    """Raise InputError where the first line shows that the whole file has another form, with what converts it."""
+    # Text in UTF-16 has zeros, whether or not it begins with a byte order mark.
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
+        raise InputError(
+            f"{name} is in UTF-16, not in UTF-8", field=field, remedy="convert it: iconv -f utf-16 -t utf-8 OLD > NEW"
+        )
+    if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        raise InputError(
+            f"{name} is a JSON list, not one JSON object a line",
+            field=field,
+            remedy="convert it: jq -c '.[]' OLD > NEW",
+        )
 
 
 def _json_object(line: bytes, field: str, location: str) -> dict[str, Any]:

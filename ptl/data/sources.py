@@ -138,7 +138,9 @@ def turns(row: SourceRow) -> tuple[Turns, Turns]:
     """
     column = row.source.messages
     chat = row.columns.get(column)
-    if not isinstance(chat, list) or not chat:
+    if chat == []:
+        raise row.error(f" has an empty list in column {column!r}, a chat without turns", LEAVE_OUT)
+    if not isinstance(chat, list):
         raise row.error(
             f" has no list in column {column!r} ({_names(row)})",
             "name the column that holds the chat: messages: COLUMN",

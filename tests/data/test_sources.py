@@ -36,6 +36,10 @@ FILES = {  # name, content, what is said
     "cut": ("a.jsonl.gz", PACKED[:-12], r"is damaged after line [1-9]"),
     "rubbish behind": ("a.jsonl.gz", PACKED + b"rubbish", "is damaged"),
     "no Parquet": ("a.parquet", b"not parquet", "no readable Parquet"),
+    "a list": ("a.jsonl", b"\xef\xbb\xbf[" + ROW + b"]", r"is a JSON list, .* a line; convert it: jq -c '\.\[\]' "),
+    "a list in one line": ("a.jsonl", b'\n[{"prompt": "a"}]\n', "is a JSON list, not one JSON object a line"),
+    "UTF-16": ("a.jsonl", ROW.decode().encode("utf-16"), "is in UTF-16, .*; convert it: iconv -f utf-16 -t utf-8 "),
+    "UTF-16 unmarked": ("a.jsonl", ROW.decode().encode("utf-16-le"), "is in UTF-16, not in UTF-8"),
     "other kind": ("a.csv", b"a,b", "is no .jsonl, .jsonl.gz or .parquet file"),
 }
 
@@ -68,6 +72,7 @@ ROWS = {  # fields of the source, of the second row, what is said
     "no column": ({"prompt": "{c}"}, {}, r"lacks 'c', which .* \(columns there: completion, messages, prompt, text\)"),
     "no key": ({"prompt": "{part[key]}"}, {"part": "x"}, r"has a str in 'part', with no part \[key\]"),
     "no chat": (CHAT, {"messages": "1+1?"}, "has no list in column 'messages'"),
+    "no turns": (CHAT, {"messages": []}, "has an empty list in column 'messages', a chat without turns"),
     "ends with a tool": (CHAT, {"messages": [ASKED, ANSWERED | {"role": "tool"}]}, "ends with a turn of role 'tool'"),
     "an answer alone": (CHAT, {"messages": [ANSWERED]}, "nothing comes before"),
     "ShareGPT": (CHAT, {"messages": [{"from": "human", "value": "1+1?"}]}, "message 1 has `from` and `value`"),
