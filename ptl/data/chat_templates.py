@@ -67,10 +67,35 @@ def opening(tokenizer: Any, chat: Chat) -> str:
 
 
 def end_of_turn(tokenizer: Any, chat: Chat) -> TokenIds:
-    """What the chat template writes after an answer: tokens that end it, else EOS."""
+    """What a model writes after its answer: as the chat template does, up to the end of the turn; else EOS."""
     end = answered_question(tokenizer, chat).rpartition(ANSWER)[2].rstrip()
-    ids: TokenIds = tokenizer(end, add_special_tokens=False)["input_ids"]
-    return ids or [tokenizer.eos_token_id]
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    return up_to_end(ids, tokenizer, chat) or [tokenizer.eos_token_id]
+
+
+def up_to_end(ids: TokenIds, tokenizer: Any, chat: Chat) -> TokenIds:
+    """Tokens up to the first that ends a turn, and with it; all where none does.
+
+    Serving ends an answer there, so a model never writes what some templates have behind it, such as a second EOS.
+    """
+    ends = {tokenizer.eos_token_id, *_end_of_question(tokenizer, chat)}
+    first = next((position for position, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: first + 1]
+
+
+def _end_of_question(tokenizer: Any, chat: Chat) -> TokenIds:
+    """The first token of its own kind that the template writes after a user's words: most end each turn with it."""
+    asked = str(by_template(tokenizer, user_turn(QUESTION), None, chat, ended=True, tokenize=False))
+    ids = tokenizer(asked.rpartition(QUESTION)[2], add_special_tokens=False)["input_ids"]
+    return [token for token in ids if token in tokenizer.added_tokens_decoder][:1]
+
+
+def space_before_answer(tokenizer: Any, chat: Chat) -> str:
+    """The white space that the template writes between a prompt and its answer; empty where a thought stands there."""
+    begin = opening(tokenizer, chat)
+    answered = answered_question(tokenizer, chat).partition(ANSWER)[0]
+    between = answered.removeprefix(begin)
+    return between if answered.startswith(begin) and not between.strip() else ""
 
 
 def answered_question(tokenizer: Any, chat: Chat) -> str:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
-from ptl.data.chat_templates import TokenIds, by_template, chat_ids, end_of_turn, opening
+from ptl.data.chat_templates import (
+    TokenIds,
+    by_template,
+    chat_ids,
+    end_of_turn,
+    opening,
+    space_before_answer,
+    up_to_end,
+)
 from ptl.data.decontamination import Filter
 from ptl.data.sources import THOUGHT, SourceRow, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
 from ptl.errors import InputError
@@ -96,9 +104,22 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
     prompt = chat_ids(tokenizer, before, row, chat)
     prompt_text = by_template(tokenizer, before, row, chat, tokenize=False)
     begun = chat.begun_thought(prompt_text, opening(tokenizer, chat))
-    completion = tokenizer(chat.continued(begun, answer), add_special_tokens=False)["input_ids"]
+    space = "" if begun else space_before_answer(tokenizer, chat)
+    completion = _continuation(prompt_text, prompt, space + chat.continued(begun, answer), tokenizer, space)
     end = [] if row.is_truncated else end_of_turn(tokenizer, chat)
     return prompt, prompt + completion + end
+
+
+def _continuation(prompt_text: str, prompt: TokenIds, text: str, tokenizer: Any, space: str) -> TokenIds:
+    """Tokens of a text that continues a prompt.
+
+    White space at its front may be one token with what is before or after it, so both are read together.
+    """
+    alone: TokenIds = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not space:
+        return alone
+    whole: TokenIds = tokenizer(prompt_text + text, add_special_tokens=False)["input_ids"]
+    return whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
 
 
 def _chat_tokens(row: SourceRow, tokenizer: Any, chat: Chat = NO_CHAT) -> tuple[TokenIds, TokenIds]:
@@ -109,7 +130,7 @@ def _chat_tokens(row: SourceRow, tokenizer: Any, chat: Chat = NO_CHAT) -> tuple[
     # the prompt's length is where the labels begin
     if full[: len(prompt)] != prompt:
         raise _written_otherwise(row)
-    return prompt, full
+    return prompt, prompt + up_to_end(full[len(prompt) :], tokenizer, chat)
 
 
 def check_chat(row: SourceRow, tokenizer: Any, chat: Chat, *, answers: bool) -> None:

@@ -100,6 +100,41 @@ def test_an_answer_that_was_truncated_has_no_end_and_stays_where_it_was(template
     assert tokenize(row, Letters(end=[EOS]), 64).ids == [97, 98, 99]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_answer_is_trained_on_up_to_the_first_end_of_its_turn(enabled):
+    """Phi-3's template ends a chat with EOS too; Cohere's has another token before the end of the turn."""
+    tokenizer = tokenizer_with("phi3")
+    tokenizer.add_tokens(["<|end|>", "<|user|>", "<|assistant|>", "<|stop|>"])
+    source, chat = DataSource(source="x", format="messages"), Chat(enabled=enabled)
+    row = SourceRow({"messages": [ASKED, ANSWERED]}, source, 1)
+    phi3 = tokenizer.chat_template
+    cohere = phi3.replace(
+        "'<|assistant|>\n' + message['content'] + '", "'<|assistant|>\n' + message['content'] + '<|stop|>"
+    )
+    assert cohere != phi3
+    for template, end in ((phi3, "<|end|>"), (cohere, "<|stop|><|end|>")):
+        tokenizer.chat_template = template
+        tokens = tokenize(row, tokenizer, 512, chat)
+        assert tokenizer.decode(tokens.ids[tokens.prompt :]) == f"2{end}"
+
+
+def test_white_space_before_an_answer_is_trained_on_with_what_is_beside_it():
+    """Mistral's template has it behind a prompt that ends without one."""
+    tokenizer = tokenizer_with(None)
+    tokenizer.add_tokens(["[INST]", "[/INST]"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + "
+        "eos_token }}{% endfor %}"
+    )
+    chat = Chat(enabled=True)
+    row = SourceRow({"prompt": "1+1?", "completion": "2 is it"}, DataSource(source="x"), 1)
+    tokens = tokenize(row, tokenizer, 512, chat)
+    text = "[INST] 1+1? [/INST] 2 is it<|im_end|>"
+    assert tokenizer.decode(tokens.ids) == text
+    assert tokens.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens.ids[tokens.prompt :]) == " 2 is it<|im_end|>"
+
+
 def test_messages_need_a_chat_template():
     row = SourceRow({"messages": [ASKED, ANSWERED]}, DataSource(source="x", format="messages"), 7)
     with pytest.raises(InputError, match=r"row 7 of x: .*chat_template is not set"):
