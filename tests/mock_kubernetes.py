@@ -1,6 +1,7 @@
 """A mock of the Kubernetes API with Kubeflow Trainer and JobSet, over HTTP on loopback.
 
-It answers as the recorded cluster did (tests/data/trainer-2.3). A TrainJob that is created is checked by the types of
+It answers as the recorded clusters did (tests/data/trainer-2.3, and of pipeline runs kfp-2.17). A TrainJob that is
+created is checked by the types of
 Kubeflow Trainer's own package. Nodes are either said by a test (`play`), or real processes on this machine
 (`Processes`), which are restarted together as JobSet does.
 """
@@ -25,6 +26,7 @@ from mock_server import MockServer
 from ptl.steps import trainjob
 
 DATA = Path(__file__).parent / "data" / "trainer-2.3"
+OF_RUNS = Path(__file__).parent / "data" / "kfp-2.17"
 NAMESPACE = "kubeflow"
 ENDED = "2026-11-25T18:20:29Z"
 RESTARTS = 3  # of a failed TrainJob
@@ -122,6 +124,12 @@ class MockKubernetes(MockServer):
     def play(self, *looks):
         """What the cluster has at each look at a TrainJob: the name of a recorded one, and its pods."""
         self.looks = list(looks)
+
+    def show(self, name):
+        """The pods and the workflow of a recorded pipeline run, as far as they were recorded."""
+        for path, kind in ((PODS, "pods"), (WORKFLOWS, "workflow")):
+            file = OF_RUNS / f"{kind}-{name}.json"
+            self.of_run[path] = json.loads(file.read_text())["items"] if file.is_file() else []
 
     def create(self, job):
         from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob

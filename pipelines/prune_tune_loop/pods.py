@@ -1,10 +1,15 @@
-"""Steps whose pods cannot start, run or have failed: what Kubernetes says of them. Read as JSON: any field may miss."""
+"""Steps whose pods cannot start, run or have failed: what Kubernetes and Argo say of them. JSON: any field may miss.
+
+A task has two pods, its driver's and its container's; the run has a driver of its own, before the first step.
+"""
 
 import base64
 import gzip
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -16,8 +21,11 @@ Reason = tuple[str, str, str]  # Kubernetes' own word, its message, and the cont
 
 LONG = 500  # characters of a message
 # In the annotation that Argo gives a pod: WORKFLOW(0).root(0).TASK(0).executor(0), WORKFLOW(0).root(0).TASK-driver(0)
-NODE = "workflows.argoproj.io/node-name"
-TASK = re.compile(r"\.root\(\d+\)\.([^.()]+?)(-driver)?\(\d+\)")
+NODE, NODE_ID = "workflows.argoproj.io/node-name", "workflows.argoproj.io/node-id"
+ROOT_DRIVER = "root-driver"  # of the run itself: WORKFLOW(0).root-driver(0)
+TASK = re.compile(rf"\.root\(\d+\)\.([^.()]+?)(-driver)?\(\d+\)|\(\d+\)\.({ROOT_DRIVER})\(\d+\)")
+# What Argo says of a container that ended by itself, whose own words are better.
+PLAIN_END = re.compile(r"(main: )?Error \(exit code \d+\)")
 
 IMAGE = "check images.registry, images.tag and images.digests, resources.image_pull_policy and image_pull_secrets"
 VOLUME = "check storage.cache_claim, and the ConfigMaps and Secrets that storage names"
@@ -34,11 +42,16 @@ REMEDIES = {
     "FailedAttachVolume": VOLUME,
     "exceeded quota": "ask for less (resources.steps.{stage}), or have the namespace's quota raised",
 }
+OF_DRIVER = "it is Kubeflow's own pod, which no field of the config changes: ask whoever runs Kubeflow"
+REMEDIES_OF_DRIVER = {
+    "exceeded quota": "have the namespace's quota raised: it is Kubeflow's own pod",
+    "failed quota": "Kubeflow's own containers ask for nothing: give the namespace a LimitRange with defaults",
+}
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A step's newest pod that has not succeeded: its driver, or the one of its container."""
+    """A step's newest pod, of its driver or its container, that has not succeeded or that Kubernetes refuses."""
 
     created: datetime
     phase: str = "Pending"  # or Running, Failed; while its driver works a step is pending
@@ -46,23 +59,29 @@ class Pod:
     reason: str = ""  # such as ErrImageNeverPull or OOMKilled; empty where Kubernetes has none
     message: str = ""
     container: str = ""  # that the reason is about: `main` is the step's
+    node: str = field(default="", compare=False)  # id of its node in the workflow
 
     @property
     def sentence(self) -> str:
-        if self.is_driver and self.phase == "Failed" and not self.reason:
-            return "its driver failed: no container of the step was started"
         return ": ".join(filter(None, [self.reason, self.message]))
+
+    @property
+    def has_log(self) -> bool:
+        """Whether its container has run: then the log says more of a failure."""
+        return not self.reason and " is forbidden: " not in self.message
 
     def remedy(self, stage: str) -> str:
         """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
-        if self.is_driver or self.container not in ("", "main"):
+        quota = next((kind for kind in REMEDIES_OF_DRIVER if kind in self.message), "")
+        if self.is_driver:
+            return REMEDIES_OF_DRIVER.get(quota, OF_DRIVER)
+        if self.container not in ("", "main"):
             return ""
-        kind = "exceeded quota" if "exceeded quota" in self.message else self.reason
-        return REMEDIES.get(kind, "").format(stage=stage)
+        return REMEDIES.get(quota or self.reason, "").format(stage=stage)
 
 
 def read(namespace: str, run_id: str) -> dict[str, Pod]:
-    """The pods of a run by step; where there is none the workflow says why, as with a quota.
+    """The pods of a run by step, that of the run's own driver by ROOT_DRIVER.
 
     Raises errors of any kind: a kubeconfig and its login plugins are the user's own.
     """
@@ -70,30 +89,65 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
     run = f"pipeline/runid={run_id}"
     pods: dict[str, Pod] = {}
     for entry in in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"):
-        task = TASK.search(entry["metadata"].get("annotations", {}).get(NODE, ""))
-        if task:
-            pod = _pod(entry, f"{api}/events", is_driver=bool(task[2]))
-            pods[task[1]] = max(pod, pods.get(task[1], pod), key=lambda pod: pod.created)
-    if not pods:
-        for workflow in in_cluster.objects(
-            f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows", labelSelector=run
-        ):
-            pods |= _without_pod(workflow["status"])
+        step, is_driver = _step_of(entry["metadata"].get("annotations", {}).get(NODE, ""))
+        if step:
+            pod = _pod(entry, f"{api}/events", is_driver)
+            pods[step] = max(pod, pods.get(step, pod), key=lambda pod: pod.created)
+    workflows = f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
+    # An account that may not list them still has the pods.
+    with suppress(in_cluster.DoubtError):
+        for workflow in in_cluster.objects(workflows, labelSelector=run):
+            pods = _with_nodes(pods, _nodes(workflow.get("status", {})))
     return pods
 
 
-def _without_pod(status: Json) -> dict[str, Pod]:
-    """Tasks whose pods Kubernetes does not accept for now: Argo keeps them pending and asks again."""
-    nodes = status.get("nodes", {})
+def _step_of(node: str) -> tuple[str, bool]:
+    """The step of a node by its name, empty where it is of none, and whether it is a driver's."""
+    task = TASK.search(node)
+    if task is None:
+        return "", False
+    return task[1] or task[3], bool(task[2] or task[3])
+
+
+def _nodes(status: Json) -> Iterable[Json]:
+    """The nodes of a workflow, from the first to the last that was started."""
+    nodes = status.get("nodes") or {}
     packed = status.get("compressedNodes")  # in a workflow of more than 1 MiB
     if packed:
         nodes = json.loads(gzip.decompress(base64.b64decode(packed)))
-    pods = {}
-    for node in nodes.values():
-        task = TASK.search(node["name"])
-        if task and node["phase"] == "Pending" and node.get("message"):
-            pods[task[1]] = Pod(datetime.fromisoformat(node["startedAt"]), message=node["message"][:LONG])
-    return pods
+    return sorted(nodes.values(), key=lambda node: str(node.get("startedAt")))
+
+
+def _with_nodes(pods: dict[str, Pod], nodes: Iterable[Json]) -> dict[str, Pod]:
+    """Pods with what Argo says of them and of those that Kubernetes did not accept, as with a quota, or has deleted."""
+    newest = {}
+    for node in nodes:
+        step, is_driver = _step_of(node["name"])
+        if step and node["type"] == "Pod":
+            newest[step] = node, is_driver
+    joined = dict(pods)
+    for step, (node, is_driver) in newest.items():
+        pod = pods.get(step)
+        of_node = _pod_of_node(node, is_driver)
+        if pod and pod.node == node["id"]:
+            # Argo repeats what Kubernetes says, and of a driver knows more.
+            if is_driver and not (pod.reason or pod.message) and of_node:
+                joined[step] = replace(pod, message=of_node.message)
+        elif pod is None or pod.created < datetime.fromisoformat(node["startedAt"]):
+            joined.pop(step, None)
+            if of_node:
+                joined[step] = of_node
+    return joined
+
+
+def _pod_of_node(node: Json, is_driver: bool) -> Pod | None:
+    """What Argo says of a pod that it waits for or that failed; None where that is nothing."""
+    phases = {"Pending": "Pending", "Failed": "Failed", "Error": "Failed"}
+    message = node.get("message", "")
+    if node["phase"] not in phases or not message or (PLAIN_END.fullmatch(message) and not is_driver):
+        return None
+    started = datetime.fromisoformat(node["startedAt"])
+    return Pod(started, phases[node["phase"]], is_driver, message=message[:LONG], node=node["id"])
 
 
 def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
@@ -118,6 +172,7 @@ def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
         reason,
         message[:LONG],
         container,
+        metadata.get("annotations", {}).get(NODE_ID, ""),
     )
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.prune_tune_loop.kfp_api import Api, explained
-from pipelines.prune_tune_loop.pods import Pod
+from pipelines.prune_tune_loop.pods import ROOT_DRIVER, Pod
 from ptl.config.dag import ANSWERS, kind_of
 from ptl.errors import PtlError
 from ptl.lineage.run_status import StepProgress
@@ -20,6 +20,7 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 WAITING, NOT_STARTED, NOT_NEEDED, UNKNOWN = "waiting", "not started", "not needed", "unknown"
 CANCELED = "canceled"  # a run; Kubeflow says FAILED
 SOON = 60.0  # seconds in which a pod usually starts
+LOGS = "logs -c main --prefix --tail=20"  # one of kubectl's commands
 STAGES = ("prune", "recover", "evaluate")
 CONTROL = (2, 0, 0)  # position of its first step
 # How a stage needs less memory.
@@ -149,17 +150,21 @@ def view(
         is_old = retried and record.ended and record.ended < retried and record.status != "FINISHED"
         if not is_old:
             current[name] = record
-    situation = _Situation(run.state, is_canceled, current, records is not None, pods, look)
+    listed = _listed(run)
+    # Before the first step Kubeflow lists the run's own driver alone: then nothing is unknown.
+    is_known = records is not None or (ROOT_DRIVER in listed and listed.isdisjoint(names))
+    situation = _Situation(run.state, is_canceled, current, is_known, pods, look)
     steps = []
-    for name in names or sorted({*known, *pods}, key=_position):
-        state = situation.state_of(name)
-        reason = ""
-        if state == "FAILED":
-            reason = situation.failure_of(name)
-        elif state == "PENDING":
-            reason = situation.why_pending(name)
+    if ROOT_DRIVER in pods and not current and set(pods) == {ROOT_DRIVER}:
+        # It is no step, and not worth a line unless it keeps all of them waiting.
+        driver = StepView(
+            ROOT_DRIVER, situation.state_of(ROOT_DRIVER), situation.reason_of(ROOT_DRIVER), StepProgress()
+        )
+        steps += [driver] if driver.reason else []
+    for name in names or sorted({*known, *pods} - {ROOT_DRIVER}, key=_position):
         # Of an attempt before the retry its seconds are shown until the step begins again.
-        steps.append(StepView(name, state, reason, known.get(name, StepProgress())))
+        record = known.get(name, StepProgress())
+        steps.append(StepView(name, situation.state_of(name), situation.reason_of(name), record))
     state, reason = run.state, ""
     if is_canceled:
         reason = CANCELED
@@ -170,6 +175,12 @@ def view(
         culprit = min(failed, key=lambda step: "control" in step.name, default=None)
         reason = f"{culprit.name}: {culprit.reason}" if culprit else look("describe workflows,pods")
     return RunView(run.run_id, run.display_name, state, steps, reason)
+
+
+def _listed(run: Any) -> set[str]:
+    """The keys of all tasks and of their drivers that Kubeflow lists; those of steps are the steps' names."""
+    details = run.run_details
+    return {task.display_name for task in (details and details.task_details) or []}
 
 
 def _history(run: Any) -> tuple[datetime | None, bool]:
@@ -198,7 +209,7 @@ class _Situation:
     state: str  # as Kubeflow says
     is_canceled: bool
     records: Mapping[str, StepProgress]  # since it was last retried
-    is_known: bool  # to MLflow, which was read
+    is_known: bool  # whether steps without a record have not begun
     pods: Mapping[str, Pod]
     look: Callable[[str], str]
 
@@ -232,6 +243,13 @@ class _Situation:
             return UNKNOWN
         return NOT_STARTED if self.state in ENDED else WAITING
 
+    def reason_of(self, name: str) -> str:
+        """Why a step failed, or has been pending for long; with a remedy."""
+        state = self.state_of(name)
+        if state == "FAILED":
+            return self.failure_of(name)
+        return self.why_pending(name) if state == "PENDING" else ""
+
     def failure_of(self, name: str) -> str:
         """Why a step failed, in its own words, or Kubernetes'."""
         record, pod = self.records.get(name), self.pods.get(name)
@@ -241,6 +259,8 @@ class _Situation:
         # A step of the control that says why it could not finish does not fail the run.
         if record and any("control" not in step for step in failed):
             return "it was stopped when the run failed"
+        if pod and pod.is_driver and pod.phase == "Failed":
+            return self._failure_of_driver(name, pod)
         cause = pod.sentence if pod and pod.phase == "Failed" else ""
         if record and not cause:
             cause = "killed from outside, most likely out of memory (or past resources.timeout)"
@@ -249,8 +269,17 @@ class _Situation:
             cause += f": raise resources.memory or resources.steps.{kind}.memory{SMALLER_BATCH.get(kind, '')}"
         # Where a container has run, its log says more than its pod.
         has_log = not record and not (pod and pod.reason)
-        where = self.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
+        where = self.look(LOGS if has_log else "describe workflows,pods")
         return f"{cause}; {where}" if cause else where
+
+    def _failure_of_driver(self, name: str, pod: Pod) -> str:
+        """Why the pod failed that Kubeflow starts before that of a step, or before all steps."""
+        if name == ROOT_DRIVER:
+            cause = pod.sentence or "it failed: no step was started"
+        else:
+            cause = f"its driver failed: {pod.sentence or 'no container of the step was started'}"
+        # Where no container has run there is no log.
+        return f"{cause}; {self.look(LOGS) if pod.has_log else pod.remedy('')}"
 
     def why_pending(self, name: str) -> str:
         """Why a step has been pending for long, with a remedy; empty within the first minute."""
@@ -262,5 +291,5 @@ class _Situation:
         text = f"pending since {pod.created:%H:%M} UTC"
         if not pod.sentence:
             return f"{text}; {self.look('describe workflows,pods')}"
-        remedy = pod.remedy(kind_of(name))
+        remedy = pod.remedy("" if pod.is_driver else kind_of(name))
         return f"{text}: {pod.sentence}; {remedy}" if remedy else f"{text}: {pod.sentence}"

@@ -217,6 +217,56 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked):
     assert any(text.startswith("recover-1: OOMKilled: raise resources.memory or ") for text in said)
 
 
+AS_ROOT = "CreateContainerConfigError: container has runAsNonRoot and image will run as root"
+QUOTA = (
+    'pods "quota-nwdlb-system-dag-driver-3946042863" is forbidden: failed quota: q2: must specify limits.memory for: '
+)
+
+
+def test_a_run_whose_own_driver_cannot_start_says_why(world, said, command, cluster, tracked, monkeypatch):
+    """Recorded: its pod keeps all steps waiting, or a quota refuses it and the run ends before its first step."""
+    monkeypatch.setattr(run_view, "_now", lambda: datetime(2026, 12, 3, 17, 25, tzinfo=UTC))
+    for name, code, state, reason in (
+        ("root-driver-pending", 0, "waiting", f"root-driver: pending since 17:23 UTC: {AS_ROOT}"),
+        ("quota", 1, "not started", f"root-driver: {QUOTA}init,wait; requests.memory for: init,wait; Kubeflow's own"),
+    ):
+        world.play(f"run-{name}")
+        cluster.show(name)
+        assert command() == code
+        assert [text for text in said if text.startswith(reason)], name
+        assert [rows(said)[step][0] for step in SIX] == [state] * 6
+    # Without the pods, which this account may not list, the workflow says the same.
+    cluster.show("root-driver-pending")
+    cluster.of_run[PODS] = []
+    world.play("run-root-driver-pending")
+    command()
+    assert [text for text in said if text.startswith(f"root-driver: pending since 17:23 UTC: {AS_ROOT}")]
+
+
+def test_a_wait_names_the_reason_of_a_run_that_ended_before_its_first_step(world, said, watch, cluster):
+    world.play("run-quota")
+    cluster.show("quota")
+    assert watch() == 1
+    assert said[-1].startswith(f"quota-20261203-181826-601b: FAILED: root-driver: {QUOTA}")
+
+
+def test_what_argo_says_of_a_step_counts_beside_the_pods_of_others(cluster):
+    """As a quota that refuses one arm while the other works; what has succeeded since has no reason any more."""
+    cluster.show("root-driver-pending")
+    (workflow,) = cluster.of_run[WORKFLOWS]
+    nodes = workflow["status"]["nodes"]
+    (driver,) = [node for node in nodes.values() if node["displayName"] == "root-driver(0)"]
+    later = {"id": "n-1", "name": "w(0).root(0).prune-1(0).executor(0)", "startedAt": "2026-12-03T17:30:00Z"}
+    nodes["n-1"] = driver | later | {"phase": "Error", "message": "pods is forbidden: exceeded quota: q2"}
+    run = workflow["metadata"]["labels"]["pipeline/runid"]
+    found = pods.read("kubeflow", run)
+    assert (found["root-driver"].phase, found["prune-1"].phase) == ("Pending", "Failed")
+    assert found["prune-1"].message.endswith("exceeded quota: q2")
+    nodes["n-2"] = driver | {"id": "n-2", "name": "w(0).root-driver(1)", "phase": "Succeeded"}
+    nodes["n-2"]["startedAt"] = "2026-12-03T17:24:00Z"
+    assert list(pods.read("kubeflow", run)) == ["prune-1"]
+
+
 def test_an_answer_that_fails_once_hides_no_pods(world, said, cluster, tracked, monkeypatch):
     found = {"prune-1": pods.Pod(datetime.now(UTC), reason="Unschedulable")}
     monkeypatch.setattr(pods, "read", mock.Mock(side_effect=[found, WorkError("503"), found]))
@@ -270,7 +320,7 @@ def test_a_pod_that_a_quota_refuses_is_explained_by_the_workflow(cluster):
     """Made up after Argo's source: it keeps such a node pending, with the answer to its request as the message."""
     quota = 'pods "n-1" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: 0, limited: 4'
     node = {"name": "noimg-rhr5h(0).root(0).import-model(0).executor(0)", "phase": "Pending", "message": quota}
-    nodes = {"noimg-rhr5h-1": node | {"startedAt": "2026-11-28T07:48:16Z"}}
+    nodes = {"noimg-rhr5h-1": node | {"id": "noimg-rhr5h-1", "type": "Pod", "startedAt": "2026-11-28T07:48:16Z"}}
     packed = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
     for state in ({"nodes": nodes}, {"compressedNodes": packed}):
         cluster.of_run[WORKFLOWS] = [{"metadata": {"labels": {"pipeline/runid": "run"}}, "status": state}]

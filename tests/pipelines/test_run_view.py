@@ -43,7 +43,13 @@ def look(history, records=None, pods=None, names=NAMES):
     """A run that has had these states, one a minute, looked at in the fifth; it is in the last one."""
     moments = enumerate(history.split())
     entries = [SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in moments]
-    about = {"run_id": "id", "display_name": "tiny-1", "created_at": BEGIN, "state": entries[-1].state}
+    about = {
+        "run_id": "id",
+        "display_name": "tiny-1",
+        "created_at": BEGIN,
+        "state": entries[-1].state,
+        "run_details": None,
+    }
     run = SimpleNamespace(state_history=entries, **about)
     return run_view.view(run, names, records, pods or {}, lambda command: f"see {command}")
 
