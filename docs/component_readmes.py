@@ -42,7 +42,7 @@ DESCRIPTIONS = {
     "dense": "The imported model, whose form is made to compare with.",
     "export": "Format and type, an entry of `export` in the config.",
     "exports": "The list `export` of the config, checked before anything expensive.",
-    "registered_model": "Name in the MLflow registry.",
+    "registered_model": "Name in the MLflow registry; empty: nothing is registered.",
     "settings": "Sections of the config that are not run parameters.",
     "out": "Pointer to the new checkpoint: location, digest, MLflow ids. The weights are in the store.",
     "accepted": "Pointer to the checkpoint that the loop continues with.",

@@ -126,7 +126,7 @@ def settings() -> dict:
     return {
         "name": "tiny", "model": {"path": "examples/tiny_reasoner/checkpoint", "revision": None}, "seed": 7,
         "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}]},
-        "schedule": {"iterations": 4, "target": 0.4},
+        "schedule": {"iterations": 4, "target": 0.4}, "storage": {"experiment": "ptl"},
         "recover": [{"method": "cpt", "learning_rate": 3e-4}],
         "evaluate": {"tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
         "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05, "strict": False, "retention": None},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ptl.config.rehearsal import is_rehearsal
 from ptl.config.run import Config, check, essentials
 from ptl.config.schedule import BY_GOAL, MemoryGoal
 from ptl.errors import InputError
@@ -23,6 +24,8 @@ def parameters(config: Config) -> dict[str, Any]:
     """
     settings = essentials(config)
     schedule = config.schedule
+    experiment = config.storage.experiment
+    registered_model = config.storage.registered_model or config.name
     return {
         "model": settings["model"]["path"],
         "revision": config.model.revision or "",
@@ -39,8 +42,9 @@ def parameters(config: Config) -> dict[str, Any]:
         "training": settings["training"],
         "evaluate_settings": settings["evaluate"],
         "gate": settings.get("gate", {}),
-        "experiment": config.storage.experiment,
-        "registered_model": config.storage.registered_model or config.name,
+        "experiment": experiment,
+        # Models of a rehearsal are of no use to anybody; the empty name registers none.
+        "registered_model": "" if is_rehearsal(config.name, experiment) else registered_model,
         "earlier_runs": "",  # ids of unfinished runs whose steps may be taken over; part of no step's key
     }
 
@@ -79,7 +83,7 @@ def run_config(settings: Settings) -> Config:
             **{section: settings[section] for section in SECTIONS},
             "model": {"path": settings["model"], "revision": settings["revision"] or None},
             "schedule": fixed["schedule"] | schedule_settings(settings),
-            "storage": fixed.get("storage", {}) | {"registered_model": settings["registered_model"]},
+            "storage": fixed.get("storage", {}) | {"registered_model": settings["registered_model"] or None},
         },
         "run parameters",
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ptl.config.base import flat_settings
@@ -17,8 +16,8 @@ from ptl.config.cluster import TRAINED
 from ptl.config.recover import RecoverStage, Recovery
 from ptl.config.run import Config, check
 
-SUFFIX = "-rehearsal"  # of the run, its experiment and its registered model
-LONGEST_NAME, LONGEST_MODEL = 63, 250  # characters
+SUFFIX = "-rehearsal"  # of the names of the run and its experiment
+LONGEST_NAME = 63  # characters
 
 SHARE = 100  # of the tokens one of so many, but ...
 STAGE_TOKENS = 256  # ... not fewer of each stage in each iteration, ...
@@ -46,12 +45,9 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     settings = config.model_dump()
     if gpus is not None:
         _fit_machine(settings, config, gpus)
-    settings["name"] = _renamed(config.name, LONGEST_NAME)
-    # Its numbers are not beside those of real runs, and its models take no alias from theirs.
-    storage = settings["storage"]
-    storage["experiment"] += SUFFIX
-    if storage["registered_model"] is not None:  # the default is the config's name, which has the suffix
-        storage["registered_model"] = _renamed(storage["registered_model"], LONGEST_MODEL)
+    settings["name"] = config.name[: LONGEST_NAME - len(SUFFIX)].rstrip("-") + SUFFIX
+    # Its numbers are not beside those of real runs.
+    settings["storage"]["experiment"] += SUFFIX
     calibration = settings["calibration"]
     calibration["num_sequences"] = min(calibration["num_sequences"], SEQUENCES)
     settings["prune"]["repair"] = min(settings["prune"]["repair"], SEQUENCES)
@@ -74,14 +70,9 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     return check(Config, settings, "the rehearsal")
 
 
-def _renamed(name: str, longest: int) -> str:
-    return name[: longest - len(SUFFIX)].rstrip("-") + SUFFIX
-
-
-def is_rehearsal(settings: Mapping[str, Any]) -> bool:
-    """Whether a config, as a dict, is that of a rehearsal: a user may have given one such name, but not both."""
-    experiment = settings.get("storage", {}).get("experiment", "")
-    return str(settings.get("name", "")).endswith(SUFFIX) and str(experiment).endswith(SUFFIX)
+def is_rehearsal(name: str, experiment: str) -> bool:
+    """Whether a run is a rehearsal, by its config's name and its experiment: a user may have given one such name."""
+    return name.endswith(SUFFIX) and experiment.endswith(SUFFIX)
 
 
 def _schedule(config: Config) -> dict[str, Any]:

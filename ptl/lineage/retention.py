@@ -1,7 +1,8 @@
 """Checkpoints that nobody needs any more, and deleting them. Records, scores and MLflow's runs stay.
 
 A run's files can go when they are neither its final checkpoints nor registered, when the run is finished or its user
-gives it up, and when they are old enough. Whose they are is MLflow's word: what a record names is only ever kept.
+gives it up, and when they are old enough. A finished rehearsal has no final checkpoints: all of its files can go.
+Whose they are is MLflow's word: what a record names is only ever kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ptl.config.rehearsal import is_rehearsal
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.mlflow_client import pages
@@ -82,16 +84,18 @@ def _experiment_files(
     root = records_root(location)
     ids = [experiment.experiment_id]
     parents = pages(client.search_runs, experiment_ids=ids, filter_string=PARENT)
-    runs = {parent.data.tags["ptl.run"] for parent in parents}
-    if given_up:
-        runs &= set(given_up)
+    names = {parent.data.tags["ptl.run"]: parent.data.params.get("ptl.name", "") for parent in parents}
+    runs = names.keys() & given_up if given_up else names.keys()
     files = ExperimentFiles(experiment.name, location, [])
     if not runs:
         return files
     # MLflow's models before the records, and these before the registry: what is made meanwhile counts.
     models = list(pages(client.search_logged_models, experiment_ids=ids))
     folders = _folders(root, depth=2)
-    needed = {run: _needed(root, run, folders, bool(given_up)) for run in runs if store.is_name(run)}
+    needed = {}
+    for run in filter(store.is_name, runs):
+        rehearsed = is_rehearsal(names[run], experiment.name)
+        needed[run] = _needed(root, run, folders, given_up=bool(given_up), rehearsed=rehearsed)
     # What is registered: version -> all that names its model
     versions = {
         f"{version.name} {version.version}": f"{version.source} {version.model_id} {version.tags.get('ptl.model_id')}"
@@ -150,7 +154,7 @@ def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[Sto
         yield StoredFiles(run, step, tuple(f"{root}/{path}" for path in paths), sum(sizes), max(times))
 
 
-def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict[str, str]:
+def _needed(root: str, run: str, folders: Iterable[str], *, given_up: bool, rehearsed: bool) -> dict[str, str]:
     """Why a run's checkpoints stay, by their id in MLflow; by "" why all of its files do."""
     names = [path.removeprefix(f"{run}/") for path in folders if path.startswith(f"{run}/")]
     # With one that cannot be read, what the run ended with is not distinguishable from the rest.
@@ -171,6 +175,8 @@ def _needed(root: str, run: str, folders: Iterable[str], given_up: bool) -> dict
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
     if "report" not in stages:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
+    if rehearsed:
+        return {}
     # The last one of each arm.
     evaluations.sort(key=lambda metadata: metadata["iteration"])
     for evaluation in {metadata["arm"]: metadata for metadata in evaluations}.values():

@@ -88,7 +88,7 @@ def first_line(result: Result) -> str:
 def overall(result: Result) -> Verdict:
     """Of all benchmarks together: the worst verdict comes first and gives the colour."""
     final = result.final_row
-    if is_rehearsal(result.settings):
+    if is_rehearsal(result.settings["name"], result.settings["storage"]["experiment"]):
         return Verdict("unclear", REHEARSAL)
     if final is None:
         return Verdict("unclear", "Cannot be said: the final checkpoint was not scored")

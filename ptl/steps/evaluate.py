@@ -138,16 +138,21 @@ def decide(step: Step, source: Path, scores: Metadata) -> tuple[Metadata, Pointe
 
 
 def _register(step: Step, scores: Metadata) -> Pointer:
-    """The candidate with the version that it has in MLflow's registry, whose tags say what it scored."""
+    """The candidate with the version that it has in MLflow's registry, whose tags say what it scored.
+
+    It has none where `registered_model` is empty, as in a rehearsal.
+    """
     call = step.call
-    candidate = call.inputs["model"]
+    candidate, registered_model = call.inputs["model"], call.settings["registered_model"]
+    if not registered_model:
+        return candidate
     tags = {
         "step": call.step,
         "arm": call.arm,
         "criterion": step.settings["prune"].criterion,
         **score_tags(scores, candidate),
     }
-    version = mlflow_objects.register(step.run, call.settings["registered_model"], candidate, tags)
+    version = mlflow_objects.register(step.run, registered_model, candidate, tags)
     return dataclasses.replace(candidate, model_version=version)
 
 

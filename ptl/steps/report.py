@@ -53,8 +53,9 @@ def report(call: Call) -> None:
         # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
         run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
-        _register_exports(step, records, final)
-        _set_alias(step, records, final, result)
+        if call.settings["registered_model"]:
+            _register_exports(step, records, final)
+            _set_alias(step, records, final, result)
         # As Kubeflow's artifacts and, from a local runner, in the run's directory.
         shutil.copyfile(step.folder / "report.html", call.outputs["html"].path)
         shutil.copyfile(step.folder / "report.md", call.outputs["markdown"].path)

@@ -6,6 +6,7 @@ import yaml
 from checkout import SHIPPED, TINY
 
 from ptl.config import dag
+from ptl.config.parameters import parameters
 from ptl.config.recover import MIN_TOKENS, Recovery
 from ptl.config.rehearsal import changes, is_rehearsal, left_out, rehearsal
 from ptl.config.run import Config, Gate, load_config
@@ -62,11 +63,17 @@ def test_the_steps_are_those_of_the_run_and_its_names_others():
         assert [stage.method for stage in rehearsed.recover] == [stage.method for stage in run.recover]
         assert rehearsed.schedule.target == run.schedule.target
         assert rehearsed.schedule.recovery_tokens <= max(run.schedule.recovery_tokens / 100, 2_000)
-        assert is_rehearsal(rehearsed.model_dump()) and not is_rehearsal(run.model_dump())
-    run = config(name="a" * 52 + "-" + "b" * 10, storage={"registered_model": "mine"})
-    rehearsed = rehearsal(run, gpus=0)
-    assert rehearsed.name == "a" * 52 + "-rehearsal"
-    assert rehearsed.storage.registered_model == "mine-rehearsal"
+        assert is_rehearsal(rehearsed.name, rehearsed.storage.experiment)
+        assert not is_rehearsal(run.name, run.storage.experiment)
+    run = config(name="a" * 52 + "-" + "b" * 10)
+    assert rehearsal(run, gpus=0).name == "a" * 52 + "-rehearsal"
+
+
+def test_a_rehearsal_registers_no_model():
+    for storage in ({}, {"registered_model": "mine"}):
+        run = config(storage=storage)
+        assert parameters(run)["registered_model"] == storage.get("registered_model", "tiny")
+        assert parameters(rehearsal(run, gpus=0))["registered_model"] == ""
 
 
 def test_every_stage_trains_in_every_iteration():

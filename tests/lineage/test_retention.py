@@ -24,6 +24,7 @@ from ptl.cli import results
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_objects, retention, tracking
+from ptl.report import run_page
 from ptl.steps.call import Call
 from ptl.storage import store, training_checkpoints
 from ptl.storage.local_files import COMPLETE
@@ -174,7 +175,7 @@ def test_of_a_finished_run_the_final_checkpoints_stay(experiment, finished_run, 
     names = [f"{run.run}/{step}" for step in ("evaluate-0", "evaluate-1", "control-evaluate", "report")]
     finals = {run.steps[step].pointer.model_id for step in reasons}
     for order in (names, names[::-1]):  # as a listing has them
-        assert retention._needed(root, run.run, order, False).keys() == finals
+        assert retention._needed(root, run.run, order, given_up=False, rehearsed=False).keys() == finals
     assert collect(experiment) == 5
     assert {step for step, record in run.steps.items() if fetchable(record, tmp_path)} == reasons.keys()
     assert fetchable(store.committed(root, run.run, "evaluate-2"), tmp_path)  # scores and items stay
@@ -184,6 +185,20 @@ def test_of_a_finished_run_the_final_checkpoints_stay(experiment, finished_run, 
     assert sorted(step for step in tags if retention.DELETED in tags[step]) == INTERMEDIATE
     client.delete_model_version(experiment, "1")
     assert kept(experiment)["recover-1"] == "final checkpoint of its run"
+
+
+def test_of_a_finished_rehearsal_nothing_stays(experiment, monkeypatch):
+    run = Loop(f"{experiment}-rehearsal", monkeypatch)
+    dense = run.imported()
+    run_page.describe(run.step_run("import-model"), {"name": "tiny-rehearsal"})
+    pruned = run.work("prune-1", dense)
+    assert going(run.experiment) == [] and set(kept(run.experiment).values()) == {UNFINISHED}
+    run.end(pruned)
+    assert going(run.experiment) == ["import-model", "prune-1"]
+    # An experiment with such a name may have other runs.
+    other = Loop(run.experiment, monkeypatch)
+    other.end(other.imported())
+    assert kept(run.experiment) == {"import-model": "final checkpoint of its run"}
 
 
 def test_exports_stay_unless_a_run_is_given_up_and_only_a_report_finishes_it(experiment, loop):

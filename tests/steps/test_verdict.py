@@ -86,10 +86,12 @@ def pruned(params):
     return Pointer("file:///cut", CUT, params=params, original_params=100_000)
 
 
-def at_work(run, name, candidate, prune=PRUNE, rule=RULE, **inputs):
+def at_work(run, name, candidate, prune=PRUNE, rule=RULE, registered_model="model", **inputs):
     """A step that has scored, and decides now."""
     schedule = {"iterations": 3, "target": 0.4}
-    call = Call(name, "ptl", {"seed": 0, "registered_model": "model"} | schedule, {"model": candidate, **inputs})
+    call = Call(
+        name, "ptl", {"seed": 0, "registered_model": registered_model} | schedule, {"model": candidate, **inputs}
+    )
     step = Step(call, key={"gate": rule, "prune": prune} | schedule)
     step.run = run
     return step
@@ -164,6 +166,12 @@ def test_without_the_gate_and_in_the_control_checkpoints_are_registered_and_not_
     assert score.items() <= tags.items()
     verdict, onward = evaluate.decide(at_work(run, "evaluate-0", IMPORTED), DENSE, SCORES)
     assert verdict["decision"] == "baseline" and onward == IMPORTED and len(registered) == 2
+
+
+def test_without_a_name_in_the_registry_nothing_is_registered(run, registered):
+    step = at_work(run, "evaluate-1", pruned(60_000), rule=Gate(), registered_model="")
+    _, onward = evaluate.decide(step, DENSE, SCORES)
+    assert (onward.digest, onward.model_version, registered) == (CUT, "", [])
 
 
 def test_smallest_cuts_of_a_real_checkpoint():
