@@ -1,9 +1,8 @@
 """A mock of the Kubernetes API with Kubeflow Trainer and JobSet, over HTTP on loopback.
 
 It answers as the recorded clusters did (tests/data/trainer-2.3, and of pipeline runs kfp-2.17). A TrainJob that is
-created is checked by the types of
-Kubeflow Trainer's own package. Nodes are either said by a test (`play`), or real processes on this machine
-(`Processes`), which are restarted together as JobSet does.
+created is checked by the types of Kubeflow Trainer's own package. Nodes are either said by a test (`play`), or real
+processes on this machine (`Processes`), which are restarted together as JobSet does.
 """
 
 import copy

@@ -99,8 +99,10 @@ class Observer:
             return
         status = MLFLOW_STATUS.get(view.state, "FAILED")
         reasons = {step.name: step.reason for step in view.steps}
+        # MLflow may have been away when they ended.
+        succeeded = [step.name for step in view.steps if step.state == "SUCCEEDED"]
         try:
-            if run_status.close(self.records, status, view.reason, reasons):
+            if run_status.close(self.records, status, view.reason, reasons, succeeded):
                 self.show(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
             self.show(f"MLflow: the run could not be closed: {error}")

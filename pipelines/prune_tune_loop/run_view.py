@@ -1,6 +1,6 @@
 """A run and its steps as people see them: from the steps' own MLflow runs, and pods that cannot start or have failed.
 
-Kubeflow says only how the run as a whole is: its list of tasks stops being updated in a run of many steps.
+Kubeflow's own list of tasks counts where MLflow says nothing. In a run of many steps it stops being updated.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # States of steps that have no record: what is not known without MLflow is not said to be waiting.
 WAITING, NOT_STARTED, NOT_NEEDED, UNKNOWN = "waiting", "not started", "not needed", "unknown"
 CANCELED = "canceled"  # a run; Kubeflow says FAILED
+LISTED = 17  # steps of a run up to which Kubeflow's list was not seen to stop: the workflow is below 1 MiB
 SOON = 60.0  # seconds in which a pod usually starts
 LOGS = "logs -c main --prefix --tail=20"  # one of kubectl's commands
 STAGES = ("prune", "recover", "evaluate")
@@ -150,10 +151,12 @@ def view(
         is_old = retried and record.ended and record.ended < retried and record.status != "FINISHED"
         if not is_old:
             current[name] = record
-    listed = _listed(run)
-    # Before the first step Kubeflow lists the run's own driver alone: then nothing is unknown.
-    is_known = records is not None or (ROOT_DRIVER in listed and listed.isdisjoint(names))
-    situation = _Situation(run.state, is_canceled, current, is_known, pods, look)
+    tasks = _tasks(run)
+    # A list that has stopped is right about what has ended. Before the first step it is short, and goes on.
+    goes_on = ROOT_DRIVER in tasks and (len(names) <= LISTED or tasks.keys().isdisjoint(names))
+    is_known = records is not None or goes_on
+    listed = _listed(tasks, retried, goes_on and run.state not in ENDED)
+    situation = _Situation(run.state, is_canceled, current, is_known, listed, pods, look)
     steps = []
     if ROOT_DRIVER in pods and not current and set(pods) == {ROOT_DRIVER}:
         # It is no step, and not worth a line unless it keeps all of them waiting.
@@ -177,10 +180,26 @@ def view(
     return RunView(run.run_id, run.display_name, state, steps, reason)
 
 
-def _listed(run: Any) -> set[str]:
-    """The keys of all tasks and of their drivers that Kubeflow lists; those of steps are the steps' names."""
+def _tasks(run: Any) -> dict[str, Any]:
+    """What Kubeflow lists of a run by name: its tasks, whose names are those of the steps, drivers and executors."""
     details = run.run_details
-    return {task.display_name for task in (details and details.task_details) or []}
+    return {task.display_name: task for task in (details and details.task_details) or []}
+
+
+def _listed(tasks: Mapping[str, Any], retried: datetime | None, goes_on: bool) -> dict[str, str]:
+    """The states of tasks by Kubeflow's list: of those that have ended, and if it `goes_on` of those at work."""
+    # A task is RUNNING while the pod of its executor is PENDING, and of executors the list has no tasks.
+    is_pending = any(name.startswith("executor(") and task.state == "PENDING" for name, task in tasks.items())
+    states = {}
+    for name, task in tasks.items():
+        failed_before = retried and task.state == "FAILED" and task.end_time and task.end_time < retried
+        if task.state == "SUCCEEDED" or (task.state == "FAILED" and not failed_before):
+            states[name] = task.state
+        elif task.state == "RUNNING" and goes_on:
+            states[name] = "PENDING" if is_pending else "RUNNING"
+    # Of a task whose driver failed the list has no state.
+    drivers = [name for name, state in states.items() if name.endswith("-driver") and state == "FAILED"]
+    return {name.removesuffix("-driver"): "FAILED" for name in drivers} | states
 
 
 def _history(run: Any) -> tuple[datetime | None, bool]:
@@ -210,6 +229,7 @@ class _Situation:
     is_canceled: bool
     records: Mapping[str, StepProgress]  # since it was last retried
     is_known: bool  # whether steps without a record have not begun
+    listed: Mapping[str, str]  # states by Kubeflow's list
     pods: Mapping[str, Pod]
     look: Callable[[str], str]
 
@@ -220,7 +240,8 @@ class _Situation:
             return self._state_unseen(name)
         status = record.status if record else ""
         is_open = status in ("", "RUNNING")
-        if status == "FINISHED" or (is_open and self.state == "SUCCEEDED"):
+        # A step of the control that failed has SUCCEEDED to Kubeflow, so that the run continues.
+        if status == "FINISHED" or (is_open and "SUCCEEDED" in (self.state, self.listed.get(name))):
             return "SUCCEEDED"
         if self.state not in ENDED:
             # After a pod that has failed Kubeflow starts another, while attempts are left.
@@ -239,6 +260,9 @@ class _Situation:
         # The doctor leaves no record, and the others begin after it.
         if self.state == "SUCCEEDED" or (name == "doctor" and self.records):
             return "SUCCEEDED"
+        if name in self.listed:
+            state = self.listed[name]
+            return "CANCELED" if self.is_canceled and state == "FAILED" else state
         if not self.is_known:
             return UNKNOWN
         return NOT_STARTED if self.state in ENDED else WAITING
@@ -283,7 +307,9 @@ class _Situation:
 
     def why_pending(self, name: str) -> str:
         """Why a step has been pending for long, with a remedy; empty within the first minute."""
-        pod = self.pods[name]
+        pod = self.pods.get(name)
+        if pod is None:  # only Kubeflow's list says so
+            return ""
         if pod.phase == "Failed":
             return f"another attempt follows, unless it was the last: {self.failure_of(name)}"
         if (_now() - pod.created).total_seconds() < SOON:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -215,24 +215,28 @@ def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | Non
     return RunProgress(parent.info.experiment_id, parent.info.run_id, parent.info.status, steps)
 
 
-def close(progress: RunProgress, status: str, reason: str, reasons: dict[str, str]) -> bool:
+def close(
+    progress: RunProgress, status: str, reason: str, reasons: dict[str, str], succeeded: Collection[str] = ()
+) -> bool:
     """End what is still RUNNING of a pipeline run that has ended; returns whether there was anything.
 
-    `status` is FAILED, KILLED or FINISHED. `reasons` are those of single steps, `reason` that of the parent and of all
-    others; they become the tag `ptl.error`. Raises WorkError when MLflow does not answer.
+    `status` is FAILED, KILLED or FINISHED; the steps that `succeeded` are FINISHED in any case. `reasons` are those of
+    single steps, `reason` that of the parent and of all others; they become the tag `ptl.error`. Raises WorkError when
+    MLflow does not answer.
     """
-    errors = {}  # by the id of the MLflow run
+    ends = {}  # status and error by the id of the MLflow run
     for step in progress.steps.values():
         if step.status == "RUNNING":
-            errors[step.run_id] = reasons.get(step.step) or reason
+            end = "FINISHED" if step.step in succeeded else status
+            ends[step.run_id] = end, reasons.get(step.step) or reason
     if progress.parent_status == "RUNNING":
-        errors[progress.parent_id] = reason
+        ends[progress.parent_id] = status, reason
     with _watching() as client:
-        for run_id, error in errors.items():
-            if status != "FINISHED":
+        for run_id, (end, error) in ends.items():
+            if end != "FINISHED":
                 client.set_tag(run_id, "ptl.error", error[:TAG])
-            client.set_terminated(run_id, status)
-    return bool(errors)
+            client.set_terminated(run_id, end)
+    return bool(ends)
 
 
 def reopen(progress: RunProgress) -> None:

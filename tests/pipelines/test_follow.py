@@ -52,6 +52,12 @@ def in_mlflow(run_id):
     return run.info.status, run.data.tags.get("ptl.error")
 
 
+def mlflow_runs(run):
+    """All MLflow runs of a pipeline run."""
+    experiments = [each.experiment_id for each in MlflowClient().search_experiments()]
+    return MlflowClient().search_runs(experiments, f"tags.`ptl.run` = '{run}'")
+
+
 RUNNING = {"status": "RUNNING"}
 FAILED = {"status": "FAILED", "tags": {"error": "InputError: x"}}
 REST = ("not started",) * 5
@@ -99,6 +105,38 @@ def test_of_a_run_whose_records_cannot_be_read_its_own_state_is_known(world, sai
     assert len([text for text in said if "the steps' own records are not read" in text]) == 1
     world.play("run-failed-step", version=None)  # as after the version was deleted
     assert command() == 1 and rows(said) == {}
+
+
+def test_without_records_what_kubeflow_lists_counts(world, said, command, monkeypatch):
+    """Recorded. The list of a run of many steps stops: then it says only what has ended."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    done = ("SUCCEEDED",) * 3
+    of_import = "version-of-run-image-missing"
+    for name, version, expected in (
+        ("run-taken-over", of_import, (*done, "RUNNING", "waiting", "waiting")),
+        ("run-image-missing", of_import, ("PENDING", *("waiting",) * 5)),
+        ("run-oom", of_import, (*done, "FAILED", "not started", "not started")),
+        ("run-driver-poisoned", of_import, (*done, "SUCCEEDED", "SUCCEEDED", "not started")),
+    ):
+        world.play(name, version=version)
+        command()
+        assert tuple(rows(said)[step][0] for step in SIX) == expected, name
+    world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
+    world.played[0]["state"] = "RUNNING"
+    command()
+    table = rows(said)
+    assert [table[step][0] for step in ("recover-3", "recover-4", "report")] == ["SUCCEEDED", "unknown", "unknown"]
+
+
+def test_a_step_that_kubeflow_calls_succeeded_is_finished_in_mlflow_too(world, said, command, tracked):
+    """As when MLflow was away at its end; other steps of the run that are still RUNNING there were killed."""
+    run = world.play("run-oom", version="version-of-run-image-missing")
+    tracked(run, {"import-model": {}, "prune-1": RUNNING, "recover-1": RUNNING})
+    assert command() == 1
+    table = rows(said)
+    assert (table["prune-1"][0], table["recover-1"][0]) == ("SUCCEEDED", "FAILED")
+    found = {entry.data.tags.get("ptl.step"): entry.info.status for entry in mlflow_runs(run)}
+    assert (found["prune-1"], found["recover-1"]) == ("FINISHED", "FAILED")
 
 
 def test_what_is_running_after_the_end_was_killed_and_is_closed(world, said, command, tracked):

@@ -39,8 +39,15 @@ ATTEMPT = "PENDING: another attempt follows, unless it was the last"
 NO_CONTAINER = "its driver failed: no container of the step was started"
 
 
-def look(history, records=None, pods=None, names=NAMES):
-    """A run that has had these states, one a minute, looked at in the fifth; it is in the last one."""
+def look(history, records=None, pods=None, names=NAMES, tasks=()):
+    """A run that has had these states, one a minute, looked at in the fifth; it is in the last one.
+
+    `tasks` are what Kubeflow lists: name, state and the minute of the end.
+    """
+    listed = [
+        SimpleNamespace(display_name=name, state=state, end_time=BEGIN + minute * MINUTE)
+        for name, state, minute in tasks
+    ]
     moments = enumerate(history.split())
     entries = [SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in moments]
     about = {
@@ -48,7 +55,7 @@ def look(history, records=None, pods=None, names=NAMES):
         "display_name": "tiny-1",
         "created_at": BEGIN,
         "state": entries[-1].state,
-        "run_details": None,
+        "run_details": SimpleNamespace(task_details=listed),
     }
     run = SimpleNamespace(state_history=entries, **about)
     return run_view.view(run, names, records, pods or {}, lambda command: f"see {command}")
@@ -88,6 +95,24 @@ def test_the_states_of_steps(monkeypatch):
         found = {step.name: f"{step.state}: {step.reason}".removesuffix(": ") for step in view.steps}
         found["run"] = view.reason
         assert {name: found[name] for name in expected} == expected
+
+
+def test_kubeflows_list_counts_where_the_records_are_silent():
+    """Also of a retried run, whose list has the failures before; a step of the control fails without failing a task."""
+    listed = [("prune-1", "FAILED", 1), ("evaluate-0", "SUCCEEDED", 1), ("import-model", "SUCCEEDED", 1)]
+    for history, records, tasks, expected in (
+        # A list of 19 steps may have stopped.
+        ("RUNNING", None, [*listed, ("recover-1", "RUNNING", 0)], {"evaluate-0": "SUCCEEDED", "recover-1": "unknown"}),
+        (RETRIED, {}, listed, {"prune-1": "waiting", "evaluate-0": "SUCCEEDED"}),
+        (RETRIED, {}, [("prune-1", "FAILED", 3)], {"prune-1": "FAILED"}),
+        ("FAILED", {}, [("prune-1-driver", "FAILED", 0)], {"prune-1": "FAILED"}),
+        ("RUNNING CANCELING FAILED", {}, [("prune-1", "FAILED", 2)], {"prune-1": "CANCELED"}),
+        ("RUNNING", {"control-prune": NAN}, [("control-prune", "SUCCEEDED", 1)], {"control-prune": "FAILED"}),
+        ("RUNNING", {"evaluate-1": ENDS_THE_LOOP}, [("prune-2", "SUCCEEDED", 1)], {"prune-2": "not needed"}),
+    ):
+        tasks = [("root-driver", "SUCCEEDED", 0), *tasks]
+        states = {step.name: step.state for step in look(history, records, tasks=tasks).steps}
+        assert {name: states[name] for name in expected} == expected
 
 
 def test_a_loop_that_failed_while_the_control_works_says_how_to_end_the_run():
