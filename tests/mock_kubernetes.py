@@ -78,6 +78,7 @@ class MockKubernetes(MockServer):
         self.on_delete = lambda name: None
         self.outage = []  # the status of answers to come
         self.own_env = []  # of the coordinator's pod
+        self.forbidden = None  # pattern of paths that the account may not read
         self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
         super().__init__()
 
@@ -91,6 +92,8 @@ class MockKubernetes(MockServer):
             status = 404 if isinstance(answer, str) else 200
         elif self.outage:
             status, answer = self.outage.pop(), "the server is currently unable to handle the request"
+        elif self.forbidden and re.fullmatch(self.forbidden, path):
+            status, answer = 403, f"{path} is forbidden"
         elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", path):
             handler.send_response(200)
             handler.send_header("Transfer-Encoding", "chunked")

@@ -145,6 +145,16 @@ def test_components_can_be_added_and_steps_then_start_nodes_and_change_nothing_e
     assert changes == {("create", "trainjobs"), ("delete", "trainjobs")}
 
 
+def test_the_account_of_runs_reads_what_status_says_of_pods_and_changes_only_runs():
+    documents = yaml.safe_load_all((MANIFESTS / "base/runs/rbac.yaml").read_text())
+    (role,) = [document for document in documents if document["kind"] == "Role"]
+    rights = [(set(rule["verbs"]), rule["resources"], rule["apiGroups"]) for rule in role["rules"]]
+    granted = {(verb, resource) for verbs, resources, _ in rights for resource in resources for verb in verbs}
+    assert {("list", "pods"), ("list", "events"), ("list", "workflows"), ("get", "pods/log")} <= granted
+    for verbs, _, groups in rights:
+        assert verbs <= {"get", "list"} or groups == ["pipelines.kubeflow.org"]
+
+
 def test_nodes_are_restarted_together_except_for_wrong_input():
     from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 

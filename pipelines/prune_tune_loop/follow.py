@@ -142,7 +142,8 @@ def status(
     reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
     if view.state == "FAILED" and not reasons:
         reasons = [f"{view.name}: {view.reason}"]
-    for line in [*reasons, view.hint_to_cancel]:
+    dead_end = view.advice if view.dead_end or view.fails_again else ""
+    for line in [*reasons, view.hint_to_cancel, dead_end]:
         if line:
             say(line)
     observer.settle(view)
@@ -218,7 +219,10 @@ def retry(
         )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
-    observer.settle(observer.look(run))
+    view = observer.look(run)
+    observer.settle(view)
+    if view.dead_end:
+        raise InputError(f"{run_id}: {view.dead_end} ({view.reason})", field="run", remedy=run_view.SUBMIT_AGAIN)
     with explained(api.host):
         api.client._run_api.run_service_retry_run(run_id)
     _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), ())
@@ -275,7 +279,7 @@ def _exit_code(view: RunView, is_gated: bool, say: Show) -> int:
 
     if view.state != "SUCCEEDED":
         reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
-        say(f"{view.name}: {view.state}{reason}; `ptl retry {view.run_id}` resumes from what is finished")
+        say(f"{view.name}: {view.state}{reason}; {view.advice}")
         return FAILED
     outcome, code = "", DONE
     try:

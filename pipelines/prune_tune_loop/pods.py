@@ -28,6 +28,12 @@ TASK = re.compile(rf"\.root\(\d+\)\.([^.()]+?)(-driver)?\(\d+\)|\(\d+\)\.({ROOT_
 PLAIN_END = re.compile(r"(main: )?Error \(exit code \d+\)")
 
 IMAGE = "check images.registry, images.tag and images.digests, resources.image_pull_policy and image_pull_secrets"
+# How Kubeflow's driver says why it ends: glog's fatal line, after the name of the call and all that it was given.
+FATAL = re.compile(r"F\d{4} [^\]]*\] (?:.*?\) failed: )?(.*)")
+# A driver that ended while the object store was away is started again, and its task is in the metadata store twice:
+# then every driver of the run ends with this.
+TWICE = "two tasks have the same task name"
+
 VOLUME = "check storage.cache_claim, and the ConfigMaps and Secrets that storage names"
 REMEDIES = {
     "ImagePullBackOff": IMAGE,
@@ -59,16 +65,18 @@ class Pod:
     reason: str = ""  # such as ErrImageNeverPull or OOMKilled; empty where Kubernetes has none
     message: str = ""
     container: str = ""  # that the reason is about: `main` is the step's
+    name: str = field(default="", compare=False)
     node: str = field(default="", compare=False)  # id of its node in the workflow
+    last_words: str = ""  # of a driver that failed, from its log
 
     @property
     def sentence(self) -> str:
-        return ": ".join(filter(None, [self.reason, self.message]))
+        return self.last_words or ": ".join(filter(None, [self.reason, self.message]))
 
     @property
-    def has_log(self) -> bool:
-        """Whether its container has run: then the log says more of a failure."""
-        return not self.reason and " is forbidden: " not in self.message
+    def has_failed_by_itself(self) -> bool:
+        """Whether its container has run: then the log says more of the failure."""
+        return self.phase == "Failed" and not self.reason and " is forbidden: " not in self.message
 
     def remedy(self, stage: str) -> str:
         """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
@@ -98,7 +106,26 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
     with suppress(in_cluster.DoubtError):
         for workflow in in_cluster.objects(workflows, labelSelector=run):
             pods = _with_nodes(pods, _nodes(workflow.get("status", {})))
+    for step, pod in pods.items():
+        if pod.is_driver and pod.has_failed_by_itself and pod.name:
+            pods[step] = replace(pod, last_words=_last_words(f"{api}/pods/{pod.name}/log"))
     return pods
+
+
+def _last_words(log: str) -> str:
+    """Why a driver ended, from its log; empty where it does not say so or this account may not read it."""
+    from kubernetes.client import ApiException
+
+    query = [("container", "main"), ("tailLines", "20")]
+    options = {"query_params": query, "_preload_content": False, "_request_timeout": in_cluster.SECONDS}
+    with suppress(ApiException):
+        lines = [
+            line.decode(errors="replace") for line in in_cluster.request(in_cluster.connect(), "GET", log, **options)
+        ]
+        found = [match[1] for match in map(FATAL.match, lines) if match]
+        # The cause comes last.
+        return " ".join(found[-1].split())[-LONG:] if found else ""
+    return ""
 
 
 def _step_of(node: str) -> tuple[str, bool]:
@@ -172,6 +199,7 @@ def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
         reason,
         message[:LONG],
         container,
+        metadata["name"],
         metadata.get("annotations", {}).get(NODE_ID, ""),
     )
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.prune_tune_loop.kfp_api import Api, explained
-from pipelines.prune_tune_loop.pods import ROOT_DRIVER, Pod
+from pipelines.prune_tune_loop.pods import ROOT_DRIVER, TWICE, Pod
 from ptl.config.dag import ANSWERS, kind_of
 from ptl.errors import PtlError
 from ptl.lineage.run_status import StepProgress
@@ -18,6 +18,7 @@ from ptl.log import table_text
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # States of steps that have no record: what is not known without MLflow is not said to be waiting.
 WAITING, NOT_STARTED, NOT_NEEDED, UNKNOWN = "waiting", "not started", "not needed", "unknown"
+SUBMIT_AGAIN = "submit it again, which takes the finished steps over"
 CANCELED = "canceled"  # a run; Kubeflow says FAILED
 LISTED = 17  # steps of a run up to which Kubeflow's list was not seen to stop: the workflow is below 1 MiB
 SOON = 60.0  # seconds in which a pod usually starts
@@ -67,6 +68,16 @@ class RunView:
     state: str  # as Kubeflow says, but `canceled` and `is being canceled`
     steps: list[StepView]
     reason: str  # why it did not succeed, in one line
+    dead_end: str = ""  # why a retry of it can never work
+    fails_again: bool = False  # a driver has failed right after the last retry, for whatever reason
+
+    @property
+    def advice(self) -> str:
+        """What to do about a run that did not succeed."""
+        if self.dead_end:
+            return f"{self.dead_end}: {SUBMIT_AGAIN}"
+        again = f"; since Kubeflow's driver failed right after the last retry: if it does again, {SUBMIT_AGAIN}"
+        return f"`ptl retry {self.run_id}` resumes from what is finished{again if self.fails_again else ''}"
 
     @property
     def ended(self) -> bool:
@@ -177,7 +188,22 @@ def view(
         # The control's failures do not fail the run: the first one of the loop comes before them.
         culprit = min(failed, key=lambda step: "control" in step.name, default=None)
         reason = f"{culprit.name}: {culprit.reason}" if culprit else look("describe workflows,pods")
-    return RunView(run.run_id, run.display_name, state, steps, reason)
+    is_dead = any(TWICE in pod.last_words for pod in pods.values())
+    dead_end = "no retry can work, as Kubeflow has a task of this run twice" if is_dead else ""
+    fails_again = state == "FAILED" and _fails_again(tasks, pods, retried)
+    return RunView(run.run_id, run.display_name, state, steps, reason, dead_end, fails_again)
+
+
+def _fails_again(tasks: Mapping[str, Any], pods: Mapping[str, Pod], retried: datetime | None) -> bool:
+    """Whether a driver has failed within a minute of the last retry, by Kubeflow's list or its pod.
+
+    Where its log cannot be read that is all there is to see of a run that no retry can resume.
+    """
+    if retried is None or any(pod.last_words for pod in pods.values()):
+        return False
+    failed = [pod.created for pod in pods.values() if pod.is_driver and pod.has_failed_by_itself]
+    failed += [task.end_time for name, task in tasks.items() if name.endswith("-driver") and task.state == "FAILED"]
+    return any(0 <= (time - retried).total_seconds() < SOON for time in failed)
 
 
 def _tasks(run: Any) -> dict[str, Any]:
@@ -302,8 +328,10 @@ class _Situation:
             cause = pod.sentence or "it failed: no step was started"
         else:
             cause = f"its driver failed: {pod.sentence or 'no container of the step was started'}"
+        if pod.last_words:
+            return cause
         # Where no container has run there is no log.
-        return f"{cause}; {self.look(LOGS) if pod.has_log else pod.remedy('')}"
+        return f"{cause}; {self.look(LOGS) if pod.has_failed_by_itself else pod.remedy('')}"
 
     def why_pending(self, name: str) -> str:
         """Why a step has been pending for long, with a remedy; empty within the first minute."""

@@ -281,6 +281,56 @@ def test_a_run_whose_own_driver_cannot_start_says_why(world, said, command, clus
     assert [text for text in said if text.startswith(f"root-driver: pending since 17:23 UTC: {AS_ROOT}")]
 
 
+def with_poisoned_driver(cluster):
+    """The recorded driver of prune-3 that failed after a retry: its node and its log; its pod is made of another's."""
+    cluster.show("root-driver-pending")
+    (pod,) = cluster.of_run[PODS]
+    cluster.show("driver-poisoned")
+    (workflow,) = cluster.of_run[WORKFLOWS]
+    node = workflow["status"]["nodes"]["gate-qzrv9-874575215"]
+    pod["metadata"]["name"] = "gate-qzrv9-system-container-driver-874575215"
+    pod["metadata"]["creationTimestamp"] = node["startedAt"]
+    pod["metadata"]["annotations"] |= {NODE: node["name"], pods.NODE_ID: node["id"]}
+    pod["metadata"]["labels"] = workflow["metadata"]["labels"]
+    pod["status"] = {"phase": "Failed"}
+    cluster.of_run[PODS] = [pod]
+    log = (mock_kubernetes.OF_RUNS / "driver-poisoned.log").read_text()
+    cluster.logs[pod["metadata"]["name"]] = lambda: ["I1203 18:02:24.1 14 main.go:100] begins\n", log]
+
+
+def test_a_run_that_no_retry_can_resume_is_submitted_again(world, said, command, watch, cluster, tracked):
+    """Recorded: Kubeflow has a task of it twice, and each driver fails at once, also after `ptl retry`."""
+    run = world.play("run-driver-poisoned", version=None)
+    with_poisoned_driver(cluster)
+    tracked(run, {"import-model": {}})
+    assert watch() == 1
+    words = "failed to resolve inputs: failed to resolve input artifact model with spec task_output_artifact:"
+    assert f"FAILED: prune-3: its driver failed: {words}" in said[-1]
+    assert said[-1].endswith(
+        'two tasks have the same task name "prune-3_59", id1=75 id2=76; no retry can work, as Kubeflow has a task of '
+        "this run twice: submit it again, which takes the finished steps over"
+    )
+    with pytest.raises(InputError, match=r"no retry can work.*two tasks have.*; submit it again, which takes"):
+        command(follow.retry, run)
+    assert not world.calls("POST", ":retry")
+    assert command() == 1 and "no retry can work" in said[-2]
+
+
+def test_without_the_drivers_log_a_second_failure_within_a_minute_is_a_hint(world, said, watch, cluster):
+    world.play("run-driver-poisoned", version=None)
+    with_poisoned_driver(cluster)
+    cluster.forbidden = ".*/log"
+    hint = "if it does again, submit it again, which takes the finished steps over"
+    assert watch() == 1
+    assert "prune-3: its driver failed: main: Error (exit code 1); see `kubectl logs" in said[-1]
+    assert said[-1].endswith(hint) and "`ptl retry " in said[-1]
+    cluster.forbidden = ".*"  # Kubeflow's list alone
+    assert watch() == 1 and said[-1].endswith(hint)
+    for retried in ("18:00:00", "18:02:50"):  # long before the failure, and after it
+        world.played[0]["state_history"][-2]["update_time"] = f"2026-12-03T{retried}Z"
+        assert watch() == 1 and not said[-1].endswith(hint)
+
+
 def test_a_wait_names_the_reason_of_a_run_that_ended_before_its_first_step(world, said, watch, cluster):
     world.play("run-quota")
     cluster.show("quota")
