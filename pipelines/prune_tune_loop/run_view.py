@@ -52,6 +52,8 @@ class StepView:
             text += f" (attempt {record.attempt})"
         if record.seconds:
             text += f" in {record.seconds} s"
+        if record.taken_over_from:
+            text += f", taken over from {record.taken_over_from}"
         if record.accuracy:
             text += f", accuracy {record.accuracy}"
         if record.verdict:
@@ -112,9 +114,11 @@ class RunView:
         rows = []
         for step in self.steps:
             record = step.record
-            results = [record.attempt, record.seconds, record.accuracy, record.verdict, record.training]
+            # An id is as wide as the other columns together, and nothing trains in such a step.
+            origin = f"taken over from {record.taken_over_from}" if record.taken_over_from else ""
+            results = [record.attempt, record.seconds, record.accuracy, record.verdict, record.training or origin]
             rows.append([step.name, step.state, *results])
-        return table_text(self.name, ["Step", "State", *numbers, "Verdict", "Training"], rows, numbers=numbers)
+        return table_text(self.name, ["Step", "State", *numbers, "Verdict", "Note"], rows, numbers=numbers)
 
 
 def step_names(api: Api, run: Any) -> list[str]:

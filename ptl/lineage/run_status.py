@@ -27,6 +27,7 @@ TAG = 4000  # characters of an error that a tag keeps
 MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
 RESULT = "ptl.result"  # tag of a parent: the first lines of its report
+TAGS = ("attempt", "taken_over_from", "verdict", "error", "loop_ended")  # of a step, without `ptl.`
 LINK, FAILED, ENDED = "[Run in Kubeflow]", "**Failed** in ", "**Result**: "  # how our descriptions begin
 PARENT = "tags.`ptl.role` = 'parent'"
 # A watcher asks again soon: MLflow's own retries take minutes, and its timeout is two.
@@ -180,7 +181,8 @@ class StepProgress:
     status: str = ""  # RUNNING, FINISHED, FAILED or KILLED
     ended: datetime | None = None
     attempt: str = ""  # number of the newest attempt, from 1
-    seconds: str = ""  # of work, when it has ended
+    taken_over_from: str = ""  # id of an earlier run that has done the work
+    seconds: str = ""  # of work in this run, when it has ended
     accuracy: str = ""  # of an evaluate step, 0 to 1
     verdict: str = ""  # of an evaluate step
     training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains
@@ -269,10 +271,11 @@ def _step_progress(step: str, run: Run) -> StepProgress:
         run_id=run.info.run_id,
         status=run.info.status,
         ended=datetime.fromtimestamp(ended / 1000, UTC) if ended else None,
-        seconds="" if is_running else _text(metrics, "seconds", ".0f"),
+        # What was taken over has the time that the other run took.
+        seconds="" if is_running or "ptl.taken_over_from" in tags else _text(metrics, "seconds", ".0f"),
         accuracy=_text(metrics, "accuracy", ".3f"),
         training=_training(tags, metrics) if is_running else "",
-        **{name: tags.get(f"ptl.{name}", "") for name in ("attempt", "verdict", "error", "loop_ended")},
+        **{name: tags.get(f"ptl.{name}", "") for name in TAGS},
     )
 
 

@@ -44,6 +44,12 @@ def test_what_each_step_says_of_itself_in_one_search(tracked, monkeypatch):
     assert run_status.read("run-p", [read.experiment_id]) == read and asked.call_count == 1
 
 
+def test_a_step_that_was_taken_over_names_the_run_and_no_time_of_its_own(tracked):
+    tracked("run-p", {"prune-1": {"tags": {"taken_over_from": "run-o"}, "metrics": {"seconds": 16.2}}})
+    step = run_status.read("run-p").steps["prune-1"]
+    assert (step.taken_over_from, step.seconds) == ("run-o", "")
+
+
 def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     for run, name, status in [

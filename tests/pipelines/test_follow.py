@@ -163,6 +163,20 @@ def test_a_wait_has_one_line_for_each_change(world, said, watch, tracked):
     assert "evaluate-1: SUCCEEDED" in said and said[-1].endswith(": SUCCEEDED")
 
 
+def test_a_step_that_was_taken_over_says_from_which_run(world, said, command, watch, tracked):
+    """Recorded: prune-1 took 25 s of this run, and its record has the 16 s of the other one."""
+    run = world.play("run-taken-over", version="version-of-run-image-missing")
+    earlier = recorded("run-taken-over")["runtime_config"]["parameters"]["earlier_runs"]
+    copied = {"tags": {"taken_over_from": earlier}, "metrics": {"seconds": 16.2}}
+    tracked(run, {"import-model": {"metrics": {"seconds": 9.1}}, "prune-1": copied, "recover-1": RUNNING})
+    assert command() == 0
+    assert rows(said)["prune-1"] == ["SUCCEEDED", "", "", "", "", f"taken over from {earlier}"]
+    world.played = [world.played[0], {**world.played[0], "state": "SUCCEEDED"}]
+    said.clear()
+    assert watch() == 0
+    assert f"prune-1: SUCCEEDED, taken over from {earlier}" in said and "import-model: SUCCEEDED in 9 s" in said
+
+
 def test_ctrl_c_ends_the_wait_and_says_that_the_run_continues(watch, monkeypatch, capsys):
     monkeypatch.setattr(follow, "get_run", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as ended:
