@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -32,6 +32,7 @@ DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 PATIENCE = 20.0  # seconds for what Kubernetes says of the pods
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
+IDLE = 120.0  # seconds without a pod that is alive after which that is worth a line; between two steps pass 20 to 30
 TRAINING = 60.0  # seconds between two lines of a training's progress
 # States of a step that are no change worth a line.
 QUIET = (run_view.WAITING, run_view.NOT_STARTED, run_view.UNKNOWN)
@@ -49,7 +50,7 @@ class Observer:
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     is_read: bool = True  # whether MLflow has always answered
     reads_pods: bool = True  # unless they could not be read the first time
-    busy: datetime | None = None  # when a step was last seen running
+    busy: datetime | None = None  # when a pod of the run was last seen alive
     pods: Mapping[str, Pod] | None = None  # that have not succeeded, by step, as last read
     announced: dict[str, str] = field(default_factory=dict)  # what was last printed, by topic
     trainings: dict[str, float] = field(default_factory=dict)  # time of the last line of a training, by step
@@ -75,13 +76,27 @@ class Observer:
         if records is None and self.is_read and run.state not in ENDED:
             records = {}  # the first step makes them
         view = run_view.view(run, self.step_names, records, self.pods or {}, where)
-        # Of pods that cannot be read only the workflow says more.
-        now = datetime.now(UTC)
-        if view.ended or any(step.state in ("PENDING", "RUNNING") for step in view.steps):
-            self.busy = now
-        elif now - (self.busy or run.created_at or now) > timedelta(seconds=run_view.SOON):
-            self.announce_once("idle", f"no step is seen running: {where('describe workflows,pods')}")
+        if view.ended or self._is_at_work(view):
+            self.busy = run_view.now()
+        busy = max(filter(None, [self.busy, run_view.newest_change(run, records or {})]))
+        if (run_view.now() - busy).total_seconds() > IDLE:
+            words = self._workflow_words(namespace, run.run_id)
+            self.announce_once("idle", f"for {IDLE / 60:.0f} minutes {words}; {where('describe workflows,pods')}")
         return view
+
+    def _is_at_work(self, view: RunView) -> bool:
+        """Whether a step's or a driver's pod is alive, or another attempt follows, which has its own line."""
+        if self.pods is None:
+            return any(step.state in ("PENDING", "RUNNING") for step in view.steps)
+        is_alive = any(pod.phase != "Failed" for pod in self.pods.values())
+        return is_alive or any(step.state == "PENDING" and step.reason for step in view.steps)
+
+    def _workflow_words(self, namespace: str, run_id: str) -> str:
+        words = ""
+        if self.reads_pods:
+            with suppress(Exception), ThreadPool(1) as pool:
+                words = pool.apply_async(pods.workflow, (namespace, run_id)).get(PATIENCE)
+        return f"no pod of the run has been alive: {words}" if words else "no step has been seen running"
 
     def _read_records(self, run: Any) -> None:
         # The first time all of MLflow's experiments are looked through.

@@ -19,6 +19,7 @@ from ptl.steps.trainjob import STARTING, waiting
 Json = dict[str, Any]
 Reason = tuple[str, str, str]  # Kubernetes' own word, its message, and the container that they are about
 
+WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/{}/workflows"
 LONG = 500  # characters of a message
 # In the annotation that Argo gives a pod: WORKFLOW(0).root(0).TASK(0).executor(0), WORKFLOW(0).root(0).TASK-driver(0)
 NODE, NODE_ID = "workflows.argoproj.io/node-name", "workflows.argoproj.io/node-id"
@@ -101,15 +102,25 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
         if step:
             pod = _pod(entry, f"{api}/events", is_driver)
             pods[step] = max(pod, pods.get(step, pod), key=lambda pod: pod.created)
-    workflows = f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
     # An account that may not list them still has the pods.
     with suppress(in_cluster.DoubtError):
-        for workflow in in_cluster.objects(workflows, labelSelector=run):
-            pods = _with_nodes(pods, _nodes(workflow.get("status", {})))
+        for each in in_cluster.objects(WORKFLOWS.format(namespace), labelSelector=run):
+            pods = _with_nodes(pods, _nodes(each.get("status", {})))
     for step, pod in pods.items():
         if pod.is_driver and pod.has_failed_by_itself and pod.name:
             pods[step] = replace(pod, last_words=_last_words(f"{api}/pods/{pod.name}/log"))
     return pods
+
+
+def workflow(namespace: str, run_id: str) -> str:
+    """What Argo says of a run as a whole, as that it waits for others. Raises errors of any kind, as `read` does."""
+    found = in_cluster.objects(WORKFLOWS.format(namespace), labelSelector=f"pipeline/runid={run_id}")
+    if not found:
+        return "its workflow is not there"
+    status = found[-1].get("status", {})
+    if not status.get("phase"):
+        return "Argo has not begun its workflow: is the workflow controller running?"
+    return ": ".join(filter(None, [f"its workflow is {status['phase']}", status.get("message", "")[:LONG]]))
 
 
 def _last_words(log: str) -> str:

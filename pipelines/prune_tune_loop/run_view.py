@@ -243,12 +243,22 @@ def _history(run: Any) -> tuple[datetime | None, bool]:
         is_canceled = is_canceled or last_state == "CANCELING"
     # What was just asked for is not in the history yet.
     if last_state in ENDED and run.state not in ENDED:
-        retried, is_canceled = _now(), False
+        retried, is_canceled = now(), False
     return retried, is_canceled or run.state in ("CANCELING", "CANCELED")
 
 
-def _now() -> datetime:
+def now() -> datetime:
+    """The time, which tests set."""
     return datetime.now(UTC)
+
+
+def newest_change(run: Any, records: Mapping[str, StepProgress]) -> datetime:
+    """When anything of a run last began or ended, as far as Kubeflow and the steps' records say."""
+    times = [run.created_at, *(entry.update_time for entry in run.state_history or [])]
+    times += [record.ended for record in records.values()]
+    for task in _tasks(run).values():
+        times += [task.start_time, task.end_time]
+    return max(filter(None, times), default=now())
 
 
 @dataclass(frozen=True)
@@ -344,7 +354,7 @@ class _Situation:
             return ""
         if pod.phase == "Failed":
             return f"another attempt follows, unless it was the last: {self.failure_of(name)}"
-        if (_now() - pod.created).total_seconds() < SOON:
+        if (now() - pod.created).total_seconds() < SOON:
             return ""
         text = f"pending since {pod.created:%H:%M} UTC"
         if not pod.sentence:

@@ -247,7 +247,7 @@ def test_a_run_is_named_by_its_name_too(world, command):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """The Kubernetes API that a kubeconfig names, five minutes after the recorded pods could not start."""
-    monkeypatch.setattr(run_view, "_now", lambda: datetime(2026, 11, 28, 7, 53, tzinfo=UTC))
+    monkeypatch.setattr(run_view, "now", lambda: datetime(2026, 11, 28, 7, 53, tzinfo=UTC))
     with mock_kubernetes.serving(tmp_path) as made:
         monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig))
         yield made
@@ -277,7 +277,7 @@ QUOTA = (
 
 def test_a_run_whose_own_driver_cannot_start_says_why(world, said, command, cluster, tracked, monkeypatch):
     """Recorded: its pod keeps all steps waiting, or a quota refuses it and the run ends before its first step."""
-    monkeypatch.setattr(run_view, "_now", lambda: datetime(2026, 12, 3, 17, 25, tzinfo=UTC))
+    monkeypatch.setattr(run_view, "now", lambda: datetime(2026, 12, 3, 17, 25, tzinfo=UTC))
     for name, code, state, reason in (
         ("root-driver-pending", 0, "waiting", f"root-driver: pending since 17:23 UTC: {AS_ROOT}"),
         ("quota", 1, "not started", f"root-driver: {QUOTA}init,wait; requests.memory for: init,wait; Kubeflow's own"),
@@ -350,6 +350,43 @@ def test_a_wait_names_the_reason_of_a_run_that_ended_before_its_first_step(world
     cluster.show("quota")
     assert watch() == 1
     assert said[-1].startswith(f"quota-20261203-181826-601b: FAILED: root-driver: {QUOTA}")
+
+
+POSTPONED = "Workflow processing has been postponed because too many workflows are already running"
+
+
+def test_a_run_of_which_no_pod_lives_for_two_minutes_says_what_argo_says(world, said, cluster, tracked, monkeypatch):
+    """Recorded: a run between two steps, those before it taken over. The workflow is made up, after Argo's source."""
+    run = world.play("run-taken-over", version="version-of-run-image-missing")
+    tracked(run, {"import-model": {"ended": 1}})
+    api = kfp_api.connect(Server(host=world.url))
+    status = {}
+    workflow = {"metadata": {"labels": {"pipeline/runid": run}}, "status": status}
+
+    def line(time, observer):
+        monkeypatch.setattr(run_view, "now", lambda: datetime.fromisoformat(f"2026-12-03T{time}Z"))
+        said.clear()
+        observer.look(kfp_api.get_run(api, run))
+        return next((text.partition("; see `kubectl")[0] for text in said if "minutes" in text), "")
+
+    cluster.of_run[WORKFLOWS] = [workflow]
+    observer = follow.Observer(api, said.append)
+    assert line("17:47:10", observer) == ""  # recover-1 began at 17:45:15
+    assert line("17:47:20", follow.Observer(api, said.append)) == (
+        "for 2 minutes no pod of the run has been alive: Argo has not begun its workflow: is the workflow controller "
+        "running?"
+    )
+    status |= {"phase": "Pending", "message": POSTPONED}
+    words = f"for 2 minutes no pod of the run has been alive: its workflow is Pending: {POSTPONED}"
+    assert line("17:47:20", observer) == words and line("17:47:25", observer) == ""  # nothing twice
+    # As long as a pod lives, nothing is said, and for two minutes after.
+    cluster.show("root-driver-pending")
+    cluster.of_run[PODS][0]["metadata"]["labels"]["pipeline/runid"] = run
+    cluster.of_run[WORKFLOWS] = [workflow]
+    observer = follow.Observer(api, said.append)
+    assert line("18:00:00", observer) == ""
+    cluster.of_run[PODS] = []
+    assert line("18:01:50", observer) == "" and line("18:02:10", observer) == words
 
 
 def test_what_argo_says_of_a_step_counts_beside_the_pods_of_others(cluster):

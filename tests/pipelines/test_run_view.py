@@ -62,7 +62,7 @@ def look(history, records=None, pods=None, names=NAMES, tasks=()):
 
 
 def test_the_states_of_steps(monkeypatch):
-    monkeypatch.setattr(run_view, "_now", lambda: BEGIN + 5 * MINUTE)
+    monkeypatch.setattr(run_view, "now", lambda: BEGIN + 5 * MINUTE)
     of_report = f"FAILED: {KILLED}.report.memory; {PODS}"
     of_import = f"FAILED: OOMKilled: {MEMORY}.import-model.memory; {PODS}"
     for history, records, pods, expected in (
