@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -82,9 +83,22 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
         subprocess_task_handler.run_local_subprocess = _run_forked
         FORKS.set_forkserver_preload(list(IMPORTED))
         # Before the folder of temporary files is the run's: multiprocessing removes its own when this process ends.
-        forkserver.ensure_running()
+        _start_fork_server()
     with _temporary_files(job.folder):
         _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+
+
+def _start_fork_server() -> None:
+    """Start the process that tasks are forked from, which inherits that SIGINT is ignored.
+
+    A terminal sends Ctrl-C to it too. Python's server of forks ignores it only after its imports, and would end amid
+    them with a long traceback.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _run_forked(full_command: list[str], env_vars: Environment | None = None) -> int:
@@ -107,6 +121,8 @@ def _be_task(source: str, arguments: list[str], environment: Environment, output
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
+    # It is ignored in the process that this one was forked from.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None

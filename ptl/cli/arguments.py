@@ -8,6 +8,7 @@ it at a time.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,11 @@ def config_file(text: str) -> Path:
 def shown(file: Path) -> str:
     """A config as it can be typed: a shipped one by its name, wherever it is installed."""
     return file.stem if file.parent == CONFIGS else str(file)
+
+
+def home_option(home: Path) -> str:
+    """The --home that a command which is printed needs, with a space before it; nothing for the default."""
+    return "" if home == HOME else f" --home {shlex.quote(str(home))}"
 
 
 def image_root(file: Path) -> Path:

@@ -86,12 +86,12 @@ def run(
         runs.use(environment)
         artifacts = runs.artifact_location(settings.storage.experiment)
         with run_directory.working(directory, settings, containers.remove_leftovers if runner == "docker" else None):
-            _print_start(directory, resumed, addresses, artifacts)
+            _print_start(directory, resumed, addresses, artifacts, home)
             started = time.monotonic()
             job = _job(settings, directory, environment, artifacts)
             progress.begin(directory.path, _work(settings, job.steps))
             _execute(job, runner, directory, verbose)
-            _print_end(directory, resumed, time.monotonic() - started, s3)
+            _print_end(directory, resumed, time.monotonic() - started, s3, home)
             _check_exports(directory, settings)
             if rehearse:
                 _conclude(directory, left_out, config, sets)
@@ -137,17 +137,18 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
         raise type(failure)(f"{failure}\n{RESUMING}") from error
 
 
-def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artifacts: str) -> None:
+def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artifacts: str, home: Path) -> None:
     # Flushed: it is seen while the first step starts.
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:
         print(f"{run_status.TAKEN_OVER} {', '.join(directory.earlier)}")
     if addresses:
-        print(f"MLflow on {addresses['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl up --stop` stops both")
+        stop = f"ptl up --stop{arguments.home_option(home)}"
+        print(f"MLflow on {addresses['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `{stop}` stops both")
 
 
-def _print_end(directory: RunDir, resumed: bool, seconds: float, s3: bool) -> None:
+def _print_end(directory: RunDir, resumed: bool, seconds: float, s3: bool, home: Path) -> None:
     from ptl.report.render import terminal_text
     from ptl.report.result import Result
 
@@ -155,7 +156,8 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float, s3: bool) -> No
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     report = (directory.path / "report.html").resolve()
-    print(terminal_text(Result.model_validate_json(directory.result.read_text()), str(report)))
+    result = Result.model_validate_json(directory.result.read_text())
+    print(terminal_text(result, str(report), f"ptl up --ui{arguments.home_option(home)}"))
     # Without it, credentials in the environment would lead to another store.
     option = " --s3" if s3 else ""
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR{option}` copies the final one")
@@ -219,6 +221,7 @@ def up(
     stop: Annotated[bool, typer.Option("--stop", help="stop what an earlier `ptl up` has started")] = False,
 ) -> None:
     """Start a real S3 and a real MLflow server on loopback, and print the environment variables to use them."""
+    stopping = f"ptl up --stop{arguments.home_option(home)}"
     home = home.absolute()
     if stop:
         print("stopped:", ", ".join(servers.down(home)) or "nothing was running")
@@ -228,7 +231,7 @@ def up(
     if ui:
         servers.ui(home, mlflow_port or 5000)
     with processes.interruptible(
-        "run the same command again to start what is missing; `ptl up --stop` stops what was started"
+        f"run the same command again to start what is missing; `{stopping}` stops what was started"
     ):
         environment = servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
     # In the shell's form, to be pasted.

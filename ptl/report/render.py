@@ -126,8 +126,11 @@ def _public_name(source: str) -> str:
     return source if "://" in source or _is_hub_id(source) else Path(source).name
 
 
-def terminal_text(result: Result, report: str) -> str:
-    """The main table and that of each export, how the report begins, and where it (`report`) and MLflow's page are."""
+def terminal_text(result: Result, report: str, browse: str = "ptl up --ui") -> str:
+    """The main table and that of each export, how the report begins, and where it (`report`) and MLflow's page are.
+
+    `browse` is the command that opens MLflow's pages where no server has them.
+    """
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)
@@ -144,7 +147,7 @@ def terminal_text(result: Result, report: str) -> str:
             console.print(f"{label}: {text}")
         # Addresses stay whole.
         console.print(f"\nReport: {report}", soft_wrap=True)
-        console.print(f"MLflow: {page if server else 'run `ptl up --ui` and open its address'}", soft_wrap=True)
+        console.print(f"MLflow: {page if server else f'run `{browse}` and open its address'}", soft_wrap=True)
     return captured.get().rstrip()
 
 

@@ -36,7 +36,7 @@ def test_the_run_leaves_what_is_promised(finished, result):
     run = (home / "latest").resolve()
     for name in ("pipeline.yaml", "config.yaml", "report.html", "report.md", "README.md"):
         assert (run / name).stat().st_size > 100, name
-    assert "report.html" in output and "ptl up --ui" in output
+    assert "report.html" in output and f"`ptl up --ui --home {home}`" in output
     rows = result["rows"]
     assert [(row["arm"], row["iteration"]) for row in rows] == [("loop", 0), ("loop", 1), ("loop", 2), ("control", 1)]
     assert rows[0]["accuracy"] >= 0.95 and rows[0]["verdict"] == "baseline"

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
+from checkout import TINY
 from kfp import compiler, dsl
 from kfp.dsl import Artifact, Input, Output
+from whole_run import Run
 
 from pipelines.prune_tune_loop.compact import compact
 from pipelines.prune_tune_loop.runners import RunnerJob, _logged, run_subprocess
@@ -105,6 +109,22 @@ def test_the_terminal_shows_lines_of_progress_and_the_log_everything(tmp_path, c
             print(piece, end="")
     assert capsys.readouterr().out == "prune-1: started\nprune-1: done\n"
     assert log.read_text() == f"an earlier command\n{printed}"
+
+
+def test_ctrl_c_while_the_process_that_tasks_are_forked_from_starts(tmp_path):
+    run = Run(TINY, tmp_path)
+    command = psutil.Process(run.process.pid)
+
+    def imports():
+        """Whether that process has loaded the first of torch's libraries."""
+        processes = [child for child in command.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+        return any("torch" in file.path for process in processes for file in process.memory_maps())
+
+    run.wait_for(imports)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+    run.end(128 + signal.SIGINT)
+    assert "interrupted by SIGINT: run the same command again to resume" in run.output
+    assert "Traceback" not in run.output, run.output
 
 
 BAR = """
