@@ -157,8 +157,8 @@ def status(
     reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
     if view.state == "FAILED" and not reasons:
         reasons = [f"{view.name}: {view.reason}"]
-    dead_end = view.advice if view.dead_end or view.fails_again else ""
-    for line in [*reasons, view.hint_to_cancel, dead_end]:
+    against_retry = view.advice if view.dead_end or view.is_out_of_memory or view.fails_again else ""
+    for line in [*reasons, view.hint_to_cancel, against_retry]:
         if line:
             say(line)
     observer.settle(view)

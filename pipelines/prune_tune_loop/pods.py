@@ -47,6 +47,10 @@ REMEDIES = {
     "SchedulingGated": "it waits in the queue of resources.queue",
     "FailedMount": VOLUME,
     "FailedAttachVolume": VOLUME,
+}
+# Words of a message that say more than the reason.
+REMEDIES_BY_MESSAGE = {
+    "persistentvolumeclaim": "check storage.cache_claim: the claim must exist in this namespace, and be bound",
     "exceeded quota": "ask for less (resources.steps.{stage}), or have the namespace's quota raised",
 }
 OF_DRIVER = "it is Kubeflow's own pod, which no field of the config changes: ask whoever runs Kubeflow"
@@ -81,12 +85,14 @@ class Pod:
 
     def remedy(self, stage: str) -> str:
         """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
-        quota = next((kind for kind in REMEDIES_OF_DRIVER if kind in self.message), "")
+        by_message = REMEDIES_OF_DRIVER if self.is_driver else REMEDIES_BY_MESSAGE
+        # A claim that is not bound is one of "unbound immediate PersistentVolumeClaims".
+        by_words = next((remedy for words, remedy in by_message.items() if words in self.message.lower()), "")
         if self.is_driver:
-            return REMEDIES_OF_DRIVER.get(quota, OF_DRIVER)
+            return by_words or OF_DRIVER
         if self.container not in ("", "main"):
             return ""
-        return REMEDIES.get(quota or self.reason, "").format(stage=stage)
+        return (by_words or REMEDIES.get(self.reason, "")).format(stage=stage)
 
 
 def read(namespace: str, run_id: str) -> dict[str, Pod]:

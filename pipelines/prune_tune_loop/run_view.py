@@ -71,6 +71,7 @@ class RunView:
     steps: list[StepView]
     reason: str  # why it did not succeed, in one line
     dead_end: str = ""  # why a retry of it can never work
+    is_out_of_memory: bool = False  # the step that failed the run
     fails_again: bool = False  # a driver has failed right after the last retry, for whatever reason
 
     @property
@@ -78,6 +79,8 @@ class RunView:
         """What to do about a run that did not succeed."""
         if self.dead_end:
             return f"{self.dead_end}: {SUBMIT_AGAIN}"
+        if self.is_out_of_memory:
+            return f"a retry has the same memory: {SUBMIT_AGAIN}"
         again = f"; since Kubeflow's driver failed right after the last retry: if it does again, {SUBMIT_AGAIN}"
         return f"`ptl retry {self.run_id}` resumes from what is finished{again if self.fails_again else ''}"
 
@@ -184,6 +187,7 @@ def view(
         record = known.get(name, StepProgress())
         steps.append(StepView(name, situation.state_of(name), situation.reason_of(name), record))
     state, reason = run.state, ""
+    is_out_of_memory = False
     if is_canceled:
         reason = CANCELED
         state = CANCELED if state in ENDED else "is being canceled"
@@ -192,10 +196,11 @@ def view(
         # The control's failures do not fail the run: the first one of the loop comes before them.
         culprit = min(failed, key=lambda step: "control" in step.name, default=None)
         reason = f"{culprit.name}: {culprit.reason}" if culprit else look("describe workflows,pods")
+        is_out_of_memory = culprit is not None and situation.is_out_of_memory(culprit.name)
     is_dead = any(TWICE in pod.last_words for pod in pods.values())
     dead_end = "no retry can work, as Kubeflow has a task of this run twice" if is_dead else ""
     fails_again = state == "FAILED" and _fails_again(tasks, pods, retried)
-    return RunView(run.run_id, run.display_name, state, steps, reason, dead_end, fails_again)
+    return RunView(run.run_id, run.display_name, state, steps, reason, dead_end, is_out_of_memory, fails_again)
 
 
 def _fails_again(tasks: Mapping[str, Any], pods: Mapping[str, Pod], retried: datetime | None) -> bool:
@@ -330,11 +335,17 @@ class _Situation:
             cause = "killed from outside, most likely out of memory (or past resources.timeout)"
         if "OOMKilled" in cause or "out of memory" in cause:
             kind = kind_of(name)
-            cause += f": raise resources.memory or resources.steps.{kind}.memory{SMALLER_BATCH.get(kind, '')}"
+            # Whether it is set or not: it comes before resources.memory, which may be the wrong one.
+            cause += f": raise resources.steps.{kind}.memory{SMALLER_BATCH.get(kind, '')}"
         # Where a container has run, its log says more than its pod.
         has_log = not record and not (pod and pod.reason)
         where = self.look(LOGS if has_log else "describe workflows,pods")
         return f"{cause}; {where}" if cause else where
+
+    def is_out_of_memory(self, name: str) -> bool:
+        """Whether Kubernetes says that a step's container had used up its memory."""
+        pod = self.pods.get(name)
+        return pod is not None and not pod.is_driver and "OOMKilled" in pod.sentence
 
     def _failure_of_driver(self, name: str, pod: Pod) -> str:
         """Why the pod failed that Kubeflow starts before that of a step, or before all steps."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import processes
+from ptl.config.dag import kind_of
 from ptl.log import say
 from ptl.steps import mounts
 from ptl.steps.attempts import Failure, Policy, policy
@@ -84,17 +85,17 @@ def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
     """Try as often as the policy allows; returns why the last attempt failed, or None."""
     # The last attempt is followed by no pause.
     for retry in range(plan.retries):
-        failure = _attempt(call, plan.timeout)
+        failure = _attempt(call, step, plan.timeout)
         if failure is None or failure.final:
             return failure
         pause = plan.pause * 2**retry
         say(step, f"failed: {failure.reason}; the next attempt begins in {pause:g} s")
         time.sleep(pause)
         mounts.load()
-    return _attempt(call, plan.timeout)
+    return _attempt(call, step, plan.timeout)
 
 
-def _attempt(call: Path, timeout: float | None) -> Failure | None:
+def _attempt(call: Path, step: str, timeout: float | None) -> Failure | None:
     """Do the work once, in a process group of its own; None when it is done."""
     failure_file = call.with_name("failure.json")
     failure_file.write_text(" " * FAILURE_BYTES)
@@ -118,7 +119,7 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     # An error that was raised has left its reason in a file.
     with contextlib.suppress(ValueError):  # it died before it wrote why, or while it did
         return Failure(**json.loads(failure_file.read_text()))
-    return Failure(_unexplained(exit_code))
+    return Failure(_unexplained(exit_code, step))
 
 
 def _start(call: Path) -> tuple[int, Wait]:
@@ -153,7 +154,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _unexplained(exit_code: int) -> str:
+def _unexplained(exit_code: int, step: str) -> str:
     """How a process ended that has not written why; a negative code is the signal that killed it."""
     if exit_code > 0:
         return f"its process ended with exit code {exit_code} and without a word"
@@ -161,5 +162,8 @@ def _unexplained(exit_code: int) -> str:
     name = signal.Signals(-exit_code).name
     if name != "SIGKILL":
         return f"its process was killed by {name}"
-    remedy = "raise resources.memory, or lower the batch size" if processes.on_a_cluster() else "free memory"
+    remedy = "free memory"
+    if processes.on_a_cluster():
+        # This field decides for the step whether it is set or not; a retry has the memory of the compiled pipeline.
+        remedy = f"raise resources.steps.{kind_of(step)}.memory, or lower the batch size, and submit again"
     return f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"

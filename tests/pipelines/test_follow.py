@@ -253,7 +253,7 @@ def cluster(tmp_path, monkeypatch):
         yield made
 
 
-def test_a_run_shows_its_pods(world, said, command, cluster, tracked):
+def test_a_run_shows_its_pods(world, said, command, cluster, tracked, monkeypatch):
     cluster.of_run[PODS] = recorded("pods-unschedulable")["items"]
     world.play("run-image-missing", version="version-of-run-image-missing")
     world.played[0]["run_id"] = cluster.of_run[PODS][0]["metadata"]["labels"]["pipeline/runid"]
@@ -266,7 +266,16 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked):
     cluster.of_run[PODS] = recorded("pods-oom")["items"]
     tracked(run, {"import-model": {}, "evaluate-0": {}, "prune-1": {}, "recover-1": RUNNING})
     assert command() == 1
-    assert any(text.startswith("recover-1: OOMKilled: raise resources.memory or ") for text in said)
+    assert any(text.startswith("recover-1: OOMKilled: raise resources.steps.recover.memory or ") for text in said)
+    assert "a retry has the same memory: submit it again, which takes the finished steps over" in said
+    # A claim that is not there, which Kubernetes reports as it does the lack of a node.
+    monkeypatch.setattr(run_view, "now", lambda: datetime(2026, 12, 3, 17, 35, tzinfo=UTC))
+    cluster.show("claim-missing")
+    world.play("run-claim-missing", version="version-of-run-image-missing")
+    assert command() == 0
+    claim = 'Unschedulable: 0/1 nodes are available: persistentvolumeclaim "nothere" not found. not found'
+    remedy = "check storage.cache_claim: the claim must exist in this namespace, and be bound"
+    assert f"import-model: pending since 17:28 UTC: {claim}; {remedy}" in said
 
 
 AS_ROOT = "CreateContainerConfigError: container has runAsNonRoot and image will run as root"

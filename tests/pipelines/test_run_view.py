@@ -30,7 +30,7 @@ NO_GPU = (
     "node_selector and tolerations, cpu and memory (of this kind of step: resources.steps.prune)"
 )
 PODS, LOGS = "see describe workflows,pods", "see logs -c main --prefix --tail=20"
-MEMORY = "raise resources.memory or resources.steps"
+MEMORY = "raise resources.steps"
 KILLED = f"killed from outside, most likely out of memory (or past resources.timeout): {MEMORY}"
 OUT_OF_MEMORY = f"OOMKilled: {MEMORY}.recover.memory or raise recover.accumulation, which splits the batch; {PODS}"
 RETRIED = "RUNNING FAILED RUNNING"

@@ -14,6 +14,7 @@ from checkout import ROOT
 from mlflow import MlflowClient
 from test_processes import gone
 
+from ptl import processes
 from ptl.lineage import tracking
 from ptl.steps import attempts, supervisor
 from ptl.storage.store import Pointer
@@ -64,6 +65,13 @@ def tried(tmp_path):
 
 def error_file(tmp_path):
     return json.loads((tmp_path / "error.json").read_text())
+
+
+def test_on_a_cluster_a_kill_names_the_memory_of_its_kind_of_step(monkeypatch):
+    """It comes before resources.memory; a retry has the memory of the compiled pipeline."""
+    monkeypatch.setattr(processes, "on_a_cluster", lambda: True)
+    words = supervisor._unexplained(-signal.SIGKILL, "control-recover")
+    assert "raise resources.steps.recover.memory, or lower the batch size, and submit again" in words
 
 
 @pytest.mark.parametrize(
