@@ -185,7 +185,7 @@ class StepProgress:
     seconds: str = ""  # of work in this run, when it has ended
     accuracy: str = ""  # of an evaluate step, 0 to 1
     verdict: str = ""  # of an evaluate step
-    training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains
+    training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains; or that its nodes start again
     error: str = ""  # why the last attempt failed
     loop_ended: str = ""  # why the loop ended with this step, before its last iteration
 
@@ -280,6 +280,9 @@ def _step_progress(step: str, run: Run) -> StepProgress:
 
 
 def _training(tags: dict[str, str], metrics: dict[str, float]) -> str:
+    # While its nodes start again the numbers are those from before.
+    if tags.get("ptl.nodes"):
+        return tags["ptl.nodes"]
     seen = _text(metrics, "train/num_input_tokens_seen", ",.0f")
     planned = f" of {int(tags['ptl.tokens']):,}" if "ptl.tokens" in tags else ""
     loss = _text(metrics, "train/loss", ".3f")

@@ -36,10 +36,11 @@ CONFLICT, NOT_FOUND = 409, 404
 APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, Kubeflow Trainer)"
 
 
-def train(step: str, call: Json, begin: Callable[[], None]) -> None:
+def train(step: str, call: Json, begin: Callable[[], None], note: Callable[[str], None]) -> None:
     """Have the nodes do the step of this call. Raises InputError or WorkError with the failing node's own error.
 
-    `begin` counts an attempt; following the TrainJob of an earlier one is none.
+    `begin` counts an attempt; following the TrainJob of an earlier one is none. `note` keeps for `ptl status` what
+    the nodes are at, or that there is nothing to say: an empty text.
     """
     cluster = Cluster()
     run = tracking.pipeline_run()
@@ -54,7 +55,7 @@ def train(step: str, call: Json, begin: Callable[[], None]) -> None:
             # Another attempt of this very moment may be first: then its TrainJob is followed.
             if not follows and cluster.create(job):
                 say(step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes")
-            _follow(cluster, step, name)
+            _follow(cluster, step, name, note)
         except NoAnswerError:
             raise  # it could not be deleted either
         except BaseException:
@@ -88,14 +89,14 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
     return False
 
 
-def _follow(cluster: Cluster, step: str, name: str) -> None:
+def _follow(cluster: Cluster, step: str, name: str, note: Callable[[str], None]) -> None:
     """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
     cluster.passing += (403,)  # rights that have sufficed, which a server that starts does not know yet
     ended = threading.Event()
     log = threading.Thread(target=_copy_log, args=(cluster, name, ended), daemon=True)
     log.start()
     try:
-        condition, failed = _until_ended(cluster, step, name)
+        condition, failed = _until_ended(cluster, step, name, note)
     finally:
         ended.set()
     log.join(LAST_LOG)
@@ -103,9 +104,9 @@ def _follow(cluster: Cluster, step: str, name: str) -> None:
         raise trainjob.error(condition, failed, name)
 
 
-def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[NodePod]]:
+def _until_ended(cluster: Cluster, step: str, name: str, note: Callable[[str], None]) -> tuple[Json, list[NodePod]]:
     """The condition with which a TrainJob has ended, and the pods that failed; says what changes until then."""
-    last_state = ""
+    last_state, last_restart = "", None  # a coordinator that was killed may have left a note
     failed: dict[tuple[int, int], NodePod] = {}  # by attempt and rank
     began = time.monotonic()
     while True:
@@ -123,6 +124,10 @@ def _until_ended(cluster: Cluster, step: str, name: str) -> tuple[Json, list[Nod
         if state != last_state:
             say(step, f"TrainJob {name}: {state}")
             last_state = state
+        restart = trainjob.starting_again(job, pods)
+        if restart != last_restart:
+            note(restart)
+            last_restart = restart
         condition = trainjob.ended(job)
         if condition is not None:
             return condition, list(failed.values())

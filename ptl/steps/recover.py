@@ -52,7 +52,8 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            coordinator.train(call.step, call.dump(), partial(reporting.begin, step.run))
+            begin, note = partial(reporting.begin, step.run), partial(reporting.note_nodes, step.run)
+            coordinator.train(call.step, call.dump(), begin, note)
             step.take_result_of_nodes()
         elif step.record is None:
             from ptl.recovery.recover import recover_checkpoint

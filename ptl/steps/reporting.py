@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from ptl import address, connections, processes
-from ptl.errors import WorkError
+from ptl.errors import PtlError, WorkError
 from ptl.evaluation import gate
 from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_client, tracking
@@ -52,6 +52,13 @@ def begin(run: StepRun) -> None:
     tracking.tag(run, {"attempt": attempt})
     number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().retries + 1}"
     say(run.step, f"started{number}{progress.position_of(run.step)}")
+
+
+def note_nodes(run: StepRun, text: str) -> None:
+    """Keep on the step's page what its nodes are at, as tag `ptl.nodes`; empty where they all train."""
+    # The training does not need MLflow for that.
+    with contextlib.suppress(PtlError), mlflow_client.briefly():
+        tracking.tag(run, {"nodes": text})
 
 
 def note_error(run: StepRun, error: Exception) -> None:

@@ -168,9 +168,8 @@ def state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
         return str(condition["type"]).lower()
     if job["spec"].get("suspend"):
         return "suspended: it waits in its queue"
-    newest = max((pod.attempt for pod in pods), default=0)
-    running = [pod for pod in pods if pod.attempt == newest and pod.phase == "Running"]
-    line = f"{len(running)} of {job['spec']['trainer']['numNodes']} nodes run"
+    newest, running = _newest_attempt(pods)
+    line = f"{running} of {job['spec']['trainer']['numNodes']} nodes run"
     obstacles = [pod.obstacle for pod in pods if pod.obstacle]
     if obstacles:
         line += f"; {obstacles[0]}"
@@ -178,6 +177,21 @@ def state(job: Json, pods: list[NodePod], failed: Iterable[NodePod]) -> str:
         return line
     before = _cause(pod for pod in failed if pod.attempt < newest)
     return f"{line}, restart {newest}" + (f" ({before.error})" if before else "")
+
+
+def _newest_attempt(pods: list[NodePod]) -> tuple[int, int]:
+    """How often the nodes were started again, and how many run since."""
+    newest = max((pod.attempt for pod in pods), default=0)
+    return newest, len([pod for pod in pods if pod.attempt == newest and pod.phase == "Running"])
+
+
+def starting_again(job: Json, pods: list[NodePod]) -> str:
+    """For `ptl status`: that the nodes were started again and do not all run yet; else empty."""
+    restarts, running = _newest_attempt(pods)
+    nodes = job["spec"]["trainer"]["numNodes"]
+    if not restarts or running == nodes or ended(job) is not None:
+        return ""
+    return f"nodes started again (restart {restarts}): {running} of {nodes} run"
 
 
 def error(condition: Json, failed: Iterable[NodePod], name: str) -> InputError | WorkError:

@@ -44,6 +44,13 @@ def test_what_each_step_says_of_itself_in_one_search(tracked, monkeypatch):
     assert run_status.read("run-p", [read.experiment_id]) == read and asked.call_count == 1
 
 
+def test_nodes_that_start_again_come_before_the_numbers_of_the_training(tracked):
+    words = "nodes started again (restart 1): 1 of 3 run"
+    for nodes, expected in ((words, words), ("", "12,288 of 60,000 tokens, loss 1.250")):
+        tracked(f"run-{nodes}", {"recover-2": {**TRAINING, "tags": {**TRAINING["tags"], "nodes": nodes}}})
+        assert run_status.read(f"run-{nodes}").steps["recover-2"].training == expected
+
+
 def test_a_step_that_was_taken_over_names_the_run_and_no_time_of_its_own(tracked):
     tracked("run-p", {"prune-1": {"tags": {"taken_over_from": "run-o"}, "metrics": {"seconds": 16.2}}})
     step = run_status.read("run-p").steps["prune-1"]

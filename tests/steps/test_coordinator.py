@@ -43,12 +43,12 @@ def cluster(tmp_path, monkeypatch):
         yield cluster
 
 
-def train():
+def train(note=lambda text: None):
     """The number of attempts that were counted."""
     assert is_coordinator()
     counted = []
     call = Call("recover-2", "experiment", {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {})
-    coordinator.train(call.step, call.dump(), lambda: counted.append(1))
+    coordinator.train(call.step, call.dump(), lambda: counted.append(1), note)
     return len(counted)
 
 
@@ -243,3 +243,14 @@ def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(tmp_path, mo
         node.main()
     left = json.loads(words.read_text())
     assert left["exit_code"] == 2 and "metod" in left["reason"] and left["reason"] in capfd.readouterr().err
+
+
+def test_while_nodes_start_again_status_says_so(cluster):
+    """The first start is none again; what a coordinator that was killed has left of a restart is taken away."""
+    first = [pod(NAME, 0), pod(NAME, 1, phase="Pending")]
+    again = [pod(NAME, 0, attempt=1), pod(NAME, 1, attempt=1, phase="Pending")]
+    looks = [first, running(), again, again, running(attempt=1)]
+    cluster.play(*(("trainjob-running", pods) for pods in looks), ("trainjob-complete", done()))
+    notes = []
+    assert train(notes.append) == 1
+    assert notes == ["", "nodes started again (restart 1): 1 of 2 run", ""]
