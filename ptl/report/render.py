@@ -158,9 +158,8 @@ def _terminal_table(table: Table) -> Any:
 
     # No padding: in 80 columns the main table has just room.
     view = View(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    for index, heading in enumerate(table.columns):
-        is_number = 0 < index <= table.numbers
-        view.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for heading in table.columns:
+        view.add_column(heading, justify="right" if heading in table.numbers else "left", overflow="fold")
     for row, kind in zip(table.rows, table.kinds or [""] * len(table.rows), strict=True):
         cells = [Text(cell.text) for cell in row]
         view.add_row(*cells, style=COLOURS.get(kind.rpartition(" ")[2]))

@@ -39,17 +39,18 @@ class Table(NamedTuple):
 
     columns: tuple[str, ...]
     rows: list[list[Cell]]
-    numbers: int  # columns after the first that hold numbers
+    numbers: tuple[str, ...] = ()  # headings of the columns that hold numbers
     kinds: tuple[str, ...] = ()  # of each row: control, rejected, final, for its colour
 
 
 NONE = Cell("\u2013")
+MODELS = ("Dense", "Final", "Difference")  # headings of a comparison
 
 
 def iterations(result: Result) -> Table:
     """The main table: a row for each scored checkpoint."""
     level = f"{result.confidence * 100:g} % interval"
-    columns = ("Iteration", "Parameters", "Removed", "Accuracy", level, "Items", "Recovery tokens", "Verdict")
+    numbers = ("Parameters", "Removed", "Accuracy", level, "Items", "Recovery tokens")
     rows, kinds = [], []
     for row in result.rows:
         is_final = row is result.final_row
@@ -65,7 +66,7 @@ def iterations(result: Result) -> Table:
         )
         rows.append(cells)
         kinds.append(f"{'final ' if is_final else ''}{row.arm} {row.verdict}")
-    return Table(columns, rows, 6, tuple(kinds))
+    return Table(("Iteration", *numbers, "Verdict"), rows, numbers, tuple(kinds))
 
 
 def details(result: Result) -> Table:
@@ -75,7 +76,7 @@ def details(result: Result) -> Table:
     for row in result.rows:
         scores = map(words.score, row.scores.tasks if tasks else [])
         rows.append(_cells(row.label, _shape(result.dense_row.scores, row), *scores, row.reason or row.verdict))
-    return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
+    return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, ("Shape", *tasks))
 
 
 def _shape(dense: Scores, row: Row) -> Cell:
@@ -115,7 +116,7 @@ def compared_widths(result: Result) -> Table:
             taken, *others = sorted(row.compared, key=lambda sizes: not sizes.taken)
             listed = tuple(f"{_sizes_text(sizes)}: {sizes.loss:.3f}" for sizes in others)
             rows.append(_cells(row.label, _sizes_text(taken), f"{taken.loss:.3f}", Cell(f"{len(listed)}", listed)))
-    return Table(("Iteration", "Widths to end with", "Loss", "Others compared"), rows, 0)
+    return Table(("Iteration", "Widths to end with", "Loss", "Others compared"), rows)
 
 
 def _sizes_text(sizes: ComparedWidths) -> str:
@@ -132,7 +133,7 @@ def evidence(result: Result) -> list[Table]:
         tables += [_answers(result, dense, final), *retained, _sizes(dense, final)]
     speeds = [_cells(*row) for row in speed.rows(result.speed)]
     if speeds:
-        tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
+        tables.append(Table(("Speed", *MODELS), speeds, MODELS))
     if control is not None:
         tables.append(_scores(result, "control", control, final))
     return tables
@@ -156,15 +157,16 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
             difference = _difference(task, scored, pair)
             verdict = of_pair(pair, "the dense model") if key == "dense" else beside_control(pair, result.confidence)
         name = Cell(task.task, (setting,))
-        rows.append([name, _score(task), after, difference, _verdict(verdict)])
+        rows.append([name, _verdict(verdict), _score(task), after, difference])
         passed = result.pass_at_n.get(task.task)
         if passed and key == "dense":
             # How many items at least one of the samples solves.
             shares = words.percent(passed.reference), words.percent(passed.candidate)
-            rows.append(_cells(f"{task.task}, pass@{task.samples}", *shares, _comparison(passed), NONE))
+            rows.append(_cells(f"{task.task}, pass@{task.samples}", NONE, *shares, _comparison(passed)))
     title = "Score" if key == "dense" else "Loop against one-shot pruning"
-    columns = (title, key.capitalize(), "Final", "Difference", "Verdict")
-    return Table(columns, rows, 3)
+    numbers = (key.capitalize(), "Final", "Difference")
+    # The verdict comes first of all: a narrow screen shows only the first columns.
+    return Table((title, "Verdict", *numbers), rows, numbers)
 
 
 def _verdict(verdict: Verdict) -> Cell:
@@ -207,7 +209,7 @@ def _answers(result: Result, dense: Row, final: Row) -> Table:
         cells = [Cell(f"{task.answer_tokens:,.1f}", _length_details(task)) for task in (before, after)]
         change = _change(before.answer_tokens, after.answer_tokens)
         rows.append([Cell(before.task), *cells, Cell(change, details, "bad" if result.rambles(before.task) else "")])
-    return Table(("Tokens of an answer", "Dense", "Final", "Difference"), rows, 3)
+    return Table(("Tokens of an answer", *MODELS), rows, MODELS)
 
 
 def _retained(found: Retained, forgets: bool) -> Table:
@@ -216,7 +218,7 @@ def _retained(found: Retained, forgets: bool) -> Table:
     interval = f"{found.low:.3g} to {found.high:.3g} at 90 %"
     ratio = Cell(f"\u00d7 {found.ratio:.3g}", (interval,), "bad" if forgets else "")
     row = [name, Cell(f"{found.dense:,.4g}"), Cell(f"{found.candidate:,.4g}"), ratio]
-    return Table(("Retention", "Dense", "Final", "Difference"), [row], 3)
+    return Table(("Retention", *MODELS), [row], MODELS)
 
 
 def _change(before: float, after: float) -> str:
@@ -244,7 +246,7 @@ def _sizes(dense: Row, final: Row) -> Table:
         if _span(before) != _span(after):
             difference = _change(fmean(before), fmean(after))
             rows.append(_cells(label[0].upper() + label[1:], _span(before), _span(after), difference))
-    return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
+    return Table(("Size and memory", *MODELS), rows, MODELS)
 
 
 def export(result: Result, row: ExportRow) -> list[Table]:
@@ -259,8 +261,8 @@ def export(result: Result, row: ExportRow) -> list[Table]:
         rows.append(_exported(row, name, label, as_it_is, original))
         in_format = f"{label}, {row.type}"
         rows.append(_exported(row, f"{name}_export", in_format, exported, original))
-    columns = (row.name, "Weights", *tasks, "Items", "Tokens/s")
-    tables = [Table(columns, rows, len(tasks) + 3)]
+    numbers = ("Weights", *tasks, "Items", "Tokens/s")
+    tables = [Table((row.name, *numbers), rows, numbers)]
     if row.pairs:
         tables.append(_export_pairs(row))
     return tables
@@ -286,7 +288,7 @@ def _export_pairs(row: ExportRow) -> Table:
                 pair = by_reference[key]
                 rows.append(_cells(task, name, _comparison(pair), _verdict(of_pair(pair, name))))
     columns = ("Benchmark", f"Final, {row.type}, against", "Difference", "Verdict")
-    return Table(columns, rows, 0)
+    return Table(columns, rows)
 
 
 def lineage(result: Result) -> Table:
@@ -307,7 +309,7 @@ def lineage(result: Result) -> Table:
             reason = f"{why}: {absent.reason}"
             rows.append(_cells(absent.step, NONE, NONE, reason, NONE, NONE))
     columns = ("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run")
-    return Table(columns, rows, 2)
+    return Table(columns, rows, ("Time", "Parameters"))
 
 
 def _run(result: Result, run_id: str) -> Cell:

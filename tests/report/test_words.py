@@ -239,7 +239,7 @@ def pages(change):
     records, settings = run_records.records(), run_records.settings()
     more = change(records, settings) or {}
     result = build(records, settings, **RUN, **more)
-    colours = [[row[-1].kind for row in table.rows if row[-1].kind] for table in tables.evidence(result)]
+    colours = [[cell.kind for row in table.rows for cell in row if cell.kind] for table in tables.evidence(result)]
     texts = [page(name, result, html=False) for name in ("report.j2", "card.j2")]
     assert_tables(texts)
     own = texts[1].splitlines()
