@@ -15,14 +15,28 @@ NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:(?:e|\\(?:times|cdot)10\^)\{?
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
     """What lm-evaluation-harness asks for: 1 where the answer is right."""
-    answer = last_boxed(results[0])
-    return {"exact_match": int(answer is not None and is_equal(answer, reference(doc)))}
+    return {"exact_match": int(is_right(results[0], reference(doc)))}
+
+
+def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """The same as a metric of lm-evaluation-harness, for a task whose doc_to_target is the right answer."""
+    return float(is_right(predictions[0], result(references[0])))
+
+
+def is_right(text: str, expected: str) -> bool:
+    """Whether what is in the last box of an answer is what is expected."""
+    answer = last_boxed(text)
+    return answer is not None and is_equal(answer, expected)
 
 
 def reference(doc: Mapping[str, Any]) -> str:
     """A row's right answer: a text or a list of texts, or what is boxed in its solution."""
     value = next(doc[column] for column in COLUMNS if column in doc)
-    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return result(", ".join(value) if isinstance(value, list) else str(value))
+
+
+def result(text: str) -> str:
+    """What is boxed in a right answer, or all of it."""
     boxed = last_boxed(text)
     return text.strip() if boxed is None else boxed
 

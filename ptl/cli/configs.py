@@ -9,12 +9,13 @@ import contextlib
 import itertools
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,8 +33,10 @@ from ptl.units import listed
 
 if TYPE_CHECKING:
     from ptl.model.dimensions import ModelDimensions
+    from ptl.preflight.starter_benchmark import Benchmark
 
 
+BOXED = arguments.ROOT / "examples/math_suite/boxed.py"  # grades boxes
 OPTIONS = {"model": "MODEL", "schedule": "--target", "evaluate": "--task"}  # by the section of a config
 NEXT = """Next:
   ptl validate {0}
@@ -55,6 +58,31 @@ Columns = Annotated[
     typer.Option(
         help="PROMPT,COMPLETION, or the one column of chats or texts; default: messages, prompt,completion, "
         "question,answer, Alpaca's or text",
+        show_default=False,
+    ),
+]
+Eval = Annotated[
+    str | None,
+    typer.Option(
+        "--eval",
+        help="score on these rows: writes a benchmark of your own beside the config, for a .jsonl, .jsonl.gz or "
+        ".parquet file (docs/own-benchmark.md)",
+        show_default=False,
+    ),
+]
+EvalColumns = Annotated[
+    str | None,
+    typer.Option(
+        help="PROMPT,ANSWER of --eval; default: those of --columns, prompt,completion, question,answer or Alpaca's",
+        show_default=False,
+    ),
+]
+Grading = Annotated[
+    Literal["number", "text", "boxed"] | None,
+    typer.Option(
+        "--grade",
+        help="what of an answer to --eval must be right: its last number, all of its text, or what is in its last "
+        "\\boxed{}; default: as the rows' own answers are",
         show_default=False,
     ),
 ]
@@ -248,6 +276,9 @@ def init(
     output: Output = None,
     data: Data = None,
     columns: Columns = None,
+    benchmark: Eval = None,
+    eval_columns: EvalColumns = None,
+    grade: Grading = None,
     tasks: Tasks = None,
     target: Target = None,
     gpu: Annotated[
@@ -260,10 +291,10 @@ def init(
     gpus: Annotated[
         int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: 1", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the files if they exist")] = False,
 ) -> None:
     """Write a first config for a model, with comments: sizes, schedule, data, and what fits on your GPUs."""
-    from ptl.preflight import machine, starter, starter_rows
+    from ptl.preflight import machine, starter, starter_benchmark, starter_rows
     from ptl.preflight.forecast_model import GPUS, NO_GPU, USUAL_GPU
 
     file = output or Path(f"{starter.run_name(model)}.yaml")
@@ -276,29 +307,67 @@ def init(
         gpu = machine.gpu() if looked else USUAL_GPU
     if gpu not in (*GPUS, NO_GPU):
         raise InputError(f"{gpu!r} must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu")
+    if benchmark is None and (eval_columns or grade):
+        option = "--eval-columns" if eval_columns else "--grade"
+        raise InputError("says how rows are scored, and there are none", field=option, remedy="give --eval ROWS.jsonl")
     with _naming_options():
         rows = starter_rows.read(data, columns) if data else None
-        text, amount = starter.starter(
+        items = starter_benchmark.read(benchmark, eval_columns, grade, columns) if benchmark else None
+        if items is not None:
+            _check_benchmark(items, file, data, force=force)
+        written = starter.starter(
             model,
-            file.absolute().parent,
+            file.absolute(),
             rows=rows,
+            benchmark=items,
             task_names=tasks or (),
             target=_target(target) if target else None,
             gpu=None if gpu == NO_GPU else gpu,
             gpus=gpus or 1,
         )
+    text = written.text
     file.write_text(text, encoding="utf-8")
     print(f"wrote {file}")
+    if items is not None:
+        task_file = items.task_file(file)
+        _write_benchmark(items.grade, task_file, written.task)
+        print(f"wrote {task_file}: {items.sentence}")
     if looked:
         print(_about_this_machine(gpu))
     # The comment at the head of the file says what it will take.
     print(*(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", text.splitlines())), sep="\n")
-    print(amount.sentence)
+    print(written.amount.sentence)
     # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
-    warn([*([rows.unused] if rows and rows.unused else []), *amount.warnings(PER_PARAMETER)])
+    warn([*([rows.unused] if rows and rows.unused else []), *written.amount.warnings(PER_PARAMETER)])
     if FILL_IN in text:
         print(f"Fill in first, where it says {FILL_IN}")
     print(NEXT.format(shlex.quote(str(file))))
+
+
+def _check_benchmark(items: Benchmark, config: Path, data: str | None, *, force: bool) -> None:
+    """Raise InputError where a file would be overwritten, or where the rows are those of the training."""
+    task_file = items.task_file(config)
+    for file in (task_file, task_file.with_name(BOXED.name)):
+        if file.exists() and not force:
+            raise InputError(
+                f"{file} exists",
+                field="--eval",
+                remedy=f"give --force to overwrite it, or --task {task_file} to use it",
+            )
+    if data and Path(data).exists() and items.file.samefile(data):
+        raise InputError(
+            f"{data} is also what --data names, and rows of a benchmark are left out of the training",
+            field="--eval",
+            remedy="give other rows: split the file",
+        )
+
+
+def _write_benchmark(grade: str, file: Path, text: str) -> None:
+    """Write a task, and beside it the code that it names."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    if grade == "boxed":
+        shutil.copyfile(BOXED, file.with_name(BOXED.name))
 
 
 def _about_this_machine(gpu: str) -> str:

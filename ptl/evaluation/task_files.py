@@ -249,7 +249,7 @@ def local_splits(
 ) -> dict[str, LocalFile]:
     """Split -> file, absolute, for a task that reads local files; {} where the task is to fetch its data itself.
 
-    Local are tasks whose YAML names `data_files` (relative to the working directory or to a folder above the YAML),
+    Local are tasks whose YAML names `data_files` (relative to its folder, to one above it or to the working directory),
     and every task once `data_dir` is given. Raises InputError that names a missing file which the task needs: that of
     the scored split, and that of the few-shot examples where they are not part of the task.
     """
@@ -296,14 +296,14 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
 
 
 def _data_file(spec: Spec, named: Any) -> str:
-    """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
+    """A path of a task's YAML, relative to its folder, to one above it, or else to the working directory."""
     files = named if isinstance(named, list) else [named]
     if len(files) != 1:
         raise task_error(
             f"the task {spec.name!r} has {len(files)} files of one split in its data_files", "join them into one"
         )
     file = str(files[0])
-    for folder in (Path(), *spec.path.parents):
+    for folder in (*spec.path.parents, Path()):
         if (folder / file).is_file():
             return str((folder / file).resolve())
     neither = f"which is neither in the working directory nor in a folder above {spec.path}"

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -27,11 +28,12 @@ from ptl.errors import InputError
 from ptl.evaluation import tasks
 from ptl.model import checkpoint, hub, pretrained
 from ptl.model.dimensions import ModelDimensions
-from ptl.preflight import remedies
+from ptl.preflight import remedies, starter_benchmark
 from ptl.preflight import target as goals
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import GIB, GPUS, Shape, shape_of
 from ptl.preflight.preflight import THOUGHT
+from ptl.preflight.starter_benchmark import Benchmark
 from ptl.preflight.starter_rows import QUESTION, Rows
 from ptl.units import billions, decimal_hours
 
@@ -64,20 +66,28 @@ PROCESS = 8  # GiB of the host for Python, CUDA and caches of a process; /dev/sh
 Values = dict[str, Any]  # of the template's placeholders; without one, or with None, a line is left out
 
 
+@dataclass(frozen=True)
+class Starter:
+    """What `ptl init` writes, and how much the recovery trains."""
+
+    text: str  # of the config
+    amount: Amount
+    task: str  # of the benchmark's YAML; empty without one
+
+
 def starter(
     model: str,  # hub id, or folder
-    folder: Path,  # where the config's file will be
+    file: Path,  # the config's
     *,
     rows: Rows | None,  # None: to be filled in
-    task_names: Sequence[str],  # names or paths; none: to be filled in
+    benchmark: Benchmark | None,  # which becomes the first task
+    task_names: Sequence[str],  # names or paths; none and no benchmark: to be filled in
     target: float | MemoryGoal | None,  # as schedule.target; None: TARGET, or less
     gpu: str | None,  # kind; None: no GPU
     gpus: int,  # of a recovery
-) -> tuple[str, Amount]:
-    """The config for what the user says, and how much its recovery trains.
-
-    Raises InputError that names a field of it, or --gpu.
-    """
+) -> Starter:
+    """The config for what the user says. Raises InputError that names a field of it, or --gpu."""
+    folder = file.parent
     source = hub.locate(model, None, hub.SMALL_FILES)  # perhaps without weights
     shape = shape_of(str(source))
     dense = shape.dimensions
@@ -96,6 +106,14 @@ def starter(
     ((_, after),) = goals.possible_paths(dense, schedule, prune)[0]
     removed = dense.params - after.params
     tokens = _tokens(removed, available)
+    is_chat = tokenizer is not None and (is_post_trained or format == "messages")
+    task, answer_tokens = "", None
+    if benchmark is not None:
+        of_chat = longest_answer(tokenizer, shape) if is_chat else 0
+        answer_tokens = benchmark.answer_tokens(shape.context, of_chat)
+        task_file = benchmark.task_file(file)
+        of_task = benchmark.values(task_file, chat=is_chat, answer_tokens=answer_tokens)
+        task = render(of_task, starter_benchmark.TEMPLATE)
     values = {
         "title": model,
         "name": json.dumps(run_name(model)),
@@ -111,25 +129,25 @@ def starter(
         "scored": "widths" if prune.target == "auto" else prune.target,
         "criterion": prune.criterion,
         "tokens": f"{tokens:_}",
-        **_data_values(rows, task_names, folder),
+        **_data_values(rows, benchmark, task_names, file),
         **_training_values(rows, shape, tokens, removed),
     }
-    if tokenizer is not None and (is_post_trained or format == "messages"):
+    if is_chat:
         values |= _chat_values(tokenizer, values, longest, tokens, on_gpu=gpu is not None)
     if not dense.experts:
         sequences = 2 * NEURON_TOKENS * after.width / values["calibration_length"]  # rows fill about half of it
         values["repair"] = f"{_rounded(sequences):_}"
     if gpu is not None:
-        values = _fitted(values, gpu, gpus, source, folder)
+        values = _fitted(values, gpu, gpus, source, folder, answer_tokens)
     text = render(values)
     _config(text, folder)
-    return text, Amount(tokens, removed, passes=tokens / available if available else None)
+    return Starter(text, Amount(tokens, removed, passes=tokens / available if available else None), task)
 
 
-def render(values: Values) -> str:
+def render(values: Values, template_file: Path = TEMPLATE) -> str:
     """The template, without the lines that have a placeholder without a value."""
     kept = []
-    for line in TEMPLATE.read_text(encoding="utf-8").splitlines():
+    for line in template_file.read_text(encoding="utf-8").splitlines():
         template = Template(line)
         if all(values.get(name) is not None for name in template.get_identifiers()):
             kept.append(template.substitute(values))
@@ -205,13 +223,17 @@ def _as_seen_from(folder: Path, name: str) -> str:
     return f"./{os.path.relpath(path, folder)}"
 
 
-def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Values:
+def _data_values(rows: Rows | None, benchmark: Benchmark | None, names: Sequence[str], file: Path) -> Values:
     """What the file says of rows and benchmarks; fields to fill in where the user has named none."""
+    folder = file.parent
     source: Values = {"source": f"{FILL_IN}.jsonl"} | QUESTION
     if rows is not None:
         source = rows.source.model_dump(exclude_defaults=True)
         source["source"] = _as_seen_from(folder, source["source"])
-    chosen, runs_code = [], False
+    chosen, runs_code, has_code = [], False, False
+    if benchmark is not None:  # its file is not there yet
+        chosen.append({"name": f"./{benchmark.task_file(file).relative_to(folder)}"})
+        has_code = benchmark.grade == "boxed"
     for name in names:
         specs = tasks.find_here(name)  # without lm_eval the step will look
         runs_code |= any(spec.unsafe_code for spec in specs)
@@ -225,7 +247,9 @@ def _data_values(rows: Rows | None, names: Sequence[str], folder: Path) -> Value
         **{field: json.dumps(value) for field, value in source.items()},
         "fill_in": None if rows else "",
         "tasks": json.dumps(chosen or [{"name": FILL_IN}]),
-        "allow_code": "true" if runs_code else None,
+        "allow_code": "true" if runs_code or has_code else None,
+        "answers_run": "" if runs_code else None,
+        "own_code": "" if has_code else None,
     }
 
 
@@ -295,7 +319,14 @@ def _training_values(rows: Rows | None, shape: Shape, tokens: int, removed: int)
     }
 
 
-def _fitted(values: Values, gpu: str, gpus: int, source: Path, folder: Path) -> Values:
+def _fitted(
+    values: Values,
+    gpu: str,
+    gpus: int,
+    source: Path,
+    folder: Path,
+    answer_tokens: int | None,  # of the first task, whose file is not there yet; None: it is
+) -> Values:
     """The values with the first settings of each stage that fit on the GPUs, and with what they then take.
 
     Raises InputError where none fits.
@@ -308,8 +339,13 @@ def _fitted(values: Values, gpu: str, gpus: int, source: Path, folder: Path) -> 
         "dtype": None if gpu in WITHOUT_BF16 else "bfloat16",
         "batch_size": max(1, values["batch_size"] // gpus) * gpus,  # which they can divide
     }
-    local = {"model": ModelSource(path=str(source))}  # so that the hub is asked once
-    run = forecast(_config(render(values), folder).model_copy(update=local), gpu, gpus)
+    config = _config(render(values), folder)
+    local: Values = {"model": ModelSource(path=str(source))}  # so that the hub is asked once
+    if answer_tokens is not None:
+        first, *others = config.evaluate.tasks
+        first = first.model_copy(update={"max_new_tokens": first.max_new_tokens or answer_tokens})
+        local["evaluate"] = config.evaluate.model_copy(update={"tasks": (first, *others)})
+    run = forecast(config.model_copy(update=local), gpu, gpus)
     for stage in run.gpus:
         model = remedies.largest(run, stage)
         changes = remedies.smallest_change(stage, model, run, ROOM)
