@@ -30,6 +30,11 @@ def say(step: str, text: str) -> None:
     print(f"{MARK}{step}: {text}", flush=True)
 
 
+def doing(work: str) -> None:
+    """Say on the standard error what a command begins with: libraries and servers may take seconds before it prints."""
+    print(f"{work} ...", file=sys.stderr, flush=True)
+
+
 def progress_bar(show: Show) -> Callable[[float, str], None]:
     """A function of the share of the work that is done and a note; it shows both with the time left.
 

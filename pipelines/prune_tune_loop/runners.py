@@ -29,7 +29,7 @@ from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
 from ptl.config.run import Config
 from ptl.errors import PtlError, WorkError
-from ptl.log import MARK, on_terminal
+from ptl.log import MARK, doing, on_terminal
 from ptl.processes import Environment
 from ptl.steps import supervisor
 from ptl.storage import local_files
@@ -82,6 +82,7 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
     if sys.platform == "linux" and not any(map(os.path.exists, GPU_DEVICES)):
         subprocess_task_handler.run_local_subprocess = _run_forked
         FORKS.set_forkserver_preload(list(IMPORTED))
+        doing("loading the libraries of the steps")
         # Before the folder of temporary files is the run's: multiprocessing removes its own when this process ends.
         _start_fork_server()
     with _temporary_files(job.folder):

@@ -20,6 +20,7 @@ from ptl.cli.run import announced, print_left_out
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.local import progress
+from ptl.log import doing
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
 Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
@@ -99,6 +100,7 @@ def submit(
     timeout: Timeout = None,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
+    doing(f"checking {arguments.shown(config)}")
     from pipelines.prune_tune_loop import submit as work
     from ptl.preflight import preflight
 
@@ -170,6 +172,7 @@ def status(
             remedy="`ptl status` lists the runs here; --home names another folder, KF_PIPELINES_ENDPOINT a cluster",
         )
     documents: list[dict[str, Any]] = []
+    doing(f"asking Kubeflow for {run_id}")
     with arguments.printing_json(as_json):
         code = follow.status(run_id, server, say=_say, write=documents.append)
     if as_json:
@@ -201,6 +204,7 @@ def doctor(
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
+    doing(f"loading libraries to check {arguments.shown(config)}")
     from ptl.preflight import doctor as machine
     from ptl.preflight import doctor_cluster
 

@@ -29,6 +29,7 @@ from ptl.config.schedule import MemoryGoal, Schedule, one_shot
 from ptl.data.checks import PER_PARAMETER
 from ptl.errors import InputError, PtlError
 from ptl.extras import AbsentError, UnusableError
+from ptl.log import doing
 from ptl.units import listed
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check a config, its data files and its model, and print what size it ends with; starts nothing expensive."""
+    doing(f"checking {arguments.shown(config)}, its data and its model")
     settings = load_config(config, pairs("--set", sets))
     with arguments.printing_json(as_json):
         dense = checked(settings)
@@ -160,6 +162,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Forecast every step (parameters, tokens, GPU memory, hours) from the model's config, without weights."""
+    doing(f"forecasting the steps of {arguments.shown(config)}")
     from ptl.model import hub
     from ptl.preflight import forecast, forecast_model, forecast_table, machine, preflight, remedies
 
@@ -185,6 +188,7 @@ def compile(
     sets: Overrides,
 ) -> None:
     """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute."""
+    doing(f"compiling {arguments.shown(config)}")
     # kfp's compiler decides by the suffix what it writes.
     if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
@@ -294,6 +298,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="overwrite the files if they exist")] = False,
 ) -> None:
     """Write a first config for a model, with comments: sizes, schedule, data, and what fits on your GPUs."""
+    doing(f"reading the config of {model}, and its rows")
     from ptl.preflight import machine, starter, starter_benchmark, starter_rows
     from ptl.preflight.forecast_model import GPUS, NO_GPU, USUAL_GPU
 

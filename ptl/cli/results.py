@@ -28,6 +28,7 @@ from ptl.errors import InputError
 from ptl.lineage import locate, retention
 from ptl.lineage.retention import StoredFiles
 from ptl.local import runs
+from ptl.log import doing
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, MLFLOW_META
 from ptl.units import size
@@ -48,6 +49,7 @@ def fetch(
     home: Home = HOME,
 ) -> None:
     """Copy a checkpoint into your own folder and verify its digest; a run's final one comes with its model card."""
+    doing(f"looking for {source}")
     # Before anything is started or fetched.
     arguments.check_free(dst.resolve())
     _reach_stores(home, s3, source)
@@ -88,6 +90,7 @@ def export(
     """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
+    doing(f"loading libraries to convert {src}")
     from ptl.export import compressed_tensors, gguf
     from ptl.export.formats import context_notes
     from ptl.model import checkpoint
@@ -148,6 +151,7 @@ def compare(
     home: Home = HOME,
 ) -> None:
     """Compare two evaluations item by item. Exit code: 0 not inferior or unclear, 2 wrong input, 3 inferior."""
+    doing(f"comparing {candidate} with {reference}")
     from ptl.evaluation import evaluate as work
 
     _reach_stores(home, s3, reference, candidate, items=True)
@@ -173,11 +177,11 @@ def _reach_stores(home: Path, s3: bool, *names: str, items: bool = False) -> Non
 
     `items`: an evaluation is wanted, for which a run's directory needs MLflow too.
     """
-    # MLflow's own number of retries takes minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     if s3 or any(locate.needs_mlflow(name, items=items) for name in names):
         homes = filter(None, map(_home_of, names))
         runs.reach(next(homes, home.absolute()), s3)
+    # MLflow's own number of retries takes minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
 
 
 def _home_of(name: str) -> Path | None:
@@ -228,6 +232,7 @@ def gc(
     Final checkpoints, exports, registered versions and what an unfinished run needs are kept, as are all records and
     scores.
     """
+    doing("asking MLflow which checkpoints are needed")
     runs.reach(home.absolute(), s3)
     removed: list[StoredFiles] = []
     # Wrong names are refused before anything is deleted.

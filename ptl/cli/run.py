@@ -27,7 +27,7 @@ from ptl.errors import PtlError, WorkError
 from ptl.lineage import mlflow_client, run_status
 from ptl.local import progress, run_directory, runs, servers
 from ptl.local.run_directory import RunDir
-from ptl.log import table_text
+from ptl.log import doing, table_text
 from ptl.processes import Environment
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def run(
 ) -> None:
     """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
+        doing(f"loading libraries, and checking {arguments.shown(config)} with its data and model")
         # In images the steps have their own modules.
         if runner == "subprocess":
             extras.need_all(EXTRAS, "run")

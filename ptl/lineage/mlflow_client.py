@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
 REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
+ASKING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}  # seconds
 PAGE = 1000  # results in one answer; MLflow allows no more of experiments
 
 # Of servers and databases. Folders (file:) have no registry of models, and Databricks keeps records its own way.
@@ -154,6 +155,16 @@ def briefly(limits: dict[str, str] = REPORTING) -> Iterator[None]:
             del os.environ[name]
             if value is not None:
                 os.environ[name] = value
+
+
+def ask() -> None:
+    """Ask the server once, before a person waits for it: raises WorkError within seconds where none answers.
+
+    A database is not asked.
+    """
+    if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        with briefly(ASKING), connected() as client:
+            client.search_experiments(max_results=1)
 
 
 @contextmanager

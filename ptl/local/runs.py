@@ -82,6 +82,7 @@ def reach(home: Path, s3: bool) -> None:
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow_client.check_address()
+        mlflow_client.ask()
         return
     database = home / "mlflow.db"
     if not database.is_file():
@@ -100,6 +101,7 @@ def artifact_location(experiment: str) -> str:
     if not address.is_server(os.environ["MLFLOW_TRACKING_URI"]):
         return os.environ["PTL_ARTIFACT_ROOT"]
     try:
+        mlflow_client.ask()
         # MLflow's own client would try for minutes.
         with mlflow_client.briefly(run_status.WATCHING), mlflow_client.connected() as client:
             location = str(mlflow_objects.experiment(client, experiment).artifact_location)

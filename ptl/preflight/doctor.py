@@ -82,6 +82,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
 def mlflow(config: Config) -> str:
     """MLflow takes a run from this user."""
     name = config.storage.experiment
+    mlflow_client.ask()
     with mlflow_client.briefly(BRIEF), mlflow_client.connected() as client:
         experiment = mlflow_objects.experiment(client, name, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
