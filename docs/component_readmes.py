@@ -1,6 +1,10 @@
-"""Write components/*/README.md from each component's signature and metadata.yaml. `--check` only compares."""
+"""Write components/*/README.md from each component's signature and metadata.yaml, and the table of docs/ui.md.
+
+`--check` only compares.
+"""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,41 +12,30 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pipelines.prune_tune_loop import descriptions as texts  # noqa: E402
+
+UI_PAGE = ROOT / "docs/ui.md"
+TABLE = re.compile(r"^\| parameter \|.*?\n(?=\n)", re.S | re.M)  # of the run parameters
 CUSTOM = "<!-- custom-content -->"  # what follows is written by hand and is kept
 
-# Descriptions of inputs and outputs: one wording wherever a name occurs.
+# Descriptions of inputs and outputs: one wording wherever a name occurs, that of the run parameters where it is one.
 DESCRIPTIONS = {
+    **{name.removesuffix("_settings"): text.plain for name, text in texts.PARAMETERS.items()},
     "step": "Name of the step, for example `prune-1`. The MLflow run and the record have this name, and it says to "
     "which arm and iteration the step belongs.",
     "iterations": "Number of iterations of the step's arm; 1 for the control.",
-    "experiment": "MLflow experiment; checkpoints are stored under its artifact location.",
     "run_name": "Display name of the run in MLflow.",
-    "earlier_runs": "Ids of unfinished runs, the newest first; finished steps with the same inputs are taken over.",
     "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must agree.",
     "answered": "Whether it was compiled with a step that writes own answers; `training.answers` must agree.",
-    "target": "Below 1: share of all parameters to remove in the run; 1000 or more: number of parameters to end with; "
-    "0: as the goal says.",
-    "goal": "A goal in memory, as in `schedule.target` of the config; empty: none, `target` says it.",
-    "cuts": "`uniform` or `cubic`: how the removal is distributed over the iterations.",
-    "recovery_tokens": "Tokens of recovery training over all iterations.",
-    "tokens": "`uniform`, `doubling` or `quadrupling`: how these tokens are distributed over the iterations.",
-    "seed": "Seed of every random choice.",
     "model": "Checkpoint to work on.",
     "fallback": "Checkpoint that the iteration started from; the loop continues with it if the gate rejects.",
     "final": "Checkpoint that the loop ended with.",
     "control": "Checkpoint that the control arm ended with, or the reason why it did not finish.",
-    "revision": "Commit on the Hugging Face hub; empty for the newest, or for a local folder.",
-    "prune": "Section `prune` of the config.",
-    "chat": "Section `chat` of the config.",
-    "calibration": "Section `calibration` of the config.",
-    "recover": "Section `recover` of the config.",
-    "training": "Section `training` of the config.",
-    "evaluate": "Section `evaluate` of the config.",
-    "gate": "Section `gate` of the config.",
     "dense": "The imported model, whose form is made to compare with.",
     "export": "Format and type, an entry of `export` in the config.",
     "exports": "The list `export` of the config, checked before anything expensive.",
-    "registered_model": "Name in the MLflow registry; empty: nothing is registered.",
     "settings": "Sections of the config that are not run parameters.",
     "out": "Pointer to the new checkpoint: location, digest, MLflow ids. The weights are in the store.",
     "accepted": "Pointer to the checkpoint that the loop continues with.",
@@ -52,7 +45,7 @@ DESCRIPTIONS = {
 }
 # For the components whose `model` is what the user named, not a checkpoint of the run.
 ANSWERS_METRICS = "How many answers were written, ended, and kept, and their mean length in tokens."
-USERS_MODEL = "Hub id, or local folder, of a Hugging Face checkpoint with safetensors."
+USERS_MODEL = texts.PARAMETERS["model"].plain
 
 
 def readme(name: str) -> str:
@@ -130,11 +123,12 @@ def _type_name(item: Any) -> str:
 
 def main() -> int:
     """Write all, or with `--check` print those that differ and return 1."""
-    sys.path.insert(0, str(ROOT))
+    folders = [module.parent for module in sorted((ROOT / "components").glob("*/component.py"))]
+    pages = {folder / "README.md": readme(folder.name) for folder in folders}
+    page = UI_PAGE.read_text()
+    pages[UI_PAGE] = TABLE.sub(lambda _: texts.table(), page)
     stale = []
-    for module in sorted((ROOT / "components").glob("*/component.py")):
-        text = readme(module.parent.name)
-        path = module.with_name("README.md")
+    for path, text in pages.items():
         if "--check" not in sys.argv:
             path.write_text(text)
         elif not path.is_file() or path.read_text() != text:

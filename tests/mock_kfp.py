@@ -68,6 +68,7 @@ class MockKubeflow(MockServer):
         if any(entry.items() >= made.items() for entry in self.versions):
             return 409, {"error": "version exists"}
         made["pipeline_version_id"] = f"version-{len(self.versions)}"
+        made["description"] = query.get("description")
         self.versions.append({**made, "yaml": body})
         return 200, made
 

@@ -14,7 +14,7 @@ from components.import_model.component import import_model
 from components.prune.component import prune
 from components.recover.component import recover
 from components.report.component import report
-from pipelines.prune_tune_loop import cluster
+from pipelines.prune_tune_loop import cluster, descriptions
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
 from ptl.config.parameters import by_input, parameters, structure
@@ -34,8 +34,8 @@ def build(config: Config) -> Any:
         kind = float if name == "target" else type(value)
         fields.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=kind))
     prune_tune_loop.__signature__ = Signature(fields)  # type: ignore[attr-defined]
-    description = "Prune-Tune Loop: prune, recover and evaluate, a little at a time"
-    return dsl.pipeline(name=config.name, description=description)(prune_tune_loop)
+    prune_tune_loop.__doc__ = descriptions.docstring(config)
+    return dsl.pipeline(name=config.name, description=descriptions.summary(config))(prune_tune_loop)
 
 
 def compile_pipeline(config: Config, path: Path) -> None:
@@ -55,6 +55,9 @@ COMPONENTS = {
     "export": export,
     "report": report,
 }
+# KFP has no field for a step's description: each component says it with the input that names the step.
+for stage, component in COMPONENTS.items():
+    component.component_spec.inputs["step"].description = descriptions.STEPS[stage]
 
 
 def _unroll(config: Config, placeholders: dict[str, Any]) -> None:

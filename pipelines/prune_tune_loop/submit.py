@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.prune_tune_loop import pipeline
+from pipelines.prune_tune_loop import descriptions, pipeline
 from pipelines.prune_tune_loop.follow import DONE, watch
 from pipelines.prune_tune_loop.kfp_api import (
     CONFLICT,
@@ -104,13 +104,16 @@ def _upload_pipeline(api: Api, config: Config) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")
         pipeline.compile_pipeline(config, path)
-        pipeline_id = _pipeline_id(api, config.name)
+        description = descriptions.markdown(config)
+        pipeline_id = _pipeline_id(api, config.name, description)
         # The name follows the content: the same content is one version.
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         name = f"{__version__}-{digest[:12]}"
 
         def upload() -> str:
-            version = api.client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id)
+            version = api.client.upload_pipeline_version(
+                str(path), name, pipeline_id=pipeline_id, description=description
+            )
             return required(version, "pipeline_version_id")
 
         def find() -> list[str]:
@@ -120,15 +123,15 @@ def _upload_pipeline(api: Api, config: Config) -> Any:
         return V2beta1PipelineVersionReference(pipeline_id, _once(api, upload, find))
 
 
-def _pipeline_id(api: Api, name: str) -> str:
-    """The id of the pipeline with this name, which is created when there is none.
+def _pipeline_id(api: Api, name: str, description: str) -> str:
+    """The id of the pipeline with this name, which is created with the description when there is none.
 
     `kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines.
     """
     from kfp_server_api import V2beta1Pipeline
 
     def create() -> str:
-        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
+        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace, description=description)
         return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
     def find() -> list[str]:

@@ -15,9 +15,9 @@ from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import address
 from ptl.cli import arguments, local_status
 from ptl.cli.arguments import HOME, AsJson, ConfigFile, Home, Overrides, Rehearse
-from ptl.cli.configs import warn
+from ptl.cli.configs import local_paths, warn
 from ptl.cli.run import announced, print_left_out
-from ptl.config.run import Config, load_config, pairs
+from ptl.config.run import load_config, pairs
 from ptl.errors import InputError
 from ptl.local import progress
 from ptl.log import doing
@@ -107,7 +107,8 @@ def submit(
     # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
     warn(preflight.warnings(run_config))
-    _warn_of_local_files(run_config, config)
+    for warning in local_paths(run_config, config):
+        _say(f"warning: {warning}")
     run_config = arguments.as_in_images(run_config, config)
     if rehearse:
         run_config, left_out = announced(run_config, None)
@@ -125,16 +126,6 @@ def submit(
         say=_say,
     )
     raise typer.Exit(code)
-
-
-def _warn_of_local_files(config: Config, file: Path) -> None:
-    from pipelines.prune_tune_loop import containers
-
-    examples = arguments.image_root(file) / "examples"  # the images contain them
-    # A volume may hold the path for the pods, so it is no error.
-    for path in containers.outermost(containers.files(config)):
-        if not path.is_relative_to(examples):
-            _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
 
 
 def status(

@@ -187,18 +187,39 @@ def compile(
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")],
     sets: Overrides,
 ) -> None:
-    """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute."""
+    """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute; warns of what no cluster has."""
     doing(f"compiling {arguments.shown(config)}")
     # kfp's compiler decides by the suffix what it writes.
     if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
-    settings = arguments.as_in_images(load_config(config, pairs("--set", sets)), config)
+    written = load_config(config, pairs("--set", sets))
+    settings = arguments.as_in_images(written, config)
 
     from pipelines.prune_tune_loop.pipeline import compile_pipeline
 
     compile_pipeline(settings, output)
     num_steps = len(dag.nodes(settings))
     print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {num_steps} steps")
+    warnings = local_paths(written, config)
+    if not settings.images.registry:
+        warnings.append(
+            f"images.registry is not set: a cluster pulls no {settings.images.of('prune')}, and can run this YAML only "
+            "if its nodes have the images; set it to where you have pushed them (docs/images.md)"
+        )
+    warn(warnings)
+
+
+def local_paths(config: Config, file: Path) -> list[str]:
+    """A warning for each path of a config on this machine, which steps on a cluster do not see."""
+    from pipelines.prune_tune_loop import containers
+
+    examples = arguments.image_root(file) / "examples"  # the images contain them
+    # A volume may hold the path for the pods, so it is no error.
+    return [
+        f"{path} is on this machine; steps on the cluster look for it in their own pods"
+        for path in containers.outermost(containers.files(config))
+        if not path.is_relative_to(examples)
+    ]
 
 
 def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions | None:

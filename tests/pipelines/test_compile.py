@@ -15,6 +15,7 @@ from checkout import CONFIGS, ROOT, SHIPPED, TINY
 from compiled import documents
 from golden_messages import expect
 
+from pipelines.prune_tune_loop import descriptions
 from pipelines.prune_tune_loop.compact import local_copy
 from pipelines.prune_tune_loop.pipeline import parameters
 from ptl.config import dag
@@ -102,6 +103,35 @@ def test_nothing_is_lost_with_the_defaults(path):
     assert "null" not in json.dumps(bare)
 
 
+def test_each_parameter_and_step_has_its_description():
+    spec, _ = documents({"gate.enabled": True, "resources.doctor": True})
+    inputs = spec["root"]["inputDefinitions"]["parameters"]
+    assert set(inputs) == set(descriptions.PARAMETERS)
+    for name, field in inputs.items():
+        assert field["description"] == descriptions.PARAMETERS[name].plain and "](" not in field["description"], name
+    for name, task in spec["root"]["dag"]["tasks"].items():
+        step = spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]["step"]
+        assert step["description"] == descriptions.STEPS[dag.stage_of(name)], name
+    assert spec["pipelineInfo"]["description"] == (
+        f"Prune-Tune Loop: prune, recover and evaluate {inputs['model']['defaultValue']} in 4 iterations, each "
+        "compared with the dense model by the gate, until 40 % of its parameters are removed"
+    )
+    for sets, goal in (
+        ({"schedule.target": 100_000, "schedule.iterations": 1, "gate.enabled": False}, "100,000 parameters are left"),
+        ({"schedule.target": {"memory": "300kB"}}, "it fits into 300kB"),
+    ):
+        assert descriptions.summary(load_config(TINY, sets)).endswith(f", until {goal}")
+
+
+def test_what_no_cluster_has_is_warned_of(ptl, tmp_path):
+    code, said = ptl("compile", TINY, "-o", "p.yaml", "--set", "images.registry=registry.example.com/team")
+    assert code == 0 and "warning" not in said, said  # the images contain the examples
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    code, said = ptl("compile", TINY, "-o", "p.yaml", "--set", f"training.source={tmp_path / 'rows.jsonl'}")
+    assert f"warning: {tmp_path / 'rows.jsonl'} is on this machine" in said, said
+    assert code == 0 and "warning: images.registry is not set: a cluster pulls no ptl-prune:" in said
+
+
 def test_what_is_not_structural_is_a_parameter_with_a_default():
     """A goal is one of its own, and the target stays a number."""
     sets = {"schedule.target.memory": "300kB", "schedule.target.tokens": 10}
@@ -111,5 +141,6 @@ def test_what_is_not_structural_is_a_parameter_with_a_default():
     structure = {"name", "control", "export", "resources", "images", "storage"}
     covered = {name.removesuffix("_settings") for name in inputs} | structure | {"schedule"}
     assert set(Config.model_fields) <= covered, "a section of the config reaches no step"
-    assert inputs["target"] == {"defaultValue": 0.0, "isOptional": True, "parameterType": "NUMBER_DOUBLE"}
+    described = {"description": descriptions.PARAMETERS["target"].plain}
+    assert inputs["target"] == described | {"defaultValue": 0.0, "isOptional": True, "parameterType": "NUMBER_DOUBLE"}
     assert inputs["goal"]["defaultValue"] == {"memory": "300kB", "tokens": 10}

@@ -1,15 +1,18 @@
 """Submitting and following runs against a mock of the API server (tests/mock_kfp.py), with answers of a real one."""
 
+import re
+import subprocess
+
 import compiled
 import pytest
 import run_records
 import typer
 import yaml
-from checkout import TINY
+from checkout import ROOT, TINY
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from pipelines.prune_tune_loop import follow, kfp_api, pipeline, submit
+from pipelines.prune_tune_loop import descriptions, follow, kfp_api, pipeline, submit
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl.cli import cluster
 from ptl.config.run import load_config
@@ -151,6 +154,18 @@ def test_a_part_of_the_gate_can_be_a_parameter(world, go):
     """Those that are refused, before anything is asked, are in golden/commands.txt."""
     assert go(given={"gate": {"margin": 0.05}}) == 0
     assert world.runs[0]["runtime_config"]["parameters"] == {"gate": {"margin": 0.05}}
+
+
+def test_pipeline_and_version_say_what_they_do_and_what_each_parameter_means(world, go):
+    go()
+    (pipeline,), (version,) = world.pipelines, world.versions
+    text = version["description"]
+    assert text == pipeline["description"] and text.startswith("Prune-Tune Loop: prune, recover and evaluate ")
+    lines = re.findall(r"^- `(\w+)`", text, re.M)
+    assert set(descriptions.PARAMETERS) < set(lines) and {"prune", "report"} < set(lines)
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode == 0:
+        assert f"commit {head.stdout.strip()}. More: `docs/ui.md`" in text
 
 
 def test_the_description_names_the_run_in_mlflow_which_may_be_away(world, go, monkeypatch):
