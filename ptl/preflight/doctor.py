@@ -11,19 +11,23 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from ptl import address
+from ptl import address, connections
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError
-from ptl.lineage import mlflow_client, mlflow_objects, run_status
-from ptl.preflight.in_cluster import DoubtError
+from ptl.lineage import mlflow_client, mlflow_objects
+from ptl.preflight.in_cluster import DoubtError, ForbiddenError
 from ptl.storage import s3
 from ptl.units import size
 
 # Somebody waits, and a redirect leads to a login page.
-BRIEF = run_status.WATCHING | {"MLFLOW_ALLOW_HTTP_REDIRECTS": "false"}
+BRIEF = mlflow_client.ASKING | {"MLFLOW_ALLOW_HTTP_REDIRECTS": "false"}
+
+State = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class Finding:
     """What a check says."""
 
     subject: str  # for example MLflow
-    state: Literal["ok", "warning", "error"]
+    state: State
     message: str
     remedy: str = ""  # empty where all is well
+    rule: str = ""  # what a role must allow for the check; empty where it was made
 
     def __str__(self) -> str:
         remedy = f"\n        -> {self.remedy}" if self.remedy else ""
@@ -46,7 +51,8 @@ def as_finding(subject: str, check: Callable[..., str], *arguments: Any) -> Find
         return Finding(subject, "ok", check(*arguments))
     except PtlError as error:  # whose sentence ends with the remedy, which is shown on a line of its own
         message = f"{error.field}: {error.problem}" if error.field else error.problem
-        return Finding(subject, "warning" if isinstance(error, DoubtError) else "error", message, error.remedy)
+        state: State = "warning" if isinstance(error, DoubtError) else "error"
+        return Finding(subject, state, message, error.remedy, error.rule if isinstance(error, ForbiddenError) else "")
 
 
 def local(config: Config, home: Path) -> list[Finding]:
@@ -75,14 +81,17 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
         )
         return [Finding("MLflow and store", "warning", message, "set it, or resources.doctor: true")]
     tracking = as_finding("MLflow", mlflow, config)
-    # Which says where the store is.
-    return [tracking] if tracking.state == "error" else [tracking, as_finding("store", store, config, elsewhere)]
+    # MLflow says where the store is.
+    if tracking.state == "error":
+        return [tracking]
+    findings = [tracking, as_finding("store", store, config, elsewhere)]
+    ui = address.mlflow_ui()
+    return [*findings, as_finding("MLflow's pages", pages, ui)] if ui else findings
 
 
 def mlflow(config: Config) -> str:
     """MLflow takes a run from this user."""
     name = config.storage.experiment
-    mlflow_client.ask()
     with mlflow_client.briefly(BRIEF), mlflow_client.connected() as client:
         experiment = mlflow_objects.experiment(client, name, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
@@ -90,6 +99,32 @@ def mlflow(config: Config) -> str:
         client.set_terminated(run.info.run_id, "FINISHED")
         client.delete_run(run.info.run_id)
     return f"{os.environ['MLFLOW_TRACKING_URI']} takes runs in experiment {name!r}"
+
+
+def pages(ui: str) -> str:
+    """MLflow answers a browser that has opened it at the address `ui`.
+
+    A page opens at any address, but its tables are filled by requests with the page's origin, which MLflow may refuse.
+    """
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    origin = "{0.scheme}://{0.netloc}".format(urlsplit(ui))
+    with mlflow_client.briefly(BRIEF), mlflow_client.explained():
+        answer = http_request(
+            get_default_host_creds(os.environ["MLFLOW_TRACKING_URI"]),
+            "/api/2.0/mlflow/experiments/search",
+            "POST",
+            json={"max_results": 1},
+            extra_headers={"Origin": origin},
+            raise_on_status=False,
+        )
+    if answer.status_code == HTTPStatus.FORBIDDEN:
+        raise DoubtError(
+            f"MLflow refuses what a browser asks that has opened {ui}: {connections.shortened(answer.text)}",
+            remedy=f"add {origin} to the server's MLFLOW_SERVER_CORS_ALLOWED_ORIGINS",
+        )
+    return f"open them at {ui}"
 
 
 def store(config: Config, elsewhere: bool) -> str:

@@ -44,7 +44,8 @@ def cluster(config: Config, health: Health | None, namespace: str | None, kubefl
         # Where nobody names a profile, pods start beside Kubeflow, unless it has several users.
         if namespace is None and findings[-1].state != "error" and health().get("multi_user") is False:
             namespace = kubeflow_namespace
-    return [*findings, *objects(config, namespace, kubeflow_namespace)]
+    namespace = namespace or in_cluster.context_namespace()
+    return [*findings, *_forbidden_together(objects(config, namespace, kubeflow_namespace))]
 
 
 def task(settings: dict[str, Any], experiment: str) -> None:
@@ -144,6 +145,22 @@ def objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> l
                 remedy = "make it (kubectl create secret docker-registry), or take it out of image_pull_secrets"
             findings.append(as_finding(f"{kind} {name}", _exists, path, f"is not in {namespace}", remedy, missing))
     return [*findings, *trainer(config, namespace)]
+
+
+def _forbidden_together(findings: list[Finding]) -> list[Finding]:
+    """One finding in the place of all those that this account may not look at."""
+    forbidden = [finding for finding in findings if finding.rule]
+    if not forbidden:
+        return findings
+    subjects = ", ".join(finding.subject for finding in forbidden)
+    rules = "; ".join(dict.fromkeys(finding.rule for finding in forbidden))
+    together = Finding(
+        "rights",
+        "warning",
+        f"not checked, because this account may not look: {subjects}",
+        f"a Role that lets it {rules}; or resources.doctor: true, which checks from a step's pod",
+    )
+    return [*(finding for finding in findings if not finding.rule), together]
 
 
 def _exists(path: str, problem: str, remedy: str, missing: type[InputError] = InputError) -> str:

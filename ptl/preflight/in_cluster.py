@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ptl import connections
 from ptl.errors import InputError
 
 SECONDS = 15
+OBJECT = re.compile(r"/api(s/(?P<group>[^/]+))?/[^/]+/namespaces/(?P<namespace>[^/]+)/(?P<resource>[^/]+)")
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # in a pod with a token
 
 
@@ -21,6 +24,14 @@ class DoubtError(InputError):
 
 class NoSuchObjectError(DoubtError):
     """The cluster has no object of that name."""
+
+
+class ForbiddenError(DoubtError):
+    """This account may not look. `rule` is what a role must let it do, such as `get configmaps in team`."""
+
+    def __init__(self, problem: str, rule: str) -> None:
+        super().__init__(problem, remedy=f"a Role must let this account {rule}")
+        self.rule = rule
 
 
 def read(path: str) -> dict[str, Any]:
@@ -52,9 +63,30 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
     try:
         return request(connect(), method, path, body=body, query_params=query, _request_timeout=SECONDS)
     except (config.ConfigException, client.ApiException, HTTPError) as error:
-        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else DoubtError
+        if getattr(error, "status", None) == HTTPStatus.FORBIDDEN:
+            raise ForbiddenError(sentence(error), _rule(path)) from error
+        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == HTTPStatus.NOT_FOUND else DoubtError
         remedy = "check the kubeconfig, or the rights of the account"
         raise kind_of_error(f"not checked: {sentence(error)}", remedy=remedy) from error
+
+
+def _rule(path: str) -> str:
+    """What a role must allow for a path to be read."""
+    match = OBJECT.match(path)
+    if match is None:
+        return f"get {path}"
+    group = f".{match['group']}" if match["group"] else ""
+    return f"get {match['resource']}{group} in {match['namespace']}"
+
+
+def context_namespace() -> str | None:
+    """The namespace of the kubeconfig's current context; None where there is none."""
+    from kubernetes import config
+
+    with contextlib.suppress(config.ConfigException):
+        _, context = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
+        return context["context"].get("namespace") or None
+    return None
 
 
 def sentence(error: Exception) -> str:

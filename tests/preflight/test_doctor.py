@@ -90,8 +90,8 @@ def answers(serve):
     def start(table):
         def answer(request, path, _):
             status, body = table.get(path, (404, {}))
-            refused = request.headers["Authorization"] == "Bearer other"
-            return 401 if refused else status, body.encode() if isinstance(body, str) else body
+            refused = {"Bearer other": 401, "Bearer lesser": 403}.get(request.headers["Authorization"])
+            return refused or status, body.encode() if isinstance(body, str) else body
 
         return serve(answer)
 
@@ -126,9 +126,15 @@ def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, 
     here = partial(doctor.tracking_and_store, config, elsewhere=True)
     assert states(here()) == {"MLflow and store": "warning"}  # a database of this machine
     monkeypatch.setenv("MLFLOW_TRACKING_URI", stack["MLFLOW_TRACKING_URI"])
-    assert states(here()) == {"MLflow": "ok", "store": "ok"}
+    assert states(here()) == {"MLflow": "ok", "store": "ok", "MLflow's pages": "ok"}
+    # A browser that has opened it by a name which the server was not told.
+    monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.org/team")
+    (pages,) = [finding for finding in here() if finding.subject == "MLflow's pages"]
+    assert pages.state == "warning" and "Cross-origin request blocked" in pages.message
+    assert "add https://mlflow.example.org to the server's MLFLOW_SERVER_CORS_ALLOWED_ORIGINS" in pages.remedy
+    monkeypatch.delenv("PTL_MLFLOW_UI")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    assert states(here()) == {"MLflow": "ok", "store": "warning"}
+    assert states(here()) == {"MLflow": "ok", "store": "warning", "MLflow's pages": "ok"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # set, and wrong
     assert states(here()) == {"MLflow": "error"}
 
@@ -229,11 +235,20 @@ def test_what_the_config_names_is_looked_for(kubernetes):
     # Not allowed to look, or nobody there: nothing is wrong for all we know.
     connection.api_key["authorization"] = "Bearer other"
     assert {*states(doctor_cluster.objects(config, "team", "kubeflow")).values()} == {"warning"}
+    connection.api_key["authorization"] = "Bearer lesser"
+    findings = doctor_cluster.cluster(config, None, "team", "kubeflow")
+    (rights,) = [finding for finding in findings if finding.subject == "rights"]
+    assert rights.state == "warning" and "configmap ptl, persistentvolumeclaim ptl-hf-cache" in rights.message
+    rules = (
+        "get configmaps in kubeflow; get configmaps in team; get persistentvolumeclaims in team; get secrets in team"
+    )
+    assert f"a Role that lets it {rules};" in rights.remedy
+    assert [finding.subject for finding in findings if "ptl" in finding.subject] == []
     connection.host = "http://127.0.0.1:9"
     assert {*states(doctor_cluster.objects(config, "team", "kubeflow")).values()} == {"warning"}
 
 
-def test_kubeflows_own_namespace(config, kubernetes):
+def test_kubeflows_own_namespace(config, kubernetes, tmp_path, monkeypatch):
     # As Kubeflow 2.17.0's manifests have it (third-party/argo/base/workflow-controller-configmap-patch.yaml).
     kubeflows = "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"
     for data, state in (
@@ -249,6 +264,17 @@ def test_kubeflows_own_namespace(config, kubernetes):
     for several, subject in ((False, "configmap ptl"), (True, "objects")):
         health = partial(RECORDED.__or__, {"multi_user": several})
         assert subject in states(doctor_cluster.cluster(config, health, None, "kubeflow"))
+    # Else they start where kubectl works.
+    kubeconfig = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "mine"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:9"}}],
+        "users": [{"name": "u", "user": {}}],
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+    monkeypatch.setenv("KUBECONFIG", f"{tmp_path}/kubeconfig")
+    assert in_cluster.context_namespace() == "mine"
+    assert "configmap ptl" in states(doctor_cluster.cluster(config, None, None, "kubeflow"))
 
 
 def test_several_nodes_need_trainer_and_its_runtime(config, kubernetes, monkeypatch):
