@@ -38,6 +38,11 @@ def mlflow_ui() -> str:
     return page(bare(os.environ.get("PTL_MLFLOW_UI") or uri)).rstrip("/") if is_server(uri) else ""
 
 
+def experiments_page(server: str) -> str:
+    """MLflow's list of experiments; what is opened from it stays in the mode of model training."""
+    return f"{server}/#/experiments?{TRAINING}"
+
+
 def runs_page(server: str, experiment: str, run: str = "") -> str:
     """MLflow's page of an experiment's runs, or of one of them. MLflow 3.17 reads only what follows the `#`."""
     return f"{server}/#/experiments/{experiment}/runs{f'/{run}' if run else ''}?{TRAINING}"

@@ -75,7 +75,9 @@ def submit(
             experiment_id=required(created, "experiment_id"),
             display_name=name,
             # MLflow's parent run has the same name.
-            description=f"MLflow: experiment {mlflow_experiment}, run {name}: {ui}" if ui else None,
+            description=f"MLflow: experiment {mlflow_experiment}, run {name}: {address.experiments_page(ui)}"
+            if ui
+            else None,
             pipeline_version_reference=reference,
             runtime_config=V2beta1RuntimeConfig(parameters=given),
             service_account=service_account,

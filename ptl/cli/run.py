@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ptl import __version__, extras, processes
+from ptl import __version__, address, extras, processes
 from ptl.cli import arguments
 from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
 from ptl.cli.configs import checked
@@ -146,7 +146,8 @@ def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artif
         print(f"{run_status.TAKEN_OVER} {', '.join(directory.earlier)}")
     if addresses:
         stop = f"ptl up --stop{arguments.home_option(home)}"
-        print(f"MLflow on {addresses['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `{stop}` stops both")
+        page = address.experiments_page(addresses["MLFLOW_TRACKING_URI"])
+        print(f"MLflow: {page}, checkpoints in {artifacts}; `{stop}` stops both")
 
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float, s3: bool, home: Path) -> None:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 LONGEST = 6000  # characters of a parameter
 VERSIONS = "mlflow.modelVersions"  # tag of a LoggedModel
+REGISTERED_MODEL = (  # the description of a registered model, in Markdown
+    "Checkpoints of Prune-Tune Loop runs: a version for each that an evaluation has accepted, for the control, and for "
+    "each export. The aliases `not-inferior`, `unclear` and `inferior` are at the final model of the newest run with "
+    "that verdict. `ptl fetch models:/NAME/VERSION DIR` copies one."
+)
 
 Tags = dict[str, str]
 Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
@@ -195,7 +200,7 @@ def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: d
     with connected() as client:
         # The first checkpoint that is registered makes the model.
         with ignoring(ALREADY_THERE):
-            client.create_registered_model(registered_model)
+            client.create_registered_model(registered_model, description=REGISTERED_MODEL)
         numbers = _versions_of(client, registered_model, pointer.model_id)
         if not numbers:
             # MLflow may have lost the LoggedModel; the version then has the tag alone.
@@ -206,6 +211,7 @@ def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: d
                 run_id=pointer.run_id or step_run.run_id,
                 tags=ptl_keys(all_tags),
                 model_id=pointer.model_id if known else None,
+                description=_version_description(all_tags),
                 await_creation_for=0,  # it is only a row in a table
             )
             numbers = _versions_of(client, registered_model, pointer.model_id)
@@ -217,6 +223,19 @@ def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: d
                 version = {"name": registered_model, "version": numbers[0]}
                 client.set_logged_model_tags(pointer.model_id, {VERSIONS: json.dumps([version])})
         return numbers[0]
+
+
+def _version_description(tags: dict[str, Any]) -> str:
+    """What a version is, for its page: the step that it comes from, its size and, where it was scored, its score."""
+    if "export" in tags:
+        kind = f"Export {tags['export']} of version {tags['parent_version']}"
+    else:
+        kind = f"Checkpoint that {tags['step']} has scored"
+    size = f"{tags['params']:,} parameters"
+    if "share_removed" in tags:
+        size += f", {float(tags['share_removed']):.1%} of the dense model's removed"
+    score = f" {tags['task']}: {tags['accuracy']} on {tags['items']:,} items." if "accuracy" in tags else ""
+    return f"{kind} in run {tags['run']}: {size}.{score}"
 
 
 def set_alias(registered_model: str, alias: str, version: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ptl import extras, processes
+from ptl.address import experiments_page
 from ptl.errors import InputError, WorkError
 from ptl.extras import AbsentError
 from ptl.lineage import mlflow_client
@@ -110,7 +111,7 @@ def ui(root: Path, port: int) -> NoReturn:
             f"no runs yet in {root} (no {database.name})", field="--ui", remedy="start one with `ptl run CONFIG`"
         )
     _require_free("--mlflow-port", port)
-    print(f"your runs in MLflow: {address(port)}/#/experiments (Ctrl-C stops it)", flush=True)
+    print(f"your runs in MLflow: {experiments_page(address(port))} (Ctrl-C stops it)", flush=True)
     os.environ.update(_mlflow_environment(f"sqlite:///{database}"))
     # In place of this process: Ctrl-C goes to the server itself.
     os.execv(sys.executable, _mlflow_command(port, f"file://{root / 'artifacts'}"))

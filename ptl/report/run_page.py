@@ -83,6 +83,13 @@ def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> 
             client.set_tag(run.parent_run_id, RESULT, beginning[:TAG])
 
 
+def link_final_model(run: StepRun, model_id: str) -> None:
+    """Let the page of the pipeline run list its final model and the versions of it; repeating it changes nothing."""
+    with mlflow_client.connected() as client:
+        if mlflow_objects.existing_models(client, [model_id]):
+            mlflow_objects.log_output(client, run.parent_run_id, model_id, step=0)
+
+
 def result_metrics(result: Result) -> dict[str, float]:
     """The final model in numbers: its score, what was removed, and p beside the dense one."""
     metrics = {"final/removed": result.final.share_removed}

@@ -53,6 +53,7 @@ def report(call: Call) -> None:
         # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
         run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
+        run_page.link_final_model(step.run, final.model_id)
         if call.settings["registered_model"]:
             _register_exports(step, records, final)
             _set_alias(step, records, final, result)

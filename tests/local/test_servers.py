@@ -124,6 +124,6 @@ def test_the_ui_is_mlflow_over_the_local_database(tmp_path, monkeypatch, capsys)
         servers.ui(tmp_path, port)
     (tmp_path / "mlflow.db").touch()
     servers.ui(tmp_path, port)
-    assert f"http://127.0.0.1:{port}/#/experiments " in capsys.readouterr().out
+    assert f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning " in capsys.readouterr().out
     assert {f"--port={port}", f"--default-artifact-root=file://{tmp_path}/artifacts"} <= set(started)
     assert os.environ["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"

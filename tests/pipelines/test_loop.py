@@ -87,6 +87,7 @@ def test_an_export_is_published_scored_and_registered(finished, result, client):
     assert set(export["speed"]["models"]) == {"dense", "dense_export", "final", "final_export"}
     (version,) = client.search_model_versions("tags.`ptl.export` = 'gguf-q8_0'")
     assert version.tags["ptl.model_id"] == record["pointer"]["model_id"] and version.source == record["pointer"]["uri"]
+    assert version.description.startswith("Export gguf-q8_0 of version 2 in run ")
 
 
 def test_the_final_checkpoint_is_ordinary_and_generates(finished, client, ptl, tmp_path):
@@ -118,7 +119,11 @@ def test_a_version_says_where_it_comes_from(finished, result, client):
     assert last["ptl.criterion"] and versions["control-evaluate"].tags["ptl.arm"] == "control"
     assert [versions[step].tags["ptl.parent_version"] for step in EXPORTS] == ["2"] * len(EXPORTS)
     alias = result["paired"]["tiny_reasoner"]["dense"]["verdict"].replace(" ", "-")
-    assert client.get_model_version_by_alias("tiny", alias).version == versions["evaluate-2"].version
+    best = client.get_model_version_by_alias("tiny", alias)
+    assert best.version == versions["evaluate-2"].version
+    assert best.description.startswith("Checkpoint that evaluate-2 has scored in run ")
+    assert f"{result['final']['params']:,} parameters" in best.description and "tiny_reasoner: " in best.description
+    assert "Prune-Tune Loop" in client.get_registered_model("tiny").description
 
 
 def test_mlflow_shows_the_lineage_and_the_result(finished, result, client):
@@ -132,6 +137,7 @@ def test_mlflow_shows_the_lineage_and_the_result(finished, result, client):
     assert parents == {parent.info.run_id}
     made = {name: run.outputs.model_outputs for name, run in runs.items() if run.outputs and run.outputs.model_outputs}
     made = {name: outputs[0].model_id for name, outputs in made.items()}
+    assert made.pop("parent") == made["recover-2"]
     assert set(made) == {name for name in (*CHAIN, *CONTROL, *EXPORTS) if "evaluate" not in name}
     assert runs["recover-1"].inputs.model_inputs[0].model_id == made["prune-1"]
     assert runs["evaluate-1"].inputs.model_inputs[0].model_id == made["recover-1"]

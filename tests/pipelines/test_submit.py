@@ -173,7 +173,10 @@ def test_the_description_names_the_run_in_mlflow_which_may_be_away(world, go, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9/base/")
     assert go(wait=False) == 0
     name = world.runs[0]["display_name"]
-    assert world.runs[0]["description"] == f"MLflow: experiment ptl, run {name}: http://127.0.0.1:9/base"
+    assert (
+        world.runs[0]["description"]
+        == f"MLflow: experiment ptl, run {name}: http://127.0.0.1:9/base/#/experiments?workflowType=machine_learning"
+    )
 
 
 def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
