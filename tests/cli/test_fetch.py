@@ -39,7 +39,7 @@ def ptl(*arguments):
     """The output of a command that succeeds, as one line; its errors are raised."""
     done = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return " ".join(done.output.split())
+    return " ".join(done.stdout.split())
 
 
 def made(folder, *, root=None, experiment="e", done=True):
