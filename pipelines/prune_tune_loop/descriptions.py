@@ -131,13 +131,18 @@ def _default(value: Any) -> str:
 
 
 def _commit() -> str:
-    """The commit of ptl, where it runs from its checkout."""
+    """The commit of ptl, with `-dirty` where files were changed since, if it runs from its checkout."""
     root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # An installed package may be within somebody else's checkout.
+        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
+            return ""
+        return f", commit {git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')}"
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return ""
-    folder, commit = done.stdout.splitlines()
-    # An installed package may be within somebody else's checkout.
-    return f", commit {commit}" if Path(folder) == root.resolve() else ""

@@ -130,12 +130,13 @@ def workflow(namespace: str, run_id: str) -> str:
 
 
 def _last_words(log: str) -> str:
-    """Why a driver ended, from its log; empty where it does not say so or this account may not read it."""
+    """Why a driver ended, from its log; empty where it does not say so or cannot be read."""
     from kubernetes.client import ApiException
+    from urllib3.exceptions import HTTPError
 
     query = [("container", "main"), ("tailLines", "20")]
     options = {"query_params": query, "_preload_content": False, "_request_timeout": in_cluster.SECONDS}
-    with suppress(ApiException):
+    with suppress(ApiException, HTTPError):
         lines = [
             line.decode(errors="replace") for line in in_cluster.request(in_cluster.connect(), "GET", log, **options)
         ]

@@ -212,7 +212,8 @@ def _fails_again(tasks: Mapping[str, Any], pods: Mapping[str, Pod], retried: dat
         return False
     failed = [pod.created for pod in pods.values() if pod.is_driver and pod.has_failed_by_itself]
     failed += [task.end_time for name, task in tasks.items() if name.endswith("-driver") and task.state == "FAILED"]
-    return any(0 <= (time - retried).total_seconds() < SOON for time in failed)
+    # A task may have ended without a time.
+    return any(0 <= (time - retried).total_seconds() < SOON for time in failed if time)
 
 
 def _tasks(run: Any) -> dict[str, Any]:

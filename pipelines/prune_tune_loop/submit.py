@@ -126,14 +126,17 @@ def _upload_pipeline(api: Api, config: Config) -> Any:
 
 
 def _pipeline_id(api: Api, name: str, description: str) -> str:
-    """The id of the pipeline with this name, which is created with the description when there is none.
+    """The id of the pipeline with this name, which is created when there is none.
+
+    Its description is never changed again, so it says that it is that of the first version.
 
     `kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines.
     """
     from kfp_server_api import V2beta1Pipeline
 
     def create() -> str:
-        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace, description=description)
+        of_first = f"Each version has a description of its own. The first one:\n\n{description}"
+        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace, description=of_first)
         return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
 
     def find() -> list[str]:

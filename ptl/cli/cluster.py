@@ -173,11 +173,13 @@ def status(
 
 def cancel(server: Server, run_id: RunId) -> None:
     """Cancel a run; its finished steps are kept, and `ptl retry` resumes from them."""
+    doing(f"asking Kubeflow to end {run_id}")
     raise typer.Exit(follow.cancel(run_id, server, say=_say))
 
 
 def retry(server: Server, run_id: RunId, wait: Wait = False, timeout: Timeout = None) -> None:
     """Run the unfinished steps of a failed or canceled run again."""
+    doing(f"asking Kubeflow for {run_id}")
     raise typer.Exit(follow.retry(run_id, server, wait=wait, timeout=timeout, say=_say))
 
 

@@ -319,7 +319,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="overwrite the files if they exist")] = False,
 ) -> None:
     """Write a first config for a model, with comments: sizes, schedule, data, and what fits on your GPUs."""
-    doing(f"reading the config of {model}, and its rows")
+    doing(f"reading the config of {model}{', and rows' if data or benchmark else ''}")
     from ptl.preflight import machine, starter, starter_benchmark, starter_rows
     from ptl.preflight.forecast_model import GPUS, NO_GPU, USUAL_GPU
 
@@ -364,6 +364,8 @@ def init(
     print(*(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", text.splitlines())), sep="\n")
     print(written.amount.sentence)
     # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
+    if items is not None and items.note:
+        warn([items.note])
     warn([*([rows.unused] if rows and rows.unused else []), *written.amount.warnings(PER_PARAMETER)])
     if FILL_IN in text:
         print(f"Fill in first, where it says {FILL_IN}")
@@ -373,13 +375,13 @@ def init(
 def _check_benchmark(items: Benchmark, config: Path, data: str | None, *, force: bool) -> None:
     """Raise InputError where a file would be overwritten, or where the rows are those of the training."""
     task_file = items.task_file(config)
-    for file in (task_file, task_file.with_name(BOXED.name)):
+    code_files = [task_file.with_name(BOXED.name)] if items.grade == "boxed" else []
+    for file in (task_file, *code_files):
         if file.exists() and not force:
-            raise InputError(
-                f"{file} exists",
-                field="--eval",
-                remedy=f"give --force to overwrite it, or --task {task_file} to use it",
-            )
+            remedy = "give --force to overwrite it"
+            if file == task_file:
+                remedy += f", or --task {task_file} to use it"
+            raise InputError(f"{file} exists", field="--eval", remedy=remedy)
     if data and Path(data).exists() and items.file.samefile(data):
         raise InputError(
             f"{data} is also what --data names, and rows of a benchmark are left out of the training",

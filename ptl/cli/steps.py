@@ -15,7 +15,7 @@ from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetF
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import plan
-from ptl.log import on_terminal
+from ptl.log import doing, on_terminal
 
 
 def import_model(
@@ -24,6 +24,7 @@ def import_model(
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
     """Check a checkpoint, including its weights, and copy it."""
+    doing(f"loading libraries to import {source}")
     from ptl.model.hub import import_checkpoint
 
     check_free(dst)
@@ -42,6 +43,7 @@ def prune(
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
+    doing(f"loading libraries to prune {src}")
     from ptl.preflight.target import resolved, to_remove
     from ptl.pruning.prune import prune_checkpoint
 
@@ -81,6 +83,7 @@ def recover(
     Rows that share text with the config's benchmarks are left out where lm-evaluation-harness is installed.
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
+    doing(f"loading libraries to train {src}")
     from ptl.data import checks
     from ptl.evaluation import task_files
     from ptl.evaluation.evaluate import write_items
@@ -115,6 +118,7 @@ def recover(
 
 def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, sets: Overrides) -> None:
     """Score a checkpoint on the config's tasks; writes scores.json and items.jsonl."""
+    doing(f"loading libraries to score {src}")
     from ptl.evaluation.evaluate import evaluate_checkpoint
 
     settings = load_config(config, pairs("--set", sets))

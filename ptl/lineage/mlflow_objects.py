@@ -226,11 +226,11 @@ def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: d
 
 
 def _version_description(tags: dict[str, Any]) -> str:
-    """What a version is, for its page: the step that it comes from, its size and, where it was scored, its score."""
+    """What a version is, for its page: the step that has registered it, its size and its score, if it has one."""
     if "export" in tags:
         kind = f"Export {tags['export']} of version {tags['parent_version']}"
     else:
-        kind = f"Checkpoint that {tags['step']} has scored"
+        kind = f"Checkpoint that {tags['step']} has registered"
     size = f"{tags['params']:,} parameters"
     if "share_removed" in tags:
         size += f", {float(tags['share_removed']):.1%} of the dense model's removed"

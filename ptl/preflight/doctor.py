@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 from ptl import address, connections
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError
-from ptl.lineage import mlflow_client, mlflow_objects
+from ptl.lineage import mlflow_client, mlflow_objects, run_status
 from ptl.preflight.in_cluster import DoubtError, ForbiddenError
 from ptl.storage import s3
 from ptl.units import size
 
 # Somebody waits, and a redirect leads to a login page.
-BRIEF = mlflow_client.ASKING | {"MLFLOW_ALLOW_HTTP_REDIRECTS": "false"}
+BRIEF = run_status.WATCHING | {"MLFLOW_ALLOW_HTTP_REDIRECTS": "false"}
 
 State = Literal["ok", "warning", "error"]
 
@@ -92,6 +92,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
 def mlflow(config: Config) -> str:
     """MLflow takes a run from this user."""
     name = config.storage.experiment
+    mlflow_client.ask()
     with mlflow_client.briefly(BRIEF), mlflow_client.connected() as client:
         experiment = mlflow_objects.experiment(client, name, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")

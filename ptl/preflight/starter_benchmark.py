@@ -63,8 +63,9 @@ class Benchmark:
     source: DataSource  # with the templates of prompt and answer
     grade: Grade
     num_items: int
-    longest: int  # answer, in characters
+    longest: int  # answer, in bytes of UTF-8: letters of some scripts are a token each
     line_break: str  # that no answer has: one, two in a row, or empty where some have both
+    note: str = ""  # a warning where most answers are numbers, and all are graded as texts
 
     @property
     def name(self) -> str:
@@ -157,7 +158,9 @@ def read(name: str, columns: str | None, grade: Grade | None, of_data: str | Non
     if chosen == "number":
         _check_numbers(answers, source)
     absent = [text for text in ("\n", "\n\n") if not any(text in answer for answer in answers)]
-    return Benchmark(file, source, chosen, len(answers), max(map(len, answers)), absent[0] if absent else "")
+    longest = max(len(answer.encode()) for answer in answers)
+    note = _note(answers) if chosen == "text" and grade is None else ""
+    return Benchmark(file, source, chosen, len(answers), longest, absent[0] if absent else "", note)
 
 
 def _file(source: DataSource) -> Path:
@@ -242,6 +245,18 @@ def _grade(answers: list[str]) -> Grade:
     if all(WHOLE_NUMBER.fullmatch(_result(answer)) for answer in answers):
         return "number"
     return "text"
+
+
+def _note(answers: list[str]) -> str:
+    """A warning that names the first answer that is no number, where more than half of them are some."""
+    others = [number for number, answer in enumerate(answers, 1) if not WHOLE_NUMBER.fullmatch(_result(answer))]
+    if 2 * len(others) >= len(answers):
+        return ""
+    first = _result(answers[others[0] - 1])[:40]
+    return (
+        f"{FIELD}: row {others[0]} ({first!r}) and {len(others) - 1} more are no numbers, so that all answers are "
+        f"compared as texts; correct them, or give {GRADE} text"
+    )
 
 
 def _check_numbers(answers: list[str], source: DataSource) -> None:

@@ -112,7 +112,8 @@ def _warn_of_truncated_answers(scores: Metadata) -> None:
             say(
                 "evaluate-0",
                 f"warning: {task['truncated']:.0%} of the dense model's answers on {task['task']} hit the token limit, "
-                "so its accuracy says little; raise the task's max_new_tokens and start again",
+                "so its accuracy says little; raise the task's max_new_tokens and start again, unless this is a "
+                "rehearsal, which lowers it",
             )
 
 

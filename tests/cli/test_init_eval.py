@@ -178,6 +178,18 @@ def test_the_answers_choose_the_grading_unless_an_option_does(init):
         assert found == grade, (answers, options)
 
 
+def test_rows_that_keep_the_rest_from_being_graded_as_numbers_are_named(init):
+    note = "warning: --eval: row 3 ('12 km') and 0 more are no numbers, so that all answers are compared as texts"
+    for answers, options, is_named in (
+        (["1", "2", "#### 12 km"], [], True),
+        (["1", "2", "12 km"], ["--grade", "text"], False),
+        (["one", "two", "3"], [], False),
+    ):
+        write("test.jsonl", *({"question": "Q", "answer": answer} for answer in answers))
+        _, _, said = init("--eval", "test.jsonl", *options)
+        assert (note in said) == is_named, said
+
+
 def test_how_an_answer_ends_follows_the_rows_and_the_chat(init, tmp_path):
     def written(answer, *options, model=DENSE):
         write("test.jsonl", {"question": "Q", "answer": answer})
@@ -262,3 +274,7 @@ def test_files_that_are_none_or_exist_are_refused(ptl):
     remedy = "give --force to overwrite it, or --task mine-eval.yaml to use it"
     refused(ptl, f"--eval: mine-eval.yaml exists; {remedy}", "--eval", "test.jsonl")
     assert Path("mine-eval.yaml").read_text() == "mine"
+    # Code is written for boxes only, into a folder of its own.
+    Path("boxed.py").touch()
+    code, said = ptl("init", DENSE, "-o", "other.yaml", "--gpu", "none", "--eval", "test.jsonl")
+    assert code == 0, said

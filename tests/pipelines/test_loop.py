@@ -121,7 +121,7 @@ def test_a_version_says_where_it_comes_from(finished, result, client):
     alias = result["paired"]["tiny_reasoner"]["dense"]["verdict"].replace(" ", "-")
     best = client.get_model_version_by_alias("tiny", alias)
     assert best.version == versions["evaluate-2"].version
-    assert best.description.startswith("Checkpoint that evaluate-2 has scored in run ")
+    assert best.description.startswith("Checkpoint that evaluate-2 has registered in run ")
     assert f"{result['final']['params']:,} parameters" in best.description and "tiny_reasoner: " in best.description
     assert "Prune-Tune Loop" in client.get_registered_model("tiny").description
 

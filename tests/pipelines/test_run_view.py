@@ -42,10 +42,15 @@ NO_CONTAINER = "its driver failed: no container of the step was started"
 def look(history, records=None, pods=None, names=NAMES, tasks=()):
     """A run that has had these states, one a minute, looked at in the fifth; it is in the last one.
 
-    `tasks` are what Kubeflow lists: name, state and the minute of the end.
+    `tasks` are what Kubeflow lists: name, state and the minute of the end, if it says one.
     """
     listed = [
-        SimpleNamespace(display_name=name, state=state, end_time=BEGIN + minute * MINUTE)
+        SimpleNamespace(
+            display_name=name,
+            state=state,
+            start_time=BEGIN,
+            end_time=None if minute is None else BEGIN + minute * MINUTE,
+        )
         for name, state, minute in tasks
     ]
     moments = enumerate(history.split())
@@ -59,6 +64,12 @@ def look(history, records=None, pods=None, names=NAMES, tasks=()):
     }
     run = SimpleNamespace(state_history=entries, **about)
     return run_view.view(run, names, records, pods or {}, lambda command: f"see {command}")
+
+
+def test_a_driver_that_fails_within_a_minute_of_the_retry_fails_again():
+    for minute, again in ((2, True), (1, False), (3, False), (None, False)):
+        run = look("RUNNING FAILED RUNNING FAILED", tasks=[("prune-1-driver", "FAILED", minute)])
+        assert run.fails_again == again, minute
 
 
 def test_the_states_of_steps(monkeypatch):
