@@ -57,7 +57,10 @@ def submit(
     mlflow_experiment = given.get("experiment", config.storage.experiment)
     ui = address.mlflow_ui()  # empty where no MLflow server is set here
     earlier: list[str] = []
-    if ui and not fresh and "earlier_runs" not in given:
+    looks_for_earlier = not fresh and "earlier_runs" not in given
+    if looks_for_earlier and not ui:
+        say("steps of earlier runs are not taken over: MLFLOW_TRACKING_URI, which would find them, is not set")
+    elif looks_for_earlier:
         # No MLflow must not prevent the start.
         with suppress(PtlError):
             earlier = run_status.unfinished(config.name)

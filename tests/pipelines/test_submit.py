@@ -174,10 +174,8 @@ def test_the_description_names_the_run_in_mlflow_which_may_be_away(world, go, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9/base/")
     assert go(wait=False) == 0
     name = world.runs[0]["display_name"]
-    assert (
-        world.runs[0]["description"]
-        == f"MLflow: experiment ptl, run {name}: http://127.0.0.1:9/base/#/experiments?workflowType=machine_learning"
-    )
+    link = "http://127.0.0.1:9/base/#/experiments?workflowType=machine_learning"
+    assert world.runs[0]["description"] == f"MLflow: experiment ptl, run {name}: {link}"
 
 
 def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
@@ -188,6 +186,10 @@ def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkey
     named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]
     assert named == ["new old", None, "mine"]
     assert len([line for line in said if "may be taken over from new, old (--new: from none)" in line]) == 1
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert go(wait=False) == 0 and any(
+        "MLFLOW_TRACKING_URI, which would find them, is not set" in line for line in said
+    )
 
 
 def test_the_commands_pass_their_options_on(world, monkeypatch):
