@@ -170,10 +170,10 @@ def view(
         if not is_old:
             current[name] = record
     tasks = _tasks(run)
-    # A list that has stopped is right about what has ended. Before the first step it is short, and goes on.
-    goes_on = ROOT_DRIVER in tasks and (len(names) <= LISTED or tasks.keys().isdisjoint(names))
-    is_known = records is not None or goes_on
-    listed = _listed(tasks, retried, goes_on and run.state not in ENDED)
+    # A list that has stopped is right about what has ended. Before the first step it is short, and complete.
+    is_complete = ROOT_DRIVER in tasks and (len(names) <= LISTED or tasks.keys().isdisjoint(names))
+    is_known = records is not None or is_complete
+    listed = _listed(tasks, retried, is_complete and run.state not in ENDED)
     situation = _Situation(run.state, is_canceled, current, is_known, listed, pods, look)
     steps = []
     if ROOT_DRIVER in pods and not current and set(pods) == {ROOT_DRIVER}:
@@ -222,8 +222,8 @@ def _tasks(run: Any) -> dict[str, Any]:
     return {task.display_name: task for task in (details and details.task_details) or []}
 
 
-def _listed(tasks: Mapping[str, Any], retried: datetime | None, goes_on: bool) -> dict[str, str]:
-    """The states of tasks by Kubeflow's list: of those that have ended, and if it `goes_on` of those at work."""
+def _listed(tasks: Mapping[str, Any], retried: datetime | None, is_complete: bool) -> dict[str, str]:
+    """The states of tasks by Kubeflow's list: of those that have ended, and if it `is_complete` of those at work."""
     # A task is RUNNING while the pod of its executor is PENDING, and of executors the list has no tasks.
     is_pending = any(name.startswith("executor(") and task.state == "PENDING" for name, task in tasks.items())
     states = {}
@@ -231,7 +231,7 @@ def _listed(tasks: Mapping[str, Any], retried: datetime | None, goes_on: bool) -
         failed_before = retried and task.state == "FAILED" and task.end_time and task.end_time < retried
         if task.state == "SUCCEEDED" or (task.state == "FAILED" and not failed_before):
             states[name] = task.state
-        elif task.state == "RUNNING" and goes_on:
+        elif task.state == "RUNNING" and is_complete:
             states[name] = "PENDING" if is_pending else "RUNNING"
     # Of a task whose driver failed the list has no state.
     drivers = [name for name, state in states.items() if name.endswith("-driver") and state == "FAILED"]

@@ -363,10 +363,9 @@ def init(
     # The comment at the head of the file says what it will take.
     print(*(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", text.splitlines())), sep="\n")
     print(written.amount.sentence)
+    of_rows = [items.note if items else "", rows.unused if rows else ""]
     # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
-    if items is not None and items.note:
-        warn([items.note])
-    warn([*([rows.unused] if rows and rows.unused else []), *written.amount.warnings(PER_PARAMETER)])
+    warn([*filter(None, of_rows), *written.amount.warnings(PER_PARAMETER)])
     if FILL_IN in text:
         print(f"Fill in first, where it says {FILL_IN}")
     print(NEXT.format(shlex.quote(str(file))))

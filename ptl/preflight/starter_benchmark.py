@@ -242,14 +242,17 @@ def _grade(answers: list[str]) -> Grade:
     """By box where every answer has one, by number where every result is one, else by text."""
     if all(BOX in answer for answer in answers):
         return "boxed"
-    if all(WHOLE_NUMBER.fullmatch(_result(answer)) for answer in answers):
-        return "number"
-    return "text"
+    return "text" if _rows_without_number(answers) else "number"
+
+
+def _rows_without_number(answers: list[str]) -> list[int]:
+    """The numbers of the rows, from 1, whose results are no numbers."""
+    return [row for row, answer in enumerate(answers, 1) if not WHOLE_NUMBER.fullmatch(_result(answer))]
 
 
 def _note(answers: list[str]) -> str:
     """A warning that names the first answer that is no number, where more than half of them are some."""
-    others = [number for number, answer in enumerate(answers, 1) if not WHOLE_NUMBER.fullmatch(_result(answer))]
+    others = _rows_without_number(answers)
     if 2 * len(others) >= len(answers):
         return ""
     first = _result(answers[others[0] - 1])[:40]
@@ -261,13 +264,14 @@ def _note(answers: list[str]) -> str:
 
 def _check_numbers(answers: list[str], source: DataSource) -> None:
     """Raise InputError for the first answer that is no number."""
-    for number, answer in enumerate(answers, 1):
-        if not WHOLE_NUMBER.fullmatch(_result(answer)):
-            raise InputError(
-                f"number, and the answer of row {number} of {source.source} is none: {_result(answer)[:40]!r}",
-                field=GRADE,
-                remedy=f"correct the row, or give {GRADE} text",
-            )
+    others = _rows_without_number(answers)
+    if others:
+        first = _result(answers[others[0] - 1])[:40]
+        raise InputError(
+            f"number, and the answer of row {others[0]} of {source.source} is none: {first!r}",
+            field=GRADE,
+            remedy=f"correct the row, or give {GRADE} text",
+        )
 
 
 def _jinja(template: str) -> str:

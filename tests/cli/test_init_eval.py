@@ -10,6 +10,7 @@ import yaml
 from bodies import PUBLISHED
 from chats import tokenizer_with
 from checkout import DENSE, EXAMPLE, ROOT
+from grading import outcomes
 
 from ptl.config.run import Evaluate, Speed, Task, load_config
 from ptl.evaluation import scoring, tasks
@@ -89,15 +90,7 @@ def graded(file, *answers, allow_code=False):
 def graded_by(file, wanted, *answers):
     (spec,) = find(str(file))
     task = scoring.load_task(spec, wanted.tasks[0], wanted, seed=0)
-    task.build_all_requests(limit=1)
-    (instance,) = task.instances
-    scores = []
-    for answer in answers:
-        instance.resps = [answer]
-        task.apply_filters()
-        (filtered,) = instance.filtered_resps.values()
-        scores += task.process_results(instance.doc, [filtered]).values()
-    return scores
+    return [score for scores in outcomes(task, answers) for score in scores.values()]
 
 
 @pytest.mark.parametrize(

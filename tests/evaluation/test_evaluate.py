@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from checkout import DENSE, EXAMPLE, ROOT
+from grading import outcomes
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
@@ -178,15 +179,7 @@ def graded(name, data_dir, *answers):
     """The harness's task, and what it makes of each answer to its first item."""
     wanted = settings({"name": name, "metric": "acc"}, data_dir=str(data_dir), allow_code=True)
     task = scoring.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
-    task.build_all_requests(limit=1)
-    (instance,) = task.instances
-    scores = []
-    for answer in answers:
-        instance.resps = [answer]
-        task.apply_filters()
-        (filtered,) = instance.filtered_resps.values()
-        scores.append(next(iter(task.process_results(instance.doc, [filtered]).values())))
-    return task, scores
+    return task, [next(iter(scores.values())) for scores in outcomes(task, answers)]
 
 
 SUITE = ROOT / "examples/math_suite"
