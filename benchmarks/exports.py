@@ -32,8 +32,8 @@ from ptl.config.chat import NO_CHAT
 from ptl.config.export import TYPES, Export
 from ptl.config.run import Evaluate, Speed
 from ptl.config.schedule import Prune, Schedule
-from ptl.evaluation.gguf import gguf_speed
 from ptl.evaluation.language_models import language_model
+from ptl.evaluation.llama_cpp import gguf_speed
 from ptl.export.formats import module_of
 from ptl.model import dimensions
 from ptl.model.pretrained import load_tokenizer

@@ -46,7 +46,7 @@ from ptl.data.sequences import tokenize
 from ptl.data.sources import SourceRow
 from ptl.evaluation import paired
 from ptl.evaluation.evaluate import SCORES, read_items, write_items
-from ptl.evaluation.gguf import gguf_speed
+from ptl.evaluation.llama_cpp import gguf_speed
 from ptl.export.gguf import write_gguf
 from ptl.model.pretrained import load_tokenizer
 from ptl.recovery.answers import in_place_of, write_answers

@@ -9,7 +9,7 @@ from checkout import TINY
 from ptl import address
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
-from ptl.steps import reporting
+from ptl.steps import records
 from ptl.steps.call import Call
 
 LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI")
@@ -73,12 +73,12 @@ def test_no_login_follows_a_redirect(noting, ptl, monkeypatch):
 def test_the_webhook_is_not_redirected(noting, monkeypatch, capsys):
     other, seen_by_other = noting(200)
     url, _ = noting(307, [("Location", f"{other}/hook")])
-    monkeypatch.setenv(reporting.WEBHOOK, f"{url}/secret")
+    monkeypatch.setenv(records.WEBHOOK, f"{url}/secret")
     monkeypatch.setenv("PTL_RUN_ID", "run")
-    monkeypatch.setattr(reporting, "_fail_in_mlflow", lambda *_: None)
-    reporting.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    monkeypatch.setattr(records, "_fail_in_mlflow", lambda *_: None)
+    records.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
     shown = capsys.readouterr().out
-    assert seen_by_other == [] and f"it redirects to {urlsplit(other).hostname}; set {reporting.WEBHOOK}" in shown
+    assert seen_by_other == [] and f"it redirects to {urlsplit(other).hostname}; set {records.WEBHOOK}" in shown
     assert "secret" not in shown and "/hook" not in shown
 
 
@@ -91,9 +91,9 @@ def test_the_webhook_is_not_redirected(noting, monkeypatch, capsys):
     ],
 )
 def test_what_keeps_the_webhook_from_hearing_does_not_show_its_path(url, why, noting, monkeypatch, capsys):
-    monkeypatch.setenv(reporting.WEBHOOK, url.format(server=noting(404)[0]))
+    monkeypatch.setenv(records.WEBHOOK, url.format(server=noting(404)[0]))
     monkeypatch.setenv("PTL_RUN_ID", "run")
-    monkeypatch.setattr(reporting, "_fail_in_mlflow", lambda *_: None)
-    reporting.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    monkeypatch.setattr(records, "_fail_in_mlflow", lambda *_: None)
+    records.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
     shown = capsys.readouterr().out
     assert f"could not be reported to the webhook: {why}" in shown and "secret" not in shown

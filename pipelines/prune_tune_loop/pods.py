@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from ptl.preflight import in_cluster
+from ptl import kubernetes
 from ptl.steps.trainjob import STARTING, waiting
 
 Json = dict[str, Any]
@@ -103,14 +103,14 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
     api = f"/api/v1/namespaces/{namespace}"
     run = f"pipeline/runid={run_id}"
     pods: dict[str, Pod] = {}
-    for entry in in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"):
+    for entry in kubernetes.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"):
         step, is_driver = _step_of(entry["metadata"].get("annotations", {}).get(NODE, ""))
         if step:
             pod = _pod(entry, f"{api}/events", is_driver)
             pods[step] = max(pod, pods.get(step, pod), key=lambda pod: pod.created)
     # An account that may not list them still has the pods.
-    with suppress(in_cluster.DoubtError):
-        for each in in_cluster.objects(WORKFLOWS.format(namespace), labelSelector=run):
+    with suppress(kubernetes.DoubtError):
+        for each in kubernetes.objects(WORKFLOWS.format(namespace), labelSelector=run):
             pods = _with_nodes(pods, _nodes(each.get("status", {})))
     for step, pod in pods.items():
         if pod.is_driver and pod.has_failed_by_itself and pod.name:
@@ -120,7 +120,7 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
 
 def workflow(namespace: str, run_id: str) -> str:
     """What Argo says of a run as a whole, as that it waits for others. Raises errors of any kind, as `read` does."""
-    found = in_cluster.objects(WORKFLOWS.format(namespace), labelSelector=f"pipeline/runid={run_id}")
+    found = kubernetes.objects(WORKFLOWS.format(namespace), labelSelector=f"pipeline/runid={run_id}")
     if not found:
         return "its workflow is not there"
     status = found[-1].get("status", {})
@@ -135,10 +135,10 @@ def _last_words(log: str) -> str:
     from urllib3.exceptions import HTTPError
 
     query = [("container", "main"), ("tailLines", "20")]
-    options = {"query_params": query, "_preload_content": False, "_request_timeout": in_cluster.SECONDS}
+    options = {"query_params": query, "_preload_content": False, "_request_timeout": kubernetes.SECONDS}
     with suppress(ApiException, HTTPError):
         lines = [
-            line.decode(errors="replace") for line in in_cluster.request(in_cluster.connect(), "GET", log, **options)
+            line.decode(errors="replace") for line in kubernetes.request(kubernetes.connect(), "GET", log, **options)
         ]
         found = [match[1] for match in map(FATAL.match, lines) if match]
         # The cause comes last.
@@ -205,7 +205,7 @@ def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
     if reason in STARTING:
         selector = f"involvedObject.name={metadata['name']},type=Warning"
         # The newest is the last one.
-        for event in sorted(in_cluster.objects(events, fieldSelector=selector), key=_time_of_event):
+        for event in sorted(kubernetes.objects(events, fieldSelector=selector), key=_time_of_event):
             reason, message = event["reason"], event["message"]
     # A pull that failed is ErrImagePull and ImagePullBackOff by turns: one reason, with the message of the first.
     reason = reason.replace("ErrImagePull", "ImagePullBackOff")

@@ -25,8 +25,8 @@ from ptl.cli.arguments import CONFIG_HELP, HOME, AsJson, Home, Servers, TargetFo
 from ptl.config.export import TYPES
 from ptl.config.run import load_config
 from ptl.errors import InputError
-from ptl.lineage import locate, retention
-from ptl.lineage.retention import StoredFiles
+from ptl.lineage import locate
+from ptl.lineage.gc import DAY, StoredFiles, delete_files, inventory
 from ptl.local import runs
 from ptl.log import doing
 from ptl.storage import local_files, store
@@ -237,7 +237,7 @@ def gc(
     removed: list[StoredFiles] = []
     # Wrong names are refused before anything is deleted.
     given_up = [locate.find_run(name)[0].id for name in run]
-    experiments = retention.inventory(experiment, given_up, older_than)
+    experiments = inventory(experiment, given_up, older_than)
     with contextlib.ExitStack() as stack, arguments.printing_json(as_json):
         for files in experiments:
             print(f"experiment {files.name}, in {files.location}")
@@ -247,7 +247,7 @@ def gc(
             if delete:
                 _hold(stack, home, {stored.run for stored in unneeded})
                 for stored in unneeded:
-                    retention.delete(files, stored)
+                    delete_files(files, stored)
     num_bytes = sum(stored.bytes for stored in removed)
     if as_json:
         arguments.print_json({"deleted": delete, "bytes": num_bytes, "experiments": list(map(asdict, experiments))})
@@ -274,7 +274,7 @@ def _print_list(stored: list[StoredFiles]) -> None:
             if files.needed:
                 kept_bytes[files.needed] += files.bytes
                 continue
-            days = (time.time() - files.changed) / retention.DAY
+            days = (time.time() - files.changed) / DAY
             print(f"    can go {size(files.bytes):>9} {files.step:16} {days:6.1f} days")
         for reason, num_bytes in kept_bytes.items():
             print(f"    kept   {size(num_bytes):>9} {reason}")

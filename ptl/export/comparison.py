@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError
-from ptl.evaluation.gguf import checked_tokens
+from ptl.evaluation.llama_cpp import checked_tokens
 from ptl.model import axes, checkpoint, pretrained, text_tower
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
 

@@ -16,7 +16,7 @@ from ptl.config.chat import Chat
 from ptl.config.export import gguf_name
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError, WorkError
-from ptl.evaluation.gguf import gguf_language_model, gguf_speed
+from ptl.evaluation.llama_cpp import gguf_language_model, gguf_speed
 from ptl.export import comparison, converter
 from ptl.model import axes, checkpoint, llama_runtime, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from ptl import address, connections
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError
+from ptl.kubernetes import DoubtError, ForbiddenError
 from ptl.lineage import mlflow_client, mlflow_objects, run_status
-from ptl.preflight.in_cluster import DoubtError, ForbiddenError
 from ptl.storage import s3
 from ptl.units import size
 

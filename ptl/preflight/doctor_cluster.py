@@ -9,14 +9,13 @@ from typing import Any
 
 import yaml
 
-from ptl import connections, processes
+from ptl import connections, kubernetes, processes
 from ptl.config.cluster import TRAINED
 from ptl.config.image_names import with_options
 from ptl.config.run import Config, check
 from ptl.errors import InputError
-from ptl.preflight import in_cluster
+from ptl.kubernetes import DoubtError, NoSuchObjectError
 from ptl.preflight.doctor import Finding, as_finding, step_environment, tracking_and_store
-from ptl.preflight.in_cluster import DoubtError, NoSuchObjectError
 
 OLDEST = "2.14"  # release of Kubeflow Pipelines
 CONTROLLER = "workflow-controller-configmap"  # Argo's, in the namespace of Kubeflow
@@ -44,7 +43,7 @@ def cluster(config: Config, health: Health | None, namespace: str | None, kubefl
         # Where nobody names a profile, pods start beside Kubeflow, unless it has several users.
         if namespace is None and findings[-1].state != "error" and health().get("multi_user") is False:
             namespace = kubeflow_namespace
-    namespace = namespace or in_cluster.context_namespace()
+    namespace = namespace or kubernetes.context_namespace()
     return [*findings, *_forbidden_together(objects(config, namespace, kubeflow_namespace))]
 
 
@@ -165,7 +164,7 @@ def _forbidden_together(findings: list[Finding]) -> list[Finding]:
 
 def _exists(path: str, problem: str, remedy: str, missing: type[InputError] = InputError) -> str:
     try:
-        in_cluster.read(path)
+        kubernetes.read(path)
     except NoSuchObjectError as error:
         raise missing(problem, remedy=remedy) from error
     return "is there"
@@ -173,7 +172,7 @@ def _exists(path: str, problem: str, remedy: str, missing: type[InputError] = In
 
 def retry_policy(kubeflow_namespace: str) -> str:
     """The workflow controller's default retries start no failed pod again."""
-    config_map = in_cluster.read(f"/api/v1/namespaces/{kubeflow_namespace}/configmaps/{CONTROLLER}")
+    config_map = kubernetes.read(f"/api/v1/namespaces/{kubeflow_namespace}/configmaps/{CONTROLLER}")
     # Each level may be missing, or null.
     section = yaml.safe_load((config_map.get("data") or {}).get("workflowDefaults", ""))
     for key in ("spec", "templateDefaults", "retryStrategy"):
@@ -211,14 +210,14 @@ def trainer_in_step(config: Config) -> list[Finding]:
     """The same from a step's pod, which must be allowed to make the nodes."""
     if config.resources.nodes_of(TRAINED) == 1:
         return []
-    if not in_cluster.NAMESPACE.is_file():
+    if not kubernetes.NAMESPACE.is_file():
         remedy = "give the account of the steps a token: it creates the nodes"
         return [Finding("Kubeflow Trainer", "error", "the pod has no token of a service account", remedy)]
-    namespace = in_cluster.NAMESPACE.read_text().strip()
+    namespace = kubernetes.NAMESPACE.read_text().strip()
     return [*trainer(config, namespace), as_finding("rights", _may_train, namespace)]
 
 
 def _may_train(namespace: str) -> str:
-    if not in_cluster.may(namespace, "create", TRAINER, "trainjobs"):
+    if not kubernetes.may(namespace, "create", TRAINER, "trainjobs"):
         raise InputError(f"may not create trainjobs in {namespace}", remedy=f"give the Role ptl-recover ({INSTALL})")
     return f"may create trainjobs in {namespace}"

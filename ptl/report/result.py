@@ -252,6 +252,15 @@ class Result(BaseModel):
         """The final model against `dense` or `control` on a task (the first one); None without items."""
         return self.paired.get(task or self.dense_row.task, {}).get(reference)
 
+    def metrics(self) -> dict[str, float]:
+        """The final model in numbers for MLflow: its score, the removed share, and p beside the dense model."""
+        metrics = {"final/removed": self.final.share_removed}
+        # The final model has no score of its own where the run ended with another checkpoint than it scored.
+        if self.final_row is not None:
+            metrics["final/accuracy"] = self.final_row.accuracy
+        pair = self.pair("dense")
+        return metrics | {"final/p": pair.p_different} if pair else metrics
+
     def rambles(self, task: str) -> bool:
         """Whether the final model's answers are longer than the dense model's, and not by chance."""
         position = self.tasks.index(task)

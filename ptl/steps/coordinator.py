@@ -17,11 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ptl import processes
+from ptl import kubernetes, processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
-from ptl.preflight import in_cluster
 from ptl.steps import trainjob
 from ptl.steps.trainjob import API_VERSION, CONTAINER, OF_JOB_SET, PLURAL, Json, NodePod, read_pod
 
@@ -169,9 +168,9 @@ class Cluster:
 
         # in a pod that of its account; elsewhere kubectl's
         try:
-            self._api = in_cluster.connect()
-            if in_cluster.NAMESPACE.is_file():
-                namespace = in_cluster.NAMESPACE.read_text().strip()
+            self._api = kubernetes.connect()
+            if kubernetes.NAMESPACE.is_file():
+                namespace = kubernetes.NAMESPACE.read_text().strip()
             else:
                 _, active = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
                 namespace = active["context"].get("namespace", "default")
@@ -216,7 +215,7 @@ class Cluster:
         path = f"{self._pods}/{pod}/log"
         # A connection that is dropped without a word, as by a load balancer, looks like a node that prints nothing.
         options = {"_preload_content": False, "_request_timeout": (SECONDS, SILENCE)}
-        for line in in_cluster.request(self._api, "GET", path, query_params=query, **options):
+        for line in kubernetes.request(self._api, "GET", path, query_params=query, **options):
             yield line.decode(errors="replace").rstrip("\n")
 
     def _ask(self, method: str, path: str, *, expected: int | None = None, **options: Any) -> Any:
@@ -227,7 +226,7 @@ class Cluster:
         began = time.monotonic()
         while True:
             try:
-                return in_cluster.request(self._api, method, path, _request_timeout=SECONDS, **options)
+                return kubernetes.request(self._api, method, path, _request_timeout=SECONDS, **options)
             except (ApiException, HTTPError) as error:
                 status = getattr(error, "status", None)
                 if status is not None and status == expected:
@@ -237,7 +236,7 @@ class Cluster:
                     raise _refused(error, options.get("body")) from error
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
-                        f"the Kubernetes API has not answered for {PATIENCE} s: {in_cluster.message(error)}",
+                        f"the Kubernetes API has not answered for {PATIENCE} s: {kubernetes.message(error)}",
                         remedy="the TrainJob trains meanwhile, and a retry of the step finds it",
                     ) from error
                 time.sleep(5)
@@ -245,7 +244,7 @@ class Cluster:
 
 def _refused(error: Any, job: Json | None) -> InputError:
     """The error of a request that the API refuses, with what helps."""
-    message = in_cluster.message(error)
+    message = kubernetes.message(error)
     runtime = job["spec"]["runtimeRef"]["name"] if job else ""
     if "not found: specified" in message:
         return InputError(

@@ -18,7 +18,7 @@ from ptl.model import checkpoint, widths
 from ptl.model.dimensions import ModelDimensions, model_dimensions, smallest_cuts
 from ptl.model.families import family_of
 from ptl.steps.call import Call, Metadata, key_of, schedule_of
-from ptl.steps.reporting import kubeflow_metrics, score_tags
+from ptl.steps.records import kubeflow_metrics, score_tags
 from ptl.steps.step import Step
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record

@@ -12,7 +12,7 @@ from ptl.evaluation import paired
 from ptl.log import say
 from ptl.steps import answers
 from ptl.steps.call import Call, Metadata
-from ptl.steps.reporting import accuracy
+from ptl.steps.records import accuracy
 from ptl.steps.step import Step
 
 Items = list[Metadata]  # of an evaluation

@@ -14,12 +14,12 @@ from ptl.config.image_names import own_revision
 from ptl.config.parameters import check_compiled, run_config
 from ptl.config.run import Evaluate
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
+from ptl.data.sources import local_file
 from ptl.errors import WorkError
-from ptl.lineage import tracking
+from ptl.lineage import run_page, tracking
 from ptl.lineage.run_status import MAX_EARLIER, StepRun
 from ptl.log import say
 from ptl.model import checkpoint
-from ptl.report import run_page
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
@@ -49,7 +49,7 @@ def import_model(call: Call) -> None:
             step.run,
             flat_settings(config.model_dump(mode="json")),
             own_revision(),
-            run_page.data_sets(config.calibration, config.training),
+            run_page.data_sets(config.calibration, config.training, local_file),
         )
         _name_earlier_runs(step.run, call.settings["earlier_runs"])
         # First: they are cheap, and a benchmark that does not load is known before the model is copied.

@@ -18,7 +18,7 @@ from ptl.lineage import mlflow_client, tracking
 from ptl.log import say
 from ptl.model import checkpoint
 from ptl.recovery.job import Log, RecoveryJob, StageBudget, is_node, machines, progress
-from ptl.steps import answers, coordinator, reporting
+from ptl.steps import answers, coordinator, records
 from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, iterations_until, schedule_of
 from ptl.steps.step import Step, is_coordinator, scratch
 from ptl.storage.training_checkpoints import TrainingCheckpoints
@@ -52,7 +52,7 @@ def recover(call: Call) -> None:
     with Step(call, key=key, reads=reads) as step:
         stores = _training_checkpoints(step, recovery)
         if step.record is None and is_coordinator():
-            begin, note = partial(reporting.begin, step.run), partial(reporting.note_nodes, step.run)
+            begin, note = partial(records.begin, step.run), partial(records.note_nodes, step.run)
             coordinator.train(call.step, call.dump(), begin, note)
             step.take_result_of_nodes()
         elif step.record is None:

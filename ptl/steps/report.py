@@ -12,13 +12,12 @@ from ptl.config.parameters import run_config
 from ptl.config.run import Config
 from ptl.evaluation import gate
 from ptl.export import formats
-from ptl.lineage import mlflow_objects, tracking
+from ptl.lineage import mlflow_objects, run_page, tracking
 from ptl.log import say
-from ptl.report import run_page
 from ptl.report.result import Result
 from ptl.report.words import first_line
 from ptl.steps.call import Call, Metadata
-from ptl.steps.reporting import score_tags
+from ptl.steps.records import score_tags
 from ptl.steps.step import Step, scratch
 from ptl.storage import local_files, store
 from ptl.storage.store import Pointer, Record
@@ -52,7 +51,7 @@ def report(call: Call) -> None:
         write_manifests(final, records, config, step.folder)
         # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
         tracking.log_report(step.run, sorted(step.folder.iterdir()))
-        run_page.log_result(step.run, run_page.result_metrics(result), first_line(result))
+        run_page.log_result(step.run, result.metrics(), first_line(result))
         run_page.link_final_model(step.run, final.model_id)
         if call.settings["registered_model"]:
             _register_exports(step, records, final)

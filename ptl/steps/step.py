@@ -33,7 +33,7 @@ from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.recovery.job import NODES, is_node, machines
-from ptl.steps import reporting
+from ptl.steps import records
 from ptl.steps.call import Call, Key, Metadata, check_same_files, key_of, withdraw_outdated
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES, digest_of
@@ -69,23 +69,23 @@ class Step:
         try:
             self._open()
         except Exception as error:
-            reporting.note_error(self.run, error)
+            records.note_error(self.run, error)
             raise
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is None and machines().first:
             shutil.rmtree(scratch(self.run.step), ignore_errors=True)
-            reporting.note_end(self.run.step, self.record, self._taken_over_from)
+            records.note_end(self.run.step, self.record, self._taken_over_from)
         elif isinstance(error, Exception):
-            reporting.note_error(self.run, error)
+            records.note_error(self.run, error)
 
     def _open(self) -> None:
         """Find the record of an earlier attempt, take over that of an earlier run, or begin an attempt."""
         run = self.run
         if self.settings is None:
             self.folder = empty_folder(run.step)
-            reporting.begin(run)
+            records.begin(run)
             return
         self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
         self.key = key_of(self.parent.digest if self.parent else "", self.settings)
@@ -110,7 +110,7 @@ class Step:
         if earlier is not None:
             self.publish(earlier)
         elif not is_coordinator():
-            reporting.begin(run)
+            records.begin(run)
 
     def _is_intact(self, record: Record) -> bool:
         """Whether the files of a finished step are as they were, also where a later step could not fetch them."""
@@ -230,7 +230,7 @@ class Step:
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
         shutil.rmtree(scratch("cache"), ignore_errors=True)
         committed = self.record.metadata
-        say(run.step, f"done in {committed['seconds']:.0f} s: {reporting.summary(committed)}")
+        say(run.step, f"done in {committed['seconds']:.0f} s: {records.summary(committed)}")
         self._report()
         return self.record
 
@@ -313,12 +313,12 @@ class Step:
         if self.call.stage == "evaluate":
             assert parent is not None
             # First, since whoever watches the step reads its verdict as soon as it has finished.
-            reporting.track_evaluation(self.run, iteration, parent, record.metadata)
+            records.track_evaluation(self.run, iteration, parent, record.metadata)
             pointer = pointer_of(record.metadata["accepted"])
         tracking.finish(
             self.run,
             params=flat_settings(to_jsonable_python(self.settings)),
-            metrics=reporting.metrics(record.metadata),
+            metrics=records.metrics(record.metadata),
             inputs=[parent.model_id] if parent else [],
             output=output,
             step=iteration,

@@ -76,7 +76,7 @@ def run(given: Mapping[str, Any], outputs: Collection[str] = ()) -> None:
             raise
         failure = Failure(str(local_files.no_space(error)))
     print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
-    from ptl.steps.reporting import give_up
+    from ptl.steps.records import give_up
 
     give_up(call, failure, {name: given[name] for name in outputs})
 

@@ -11,7 +11,7 @@ from pipelines.prune_tune_loop.follow import DONE, FAILED
 from ptl import processes
 from ptl.lineage import tracking
 from ptl.local import progress
-from ptl.steps import reporting
+from ptl.steps import records
 from ptl.steps.attempts import Failure
 from ptl.steps.call import Call
 from ptl.storage.store import Pointer
@@ -123,7 +123,7 @@ def test_why_a_step_failed_and_which_was_not_needed(ptl, begin):
     Call("prune-1", "status", {}, {"model": STOPPED}).pass_through()
     call = {"settings": {"step": "recover-1", "experiment": "status"}, "inputs": {}, "outputs": {}}
     with pytest.raises(SystemExit):
-        reporting.give_up(call, Failure("the data is gone"), {})
+        records.give_up(call, Failure("the data is gone"), {})
     code, printed = ptl("status", folder.name)
     assert code == FAILED and f"recover-1: the data is gone\n{folder.name}: failed, step 2 of 6" in printed
     assert rows(printed)["prune-1"] == ["not needed", "", "", "the model is small enough"]

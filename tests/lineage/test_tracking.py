@@ -9,9 +9,9 @@ from mlflow import MlflowClient
 
 from ptl.config.data import TrainingData
 from ptl.config.run import Calibration
+from ptl.data.sources import local_file
 from ptl.errors import InputError
-from ptl.lineage import mlflow_objects, tracking
-from ptl.report import run_page
+from ptl.lineage import mlflow_objects, run_page, tracking
 from ptl.storage import store
 
 
@@ -116,7 +116,7 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
     local = {"source": str(tmp_path / "train.jsonl")}
     against = {"against": [{"source": "org/chats", "split": "test", "revision": "abc"}]}
     training = TrainingData(sources=[local, {"source": "org/math"}], decontaminate=against)
-    data = run_page.data_sets(Calibration(data=local), training)
+    data = run_page.data_sets(Calibration(data=local), training, local_file)
     step = begin("import-model")
     settings = {"seed": 1, "prune.criterion": "max", **{f"field_{i}": i for i in range(150)}}
     for _ in range(2):

@@ -18,11 +18,12 @@ from kubernetes import config as kubernetes_config
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from ptl import kubernetes
 from ptl.cli.app import app
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.local import servers
-from ptl.preflight import doctor, doctor_cluster, in_cluster
+from ptl.preflight import doctor, doctor_cluster
 from ptl.preflight.forecast_model import checkpoint_bytes, shape_of
 
 
@@ -199,11 +200,11 @@ def test_kubeflows_version():
 
 
 @pytest.fixture
-def kubernetes(answers, tmp_path, monkeypatch):
+def cluster_api(answers, tmp_path, monkeypatch):
     """The Kubernetes API of a pod in the namespace `team`, with these objects and nothing else."""
     monkeypatch.setattr(kubernetes_config, "load_incluster_config", lambda: None)
     (tmp_path / "namespace").write_text("team")
-    monkeypatch.setattr(in_cluster, "NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr(kubernetes, "NAMESPACE", tmp_path / "namespace")
 
     def cluster(table):
         # Everything but the client's way to find the server and the token, which is for TLS only.
@@ -217,9 +218,9 @@ def kubernetes(answers, tmp_path, monkeypatch):
     return cluster
 
 
-def test_what_the_config_names_is_looked_for(kubernetes):
+def test_what_the_config_names_is_looked_for(cluster_api):
     core = "/api/v1/namespaces/team"
-    connection = kubernetes({f"{core}/configmaps/ptl": {"data": {}}, f"{core}/secrets/ptl-s3": {"data": {}}})
+    connection = cluster_api({f"{core}/configmaps/ptl": {"data": {}}, f"{core}/secrets/ptl-s3": {"data": {}}})
     names = {"storage.ca_config_map": "ptl-ca", "storage.cache_claim": "ptl-hf-cache"}
     config = load_config(TINY, names | {"resources.image_pull_secrets": ["pull"]})
     assert states(doctor_cluster.objects(config, "team", "kubeflow")) == {
@@ -248,7 +249,7 @@ def test_what_the_config_names_is_looked_for(kubernetes):
     assert {*states(doctor_cluster.objects(config, "team", "kubeflow")).values()} == {"warning"}
 
 
-def test_kubeflows_own_namespace(config, kubernetes, tmp_path, monkeypatch):
+def test_kubeflows_own_namespace(config, cluster_api, tmp_path, monkeypatch):
     # As Kubeflow 2.17.0's manifests have it (third-party/argo/base/workflow-controller-configmap-patch.yaml).
     kubeflows = "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"
     for data, state in (
@@ -258,7 +259,7 @@ def test_kubeflows_own_namespace(config, kubernetes, tmp_path, monkeypatch):
         ({"workflowDefaults": kubeflows.replace("OnError", "Always")}, "warning"),
         ({"workflowDefaults": kubeflows.replace(", retryPolicy: OnError", "")}, "warning"),  # Argo's is OnFailure
     ):
-        kubernetes({"/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": {"data": data}})
+        cluster_api({"/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": {"data": data}})
         checked(state, doctor_cluster.retry_policy, "kubeflow")
     # Without profiles the runs' pods start there.
     for several, subject in ((False, "configmap ptl"), (True, "objects")):
@@ -273,11 +274,11 @@ def test_kubeflows_own_namespace(config, kubernetes, tmp_path, monkeypatch):
     }
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
     monkeypatch.setenv("KUBECONFIG", f"{tmp_path}/kubeconfig")
-    assert in_cluster.context_namespace() == "mine"
+    assert kubernetes.context_namespace() == "mine"
     assert "configmap ptl" in states(doctor_cluster.cluster(config, None, None, "kubeflow"))
 
 
-def test_several_nodes_need_trainer_and_its_runtime(config, kubernetes, monkeypatch):
+def test_several_nodes_need_trainer_and_its_runtime(config, cluster_api, monkeypatch):
     api, review = "/apis/trainer.kubeflow.org/v1alpha1", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
     runtime = yaml.safe_load((ROOT / "manifests/components/trainer/runtime.yaml").read_text())
     with_trainer = {
@@ -287,12 +288,12 @@ def test_several_nodes_need_trainer_and_its_runtime(config, kubernetes, monkeypa
     }
     assert doctor_cluster.trainer(config, "team") == doctor_cluster.trainer_in_step(config) == []
     two_nodes = load_config(TINY, {"resources.steps": {"recover": {"nodes": 2}}})
-    kubernetes({})
+    cluster_api({})
     assert {*states(doctor_cluster.trainer(two_nodes, "team")).values()} == {"error"}
-    kubernetes(with_trainer | {review: {"status": {"allowed": True}}})
+    cluster_api(with_trainer | {review: {"status": {"allowed": True}}})
     subjects = ["Kubeflow Trainer", "JobSet", "trainingruntime ptl-recover", "rights"]
     assert states(doctor_cluster.trainer_in_step(two_nodes)) == dict.fromkeys(subjects, "ok")
-    kubernetes(with_trainer | {review: {"status": {"allowed": False}}})
+    cluster_api(with_trainer | {review: {"status": {"allowed": False}}})
     monkeypatch.setattr(doctor_cluster, "step_environment", lambda _: [])
     monkeypatch.setenv("KFP_RUN_ID", "run")
     monkeypatch.setenv("PTL_RUN_ID", "run")

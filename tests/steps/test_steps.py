@@ -15,7 +15,7 @@ from ptl.config.recover import Recovery
 from ptl.config.run import load_config
 from ptl.config.schedule import MemoryGoal, plan
 from ptl.errors import InputError, WorkError
-from ptl.steps import answers, call, evaluate, import_model, prune, recover, report, reporting
+from ptl.steps import answers, call, evaluate, import_model, prune, records, recover, report
 from ptl.steps.call import Call, Key
 from ptl.steps.step import Step
 from ptl.storage.store import Pointer, Record, pointer_of
@@ -68,7 +68,7 @@ def test_a_run_parameter_that_switches_the_gate_is_refused_by_the_import(compile
 def test_mlflow_has_lengths_of_answers_and_pass_at_n():
     scores = run_records.scores(9, 0.5, 1)
     scores["tasks"][0] |= {"samples": 4, "pass_at_n": 0.75}
-    shown = reporting.metrics({"scores": scores})
+    shown = records.metrics({"scores": scores})
     found = [shown[f"tiny_reasoner/{name}"] for name in ("accuracy", "answer_tokens_p95", "pass_at_4")]
     assert found == [0.5, 40, 0.75]
     assert "tiny_retention/pass_at_1" not in shown

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.config.data import DataSource, TrainingData
 from ptl.config.run import Calibration
-from ptl.data.sources import local_file
 from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.run_status import RESULT, TAG, StepRun
 from ptl.storage.manifest import file_digest
@@ -17,14 +16,14 @@ from ptl.storage.manifest import file_digest
 if TYPE_CHECKING:
     from mlflow.entities import Dataset, DatasetInput
 
-    from ptl.report.result import Result
-
 UNPINNED = "unpinned"  # digest of a data set on the hub without a revision: its content may change
 DIGITS = 32  # of a digest; MLflow takes at most 36
 
 
-def data_sets(calibration: Calibration, training: TrainingData) -> list[DatasetInput]:
-    """Every data set of a run as MLflow shows it, with what it is for."""
+def data_sets(
+    calibration: Calibration, training: TrainingData, local_file: Callable[[DataSource], Path | None]
+) -> list[DatasetInput]:
+    """Every data set of a run as MLflow shows it, with what it is for; `local_file` returns None for a hub id."""
     from mlflow.entities import DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -36,7 +35,7 @@ def data_sets(calibration: Calibration, training: TrainingData) -> list[DatasetI
     found: dict[str, DatasetInput] = {}
     for use, sources in uses.items():
         for source in sources:
-            data_set = _data_set(source)
+            data_set = _data_set(source, local_file(source))
             tag = InputTag(MLFLOW_DATASET_CONTEXT, use)
             if data_set.source in found:
                 earlier = found[data_set.source].tags[0].value
@@ -45,12 +44,11 @@ def data_sets(calibration: Calibration, training: TrainingData) -> list[DatasetI
     return list(found.values())
 
 
-def _data_set(source: DataSource) -> Dataset:
-    """A file by its digest, or an id on the hub, where the revision stands for the content."""
+def _data_set(source: DataSource, path: Path | None) -> Dataset:
+    """Describe a file by its digest, or an id on the hub, where the revision stands for the content."""
     from mlflow.entities import Dataset
 
     # As MLflow's own sources of these kinds are written.
-    path = local_file(source)
     if path is None:
         digest = source.revision or UNPINNED
         return Dataset(source.source, digest[:DIGITS], "hf", json.dumps({"path": source.source}))
@@ -88,13 +86,3 @@ def link_final_model(run: StepRun, model_id: str) -> None:
     with mlflow_client.connected() as client:
         if mlflow_objects.existing_models(client, [model_id]):
             mlflow_objects.log_output(client, run.parent_run_id, model_id, step=0)
-
-
-def result_metrics(result: Result) -> dict[str, float]:
-    """The final model in numbers: its score, what was removed, and p beside the dense one."""
-    metrics = {"final/removed": result.final.share_removed}
-    # It has no score of its own where the run ended with another checkpoint than it scored.
-    if result.final_row is not None:
-        metrics["final/accuracy"] = result.final_row.accuracy
-    pair = result.pair("dense")
-    return metrics | {"final/p": pair.p_different} if pair else metrics

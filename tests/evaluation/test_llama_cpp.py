@@ -14,8 +14,8 @@ from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import score_tasks
-from ptl.evaluation.gguf import gguf_language_model, gguf_speed
 from ptl.evaluation.language_models import language_model
+from ptl.evaluation.llama_cpp import gguf_language_model, gguf_speed
 from ptl.export.gguf import write_gguf
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
@@ -76,7 +76,7 @@ def test_likelihoods_are_those_of_transformers(file):
 
 
 def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answer(file, tmp_path, monkeypatch):
-    monkeypatch.setattr("ptl.evaluation.gguf.answer", lambda *_: pytest.fail("answered"))
+    monkeypatch.setattr("ptl.evaluation.llama_cpp.answer", lambda *_: pytest.fail("answered"))
     lm, options = gguf_language_model(file, DENSE, settings()), {"until": [], "max_gen_toks": 8}
     with pytest.raises(
         InputError, match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, "

@@ -185,7 +185,7 @@ def _needed(root: str, run: str, folders: Iterable[str], *, given_up: bool, rehe
     return needed
 
 
-def delete(experiment: ExperimentFiles, stored: StoredFiles) -> None:
+def delete_files(experiment: ExperimentFiles, stored: StoredFiles) -> None:
     """Delete files that can go; their model in MLflow is marked. Raises InputError where the credentials may not."""
     assert not stored.needed
     # Marked first, so that no page of a model says that files are there which are not.

@@ -23,8 +23,7 @@ from ptl import processes
 from ptl.cli import results
 from ptl.cli.app import app
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_objects, retention, tracking
-from ptl.report import run_page
+from ptl.lineage import gc, mlflow_objects, run_page, tracking
 from ptl.steps.call import Call
 from ptl.storage import store, training_checkpoints
 from ptl.storage.local_files import COMPLETE
@@ -128,7 +127,7 @@ def finished_run(loop):
 
 def inventory(experiment, days=8.0, runs=(), older_than=7.0):
     """As it is after so many days."""
-    (files,) = retention.inventory([experiment], list(runs), older_than - days)
+    (files,) = gc.inventory([experiment], list(runs), older_than - days)
     return files
 
 
@@ -145,7 +144,7 @@ def collect(experiment, **rules):
     files = inventory(experiment, **rules)
     unneeded = [stored for stored in files.stored if not stored.needed]
     for stored in unneeded:
-        retention.delete(files, stored)
+        gc.delete_files(files, stored)
     return len(unneeded)
 
 
@@ -175,14 +174,14 @@ def test_of_a_finished_run_the_final_checkpoints_stay(experiment, finished_run, 
     names = [f"{run.run}/{step}" for step in ("evaluate-0", "evaluate-1", "control-evaluate", "report")]
     finals = {run.steps[step].pointer.model_id for step in reasons}
     for order in (names, names[::-1]):  # as a listing has them
-        assert retention._needed(root, run.run, order, given_up=False, rehearsed=False).keys() == finals
+        assert gc._needed(root, run.run, order, given_up=False, rehearsed=False).keys() == finals
     assert collect(experiment) == 5
     assert {step for step, record in run.steps.items() if fetchable(record, tmp_path)} == reasons.keys()
     assert fetchable(store.committed(root, run.run, "evaluate-2"), tmp_path)  # scores and items stay
     assert collect(experiment) == 0 and going(experiment) == [] and listing(root) == before  # records are all there
     client = MlflowClient()
     tags = {step: client.get_logged_model(record.pointer.model_id).tags for step, record in run.steps.items()}
-    assert sorted(step for step in tags if retention.DELETED in tags[step]) == INTERMEDIATE
+    assert sorted(step for step in tags if gc.DELETED in tags[step]) == INTERMEDIATE
     client.delete_model_version(experiment, "1")
     assert kept(experiment)["recover-1"] == "final checkpoint of its run"
 
@@ -272,7 +271,7 @@ def test_runs_that_are_named_and_experiments_that_share_their_place(finished_run
     other = Loop(f"{experiment}-other", monkeypatch)
     other.end(other.imported())
     assert {files.run for files in inventory(other.experiment).stored} == {other.run}
-    assert retention.inventory([experiment], [other.run], 0) == []
+    assert gc.inventory([experiment], [other.run], 0) == []
     assert going(experiment) == going(experiment, runs=[finished_run.run]) == INTERMEDIATE
     assert going(experiment, runs=[run.run]) == ["import-model", "prune-1"]
     assert collect(experiment, runs=[run.run]) == 2 and not fetchable(pruned, tmp_path)

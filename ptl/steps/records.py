@@ -19,11 +19,10 @@ from ptl import address, connections, processes
 from ptl.errors import PtlError, WorkError
 from ptl.evaluation import gate
 from ptl.evaluation.retention import TextLosses
-from ptl.lineage import mlflow_client, tracking
+from ptl.lineage import mlflow_client, run_page, tracking
 from ptl.lineage.run_status import TAG, StepRun, kubeflow_page
 from ptl.local import progress
 from ptl.log import say
-from ptl.report import run_page
 from ptl.steps import attempts
 from ptl.steps.call import Call, Metadata
 from ptl.storage import local_files
