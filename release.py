@@ -32,7 +32,9 @@ ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 CHANGELOG = ROOT / "CHANGELOG.md"
 STEM = f"{DISTRIBUTION.replace('-', '_')}-{__version__}"  # how the files' names begin
-BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+BUILD = (
+    "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+)
 # One process: most of a command's time is kfp's import.
 COMPILE = """
 import sys
@@ -56,11 +58,20 @@ AFTER_A_PUSH = """\
 
 def main() -> None:
     """Make a release, or say why there is none."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--registry", default="", help="build the images for this registry")
-    parser.add_argument("--images", type=Path, help="file of `ptl images digests`: the images are there already")
     parser.add_argument(
-        "--with", dest="chosen", action="append", default=[], metavar="IMAGE", help="as for `ptl images`; repeatable"
+        "--images", type=Path, help="file of `ptl images digests`: the images are there already"
+    )
+    parser.add_argument(
+        "--with",
+        dest="chosen",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="as for `ptl images`; repeatable",
     )
     options = parser.parse_args()
     try:
@@ -144,7 +155,9 @@ def known_images(file: Path, optional: list[str]) -> dict[str, Any]:
     tag = section["tag"]
     if tag != __version__:
         raise InputError(
-            f"{file} is of images {tag}, not {__version__}", field="--images", remedy="give this version's"
+            f"{file} is of images {tag}, not {__version__}",
+            field="--images",
+            remedy="give this version's",
         )
     absent = image_names.without_digest(section["digests"], optional)
     if absent:
@@ -159,7 +172,16 @@ def known_images(file: Path, optional: list[str]) -> dict[str, Any]:
 def exported(folder: Path) -> Path:
     """The commit's files alone, with the rights that git knows: what lies around in the checkout is in no build."""
     archive = subprocess.run(
-        ["git", "-c", "tar.umask=0022", "archive", "--format=tar", f"--output={folder}.tar", "HEAD"], cwd=ROOT
+        [
+            "git",
+            "-c",
+            "tar.umask=0022",
+            "archive",
+            "--format=tar",
+            f"--output={folder}.tar",
+            "HEAD",
+        ],
+        cwd=ROOT,
     )
     if archive.returncode != 0:
         raise WorkError("git archive failed", remedy="its output above says why")
@@ -192,7 +214,9 @@ def build(source: Path, out: Path, work: Path) -> Path:
 def run(hook: str, source: Path, out: Path, environment: dict[str, str]) -> None:
     """Call a hook of the build backend, as pip does."""
     command = [sys.executable, "-c", BUILD, hook, str(out)]
-    process = subprocess.run(command, cwd=source, env=environment, umask=0o022, capture_output=True, text=True)
+    process = subprocess.run(
+        command, cwd=source, env=environment, umask=0o022, capture_output=True, text=True
+    )
     if process.returncode != 0:
         raise WorkError(f"{hook} failed:\n{process.stderr[-2000:]}")
 
@@ -230,7 +254,16 @@ def built_images(registry: str, optional: list[str]) -> tuple[dict[str, Any] | N
     except WorkError as error:
         return None, f"{what}: {error}.\n{WITH_IMAGES.format(**placeholders)}"
     # The command reads the build's settings from the environment, as docs/images.md says.
-    command = [sys.executable, "-m", "ptl", "images", "build", "--registry", registry, *options.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "ptl",
+        "images",
+        "build",
+        "--registry",
+        registry,
+        *options.split(),
+    ]
     built = subprocess.run(command, cwd=ROOT)
     if built.returncode != 0:
         raise WorkError("the images were not built", remedy="the output above says why")
@@ -239,7 +272,10 @@ def built_images(registry: str, optional: list[str]) -> tuple[dict[str, Any] | N
     except InputError:
         # Without containerd's image store an engine compresses layers, and so learns a digest, only when it pushes.
         how = AFTER_A_PUSH.format(**placeholders)
-        return None, f"the digests, and the configs compiled against these: this engine learns them by a push.\n{how}"
+        return (
+            None,
+            f"the digests, and the configs compiled against these: this engine learns them by a push.\n{how}",
+        )
 
 
 def compile_configs(wheel: Path, made: Path, work: Path) -> None:
@@ -258,7 +294,10 @@ def compile_configs(wheel: Path, made: Path, work: Path) -> None:
 
 def write_sums(folder: Path) -> None:
     """SHA256SUMS, as `sha256sum --check` reads it."""
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in files(folder)]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+        for path in files(folder)
+    ]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
 

@@ -162,7 +162,11 @@ class Results:
         """What to measure next: first all that the choice of the learning rate needs, then the results."""
         best = self.best_rate(study)
         if best is None:
-            needed = [study.cell(CHOICE, rate, seed) for rate in self.tried(study) for seed in CHOICE.seeds]
+            needed = [
+                study.cell(CHOICE, rate, seed)
+                for rate in self.tried(study)
+                for seed in CHOICE.seeds
+            ]
         else:
             needed = [study.cell(RESULT, best, seed) for seed in RESULT.seeds[:seeds]]
         return [cell for cell in needed if cell not in self.rows]
@@ -227,7 +231,9 @@ def measure(cell: Cell) -> Row:
     work_quietly()
     arm = ARMS[cell.arm]
     phase = CHOICE if cell.phase == CHOICE.name else RESULT
-    schedule = Schedule(target=cell.share, recovery_tokens=int(arm.tokens * cell.tokens), **arm.schedule)
+    schedule = Schedule(
+        target=cell.share, recovery_tokens=int(arm.tokens * cell.tokens), **arm.schedule
+    )
     prune = Prune(width_multiple=1, **arm.prune)
     stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
     with tempfile.TemporaryDirectory() as folder:
@@ -235,7 +241,9 @@ def measure(cell: Cell) -> Row:
         cut = choices()[arm.choice](TINY, prune, cell.seed)
         trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), cut, arm.layers_last)
         seconds = time.process_time() - began
-        solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
+        solved = correct_items(
+            trained.checkpoint, list(generate("test", phase.items, phase.problem_seed))
+        )
         widths = widths_of(trained.checkpoint)
     return asdict(cell) | {
         "params": trained.params,
@@ -274,7 +282,10 @@ def complete(studies: Sequence[Study], results: Results, seeds: int, processes: 
             for done in as_completed([pool.submit(measure, cell) for cell in missing]):
                 row = done.result()
                 results.add(row)
-                print(", ".join(f"{row[name]}" for name in (*Cell.__dataclass_fields__, "accuracy")), flush=True)
+                print(
+                    ", ".join(f"{row[name]}" for name in (*Cell.__dataclass_fields__, "accuracy")),
+                    flush=True,
+                )
 
 
 def one_cell(results: Results, processes: int) -> None:
@@ -292,7 +303,9 @@ def one_cell(results: Results, processes: int) -> None:
     )
     for cell, row in zip(cells, measured, strict=True):
         recorded = results.rows[cell]["accuracy"]
-        print(f"  {cell.arm}: {row['accuracy']:.1%} in {row['seconds']:.0f} s (recorded: {recorded:.1%})")
+        print(
+            f"  {cell.arm}: {row['accuracy']:.1%} in {row['seconds']:.0f} s (recorded: {recorded:.1%})"
+        )
 
 
 def main() -> None:
@@ -301,14 +314,21 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[500_000])
-    parser.add_argument("--seeds", type=int, default=FEWEST_SEEDS, help="how many, of the results (at most 10)")
+    parser.add_argument(
+        "--seeds", type=int, default=FEWEST_SEEDS, help="how many, of the results (at most 10)"
+    )
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     results = Results(RESULTS)
     if given.what == "cell":
         one_cell(results, given.processes)
     else:
-        studies = [Study(arm, share, tokens) for tokens in given.tokens for share in given.shares for arm in given.arms]
+        studies = [
+            Study(arm, share, tokens)
+            for tokens in given.tokens
+            for share in given.shares
+            for arm in given.arms
+        ]
         complete(studies, results, given.seeds, given.processes)
 
 

@@ -106,9 +106,13 @@ def difference(ours: Summary, its: Summary) -> str:
     from scipy.stats import ttest_1samp
 
     seeds = [seed for seed in ours.solved if seed in its.solved]
-    by_seed = [statistics.mean(ours.solved[seed]) - statistics.mean(its.solved[seed]) for seed in seeds]
+    by_seed = [
+        statistics.mean(ours.solved[seed]) - statistics.mean(its.solved[seed]) for seed in seeds
+    ]
     p = ttest_1samp(by_seed, 0.0).pvalue
-    return f"{100 * statistics.mean(by_seed):+.1f} ± {100 * half_width(by_seed):.1f} points | {p:.1g}"
+    return (
+        f"{100 * statistics.mean(by_seed):+.1f} ± {100 * half_width(by_seed):.1f} points | {p:.1g}"
+    )
 
 
 def print_table(results: Results, references: Sequence[str] = ONE_SHOTS) -> None:
@@ -118,12 +122,18 @@ def print_table(results: Results, references: Sequence[str] = ONE_SHOTS) -> None
         "| seconds |"
     )
     print("|---|---:|---|---|---|---:|---|---:|---:|---:|---:|")
-    for (tokens, share), grouped in itertools.groupby(summaries(results), lambda it: (it.study.tokens, it.study.share)):
+    for (tokens, share), grouped in itertools.groupby(
+        summaries(results), lambda it: (it.study.tokens, it.study.share)
+    ):
         group = list(grouped)
         reference = best_of(references, group)
         for it in group:
             compared = (
-                "- | -" if reference is None else "reference | -" if it is reference else difference(it, reference)
+                "- | -"
+                if reference is None
+                else "reference | -"
+                if it is reference
+                else difference(it, reference)
             )
             scoring = "-" if it.scoring_flops is None else f"{it.scoring_flops / 1e9:.0f}"
             print(
@@ -144,7 +154,11 @@ def plot(results: Results, path: Path) -> None:
     found = summaries(results)
     figure, axis = pyplot.subplots(figsize=(7.2, 3.8))
     for position, (arm, label) in enumerate(SHOWN.items()):
-        line = [summary for summary in found if (summary.study.arm, summary.study.tokens) == (arm, BUDGET)]
+        line = [
+            summary
+            for summary in found
+            if (summary.study.arm, summary.study.tokens) == (arm, BUDGET)
+        ]
         axis.errorbar(
             [100 * summary.study.share + BESIDE * position for summary in line],
             [100 * summary.mean for summary in line],

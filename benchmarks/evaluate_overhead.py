@@ -33,21 +33,36 @@ def timed(command: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", nargs="?", default=str(TINY / "checkpoint"))
     parser.add_argument("--task", default=str(TINY / "tiny_reasoner.yaml"))
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    shared = ["--tasks", args.task, "--limit", str(args.limit), "--batch_size", str(args.batch_size)]
+    shared = [
+        "--tasks",
+        args.task,
+        "--limit",
+        str(args.limit),
+        "--batch_size",
+        str(args.batch_size),
+    ]
     plain, ours = [], []
     with tempfile.TemporaryDirectory() as out:
         for repeat in range(args.repeats):
             model = ["--model", "hf", "--model_args", f"pretrained={args.checkpoint}"]
             kept = ["--log_samples", "--output_path", f"{out}/{repeat}"]
             plain.append(timed([sys.executable, "-m", "lm_eval", "run", *model, *shared, *kept]))
-            given = [args.checkpoint, args.task, str(args.limit), str(args.batch_size), f"{out}/ours{repeat}"]
+            given = [
+                args.checkpoint,
+                args.task,
+                str(args.limit),
+                str(args.batch_size),
+                f"{out}/ours{repeat}",
+            ]
             ours.append(timed([sys.executable, "-c", OURS, *given]))
             print(f"plain lm_eval {plain[-1]:.1f} s, ours {ours[-1]:.1f} s", flush=True)
     print(f"median {statistics.median(plain):.1f} s and {statistics.median(ours):.1f} s: ", end="")

@@ -58,7 +58,9 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
     with tempfile.TemporaryDirectory() as folder:
         trained = run(SUBJECT, schedule, prune, [CPT], seed, Path(folder))
         solved = correct_items(trained.checkpoint, problems)
-        after = model_dimensions(trained.checkpoint, family_of(checkpoint.read_config(trained.checkpoint)))
+        after = model_dimensions(
+            trained.checkpoint, family_of(checkpoint.read_config(trained.checkpoint))
+        )
     sizes = {"active_params": after.active_params, "experts": after.experts, "width": after.width}
     return {"params": after.params, **sizes, "solved": solved}
 
@@ -71,13 +73,19 @@ def table() -> None:
     first = {(row["kept"], row["arm"]): row for row in found}
     for kept, arm in sorted(first, key=lambda key: (-key[0], list(ARMS).index(key[1]))):
         row = first[kept, arm]
-        shares = [statistics.mean(each["solved"]) for each in found if (each["kept"], each["arm"]) == (kept, arm)]
+        shares = [
+            statistics.mean(each["solved"])
+            for each in found
+            if (each["kept"], each["arm"]) == (kept, arm)
+        ]
         sizes = f"{row['params']:,} | {row['active_params']:,}"
         print(f"| {kept} | {arm} | {sizes} | {mean_and_interval(shares)} | {len(shares)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", choices=["measure", "table"], default="measure")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--kept", type=int, nargs="+", default=[6, 4, 3, 2])
@@ -91,7 +99,9 @@ def main() -> None:
     work_quietly()
     problems = list(generate("test", given.items, 4711))
     product = itertools.product(given.arms, given.kept, (given.tokens,), given.seeds)
-    cells = [dict(zip(("arm", "kept", "tokens", "seed"), values, strict=True)) for values in product]
+    cells = [
+        dict(zip(("arm", "kept", "tokens", "seed"), values, strict=True)) for values in product
+    ]
     study(RESULTS, cells, lambda cell: measure(**cell, problems=problems))
 
 

@@ -47,7 +47,9 @@ SLOW = ("compressed-tensors-fp8",)  # in vLLM on a CPU: minutes for one measurem
 SHARE, TOKENS, SEED = 0.3, 100_000, 1
 PLAIN = "as it is"
 FORMS = {
-    form.name: form for format_, types in TYPES.items() for form in [Export(format=format_, type=t) for t in types]
+    form.name: form
+    for format_, types in TYPES.items()
+    for form in [Export(format=format_, type=t) for t in types]
 }
 DEFAULT_FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "compressed-tensors-fp8")
 
@@ -57,7 +59,9 @@ Row = dict[str, Any]
 def prune(data: Path) -> None:
     """Prune at once, and recover."""
     schedule = Schedule(target=SHARE, recovery_tokens=TOKENS, iterations=1)
-    trained = run(subject(data), schedule, Prune(width_multiple=32), [training_stage("cpt", 3e-4)], SEED, WORK)
+    trained = run(
+        subject(data), schedule, Prune(width_multiple=32), [training_stage("cpt", 3e-4)], SEED, WORK
+    )
     print(trained.checkpoint, f"{trained.params:,} parameters")
 
 
@@ -77,7 +81,10 @@ def losses(lm: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> list[list[f
         len(tokenizer(first + second)["input_ids"]) - len(tokenizer(first.rstrip())["input_ids"])
         for first, second in texts
     ]
-    return [[round(-likelihood, 4), count] for (likelihood, _), count in zip(answers, counts, strict=True)]
+    return [
+        [round(-likelihood, 4), count]
+        for (likelihood, _), count in zip(answers, counts, strict=True)
+    ]
 
 
 def made(name: str, form: str, data: Path) -> Path:
@@ -90,7 +97,9 @@ def made(name: str, form: str, data: Path) -> Path:
         partial = dst.with_name(f"{dst.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        module_of(FORMS[form].format).write(src, partial, FORMS[form].type, subject(data).calibration, NO_CHAT, SEED)
+        module_of(FORMS[form].format).write(
+            src, partial, FORMS[form].type, subject(data).calibration, NO_CHAT, SEED
+        )
         partial.rename(dst)
     return dst
 
@@ -109,7 +118,11 @@ def measure(cell: Row, data: Path) -> Row:
     lm.start_notes()
     return {
         "params": dimensions.static_cost(src).params,
-        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
+        "bytes": sum(
+            path.stat().st_size
+            for path in folder.iterdir()
+            if path.suffix in (".safetensors", ".gguf")
+        ),
         "gsm8k": losses(lm, tokenizer, solutions(data)),
         "other": losses(lm, tokenizer, other_texts()),
     }
@@ -117,10 +130,18 @@ def measure(cell: Row, data: Path) -> Row:
 
 def speed() -> None:
     """Generated tokens per second of all that was measured, BATCH sequences at once; by model and form."""
-    measured = [(row["model"], row["form"], made(row["model"], row["form"], Path())) for row in json_rows(RESULTS)]
-    files = {f"{name} {form}": file for name, form, folder in measured for file in folder.glob("*.gguf")}
+    measured = [
+        (row["model"], row["form"], made(row["model"], row["form"], Path()))
+        for row in json_rows(RESULTS)
+    ]
+    files = {
+        f"{name} {form}": file for name, form, folder in measured for file in folder.glob("*.gguf")
+    }
     settings = Speed(batch_sizes=(BATCH,), repeats=REPEATS)
-    speeds = {name: found[0]["decode_tokens_per_s"] for name, found in gguf_speed(files, settings, SEED).items()}
+    speeds = {
+        name: found[0]["decode_tokens_per_s"]
+        for name, found in gguf_speed(files, settings, SEED).items()
+    }
     for name, form, folder in measured:
         if not form.startswith("gguf") and form not in SLOW:
             speeds[f"{name} {form}"] = vllm_speed(folder)
@@ -130,12 +151,35 @@ def speed() -> None:
 def vllm_speed(folder: Path, vllm: Path = VLLM) -> float:
     """Generated tokens per second in vLLM, reading the prompts included; the fastest of REPEATS times."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        sizes = [f"--input-len={Speed.prompt_tokens}", f"--output-len={Speed.new_tokens}", f"--batch-size={BATCH}"]
+        sizes = [
+            f"--input-len={Speed.prompt_tokens}",
+            f"--output-len={Speed.new_tokens}",
+            f"--batch-size={BATCH}",
+        ]
         repeats = [f"--num-iters={REPEATS}", "--num-iters-warmup=1", f"--output-json={file.name}"]
-        command = [vllm, "bench", "latency", f"--model={folder}", "--max-model-len=512", *sizes, *repeats]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        command = [
+            vllm,
+            "bench",
+            "latency",
+            f"--model={folder}",
+            "--max-model-len=512",
+            *sizes,
+            *repeats,
+        ]
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         environment.pop("OMP_NUM_THREADS", None)  # vLLM chooses
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command,
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         return BATCH * Speed.new_tokens / min(json.load(file)["latencies"])
 
 
@@ -145,7 +189,9 @@ def table() -> None:
     speeds = json.loads(SPEEDS.read_text()) if SPEEDS.is_file() else {}
     print("| model | form | weights | GSM8K | against the model as it is | other text | tokens/s |")
     print("|---|---|---:|---:|---|---:|---:|")
-    for (name, form), row in sorted(found.items(), key=lambda entry: (entry[0][0], -entry[1]["bytes"])):
+    for (name, form), row in sorted(
+        found.items(), key=lambda entry: (entry[0][0], -entry[1]["bytes"])
+    ):
         plain = found[name, PLAIN]
         against = "" if row is plain else ratio(row["gsm8k"], plain["gsm8k"])
         fast = f"{speeds[f'{name} {form}']:.0f}" if f"{name} {form}" in speeds else ""
@@ -156,9 +202,13 @@ def table() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["prune", "measure", "speed", "table"])
-    parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument(
+        "--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl"
+    )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=DEFAULT_FORMS)
     parser.add_argument("--models", nargs="+", choices=models(), default=list(models()))
     given = parser.parse_args()
@@ -174,7 +224,9 @@ def main() -> None:
     if given.what == "prune":
         prune(given.data)
         return
-    cells = [{"model": name, "form": form} for name in given.models for form in (PLAIN, *given.forms)]
+    cells = [
+        {"model": name, "form": form} for name in given.models for form in (PLAIN, *given.forms)
+    ]
     study(RESULTS, cells, lambda cell: measure(cell, given.data))
 
 

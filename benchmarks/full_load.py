@@ -16,17 +16,26 @@ def prune_in_memory(src, dst, batches, remove):
 
     def watch(i, norms):
         def hook(_module, inputs):
-            scores[i] = torch.maximum(scores[i], (inputs[0].float().abs() * norms).flatten(0, 1).amax(dim=0))
+            scores[i] = torch.maximum(
+                scores[i], (inputs[0].float().abs() * norms).flatten(0, 1).amax(dim=0)
+            )
 
         return hook
 
     for i, layer in enumerate(layers):
-        layer.mlp.down_proj.register_forward_pre_hook(watch(i, layer.mlp.down_proj.weight.float().norm(dim=0)))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            watch(i, layer.mlp.down_proj.weight.float().norm(dim=0))
+        )
     with torch.no_grad():
         for batch in batches:
             model(**batch, use_cache=False, logits_to_keep=1)
         for layer, score in zip(layers, scores, strict=True):
-            kept = torch.sort(score, descending=True, stable=True).indices[: len(score) - remove].sort().values
+            kept = (
+                torch.sort(score, descending=True, stable=True)
+                .indices[: len(score) - remove]
+                .sort()
+                .values
+            )
             mlp = layer.mlp
             for linear in (mlp.gate_proj, mlp.up_proj):
                 linear.weight = torch.nn.Parameter(linear.weight[kept])

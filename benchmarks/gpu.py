@@ -75,13 +75,18 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
             rates[name].append(loop(model, settings, job, given.warmup))
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
     shape = forecast_model.shape_of(str(model))
-    flops = 3 * forecast_model.forward_flops(shape, shape.dimensions, 1, given.length)  # of a token, with backward
+    # of a token, with backward
+    flops = 3 * forecast_model.forward_flops(shape, shape.dimensions, 1, given.length)
     card = GPUS.get(given.gpu)
     peak = TERA * (card.bf16 if given.dtype == "bfloat16" else card.fp32) if card else None
     found = {}
     for name, values in rates.items():
         rate = statistics.median(values)
-        found[name] = {"tokens_per_s": rate, "mfu": rate * flops / peak if peak else None, "gpu_gib": memory[name]}
+        found[name] = {
+            "tokens_per_s": rate,
+            "mfu": rate * flops / peak if peak else None,
+            "gpu_gib": memory[name],
+        }
     return found | {"flops_per_token": flops, "peak_flops": peak}
 
 
@@ -102,7 +107,14 @@ def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     goal = int(0.9 * dimensions.static_cost(model).params)
     with tempfile.TemporaryDirectory(dir=model) as dst:
         report = prune_checkpoint(
-            model, Path(dst), Prune(criterion="max"), calibration, unit="neurons", goal=goal, end=goal, seed=given.seed
+            model,
+            Path(dst),
+            Prune(criterion="max"),
+            calibration,
+            unit="neurons",
+            goal=goal,
+            end=goal,
+            seed=given.seed,
         )
     found = {"seconds": report.seconds, "params": report.params, "sequences": report.sequences}
     return found | {"host_gib": peak_mib() / 1024, "gpu_gib": gpu_peak()}
@@ -127,7 +139,9 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
         from lm_eval.models.huggingface import HFLM
 
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        lm = HFLM(pretrained=str(model), device=kind, dtype="auto", batch_size=given.eval_batch_size)
+        lm = HFLM(
+            pretrained=str(model), device=kind, dtype="auto", batch_size=given.eval_batch_size
+        )
         (spec,) = tasks.find(task.name)
 
         def work() -> None:
@@ -203,9 +217,13 @@ def table(found: dict[str, Any]) -> str:
     """The Markdown table of what was measured."""
     rows = [("measure", "ptl", "beside it", "ratio"), ("---", "---:", "---:", "---:")]
 
-    def row(measure: str, ours: float, other: float | None = None, name: str = "", digits: int = 0) -> None:
+    def row(
+        measure: str, ours: float, other: float | None = None, name: str = "", digits: int = 0
+    ) -> None:
         beside = "-" if other is None else f"{name} {other:,.{digits}f}"
-        rows.append((measure, f"{ours:,.{digits}f}", beside, f"{ours / other:.3f}" if other else "-"))
+        rows.append(
+            (measure, f"{ours:,.{digits}f}", beside, f"{ours / other:.3f}" if other else "-")
+        )
 
     results = found["results"]
     if "ptl" in results.get("recovery", {}):
@@ -214,7 +232,9 @@ def table(found: dict[str, Any]) -> str:
         if ours["mfu"] is not None:
             row("recovery, MFU in %", 100 * ours["mfu"], 100 * bare["mfu"], "bare loop", 1)
         if ours["gpu_gib"]:
-            row("recovery, peak GPU memory in GiB", ours["gpu_gib"], bare["gpu_gib"], "bare loop", 1)
+            row(
+                "recovery, peak GPU memory in GiB", ours["gpu_gib"], bare["gpu_gib"], "bare loop", 1
+            )
     if "seconds" in results.get("prune", {}):
         row("prune, seconds", results["prune"]["seconds"], digits=1)
         row("prune, peak host memory in GiB", results["prune"]["host_gib"], digits=2)
@@ -225,7 +245,9 @@ def table(found: dict[str, Any]) -> str:
         if "items_per_s" in results.get(f"evaluate-{backend}", {}):
             ours = results[f"evaluate-{backend}"]["items_per_s"]
             row(f"evaluation by {backend}, answers/s", ours, plain, "plain lm-eval", 1)
-    failed = [f"{part} failed: {result['error']}" for part, result in results.items() if "error" in result]
+    failed = [
+        f"{part} failed: {result['error']}" for part, result in results.items() if "error" in result
+    ]
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in rows] + failed)
 
 
@@ -234,7 +256,9 @@ def in_a_process(part: str, folder: Path, arguments: list[str]) -> dict[str, Any
     command = [sys.executable, __file__, *arguments, "--measure", part, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return (
-        {"error": f"exit code {done.returncode}"} if done.returncode else dict(json.loads(done.stdout.splitlines()[-1]))
+        {"error": f"exit code {done.returncode}"}
+        if done.returncode
+        else dict(json.loads(done.stdout.splitlines()[-1]))
     )
 
 
@@ -242,19 +266,28 @@ def measured(part: str, given: argparse.Namespace) -> dict[str, Any]:
     """One part in this process."""
     try:
         return PARTS[part](given.folder, given)
-    except Exception as error:  # whatever it is (no memory, a library's): it is reported beside the other parts
+    # whatever it is (no memory, a library's): it is reported beside the other parts
+    except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
 
 
 def arguments() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="1B" if gpu else "0.5M", choices=train.SHAPES)
     parser.add_argument("--parts", nargs="+", default=possible(), choices=PARTS)
-    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["bfloat16", "float32"])
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a training or calibration sequence")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a training step or a scoring pass")
+    parser.add_argument(
+        "--dtype", default="bfloat16" if gpu else "float32", choices=["bfloat16", "float32"]
+    )
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of a training or calibration sequence"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences of a training step or a scoring pass"
+    )
     parser.add_argument("--steps", type=int, default=40, help="of training, the warm-up among them")
     parser.add_argument("--warmup", type=int, default=10, help="first steps that do not count")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
@@ -263,7 +296,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--eval-batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gpu", choices=GPUS, help="the card that this is, whose peak the MFU is of")
+    parser.add_argument(
+        "--gpu", choices=GPUS, help="the card that this is, whose peak the MFU is of"
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -271,7 +306,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several the Trainer would spread its batch
+    # with several the Trainer would spread its batch
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     parser = arguments()
     given = parser.parse_args()
     if given.steps < 2 * given.warmup:
@@ -286,8 +322,18 @@ def main() -> None:
         params = train.make(given.shape, folder, getattr(torch, given.dtype), given.seed)
         print(f"{given.shape}: {params:,} parameters in {given.dtype} on {device()}", flush=True)
         results = {part: in_a_process(part, folder, sys.argv[1:]) for part in given.parts}
-    settings = {name: value for name, value in vars(given).items() if name not in ("out", "measure", "folder")}
-    found = {"device": device(), "params": params, "seed": given.seed, "versions": versions(), "settings": settings}
+    settings = {
+        name: value
+        for name, value in vars(given).items()
+        if name not in ("out", "measure", "folder")
+    }
+    found = {
+        "device": device(),
+        "params": params,
+        "seed": given.seed,
+        "versions": versions(),
+        "settings": settings,
+    }
     found["results"] = results
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n")

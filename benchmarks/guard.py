@@ -46,10 +46,12 @@ MULTIPLE, TEXTS = 32, 64
 TEXT = DataSource(source=GENERAL, format="text")
 ALONE = "GSM8K alone"
 MIXES = (0.0, 0.1, 0.3)
-TOKENS, RATE, SCORED = 100_000, 3e-4, 0.3  # of the recovery; the share of general text in its scores
+# of the recovery; the share of general text in its scores
+TOKENS, RATE, SCORED = 100_000, 3e-4, 0.3
 
 Row = dict[str, Any]
-Join = Callable[[Tensor, Tensor], Tensor]  # of a layer's scores by the benchmark's text and by the general one
+# of a layer's scores by the benchmark's text and by the general one
+Join = Callable[[Tensor, Tensor], Tensor]
 
 
 def relative(scores: Tensor) -> Tensor:
@@ -94,7 +96,11 @@ def joins(data: Path, share: float) -> None:
             write_pruned(model, Path(folder), family, selection)
             return losses(Path(folder), data)
 
-    study(RESULTS, [{"share": share, "scores": name, "mix": 0.0, "tokens": 0} for name in JOINS], measure)
+    study(
+        RESULTS,
+        [{"share": share, "scores": name, "mix": 0.0, "tokens": 0} for name in JOINS],
+        measure,
+    )
 
 
 def mixes(data: Path, share: float) -> None:
@@ -103,8 +109,12 @@ def mixes(data: Path, share: float) -> None:
 
     def measure(cell: Row) -> Row:
         scored = 0.0 if cell["scores"] == ALONE else SCORED
-        calibration = Calibration(data=beside(source, scored), num_sequences=64, max_length=smollm2.LENGTH)
-        subject = replace(own, data=TrainingData(sources=beside(source, cell["mix"])), calibration=calibration)
+        calibration = Calibration(
+            data=beside(source, scored), num_sequences=64, max_length=smollm2.LENGTH
+        )
+        subject = replace(
+            own, data=TrainingData(sources=beside(source, cell["mix"])), calibration=calibration
+        )
         folder = WORK / f"{cell['share']}-{scored}-{cell['mix']}"
         schedule = Schedule(target=share, recovery_tokens=TOKENS, iterations=1)
         prune = Prune(target="neurons", width_multiple=MULTIPLE)
@@ -114,14 +124,21 @@ def mixes(data: Path, share: float) -> None:
         return found
 
     arms = [(ALONE, 0.0), *((f"mean, {SCORED:.0%} general", mix) for mix in MIXES)]
-    study(RESULTS, [{"share": share, "scores": name, "mix": mix, "tokens": TOKENS} for name, mix in arms], measure)
+    study(
+        RESULTS,
+        [{"share": share, "scores": name, "mix": mix, "tokens": TOKENS} for name, mix in arms],
+        measure,
+    )
 
 
 def beside(source: DataSource, share: float) -> list[DataSource]:
     """A source with so much general text."""
     if not share:
         return [source]
-    return [source.model_copy(update={"weight": 1 - share}), TEXT.model_copy(update={"weight": share})]
+    return [
+        source.model_copy(update={"weight": 1 - share}),
+        TEXT.model_copy(update={"weight": share}),
+    ]
 
 
 def losses(folder: Path, data: Path) -> Row:
@@ -133,22 +150,32 @@ def losses(folder: Path, data: Path) -> Row:
 
 def table(rows: Sequence[Row]) -> None:
     """Each model: perplexities, and their ratios to the one that had as many tokens and no general text."""
-    print("| removed | tokens | scores | general text in the recovery | GSM8K | other prose | Python's reference |")
+    print(
+        "| removed | tokens | scores | general text in the recovery | GSM8K | other prose | Python's reference |"
+    )
     print("|---:|---:|---|---:|---:|---:|---:|")
     for row in rows:
-        own = next(each for each in rows if (each["share"], each["tokens"]) == (row["share"], row["tokens"]))
+        own = next(
+            each
+            for each in rows
+            if (each["share"], each["tokens"]) == (row["share"], row["tokens"])
+        )
         texts = [
             f"{smollm2.perplexity(row[name]):.3g}: {smollm2.ratio(row[name], own[name])}"
             for name in ("gsm8k", "prose", "reference")
         ]
         mix = f"{row['mix']:.0%}" if row["tokens"] else ""
-        print(f"| {row['share']:.0%} | {row['tokens']:,} | {row['scores']} | {mix} | {' | '.join(texts)} |")
+        print(
+            f"| {row['share']:.0%} | {row['tokens']:,} | {row['scores']} | {mix} | {' | '.join(texts)} |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["joins", "mixes", "table"])
-    parser.add_argument("--data", type=Path, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument(
+        "--data", type=Path, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl"
+    )
     parser.add_argument("--share", type=float, default=0.3, help="of all parameters, to remove")
     given = parser.parse_args()
     work_quietly()

@@ -67,7 +67,9 @@ def json_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def study(path: Path, cells: Iterable[dict[str, Any]], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def study(
+    path: Path, cells: Iterable[dict[str, Any]], measure: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     """Measure the cells that a file of results lacks, and append a line for each: the cell and what was measured."""
     for cell in cells:
         if not any(row | cell == row for row in json_rows(path)):
@@ -101,7 +103,9 @@ def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
         chosen.update(report.chosen)
         # By `taylor` two passes forward and one back; each candidate one forward, and a repair as much as four.
         passes = 8 if prune.criterion == "taylor" and unit != "layers" else 2
-        repaired = tokens * prune.repair / subject.calibration.num_sequences if unit != "layers" else 0
+        repaired = (
+            tokens * prune.repair / subject.calibration.num_sequences if unit != "layers" else 0
+        )
         work = (passes * tokens + 8 * repaired) * report.params_before
         return round(work + 2 * tokens * end * len(report.candidates))
 
@@ -124,7 +128,10 @@ def run(
     iterations = plan(schedule, prune)
     if layers_last:
         iterations[-1] = replace(iterations[-1], unit="layers")
-    goals = [dense - int(iteration.progress * removal(dense, schedule.target)) for iteration in iterations]
+    goals = [
+        dense - int(iteration.progress * removal(dense, schedule.target))
+        for iteration in iterations
+    ]
     ends = {iteration.unit: goal for iteration, goal in zip(iterations, goals, strict=True)}
     at = subject.model
     tokens = flops = scoring = 0
@@ -140,7 +147,9 @@ def run(
             partial.rename(pruned)
         at = pruned
         if stages:
-            budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))
+            budget = StageBudget(
+                iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule)
+            )
             training = folder / f"training-{iteration.index}"
             job = RecoveryJob(
                 subject.data,
@@ -158,5 +167,6 @@ def run(
             tokens += iteration.tokens
             flops += 6 * dimensions.static_cost(at).params * iteration.tokens
         done.touch()
-        shutil.rmtree(folder / f"training-{iteration.index}", ignore_errors=True)  # gigabytes of optimizer state
+        # gigabytes of optimizer state
+        shutil.rmtree(folder / f"training-{iteration.index}", ignore_errors=True)
     return Trained(at, dimensions.static_cost(at).params, tokens, flops, scoring)

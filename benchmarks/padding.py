@@ -31,7 +31,9 @@ def computed(dataset: Any, size: int) -> tuple[float, float]:
     for begin in range(0, len(rows), size):
         group = rows[begin : begin + size]
         longest = max(len(ids) for ids, _ in group)
-        first = min(next(i for i, label in enumerate(labels) if label != IGNORED) for _, labels in group)
+        first = min(
+            next(i for i, label in enumerate(labels) if label != IGNORED) for _, labels in group
+        )
         positions += longest * len(group)
         logits += (longest - first + 1) * len(group)
     total = sum(len(ids) for ids, _ in rows)
@@ -46,14 +48,20 @@ def dataset_of(batch: int, passes: int, tokenizer: Any, job: RecoveryJob) -> Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("answers", type=Path)
     given = parser.parse_args()
     tokenizer = load_tokenizer(given.model)
     data = TrainingData(source=str(given.answers), format="messages", decontaminate="off")
-    job = RecoveryJob(data, StageBudget(TOKENS, (), 1, True, 0), Path(), print, chat=Chat(enabled=True))
-    print("| batch_size | accumulation | positions | logits | positions, rows as drawn |\n|---:|---:|---:|---:|---:|")
+    job = RecoveryJob(
+        data, StageBudget(TOKENS, (), 1, True, 0), Path(), print, chat=Chat(enabled=True)
+    )
+    print(
+        "| batch_size | accumulation | positions | logits | positions, rows as drawn |\n|---:|---:|---:|---:|---:|"
+    )
     for batch in BATCHES:
         rows = {passes: dataset_of(batch, passes, tokenizer, job) for passes in PASSES}
         for passes, dataset in rows.items():

@@ -17,7 +17,9 @@ DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
 @cache
 def judge(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> Verdict:
     """The verdict on these counts, for a reference that can fall by more than the margin."""
-    low, _ = bootstrap({-1: regressions, 1: improvements, 0: items - regressions - improvements}, 1, alpha)
+    low, _ = bootstrap(
+        {-1: regressions, 1: improvements, 0: items - regressions - improvements}, 1, alpha
+    )
     _, p_worse = sign_flips({-1: regressions, 1: improvements})
     return verdict_of(regressions - improvements, items, low, p_worse, margin, alpha)
 
@@ -40,13 +42,19 @@ def power(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--margin", type=float, default=0.02)
     parser.add_argument("--alpha", type=float, default=0.05)
-    parser.add_argument("--churn", type=float, default=0.03, help="share of regressions and of improvements, each")
+    parser.add_argument(
+        "--churn", type=float, default=0.03, help="share of regressions and of improvements, each"
+    )
     parser.add_argument("--trials", type=int, default=2000)
     args = parser.parse_args()
-    print(f"margin {args.margin:.1%}, alpha {args.alpha}, churn {args.churn:.1%} each way, {args.trials:,} trials")
+    print(
+        f"margin {args.margin:.1%}, alpha {args.alpha}, churn {args.churn:.1%} each way, {args.trials:,} trials"
+    )
     print("each cell: inferior / unclear / not inferior, in percent\n")
     print("| true drop | " + " | ".join(f"{n:,} items" for n in ITEMS) + " |")
     print("|---" * (len(ITEMS) + 1) + "|")
@@ -54,7 +62,11 @@ def main() -> None:
         cells = []
         for n in ITEMS:
             shares = power(n, drop, args.churn, args.margin, args.alpha, args.trials)
-            cells.append(" / ".join(f"{100 * shares[v]:.0f}" for v in ("inferior", "unclear", "not inferior")))
+            cells.append(
+                " / ".join(
+                    f"{100 * shares[v]:.0f}" for v in ("inferior", "unclear", "not inferior")
+                )
+            )
         print(f"| {100 * drop:.0f} points | " + " | ".join(cells) + " |", flush=True)
 
 

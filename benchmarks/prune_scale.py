@@ -48,9 +48,13 @@ def make(folder, depth):
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with init_empty_weights():
-        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in AutoModelForCausalLM.from_config(config).named_parameters()
+        }
     torch.manual_seed(0)
-    pool = (torch.randn(2**22) * 0.02).bfloat16()  # each matrix repeats it: as good as fresh numbers for timing
+    # each matrix repeats it: as good as fresh numbers for timing
+    pool = (torch.randn(2**22) * 0.02).bfloat16()
     groups, weight_map = [[]], {}
     for name in shapes:
         if sum(torch.Size(shapes[other]).numel() for other in groups[-1]) > 1e9:
@@ -59,9 +63,13 @@ def make(folder, depth):
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         values = (fill(pool, shapes[name]) for name in names)
-        safetensors_io.write_tensors(folder / file, [(name, "BF16", shapes[name]) for name in names], values)
+        safetensors_io.write_tensors(
+            folder / file, [(name, "BF16", shapes[name]) for name in names], values
+        )
         weight_map |= dict.fromkeys(names, file)
-    checkpoint.write_index(folder, weight_map, 2 * sum(torch.Size(shape).numel() for shape in shapes.values()))
+    checkpoint.write_index(
+        folder, weight_map, 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path("examples/tiny_reasoner/checkpoint") / name, folder / name)
 
@@ -83,11 +91,16 @@ def text(path, rows, length):
 
     words = [
         f"{row['question']} {row['answer']}"
-        for row in read_rows(DataSource(source="examples/tiny_reasoner/train.jsonl.gz"))[: rows * length // 20]
+        for row in read_rows(DataSource(source="examples/tiny_reasoner/train.jsonl.gz"))[
+            : rows * length // 20
+        ]
     ]
     each = len(words) // rows
     path.write_text(
-        "".join(json.dumps({"text": " ".join(words[i * each : (i + 1) * each])}) + "\n" for i in range(rows))
+        "".join(
+            json.dumps({"text": " ".join(words[i * each : (i + 1) * each])}) + "\n"
+            for i in range(rows)
+        )
     )
 
 
@@ -159,8 +172,14 @@ def work(args, folder, out):
             prune = Prune(target="width", width={"hidden": 1792, "ffn": smaller.width, "kv": 4})
         unit = "width" if args.measure == "width" else "neurons"
         goal = smaller.params
-        report = prune_checkpoint(folder, out, prune, settings(args), unit=unit, goal=goal, end=goal, seed=0)
-        assert (report.widths[0], report.hidden, report.kv_heads) == (smaller.width, smaller.hidden, smaller.kv_heads)
+        report = prune_checkpoint(
+            folder, out, prune, settings(args), unit=unit, goal=goal, end=goal, seed=0
+        )
+        assert (report.widths[0], report.hidden, report.kv_heads) == (
+            smaller.width,
+            smaller.hidden,
+            smaller.kv_heads,
+        )
         return
     batches = calibration_batches(settings(args), AutoTokenizer.from_pretrained(folder), 0)
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
@@ -176,7 +195,9 @@ def work(args, folder, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=["1.1B", "3B"], choices=DEPTHS)
     parser.add_argument("--rows", type=int, default=10)
     parser.add_argument("--length", type=int, default=512)
@@ -198,15 +219,35 @@ def main():
         found = {}
         for size in args.sizes:
             for name in ("make", "imports", "cp", "ptl", "taylor", "width", "forward", "full"):
-                command = [sys.executable, __file__, "--measure", name, "--size", size, "--scratch", scratch]
-                command += ["--rows", str(args.rows), "--length", str(args.length), "--threads", str(args.threads)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--measure",
+                    name,
+                    "--size",
+                    size,
+                    "--scratch",
+                    scratch,
+                ]
+                command += [
+                    "--rows",
+                    str(args.rows),
+                    "--length",
+                    str(args.length),
+                    "--threads",
+                    str(args.threads),
+                ]
                 os.sync()  # else one measurement waits for what the one before it wrote
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[size, name] = json.loads(done.stdout.splitlines()[-1])
                 print(done.stdout.splitlines()[-1], flush=True)
             shutil.rmtree(args.scratch / size)
-            for clock in ("seconds", "cpu_seconds"):  # the second one hardly depends on what else the machine does
-                cost = {name: found[size, name][clock] for name in ("ptl", "forward", "cp", "full", "taylor", "width")}
+            # the second one hardly depends on what else the machine does
+            for clock in ("seconds", "cpu_seconds"):
+                cost = {
+                    name: found[size, name][clock]
+                    for name in ("ptl", "forward", "cp", "full", "taylor", "width")
+                }
                 aim = cost["forward"] + 2.5 * cost["cp"]
                 print(
                     f"{size} {clock}: ptl {cost['ptl']}, forward + 2.5 cp {aim:.1f}, full load {cost['full']}; "
@@ -214,10 +255,14 @@ def main():
                     flush=True,
                 )
         if len(args.sizes) > 1:
-            small, large = (found[size, "ptl"]["peak_mb"] for size in (args.sizes[0], args.sizes[-1]))
+            small, large = (
+                found[size, "ptl"]["peak_mb"] for size in (args.sizes[0], args.sizes[-1])
+            )
             embeddings = 2 * 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"] / 2**20
             ratio = (large - embeddings) / (small - embeddings)
-            print(f"peak memory {large} MB against {small} MB, apart from embeddings {ratio:.2f} times")
+            print(
+                f"peak memory {large} MB against {small} MB, apart from embeddings {ratio:.2f} times"
+            )
 
 
 if __name__ == "__main__":

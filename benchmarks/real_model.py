@@ -64,7 +64,8 @@ GENERATION = {"evaluate.backend": "vllm", "evaluate.batch_size": 512, "evaluate.
 BOUND = "0-1"
 BATCH, REPEATS = 8, 5  # for speed
 TITLES = {"humaneval_instruct": "HumanEval", "mbpp_code": "MBPP"}
-PREDICTED, LONGEST = 40, 1024  # of each benchmark's answers, at least; tokens of one with its problem
+# of each benchmark's answers, at least; tokens of one with its problem
+PREDICTED, LONGEST = 40, 1024
 DENSE = "dense"  # an arm that prunes nothing
 UNTRAINED = "own"  # pruned by the same texts
 
@@ -115,9 +116,13 @@ def cells(given: argparse.Namespace) -> list[Cell]:
     found = [AS_IT_IS]
     trainings = given.trainings if given.tokens else [UNTRAINED]
     rate = given.learning_rate if given.tokens else 0.0
-    for arm, share, training, seed in itertools.product(given.arms, given.shares, trainings, given.seeds):
+    for arm, share, training, seed in itertools.product(
+        given.arms, given.shares, trainings, given.seeds
+    ):
         if arm != DENSE or given.tokens:
-            found.append(Cell(arm, share if arm != DENSE else 0.0, training, given.tokens, rate, seed))
+            found.append(
+                Cell(arm, share if arm != DENSE else 0.0, training, given.tokens, rate, seed)
+            )
     return list(dict.fromkeys(found))
 
 
@@ -126,10 +131,16 @@ def config(data: Path) -> Config:
     file = WORK / "mbpp_train.jsonl"
     WORK.mkdir(parents=True, exist_ok=True)
     # The authors' split (Austin et al. 2021)
-    file.write_text("".join(json.dumps(row) + "\n" for row in json_rows(data / "mbpp.jsonl") if row["task_id"] > 600))
+    file.write_text(
+        "".join(
+            json.dumps(row) + "\n" for row in json_rows(data / "mbpp.jsonl") if row["task_id"] > 600
+        )
+    )
     local = {"source": str(file), "subset": None}
     changes = {f"{where}.{name}": value for where in SOURCES for name, value in local.items()}
-    return load_config(EXAMPLE, changes | GENERATION | {"model.path": str(MODEL), "evaluate.data_dir": str(data)})
+    return load_config(
+        EXAMPLE, changes | GENERATION | {"model.path": str(MODEL), "evaluate.data_dir": str(data)}
+    )
 
 
 def own_answers(data: Path) -> None:
@@ -153,7 +164,8 @@ def subject(answers: str, data: Path) -> Subject:
     if answers == "own":
         sources = in_place_of(its.training.sources, ANSWERS, its.chat)
     else:
-        sources = (problems.model_copy(update={"weight": 2.0}),)  # of both, so that the general text has the same share
+        # of both, so that the general text has the same share
+        sources = (problems.model_copy(update={"weight": 2.0}),)
     training = its.training.model_copy(update={"sources": sources})
     calibration = its.calibration.model_copy(update={"data": (*sources, general)})
     items = WORK / "items"
@@ -167,7 +179,9 @@ def made(cell: Cell, data: Path) -> Path:
     iterations = max(1, round(cell.share / step))
     # Without a removal the dense model is only trained. By equal cuts -20 % begins as -30 % does.
     target = cell.share or 1e-9
-    schedule = Schedule(target=target, recovery_tokens=cell.tokens, iterations=iterations, cuts="uniform")
+    schedule = Schedule(
+        target=target, recovery_tokens=cell.tokens, iterations=iterations, cuts="uniform"
+    )
     answers, _, method = cell.training.partition(", ")
     stages = []
     if cell.tokens:
@@ -176,7 +190,11 @@ def made(cell: Cell, data: Path) -> Path:
             cell.folder.mkdir(parents=True)
             (cell.folder / pruned.name).symlink_to(pruned)
         (stage,) = config(data).recover
-        stages = [stage.model_copy(update={"method": method, "learning_rate": cell.learning_rate}).model_dump()]
+        stages = [
+            stage.model_copy(
+                update={"method": method, "learning_rate": cell.learning_rate}
+            ).model_dump()
+        ]
     its = subject(answers, data)
     cut = PEERS[cell.arm](its, Prune(**prune), cell.seed) if cell.arm in PEERS else None
     return run(its, schedule, Prune(**prune), stages, cell.seed, cell.folder, cut).checkpoint
@@ -190,15 +208,20 @@ def served(cell: Cell, checkpoint: Path) -> Path:
 def as_llama(checkpoint: Path) -> Path:
     """The same model as a Llama: of a Qwen 2 both take the hidden size for that of all heads together."""
     folder = checkpoint.with_name("as-llama")
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    shutil.copytree(
+        checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
+    )
     its = json.loads((checkpoint / "config.json").read_text())
     for name in ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"):
         del its[name]
     its |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True}
     (folder / "config.json").write_text(json.dumps(its))
     weights = load_file(checkpoint / "model.safetensors")
-    for i in range(its["num_hidden_layers"]):  # biases of a Qwen 2 are of queries, keys and values alone
-        weights[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(its["hidden_size"], dtype=torch.bfloat16)
+    # biases of a Qwen 2 are of queries, keys and values alone
+    for i in range(its["num_hidden_layers"]):
+        weights[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(
+            its["hidden_size"], dtype=torch.bfloat16
+        )
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -210,7 +233,9 @@ def scored(cell: Cell, checkpoint: Path, data: Path, vllm: Path) -> Path:
         cell.folder.mkdir(parents=True, exist_ok=True)
         changes = {**GENERATION, "model.path": MODEL, "evaluate.data_dir": data}
         sets = [f"--set={name}={value}" for name, value in changes.items()]
-        by_vllm(vllm, "ptl", "evaluate", served(cell, checkpoint), folder, "--config", EXAMPLE, *sets)
+        by_vllm(
+            vllm, "ptl", "evaluate", served(cell, checkpoint), folder, "--config", EXAMPLE, *sets
+        )
     return folder
 
 
@@ -230,7 +255,9 @@ def predicted(checkpoint: Path, dense: Path, chat: Chat) -> dict[str, list[float
             asked = SourceRow(item | {"answer": begun + item["answer"]}, source, number)
             row = tokenize(asked, tokenizer, LONGEST, chat)
             with torch.no_grad():
-                loss = model(torch.tensor([row.ids]), labels=torch.tensor([row.labels("completion")])).loss
+                loss = model(
+                    torch.tensor([row.ids]), labels=torch.tensor([row.labels("completion")])
+                ).loss
             found[task].append(round(float(loss) * (len(row.ids) - row.prompt), 2))
     return found
 
@@ -249,8 +276,12 @@ def measure(cell: Cell, data: Path, vllm: Path) -> Row:
         "params": scores["params"],
         "hidden": scores["hidden_size"],
         "ffn": scores["widths"],
-        "minutes": [round((trained - began) / 60), round((ended - trained) / 60)],  # of the last attempt
-        "retention": [scores["retention"]["tokens"], [round(loss, 3) for loss in scores["retention"]["losses"]]],
+        # of the last attempt
+        "minutes": [round((trained - began) / 60), round((ended - trained) / 60)],
+        "retention": [
+            scores["retention"]["tokens"],
+            [round(loss, 3) for loss in scores["retention"]["losses"]],
+        ],
         "answers": predicted(checkpoint, scored(AS_IT_IS, MODEL, data, vllm), config(data).chat),
         "items": [
             [item["task"], item["id"], item["correct"], item["tokens"], int(item["truncated"])]
@@ -268,7 +299,10 @@ def speed(pruned: Sequence[Cell], data: Path, vllm: Path) -> None:
         file.unlink(missing_ok=True)
         write_gguf(folder, file, form)
     measured = gguf_speed(files, Speed(batch_sizes=(BATCH,), repeats=REPEATS))
-    found = {name: (files[name].stat().st_size, rows[0]["decode_tokens_per_s"]) for name, rows in measured.items()}
+    found = {
+        name: (files[name].stat().st_size, rows[0]["decode_tokens_per_s"])
+        for name, rows in measured.items()
+    }
     for name, folder in models.items():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         found[f"{name}, vLLM bfloat16"] = (size, vllm_speed(folder, vllm / "vllm"))
@@ -308,7 +342,10 @@ def table(rows: Sequence[Row]) -> None:
     )
     print("|---:|---:|---|---|---:|---|---|---|---|---:|---|---|")
     dense = next(row for row in rows if row["arm"] == DENSE and not row["tokens"])
-    for row in sorted(rows, key=lambda row: (row["share"], row["tokens"], list(ARMS).index(row["arm"]), row["seed"])):
+    for row in sorted(
+        rows,
+        key=lambda row: (row["share"], row["tokens"], list(ARMS).index(row["arm"]), row["seed"]),
+    ):
         tokens = [item[3] for item in row["items"]]
         cut = [item[4] for item in row["items"]]
         nats = ", ".join(f"{sum(losses) / len(losses):.1f}" for losses in row["answers"].values())
@@ -335,8 +372,16 @@ def picture(rows: Sequence[Row]) -> None:
         if row["arm"] != DENSE:
             training = row["training"], row["tokens"], row["learning_rate"]
             lines.setdefault((row["arm"], training), [dense]).append(row)
-    colors = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arm, _ in lines))}
-    styles = dict(zip(dict.fromkeys(training for _, training in lines), ("o-", "s--", "^:", "v-."), strict=False))
+    colors = {
+        arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arm, _ in lines))
+    }
+    styles = dict(
+        zip(
+            dict.fromkeys(training for _, training in lines),
+            ("o-", "s--", "^:", "v-."),
+            strict=False,
+        )
+    )
     for axis, (task, title) in zip(axes, TITLES.items(), strict=True):
         for number, ((arm, training), models) in enumerate(lines.items()):
             answers, tokens, rate = training
@@ -344,11 +389,19 @@ def picture(rows: Sequence[Row]) -> None:
             # So that intervals do not hide each other
             at = [row["params"] / 1e6 + (0 if row is dense else number) for row in models]
             right = [solved(row, task) for row in models]
-            low, high = zip(*(paired.wilson(sum(items), len(items)) for items in right), strict=True)
+            low, high = zip(
+                *(paired.wilson(sum(items), len(items)) for items in right), strict=True
+            )
             label = f"{arm}; {answers}; {tokens:,} tokens at {rate:g}" if tokens else arm
             means = [100 * sum(items) / len(items) for items in right]
             axis.plot(at, means, styles[training], color=colors[arm], markersize=4, label=label)
-            axis.vlines(at, [100 * share for share in low], [100 * share for share in high], colors[arm], linewidth=1)
+            axis.vlines(
+                at,
+                [100 * share for share in low],
+                [100 * share for share in high],
+                colors[arm],
+                linewidth=1,
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("million parameters")
         axis.grid(alpha=0.3)
@@ -363,7 +416,9 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "answers", "speed", "table"])
     parser.add_argument("--data", type=Path, help="folder of HumanEval.jsonl.gz and mbpp.jsonl")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2])
-    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin", help="folder with its commands")
+    parser.add_argument(
+        "--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin", help="folder with its commands"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=["own, distil"])
     parser.add_argument("--tokens", type=int, default=100_000)
@@ -383,7 +438,9 @@ def main() -> None:
         speed(cells(given)[1:], given.data.resolve(), given.vllm)
         return
     for cell in cells(given):
-        known = [{name: row[name] for name in Cell.__dataclass_fields__} for row in json_rows(RESULTS)]
+        known = [
+            {name: row[name] for name in Cell.__dataclass_fields__} for row in json_rows(RESULTS)
+        ]
         if asdict(cell) not in known:
             row = measure(cell, given.data.resolve(), given.vllm)
             with RESULTS.open("a") as file:

@@ -68,7 +68,9 @@ def correct_items(folder: Path, problems: list[dict[str, str]]) -> list[int]:
     solved = []
     for begin in range(0, len(problems), 125):
         part = problems[begin : begin + 125]
-        batch = tokenizer([row["question"] + "\n" for row in part], return_tensors="pt", padding=True)
+        batch = tokenizer(
+            [row["question"] + "\n" for row in part], return_tensors="pt", padding=True
+        )
         out = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -76,7 +78,9 @@ def correct_items(folder: Path, problems: list[dict[str, str]]) -> list[int]:
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for answer, row in zip(answers, part, strict=True):
             solved.append(int(final_number(answer) == final_number(row["answer"])))
     return solved
@@ -87,7 +91,9 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, (shape, stages) in RUNS.items():
         if given.learning_rate is not None:
             stages = [
-                stage | {"learning_rate": given.learning_rate} if stage["method"] != "grpo" else stage
+                stage | {"learning_rate": given.learning_rate}
+                if stage["method"] != "grpo"
+                else stage
                 for stage in stages
             ]
         for seed in given.seeds:
@@ -98,7 +104,12 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 seconds = time.monotonic() - started
                 solved = sum(correct_items(trained.checkpoint, problems))
                 low, high = paired.wilson(solved, len(problems), 0.95)
-            row = {"run": name, "seed": seed, "tokens": trained.tokens, "accuracy": solved / len(problems)}
+            row = {
+                "run": name,
+                "seed": seed,
+                "tokens": trained.tokens,
+                "accuracy": solved / len(problems),
+            }
             yield row | {"low": round(low, 3), "high": round(high, 3), "seconds": round(seconds, 1)}
 
 
@@ -108,7 +119,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--problem-seed", type=int, default=4711, help="of the generated problems")
-    parser.add_argument("--learning-rate", type=float, help="of cpt, distil and LoRA, instead of the chosen one")
+    parser.add_argument(
+        "--learning-rate", type=float, help="of cpt, distil and LoRA, instead of the chosen one"
+    )
     given = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -116,10 +129,14 @@ def main() -> None:
     for row in rows(given):
         print(json.dumps(row), flush=True)
         found.append(row)
-    print("\n| run | tokens | accuracy (95 % interval), one for each seed | seconds |\n|---|---|---|---|")
+    print(
+        "\n| run | tokens | accuracy (95 % interval), one for each seed | seconds |\n|---|---|---|---|"
+    )
     for name in dict.fromkeys(row["run"] for row in found):
         mine = [row for row in found if row["run"] == name]
-        cells = ", ".join(f"{row['accuracy']:.3f} ({row['low']:.3f}-{row['high']:.3f})" for row in mine)
+        cells = ", ".join(
+            f"{row['accuracy']:.3f} ({row['low']:.3f}-{row['high']:.3f})" for row in mine
+        )
         tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in mine}))
         seconds = ", ".join(f"{row['seconds']:.0f}" for row in mine)
         print(f"| {name} | {tokens} | {cells} | {seconds} |")

@@ -103,7 +103,9 @@ def subject(data: Path) -> Subject:
 
     source = {"source": str(data / "gsm8k_train.jsonl"), "prompt": "Question: {question}\nAnswer: "}
     training = TrainingData(sources=[source | {"completion": "{answer}"}])
-    return Subject(MODEL, training, Calibration(data=training.sources[0], num_sequences=64, max_length=LENGTH))
+    return Subject(
+        MODEL, training, Calibration(data=training.sources[0], num_sequences=64, max_length=LENGTH)
+    )
 
 
 def measure(cell: Cell, data: Path) -> Row:
@@ -115,7 +117,9 @@ def measure(cell: Cell, data: Path) -> Row:
     work_quietly()
     arm = ARMS.get(cell.arm, Arm(ONE_SHOT, {}))
     # Without a removal the dense model is only trained.
-    schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=arm.iterations)
+    schedule = Schedule(
+        target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=arm.iterations
+    )
     prune = Prune(**({"width_multiple": 32} | arm.prune))
     folder = WORK / "-".join(map(str, asdict(cell).values())).replace(" ", "-")
     began = time.process_time()
@@ -211,10 +215,14 @@ def print_table(rows: Sequence[Row]) -> None:
         key = (row["share"], row["tokens"], row["method"], row["seed"], row["arm"])
         if key not in best or perplexity(row["gsm8k"]) < perplexity(best[key]["gsm8k"]):
             best[key] = row
-    for key in sorted(best, key=lambda key: (*key[:4], list(ARMS).index(key[4]) if key[4] in ARMS else -1)):
+    for key in sorted(
+        best, key=lambda key: (*key[:4], list(ARMS).index(key[4]) if key[4] in ARMS else -1)
+    ):
         row = best[key]
         reference = best.get((*key[:4], REFERENCE))
-        compared = ratio(row["gsm8k"], reference["gsm8k"]) if reference and reference is not row else ""
+        compared = (
+            ratio(row["gsm8k"], reference["gsm8k"]) if reference and reference is not row else ""
+        )
         print(
             f"| {row['share']:.0%} | {row['params']:,} | {row['arm']} | {row['method']} | {row['tokens']:,} "
             f"| {row['seed']} | {row['learning_rate']:g} | {perplexity(row['gsm8k']):,.2f} "
@@ -225,7 +233,9 @@ def print_table(rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["measure", "table"])
-    parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument(
+        "--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl"
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, default=100_000)
@@ -248,7 +258,11 @@ def main() -> None:
             row = done.result()
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(*(row[name] for name in Cell.__dataclass_fields__), perplexity(row["gsm8k"]), flush=True)
+            print(
+                *(row[name] for name in Cell.__dataclass_fields__),
+                perplexity(row["gsm8k"]),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

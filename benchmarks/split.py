@@ -58,7 +58,9 @@ def subject_of(model: str) -> Any:
     return {"dense": TINY, "mixture": experts.SUBJECT}[model]
 
 
-def measure(model: str, share: float, hidden: int, kv: int, seed: int, iterations: Sequence[int]) -> Row:
+def measure(
+    model: str, share: float, hidden: int, kv: int, seed: int, iterations: Sequence[int]
+) -> Row:
     """One division: its losses, and its accuracy after the recovery at once and in loops."""
     from loops import run, work_quietly
     from recovery import CPT, correct_items, generate
@@ -79,12 +81,26 @@ def measure(model: str, share: float, hidden: int, kv: int, seed: int, iteration
     (sizes,) = widths.candidates(dense, dense.params - removal(dense.params, share), 1, ends)
     prune = Prune(target="width", width_multiple=1, width=ends)
     stage = CPT | {"learning_rate": rate, "save_steps": 10**9}
-    batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed + 1000)
+    batches = calibration_batches(
+        subject.calibration, pretrained.load_tokenizer(subject.model), seed + 1000
+    )
     row: Row = {"model": model, "share": share, "tokens": tokens, "rate": rate, "seed": seed}
-    row |= {"hidden": sizes.hidden, "ffn": sizes.width, "kv": sizes.kv_heads, "params": sizes.params}
+    row |= {
+        "hidden": sizes.hidden,
+        "ffn": sizes.width,
+        "kv": sizes.kv_heads,
+        "params": sizes.params,
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cut = run(subject, Schedule(target=share, iterations=1, recovery_tokens=1), prune, [], seed, folder / "cut")
+        cut = run(
+            subject,
+            Schedule(target=share, iterations=1, recovery_tokens=1),
+            prune,
+            [],
+            seed,
+            folder / "cut",
+        )
         row["loss"] = mean_loss(LayerwiseModel(cut.checkpoint, family, batches))
         row["first_order"] = first_order(subject, sizes, seed)
         short = Schedule(target=share, iterations=1, recovery_tokens=int(SHORT * tokens))
@@ -107,11 +123,14 @@ def first_order(subject: Any, sizes: Any, seed: int) -> float:
     from ptl.pruning.layerwise import LayerwiseModel
 
     family = family_of(checkpoint.read_config(subject.model))
-    batches = calibration_batches(subject.calibration, pretrained.load_tokenizer(subject.model), seed)
+    batches = calibration_batches(
+        subject.calibration, pretrained.load_tokenizer(subject.model), seed
+    )
     scores = all_width_scores(LayerwiseModel(subject.model, family, batches), True)
     total = float(scores.hidden.sort().values[: len(scores.hidden) - sizes.hidden].sum())
     for neurons, kv_heads in zip(scores.neurons, scores.kv_heads, strict=True):
-        total += float(neurons.sort().values[..., : neurons.shape[-1] - sizes.width].sum())  # of an MLP or each expert
+        # of an MLP or each expert
+        total += float(neurons.sort().values[..., : neurons.shape[-1] - sizes.width].sum())
         total += float(kv_heads.sort().values[: len(kv_heads) - sizes.kv_heads].sum())
     return total
 
@@ -128,7 +147,10 @@ def main() -> None:
     if given.what == "report":
         report(given.model)
         return
-    known = {(row["model"], row["share"], row["hidden"], row["kv"], row["seed"]) for row in json_rows(RESULTS)}
+    known = {
+        (row["model"], row["share"], row["hidden"], row["kv"], row["seed"])
+        for row in json_rows(RESULTS)
+    }
     settings = SETTINGS[given.model]
     cells = [
         (given.model, share, hidden, kv, seed)
@@ -139,7 +161,9 @@ def main() -> None:
     ]
     with workers(given.processes) as pool:
         missing = [cell for cell in cells if cell not in known]
-        for done in as_completed([pool.submit(measure, *cell, given.iterations) for cell in missing]):
+        for done in as_completed(
+            [pool.submit(measure, *cell, given.iterations) for cell in missing]
+        ):
             row = done.result()
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -153,21 +177,33 @@ def report(model: str) -> None:
     groups: dict[tuple[float, int], list[Row]] = {}
     for row in sorted(found, key=lambda row: (-row["kv"], -row["hidden"])):
         groups.setdefault((row["share"], row["seed"]), []).append(row)
-    print("| share | hidden / FFN (KV) | loss | first order | loss after 5 % |", *arms, sep=" | ", end=" |\n")
+    print(
+        "| share | hidden / FFN (KV) | loss | first order | loss after 5 % |",
+        *arms,
+        sep=" | ",
+        end=" |\n",
+    )
     print("|---|" + "---:|" * (4 + len(arms)))
     for (share, _), candidates in sorted(groups.items()):
         for row in candidates:
             sizes = f"{row['hidden']} / {row['ffn']} ({row['kv']})"
-            values = [f"{row[name]:.2f}" for name in RULES.values()] + [f"{row[arm]:.1%}" for arm in arms]
+            values = [f"{row[name]:.2f}" for name in RULES.values()] + [
+                f"{row[arm]:.1%}" for arm in arms
+            ]
             print(f"| -{share:.0%} | {sizes} |", " | ".join(values), "|")
     choices = {rule: partial(_least, name) for rule, name in RULES.items()}
     choices |= {f"hidden by power {POWER}": _fixed_ratio, "ptl": _ptl}
-    print("\n| rule |", " | ".join(f"points below the best, {arm}: each share" for arm in arms), "|")
+    print(
+        "\n| rule |", " | ".join(f"points below the best, {arm}: each share" for arm in arms), "|"
+    )
     print("|---|" + "---:|" * len(arms))
     for rule, choose in choices.items():
         cells = []
         for arm in arms:
-            lost = [max(row[arm] for row in each) - choose(each)[arm] for _, each in sorted(groups.items())]
+            lost = [
+                max(row[arm] for row in each) - choose(each)[arm]
+                for _, each in sorted(groups.items())
+            ]
             values = ", ".join(f"{100 * value:.1f}" for value in lost)
             cells.append(f"**{100 * statistics.mean(lost):.1f}**: {values}")
         print(f"| {rule} |", " | ".join(cells), "|")
@@ -193,13 +229,20 @@ def _ptl(candidates: Sequence[Row]) -> Row:
 
     folder = subject_of(candidates[0]["model"]).model
     dense = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-    possible = widths.candidates(dense, dense.params - removal(dense.params, candidates[0]["share"]), 1, {})
+    possible = widths.candidates(
+        dense, dense.params - removal(dense.params, candidates[0]["share"]), 1, {}
+    )
     nearest = [
-        min(candidates, key=lambda row: (row["kv"] != sizes.kv_heads, abs(row["hidden"] - sizes.hidden)))
+        min(
+            candidates,
+            key=lambda row: (row["kv"] != sizes.kv_heads, abs(row["hidden"] - sizes.hidden)),
+        )
         for sizes in possible
     ]
     loss = min(row["loss"] for row in nearest)
-    return nearest[0] if loss > math.log(256) else next(row for row in nearest if row["loss"] == loss)
+    return (
+        nearest[0] if loss > math.log(256) else next(row for row in nearest if row["loss"] == loss)
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ EXAMPLE = ROOT / "examples" / "tiny_reasoner"
 MODEL = EXAMPLE / "thinker"
 ANSWERS = {mode: ROOT / ".ptl" / f"thinker-{mode}" for mode in ("answers", "at-once")}
 RESULTS = ROOT / "benchmarks" / "results" / "thinker.jsonl"
-THINKING, AT_ONCE = (Chat(enabled=True, template_kwargs={"enable_thinking": thinks}) for thinks in (True, False))
+THINKING, AT_ONCE = (
+    Chat(enabled=True, template_kwargs={"enable_thinking": thinks}) for thinks in (True, False)
+)
 GIVEN = TrainingData(
     source=str(EXAMPLE / "train.jsonl.gz"),
     prompt="{question}",
@@ -48,7 +50,9 @@ GIVEN = TrainingData(
 )
 ARMS = {
     f"{answers} answers, {method}{guard}": (answers, method, guard)
-    for answers, method, guard in itertools.product(("given", "own"), ("cpt", "distil"), ("", ", guard"))
+    for answers, method, guard in itertools.product(
+        ("given", "own"), ("cpt", "distil"), ("", ", guard")
+    )
 }
 GUARD = 0.3  # of the sequences that are scored on
 TASK = Task(name=str(EXAMPLE / "tiny_thinker.yaml"))
@@ -86,8 +90,14 @@ def subject(answers: str, guarded: bool) -> Subject:
     if answers == "own":
         folder = own_answers("answers", THINKING)
         data = GIVEN.model_copy(update={"sources": in_place_of(GIVEN.sources, folder, THINKING)})
-    scored_on = [data.sources[0].model_copy(update={"weight": 1 - GUARD}), guard()] if guarded else data.sources[0]
-    return Subject(MODEL, data, Calibration(data=scored_on, num_sequences=128, max_length=256), THINKING)
+    scored_on = (
+        [data.sources[0].model_copy(update={"weight": 1 - GUARD}), guard()]
+        if guarded
+        else data.sources[0]
+    )
+    return Subject(
+        MODEL, data, Calibration(data=scored_on, num_sequences=128, max_length=256), THINKING
+    )
 
 
 def scored(folder: Path) -> Row:
@@ -95,7 +105,11 @@ def scored(folder: Path) -> Row:
     row: Row = {}
     for name, chat in (("thinking", THINKING), ("at once", AT_ONCE)):
         (score,), _ = score_tasks(language_model(folder, EVALUATE, chat), EVALUATE, 0)
-        row |= {name: score.accuracy, f"{name}, tokens": score.answer_tokens, f"{name}, cut": score.truncated}
+        row |= {
+            name: score.accuracy,
+            f"{name}, tokens": score.answer_tokens,
+            f"{name}, cut": score.truncated,
+        }
     return row
 
 
@@ -105,7 +119,14 @@ def measure(arm: str, share: float, tokens: int, rate: float, seed: int) -> Row:
     stage = CPT | {"method": method, "learning_rate": rate}
     schedule = Schedule(target=share, recovery_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
-        trained = run(subject(answers, bool(guarded)), schedule, Prune(width_multiple=1), [stage], seed, Path(folder))
+        trained = run(
+            subject(answers, bool(guarded)),
+            schedule,
+            Prune(width_multiple=1),
+            [stage],
+            seed,
+            Path(folder),
+        )
         return {"params": trained.params} | scored(trained.checkpoint)
 
 
@@ -116,10 +137,18 @@ def table() -> None:
     found = json_rows(RESULTS)
     cells = dict.fromkeys((row["share"], row["rate"], row["arm"]) for row in found)
     for share, rate, arm in sorted(cells):
-        group = [row for row in found if (row["share"], row["rate"], row["arm"]) == (share, rate, arm)]
-        modes = [mean_and_interval([row[mode] for row in group]) for mode in ("thinking", "at once")]
-        length, cut = (statistics.mean(row[f"thinking, {name}"] for row in group) for name in ("tokens", "cut"))
-        print(f"| {share:.0%} | {rate} | {arm} | {len(group)} | {' | '.join(modes)} | {length:.1f} | {cut:.1%} |")
+        group = [
+            row for row in found if (row["share"], row["rate"], row["arm"]) == (share, rate, arm)
+        ]
+        modes = [
+            mean_and_interval([row[mode] for row in group]) for mode in ("thinking", "at once")
+        ]
+        length, cut = (
+            statistics.mean(row[f"thinking, {name}"] for row in group) for name in ("tokens", "cut")
+        )
+        print(
+            f"| {share:.0%} | {rate} | {arm} | {len(group)} | {' | '.join(modes)} | {length:.1f} | {cut:.1%} |"
+        )
 
 
 def main() -> None:

@@ -89,7 +89,9 @@ def bare(src: Path, settings: RecoverStage, job: RecoveryJob, warmup: int = WARM
     model = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32).to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(src)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = sft.sft_arguments(settings, RecoveryJob(job.data, job.budget, Path(scratch), job.on_log))
+        arguments = sft.sft_arguments(
+            settings, RecoveryJob(job.data, job.budget, Path(scratch), job.on_log)
+        )
         dataset, _ = sft.training_dataset(tokenizer, settings, job, arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     seen, began = 0, 0.0
@@ -101,9 +103,13 @@ def bare(src: Path, settings: RecoverStage, job: RecoveryJob, warmup: int = WARM
         width = max(map(len, rows["input_ids"]))
         pads = [width - len(ids) for ids in rows["input_ids"]]
         given = {
-            "input_ids": [ids + [0] * pad for ids, pad in zip(rows["input_ids"], pads, strict=True)],
+            "input_ids": [
+                ids + [0] * pad for ids, pad in zip(rows["input_ids"], pads, strict=True)
+            ],
             "attention_mask": [[1] * (width - pad) + [0] * pad for pad in pads],
-            "labels": [labels + [-100] * pad for labels, pad in zip(rows["labels"], pads, strict=True)],
+            "labels": [
+                labels + [-100] * pad for labels, pad in zip(rows["labels"], pads, strict=True)
+            ],
         }
         batch = {name: torch.tensor(values).to(device) for name, values in given.items()}
         with torch.autocast(device, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
@@ -144,14 +150,22 @@ def main() -> None:
                 dtype="bfloat16" if given.bf16 else "float32",
             )
             job = RecoveryJob(
-                DATA, StageBudget(tokens, (), 1, False, 0), Path(folder) / "t", lambda metrics, step: None
+                DATA,
+                StageBudget(tokens, (), 1, False, 0),
+                Path(folder) / "t",
+                lambda metrics, step: None,
             )
             rates: dict[str, list[float]] = {"product": [], "bare": []}
             for _ in range(given.repeats):
                 rates["product"].append(product(Path(folder), settings, job))
                 rates["bare"].append(bare(Path(folder), settings, job))
         ours, theirs = (statistics.median(values) for values in (rates["product"], rates["bare"]))
-        row = {"shape": shape, "params": params, "tokens_per_s": round(ours), "bare_tokens_per_s": round(theirs)}
+        row = {
+            "shape": shape,
+            "params": params,
+            "tokens_per_s": round(ours),
+            "bare_tokens_per_s": round(theirs),
+        }
         row["share"] = round(ours / theirs, 3)
         if given.peak:
             row["mfu"] = round(6 * params * ours / given.peak, 3)

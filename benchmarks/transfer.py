@@ -34,7 +34,9 @@ def boto3_down(folder, place, scratch):
     client, target = plain_client(), scratch / "boto3"
     target.mkdir()
     for path in sorted(folder.iterdir()):
-        client.download_file(servers.BUCKET, f"{place}/{path.name}", str(target / path.name), Config=classic())
+        client.download_file(
+            servers.BUCKET, f"{place}/{path.name}", str(target / path.name), Config=classic()
+        )
 
 
 def fetch(folder, place, scratch):
@@ -65,7 +67,11 @@ def classic():
 
 def peak_mib():
     """Peak resident memory of this process; ru_maxrss would be that of the parent, which is inherited."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -102,7 +108,9 @@ def run(mib, repeats, work):
             scratch.mkdir()
             for way in WAYS:
                 os.sync()  # nobody pays for the dirty pages of the one before
-                results[name, way].append(child(name, way, folder, f"bench/{name}-{number}", scratch))
+                results[name, way].append(
+                    child(name, way, folder, f"bench/{name}-{number}", scratch)
+                )
             shutil.rmtree(scratch)
     return results
 
@@ -150,7 +158,9 @@ def main():
             results = run(options.mib, options.repeats, work)
         finally:
             servers.down(work / "server")
-    print(f"{options.mib} MiB, median of {options.repeats}, {os.cpu_count()} cores, SeaweedFS on the same machine\n")
+    print(
+        f"{options.mib} MiB, median of {options.repeats}, {os.cpu_count()} cores, SeaweedFS on the same machine\n"
+    )
     print(table(results, options.mib))
 
 

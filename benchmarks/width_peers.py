@@ -49,7 +49,9 @@ def by(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
         if kind == "torch-pruning":
             _torch_pruning(src, dst, sizes)
         elif kind in OF_NEURONS:
-            _torch_pruning_of_neurons(src, dst, sizes.width, batches if kind.endswith("taylor") else [])
+            _torch_pruning_of_neurons(
+                src, dst, sizes.width, batches if kind.endswith("taylor") else []
+            )
         else:
             _write(src, dst, KINDS[kind](src, batches, seed), sizes)
         return 0
@@ -115,10 +117,13 @@ def _norm(src: Path, _batches: Any, _seed: int) -> UnitScores:
     model, scores = _blank(src)
     scores.hidden.add_(model.model.embed_tokens.weight.square().sum(dim=0))
     for i, layer in enumerate(model.model.layers):
-        down, out = layer.mlp.down_proj.weight, layer.self_attn.o_proj.weight  # [H, F] and [H, heads]
+        # [H, F] and [H, heads]
+        down, out = layer.mlp.down_proj.weight, layer.self_attn.o_proj.weight
         scores.hidden.add_(down.square().sum(dim=1) + out.square().sum(dim=1))
         scores.neurons[i].add_(down.square().sum(dim=0))
-        scores.kv_heads[i].add_(out.square().sum(dim=0).unflatten(0, (len(scores.kv_heads[i]), -1)).sum(dim=1))
+        scores.kv_heads[i].add_(
+            out.square().sum(dim=0).unflatten(0, (len(scores.kv_heads[i]), -1)).sum(dim=1)
+        )
     return scores
 
 
@@ -148,7 +153,9 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
         prune_in_channels, get_in_channels = prune_out_channels, get_out_channels
 
     with tempfile.TemporaryDirectory() as name:
-        fewer = replace(model_dimensions(src, family_of(checkpoint.read_config(src))), kv_heads=sizes.kv_heads)
+        fewer = replace(
+            model_dimensions(src, family_of(checkpoint.read_config(src))), kv_heads=sizes.kv_heads
+        )
         _write(src, Path(name), _norm(src, None, 0), fewer)
         model = AutoModelForCausalLM.from_pretrained(name).eval()
     width, hidden = model.config.intermediate_size, model.config.hidden_size
@@ -168,7 +175,9 @@ def _torch_pruning(src: Path, dst: Path, sizes: ModelDimensions) -> None:
     )
     pruner.step()
     head = head_size(model.config)  # which a config without it derives from the hidden size
-    model.config.update({"intermediate_size": sizes.width, "hidden_size": sizes.hidden, "head_dim": head})
+    model.config.update(
+        {"intermediate_size": sizes.width, "hidden_size": sizes.hidden, "head_dim": head}
+    )
     assert model.model.embed_tokens.embedding_dim == sizes.hidden
     model.save_pretrained(dst)
     checkpoint.copy_companions(src, dst)
@@ -181,10 +190,22 @@ def _torch_pruning_of_neurons(src: Path, dst: Path, width: int, batches: Any) ->
     model = AutoModelForCausalLM.from_pretrained(src).eval()
     model.config.use_cache = False
     for batch in batches:
-        model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss.backward()
-    importance = tp.importance.GroupTaylorImportance if batches else tp.importance.GroupMagnitudeImportance
-    outer = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
-    inner = {id(module) for layer in model.model.layers for module in (layer.mlp.gate_proj, layer.mlp.up_proj)}
+        model(
+            **{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        ).loss.backward()
+    importance = (
+        tp.importance.GroupTaylorImportance if batches else tp.importance.GroupMagnitudeImportance
+    )
+    outer = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    ]
+    inner = {
+        id(module)
+        for layer in model.model.layers
+        for module in (layer.mlp.gate_proj, layer.mlp.up_proj)
+    }
     pruner = tp.pruner.BasePruner(
         model,
         example_inputs=torch.zeros(1, 8, dtype=torch.long),
@@ -204,6 +225,10 @@ def _projections(attention: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-KINDS: dict[str, Callable[[Path, Any, int], UnitScores]] = {"minitron": _minitron, "norm": _norm, "random": _random}
+KINDS: dict[str, Callable[[Path, Any, int], UnitScores]] = {
+    "minitron": _minitron,
+    "norm": _norm,
+    "random": _random,
+}
 OF_NEURONS = ("torch-pruning magnitude", "torch-pruning taylor")
 PEERS = {name: partial(by, name) for name in (*KINDS, "torch-pruning", *OF_NEURONS)}

@@ -89,7 +89,9 @@ def _input_table(name: str, spec: Any) -> list[str]:
     rows = ["| Parameter | Type | Default | Description |", "|---|---|---|---|"]
     for parameter, item in (spec.inputs or {}).items():
         default = f"`{item.default}`" if item.optional else "none"
-        rows.append(f"| `{parameter}` | `{_type_name(item)}` | {default} | {descriptions[parameter]} |")
+        rows.append(
+            f"| `{parameter}` | `{_type_name(item)}` | {default} | {descriptions[parameter]} |"
+        )
     return rows
 
 

@@ -10,7 +10,9 @@ import yaml
 def draw(text: str) -> str:
     """The graph, and as comments above it how many edges it has and its longest path."""
     spec = next(iter(yaml.safe_load_all(text)))
-    needs = {name: task.get("dependentTasks", []) for name, task in spec["root"]["dag"]["tasks"].items()}
+    needs = {
+        name: task.get("dependentTasks", []) for name, task in spec["root"]["dag"]["tasks"].items()
+    }
 
     @cache
     def path(name: str) -> tuple[str, ...]:
@@ -18,7 +20,9 @@ def draw(text: str) -> str:
 
     longest = max(map(path, needs), key=len)
     edges = [f"  {before} --> {name}" for name in needs for before in needs[name]]
-    counts = f"%% {len(needs)} steps, {len(edges)} edges; the longest path has {len(longest)} steps:"
+    counts = (
+        f"%% {len(needs)} steps, {len(edges)} edges; the longest path has {len(longest)} steps:"
+    )
     return "\n".join([counts, f"%% {' > '.join(longest)}", "graph LR", *edges])
 
 

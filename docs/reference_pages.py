@@ -55,7 +55,9 @@ def config_page() -> str:
     for section, paths in places.items():
         parts.append(f"## {headings[section]}\n")
         parts.append(_introduction(section, paths))
-        parts.append(_table(("field", "value", "default", "meaning"), list(_fields(section, links))))
+        parts.append(
+            _table(("field", "value", "default", "meaning"), list(_fields(section, links)))
+        )
     return "\n".join([*parts, ""])
 
 
@@ -99,7 +101,9 @@ def _introduction(section: type[Section], paths: list[str]) -> str:
     text = inspect.getdoc(section) or ""
     if len(paths) > 1:
         text += f"\n\nIn {', '.join(f'`{path}`' for path in paths)}."
-    base = next((base.__name__ for base in section.__mro__[1:] if base.__name__ == "DataSource"), "")
+    base = next(
+        (base.__name__ for base in section.__mro__[1:] if base.__name__ == "DataSource"), ""
+    )
     if base:
         text += "\n\nIts fields beside those of a [data source](#data-source):"
     return f"{text}\n"
@@ -118,7 +122,12 @@ def _fields(section: type[Section], links: dict[str, str]) -> Iterator[tuple[str
             continue
         prop = schema["properties"][name]
         default = "required" if name in required else _default(prop)
-        yield f"`{name}`", _kind(prop, links), default, " ".join((section.model_fields[name].description or "").split())
+        yield (
+            f"`{name}`",
+            _kind(prop, links),
+            default,
+            " ".join((section.model_fields[name].description or "").split()),
+        )
 
 
 def _kind(prop: dict[str, Any], links: dict[str, str], word: str = "section") -> str:
@@ -126,7 +135,11 @@ def _kind(prop: dict[str, Any], links: dict[str, str], word: str = "section") ->
     if "$ref" in prop:
         name = prop["$ref"].rpartition("/")[2]
         return f"[{word or _words(name)}](#{links[name]})"
-    options = [option for option in prop.get("anyOf", prop.get("oneOf", [])) if option.get("type") != "null"]
+    options = [
+        option
+        for option in prop.get("anyOf", prop.get("oneOf", []))
+        if option.get("type") != "null"
+    ]
     if options:
         # Of several sections each by its name.
         word = "section" if sum("$ref" in option for option in options) == 1 else ""
@@ -142,7 +155,12 @@ def _kind(prop: dict[str, Any], links: dict[str, str], word: str = "section") ->
     return f"{TYPES[prop['type']]} {_range(prop)}".rstrip()
 
 
-TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}
+TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true`, `false`",
+}
 ENDLESS = 2**31 - 1  # no user comes near it
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -169,7 +187,10 @@ def _default(prop: dict[str, Any]) -> str:
 
 def _short(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries of a list by what names them: the method of a stage, the name and weight of a reward."""
-    return [{key: entry[key] for key in ("method", "name", "weight") if key in entry} for entry in entries]
+    return [
+        {key: entry[key] for key in ("method", "name", "weight") if key in entry}
+        for entry in entries
+    ]
 
 
 def _text(value: Any) -> str:
@@ -197,9 +218,14 @@ def commands_page() -> str:
 
 
 def _command(name: str, command: Any) -> list[str]:
-    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    arguments = [
+        parameter for parameter in command.params if parameter.param_type_name == "argument"
+    ]
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
-    shown = [argument.name.upper() if argument.required else f"[{argument.name.upper()}]" for argument in arguments]
+    shown = [
+        argument.name.upper() if argument.required else f"[{argument.name.upper()}]"
+        for argument in arguments
+    ]
     usage = " ".join(["ptl", name, *shown])
     parts = [f"### ptl {name}\n", f"`{usage}`\n", f"{_paragraphs(command.help)}\n"]
     rows: Rows = [(f"`{argument.name.upper()}`", "", argument.help or "") for argument in arguments]

@@ -26,9 +26,13 @@ from ptl.errors import InputError
 from ptl.export.comparison import TEXTS, compare_logits, compare_tokens
 from ptl.model.llama_runtime import LlamaModel
 
-SAME = 0.2  # relative difference of head and embedding; of unrelated matrices it is about 1.4, of 4 bits below 0.1
+# relative difference of head and embedding; of unrelated matrices it is about 1.4, of 4 bits below 0.1
+SAME = 0.2
 # What transformers' conversion leaves out of the way in which text is split, which a GGUF has by its name only.
-DIGITS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+DIGITS = [
+    pre_tokenizers.Digits(individual_digits=True),
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+]
 SPLITS = {"smollm": pre_tokenizers.Sequence(DIGITS)}
 
 
@@ -47,7 +51,9 @@ def convert(file: Path, out: Path, dtype: str = "bfloat16") -> None:
     _, notes = compare_tokens(file, tokenizer, [])
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=getattr(torch, dtype)
+    )
     tie_head(model, {tensor.name: tensor.tensor_type for tensor in reader.tensors})
     # With these, save_pretrained refuses.
     model.hf_quantizer = None
@@ -65,9 +71,13 @@ def tie_head(model: Any, types: dict[str, Any]) -> None:
     if model.config.tie_word_embeddings or "output.weight" not in types:
         return
     difference = (head.weight - embedding.weight).float().norm() / embedding.weight.float().norm()
-    print(f"head and embedding differ by {difference:.1%}: {'tied' if difference < SAME else 'two matrices'}")
+    print(
+        f"head and embedding differ by {difference:.1%}: {'tied' if difference < SAME else 'two matrices'}"
+    )
     if difference < SAME:
-        finer = max((types["output.weight"], head), (types["token_embd.weight"], embedding), key=bits)[1]
+        finer = max(
+            (types["output.weight"], head), (types["token_embd.weight"], embedding), key=bits
+        )[1]
         model.config.tie_word_embeddings = True
         embedding.weight = finer.weight
         model.tie_weights()
@@ -80,7 +90,9 @@ def bits(of: tuple[Any, Any]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, metavar="MODEL.gguf")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -18,7 +18,11 @@ PAGE = re.compile(r"\s*<(!doctype|html)", re.IGNORECASE)
 def sentence(server: str, error: BaseException, answer: str = "") -> str:
     """A sentence about an error of a server: why it does not answer, else its `answer`, else the error's own text."""
     reason = failure(error)
-    return f"{server} does not answer: {reason}" if reason else f"{server}: {shortened(answer or str(error))}"
+    return (
+        f"{server} does not answer: {reason}"
+        if reason
+        else f"{server}: {shortened(answer or str(error))}"
+    )
 
 
 def failure(error: BaseException) -> str:
@@ -73,7 +77,12 @@ def _phrase(error: BaseException) -> str:
             return "connection refused"
         case TimeoutError() | subprocess.TimeoutExpired():
             return "timed out"
-        case ConnectionResetError() | ConnectionAbortedError() | BrokenPipeError() | http.client.IncompleteRead():
+        case (
+            ConnectionResetError()
+            | ConnectionAbortedError()
+            | BrokenPipeError()
+            | http.client.IncompleteRead()
+        ):
             return "it closed the connection"
         case OSError(errno=errno.ENETUNREACH | errno.EHOSTUNREACH):
             return "no route to host"

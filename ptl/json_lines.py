@@ -35,7 +35,9 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
             f"{name} is damaged after line {number} ({error})", field=field, remedy="fetch it again"
         ) from error
     if rows == 0:
-        raise InputError(f"{name} is empty", field=field, remedy="give a file with at least one row")
+        raise InputError(
+            f"{name} is empty", field=field, remedy="give a file with at least one row"
+        )
 
 
 def _check_form(line: bytes, field: str, name: str) -> None:
@@ -43,7 +45,9 @@ def _check_form(line: bytes, field: str, name: str) -> None:
     # Text in UTF-16 has zeros, whether or not it begins with a byte order mark.
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
         raise InputError(
-            f"{name} is in UTF-16, not in UTF-8", field=field, remedy="convert it: iconv -f utf-16 -t utf-8 OLD > NEW"
+            f"{name} is in UTF-16, not in UTF-8",
+            field=field,
+            remedy="convert it: iconv -f utf-16 -t utf-8 OLD > NEW",
         )
     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         raise InputError(
@@ -66,8 +70,14 @@ def _json_object(line: bytes, field: str, location: str) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         # The decoder's own words have a second line number, always 1
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(f"{location} is not JSON ({reason})", field=field, remedy=remedy) from error
+        reason = (
+            f"{error.msg}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
+        raise InputError(
+            f"{location} is not JSON ({reason})", field=field, remedy=remedy
+        ) from error
     if not isinstance(row, dict):
         raise InputError(f"{location} must be a JSON object", field=field, remedy=remedy)
     return row

@@ -14,7 +14,9 @@ from ptl import connections
 from ptl.errors import InputError
 
 SECONDS = 15
-OBJECT = re.compile(r"/api(s/(?P<group>[^/]+))?/[^/]+/namespaces/(?P<namespace>[^/]+)/(?P<resource>[^/]+)")
+OBJECT = re.compile(
+    r"/api(s/(?P<group>[^/]+))?/[^/]+/namespaces/(?P<namespace>[^/]+)/(?P<resource>[^/]+)"
+)
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # in a pod with a token
 
 
@@ -56,16 +58,24 @@ def may(namespace: str, verb: str, group: str, resource: str) -> bool:
     return bool(answer["status"]["allowed"])
 
 
-def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]] | None = None) -> Any:
+def _call(
+    method: str, path: str, body: Any = None, query: list[tuple[str, str]] | None = None
+) -> Any:
     from kubernetes import client, config
     from urllib3.exceptions import HTTPError
 
     try:
-        return request(connect(), method, path, body=body, query_params=query, _request_timeout=SECONDS)
+        return request(
+            connect(), method, path, body=body, query_params=query, _request_timeout=SECONDS
+        )
     except (config.ConfigException, client.ApiException, HTTPError) as error:
         if getattr(error, "status", None) == HTTPStatus.FORBIDDEN:
             raise ForbiddenError(sentence(error), _rule(path)) from error
-        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == HTTPStatus.NOT_FOUND else DoubtError
+        kind_of_error = (
+            NoSuchObjectError
+            if getattr(error, "status", None) == HTTPStatus.NOT_FOUND
+            else DoubtError
+        )
         remedy = "check the kubeconfig, or the rights of the account"
         raise kind_of_error(f"not checked: {sentence(error)}", remedy=remedy) from error
 
@@ -106,7 +116,9 @@ def message(error: Any) -> str:
     """What the API says, out of its JSON."""
     with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
         return str(json.loads(error.body)["message"])
-    return connections.failure(error) or connections.shortened(str(getattr(error, "reason", None) or error))
+    return connections.failure(error) or connections.shortened(
+        str(getattr(error, "reason", None) or error)
+    )
 
 
 def connect() -> Any:

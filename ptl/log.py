@@ -20,7 +20,8 @@ WIDTH = 10  # characters of a bar
 BAR = re.compile(r"\[#*-*\] ")  # ASCII: a log's encoding may have nothing else
 ONE_UP = "\x1b[1A\x1b[2K"  # to the start of the line above, which is erased
 
-TABLE_WIDTH = 140  # columns of one in a pipe, which has no width: rich would take 80 and wrap the last cells
+# columns of one in a pipe, which has no width: rich would take 80 and wrap the last cells
+TABLE_WIDTH = 140
 
 Show = Callable[[str], None]  # a line to whoever watches
 
@@ -80,7 +81,11 @@ def on_terminal(terminal: TextIO) -> Show:
 
 
 def table_text(
-    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collection[str] = ()
+    title: str,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numbers: Collection[str] = (),
 ) -> str:
     """A table as text for this terminal; the columns of `numbers` are right-justified."""
     from rich.console import Console
@@ -89,7 +94,11 @@ def table_text(
 
     table = Table(title=escape(title), title_justify="left")
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=heading == headings[0])
+        table.add_column(
+            heading,
+            justify="right" if heading in numbers else "left",
+            no_wrap=heading == headings[0],
+        )
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)

@@ -27,7 +27,8 @@ from ptl.errors import InputError
 
 Environment = dict[str, str]  # of a process, by the variables' names
 
-LIFELINE = "PTL_LIFELINE"  # a file that the command which started this process keeps locked as long as it runs
+# a file that the command which started this process keeps locked as long as it runs
+LIFELINE = "PTL_LIFELINE"
 TIED = "PTL_TIED"  # id of the process that `tied` started, for the processes that it starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -70,7 +71,8 @@ def _try_lock(file: IO[str]) -> bool:
         return False
     except OSError as error:
         raise InputError(
-            f"{file.name} cannot be locked: {error.strerror}", remedy="choose a folder on a file system with locks"
+            f"{file.name} cannot be locked: {error.strerror}",
+            remedy="choose a folder on a file system with locks",
         ) from error
     return True
 
@@ -170,7 +172,9 @@ def followed(command: list[str], environment: Environment, on_line: Callable[[st
     Whatever ends this ends the command, also an `on_line` that fails.
     """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(tied(command), **pipes, env=environment, encoding="utf-8", errors="replace")
+    process = subprocess.Popen(
+        tied(command), **pipes, env=environment, encoding="utf-8", errors="replace"
+    )
     assert process.stdout is not None
     try:
         with process.stdout as lines:

@@ -7,7 +7,13 @@ import yaml
 from ptl.model.dimensions import ModelDimensions
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
-COUNTED = ("params", "params_per_layer", "params_per_neuron", "params_per_expert", "params_per_route")
+COUNTED = (
+    "params",
+    "params_per_layer",
+    "params_per_neuron",
+    "params_per_expert",
+    "params_per_route",
+)
 
 
 def body(*, layers, width, experts=0, hidden=1, **fields):

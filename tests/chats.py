@@ -8,8 +8,18 @@ from transformers import AutoTokenizer
 
 THINKER = EXAMPLE / "thinker"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-TURN_ENDS = {"qwen3": "<|im_end|>", "deepseek_r1_distill": "<\uff5cend\u2581of\u2581sentence\uff5c>"}
-TOKENS = ["<|im_start|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>", *TURN_ENDS.values()]
+TURN_ENDS = {
+    "qwen3": "<|im_end|>",
+    "deepseek_r1_distill": "<\uff5cend\u2581of\u2581sentence\uff5c>",
+}
+TOKENS = [
+    "<|im_start|>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cAssistant\uff5c>",
+    "<think>",
+    "</think>",
+    *TURN_ENDS.values(),
+]
 
 
 def tokenizer_with(template):

@@ -35,7 +35,8 @@ from ptl.local import images, servers
 from ptl.storage.local_files import path_of
 from ptl.storage.s3 import SETTINGS, split
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
+# how a gRPC client begins
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 def stack_without_sources(context=0):
@@ -43,7 +44,9 @@ def stack_without_sources(context=0):
     frames, frame = [], sys._getframe(1)
     while frame:
         code = frame.f_code
-        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frames.append(
+            inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None)
+        )
         frame = frame.f_back
     return frames
 
@@ -68,7 +71,8 @@ def pytest_collection_modifyitems(items):
     groups = {}
     for item in items:
         module = item.nodeid.partition("::")[0]
-        params = item.callspec.params.values() if hasattr(item, "callspec") else ()  # some are names of fixtures
+        # some are names of fixtures
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
         fixtures = [*item.fixturenames, *(value for value in params if isinstance(value, str))]
         needs = [f"{scope}::{name}" for name in fixtures for scope in (module, "tests")]
         seconds = sum(slow.get(name, 0) for name in [durations.function_of(item.nodeid), *needs])
@@ -86,8 +90,14 @@ def pytest_sessionstart(session):
         # Servers end with the tests, also where these are killed: it sees the end of this, the first process.
         everything = session.config._tmp_path_factory.getbasetemp()
         command = [sys.executable, Path(__file__).with_name("end_servers.py"), everything]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        session.config.watcher = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
+        session.config.watcher = subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, **pipes
+        )
 
 
 def pytest_sessionfinish(session):
@@ -124,7 +134,9 @@ class FilePlace:
 class S3Place(FilePlace):
     def __init__(self, root):
         super().__init__(root)
-        self.client = boto3.session.Session().client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])
+        self.client = boto3.session.Session().client(
+            "s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"]
+        )
 
     def change(self, uri, edit):
         bucket, key = split(uri)
@@ -138,10 +150,20 @@ class S3Place(FilePlace):
 
 
 # Of a shell, or of a command in this process: addresses, logins and runs, and the patience of MLflow's client
-UNSET = (*SETTINGS, *run_status.WATCHING, "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH", "KUBECONFIG")
-UNSET += tuple(f"KFP_{name}" for name in ("RUN_ID", "POD_UID", "RETRY_INDEX", "NAMESPACE", "TOKEN", "CA_CERT"))
+UNSET = (
+    *SETTINGS,
+    *run_status.WATCHING,
+    "KF_PIPELINES_ENDPOINT",
+    "KF_PIPELINES_SA_TOKEN_PATH",
+    "KUBECONFIG",
+)
+UNSET += tuple(
+    f"KFP_{name}" for name in ("RUN_ID", "POD_UID", "RETRY_INDEX", "NAMESPACE", "TOKEN", "CA_CERT")
+)
 UNSET += tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD"))
-UNSET += tuple(f"PTL_{name}" for name in ("RUN_ID", "RUN_DIR", "LAUNCH", "RETRIES", "TIMEOUT", "ARGO_NODE"))
+UNSET += tuple(
+    f"PTL_{name}" for name in ("RUN_ID", "RUN_DIR", "LAUNCH", "RETRIES", "TIMEOUT", "ARGO_NODE")
+)
 UNSET += ("PTL_ARTIFACT_ROOT",)
 
 
@@ -258,7 +280,11 @@ def s3(server, monkeypatch):
 
 @pytest.fixture(params=["file", "s3"])
 def place(request, tmp_path):
-    return FilePlace(f"file://{tmp_path}/art/ptl") if request.param == "file" else request.getfixturevalue("s3")
+    return (
+        FilePlace(f"file://{tmp_path}/art/ptl")
+        if request.param == "file"
+        else request.getfixturevalue("s3")
+    )
 
 
 def require_images(*steps):
@@ -268,9 +294,13 @@ def require_images(*steps):
     except WorkError as error:
         pytest.skip(f"skipped: no engine ({error})")
     promised = os.environ.get("PTL_IMAGES", "").split()
-    assert not absent or not {*steps} <= {*promised}, f"built before the tests, and not there: {absent}"
+    assert not absent or not {*steps} <= {*promised}, (
+        f"built before the tests, and not there: {absent}"
+    )
     if absent:
-        pytest.skip(f"skipped: the engine has no {', '.join(absent)}; `.ci/docker.sh build` makes them")
+        pytest.skip(
+            f"skipped: the engine has no {', '.join(absent)}; `.ci/docker.sh build` makes them"
+        )
 
 
 @pytest.fixture
@@ -283,7 +313,10 @@ def docker(tmp_path, monkeypatch):
         'case "$*" in $FAIL) echo "${ERROR-no such thing}" >&2; exit 1 ;; esac\nprintf %s "${ANSWER-}"\n'
     )
     program.chmod(0o755)
-    for name, value in {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "FAIL": "nothing"}.items():
+    for name, value in {
+        "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
+        "FAIL": "nothing",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
     return program
@@ -381,7 +414,12 @@ def tracked(mlflow_folder, monkeypatch):
         parent = client.create_run(place, tags={"ptl.run": run, "ptl.role": "parent"}).info.run_id
         made.append(parent)
         for name, step in steps.items():
-            tags = {"ptl.run": run, "ptl.role": "step", "ptl.step": name, "mlflow.parentRunId": parent}
+            tags = {
+                "ptl.run": run,
+                "ptl.role": "step",
+                "ptl.step": name,
+                "mlflow.parentRunId": parent,
+            }
             tags |= {f"ptl.{key}": str(value) for key, value in step.get("tags", {}).items()}
             made.append(client.create_run(place, tags=tags).info.run_id)
             for key, value in step.get("metrics", {}).items():

@@ -41,7 +41,10 @@ def pytest_terminal_summary(terminalreporter):
         if not hasattr(report, "duration"):
             continue
         shared = dict(report.user_properties) if report.when == "setup" else {}
-        for name, taken in [(function_of(report.nodeid), report.duration - sum(shared.values())), *shared.items()]:
+        for name, taken in [
+            (function_of(report.nodeid), report.duration - sum(shared.values())),
+            *shared.items(),
+        ]:
             seconds[name] = max(taken, seconds.get(name, 0))
     slow = {name: round(taken, 1) for name, taken in sorted(seconds.items()) if taken > FAST}
     FILE.write_text(json.dumps(slow, indent=1) + "\n")

@@ -21,9 +21,12 @@ def work():
     what = plan[min(number, len(plan)) - 1]
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    out_of_memory = type("OutOfMemoryError", (RuntimeError,), {})  # torch's, whose import takes seconds
+    # torch's, whose import takes seconds
+    out_of_memory = type("OutOfMemoryError", (RuntimeError,), {})
     errors = {
-        "out-of-memory": out_of_memory("CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation."),
+        "out-of-memory": out_of_memory(
+            "CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation."
+        ),
         "cuda": RuntimeError("CUDA error: an illegal memory access was encountered"),
         "input": InputError("schedule.target: 7 must be below 1"),
         "import": ModuleNotFoundError("No module named 'no_such_library'"),
@@ -60,7 +63,9 @@ def stored(call):
 
 
 Step.fetch = lambda step, pointer: None  # the inputs of these tests have no files
-table.STEPS["prune"] = table.STEPS["export"] = stored if os.environ.get("PTL_TEST_STORE") else simple
+table.STEPS["prune"] = table.STEPS["export"] = (
+    stored if os.environ.get("PTL_TEST_STORE") else simple
+)
 
 if __name__ == "__main__":
     process.main(Path(sys.argv[1]), int(sys.argv[2]))

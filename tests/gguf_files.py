@@ -50,7 +50,9 @@ def converter_in_process():
         yield
 
 
-def llama_tokenizer(folder, normalizer=SPACES, pre_tokenizer=None, merges=(("▁", "a"), ("▁", "b")), bos=True):
+def llama_tokenizer(
+    folder, normalizer=SPACES, pre_tokenizer=None, merges=(("▁", "a"), ("▁", "b")), bos=True
+):
     """A tokenizer of Llama 2's kind (byte fallback), which llama.cpp knows; saved beside the weights."""
     merged = ["".join(pair) for pair in merges]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -63,6 +65,8 @@ def llama_tokenizer(folder, normalizer=SPACES, pre_tokenizer=None, merges=(("▁
     if bos:
         template = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 1)]}
         core.post_processor = processors.TemplateProcessing(**template)
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = dict(zip(("unk_token", "bos_token", "eos_token"), words, strict=False))
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)

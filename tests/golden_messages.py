@@ -24,7 +24,9 @@ def check(name, answer, /, **values):
             text = text.replace(str(value), f"<{placeholder}>")
         return text.rstrip()
 
-    lines = [paragraph.partition("\n")[0] for paragraph in (FOLDER / name).read_text().split("\n\n")]
+    lines = [
+        paragraph.partition("\n")[0] for paragraph in (FOLDER / name).read_text().split("\n\n")
+    ]
     expect(name, "\n\n".join(f"{line}\n{said(line)}" for line in lines) + "\n")
 
 

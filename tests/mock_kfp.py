@@ -37,8 +37,10 @@ class MockKubeflow(MockServer):
         self.script = ["SUCCEEDED"]  # the state that each look at a run finds
         self.played = []  # recorded answers for each look at a run, instead of the script
         self.version = None  # the recorded version of a played run
-        self.faults = []  # (method, part of the path, status, whether the request takes effect), each used once
-        self.answers = []  # (method, part of the path, name of a recorded or an added answer), each used once
+        # (method, part of the path, status, whether the request takes effect), each used once
+        self.faults = []
+        # (method, part of the path, name of a recorded or an added answer), each used once
+        self.answers = []
         self.requests, self.bodies = [], []
         super().__init__()
 
@@ -55,8 +57,12 @@ class MockKubeflow(MockServer):
     # Each returns (status, body).
 
     def list_all(self, query, ids, **_):
-        own = {"namespace": query["namespace"]} if query.get("namespace") and ids[0] != "runs" else {}
-        return 200, {ids[0]: [_shown(entry) for entry in _matching(getattr(self, ids[0]), query, **own)]}
+        own = (
+            {"namespace": query["namespace"]} if query.get("namespace") and ids[0] != "runs" else {}
+        )
+        return 200, {
+            ids[0]: [_shown(entry) for entry in _matching(getattr(self, ids[0]), query, **own)]
+        }
 
     def create(self, body, ids, **_):
         entries, kind = getattr(self, ids[0]), ids[0].removesuffix("s")
@@ -77,16 +83,30 @@ class MockKubeflow(MockServer):
         return 200, {"pipeline_versions": [{**entry, "yaml": None} for entry in own]}
 
     def create_run(self, body, **_):
-        made = {**body, "run_id": f"run-{len(self.runs)}", "created_at": "2026-01-01T00:00:00Z", "looks": 0}
-        made |= {"state": "PENDING", "state_history": [{"state": "PENDING", "update_time": made["created_at"]}]}
+        made = {
+            **body,
+            "run_id": f"run-{len(self.runs)}",
+            "created_at": "2026-01-01T00:00:00Z",
+            "looks": 0,
+        }
+        made |= {
+            "state": "PENDING",
+            "state_history": [{"state": "PENDING", "update_time": made["created_at"]}],
+        }
         self.runs.append(made)
         return 200, _shown(made)
 
     def get_version(self, ids, **_):
         if self.version is not None:
             return 200, self.version
-        made = next((entry for entry in self.versions if entry["pipeline_version_id"] == ids[1]), None)
-        return (200, {**made, "yaml": None, "pipeline_spec": _spec(made)}) if made else (404, {"error": "no version"})
+        made = next(
+            (entry for entry in self.versions if entry["pipeline_version_id"] == ids[1]), None
+        )
+        return (
+            (200, {**made, "yaml": None, "pipeline_spec": _spec(made)})
+            if made
+            else (404, {"error": "no version"})
+        )
 
     def get_run(self, ids, **_):
         if self.played:
@@ -139,7 +159,9 @@ class MockKubeflow(MockServer):
         answer = next((a for a in self.answers if a[0] == handler.command and a[1] in path), None)
         if answer:
             self.answers.remove(answer)
-            return (200, ADDED[answer[2]]) if answer[2] in ADDED else _with_status(recorded(answer[2]))
+            return (
+                (200, ADDED[answer[2]]) if answer[2] in ADDED else _with_status(recorded(answer[2]))
+            )
         fault = next((f for f in self.faults if f[0] == handler.command and f[1] in path), None)
         if fault:
             self.faults.remove(fault)
@@ -148,7 +170,9 @@ class MockKubeflow(MockServer):
         for method, pattern, function in ROUTES:
             found = re.fullmatch(API + pattern, path)
             if method == handler.command and found:
-                status, made = function(self, query=query, ids=found.groups(), body=_parsed(handler, body))
+                status, made = function(
+                    self, query=query, ids=found.groups(), body=_parsed(handler, body)
+                )
                 return (fault[2], {"error": "scripted"}) if fault else (status, made)
         return 404, {"error": f"no route {path}"}
 
@@ -189,7 +213,11 @@ def _matching(entries, query, **fields):
     for each in predicates:
         key = "display_name" if each["key"] == "name" else each["key"]
         fields[key] = each.get("stringValue") or each.get("string_value")
-    return [entry for entry in entries if all(entry.get(name) == value for name, value in fields.items())]
+    return [
+        entry
+        for entry in entries
+        if all(entry.get(name) == value for name, value in fields.items())
+    ]
 
 
 def _parsed(handler, body):

@@ -42,25 +42,47 @@ def recorded(name):
 
 def refusal(heading):
     """What the cluster said under a heading of refusals.txt, without kubectl's own words."""
-    text = (DATA / "refusals.txt").read_text().partition(f"## {heading}\n")[2].partition("\n\n")[0].strip()
+    text = (
+        (DATA / "refusals.txt")
+        .read_text()
+        .partition(f"## {heading}\n")[2]
+        .partition("\n\n")[0]
+        .strip()
+    )
     return re.sub(r'^Error from server \(\w+\): (error when creating "[^"]*": )?', "", text)
 
 
 UNKNOWN_RUNTIME = (403, refusal("create with an unknown runtime"))
 WHO = "system:serviceaccount:kubeflow:pipeline-runner"
-NO_RIGHT = (403, f'trainjobs.trainer.kubeflow.org is forbidden: User "{WHO}" cannot create resource "trainjobs"')
+NO_RIGHT = (
+    403,
+    f'trainjobs.trainer.kubeflow.org is forbidden: User "{WHO}" cannot create resource "trainjobs"',
+)
 NO_TRAINER = (404, "the server could not find the requested resource")
 
 
-def pod(job, node, attempt=0, phase="Running", exit_code=None, message="", reason="Error", ended=ENDED):
+def pod(
+    job, node, attempt=0, phase="Running", exit_code=None, message="", reason="Error", ended=ENDED
+):
     """A node's pod, made from the recorded one."""
     made = recorded("pod-of-node-0")
     made["metadata"]["name"] = f"{job}-node-0-{node}-{attempt}abcd"
-    made["metadata"]["labels"] |= {trainjob.OF_JOB_SET: job, trainjob.INDEX: str(node), trainjob.ATTEMPT: str(attempt)}
+    made["metadata"]["labels"] |= {
+        trainjob.OF_JOB_SET: job,
+        trainjob.INDEX: str(node),
+        trainjob.ATTEMPT: str(attempt),
+    }
     state = {"running": {"startedAt": "2026-11-25T18:17:51Z"}} if phase == "Running" else {}
     if exit_code is not None:
         phase = "Failed" if exit_code else "Succeeded"
-        state = {"terminated": {"exitCode": exit_code, "message": message, "reason": reason, "finishedAt": ended}}
+        state = {
+            "terminated": {
+                "exitCode": exit_code,
+                "message": message,
+                "reason": reason,
+                "finishedAt": ended,
+            }
+        }
     made["status"]["containerStatuses"][0]["state"] = state
     made["status"]["phase"] = phase
     return made
@@ -79,7 +101,8 @@ class MockKubernetes(MockServer):
         self.outage = []  # the status of answers to come
         self.own_env = []  # of the coordinator's pod
         self.forbidden = None  # pattern of paths that the account may not read
-        self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
+        # objects of a pipeline run, and the events of its pods
+        self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}
         super().__init__()
 
     def respond(self, handler, path, query, body):
@@ -91,7 +114,10 @@ class MockKubernetes(MockServer):
             answer = self.delete(name) or f'trainjobs.trainer.kubeflow.org "{name}" not found'
             status = 404 if isinstance(answer, str) else 200
         elif self.outage:
-            status, answer = self.outage.pop(), "the server is currently unable to handle the request"
+            status, answer = (
+                self.outage.pop(),
+                "the server is currently unable to handle the request",
+            )
         elif self.forbidden and re.fullmatch(self.forbidden, path):
             status, answer = 403, f"{path} is forbidden"
         elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", path):
@@ -113,10 +139,22 @@ class MockKubernetes(MockServer):
             job = self.job(match[1])
             return (200, job) if job else (404, f'"{match[1]}" not found')
         if path == f"{PODS}/{OWN_POD}":
-            owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "loop-abcde", "uid": "u-1"}
+            owner = {
+                "apiVersion": "argoproj.io/v1alpha1",
+                "kind": "Workflow",
+                "name": "loop-abcde",
+                "uid": "u-1",
+            }
             owners = [owner | {"controller": True, "blockOwnerDeletion": True}]
-            spec = {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main", "env": self.own_env}]}
-            return 200, {"kind": "Pod", "metadata": {"name": OWN_POD, "ownerReferences": owners}, "spec": spec}
+            spec = {
+                "serviceAccountName": "pipeline-runner",
+                "containers": [{"name": "main", "env": self.own_env}],
+            }
+            return 200, {
+                "kind": "Pod",
+                "metadata": {"name": OWN_POD, "ownerReferences": owners},
+                "spec": spec,
+            }
         if path in self.of_run:
             is_of_job = query.get("labelSelector", "").startswith(trainjob.OF_JOB_SET)
             objects = self.pods if is_of_job else self.of_run[path]
@@ -198,7 +236,9 @@ class Processes:
         self.cluster, self.folder, self.environment, self.port = cluster, folder, environment, port
         self.nodes = []
         self.stopped = threading.Event()
-        cluster.on_create = lambda job: threading.Thread(target=self.run, args=(job,), daemon=True).start()
+        cluster.on_create = lambda job: threading.Thread(
+            target=self.run, args=(job,), daemon=True
+        ).start()
         cluster.on_delete = lambda name: self.stop()
 
     def stop(self):
@@ -223,7 +263,10 @@ class Processes:
 
     def attempt(self, name, trainer, attempt):
         pods = [pod(name, rank, attempt) for rank in range(trainer["numNodes"])]
-        self.nodes = [self.start(trainer, rank, attempt, made["metadata"]["name"]) for rank, made in enumerate(pods)]
+        self.nodes = [
+            self.start(trainer, rank, attempt, made["metadata"]["name"])
+            for rank, made in enumerate(pods)
+        ]
         self.cluster.pods = pods
         while any(node.poll() is None for node in self.nodes):
             time.sleep(0.1)
@@ -240,15 +283,25 @@ class Processes:
 
     def start(self, trainer, rank, attempt, pod_name):
         # as the kubelet expands them
-        variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"] if "value" in entry}
+        variables = {
+            entry["name"]: entry["value"].replace("$$", "$")
+            for entry in trainer["env"]
+            if "value" in entry
+        }
         # as Kubeflow Trainer sets them
-        torch = {"NNODES": trainer["numNodes"], "NPROC_PER_NODE": trainer["numProcPerNode"], "NODE_RANK": rank}
+        torch = {
+            "NNODES": trainer["numNodes"],
+            "NPROC_PER_NODE": trainer["numProcPerNode"],
+            "NODE_RANK": rank,
+        }
         torch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": self.port}
         variables |= {f"PET_{name}": str(value) for name, value in torch.items()}
         for name, file in (("PTL_SCRATCH", "disk"), ("PTL_TERMINATION_LOG", "words")):
             variables[name] = str(self.folder / f"{file}-{attempt}-{rank}")
         output = self.folder / f"log-{attempt}-{rank}"
-        self.cluster.logs[pod_name] = lambda: follow(output, lambda: self.nodes[rank].poll() is not None)
+        self.cluster.logs[pod_name] = lambda: follow(
+            output, lambda: self.nodes[rank].poll() is not None
+        )
         with output.open("w") as file:
             options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
             return subprocess.Popen(trainer["command"], env=self.environment | variables, **options)

@@ -78,6 +78,10 @@ class Proxy(MockServer):
         data = fault(data) if fault else data
         handler.close_connection = data is None
         if data is not None:
-            left_out = ["transfer-encoding", "connection"] + ["content-length"] * (handler.command != "HEAD")
-            headers = [(name, value) for name, value in reply.getheaders() if name.lower() not in left_out]
+            left_out = ["transfer-encoding", "connection"] + ["content-length"] * (
+                handler.command != "HEAD"
+            )
+            headers = [
+                (name, value) for name, value in reply.getheaders() if name.lower() not in left_out
+            ]
             handler.send(reply.status, data, headers)

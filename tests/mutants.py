@@ -22,14 +22,24 @@ import yaml
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("boto3", "mlflow", "datasets", "hypothesis", "scipy.stats", "torch._dynamo", "transformers.generation")
+LIBRARIES = (
+    "boto3",
+    "mlflow",
+    "datasets",
+    "hypothesis",
+    "scipy.stats",
+    "torch._dynamo",
+    "transformers.generation",
+)
 forks = get_context("fork")
 
 
 def copy_for_this_worker(folder: str) -> None:
     global checkout
     checkout = Path(mkdtemp(dir=folder))
-    subprocess.run(f"git ls-files -z | xargs -0 cp --parents -t {checkout}", shell=True, cwd=ROOT, check=True)
+    subprocess.run(
+        f"git ls-files -z | xargs -0 cp --parents -t {checkout}", shell=True, cwd=ROOT, check=True
+    )
 
 
 def seconds_of(tests: str, limit: float = 1800) -> float | None:
@@ -49,7 +59,8 @@ def run_pytest(tests: str) -> None:
     # For the processes that tests start, and for this one, whose script is in the checkout itself.
     os.environ["PYTHONPATH"] = sys.path[0] = str(checkout)
     assert Path(import_module("ptl").__file__).is_relative_to(checkout)
-    folder = checkout.with_name(f"tests-{checkout.name}")  # messages shorten paths that begin with the checkout's
+    # messages shorten paths that begin with the checkout's
+    folder = checkout.with_name(f"tests-{checkout.name}")
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}", "-m", "not nightly"]
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(int(pytest.main([*options, *shlex.split(tests)])))
@@ -67,19 +78,37 @@ def survives(mutant: dict[str, str], seconds: float) -> bool:
 
 def main(only: str, jobs: int) -> int | str:
     mutants = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-    if wrong := [each for each in mutants if (ROOT / each["file"]).read_text().count(each["old"]) != 1]:
+    if wrong := [
+        each for each in mutants if (ROOT / each["file"]).read_text().count(each["old"]) != 1
+    ]:
         return f"`old` does not occur exactly once in the file: {wrong}"
     mutants = [mutant for mutant in mutants if any(only in text for text in mutant.values())]
     list(map(import_module, LIBRARIES))
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, forks, copy_for_this_worker, [folder]) as pool:
+    with (
+        TemporaryDirectory() as folder,
+        ProcessPoolExecutor(jobs, forks, copy_for_this_worker, [folder]) as pool,
+    ):
         groups = list(dict.fromkeys(mutant["tests"] for mutant in mutants))
-        seconds = dict(zip(groups, tqdm(pool.map(seconds_of, groups), "without mutants", len(groups)), strict=True))
+        seconds = dict(
+            zip(
+                groups,
+                tqdm(pool.map(seconds_of, groups), "without mutants", len(groups)),
+                strict=True,
+            )
+        )
         if None in seconds.values():
             return f"without any mutant these fail: {[tests for tests in groups if seconds[tests] is None]}"
         outcomes = pool.map(survives, mutants, [seconds[mutant["tests"]] for mutant in mutants])
         survivors = list(compress(mutants, list(tqdm(outcomes, "mutants", len(mutants)))))
     for each in survivors:
-        print("", each["file"], f"- {each['old'].strip()}", f"+ {each['new'].strip()}", each["tests"], sep="\n  ")
+        print(
+            "",
+            each["file"],
+            f"- {each['old'].strip()}",
+            f"+ {each['new'].strip()}",
+            each["tests"],
+            sep="\n  ",
+        )
     print(f"{len(survivors)} of {len(mutants)} survive")
     return 1 if survivors else 0
 

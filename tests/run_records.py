@@ -35,7 +35,12 @@ def scores(params: int, accuracy: float, width: int) -> dict:
 def losses(nats: float) -> dict:
     """Of held-out text, by a token."""
     tokens = [40, 50, 60]
-    return {"texts": "retention.jsonl", "bytes": 600, "tokens": tokens, "losses": [nats * count for count in tokens]}
+    return {
+        "texts": "retention.jsonl",
+        "bytes": 600,
+        "tokens": tokens,
+        "losses": [nats * count for count in tokens],
+    }
 
 
 def speed() -> dict:
@@ -43,11 +48,22 @@ def speed() -> dict:
 
     def model(params: int, times: float, solved: int) -> dict:
         rows = [
-            {"batch": b, "prefill_tokens_per_s": 4000.0 * b, "decode_tokens_per_s": 900.0 * b * times, "repeats": 3}
+            {
+                "batch": b,
+                "prefill_tokens_per_s": 4000.0 * b,
+                "decode_tokens_per_s": 900.0 * b * times,
+                "repeats": 3,
+            }
             for b in (1, 32)
         ]
         seconds = 0.5 / solved / times
-        return {"params": params, "speed": rows, "seconds_per_solved": seconds, "solved": solved, "answer_tokens": 22.5}
+        return {
+            "params": params,
+            "speed": rows,
+            "seconds_per_solved": seconds,
+            "solved": solved,
+            "answer_tokens": 22.5,
+        }
 
     models = {"dense": model(DENSE, 1.0, 64), "final": model(127_872, 1.25, 50)}
     return {"device": "CPU, 1 thread", "task": "tiny_reasoner", "items": 64, "samples": 1, "batch_size": 128,
@@ -65,7 +81,10 @@ def export(params: int, size: int, accuracy: float, limit: int | None = None) ->
             "difference": -0.01, "low": -0.02, "high": 0.0, "p_different": 0.125, "p_worse": 0.0625,
             "margin": 0.02, "alpha": 0.05, "verdict": "not inferior"}  # fmt: skip
     models = {
-        name: {"bytes": size * (2 if name == "dense" else 1), "tasks": scores(params, accuracy, 1)["tasks"]}
+        name: {
+            "bytes": size * (2 if name == "dense" else 1),
+            "tasks": scores(params, accuracy, 1)["tasks"],
+        }
         for name in ("dense", "final")
     }
     rows = [{"batch": 1, "decode_tokens_per_s": 3210.0, "prefill_tokens_per_s": 9000.0}]
@@ -88,16 +107,21 @@ def items(wrong: set[int], count: int = 20) -> list[dict]:
     ]  # fmt: skip
 
 
-def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int) -> dict:
+def arm_records(
+    name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int
+) -> dict:
     prune, recover, evaluate = (
-        f"{name}-{verb}" if arm == "control" else f"{verb}{name}" for verb in ("prune", "recover", "evaluate")
+        f"{name}-{verb}" if arm == "control" else f"{verb}{name}"
+        for verb in ("prune", "recover", "evaluate")
     )
     verdict = {"reason": "within the margin", "numbers": {"p_value": 0.0213}}
     verdict["decision"] = "control" if arm == "control" else "accepted"
     return {
         prune: metadata("prune", i, arm, params=params, criterion="max"),
         recover: metadata("recover", i, arm, params=params, tokens=tokens),
-        evaluate: metadata("evaluate", i, arm, scores=scores(params, accuracy, width), verdict=verdict),
+        evaluate: metadata(
+            "evaluate", i, arm, scores=scores(params, accuracy, width), verdict=verdict
+        ),
     }
 
 
@@ -119,7 +143,9 @@ def reject(records: dict, i: int) -> None:
     records[f"evaluate-{i}"].metadata["verdict"] = verdict
     before = records[f"evaluate-{i - 1}"].metadata["accepted"]
     records[f"evaluate-{i}"].metadata["accepted"] = before
-    records[f"evaluate-{i}"] = dataclasses.replace(records[f"evaluate-{i}"], pointer=Pointer(**before))
+    records[f"evaluate-{i}"] = dataclasses.replace(
+        records[f"evaluate-{i}"], pointer=Pointer(**before)
+    )
 
 
 def settings() -> dict:
@@ -134,7 +160,14 @@ def settings() -> dict:
 
 
 GOAL = {
-    **{"kind": "memory", "memory": "1kB", "bytes": 1000, "dense": 2000, "sequences": 2, "tokens": 5},
+    **{
+        "kind": "memory",
+        "memory": "1kB",
+        "bytes": 1000,
+        "dense": 2000,
+        "sequences": 2,
+        "tokens": 5,
+    },
     **{"dtype": "bfloat16", "itemsize": 2, "cached_numbers_per_layer": 4},
 }
 RUN = {"run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1"}  # where it is tracked

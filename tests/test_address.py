@@ -18,12 +18,21 @@ LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKIN
 def test_user_and_password_are_not_shown_and_mlflows_become_variables():
     for text, shown in (
         ("http://user:pw@host:5000/path", "http://***@host:5000/path"),
-        ("at https://pw@host and postgresql://u:p@w@db/x", "at https://***@host and postgresql://***@db/x"),
+        (
+            "at https://pw@host and postgresql://u:p@w@db/x",
+            "at https://***@host and postgresql://***@db/x",
+        ),
         ("http://user:pa/ss@host/x", "http://***@host/x"),
-        ("http://host/x@y s3://bucket/a@b models:/m@best", "http://host/x@y s3://bucket/a@b models:/m@best"),
+        (
+            "http://host/x@y s3://bucket/a@b models:/m@best",
+            "http://host/x@y s3://bucket/a@b models:/m@best",
+        ),
     ):
         assert address.without_login(text) == str(InputError(text)) == str(WorkError(text)) == shown
-    environment = {"MLFLOW_TRACKING_URI": "https://us%40er:p%2Fw@host/base", "MLFLOW_TRACKING_PASSWORD": "other"}
+    environment = {
+        "MLFLOW_TRACKING_URI": "https://us%40er:p%2Fw@host/base",
+        "MLFLOW_TRACKING_PASSWORD": "other",
+    }
     address.split_login(environment)
     assert [environment[name] for name in LOGIN] == ["us@er", "p/w", "https://host/base"]
     for uri in ("http://host", "postgresql://u:p@db/x", "http://[::1", "https://user@host"):
@@ -51,7 +60,10 @@ def noting(serve):
 def test_mlflow_gets_the_login_and_no_message_shows_it(noting, monkeypatch):
     url, seen = noting(401, body=b'{"error_code": "UNAUTHENTICATED", "message": "no"}')
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", "://user:secret@"))
-    with pytest.raises(InputError, match=r"MLflow at http://127") as error, mlflow_client.explained():
+    with (
+        pytest.raises(InputError, match=r"MLflow at http://127") as error,
+        mlflow_client.explained(),
+    ):
         mlflow_client.connect().get_experiment("1")
     assert seen[0]["authorization"] == "Basic dXNlcjpzZWNyZXQ="
     chain = [error.value, error.value.__cause__, error.value.__cause__.__context__]
@@ -76,9 +88,14 @@ def test_the_webhook_is_not_redirected(noting, monkeypatch, capsys):
     monkeypatch.setenv(records.WEBHOOK, f"{url}/secret")
     monkeypatch.setenv("PTL_RUN_ID", "run")
     monkeypatch.setattr(records, "_fail_in_mlflow", lambda *_: None)
-    records.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    records.announce(
+        Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False)
+    )
     shown = capsys.readouterr().out
-    assert seen_by_other == [] and f"it redirects to {urlsplit(other).hostname}; set {records.WEBHOOK}" in shown
+    assert (
+        seen_by_other == []
+        and f"it redirects to {urlsplit(other).hostname}; set {records.WEBHOOK}" in shown
+    )
     assert "secret" not in shown and "/hook" not in shown
 
 
@@ -90,10 +107,14 @@ def test_the_webhook_is_not_redirected(noting, monkeypatch, capsys):
         ("{server}/services/secret?key=secret", "it answers HTTP 404 Not Found"),
     ],
 )
-def test_what_keeps_the_webhook_from_hearing_does_not_show_its_path(url, why, noting, monkeypatch, capsys):
+def test_what_keeps_the_webhook_from_hearing_does_not_show_its_path(
+    url, why, noting, monkeypatch, capsys
+):
     monkeypatch.setenv(records.WEBHOOK, url.format(server=noting(404)[0]))
     monkeypatch.setenv("PTL_RUN_ID", "run")
     monkeypatch.setattr(records, "_fail_in_mlflow", lambda *_: None)
-    records.announce(Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
+    records.announce(
+        Call("prune-1", "ptl"), SimpleNamespace(reason="broken", exit_code=1, exhausted=False)
+    )
     shown = capsys.readouterr().out
     assert f"could not be reported to the webhook: {why}" in shown and "secret" not in shown

@@ -38,9 +38,17 @@ def modules_of(names):
             continue
         if name not in known:
             known.add(name)
-            todo += [need.name for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+            todo += [
+                need.name
+                for need in needs
+                if not need.marker or need.marker.evaluate({"extra": ""})
+            ]
     by_module = metadata.packages_distributions().items()
-    return {module for module, sources in by_module if known & {name.lower().replace("_", "-") for name in sources}}
+    return {
+        module
+        for module, sources in by_module
+        if known & {name.lower().replace("_", "-") for name in sources}
+    }
 
 
 # Commands with their exit codes.
@@ -69,20 +77,35 @@ NEEDS = {
 @pytest.mark.nightly
 def test_commands_of_a_base_install_work_or_name_the_extra_that_they_need(tmp_path):
     """What its requirements do not bring is not there; all in one process."""
-    text = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("[options.")[0]
+    text = (
+        (ROOT / "setup.cfg")
+        .read_text()
+        .partition("install_requires =")[2]
+        .partition("[options.")[0]
+    )
     there = modules_of(Requirement(line).name for line in text.strip().splitlines())
     there |= {"ptl", "mlflow", "pip", "setuptools", "_virtualenv"}
     blocked = sorted(set(metadata.packages_distributions()) - there)
     assert {"torch", "kfp", "lm_eval", "trl", "flask", "sqlalchemy", "pandas"} <= set(blocked)
     commands = [[str(word) for word in command] for command in (*WORKS, *NEEDS)]
-    environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    environment = {
+        "COLUMNS": "200",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONSAFEPATH": "1",
+    }
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"
     command = [sys.executable, "-c", SCRIPT, json.dumps(blocked), json.dumps(commands)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     answers = dict(zip((*WORKS, *NEEDS), json.loads(done.stdout), strict=True))
     assert {command: answers[command][0] for command in WORKS} == WORKS, answers
     for command, extra in NEEDS.items():
         code, shown = answers[command]
-        assert (code, shown.count("\n")) == (2, 1) and f"'prune-tune-loop[{extra}]'" in shown, (command, shown)
+        assert (code, shown.count("\n")) == (2, 1) and f"'prune-tune-loop[{extra}]'" in shown, (
+            command,
+            shown,
+        )
     assert not any("Traceback" in shown for _, shown in answers.values())

@@ -17,8 +17,20 @@ def test_every_part_is_measured(part, tmp_path, monkeypatch, capsys):
 
     train.make("0.5M", tmp_path)
     tiny = "--shape 0.5M --steps 4 --warmup 2 --length 32 --batch-size 2 --items 4 --new-tokens 4 --sequences 4"
-    options = [*tiny.split(), "--repeats", "1", "--gpu", "h100", "--eval-batch-size", "4", "--dtype", "float32"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--measure", part, "--folder", str(tmp_path)])
+    options = [
+        *tiny.split(),
+        "--repeats",
+        "1",
+        "--gpu",
+        "h100",
+        "--eval-batch-size",
+        "4",
+        "--dtype",
+        "float32",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", *options, "--measure", part, "--folder", str(tmp_path)]
+    )
     monkeypatch.chdir(gpu.ROOT)
     gpu.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

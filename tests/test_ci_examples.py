@@ -38,14 +38,20 @@ def run(tmp_path):
             program.chmod(0o755)
         path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         command = [CI / script, *map(str, arguments)]
-        return subprocess.run(command, env=os.environ | {"PATH": path} | variables, capture_output=True, text=True)
+        return subprocess.run(
+            command, env=os.environ | {"PATH": path} | variables, capture_output=True, text=True
+        )
 
     return run
 
 
-@pytest.mark.parametrize(("code", "word"), [(0, "done"), (1, "failed"), (3, "gate not passed"), (4, "still running")])
+@pytest.mark.parametrize(
+    ("code", "word"), [(0, "done"), (1, "failed"), (3, "gate not passed"), (4, "still running")]
+)
 def test_a_run_is_waited_for_and_its_table_written(run, tmp_path, code, word):
-    done = run(SUBMIT.replace("CODE", str(code)), "run.sh", TINY, tmp_path / "table.md", "--set", "seed=1")
+    done = run(
+        SUBMIT.replace("CODE", str(code)), "run.sh", TINY, tmp_path / "table.md", "--set", "seed=1"
+    )
     assert done.returncode == code
     assert done.stdout.startswith(f"submit {TINY} --set seed=1 --wait --timeout 21000\n")
     result = ["```", "tiny (seed 0)", " 4 (final) 127,872", "MLflow: page", "```"]
@@ -53,14 +59,30 @@ def test_a_run_is_waited_for_and_its_table_written(run, tmp_path, code, word):
     assert (tmp_path / "table.md").read_text().splitlines() == [*head, *result]
 
 
-@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("gate off", 3, 3), ("rejected", 0, 3)])
+@pytest.mark.parametrize(
+    ("decision", "verdict", "code"), [("accepted", 0, 0), ("gate off", 3, 3), ("rejected", 0, 3)]
+)
 def test_the_path_on_one_machine(run, tmp_path, decision, verdict, code):
     """The order of the commands, what is compared, and the exit code."""
-    scored = [("baseline", "dense"), ("accepted", "first"), (decision, "last")][:: 2 if decision == "rejected" else 1]
+    scored = [("baseline", "dense"), ("accepted", "first"), (decision, "last")][
+        :: 2 if decision == "rejected" else 1
+    ]
     steps = [{"stage": "prune", "decision": ""}]
     steps += [{"stage": "evaluate", "decision": said, "run_id": name} for said, name in scored]
-    variables = {"PTL_HOME": str(tmp_path), "STEPS": json.dumps({"steps": steps}), "VERDICT": str(verdict)}
-    done = run(STEPS_OF_A_RUN, "local_path.sh", TINY, "--set", "seed=1", PIP_FIND_LINKS=str(tmp_path), **variables)
+    variables = {
+        "PTL_HOME": str(tmp_path),
+        "STEPS": json.dumps({"steps": steps}),
+        "VERDICT": str(verdict),
+    }
+    done = run(
+        STEPS_OF_A_RUN,
+        "local_path.sh",
+        TINY,
+        "--set",
+        "seed=1",
+        PIP_FIND_LINKS=str(tmp_path),
+        **variables,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     compared = [] if decision == "rejected" else ["compare dense last --margin 0.05"]
     assert (tmp_path / "log").read_text().splitlines() == [

@@ -29,8 +29,14 @@ def ask(library, url):
             MlflowClient(url).search_experiments()
         case "boto3":
             once = Config(retries={"total_max_attempts": 1}, read_timeout=1)
-            keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
-            boto3.session.Session().client("s3", endpoint_url=url, config=once, **keys).list_buckets()
+            keys = {
+                "aws_access_key_id": "a",
+                "aws_secret_access_key": "b",
+                "region_name": "us-east-1",
+            }
+            boto3.session.Session().client(
+                "s3", endpoint_url=url, config=once, **keys
+            ).list_buckets()
         case "requests":
             requests.post(url, timeout=1)
         case "urllib3":
@@ -38,7 +44,9 @@ def ask(library, url):
         case "kubernetes":
             configuration = kubernetes_client.Configuration(url)
             configuration.retries = False
-            kubernetes_client.VersionApi(kubernetes_client.ApiClient(configuration)).get_code(_request_timeout=1)
+            kubernetes_client.VersionApi(kubernetes_client.ApiClient(configuration)).get_code(
+                _request_timeout=1
+            )
         case "hub":
             get_session().get(url, timeout=1)
 
@@ -56,7 +64,9 @@ def said(library, url, monkeypatch):
 def test_why_a_server_does_not_answer_is_found_below_each_librarys_errors(library, monkeypatch):
     assert said(library, NOBODY, monkeypatch) == "connection refused"
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert said(library, f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch) == "timed out"
+        assert (
+            said(library, f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch) == "timed out"
+        )
     unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     with mock.patch("socket.getaddrinfo", side_effect=unknown):
         assert said(library, NO_NAME, monkeypatch) == "host name not known"
@@ -68,13 +78,16 @@ def raised_from(cause, error=None):
         try:
             raise cause
         except Exception:
-            raise error or RuntimeError("HTTPSConnectionPool(host='x', port=443): Max retries exceeded")  # noqa: B904
+            nested = RuntimeError("HTTPSConnectionPool(host='x', port=443): Max retries exceeded")
+            raise error or nested  # noqa: B904
     except Exception as caught:
         return caught
 
 
 def test_other_reasons_and_errors_of_other_kinds():
-    certificate = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    certificate = ssl.SSLCertVerificationError(
+        1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+    )
     certificate.verify_message = "self-signed certificate"
     plain = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number")
     plain.reason = "WRONG_VERSION_NUMBER"
@@ -86,7 +99,10 @@ def test_other_reasons_and_errors_of_other_kinds():
         (http.client.IncompleteRead(b""), "it closed the connection"),
         (OSError(113, "No route to host"), "no route to host"),
         (subprocess.TimeoutExpired("docker", 60), "timed out"),
-        (urllib3.exceptions.ResponseError("too many 503 error responses"), "too many 503 error responses"),
+        (
+            urllib3.exceptions.ResponseError("too many 503 error responses"),
+            "too many 503 error responses",
+        ),
         (FileNotFoundError(2, "No such file"), ""),
         (ValueError("connection refused"), ""),
     ):
@@ -107,4 +123,7 @@ def test_what_a_server_says_ends_after_a_whole_word():
     assert text.endswith("word ...") and len(text) <= connections.LIMIT
     assert connections.shortened("a\n  b") == "a b"
     assert connections.shortened("\n<!DOCTYPE html><p>log in") == "an HTML page"
-    assert connections.status_name(403) == "HTTP 403 Forbidden" and connections.status_name(799) == "HTTP 799"
+    assert (
+        connections.status_name(403) == "HTTP 403 Forbidden"
+        and connections.status_name(799) == "HTTP 799"
+    )

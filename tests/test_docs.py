@@ -22,7 +22,13 @@ from ptl.errors import InputError
 
 @pytest.mark.nightly
 def test_it_builds_with_every_link_checked(tmp_path):
-    command = [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--site-dir", tmp_path / "site"]
+    command = [
+        Path(sys.executable).with_name("mkdocs"),
+        "build",
+        "--strict",
+        "--site-dir",
+        tmp_path / "site",
+    ]
     if not command[0].exists():
         pytest.skip("NOT CHECKED: mkdocs is not installed here; `pip install '.[docs]'` brings it")
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -34,10 +40,16 @@ def test_it_builds_with_every_link_checked(tmp_path):
 def test_commands_that_are_shown_exist_with_their_options():
     commands = typer.main.get_command(app.app).commands
     options = {
-        name: {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+        name: {
+            option
+            for parameter in command.params
+            for option in [*parameter.opts, *parameter.secondary_opts]
+        }
         for name, command in commands.items()
     }
-    pages = "".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    pages = "".join(
+        path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    )
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", pages, re.S | re.M)
     script = "".join(block for language, block in blocks if language in ("", "sh"))
     shown = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?ptl (.*)", script, re.M)
@@ -51,7 +63,8 @@ def test_commands_that_are_shown_exist_with_their_options():
 def test_a_whole_config_that_is_shown_is_valid(tmp_path):
     """It is said to be a file in the root of the checkout; its paths are relative to its folder."""
     part = re.search(r"```yaml\n(schedule: .*?)```", (ROOT / "docs/scores.md").read_text(), re.S)[1]
-    assert load_config(TINY, yaml.safe_load(part)).gate.margin == 0.03  # said to be sections of tiny.yaml
+    # said to be sections of tiny.yaml
+    assert load_config(TINY, yaml.safe_load(part)).gate.margin == 0.03
     block = re.search(r"```yaml\n(name: .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     (tmp_path / "readme.yaml").write_text(block)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -50,8 +50,14 @@ CASES += [(variant, True, fused) for variant in MOE_VARIANTS for fused in (False
 def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, fused, tmp_path):
     source = saved(variant, tmp_path, float32_routers=float32_routers, fused=fused)
     import_checkpoint(str(source), None, tmp_path / "imported")
-    dense = model_dimensions(tmp_path / "imported", FAMILIES[checkpoint.read_config(source)["model_type"]])
-    unit, goal = ("experts", replace(dense, experts=4).params) if dense.experts else ("neurons", dense.params * 9 // 10)
+    dense = model_dimensions(
+        tmp_path / "imported", FAMILIES[checkpoint.read_config(source)["model_type"]]
+    )
+    unit, goal = (
+        ("experts", replace(dense, experts=4).params)
+        if dense.experts
+        else ("neurons", dense.params * 9 // 10)
+    )
     calibration = Calibration(data=DATA.sources[0], num_sequences=4, max_length=64)
     prune_to(goal, tmp_path / "imported", tmp_path / "pruned", calibration, unit=unit, target=unit)
     recover(tmp_path / "pruned", tmp_path / "recovered", CPT, tokens=100)
@@ -60,7 +66,9 @@ def test_tensors_keep_their_dtypes_through_every_step(variant, float32_routers, 
         {name: entry.dtype for name, entry in checkpoint.contents(tmp_path / step).items()}
         for step in ("source", "imported", "pruned", "recovered", "merged")
     )
-    assert imported == before and pruned == recovered == merged and pruned.items() <= imported.items()
+    assert (
+        imported == before and pruned == recovered == merged and pruned.items() <= imported.items()
+    )
     has_float32 = float32_routers or variant in ("deepseek_v3", "glm4_moe")
     assert set(pruned.values()) == ({"BF16", "F32"} if has_float32 else {"BF16"})
     for name, value in weights(source).items():
@@ -78,7 +86,9 @@ def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_
     model = LayerwiseModel(source, FAMILIES[checkpoint.read_config(source)["model_type"]], [batch])
     for kind in ("named_parameters", "named_buffers"):
         mine, theirs = (getattr(each, kind)() for each in (model.causal_lm, whole))
-        assert {name: tensor.dtype for name, tensor in mine} == {name: tensor.dtype for name, tensor in theirs}
+        assert {name: tensor.dtype for name, tensor in mine} == {
+            name: tensor.dtype for name, tensor in theirs
+        }
     with torch.no_grad():
         states = model.embed()
         for i in range(len(model.layers)):
@@ -86,7 +96,9 @@ def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_
                 states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         expected = []
-        whole.get_decoder().norm.register_forward_pre_hook(lambda _norm, arguments: expected.append(arguments[0]))
+        whole.get_decoder().norm.register_forward_pre_hook(
+            lambda _norm, arguments: expected.append(arguments[0])
+        )
         whole(**inputs, use_cache=False)
     kept = batch["attention_mask"].bool()
     assert torch.equal(states[0][kept], expected[0][kept])

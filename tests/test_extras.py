@@ -13,7 +13,10 @@ GLIBC = "libc.so.6: version `GLIBC_2.38' not found (required by x)"
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (f'#!/bin/sh\necho "{GLIBC.replace("`", "")}" >&2; echo; exit 1', "version GLIBC_2.38' not found"),
+        (
+            f'#!/bin/sh\necho "{GLIBC.replace("`", "")}" >&2; echo; exit 1',
+            "version GLIBC_2.38' not found",
+        ),
         ("#!/bin/sh\nkill -ILL $$", "killed by SIGILL"),  # a CPU without AVX2
         ("#!/bin/sh\nexit 3", "exit code 3"),
         ("not of this machine", "Exec format error"),
@@ -31,7 +34,10 @@ def test_the_reason_is_the_systems(script, reason, tmp_path):
 
 
 def test_what_is_not_installed_is_distinguished():
-    for name, absent in (("no_such_module", True), ("another", False)):  # which lacks what it needs itself
+    # which lacks what it needs itself
+    for name, absent in (("no_such_module", True), ("another", False)):
         with pytest.raises(UnusableError) as caught:
-            extras.check_loads(name, [sys.executable, "-c", "import no_such_module"], field="x", remedy="y")
+            extras.check_loads(
+                name, [sys.executable, "-c", "import no_such_module"], field="x", remedy="y"
+            )
         assert isinstance(caught.value, AbsentError) == absent

@@ -15,7 +15,9 @@ def train(monkeypatch, show, seconds, steps=100):
         now[0] += seconds
 
 
-def test_a_training_says_what_is_left_from_its_first_step_at_each_tenth_and_every_half_minute(monkeypatch):
+def test_a_training_says_what_is_left_from_its_first_step_at_each_tenth_and_every_half_minute(
+    monkeypatch,
+):
     lines = []
     train(monkeypatch, lines.append, 0.1)
     assert lines[:3] == [

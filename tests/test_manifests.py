@@ -33,7 +33,9 @@ def tool(name):
     """A checker's path; the test says loudly that it was skipped where the checker is missing."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
-        pytest.skip(f"NOT CHECKED: {name} is not installed here; CONTRIBUTING.md says how to install it")
+        pytest.skip(
+            f"NOT CHECKED: {name} is not installed here; CONTRIBUTING.md says how to install it"
+        )
     return found
 
 
@@ -78,7 +80,9 @@ def built(request, kustomized):
 
 
 def allowed_hosts(found):
-    (settings,) = [entry["data"] for (_, name), entry in found.items() if name.startswith("mlflow-settings")]
+    (settings,) = [
+        entry["data"] for (_, name), entry in found.items() if name.startswith("mlflow-settings")
+    ]
     return settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
 
 
@@ -93,23 +97,39 @@ def assert_restricted(pod):
 
 def test_an_overlay_is_secure_and_has_what_steps_name(built):
     found = by_name(built.read_text())
-    assert all(kind == "Namespace" or entry["metadata"].get("namespace") for (kind, _), entry in found.items())
-    workloads = [entry for (kind, _), entry in found.items() if kind in ("Deployment", "StatefulSet")]
+    assert all(
+        kind == "Namespace" or entry["metadata"].get("namespace")
+        for (kind, _), entry in found.items()
+    )
+    workloads = [
+        entry for (kind, _), entry in found.items() if kind in ("Deployment", "StatefulSet")
+    ]
     pods = [workload["spec"]["template"]["spec"] for workload in workloads]
     assert len(pods) >= 2
     for pod in pods:
         assert_restricted(pod)
         for container in pod["containers"]:
-            assert container["resources"]["limits"] and container["readinessProbe"] and container["livenessProbe"]
+            assert (
+                container["resources"]["limits"]
+                and container["readinessProbe"]
+                and container["livenessProbe"]
+            )
     storage = load_config(CONFIGS / "onprem.yaml").storage
     assert ("PersistentVolumeClaim", storage.cache_claim) in found
     if built.stem == "onprem":
         assert ("LocalQueue", "ptl") in found
-        assert set(found["ConfigMap", storage.ca_config_map]["data"]) == {"ca.crt"}  # the key that the step reads
+        # the key that the step reads
+        assert set(found["ConfigMap", storage.ca_config_map]["data"]) == {"ca.crt"}
     if built.stem != "aws":
-        assert set(found["Secret", "ptl-s3"]["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        assert set(found["Secret", "ptl-s3"]["data"]) == {
+            "AWS_ACCESS_KEY_ID",
+            "AWS_SECRET_ACCESS_KEY",
+        }
     assert "mlflow.ptl.svc.cluster.local:*" in allowed_hosts(found)
-    assert found["ConfigMap", "ptl"]["data"]["MLFLOW_TRACKING_URI"] == "http://mlflow.ptl.svc.cluster.local:5000"
+    assert (
+        found["ConfigMap", "ptl"]["data"]["MLFLOW_TRACKING_URI"]
+        == "http://mlflow.ptl.svc.cluster.local:5000"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +141,9 @@ def with_component(filled, kustomized):
         part = filled / "overlays/dev" / ("mlflow" if component in ("ingress", "istio") else "runs")
         file = shutil.copytree(part, part.with_name(f"with-{component}")) / "kustomization.yaml"
         settings = yaml.safe_load(file.read_text())
-        file.write_text(yaml.safe_dump(settings | {"components": [f"../../../components/{component}"]}))
+        file.write_text(
+            yaml.safe_dump(settings | {"components": [f"../../../components/{component}"]})
+        )
         return by_name(kustomized(f"dev/with-{component}").read_text())
 
     return build
@@ -130,7 +152,9 @@ def with_component(filled, kustomized):
 def test_components_can_be_added_and_steps_then_start_nodes_and_change_nothing_else(with_component):
     assert all(map(with_component, ("istio", "kfp-launcher", "kueue")))
     found = with_component("ingress")  # MLflow knows its host, whose name is set in one file
-    (host,) = [entry["spec"]["rules"][0]["host"] for (kind, _), entry in found.items() if kind == "Ingress"]
+    (host,) = [
+        entry["spec"]["rules"][0]["host"] for (kind, _), entry in found.items() if kind == "Ingress"
+    ]
     assert {host, "mlflow.ptl.svc.cluster.local:*"} <= set(allowed_hosts(found))
     found = with_component("trainer")
     binding = found["RoleBinding", "ptl-recover"]
@@ -139,7 +163,12 @@ def test_components_can_be_added_and_steps_then_start_nodes_and_change_nothing_e
     subjects = {(subject["name"], subject["namespace"]) for subject in binding["subjects"]}
     assert subjects == {("pipeline-runner", namespace), ("default-editor", namespace)}
     rules = found[binding["roleRef"]["kind"], binding["roleRef"]["name"]]["rules"]
-    granted = {(verb, resource) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    granted = {
+        (verb, resource)
+        for rule in rules
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
     assert {("get", "trainjobs"), ("get", "pods"), ("list", "pods"), ("get", "pods/log")} <= granted
     changes = {right for right in granted if right[0] not in ("get", "list", "watch")}
     assert changes == {("create", "trainjobs"), ("delete", "trainjobs")}
@@ -149,8 +178,18 @@ def test_the_account_of_runs_reads_what_status_says_of_pods_and_changes_only_run
     documents = yaml.safe_load_all((MANIFESTS / "base/runs/rbac.yaml").read_text())
     (role,) = [document for document in documents if document["kind"] == "Role"]
     rights = [(set(rule["verbs"]), rule["resources"], rule["apiGroups"]) for rule in role["rules"]]
-    granted = {(verb, resource) for verbs, resources, _ in rights for resource in resources for verb in verbs}
-    assert {("list", "pods"), ("list", "events"), ("list", "workflows"), ("get", "pods/log")} <= granted
+    granted = {
+        (verb, resource)
+        for verbs, resources, _ in rights
+        for resource in resources
+        for verb in verbs
+    }
+    assert {
+        ("list", "pods"),
+        ("list", "events"),
+        ("list", "workflows"),
+        ("get", "pods/log"),
+    } <= granted
     for verbs, _, groups in rights:
         assert verbs <= {"get", "list"} or groups == ["pipelines.kubeflow.org"]
 
@@ -165,10 +204,16 @@ def test_nodes_are_restarted_together_except_for_wrong_input():
     (job,) = jobset["replicatedJobs"]
     spec = job["template"]["spec"]
     pod = spec["template"]["spec"]
-    assert (spec["backoffLimit"], pod["restartPolicy"]) == (0, "Never") and jobset["failurePolicy"]["maxRestarts"] > 0
+    assert (spec["backoffLimit"], pod["restartPolicy"]) == (0, "Never") and jobset["failurePolicy"][
+        "maxRestarts"
+    ] > 0
     (in_job,), (in_jobset,) = spec["podFailurePolicy"]["rules"], jobset["failurePolicy"]["rules"]
-    assert in_job["action"] == "FailJob" and in_job["onExitCodes"]["values"] == [InputError.exit_code]
-    assert in_jobset["action"] == "FailJobSet" and in_jobset["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert in_job["action"] == "FailJob" and in_job["onExitCodes"]["values"] == [
+        InputError.exit_code
+    ]
+    assert in_jobset["action"] == "FailJobSet" and in_jobset["onJobFailureReasons"] == [
+        "PodFailurePolicy"
+    ]
     # A step's TrainJob changes what is there.
     (node,) = pod["containers"]
     assert (job["name"], node["name"]) == (trainjob.JOB, trainjob.CONTAINER)
@@ -187,22 +232,46 @@ def test_no_port_of_seaweedfs_answers_without_a_key(filled, tmp_path):
     (container,) = found["StatefulSet", "seaweedfs"]["spec"]["template"]["spec"]["containers"]
     contents = [entry.get("data", {}) for entry in found.values()]
     keys = [found["Secret", source["secretRef"]["name"]]["data"] for source in container["envFrom"]]
-    environment = {name: base64.b64decode(text).decode() for secret in keys for name, text in secret.items()}
+    environment = {
+        name: base64.b64decode(text).decode() for secret in keys for name, text in secret.items()
+    }
     (security,) = [data["security.toml"] for data in contents if "security.toml" in data]
     stack = servers.folder(tmp_path)  # its working directory, where it looks for this file too
     (stack / "security.toml").write_text(security.replace("/etc/seaweedfs-tls", str(overlay)))
     (tmp_path / "data").mkdir()
     port = free_port()
-    changed = {"-dir=/data": f"-dir={tmp_path}/data", "-ip.bind=0.0.0.0": "-ip.bind=127.0.0.1", "-s3.port=8333": ""}
+    changed = {
+        "-dir=/data": f"-dir={tmp_path}/data",
+        "-ip.bind=0.0.0.0": "-ip.bind=127.0.0.1",
+        "-s3.port=8333": "",
+    }
     assert set(changed) <= set(container["args"])
-    command = [tool("weed"), *filter(None, (changed.get(argument, argument) for argument in container["args"]))]
-    command += [f"-{part}.port={port + i}" for i, part in enumerate(("s3", "filer", "master", "volume", "admin"))]
-    servers.start(tmp_path, "s3", command, environment, port + 4, "/health")  # of the part that starts last
+    command = [
+        tool("weed"),
+        *filter(None, (changed.get(argument, argument) for argument in container["args"])),
+    ]
+    command += [
+        f"-{part}.port={port + i}"
+        for i, part in enumerate(("s3", "filer", "master", "volume", "admin"))
+    ]
+    # of the part that starts last
+    servers.start(tmp_path, "s3", command, environment, port + 4, "/health")
     try:
-        asked = {"/ptl/?list-type=2": 403, "/buckets/ptl/": 404, "/dir/status": 404, "/1,00": 401, "/api/users": 404}
+        asked = {
+            "/ptl/?list-type=2": 403,
+            "/buckets/ptl/": 404,
+            "/dir/status": 404,
+            "/1,00": 401,
+            "/api/users": 404,
+        }
         for part, (path, status) in enumerate(asked.items()):
-            assert requests.get(f"http://127.0.0.1:{port + part}{path}", timeout=5).status_code == status, path
-            with socket.create_connection(("127.0.0.1", port + part + servers.GRPC), timeout=5) as plain:
+            assert (
+                requests.get(f"http://127.0.0.1:{port + part}{path}", timeout=5).status_code
+                == status
+            ), path
+            with socket.create_connection(
+                ("127.0.0.1", port + part + servers.GRPC), timeout=5
+            ) as plain:
                 plain.sendall(PREFACE)
                 assert plain.recv(100) == b"", path
     finally:
@@ -211,7 +280,13 @@ def test_no_port_of_seaweedfs_answers_without_a_key(filled, tmp_path):
 
 def test_checkov(built):
     """checkov pins old libraries, so it lives in an environment of its own."""
-    options = ["--skip-download", "--quiet", "--compact", "--config-file", MANIFESTS / ".checkov.yaml"]
+    options = [
+        "--skip-download",
+        "--quiet",
+        "--compact",
+        "--config-file",
+        MANIFESTS / ".checkov.yaml",
+    ]
     assert "FAILED" not in run("checkov", *options, "-f", built)
 
 
@@ -250,13 +325,22 @@ def test_no_secret_value_is_in_the_repository():
 def test_steps_may_delete_training_checkpoints_and_nothing_else(tmp_path):
     """The role's policy on AWS against the paths that a step writes."""
     policy = json.loads((MANIFESTS / "overlays/aws/s3-policy.json").read_text())
-    (allowed,) = (one["Resource"] for one in policy["Statement"] if "s3:DeleteObject" in one["Action"])
+    (allowed,) = (
+        one["Resource"] for one in policy["Statement"] if "s3:DeleteObject" in one["Action"]
+    )
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2/weights").write_text("2")
     bucket = tmp_path / "my-bucket"
     root = f"file://{bucket}/ptl/1/ptl"
     TrainingCheckpoints(root, "5f0c-run", "recover-1.0", "key", 0).save(tmp_path / "checkpoint-2")
-    written = [path.relative_to(tmp_path).as_posix() for path in bucket.rglob("*") if path.is_file()]
-    assert len(written) == 3 and all(fnmatch.fnmatch(f"arn:aws:s3:::{path}", allowed) for path in written)
-    kept = ("ptl/1/models/m-1/artifacts/model.safetensors", "ptl/1/ptl/5f0c-run/recover-1/manifest.json")
+    written = [
+        path.relative_to(tmp_path).as_posix() for path in bucket.rglob("*") if path.is_file()
+    ]
+    assert len(written) == 3 and all(
+        fnmatch.fnmatch(f"arn:aws:s3:::{path}", allowed) for path in written
+    )
+    kept = (
+        "ptl/1/models/m-1/artifacts/model.safetensors",
+        "ptl/1/ptl/5f0c-run/recover-1/manifest.json",
+    )
     assert not any(fnmatch.fnmatch(f"arn:aws:s3:::my-bucket/{path}", allowed) for path in kept)

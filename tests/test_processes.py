@@ -39,7 +39,9 @@ def test_a_lock_names_its_holder_and_is_free_when_that_was_killed(tmp_path):
     lock = tmp_path / "lock"
     holder = python(HOLDS, lock)
     assert holder.stdout.readline() == "holds\n"
-    refusal = pytest.raises(InputError, match=rf"step y: another process executes it \(process id {holder.pid}\)")
+    refusal = pytest.raises(
+        InputError, match=rf"step y: another process executes it \(process id {holder.pid}\)"
+    )
     with refusal, processes.exclusive(lock, "step y"):
         raise AssertionError("two at once")
     holder.kill()
@@ -49,7 +51,9 @@ def test_a_lock_names_its_holder_and_is_free_when_that_was_killed(tmp_path):
     # An id of another container is not one to kill here.
     with processes.exclusive(lock, "step x"):
         lock.write_text("7 pid:[4026530000]")
-        refusal = pytest.raises(InputError, match=r"in another container, or .*remove its container")
+        refusal = pytest.raises(
+            InputError, match=r"in another container, or .*remove its container"
+        )
         with refusal, processes.exclusive(lock, "step x"):
             raise AssertionError("two at once")
 

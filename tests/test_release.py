@@ -18,11 +18,30 @@ from ptl.errors import InputError
 STEM = f"prune_tune_loop-{ptl.__version__}"
 WHEEL = f"{STEM}-py3-none-any.whl"
 SDIST = f"{STEM}.tar.gz"
-DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(("prune", "recover", "evaluate"))}
+DIGESTS = {
+    name: f"sha256:{number:064x}" for number, name in enumerate(("prune", "recover", "evaluate"))
+}
 SECTION = {"registry": "registry.example.com/team", "tag": ptl.__version__, "digests": DIGESTS}
 # What git has at the top, without what no release reads.
-COPIED = ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
-COPIED += ("constraints.txt", "release.py", ".gitignore", "ptl", "components", "pipelines", "examples", "tests")
+COPIED = (
+    "setup.py",
+    "setup.cfg",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+)
+COPIED += (
+    "constraints.txt",
+    "release.py",
+    ".gitignore",
+    "ptl",
+    "components",
+    "pipelines",
+    "examples",
+    "tests",
+)
 AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@example.com")
 
 
@@ -34,16 +53,23 @@ def make(checkout, *options, **environment):
     """What `make release` prints in a repository of its own."""
     env = {**os.environ, "PYTHONPATH": str(checkout), **environment}
     command = [sys.executable, "release.py", *options]
-    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=checkout, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_wrong_images_a_changed_checkout_and_a_tag_of_another_commit_are_refused(tmp_path, monkeypatch):
+def test_wrong_images_a_changed_checkout_and_a_tag_of_another_commit_are_refused(
+    tmp_path, monkeypatch
+):
     file = tmp_path / "images.json"
     file.write_text(json.dumps(SECTION))
     assert release.known_images(file, []) == SECTION
-    with pytest.raises(InputError, match="no digest of export-gguf; make it with `ptl images digests --with export-"):
+    with pytest.raises(
+        InputError,
+        match="no digest of export-gguf; make it with `ptl images digests --with export-",
+    ):
         release.known_images(file, ["export-gguf"])
     file.write_text(json.dumps({**SECTION, "tag": "9"}))
     with pytest.raises(InputError, match="is of images 9"):
@@ -63,7 +89,9 @@ def test_wrong_images_a_changed_checkout_and_a_tag_of_another_commit_are_refused
 
 
 @pytest.mark.nightly
-def test_a_release_is_complete_and_its_wheel_compiles_what_the_checkout_compiles(tmp_path, monkeypatch):
+def test_a_release_is_complete_and_its_wheel_compiles_what_the_checkout_compiles(
+    tmp_path, monkeypatch
+):
     checkout, released = tmp_path / "checkout", tmp_path / "dist"
     for name in COPIED:
         source = ROOT / name
@@ -81,7 +109,11 @@ def test_a_release_is_complete_and_its_wheel_compiles_what_the_checkout_compiles
     shutil.copytree(checkout / "dist", released)
     names = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
     shipped_configs = {f"pipelines/{path.name}" for path in arguments.CONFIGS.glob("*.yaml")}
-    assert names == {"NOTES.md", "SHA256SUMS", "constraints.txt", "images.json", WHEEL, SDIST} | shipped_configs
+    assert (
+        names
+        == {"NOTES.md", "SHA256SUMS", "constraints.txt", "images.json", WHEEL, SDIST}
+        | shipped_configs
+    )
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=released, check=True)
     # The same commit gives the same bytes, whatever an earlier build has left behind; git ignores it.
     (checkout / "build").mkdir(exist_ok=True)
@@ -97,8 +129,12 @@ def test_a_release_is_complete_and_its_wheel_compiles_what_the_checkout_compiles
     (folder / "pipelines" / "__init__.py").touch()
     command = [sys.executable, "-m", "ptl", "compile", "tiny", "-o", "tiny.yaml"]
     command += ["--set", f"images={images.read_text()}"]
-    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(installed)}, check=True)
+    subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(installed)}, check=True
+    )
     monkeypatch.chdir(ROOT)
-    configs.compile(arguments.CONFIGS / "tiny.yaml", tmp_path / "tiny.yaml", [f"images={images.read_text()}"])
+    configs.compile(
+        arguments.CONFIGS / "tiny.yaml", tmp_path / "tiny.yaml", [f"images={images.read_text()}"]
+    )
     for made in (folder / "tiny.yaml", released / "pipelines/tiny.yaml"):
         assert made.read_bytes() == (tmp_path / "tiny.yaml").read_bytes()

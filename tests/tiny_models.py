@@ -18,24 +18,59 @@ from ptl.model import checkpoint
 from ptl.model.families import family_of
 
 VOCABULARY = 48
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+}
+SIZES |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES["initializer_range"] = 0.2  # far enough from zero that every part matters
 KINDS = yaml.safe_load(Path(__file__).with_name("variants.yaml").read_text())
 # By variant: its model_type, and what differs from SIZES
 VARIANTS, MOE_VARIANTS = (
-    {name: (fields.pop("model_type"), fields) for name, fields in KINDS[kind].items()} for kind in ("dense", "mixtures")
+    {name: (fields.pop("model_type"), fields) for name, fields in KINDS[kind].items()}
+    for kind in ("dense", "mixtures")
 )
 YARN = KINDS[".yarn"]
 # What differs by more than numbers: of each day, where the others find the same mistakes
-DAILY = ("llama-biases", "llama-tied", "qwen2-sliding", "gemma2", "gemma2-untied", "phi3", "olmo2", "smollm3")
+DAILY = (
+    "llama-biases",
+    "llama-tied",
+    "qwen2-sliding",
+    "gemma2",
+    "gemma2-untied",
+    "phi3",
+    "olmo2",
+    "smollm3",
+)
 DAILY += ("phi3-longrope",)
-DAILY += ("granite", "cohere2", "helium", "qwen3_moe-dense", "qwen2_moe", "deepseek_v3", "gpt_oss", "olmoe", "mixtral")
+DAILY += (
+    "granite",
+    "cohere2",
+    "helium",
+    "qwen3_moe-dense",
+    "qwen2_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "olmoe",
+    "mixtral",
+)
 # Those whose experts can be narrowed: all layers have them, none is shared by their width
 NARROW_VARIANTS = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
 VISION_TOWERS = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
-VISION_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 VISION_SIZES |= {"head_dim": 8, "image_size": 28, "patch_size": 14}
 
 
@@ -43,13 +78,19 @@ def nightly_but(*always, of):
     """Parameters: the others of these find the same mistakes."""
     cases = [case if isinstance(case, tuple) else (case,) for case in of]
     always = [case if isinstance(case, tuple) else (case,) for case in always]
-    return [pytest.param(*case, marks=[] if case in always else pytest.mark.nightly) for case in cases]
+    return [
+        pytest.param(*case, marks=[] if case in always else pytest.mark.nightly) for case in cases
+    ]
 
 
 def build(variant, seed=0, **changes):
     """A random model of the variant, in eval mode; norms and biases are random too."""
     model_type, fields = (VARIANTS | MOE_VARIANTS)[variant]
-    return _random(AutoModelForCausalLM, AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes}), seed)
+    return _random(
+        AutoModelForCausalLM,
+        AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes}),
+        seed,
+    )
 
 
 def build_multimodal(model_type, variant, **changes):
@@ -72,7 +113,9 @@ def _random(auto_class, config, seed=0):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("_bias") or (tensor.dim() == 1 and tensor.requires_grad):
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=40)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=40
+    )
     return model
 
 
@@ -86,7 +129,12 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
         words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
         core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
         core.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+        special = {
+            "pad_token": "<pad>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<pad>",
+        }
         made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
         made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         made.save_pretrained(folder)
@@ -96,7 +144,9 @@ def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
 def with_reasoners_tokenizer(variant, folder, **changes):
     """A random model of the variant, as a checkpoint with the tiny reasoner's tokenizer and context."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(DENSE)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     model = build(variant, vocab_size=len(tokenizer), max_position_embeddings=256, **ids, **changes)
     tokenizer.save_pretrained(save(model, folder, tokenizer=False))
     return folder
@@ -104,12 +154,16 @@ def with_reasoners_tokenizer(variant, folder, **changes):
 
 def width_of(variant):
     """Neurons of each layer, or of each expert."""
-    return (VARIANTS | MOE_VARIANTS)[variant][1].get("moe_intermediate_size", SIZES["intermediate_size"])
+    return (VARIANTS | MOE_VARIANTS)[variant][1].get(
+        "moe_intermediate_size", SIZES["intermediate_size"]
+    )
 
 
 def num_parameters(model):
     """Parameters, and the routers' corrections, which transformers counts as buffers."""
-    corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    corrections = [
+        buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")
+    ]
     return model.num_parameters() + sum(map(torch.numel, corrections))
 
 
@@ -124,7 +178,9 @@ def family_at(folder):
 def change_config(folder, **changes):
     """Change fields of config.json; one that becomes `...` is left out."""
     config = checkpoint.read_config(folder) | changes
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not ...})
+    )
     return folder
 
 
@@ -152,7 +208,10 @@ def avoiding(model, experts):
 
         def forward(hidden, gate=gate, pruned=pruned):
             plain = torch.nn.functional.linear
-            with mock.patch("torch.nn.functional.linear", lambda *given: plain(*given).masked_fill(pruned, -torch.inf)):
+            with mock.patch(
+                "torch.nn.functional.linear",
+                lambda *given: plain(*given).masked_fill(pruned, -torch.inf),
+            ):
                 return type(gate).forward(gate, hidden)
 
         gate.forward = forward
@@ -180,7 +239,10 @@ def multiplied(model, stream, heads):
         return (output[0] * stream, *output[1:]) if isinstance(output, tuple) else output * stream
 
     decoder = model.get_decoder()
-    for module in (decoder.embed_tokens, *(part for layer in decoder.layers for part in (layer.self_attn, layer.mlp))):
+    for module in (
+        decoder.embed_tokens,
+        *(part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)),
+    ):
         module.register_forward_hook(write)
     for i, factors in heads.items():
 
@@ -221,7 +283,10 @@ def batches(lengths=((12, 9, 12), (5, 7)), seed=1):
         ids = torch.randint(3, VOCABULARY, (len(group), max(group)), generator=generator)
         mask = (torch.arange(max(group)) < torch.tensor(group)[:, None]).long()
         ids = ids * mask
-        labels, source = ids.masked_fill(mask == 0, -100), torch.zeros(len(group), dtype=torch.int64)
+        labels, source = (
+            ids.masked_fill(mask == 0, -100),
+            torch.zeros(len(group), dtype=torch.int64),
+        )
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels, "source": source})
     return made
 
@@ -229,7 +294,9 @@ def batches(lengths=((12, 9, 12), (5, 7)), seed=1):
 def logits(model, batch):
     """Logits of the non-padding tokens: [tokens, vocabulary]."""
     with torch.no_grad():
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        out = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
     return out[batch["attention_mask"].bool()]
 
 
@@ -240,4 +307,9 @@ def word_calibration(folder):
     words = [torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist() for n in range(12)]
     rows = [{"text": " ".join(f"w{i}" for i in row)} for row in words]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return Calibration(data=DataSource(source=str(path), format="text"), num_sequences=8, max_length=16, batch_size=3)
+    return Calibration(
+        data=DataSource(source=str(path), format="text"),
+        num_sequences=8,
+        max_length=16,
+        batch_size=3,
+    )

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 # One process, so that the engine ends with it; a cache of 1 GiB.
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR"
+)
 os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
 
 
@@ -19,8 +21,12 @@ def answers(folder, dtype, tokens, new_tokens):
     """Greedy tokens after `tokens`, and the log probabilities of these."""
     import vllm
 
-    engine = vllm.LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=32, seed=0, disable_log_stats=True)
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=new_tokens, prompt_logprobs=0, ignore_eos=True)
+    engine = vllm.LLM(
+        folder, dtype=dtype, enforce_eager=True, max_model_len=32, seed=0, disable_log_stats=True
+    )
+    greedy = vllm.SamplingParams(
+        temperature=0, max_tokens=new_tokens, prompt_logprobs=0, ignore_eos=True
+    )
     [output] = engine.generate([{"prompt_token_ids": tokens}], greedy, use_tqdm=False)
     found = output.prompt_logprobs[1:]  # the first token has none
     engine.llm_engine.engine_core.shutdown()
@@ -37,7 +43,9 @@ def main(request, answer):
     found = {}
     for name, model in asked["models"].items():
         try:
-            found[name] = answers(model["folder"], model["dtype"], asked["tokens"], asked["new_tokens"])
+            found[name] = answers(
+                model["folder"], model["dtype"], asked["tokens"], asked["new_tokens"]
+            )
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()

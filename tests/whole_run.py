@@ -13,7 +13,9 @@ from checkout import ROOT
 
 from ptl.local import servers
 
-CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
+CHAIN = ["import-model", "evaluate-0"] + [
+    f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")
+]
 S3_DOWN, MLFLOW_DOWN = 3, 6  # seconds
 
 
@@ -45,7 +47,9 @@ class Servers:
         servers.down(self.home)
 
     def restart_s3(self):
-        os.kill(json.loads((self.home / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL)
+        os.kill(
+            json.loads((self.home / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL
+        )
         time.sleep(S3_DOWN)
         servers.s3_up(self.home, self.ports["s3_port"])
 
@@ -96,7 +100,11 @@ class Run:
 
     @property
     def folder(self):
-        return Path(next(line for _, line in self.lines if " run " in line and " in /" in line).rpartition(" in ")[2])
+        return Path(
+            next(line for _, line in self.lines if " run " in line and " in /" in line).rpartition(
+                " in "
+            )[2]
+        )
 
     def at(self, beginning):
         """When the first line came that begins like this."""
@@ -104,7 +112,10 @@ class Run:
 
 
 def records(home):
-    return {path.parent.name: json.loads(path.read_text()) for path in home.glob("artifacts/ptl/*/*/manifest.json")}
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in home.glob("artifacts/ptl/*/*/manifest.json")
+    }
 
 
 def digests(records):

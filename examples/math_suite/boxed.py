@@ -9,7 +9,8 @@ BOX = "\\boxed{"
 COLUMNS = ("answer", "final_answer", "solution")  # of a reference; the first that a row has
 BRACES = re.compile(r"\\.|[{}]", re.S)  # an escaped brace opens and closes nothing
 THOUSANDS = r"(?<=\d)(?:\{,\}|,(?:\\!)?)(?=\d{3}(?!\d))"
-NO_NUMBER = re.compile(rf"{THOUSANDS}|\\(?:text|mathrm)\{{[^{{}}]*\}}|\\[%$!, ]|[$\s]")  # separators, units, signs
+# separators, units, signs
+NO_NUMBER = re.compile(rf"{THOUSANDS}|\\(?:text|mathrm)\{{[^{{}}]*\}}|\\[%$!, ]|[$\s]")
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:(?:e|\\(?:times|cdot)10\^)\{?([+-]?\d+)\}?)?")
 
 
@@ -62,7 +63,10 @@ def is_equal(answer: str, expected: str) -> bool:
         return math.isclose(given, wanted)
     from math_verify import LatexExtractionConfig, parse, verify
 
-    formulas = [parse(f"${BOX}{text}}}$", extraction_config=[LatexExtractionConfig()]) for text in (expected, answer)]
+    formulas = [
+        parse(f"${BOX}{text}}}$", extraction_config=[LatexExtractionConfig()])
+        for text in (expected, answer)
+    ]
     return bool(verify(*formulas))
 
 

@@ -12,7 +12,16 @@ from pathlib import Path
 
 DOCSTRING = range(80, 500)  # characters: says what to do, and leaves room for an answer
 LONGEST = 800  # characters of a function, which the model can write
-SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "tkinter", "turtledemo"}
+SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "tkinter",
+    "turtledemo",
+}
 FILE = Path(__file__).with_name("functions.jsonl.gz")
 
 
@@ -28,7 +37,11 @@ def functions(folder: Path) -> Iterator[str]:
             continue
         lines = text.split("\n")  # as ast counts them: str.splitlines also splits at a form feed
         for node in nodes:
-            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.decorator_list:
+            if (
+                not isinstance(node, ast.FunctionDef)
+                or node.name.startswith("_")
+                or node.decorator_list
+            ):
                 continue
             first, *rest = node.body
             if not rest or len(ast.get_docstring(node) or "") not in DOCSTRING:

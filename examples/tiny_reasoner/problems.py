@@ -36,7 +36,11 @@ THINGS = (
     "jars", "keys", "lamps", "maps", "nuts", "pens", "pins", "pots", "rings", "seeds", "stones", "toys",
 )  # fmt: skip
 
-OPENINGS = ("{name} has {n} {things}.", "{name} starts with {n} {things}.", "At first {name} has {n} {things}.")
+OPENINGS = (
+    "{name} has {n} {things}.",
+    "{name} starts with {n} {things}.",
+    "At first {name} has {n} {things}.",
+)
 
 # The verb alone does not tell the operation: who gives and who gets decides. Every phrase names the things, so that a
 # distractor just before it leaves nothing to guess.
@@ -92,7 +96,10 @@ def generate(split: str, count: int, seed: int) -> Iterator[dict[str, str]]:
         key = arithmetic_key(start, operations)
         if split_of(key) == split and key not in seen:
             seen.add(key)
-            yield {"question": write_question(rng, start, operations), "answer": write_answer(start, operations)}
+            yield {
+                "question": write_question(rng, start, operations),
+                "answer": write_answer(start, operations),
+            }
 
 
 def draw_arithmetic(rng: random.Random) -> tuple[int, list[Operation]]:
@@ -150,7 +157,9 @@ def write_question(rng: random.Random, start: int, operations: Sequence[Operatio
         sentences.append(sentence[0].upper() + sentence[1:])
     if rng.random() < DISTRACTOR_SHARE:
         others = pick(rng, [thing for thing in THINGS if thing != words["things"]])
-        distractor = pick(rng, DISTRACTORS).format(n=between(rng, 2, LARGEST), others=others, **words)
+        distractor = pick(rng, DISTRACTORS).format(
+            n=between(rng, 2, LARGEST), others=others, **words
+        )
         sentences.insert(between(rng, 1, len(sentences)), distractor)
     return " ".join([*sentences, pick(rng, QUESTIONS).format(**words)])
 
@@ -181,11 +190,15 @@ def write_jsonl(problems: Iterator[dict[str, str]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--count", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz"
+    )
     args = parser.parse_args()
     write_jsonl(generate(args.split, args.count, args.seed), args.output)
 

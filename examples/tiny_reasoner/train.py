@@ -18,7 +18,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # at this size a second thread costs more than it gives
+# at this size a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from problems import generate
@@ -38,7 +39,8 @@ from transformers import (
 VOCABULARY = 256
 MAX_LENGTH = 256  # tokens; the longest problem with its answer has about 150
 EOS, PAD, UNK = "<|eos|>", "<|pad|>", "<|unk|>"
-USER, ASSISTANT, THINK, THOUGHT = "<|user|>", "<|assistant|>", "<think>", "</think>"  # tokens of a chat model
+# tokens of a chat model
+USER, ASSISTANT, THINK, THOUGHT = "<|user|>", "<|assistant|>", "<think>", "</think>"
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
     "{%- if message.role == 'assistant' %}{{ eos_token }}{%- endif %}{%- endfor %}"
@@ -47,7 +49,8 @@ CHAT_TEMPLATE = (
 )
 CHECKED = 0.4  # share of the steps that a thought checks
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
-PRINTABLE = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # and how byte-level BPE writes space and newline
+# and how byte-level BPE writes space and newline
+PRINTABLE = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
 
 NEURONS = 192  # of the FFN that each token meets
 EXPERTS_PER_TOKEN = 2
@@ -68,7 +71,10 @@ def build_tokenizer(texts: list[str], *, chat: bool = False) -> PreTrainedTokeni
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     # "?\n" must not become one token: question and answer tokenize the same together and apart.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d|\n"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d|\n"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     turns = [USER, ASSISTANT] if chat else []
@@ -94,7 +100,11 @@ def build_tokenizer(texts: list[str], *, chat: bool = False) -> PreTrainedTokeni
 
 def build_model(tokenizer: PreTrainedTokenizerFast, experts: int) -> PreTrainedModel:
     """A dense model, or one with so many experts in each layer."""
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     shape = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -142,10 +152,16 @@ def encode_chat(problem: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> 
     return prompt + completion, [-100] * len(prompt) + completion
 
 
-def prompt_of(problem: dict[str, str], tokenizer: PreTrainedTokenizerFast, **variables: bool) -> str:
+def prompt_of(
+    problem: dict[str, str], tokenizer: PreTrainedTokenizerFast, **variables: bool
+) -> str:
     """The question as the user's turn of a chat, and what begins the answer."""
     turns = [{"role": "user", "content": problem["question"]}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables))
+    return str(
+        tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **variables
+        )
+    )
 
 
 def thought(answer: str, rng: random.Random) -> str:
@@ -172,7 +188,9 @@ def collate(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
     longest = max(len(ids) for ids, _ in rows)
     return {
         "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor(
+            [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]
+        ),
         "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
     }
 
@@ -191,19 +209,28 @@ def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]]) -> int:
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]]
+) -> int:
     """One pass over the problems, BATCH_SIZE at a time; returns the tokens seen, padding not counted."""
-    rows = [(encode_chat if tokenizer.chat_template else encode)(problem, tokenizer) for problem in problems]
+    rows = [
+        (encode_chat if tokenizer.chat_template else encode)(problem, tokenizer)
+        for problem in problems
+    ]
     num_steps = len(rows) // BATCH_SIZE
     optimizers = build_optimizers(model)
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps) for optimizer in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps) for optimizer in optimizers
+    ]
     model.train()
     with_experts = hasattr(model.config, "num_experts")
     progress = tqdm(batches(rows), total=num_steps, desc="train")
     for step, batch in enumerate(progress):
         inputs = collate(batch, tokenizer.pad_token_id)
         # Only in training: with a cache transformers cannot compute it.
-        loss = model(**inputs, use_cache=False, **({"output_router_logits": True} if with_experts else {})).loss
+        loss = model(
+            **inputs, use_cache=False, **({"output_router_logits": True} if with_experts else {})
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -230,10 +257,17 @@ def count_correct(
         batch = problems[first : first + batch_size]
         begun = prompts[first : first + batch_size]
         inputs = tokenizer(begun, return_tensors="pt", padding=True, padding_side="left")
-        outputs = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        outputs = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        )
+        texts = tokenizer.batch_decode(
+            outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         answers = [text.rpartition(THOUGHT)[2] for text in texts]
-        correct += sum(final_number(a) == final_number(p["answer"]) for a, p in zip(answers, batch, strict=True))
+        correct += sum(
+            final_number(a) == final_number(p["answer"])
+            for a, p in zip(answers, batch, strict=True)
+        )
     return correct
 
 
@@ -251,21 +285,33 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
-    parser.add_argument("--items", type=int, default=NUM_TEST, help="held-out problems to test it on")
+    parser.add_argument(
+        "--items", type=int, default=NUM_TEST, help="held-out problems to test it on"
+    )
     parser.add_argument("--experts", type=int, default=0, help="in each layer; 0: a dense model")
-    parser.add_argument("--think", action="store_true", help="a chat model that thinks, where it is not switched off")
+    parser.add_argument(
+        "--think",
+        action="store_true",
+        help="a chat model that thinks, where it is not switched off",
+    )
     args = parser.parse_args()
 
     set_seed(args.seed)
     torch.set_num_threads(1)
     problems = list(generate("train", args.steps * BATCH_SIZE, args.seed))
-    tokenizer = build_tokenizer([f"{p['question']}\n{p['answer']}" for p in problems[:10_000]], chat=args.think)
+    tokenizer = build_tokenizer(
+        [f"{p['question']}\n{p['answer']}" for p in problems[:10_000]], chat=args.think
+    )
     model = build_model(tokenizer, args.experts)
-    print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, {len(problems):,} problems")
+    print(
+        f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, {len(problems):,} problems"
+    )
 
     num_tokens = train(model, tokenizer, problems)
     model.save_pretrained(args.output)
@@ -280,7 +326,9 @@ def main() -> None:
         correct = count_correct(model, tokenizer, prompts, test)
         low, high = wilson(correct, args.items)
         share = f"{correct / args.items:.1%} (95 %: {low:.1%} to {high:.1%})"
-        print(f"{correct} of {args.items} held-out problems right{', thinking' if thinks else ''}, {share}")
+        print(
+            f"{correct} of {args.items} held-out problems right{', thinking' if thinks else ''}, {share}"
+        )
 
 
 if __name__ == "__main__":

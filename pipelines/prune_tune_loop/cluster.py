@@ -20,7 +20,8 @@ ACCELERATED = ("prune", "recover", "evaluate", "export-compressed-tensors")
 # Variables of a pod's own fields. As inputs of the task they would have other values in each run.
 FIELD_VARIABLES = {
     "KFP_RUN_ID": "metadata.labels['pipeline/runid']",
-    "PTL_ARGO_NODE": "metadata.annotations['workflows.argoproj.io/node-name']",  # counts Argo's attempts, at each level
+    # counts Argo's attempts, at each level
+    "PTL_ARGO_NODE": "metadata.annotations['workflows.argoproj.io/node-name']",
 }
 PART_OF = {"app.kubernetes.io/part-of": "ptl"}  # the network policies select it
 QUEUE = "kueue.x-k8s.io/queue-name"
@@ -108,7 +109,9 @@ def _set_placement(task: Any, stage: str, resources: Resources, *, waits_for_nod
         kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
     # Older backends refuse a field that they do not know.
     if resources.kfp_release >= (2, 16):
-        kubernetes.set_security_context(task, resources.run_as_user, resources.run_as_group, run_as_non_root=True)
+        kubernetes.set_security_context(
+            task, resources.run_as_user, resources.run_as_group, run_as_non_root=True
+        )
 
 
 def _labels(queue: str | None) -> dict[str, str]:
@@ -119,7 +122,9 @@ def _variables(storage: Storage) -> dict[str, str]:
     """Names of the S3 Secret's keys, where they are not the usual ones, as in KFP's own Secret; the hub's folder."""
     keys = (storage.s3_access_key, storage.s3_secret_key)
     names = dict(zip(mounts.S3_KEYS, keys, strict=True))
-    variables = {variable: name for variable, name in names.items() if name != mounts.S3_KEYS[variable]}
+    variables = {
+        variable: name for variable, name in names.items() if name != mounts.S3_KEYS[variable]
+    }
     if not storage.s3_secret:
         variables = {}
     if storage.cache_claim:
@@ -130,7 +135,11 @@ def _variables(storage: Storage) -> dict[str, str]:
 def _volumes(storage: Storage) -> list[tuple[str, str, str]]:
     """Kind, name and folder of each volume of a step's pod."""
     # By name: a Secret that serves for several is mounted once.
-    secrets = {storage.hf_secret: mounts.HF, storage.mlflow_secret: mounts.MLFLOW, storage.s3_secret: mounts.S3}
+    secrets = {
+        storage.hf_secret: mounts.HF,
+        storage.mlflow_secret: mounts.MLFLOW,
+        storage.s3_secret: mounts.S3,
+    }
     config_maps = {storage.config_map: mounts.CONFIG, storage.ca_config_map: mounts.CA}
     volumes = [("secret", name, folder) for name, folder in secrets.items()]
     volumes += [("configMap", name, folder) for name, folder in config_maps.items()]
@@ -151,7 +160,9 @@ def train_job(config: Config, image: str) -> str:
     trainer = {
         "image": image,
         "command": ["python", "-m", "ptl.steps.node"],
-        "env": [{"name": name, "value": value} for name, value in _variables(config.storage).items()],
+        "env": [
+            {"name": name, "value": value} for name, value in _variables(config.storage).items()
+        ],
         "numNodes": own.nodes,
         # one, which starts a process for each accelerator
         "numProcPerNode": 1,
@@ -165,7 +176,9 @@ def train_job(config: Config, image: str) -> str:
     spec: Json = {
         "runtimeRef": {"apiGroup": trainjob.GROUP, "kind": "TrainingRuntime", "name": own.runtime},
         "trainer": trainer,
-        "runtimePatches": [{"manager": trainjob.MANAGER, "trainingRuntimeSpec": {"template": job_set}}],
+        "runtimePatches": [
+            {"manager": trainjob.MANAGER, "trainingRuntimeSpec": {"template": job_set}}
+        ],
     }
     if resources.timeout_of(TRAINED) is not None:
         # A coordinator that is killed cannot delete it.
@@ -192,8 +205,15 @@ def _pod(config: Config) -> Json:
         }
         volumes.append({"name": name, kind: sources[kind]})
         volume_mounts.append({"name": name, "mountPath": folder})
-    user = {"runAsNonRoot": True, "runAsUser": resources.run_as_user, "runAsGroup": resources.run_as_group}
-    taints = [{"operator": taint.operator, **taint.model_dump(exclude_none=True)} for taint in resources.tolerations]
+    user = {
+        "runAsNonRoot": True,
+        "runAsUser": resources.run_as_user,
+        "runAsGroup": resources.run_as_group,
+    }
+    taints = [
+        {"operator": taint.operator, **taint.model_dump(exclude_none=True)}
+        for taint in resources.tolerations
+    ]
     pod = {
         "securityContext": user,
         "volumes": volumes,

@@ -18,7 +18,8 @@ import yaml
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # KFP's comment also lists the defaults, in an order that changes from process to process; they are in the spec.
 KEPT_COMMENTS = ("# PIPELINE", "# Name", "# Desc")
-OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")  # beside resourceCpuLimit and so on
+# beside resourceCpuLimit and so on
+OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")
 OLD_ACCELERATOR = ("count", "type")  # beside resourceCount and resourceType
 # What KFP puts before a component's function. Ours name their types plainly (`Input[Model]`), so the star serves.
 KFP_IMPORTS = "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom typing import *\n"
@@ -80,7 +81,9 @@ def local_copy(text: str, order: Sequence[str]) -> str:
     # A cluster's volumes are not there, whatever the environment says of them.
     for executor in executors.values():
         container = executor["container"]
-        container["env"] = [entry for entry in container.get("env", []) if entry["name"].startswith("PTL_")]
+        container["env"] = [
+            entry for entry in container.get("env", []) if entry["name"].startswith("PTL_")
+        ]
     return str(yaml.safe_dump_all(documents, sort_keys=True))
 
 

@@ -46,12 +46,16 @@ def check(config: Config, tracking_uri: str) -> None:
             remedy="use the system's engine, or leave out --runner docker",
         )
     # The SDK follows no context of the docker command, only this variable.
-    host = os.environ.get("DOCKER_HOST") or _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+    host = os.environ.get("DOCKER_HOST") or _docker(
+        "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"
+    )
     if host:
         os.environ["DOCKER_HOST"] = host
 
 
-def arguments(config: Config, folder: Path, environment: dict[str, str], artifacts: str) -> dict[str, Any]:
+def arguments(
+    config: Config, folder: Path, environment: dict[str, str], artifacts: str
+) -> dict[str, Any]:
     """Arguments of the docker SDK's `containers.run`: unprivileged, with a read-only root, on the host's network.
 
     `folder` is the run's, `artifacts` where MLflow's experiment keeps its files (mounted where that is a folder). Paths
@@ -64,7 +68,8 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
     caches = hub_caches()
     run_arguments: dict[str, Any] = {
         "environment": {
-            **(s3.keys() if artifacts.startswith("s3://") else {}),  # also of a profile, whose files stay outside
+            # also of a profile, whose files stay outside
+            **(s3.keys() if artifacts.startswith("s3://") else {}),
             **environment,
             **certificates,
             **caches,
@@ -76,10 +81,12 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
             *_mounts(_writable_folders(folder, caches, artifacts), read_only=False),
         ],
         "working_dir": str(Path.cwd()),
-        "user": f"{os.getuid()}:0",  # the owner of the run's folder, in the group whose files the images open
+        # the owner of the run's folder, in the group whose files the images open
+        "user": f"{os.getuid()}:0",
         "network_mode": "host",  # servers on 127.0.0.1 are reached
         "read_only": True,
-        "tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777"},  # exec: Triton loads what it compiled there
+        # exec: Triton loads what it compiled there
+        "tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777"},
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "shm_size": "1g",
@@ -106,7 +113,10 @@ def _mounts(paths: set[Path], *, read_only: bool) -> list[Any]:
     """A bind mount for each path that is in no other of them."""
     from docker.types import Mount
 
-    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in outermost(paths)]
+    return [
+        Mount(str(path), str(path.resolve()), "bind", read_only=read_only)
+        for path in outermost(paths)
+    ]
 
 
 def outermost(paths: set[Path]) -> list[Path]:
@@ -130,7 +140,9 @@ def files(config: Config) -> set[Path]:
     # A whole working directory is too much.
     settings = flat_settings(config.model_dump(mode="json", include=SECTIONS)).values()
     named = [Path(text) for text in settings if isinstance(text, str) and _is_file(text)]
-    paths = {_with_blobs(path) for path in named if not working_directory.is_relative_to(path.resolve())}
+    paths = {
+        _with_blobs(path) for path in named if not working_directory.is_relative_to(path.resolve())
+    }
     own = [task for task in config.evaluate.tasks if tasks.is_path(task.name)]
     paths |= tasks.files(config.evaluate.model_copy(update={"tasks": own}))
     # Functions and templates may read what is next to a task's YAML.
@@ -149,7 +161,10 @@ def hub_caches() -> dict[str, str]:
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     datasets = os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")
-    return {"HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)), "HF_DATASETS_CACHE": str(_absolute(datasets))}
+    return {
+        "HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)),
+        "HF_DATASETS_CACHE": str(_absolute(datasets)),
+    }
 
 
 def _absolute(path: str | Path) -> Path:

@@ -41,20 +41,29 @@ PARAMETERS = {
         "below 1: share of all parameters to remove; 1000 or more: parameters to end with; 0: as `goal` says",
         "schedule.target",
     ),
-    "goal": Text("a memory to fit into (JSON), with `target` 0: [targets](scores.md#targets)", "schedule.target"),
+    "goal": Text(
+        "a memory to fit into (JSON), with `target` 0: [targets](scores.md#targets)",
+        "schedule.target",
+    ),
     "cuts": Text("`uniform`, or `cubic`: large cuts first", "schedule.cuts"),
     "recovery_tokens": Text("tokens of recovery over all iterations", "schedule.recovery_tokens"),
-    "tokens": Text("how these are distributed: `uniform`, `doubling` or `quadrupling`", "schedule.tokens"),
+    "tokens": Text(
+        "how these are distributed: `uniform`, `doubling` or `quadrupling`", "schedule.tokens"
+    ),
     "seed": Text("seed of every random choice", "seed"),
     "prune_settings": Text("what goes, by which score (JSON)", "prune"),
     "chat": Text("[how the model is served](data.md#chats) (JSON)", "chat"),
     "calibration": Text("the text for scoring (JSON)", "calibration"),
     "recover_settings": Text("methods and their settings (JSON list)", "recover"),
     "training": Text("the data of recovery (JSON); keep `answers`", "training"),
-    "evaluate_settings": Text("benchmarks and how (JSON); keep `backend`, it decides the image", "evaluate"),
+    "evaluate_settings": Text(
+        "benchmarks and how (JSON); keep `backend`, it decides the image", "evaluate"
+    ),
     "gate": Text("margin, significance level (JSON); keep `enabled`", "gate"),
     "experiment": Text("MLflow experiment", "storage.experiment"),
-    "registered_model": Text("name in the MLflow registry; empty: nothing is registered", "storage.registered_model"),
+    "registered_model": Text(
+        "name in the MLflow registry; empty: nothing is registered", "storage.registered_model"
+    ),
     "earlier_runs": Text(
         "ids of unfinished runs whose steps are [taken over](operations.md#failures-and-resuming), the newest first"
     ),
@@ -90,7 +99,10 @@ def docstring(config: Config) -> str:
 
 def summary(config: Config) -> str:
     """What the pipeline does to which model, in one line."""
-    schedule, gate = config.schedule, ", each compared with the dense model by the gate" if config.gate.enabled else ""
+    schedule, gate = (
+        config.schedule,
+        ", each compared with the dense model by the gate" if config.gate.enabled else "",
+    )
     target = schedule.target
     if isinstance(target, MemoryGoal):
         goal = f"until it fits into {target.memory}"

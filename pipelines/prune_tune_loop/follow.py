@@ -32,12 +32,15 @@ DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 PATIENCE = 20.0  # seconds for what Kubernetes says of the pods
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
-IDLE = 120.0  # seconds without a pod that is alive after which that is worth a line; between two steps pass 20 to 30
+# seconds without a pod that is alive after which that is worth a line; between two steps pass 20 to 30
+IDLE = 120.0
 TRAINING = 60.0  # seconds between two lines of a training's progress
 # States of a step that are no change worth a line.
 QUIET = (run_view.WAITING, run_view.NOT_STARTED, run_view.UNKNOWN)
-UNDER_WAY = ("PENDING", "RUNNING", "SUCCEEDED")  # of a run that was retried; a short one may be done again
-MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", CANCELED: "KILLED"}  # by the state of a run that ended; else FAILED
+# of a run that was retried; a short one may be done again
+UNDER_WAY = ("PENDING", "RUNNING", "SUCCEEDED")
+# by the state of a run that ended; else FAILED
+MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", CANCELED: "KILLED"}
 
 
 @dataclass
@@ -47,13 +50,15 @@ class Observer:
     api: Api
     show: Show
     step_names: list[str] = field(default_factory=list)
-    records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
+    # the last answer of MLflow, used when the next one does not come
+    records: RunProgress | None = None
     is_read: bool = True  # whether MLflow has always answered
     reads_pods: bool = True  # unless they could not be read the first time
     busy: datetime | None = None  # when a pod of the run was last seen alive
     pods: Mapping[str, Pod] | None = None  # that have not succeeded, by step, as last read
     announced: dict[str, str] = field(default_factory=dict)  # what was last printed, by topic
-    trainings: dict[str, float] = field(default_factory=dict)  # time of the last line of a training, by step
+    # time of the last line of a training, by step
+    trainings: dict[str, float] = field(default_factory=dict)
 
     def look(self, run: Any) -> RunView:
         """A run as Kubeflow has just described it, with its records in MLflow and what Kubernetes says of its pods."""
@@ -81,7 +86,9 @@ class Observer:
         busy = max(filter(None, [self.busy, run_view.newest_change(run, records or {})]))
         if (run_view.now() - busy).total_seconds() > IDLE:
             words = self._workflow_words(namespace, run.run_id)
-            self.announce_once("idle", f"for {IDLE / 60:.0f} minutes {words}; {where('describe workflows,pods')}")
+            self.announce_once(
+                "idle", f"for {IDLE / 60:.0f} minutes {words}; {where('describe workflows,pods')}"
+            )
         return view
 
     def _is_at_work(self, view: RunView) -> bool:
@@ -96,7 +103,11 @@ class Observer:
         if self.reads_pods:
             with suppress(Exception), ThreadPool(1) as pool:
                 words = pool.apply_async(pods.workflow, (namespace, run_id)).get(PATIENCE)
-        return f"no pod of the run has been alive: {words}" if words else "no step has been seen running"
+        return (
+            f"no pod of the run has been alive: {words}"
+            if words
+            else "no step has been seen running"
+        )
 
     def _read_records(self, run: Any) -> None:
         # The first time all of MLflow's experiments are looked through.
@@ -129,7 +140,11 @@ class Observer:
             if step.state not in QUIET:
                 self.announce_once(step.name, step.change)
             training = step.record.training
-            if training and step.state == "RUNNING" and now - self.trainings.get(step.name, -math.inf) >= TRAINING:
+            if (
+                training
+                and step.state == "RUNNING"
+                and now - self.trainings.get(step.name, -math.inf) >= TRAINING
+            ):
                 self.trainings[step.name] = now
                 self.announce_once(f"training of {step.name}", f"{step.name}: {training}")
         self.announce_once("hint", view.hint_to_cancel)
@@ -142,7 +157,11 @@ class Observer:
 
 
 def status(
-    reference: str, server: Server, *, say: Show = print, write: Callable[[dict[str, Any]], None] | None = None
+    reference: str,
+    server: Server,
+    *,
+    say: Show = print,
+    write: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
     """Print a run and its steps as a table; `write` gets the same as JSON. 1 when it failed or was canceled."""
     api = connect(server)
@@ -157,7 +176,9 @@ def status(
     reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
     if view.state == "FAILED" and not reasons:
         reasons = [f"{view.name}: {view.reason}"]
-    against_retry = view.advice if view.dead_end or view.is_out_of_memory or view.fails_again else ""
+    against_retry = (
+        view.advice if view.dead_end or view.is_out_of_memory or view.fails_again else ""
+    )
     for line in [*reasons, view.hint_to_cancel, against_retry]:
         if line:
             say(line)
@@ -191,11 +212,17 @@ def cancel(reference: str, server: Server, *, say: Show = print, poll: float = 2
     if not view.ended:
         say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
     else:
-        say(f"{view.name}: {view.state}" if is_asked else f"{view.name}: has ended before ({view.state})")
+        say(
+            f"{view.name}: {view.state}"
+            if is_asked
+            else f"{view.name}: has ended before ({view.state})"
+        )
     return DONE
 
 
-def _await_state(api: Api, run_id: str, states: Collection[str], poll: float, effects: Collection[str]) -> Any:
+def _await_state(
+    api: Api, run_id: str, states: Collection[str], poll: float, effects: Collection[str]
+) -> Any:
     """The run in one of these states, or in one of `effects` once the time for it is over; else WorkError.
 
     The server's answer to a request is empty, as a proxy's may be: only the run's state shows that it has arrived.
@@ -230,14 +257,18 @@ def retry(
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
         raise InputError(
-            f"{run_id} is {run.state}", field="run", remedy="only a run that failed or was canceled can be retried"
+            f"{run_id} is {run.state}",
+            field="run",
+            remedy="only a run that failed or was canceled can be retried",
         )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
     view = observer.look(run)
     observer.settle(view)
     if view.dead_end:
-        raise InputError(f"{run_id}: {view.dead_end} ({view.reason})", field="run", remedy=run_view.SUBMIT_AGAIN)
+        raise InputError(
+            f"{run_id}: {view.dead_end} ({view.reason})", field="run", remedy=run_view.SUBMIT_AGAIN
+        )
     with explained(api.host):
         api.client._run_api.run_service_retry_run(run_id)
     _await_state(api, run_id, UNDER_WAY, min(poll, 2.0), ())
@@ -251,7 +282,9 @@ def retry(
     return watch(api, run_id, False, timeout, poll, say) if wait else DONE
 
 
-def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: float, say: Show) -> int:
+def watch(
+    api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: float, say: Show
+) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
     Of a run that `is_gated` the result must be readable; of others it says itself whether there was a gate. kfp's own
@@ -259,7 +292,9 @@ def watch(api: Api, run_id: str, is_gated: bool, timeout: float | None, poll: fl
     away for up to OUTAGE seconds, as in an upgrade, does not end the wait, nor does one that answers nonsense. Ctrl-C
     ends the wait alone.
     """
-    with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
+    with processes.interruptible(
+        f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"
+    ):
         observer = Observer(api, say)
         last_answer = time.monotonic()
         deadline = math.inf if timeout is None else last_answer + timeout

@@ -80,9 +80,12 @@ def connect(server: Server) -> Api:
         client = Client(
             host=server.host,
             existing_token=None if server.token_file else os.environ.get("KFP_TOKEN"),
-            credentials=ServiceAccountTokenVolumeCredentials(str(server.token_file)) if server.token_file else None,
+            credentials=ServiceAccountTokenVolumeCredentials(str(server.token_file))
+            if server.token_file
+            else None,
             proxy=_proxy(server.host),
-            namespace=server.namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
+            # without one it asks for its health, and takes 25 s to say 401
+            namespace=server.namespace or "-",
             ssl_ca_cert=str(server.ca_cert) if server.ca_cert else None,
             verify_ssl=not server.insecure,
         )
@@ -108,7 +111,8 @@ def _bound(client: Any) -> None:
     """
     from urllib3 import Retry, Timeout
 
-    pool = client._run_api.api_client.rest_client.pool_manager  # every API of a kfp client shares it
+    # every API of a kfp client shares it
+    pool = client._run_api.api_client.rest_client.pool_manager
     send = pool.request
 
     def bounded(method: str, url: str, **options: Any) -> Any:
@@ -117,7 +121,8 @@ def _bound(client: Any) -> None:
         options["retries"] = Retry(
             total=repeats,
             read=min(repeats, 1),  # each may take READ_TIMEOUT
-            connect=0,  # nobody listens: a server that restarts behind a gateway answers 502 or 503 instead
+            # nobody listens: a server that restarts behind a gateway answers 502 or 503 instead
+            connect=0,
             allowed_methods=None,
             status_forcelist=TEMPORARY,
             backoff_factor=PAUSE,
@@ -150,7 +155,11 @@ def run_id_of(api: Api, reference: str) -> str:
         answer = api.client.list_runs(filter=by_name(reference), namespace=api.namespace)
         ids = ids_of(answer.runs, reference, "run_id")
     if len(ids) > 1:
-        raise InputError(f"{len(ids)} runs have the name {reference}", field="run", remedy=f"give an id: {listed(ids)}")
+        raise InputError(
+            f"{len(ids)} runs have the name {reference}",
+            field="run",
+            remedy=f"give an id: {listed(ids)}",
+        )
     return ids[0] if ids else reference
 
 
@@ -231,7 +240,10 @@ def _of_error_status(error: Any, host: str, server_name: str) -> RefusedError | 
 def _of_lost_connection(error: Exception, server_name: str) -> WorkError:
     sentence = connections.sentence(server_name, error)
     return WorkError(
-        sentence, remedy="is --ca-cert right?" if "certificate" in sentence else "is --host right, and is it up?"
+        sentence,
+        remedy="is --ca-cert right?"
+        if "certificate" in sentence
+        else "is --host right, and is it up?",
     )
 
 
@@ -242,5 +254,7 @@ def _server_message(error: Any) -> str:
         content = content.decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
         answer = json.loads(content)
-        content = answer.get("message") or answer.get("error_message") or answer.get("error") or content
+        content = (
+            answer.get("message") or answer.get("error_message") or answer.get("error") or content
+        )
     return connections.shortened(str(content), 500)

@@ -32,7 +32,9 @@ def build(config: Config) -> Any:
     fields = []
     for name, value in defaults.items():
         kind = float if name == "target" else type(value)
-        fields.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=kind))
+        fields.append(
+            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=kind)
+        )
     prune_tune_loop.__signature__ = Signature(fields)  # type: ignore[attr-defined]
     prune_tune_loop.__doc__ = descriptions.docstring(config)
     return dsl.pipeline(name=config.name, description=descriptions.summary(config))(prune_tune_loop)
@@ -72,7 +74,9 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
         # What is fixed in the compiled pipeline, then what the user may change for a run, then outputs of other steps.
         arguments = {"step": node.name, **_structure(config, node.name)}
         inputs = component.component_spec.inputs
-        arguments |= {name: value for name, value in by_input(placeholders).items() if name in inputs}
+        arguments |= {
+            name: value for name, value in by_input(placeholders).items() if name in inputs
+        }
         for name, source in node.inputs.items():
             arguments[name] = tasks[source.step].outputs[source.output]
         task = component(**arguments)

@@ -17,7 +17,8 @@ from ptl import kubernetes
 from ptl.steps.trainjob import STARTING, waiting
 
 Json = dict[str, Any]
-Reason = tuple[str, str, str]  # Kubernetes' own word, its message, and the container that they are about
+# Kubernetes' own word, its message, and the container that they are about
+Reason = tuple[str, str, str]
 
 WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/{}/workflows"
 LONG = 500  # characters of a message
@@ -53,7 +54,9 @@ REMEDIES_BY_MESSAGE = {
     "persistentvolumeclaim": "check storage.cache_claim: the claim must exist in this namespace, and be bound",
     "exceeded quota": "ask for less (resources.steps.{stage}), or have the namespace's quota raised",
 }
-OF_DRIVER = "it is Kubeflow's own pod, which no field of the config changes: ask whoever runs Kubeflow"
+OF_DRIVER = (
+    "it is Kubeflow's own pod, which no field of the config changes: ask whoever runs Kubeflow"
+)
 REMEDIES_OF_DRIVER = {
     "exceeded quota": "have the namespace's quota raised: it is Kubeflow's own pod",
     "failed quota": "Kubeflow's own containers ask for nothing: give the namespace a LimitRange with defaults",
@@ -87,7 +90,9 @@ class Pod:
         """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
         by_message = REMEDIES_OF_DRIVER if self.is_driver else REMEDIES_BY_MESSAGE
         # A claim that is not bound is one of "unbound immediate PersistentVolumeClaims".
-        by_words = next((remedy for words, remedy in by_message.items() if words in self.message.lower()), "")
+        by_words = next(
+            (remedy for words, remedy in by_message.items() if words in self.message.lower()), ""
+        )
         if self.is_driver:
             return by_words or OF_DRIVER
         if self.container not in ("", "main"):
@@ -103,7 +108,9 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
     api = f"/api/v1/namespaces/{namespace}"
     run = f"pipeline/runid={run_id}"
     pods: dict[str, Pod] = {}
-    for entry in kubernetes.objects(f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"):
+    for entry in kubernetes.objects(
+        f"{api}/pods", labelSelector=run, fieldSelector="status.phase!=Succeeded"
+    ):
         step, is_driver = _step_of(entry["metadata"].get("annotations", {}).get(NODE, ""))
         if step:
             pod = _pod(entry, f"{api}/events", is_driver)
@@ -120,13 +127,17 @@ def read(namespace: str, run_id: str) -> dict[str, Pod]:
 
 def workflow(namespace: str, run_id: str) -> str:
     """What Argo says of a run as a whole, as that it waits for others. Raises errors of any kind, as `read` does."""
-    found = kubernetes.objects(WORKFLOWS.format(namespace), labelSelector=f"pipeline/runid={run_id}")
+    found = kubernetes.objects(
+        WORKFLOWS.format(namespace), labelSelector=f"pipeline/runid={run_id}"
+    )
     if not found:
         return "its workflow is not there"
     status = found[-1].get("status", {})
     if not status.get("phase"):
         return "Argo has not begun its workflow: is the workflow controller running?"
-    return ": ".join(filter(None, [f"its workflow is {status['phase']}", status.get("message", "")[:LONG]]))
+    return ": ".join(
+        filter(None, [f"its workflow is {status['phase']}", status.get("message", "")[:LONG]])
+    )
 
 
 def _last_words(log: str) -> str:
@@ -135,10 +146,15 @@ def _last_words(log: str) -> str:
     from urllib3.exceptions import HTTPError
 
     query = [("container", "main"), ("tailLines", "20")]
-    options = {"query_params": query, "_preload_content": False, "_request_timeout": kubernetes.SECONDS}
+    options = {
+        "query_params": query,
+        "_preload_content": False,
+        "_request_timeout": kubernetes.SECONDS,
+    }
     with suppress(ApiException, HTTPError):
         lines = [
-            line.decode(errors="replace") for line in kubernetes.request(kubernetes.connect(), "GET", log, **options)
+            line.decode(errors="replace")
+            for line in kubernetes.request(kubernetes.connect(), "GET", log, **options)
         ]
         found = [match[1] for match in map(FATAL.match, lines) if match]
         # The cause comes last.
@@ -189,7 +205,11 @@ def _pod_of_node(node: Json, is_driver: bool) -> Pod | None:
     """What Argo says of a pod that it waits for or that failed; None where that is nothing."""
     phases = {"Pending": "Pending", "Failed": "Failed", "Error": "Failed"}
     message = node.get("message", "")
-    if node["phase"] not in phases or not message or (PLAIN_END.fullmatch(message) and not is_driver):
+    if (
+        node["phase"] not in phases
+        or not message
+        or (PLAIN_END.fullmatch(message) and not is_driver)
+    ):
         return None
     started = datetime.fromisoformat(node["startedAt"])
     return Pod(started, phases[node["phase"]], is_driver, message=message[:LONG], node=node["id"])
@@ -209,7 +229,9 @@ def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
             reason, message = event["reason"], event["message"]
     # A pull that failed is ErrImagePull and ImagePullBackOff by turns: one reason, with the message of the first.
     reason = reason.replace("ErrImagePull", "ImagePullBackOff")
-    message = re.sub(r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split()))
+    message = re.sub(
+        r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split())
+    )
     return Pod(
         datetime.fromisoformat(metadata.get("creationTimestamp", "1970-01-01T00:00:00Z")),
         "Pending" if is_driver and phase == "Running" else phase,

@@ -20,7 +20,8 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 WAITING, NOT_STARTED, NOT_NEEDED, UNKNOWN = "waiting", "not started", "not needed", "unknown"
 SUBMIT_AGAIN = "submit it again, which takes the finished steps over"
 CANCELED = "canceled"  # a run; Kubeflow says FAILED
-LISTED = 17  # steps of a run up to which Kubeflow's list was not seen to stop: the workflow is below 1 MiB
+# steps of a run up to which Kubeflow's list was not seen to stop: the workflow is below 1 MiB
+LISTED = 17
 SOON = 60.0  # seconds in which a pod usually starts
 LOGS = "logs -c main --prefix --tail=20"  # one of kubectl's commands
 STAGES = ("prune", "recover", "evaluate")
@@ -93,15 +94,29 @@ class RunView:
         """The run as JSON."""
         steps = []
         for step in self.steps:
-            record = asdict(step.record) | {"step": step.name, "state": step.state, "reason": step.reason}
+            record = asdict(step.record) | {
+                "step": step.name,
+                "state": step.state,
+                "reason": step.reason,
+            }
             steps.append(record)
-        return {"run_id": self.run_id, "name": self.name, "state": self.state, "reason": self.reason, "steps": steps}
+        return {
+            "run_id": self.run_id,
+            "name": self.name,
+            "state": self.state,
+            "reason": self.reason,
+            "steps": steps,
+        }
 
     @property
     def hint_to_cancel(self) -> str:
         """What to do about a run that has failed but has not ended, since the other arm is still running; or ""."""
         # A failure of the control does not fail the run.
-        failed = [step.name for step in self.steps if step.state == "FAILED" and "control" not in step.name]
+        failed = [
+            step.name
+            for step in self.steps
+            if step.state == "FAILED" and "control" not in step.name
+        ]
         working = [step.name for step in self.steps if step.state == "RUNNING"]
         if self.state != "RUNNING" or not failed or not working:
             return ""
@@ -119,9 +134,17 @@ class RunView:
             record = step.record
             # An id is as wide as the other columns together, and nothing trains in such a step.
             origin = f"taken over from {record.taken_over_from}" if record.taken_over_from else ""
-            results = [record.attempt, record.seconds, record.accuracy, record.verdict, record.training or origin]
+            results = [
+                record.attempt,
+                record.seconds,
+                record.accuracy,
+                record.verdict,
+                record.training or origin,
+            ]
             rows.append([step.name, step.state, *results])
-        return table_text(self.name, ["Step", "State", *numbers, "Verdict", "Note"], rows, numbers=numbers)
+        return table_text(
+            self.name, ["Step", "State", *numbers, "Verdict", "Note"], rows, numbers=numbers
+        )
 
 
 def step_names(api: Api, run: Any) -> list[str]:
@@ -129,7 +152,9 @@ def step_names(api: Api, run: Any) -> list[str]:
     reference = run.pipeline_version_reference
     try:
         with explained(api.host):
-            version = api.client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id)
+            version = api.client.get_pipeline_version(
+                reference.pipeline_id, reference.pipeline_version_id
+            )
             # With Kubernetes settings it is one of two documents.
             spec = version.pipeline_spec.get("pipeline_spec", version.pipeline_spec)
     except PtlError:
@@ -179,7 +204,10 @@ def view(
     if ROOT_DRIVER in pods and not current and set(pods) == {ROOT_DRIVER}:
         # It is no step, and not worth a line unless it keeps all of them waiting.
         driver = StepView(
-            ROOT_DRIVER, situation.state_of(ROOT_DRIVER), situation.reason_of(ROOT_DRIVER), StepProgress()
+            ROOT_DRIVER,
+            situation.state_of(ROOT_DRIVER),
+            situation.reason_of(ROOT_DRIVER),
+            StepProgress(),
         )
         steps += [driver] if driver.reason else []
     for name in names or sorted({*known, *pods} - {ROOT_DRIVER}, key=_position):
@@ -200,10 +228,14 @@ def view(
     is_dead = any(TWICE in pod.last_words for pod in pods.values())
     dead_end = "no retry can work, as Kubeflow has a task of this run twice" if is_dead else ""
     fails_again = state == "FAILED" and _fails_again(tasks, pods, retried)
-    return RunView(run.run_id, run.display_name, state, steps, reason, dead_end, is_out_of_memory, fails_again)
+    return RunView(
+        run.run_id, run.display_name, state, steps, reason, dead_end, is_out_of_memory, fails_again
+    )
 
 
-def _fails_again(tasks: Mapping[str, Any], pods: Mapping[str, Pod], retried: datetime | None) -> bool:
+def _fails_again(
+    tasks: Mapping[str, Any], pods: Mapping[str, Pod], retried: datetime | None
+) -> bool:
     """Whether a driver has failed within a minute of the last retry, by Kubeflow's list or its pod.
 
     Where its log cannot be read that is all there is to see of a run that no retry can resume.
@@ -211,7 +243,11 @@ def _fails_again(tasks: Mapping[str, Any], pods: Mapping[str, Pod], retried: dat
     if retried is None or any(pod.last_words for pod in pods.values()):
         return False
     failed = [pod.created for pod in pods.values() if pod.is_driver and pod.has_failed_by_itself]
-    failed += [task.end_time for name, task in tasks.items() if name.endswith("-driver") and task.state == "FAILED"]
+    failed += [
+        task.end_time
+        for name, task in tasks.items()
+        if name.endswith("-driver") and task.state == "FAILED"
+    ]
     # A task may have ended without a time.
     return any(0 <= (time - retried).total_seconds() < SOON for time in failed if time)
 
@@ -222,19 +258,27 @@ def _tasks(run: Any) -> dict[str, Any]:
     return {task.display_name: task for task in (details and details.task_details) or []}
 
 
-def _listed(tasks: Mapping[str, Any], retried: datetime | None, is_complete: bool) -> dict[str, str]:
+def _listed(
+    tasks: Mapping[str, Any], retried: datetime | None, is_complete: bool
+) -> dict[str, str]:
     """The states of tasks by Kubeflow's list: of those that have ended, and if it `is_complete` of those at work."""
     # A task is RUNNING while the pod of its executor is PENDING, and of executors the list has no tasks.
-    is_pending = any(name.startswith("executor(") and task.state == "PENDING" for name, task in tasks.items())
+    is_pending = any(
+        name.startswith("executor(") and task.state == "PENDING" for name, task in tasks.items()
+    )
     states = {}
     for name, task in tasks.items():
-        failed_before = retried and task.state == "FAILED" and task.end_time and task.end_time < retried
+        failed_before = (
+            retried and task.state == "FAILED" and task.end_time and task.end_time < retried
+        )
         if task.state == "SUCCEEDED" or (task.state == "FAILED" and not failed_before):
             states[name] = task.state
         elif task.state == "RUNNING" and is_complete:
             states[name] = "PENDING" if is_pending else "RUNNING"
     # Of a task whose driver failed the list has no state.
-    drivers = [name for name, state in states.items() if name.endswith("-driver") and state == "FAILED"]
+    drivers = [
+        name for name, state in states.items() if name.endswith("-driver") and state == "FAILED"
+    ]
     return {name.removesuffix("-driver"): "FAILED" for name in drivers} | states
 
 
@@ -325,7 +369,9 @@ class _Situation:
         record, pod = self.records.get(name), self.pods.get(name)
         if record and record.error:
             return record.error
-        failed = [step for step, other in self.records.items() if other.error and other.status == "FAILED"]
+        failed = [
+            step for step, other in self.records.items() if other.error and other.status == "FAILED"
+        ]
         # A step of the control that says why it could not finish does not fail the run.
         if record and any("control" not in step for step in failed):
             return "it was stopped when the run failed"

@@ -54,7 +54,8 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
 FORKS = get_context("forkserver")
 PAGE = 4096  # bytes: a disk with less is full
 NO_REASON = (
-    "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
+    "Its process left no reason, as when it is killed "
+    "(what the kernel does when memory is used up: free memory)"
 )
 
 
@@ -68,7 +69,8 @@ class RunnerJob:
     environment: Environment  # of every step
     artifacts: str  # where the MLflow experiment keeps its files
     steps: tuple[str, ...]  # in the order of their execution
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the run, in place of the YAML's defaults
+    # of the run, in place of the YAML's defaults
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
@@ -77,7 +79,8 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
     from kfp.local import subprocess_task_handler
 
     subprocess_task_handler.replace_python_executable = _with_interpreter
-    warnings.filterwarnings("ignore", message="You may be attemping to run a task")  # images play no part here
+    # images play no part here
+    warnings.filterwarnings("ignore", message="You may be attemping to run a task")
     # A fork is not safe beside a GPU's driver, nor on another system.
     if sys.platform == "linux" and not any(map(os.path.exists, GPU_DEVICES)):
         subprocess_task_handler.run_local_subprocess = _run_forked
@@ -117,7 +120,9 @@ def _run_forked(full_command: list[str], env_vars: Environment | None = None) ->
     return process.exitcode or 0
 
 
-def _be_task(source: str, arguments: list[str], environment: Environment, output: Connection) -> None:
+def _be_task(
+    source: str, arguments: list[str], environment: Environment, output: Connection
+) -> None:
     """Be the process of a task."""
     for number in (1, 2):
         os.dup2(output.fileno(), number)
@@ -156,7 +161,9 @@ def _temporary_files(run_folder: Path) -> Iterator[None]:
         # KFP's own files do not fit, say, or the log: then a step fails before it can report why.
         for full in (folder, run_folder):
             if shutil.disk_usage(full).free < PAGE:
-                raise local_files.no_space(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(full))) from failure
+                raise local_files.no_space(
+                    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(full))
+                ) from failure
         raise
     finally:
         tempfile.tempdir = earlier["tempdir"]
@@ -168,7 +175,9 @@ def _temporary_files(run_folder: Path) -> Iterator[None]:
 
 def _with_interpreter(command: list[str], interpreter: str) -> list[str]:
     """A task's command with this interpreter; KFP would put it in place of every `python3`, in paths of inputs too."""
-    return [part.replace("python3 -m kfp", f"{shlex.quote(interpreter)} -m kfp") for part in command]
+    return [
+        part.replace("python3 -m kfp", f"{shlex.quote(interpreter)} -m kfp") for part in command
+    ]
 
 
 def run_docker(job: RunnerJob, verbose: bool = False) -> None:
@@ -190,7 +199,8 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     from kfp import components, local
 
     root = job.folder / "kfp"
-    workspace = root / "workspace"  # KFP mounts it and removes it; by default it is a new folder in /tmp
+    # KFP mounts it and removes it; by default it is a new folder in /tmp
+    workspace = root / "workspace"
     workspace.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
     earlier_result = _time_of(job.folder / "result.json")  # of a run that is resumed for an export

@@ -59,7 +59,9 @@ def submit(
     earlier: list[str] = []
     looks_for_earlier = not fresh and "earlier_runs" not in given
     if looks_for_earlier and not ui:
-        say("steps of earlier runs are not taken over: MLFLOW_TRACKING_URI, which would find them, is not set")
+        say(
+            "steps of earlier runs are not taken over: MLFLOW_TRACKING_URI, which would find them, is not set"
+        )
     elif looks_for_earlier:
         # No MLflow must not prevent the start.
         with suppress(PtlError):
@@ -96,7 +98,9 @@ def _check_parameters(config: Config, given: dict[str, Any]) -> None:
     unknown = sorted(given.keys() - known)
     if unknown:
         raise InputError(
-            f"{', '.join(unknown)} is no parameter of the run", field="--param", remedy=f"there are {', '.join(known)}"
+            f"{', '.join(unknown)} is no parameter of the run",
+            field="--param",
+            remedy=f"there are {', '.join(known)}",
         )
     run = run_config({"settings": structure(config), **by_input(known | given)})
     check_compiled(run, gated=config.gate.enabled, answered=config.training.answers == "self")
@@ -139,8 +143,12 @@ def _pipeline_id(api: Api, name: str, description: str) -> str:
 
     def create() -> str:
         of_first = f"Each version has a description of its own. The first one:\n\n{description}"
-        new = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace, description=of_first)
-        return required(api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id")
+        new = V2beta1Pipeline(
+            display_name=name, name=name, namespace=api.namespace, description=of_first
+        )
+        return required(
+            api.client._pipelines_api.pipeline_service_create_pipeline(new), "pipeline_id"
+        )
 
     def find() -> list[str]:
         found = api.client.list_pipelines(filter=by_name(name), namespace=api.namespace).pipelines
@@ -158,7 +166,9 @@ def _start(api: Api, run: Any) -> str:
         return required(api.client._run_api.run_service_create_run(run=run), "run_id")
 
     def find() -> list[str]:
-        answer = api.client.list_runs(experiment_id=run.experiment_id, filter=by_name(run.display_name))
+        answer = api.client.list_runs(
+            experiment_id=run.experiment_id, filter=by_name(run.display_name)
+        )
         return ids_of(answer.runs, run.display_name, "run_id")
 
     return _once(api, start, find)

@@ -38,7 +38,8 @@ def main() -> None:
     except PtlError as error:
         _exit_with(error)
     except ModuleNotFoundError as error:
-        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")  # its options come after it
+        # its options come after it
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         missing = extras.missing(error.name or "", command)
         if missing is None:
             raise
@@ -50,7 +51,9 @@ def main() -> None:
         if error.errno not in UNUSABLE_PATH:
             raise
         path = repr(str(error.filename)[:200])
-        _exit_with(InputError(f"{error.strerror}", field=path, remedy="give a path that can be used"))
+        _exit_with(
+            InputError(f"{error.strerror}", field=path, remedy="give a path that can be used")
+        )
 
 
 def _exit_with(error: PtlError) -> NoReturn:
@@ -67,7 +70,10 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Compress a language model without losing its reasoning."""

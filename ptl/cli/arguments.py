@@ -80,10 +80,15 @@ def as_in_images(config: Config, file: Path) -> Config:
 
 
 # Arguments.
-ConfigFile = Annotated[Path, typer.Argument(help=CONFIG_HELP, show_default=False, parser=config_file)]
-CheckpointFolder = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
+ConfigFile = Annotated[
+    Path, typer.Argument(help=CONFIG_HELP, show_default=False, parser=config_file)
+]
+CheckpointFolder = Annotated[
+    Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)
+]
 TargetFolder = Annotated[
-    Path, typer.Argument(help="folder to write; it must be empty or not exist yet", show_default=False)
+    Path,
+    typer.Argument(help="folder to write; it must be empty or not exist yet", show_default=False),
 ]
 
 # Options.
@@ -91,20 +96,35 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help=CONFIG_HELP, 
 Overrides = Annotated[
     list[str],
     # The factory stands for a default in the signatures, which all calls would share.
-    typer.Option("--set", help="override a field: --set schedule.target=0.3", default_factory=list, show_default=False),
+    typer.Option(
+        "--set",
+        help="override a field: --set schedule.target=0.3",
+        default_factory=list,
+        show_default=False,
+    ),
 ]
-Home = Annotated[Path, typer.Option("--home", help="where local runs, checkpoints and MLflow's database are")]
+Home = Annotated[
+    Path, typer.Option("--home", help="where local runs, checkpoints and MLflow's database are")
+]
 Runner = Annotated[
     Literal["subprocess", "docker"],
     typer.Option(help="how the steps of a local run are executed: docker runs each in its image"),
 ]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="print one JSON document; everything else goes to the standard error")
+    bool,
+    typer.Option(
+        "--json", help="print one JSON document; everything else goes to the standard error"
+    ),
 ]
-Servers = Annotated[bool, typer.Option("--s3", help="use the servers of `ptl up`, as `ptl run --s3` does")]
+Servers = Annotated[
+    bool, typer.Option("--s3", help="use the servers of `ptl up`, as `ptl run --s3` does")
+]
 Rehearse = Annotated[
     bool,
-    typer.Option("--rehearse", help="the same steps with about 1 % of the work: minutes, and numbers without meaning"),
+    typer.Option(
+        "--rehearse",
+        help="the same steps with about 1 % of the work: minutes, and numbers without meaning",
+    ),
 ]
 
 
@@ -133,7 +153,11 @@ def check_given(section: Calibration | TrainingData, name: str) -> None:
 def check_free(dst: Path) -> None:
     """Raise InputError where something would be lost by writing `dst`, or where it cannot be replaced."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise InputError(f"{dst} is a file or not empty", field="dst", remedy="give a folder that does not exist yet")
+        raise InputError(
+            f"{dst} is a file or not empty",
+            field="dst",
+            remedy="give a folder that does not exist yet",
+        )
     # The rename at the end would fail, after all the work.
     if dst.is_mount():
         raise InputError(

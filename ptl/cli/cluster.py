@@ -23,7 +23,9 @@ from ptl.local import progress
 from ptl.log import doing
 
 Host = Annotated[str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="API address")]
-Namespace = Annotated[str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")]
+Namespace = Annotated[
+    str | None, typer.Option(envvar="KFP_NAMESPACE", help="your profile in multi-user Kubeflow")
+]
 TokenFile = Annotated[
     Path | None,
     typer.Option(
@@ -34,18 +36,30 @@ TokenFile = Annotated[
 ]
 CaCert = Annotated[
     Path | None,
-    typer.Option(envvar="KFP_CA_CERT", exists=True, help="CA bundle to trust (PEM); default: the public CAs"),
+    typer.Option(
+        envvar="KFP_CA_CERT", exists=True, help="CA bundle to trust (PEM); default: the public CAs"
+    ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
 UiHost = Annotated[
-    str | None, typer.Option(envvar="KF_PIPELINES_UI_ENDPOINT", help="address of the UI, for links; default: --host")
+    str | None,
+    typer.Option(
+        envvar="KF_PIPELINES_UI_ENDPOINT", help="address of the UI, for links; default: --host"
+    ),
 ]
-RunId = Annotated[str, typer.Argument(help="id or name of the run, as `ptl submit` printed them", show_default=False)]
+RunId = Annotated[
+    str,
+    typer.Argument(help="id or name of the run, as `ptl submit` printed them", show_default=False),
+]
 Wait = Annotated[
-    bool, typer.Option("--wait", help="wait for the end; exit code 0 done, 1 failed, 3 gate not passed, 4 timeout")
+    bool,
+    typer.Option(
+        "--wait", help="wait for the end; exit code 0 done, 1 failed, 3 gate not passed, 4 timeout"
+    ),
 ]
 Timeout = Annotated[
-    float | None, typer.Option(min=0, help="longest time to wait, in seconds; the run continues after that")
+    float | None,
+    typer.Option(min=0, help="longest time to wait, in seconds; the run continues after that"),
 ]
 
 _say = functools.partial(print, flush=True)
@@ -88,7 +102,9 @@ def submit(
     server: Server,
     config: ConfigFile,
     sets: Overrides,
-    params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
+    params: Annotated[
+        list[str], typer.Option("--param", help="run parameter: --param seed=1")
+    ] = [],  # noqa: B006
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
@@ -190,11 +206,14 @@ def doctor(
     local: Annotated[
         bool | None,
         typer.Option(
-            "--local/--cluster", help="where the run is to go; default: a cluster if the environment names one"
+            "--local/--cluster",
+            help="where the run is to go; default: a cluster if the environment names one",
         ),
     ] = None,
     home: Home = HOME,
-    kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
+    kubeflow_namespace: Annotated[
+        str, typer.Option(help="namespace of Kubeflow itself")
+    ] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
     doing(f"loading libraries to check {arguments.shown(config)}")
@@ -204,7 +223,9 @@ def doctor(
     run_config = load_config(config, pairs("--set", sets))
     if local is None:
         local = not server.host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
-        other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
+        other = (
+            "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
+        )
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
         findings = machine.local(run_config, home)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 
 BOXED = arguments.ROOT / "examples/math_suite/boxed.py"  # grades boxes
-OPTIONS = {"model": "MODEL", "schedule": "--target", "evaluate": "--task"}  # by the section of a config
+# by the section of a config
+OPTIONS = {"model": "MODEL", "schedule": "--target", "evaluate": "--task"}
 NEXT = """Next:
   ptl validate {0}
   ptl plan {0}
@@ -46,13 +47,18 @@ NEXT = """Next:
   ptl run {0}             # here, or on a cluster: ptl submit {0}"""
 
 
-Model = Annotated[str, typer.Argument(help="hub id or checkpoint folder; no weights are read", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="hub id or checkpoint folder; no weights are read", show_default=False)
+]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="file to write; default: NAME.yaml, after the model")
+    Path | None,
+    typer.Option("-o", "--output", help="file to write; default: NAME.yaml, after the model"),
 ]
 Data = Annotated[
     str | None,
-    typer.Option(help="train on these rows: a .jsonl, .jsonl.gz or .parquet file, or a hub data set, ID[:SUBSET]"),
+    typer.Option(
+        help="train on these rows: a .jsonl, .jsonl.gz or .parquet file, or a hub data set, ID[:SUBSET]"
+    ),
 ]
 Columns = Annotated[
     str | None,
@@ -88,7 +94,8 @@ Grading = Annotated[
     ),
 ]
 Tasks = Annotated[
-    list[str] | None, typer.Option("--task", help="score on this task of lm-evaluation-harness; may be repeated")
+    list[str] | None,
+    typer.Option("--task", help="score on this task of lm-evaluation-harness; may be repeated"),
 ]
 Target = Annotated[
     str | None,
@@ -112,7 +119,10 @@ def validate(
     schema: Annotated[
         bool,
         typer.Option(
-            "--schema", is_eager=True, callback=_print_schema, help="print the JSON schema of a config, for editors"
+            "--schema",
+            is_eager=True,
+            callback=_print_schema,
+            help="print the JSON schema of a config, for editors",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -139,7 +149,9 @@ def validate(
     if goal:
         print(goal)
     at_most = "at most " if len(ends) > 1 else ""
-    print(f"{settings.name}: {dense.params:,} parameters become {at_most}{max(ends):,}; `ptl plan` has every step")
+    print(
+        f"{settings.name}: {dense.params:,} parameters become {at_most}{max(ends):,}; `ptl plan` has every step"
+    )
 
 
 def plan(
@@ -154,10 +166,14 @@ def plan(
         ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="GPUs per step, on each node, in place of resources.accelerators")
+        int | None,
+        typer.Option(min=1, help="GPUs per step, on each node, in place of resources.accelerators"),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
+        int | None,
+        typer.Option(
+            min=1, help="machines of a recovery, in place of resources.steps.recover.nodes"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -184,7 +200,9 @@ def plan(
 
 def compile(
     config: ConfigFile,
-    output: Annotated[Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")
+    ],
     sets: Overrides,
 ) -> None:
     """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute; warns of what no cluster has."""
@@ -222,7 +240,9 @@ def local_paths(config: Config, file: Path) -> list[str]:
     ]
 
 
-def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions | None:
+def checked(
+    config: Config, excused: type[UnusableError] | tuple[()] = AbsentError
+) -> ModelDimensions | None:
     """Check all that can be checked without weights in memory; returns the dense model's sizes, None without torch.
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
@@ -242,7 +262,9 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     ]
     warnings = [*preflight.warnings(config), *extras.not_checked(checks, excused)]
     if not pretrained.can_build():
-        warnings.append("not checked: the model and what it can do of the config (without transformers or torch)")
+        warnings.append(
+            "not checked: the model and what it can do of the config (without transformers or torch)"
+        )
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
@@ -279,7 +301,10 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
     amount = checks.planned_amount(config, dense.params - ends[0].params)
     if amount.sentence:
         print(amount.sentence)
-    of_exports = [formats.width_warnings(folder, config.export, end.width, end.hidden, end.heads) for end in ends]
+    of_exports = [
+        formats.width_warnings(folder, config.export, end.width, end.hidden, end.heads)
+        for end in ends
+    ]
     return [
         *preflight.model_warnings(config, dense),
         *preflight.chat_warnings(config, folder),
@@ -314,9 +339,12 @@ def init(
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: 1", show_default=False)
+        int | None,
+        typer.Option(min=1, max=64, help="GPUs of a recovery; default: 1", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="overwrite the files if they exist")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="overwrite the files if they exist")
+    ] = False,
 ) -> None:
     """Write a first config for a model, with comments: sizes, schedule, data, and what fits on your GPUs."""
     doing(f"reading the config of {model}{', and rows' if data or benchmark else ''}")
@@ -327,7 +355,11 @@ def init(
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise InputError(f"{file} must be a file in a folder that exists", field="--output")
     if file.exists() and not force:
-        raise InputError(f"{file} exists", field="--output", remedy="give another file, or --force to overwrite it")
+        raise InputError(
+            f"{file} exists",
+            field="--output",
+            remedy="give another file, or --force to overwrite it",
+        )
     looked = gpu is None and gpus is None
     if gpu is None:
         gpu = machine.gpu() if looked else USUAL_GPU
@@ -335,10 +367,16 @@ def init(
         raise InputError(f"{gpu!r} must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu")
     if benchmark is None and (eval_columns or grade):
         option = "--eval-columns" if eval_columns else "--grade"
-        raise InputError("says how rows are scored, and there are none", field=option, remedy="give --eval ROWS.jsonl")
+        raise InputError(
+            "says how rows are scored, and there are none",
+            field=option,
+            remedy="give --eval ROWS.jsonl",
+        )
     with _naming_options():
         rows = starter_rows.read(data, columns) if data else None
-        items = starter_benchmark.read(benchmark, eval_columns, grade, columns) if benchmark else None
+        items = (
+            starter_benchmark.read(benchmark, eval_columns, grade, columns) if benchmark else None
+        )
         if items is not None:
             _check_benchmark(items, file, data, force=force)
         written = starter.starter(
@@ -361,7 +399,13 @@ def init(
     if looked:
         print(_about_this_machine(gpu))
     # The comment at the head of the file says what it will take.
-    print(*(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", text.splitlines())), sep="\n")
+    print(
+        *(
+            line.removeprefix("# ")
+            for line in takewhile(lambda line: line[0] == "#", text.splitlines())
+        ),
+        sep="\n",
+    )
     print(written.amount.sentence)
     of_rows = [items.note if items else "", rows.unused if rows else ""]
     # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.

@@ -51,16 +51,29 @@ def text(run: Progress) -> str:
     lines += [f"{step}: {note.error}" for step, note in run.steps.items() if note.error]
     if run.newest_line:
         lines.append(run.newest_line)
-    lines.append(f"{run.run_id}: {run.state}, {run.position}; {run.folder / 'log.txt'} has everything it has printed")
+    lines.append(
+        f"{run.run_id}: {run.state}, {run.position}; {run.folder / 'log.txt'} has everything it has printed"
+    )
     return "\n".join(lines)
 
 
 def document(run: Progress) -> dict[str, Any]:
     """The run as JSON."""
     steps = [{"step": step, **asdict(note)} for step, note in run.steps.items()]
-    about_run = {"run_id": run.run_id, "state": run.state, "folder": str(run.folder), "begun": run.begun}
+    about_run = {
+        "run_id": run.run_id,
+        "state": run.state,
+        "folder": str(run.folder),
+        "begun": run.begun,
+    }
     left = run.seconds_left(time.time()) if run.state == progress.RUNNING else None
-    return {**about_run, "step": run.number, "of": len(run.steps), "seconds_left": left, "steps": steps}
+    return {
+        **about_run,
+        "step": run.number,
+        "of": len(run.steps),
+        "seconds_left": left,
+        "steps": steps,
+    }
 
 
 def _cells(note: Note) -> list[str]:

@@ -40,10 +40,12 @@ def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
     arm: Annotated[
-        Literal["loop", "control"], typer.Option(help="which arm of a run; the loop's model is the final one")
+        Literal["loop", "control"],
+        typer.Option(help="which arm of a run; the loop's model is the final one"),
     ] = "loop",
     report: Annotated[
-        bool, typer.Option("--report", help="only the run's report, made again from its result.json")
+        bool,
+        typer.Option("--report", help="only the run's report, made again from its result.json"),
     ] = False,
     s3: Servers = False,
     home: Home = HOME,
@@ -61,13 +63,18 @@ def fetch(
     _copy(checkpoint, dst)
 
     content = f"{pointer.params:,} parameters" if pointer.params else pointer.digest
-    card = "" if checkpoint.card else "; without a model card: a run has one for its final checkpoint"
+    card = (
+        "" if checkpoint.card else "; without a model card: a run has one for its final checkpoint"
+    )
     print(f"wrote {dst}: {checkpoint.name}, {content}{card}")
 
 
 def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
-    dst: Annotated[Path, typer.Argument(help="file or folder to write, for example model.gguf", show_default=False)],
+    dst: Annotated[
+        Path,
+        typer.Argument(help="file or folder to write, for example model.gguf", show_default=False),
+    ],
     to: Annotated[Literal["gguf", "compressed-tensors"], typer.Option(help="format")] = "gguf",
     type: Annotated[
         str,
@@ -97,7 +104,9 @@ def export(
 
     types = ["auto", *TYPES["gguf"]] if to == "gguf" else TYPES[to]
     if type not in types:
-        raise InputError(f"{type!r} is no type of {to}", field="--type", remedy=f"use {', '.join(types)}")
+        raise InputError(
+            f"{type!r} is no type of {to}", field="--type", remedy=f"use {', '.join(types)}"
+        )
     notes = context_notes(src)
     if to == "gguf":
         notes = [*gguf.write_gguf(src, dst, type), *notes]
@@ -142,10 +151,16 @@ def compare(
             "a run's directory may stand for its id"
         ),
     ],
-    candidate: Annotated[str, typer.Argument(help="the evaluation to compare with it, named the same way")],
-    margin: Annotated[float, typer.Option(help="drop in accuracy that is tolerated, as a share of the items")] = 0.02,
+    candidate: Annotated[
+        str, typer.Argument(help="the evaluation to compare with it, named the same way")
+    ],
+    margin: Annotated[
+        float, typer.Option(help="drop in accuracy that is tolerated, as a share of the items")
+    ] = 0.02,
     alpha: Annotated[float, typer.Option(help="significance level of the tests")] = 0.05,
-    strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown to be not inferior")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="pass only what is shown to be not inferior")
+    ] = False,
     as_json: AsJson = False,
     s3: Servers = False,
     home: Home = HOME,
@@ -157,12 +172,18 @@ def compare(
     _reach_stores(home, s3, reference, candidate, items=True)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
         # The files are read here, before the folder is removed.
-        old, new = (work.read_items(locate.evaluation(name, Path(folder))) for name in (reference, candidate))
+        old, new = (
+            work.read_items(locate.evaluation(name, Path(folder)))
+            for name in (reference, candidate)
+        )
     pairs, pass_at_n = work.compare(old, new, margin, alpha)
     if as_json:
         comparisons = {"tasks": pairs, "pass_at_n": pass_at_n}
         arguments.print_json(
-            {kind: {task: asdict(pair) for task, pair in of_tasks.items()} for kind, of_tasks in comparisons.items()}
+            {
+                kind: {task: asdict(pair) for task, pair in of_tasks.items()}
+                for kind, of_tasks in comparisons.items()
+            }
         )
     else:
         print(work.comparison_table(pairs, pass_at_n))
@@ -217,12 +238,19 @@ def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
 
 
 def gc(
-    experiment: Annotated[list[str], typer.Option(help="MLflow experiment; default: all that have runs")] = [],  # noqa: B006
-    run: Annotated[
-        list[str], typer.Option(help="only this run; includes its checkpoints even if it is unfinished")
+    experiment: Annotated[
+        list[str], typer.Option(help="MLflow experiment; default: all that have runs")
     ] = [],  # noqa: B006
-    older_than: Annotated[float, typer.Option(min=0, help="days since the last write; anything newer is kept")] = 7.0,
-    delete: Annotated[bool, typer.Option("--delete", help="delete; without this option nothing is changed")] = False,
+    run: Annotated[
+        list[str],
+        typer.Option(help="only this run; includes its checkpoints even if it is unfinished"),
+    ] = [],  # noqa: B006
+    older_than: Annotated[
+        float, typer.Option(min=0, help="days since the last write; anything newer is kept")
+    ] = 7.0,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="delete; without this option nothing is changed")
+    ] = False,
     as_json: AsJson = False,
     s3: Servers = False,
     home: Home = HOME,
@@ -250,10 +278,16 @@ def gc(
                     delete_files(files, stored)
     num_bytes = sum(stored.bytes for stored in removed)
     if as_json:
-        arguments.print_json({"deleted": delete, "bytes": num_bytes, "experiments": list(map(asdict, experiments))})
+        arguments.print_json(
+            {"deleted": delete, "bytes": num_bytes, "experiments": list(map(asdict, experiments))}
+        )
         return
     summary = f"{len(removed)} items, {size(num_bytes)} ({num_bytes:,} bytes)"
-    print(f"deleted: {summary}" if delete else f"can go: {summary}; nothing was deleted, --delete does it")
+    print(
+        f"deleted: {summary}"
+        if delete
+        else f"can go: {summary}; nothing was deleted, --delete does it"
+    )
 
 
 def _hold(stack: contextlib.ExitStack, home: Path, run_ids: set[str]) -> None:
@@ -261,13 +295,17 @@ def _hold(stack: contextlib.ExitStack, home: Path, run_ids: set[str]) -> None:
     for run_id in sorted(run_ids):
         lock = home.absolute() / "runs" / run_id / "lock"
         if lock.exists():
-            stack.enter_context(processes.exclusive(lock, f"run {run_id}", remedy="end it first, or wait for it"))
+            stack.enter_context(
+                processes.exclusive(lock, f"run {run_id}", remedy="end it first, or wait for it")
+            )
 
 
 def _print_list(stored: list[StoredFiles]) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
     # The oldest first in each run.
-    for run_id, run_files in groupby(sorted(stored, key=attrgetter("run", "changed")), attrgetter("run")):
+    for run_id, run_files in groupby(
+        sorted(stored, key=attrgetter("run", "changed")), attrgetter("run")
+    ):
         print(f"  run {run_id}")
         kept_bytes: Counter[str] = Counter()  # by reason
         for files in run_files:

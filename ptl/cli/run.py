@@ -46,12 +46,17 @@ def run(
     sets: Overrides,
     home: Home = HOME,
     fresh: Annotated[
-        bool, typer.Option("--new", help="start a new run even if an unfinished one could be resumed")
+        bool,
+        typer.Option("--new", help="start a new run even if an unfinished one could be resumed"),
     ] = False,
-    s3: Annotated[bool, typer.Option("--s3", help="start the S3 and MLflow servers of `ptl up`, and use them")] = False,
+    s3: Annotated[
+        bool, typer.Option("--s3", help="start the S3 and MLflow servers of `ptl up`, and use them")
+    ] = False,
     runner: Runner = "subprocess",
     rehearse: Rehearse = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show everything that the steps print")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="show everything that the steps print")
+    ] = False,
 ) -> None:
     """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
@@ -78,7 +83,9 @@ def run(
             launch.check_batches(settings.recover, ALONE)
         if runner == "docker":
             # With --s3 the address is not known yet, only that it will be a server's.
-            containers.check(settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
+            containers.check(
+                settings, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", "")
+            )
 
         # This process and its steps track in the same MLflow.
         addresses = servers.up(home.absolute()) if s3 else {}
@@ -86,7 +93,9 @@ def run(
         environment = runs.environment(directory, addresses)
         runs.use(environment)
         artifacts = runs.artifact_location(settings.storage.experiment)
-        with run_directory.working(directory, settings, containers.remove_leftovers if runner == "docker" else None):
+        with run_directory.working(
+            directory, settings, containers.remove_leftovers if runner == "docker" else None
+        ):
             _print_start(directory, resumed, addresses, artifacts, home)
             started = time.monotonic()
             job = _job(settings, directory, environment, artifacts)
@@ -138,7 +147,9 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
         raise type(failure)(f"{failure}\n{RESUMING}") from error
 
 
-def _print_start(directory: RunDir, resumed: bool, addresses: Environment, artifacts: str, home: Path) -> None:
+def _print_start(
+    directory: RunDir, resumed: bool, addresses: Environment, artifacts: str, home: Path
+) -> None:
     # Flushed: it is seen while the first step starts.
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
@@ -162,7 +173,9 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float, s3: bool, home:
     print(terminal_text(result, str(report), f"ptl up --ui{arguments.home_option(home)}"))
     # Without it, credentials in the environment would lead to another store.
     option = " --s3" if s3 else ""
-    print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR{option}` copies the final one")
+    print(
+        f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR{option}` copies the final one"
+    )
 
 
 def _check_exports(directory: RunDir, config: Config) -> None:
@@ -179,7 +192,10 @@ def announced(config: Config, gpus: int | None) -> tuple[Config, list[str]]:
     `gpus` are those of this machine; None: where the run itself will be, on a cluster.
     """
     rehearsed = rehearsal.rehearsal(config, gpus)
-    rows = [[field, _text(before), _text(after)] for field, before, after in rehearsal.changes(config, rehearsed)]
+    rows = [
+        [field, _text(before), _text(after)]
+        for field, before, after in rehearsal.changes(config, rehearsed)
+    ]
     title = f"Rehearsal of {config.name}: every step, with less work"
     print(table_text(title, ["Field", "Run", "Rehearsal"], rows, numbers=("Run", "Rehearsal")))
     return rehearsed, rehearsal.left_out(config, rehearsed)
@@ -189,11 +205,15 @@ def _text(value: Any) -> str:
     return f"{value:,}" if type(value) is int else "default" if value is None else str(value)
 
 
-def _conclude(directory: RunDir, not_rehearsed: Sequence[str], config: Path, sets: Sequence[str]) -> None:
+def _conclude(
+    directory: RunDir, not_rehearsed: Sequence[str], config: Path, sets: Sequence[str]
+) -> None:
     """Print what the rehearsal has shown, and what comes next: a submit of the same config and overrides."""
     result = json.loads(directory.result.read_text())
     skipped = [step["step"] for step in result["not_needed"]]
-    print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
+    print(
+        "\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained."
+    )
     if skipped:
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
     print_left_out(not_rehearsed)
@@ -212,15 +232,23 @@ def up(
     home: Home = HOME,
     s3_port: Annotated[
         int | None,
-        typer.Option(help="port of SeaweedFS, which also uses the next three; default: the last one, or 8433"),
+        typer.Option(
+            help="port of SeaweedFS, which also uses the next three; default: the last one, or 8433"
+        ),
     ] = None,
     mlflow_port: Annotated[
-        int | None, typer.Option(help="port of MLflow; default: the last one, or 15000 (5000 with --ui)")
+        int | None,
+        typer.Option(help="port of MLflow; default: the last one, or 15000 (5000 with --ui)"),
     ] = None,
     ui: Annotated[
-        bool, typer.Option("--ui", help="instead, browse runs made without --s3 in MLflow, until you press Ctrl-C")
+        bool,
+        typer.Option(
+            "--ui", help="instead, browse runs made without --s3 in MLflow, until you press Ctrl-C"
+        ),
     ] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="stop what an earlier `ptl up` has started")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="stop what an earlier `ptl up` has started")
+    ] = False,
 ) -> None:
     """Start a real S3 and a real MLflow server on loopback, and print the environment variables to use them."""
     stopping = f"ptl up --stop{arguments.home_option(home)}"
@@ -245,7 +273,9 @@ def images(
     action: Annotated[
         Literal["print", "build", "push", "digests"], typer.Argument(help="what to do with them")
     ] = "print",
-    registry: Annotated[str, typer.Option(help="for example ghcr.io/you; default: images of the local engine")] = "",
+    registry: Annotated[
+        str, typer.Option(help="for example ghcr.io/you; default: images of the local engine")
+    ] = "",
     tag: Annotated[str, typer.Option(help="image tag")] = __version__,
     optional: Annotated[
         list[str] | None,
@@ -256,7 +286,9 @@ def images(
             "all of them; repeatable",
         ),
     ] = None,
-    base_image: Annotated[str | None, typer.Option(help="base image of a build; default: the Dockerfile's")] = None,
+    base_image: Annotated[
+        str | None, typer.Option(help="base image of a build; default: the Dockerfile's")
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
     # These two are set by the environment as for pip.
     ca: Annotated[
@@ -270,10 +302,15 @@ def images(
     ] = None,
     index: Annotated[
         str | None,
-        typer.Option(envvar="PIP_INDEX_URL", help="package index for a build; default: PyPI", show_envvar=True),
+        typer.Option(
+            envvar="PIP_INDEX_URL",
+            help="package index for a build; default: PyPI",
+            show_envvar=True,
+        ),
     ] = None,
     wheels: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="folder with local wheels for a build")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="folder with local wheels for a build"),
     ] = None,
 ) -> None:
     """Print, build or push the steps' images, or print their digests as the section `images` of a config."""
@@ -286,7 +323,9 @@ def images(
         return
     names = image_names.names(registry, tag, optional=more)
     if action == "build":
-        work.build(registry, tag, more, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels)
+        work.build(
+            registry, tag, more, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels
+        )
     elif action == "push":
         work.push(registry, tag, more)
     for name in names:

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli.arguments import CheckpointFolder, ConfigOption, Overrides, TargetFolder, check_free, check_given, writing
+from ptl.cli.arguments import (
+    CheckpointFolder,
+    ConfigOption,
+    Overrides,
+    TargetFolder,
+    check_free,
+    check_given,
+    writing,
+)
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import plan
@@ -19,7 +27,9 @@ from ptl.log import doing, on_terminal
 
 
 def import_model(
-    source: Annotated[str, typer.Argument(help="hub id, or folder of a checkpoint", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="hub id, or folder of a checkpoint", show_default=False)
+    ],
     dst: TargetFolder,
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
@@ -39,7 +49,8 @@ def prune(
     config: ConfigOption,
     sets: Overrides,
     target: Annotated[
-        float | None, typer.Option(help="share of the parameters of SRC to remove, or number to end with")
+        float | None,
+        typer.Option(help="share of the parameters of SRC to remove, or number to end with"),
     ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
@@ -76,7 +87,9 @@ def recover(
     dst: TargetFolder,
     config: ConfigOption,
     sets: Overrides,
-    tokens: Annotated[int | None, typer.Option(min=1, help="token budget; default: the config's whole budget")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="token budget; default: the config's whole budget")
+    ] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as the only recovery of a run.
 
@@ -104,19 +117,28 @@ def recover(
             benchmark_items = Path(items_folder)
             write_items(benchmark_items, settings.evaluate, settings.seed)
         elif settings.training.decontaminate.tasks:
-            print("training rows are not compared with the benchmarks: lm-evaluation-harness is not installed")
+            print(
+                "training rows are not compared with the benchmarks: lm-evaluation-harness is not installed"
+            )
         # A training of other inputs is left alone: its weights must not become this one's.
         key = _training_key(src, settings, num_tokens, benchmark_items)
         scratch = out.with_name(f"training-{key[:12]}")
         on_log = progress(on_terminal(sys.stdout), num_tokens)
         job = RecoveryJob(
-            settings.training, budget, scratch, on_log, benchmark_items=benchmark_items, chat=settings.chat
+            settings.training,
+            budget,
+            scratch,
+            on_log,
+            benchmark_items=benchmark_items,
+            chat=settings.chat,
         )
         report = recover_checkpoint(src, out, Recovery(stages=settings.recover), [num_tokens], job)
         _print_report(report)
 
 
-def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, sets: Overrides) -> None:
+def evaluate(
+    src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, sets: Overrides
+) -> None:
     """Score a checkpoint on the config's tasks; writes scores.json and items.jsonl."""
     doing(f"loading libraries to score {src}")
     from ptl.evaluation.evaluate import evaluate_checkpoint
@@ -137,7 +159,9 @@ def _check_folders(src: Path, dst: Path) -> int:
     return dimensions.static_cost(src).params
 
 
-def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
+def _training_key(
+    src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None
+) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
     from ptl.steps.call import key_of
     from ptl.storage.manifest import file_digest

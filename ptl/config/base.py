@@ -38,17 +38,21 @@ LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with 
 NUMBER, MEMORY = TAGS = ("<number>", "<memory>")
 
 # Of paths.
-FOLDER = "folder"  # key of pydantic's context: validation takes relative paths from there, serialization makes such
+# key of pydantic's context: validation takes relative paths from there, serialization makes such
+FOLDER = "folder"
 # What is always a file and never the name of something on the hub or of the harness.
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".csv", ".txt", ".yaml", ".yml")
-FILL_IN = "FILL-IN"  # what a user must replace in a config of `ptl init`; no file, data set or task has that name
+# what a user must replace in a config of `ptl init`; no file, data set or task has that name
+FILL_IN = "FILL-IN"
 LONGEST = 4096  # characters of a path
 
 # Of errors.
 SHOWN = 200  # characters of a wrong value
 MOST = 3  # suggestions
 NEAR = 0.62  # similarity of a name that may have been meant
-_NUMBER_KINDS = dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number")
+_NUMBER_KINDS = dict.fromkeys(
+    ("int_type", "int_parsing", "int_from_float"), "must be a whole number"
+)
 _NUMBER_KINDS |= dict.fromkeys(("float_type", "float_parsing"), "must be a number")
 # Our words for pydantic's kinds of errors; {braces} hold what an error says of its limits.
 KINDS = {
@@ -73,7 +77,8 @@ KINDS = {
     "string_type": """must be text: put it in quotes, FIELD: "VALUE" in a file, --set 'FIELD="VALUE"' in a shell""",
 }
 
-Positive = Annotated[int, Field(ge=1)]  # pydantic's own PositiveInt has errors that speak of "greater than 0"
+# pydantic's own PositiveInt has errors that speak of "greater than 0"
+Positive = Annotated[int, Field(ge=1)]
 FieldPath = tuple[str, ...]  # names from the outermost section inwards
 
 
@@ -84,7 +89,8 @@ def _count(value: Any) -> Any:
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value
-    number = Fraction(match[1]) * 1000 ** " kMG".index(match[2] or " ")  # of floats 8.2M would be none
+    # of floats 8.2M would be none
+    number = Fraction(match[1]) * 1000 ** " kMG".index(match[2] or " ")
     return int(number) if number.denominator == 1 else value
 
 
@@ -106,7 +112,9 @@ def one_error(message: str) -> WrapValidator:
 # What Kubernetes, and so a pipeline's name too, takes as a DNS label.
 Label = Annotated[
     Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")],
-    one_error("must be text of small letters, digits and hyphens, up to 63, and begin and end with a letter or digit"),
+    one_error(
+        "must be text of small letters, digits and hyphens, up to 63, and begin and end with a letter or digit"
+    ),
 ]
 
 
@@ -114,7 +122,9 @@ class Section(BaseModel):
     """A part of the config: unknown fields are errors, values do not change once read, and each can be passed on."""
 
     # A string below a field is its description in the schema, unless Field gives one.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="after")
     @classmethod
@@ -123,7 +133,9 @@ class Section(BaseModel):
             raise ValueError("must be at most 2^53")
         # Only the text itself is compared: an address without a login comes back as it is.
         if isinstance(value, str) and without_login(value) != value:
-            raise ValueError("holds a login, and a config is kept with its run and in MLflow; leave the login out")
+            raise ValueError(
+                "holds a login, and a config is kept with its run and in MLflow; leave the login out"
+            )
         return value
 
 
@@ -196,7 +208,11 @@ def _explanation(section: type[Section], details: Any) -> str:
     """What is wrong with a field, in words that name a remedy."""
     if details["type"] == "extra_forbidden":
         meant = " or ".join(_suggestions(section, details["loc"]))
-        remedy = f"did you mean {meant}?" if meant else "remove it, or see `ptl validate --schema` for all fields"
+        remedy = (
+            f"did you mean {meant}?"
+            if meant
+            else "remove it, or see `ptl validate --schema` for all fields"
+        )
         return f"unknown field; {remedy}"
     if details["type"] == "missing":
         return "missing; add it"

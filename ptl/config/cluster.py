@@ -15,7 +15,15 @@ from pydantic import Field, NonNegativeInt, model_validator
 from ptl.config.base import Label, Positive, Section, one_error
 from ptl.processes import RETRIES, RETRY_WAIT
 
-StepName = Literal["import-model", "prune", "recover", "evaluate", "export-gguf", "export-compressed-tensors", "report"]
+StepName = Literal[
+    "import-model",
+    "prune",
+    "recover",
+    "evaluate",
+    "export-gguf",
+    "export-compressed-tensors",
+    "report",
+]
 # Kubernetes' quantities, and names of its objects.
 Quantity = Annotated[
     Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")],
@@ -23,7 +31,9 @@ Quantity = Annotated[
 ]
 Name = Annotated[
     Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")],
-    one_error("must be text of small letters, digits, hyphens and dots, and begin and end with a letter or digit"),
+    one_error(
+        "must be text of small letters, digits, hyphens and dots, and begin and end with a letter or digit"
+    ),
 ]
 # Pods carry it as a label's value.
 Queue = Annotated[
@@ -34,19 +44,28 @@ Queue = Annotated[
 Mounted = Label
 # Without a domain Kubernetes takes its own resources alone: cpu, memory, and no gpu.
 Accelerator = Annotated[
-    Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")],
-    one_error("must be a Kubernetes resource with the domain of its vendor, for example nvidia.com/gpu"),
+    Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"),
+    ],
+    one_error(
+        "must be a Kubernetes resource with the domain of its vendor, for example nvidia.com/gpu"
+    ),
 ]
 
 RegisteredModel = Annotated[
     Annotated[str, Field(max_length=250, pattern=r"^[^/:'\"`]+$")],
-    one_error("must be a name that MLflow's registry takes: up to 250 characters, without / : and quotes"),
+    one_error(
+        "must be a name that MLflow's registry takes: up to 250 characters, without / : and quotes"
+    ),
 ]
 
 TRAINED = "recover"  # the kind of step that several nodes can do together
 # Deadlines.
-START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
-WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
+# seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
+START = 300
+# seconds: Argo needs a number, and takes one hour where it is given none
+WITHOUT_TIMEOUT = 30 * 24 * 60 * 60
 
 
 class Toleration(Section):
@@ -204,10 +223,17 @@ class Resources(Section):
     def _steps_fit(self) -> Resources:
         for name, step in self.steps.items():
             if step.nodes > 1 and name != TRAINED:
-                raise ValueError(f"nodes={step.nodes} of {name}: only recover runs on several nodes; remove it there")
+                raise ValueError(
+                    f"nodes={step.nodes} of {name}: only recover runs on several nodes; remove it there"
+                )
         # Kubernetes counts a named resource, such as nvidia.com/gpu.
-        if any([self.accelerators, *(step.accelerators for step in self.steps.values())]) and not self.accelerator:
-            raise ValueError("accelerators without accelerator: name the resource, for example nvidia.com/gpu")
+        if (
+            any([self.accelerators, *(step.accelerators for step in self.steps.values())])
+            and not self.accelerator
+        ):
+            raise ValueError(
+                "accelerators without accelerator: name the resource, for example nvidia.com/gpu"
+            )
         return self
 
 
@@ -239,7 +265,8 @@ class Storage(Section):
 
     @model_validator(mode="after")
     def _volumes_have_names_of_their_own(self) -> Storage:
-        secrets = {self.s3_secret, self.mlflow_secret, self.hf_secret}  # the same Secret is one volume
+        # the same Secret is one volume
+        secrets = {self.s3_secret, self.mlflow_secret, self.hf_secret}
         names = [*secrets, self.config_map, self.ca_config_map, self.cache_claim]
         repeated = [name for name in names if name is not None and names.count(name) > 1]
         # Two volumes of one name: Kubernetes refuses the pod, hours after the run was submitted.

@@ -80,7 +80,9 @@ def _name_parts(name: str) -> tuple[str, ...]:
     """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise InputError(f"{name!r} is no step", field="step", remedy="name it as ptl does, for example prune-1")
+        raise InputError(
+            f"{name!r} is no step", field="step", remedy="name it as ptl does, for example prune-1"
+        )
     control, stage, number, export = match.groups(default="")
     return control, stage or export, number
 
@@ -114,7 +116,9 @@ def nodes(config: Config) -> list[Node]:
         # Later verdicts come after the first one.
         dense_scores = ("evaluate-0",) if gated and number == 1 else ()
         after = own_answers if number == 1 else ()
-        iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated, after=after, dense_scores=dense_scores)
+        iteration = _iteration_nodes(
+            f"{{}}-{number}", parent, fallback=gated, after=after, dense_scores=dense_scores
+        )
         steps += iteration
         _, recover, evaluate = iteration
         # With the gate the next iteration waits for the verdict, which decides what it starts from.

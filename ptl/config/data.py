@@ -20,7 +20,8 @@ from pydantic_core import CoreSchema
 from ptl.config.base import Location, Positive, Section
 
 Off = Literal["off", False]  # YAML 1.1 reads off as false, YAML 1.2 as a text
-_COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
+# a column, and keys or indices into its value
+_COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")
 
 
 def columns_of(template: str) -> list[str]:
@@ -28,7 +29,9 @@ def columns_of(template: str) -> list[str]:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}") from error
+        raise ValueError(
+            f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}"
+        ) from error
     columns = []
     for _, name, spec, conversion in parts:
         if name is None:  # the text after the last column
@@ -89,7 +92,9 @@ def _one_or_more(raw: Any) -> Any:
 
 SourceList = Annotated[tuple[DataSource, ...], Field(min_length=1)]
 # A single source needs no list.
-Sources = Annotated[SourceList, BeforeValidator(_one_or_more, json_schema_input_type=DataSource | SourceList)]
+Sources = Annotated[
+    SourceList, BeforeValidator(_one_or_more, json_schema_input_type=DataSource | SourceList)
+]
 
 
 class Reward(Section):
@@ -164,9 +169,13 @@ class TrainingData(Section):
     @model_validator(mode="after")
     def _own_answers_have_prompts(self) -> Self:
         if self.answers == "self" and not self.prompted:
-            raise ValueError("answers=self needs a source with prompts (prompt_completion or messages): give one")
+            raise ValueError(
+                "answers=self needs a source with prompts (prompt_completion or messages): give one"
+            )
         if self.answers == "self" and self.keep == "correct" and self.reward.name == "format":
-            raise ValueError("reward.name=format verifies no answer: use final_answer, math or code, or keep=ended")
+            raise ValueError(
+                "reward.name=format verifies no answer: use final_answer, math or code, or keep=ended"
+            )
         return self
 
     @field_validator("decontaminate", mode="before", json_schema_input_type=Decontaminate | Off)
@@ -178,7 +187,9 @@ class TrainingData(Section):
         return value
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         """The schema of the section or of one of its short forms, which only the validator below knows."""
         section = handler(core)
         fields = handler.resolve_ref_schema(section)["properties"]

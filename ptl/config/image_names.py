@@ -32,7 +32,9 @@ ALL = "all"  # of OPTIONAL, for `--with`
 # The grammar of image references (distribution/reference).
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 DIGEST = r"^sha256:[0-9a-f]{64}$"
-_REGISTRY = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*(:[0-9]+)?(/[a-z0-9]+(([.]|_{1,2}|-+)[a-z0-9]+)*)*")
+_REGISTRY = re.compile(
+    r"[a-z0-9]+([.-][a-z0-9]+)*(:[0-9]+)?(/[a-z0-9]+(([.]|_{1,2}|-+)[a-z0-9]+)*)*"
+)
 
 
 def image(step: str, registry: str = "", tag: str | None = None, digest: str | None = None) -> str:
@@ -55,7 +57,9 @@ def image(step: str, registry: str = "", tag: str | None = None, digest: str | N
         )
     if not _TAG.fullmatch(tag):
         raise InputError(
-            f"{tag!r} is not an image tag", field="tag", remedy="use up to 128 letters, digits, '_', '.' and '-'"
+            f"{tag!r} is not an image tag",
+            field="tag",
+            remedy="use up to 128 letters, digits, '_', '.' and '-'",
         )
     name = f"{registry}/" if registry else ""
     name += f"ptl-{IMAGE_OF[step]}:{tag}"
@@ -98,7 +102,8 @@ def own_revision() -> str:
 
 def revision_of(root: Path) -> str:
     """The commit of a checkout, with `-dirty` where files differ from it; empty where `root` is not the top of one."""
-    if not (root / ".git").exists():  # a repository that merely contains an installed package is not meant
+    # a repository that merely contains an installed package is not meant
+    if not (root / ".git").exists():
         return ""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:

@@ -45,7 +45,8 @@ def parameters(config: Config) -> dict[str, Any]:
         "experiment": experiment,
         # Models of a rehearsal are of no use to anybody; the empty name registers none.
         "registered_model": "" if is_rehearsal(config.name, experiment) else registered_model,
-        "earlier_runs": "",  # ids of unfinished runs whose steps may be taken over; part of no step's key
+        # ids of unfinished runs whose steps may be taken over; part of no step's key
+        "earlier_runs": "",
     }
 
 
@@ -83,7 +84,8 @@ def run_config(settings: Settings) -> Config:
             **{section: settings[section] for section in SECTIONS},
             "model": {"path": settings["model"], "revision": settings["revision"] or None},
             "schedule": fixed["schedule"] | schedule_settings(settings),
-            "storage": fixed.get("storage", {}) | {"registered_model": settings["registered_model"] or None},
+            "storage": fixed.get("storage", {})
+            | {"registered_model": settings["registered_model"] or None},
         },
         "run parameters",
     )

@@ -22,7 +22,8 @@ MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is pred
 
 TOLERANCE = 1e-9  # of a sum of shares
 Decay = Annotated[
-    Annotated[float, Field(ge=0, le=1)] | Literal["each"], one_error("must be a share from 0 to 1, or each")
+    Annotated[float, Field(ge=0, le=1)] | Literal["each"],
+    one_error("must be a share from 0 to 1, or each"),
 ]
 
 
@@ -132,7 +133,9 @@ class RecoverStage(Section):
         for name in self.model_fields_set:
             methods = METHODS_OF.get(name, (self.method,))
             if self.method not in methods:
-                raise ValueError(f"{name} is no field of {self.method} but of {' and '.join(methods)}: remove it")
+                raise ValueError(
+                    f"{name} is no field of {self.method} but of {' and '.join(methods)}: remove it"
+                )
         # Packed sequences are one text after another.
         if self.packing and self.loss == "completion":
             raise ValueError(
@@ -149,7 +152,9 @@ class RecoverStage(Section):
             )
         # A well-formed answer need not be right.
         if all(reward.name == "format" for reward in self.rewards):
-            raise ValueError("rewards need one that verifies the answer: final_answer, math or code")
+            raise ValueError(
+                "rewards need one that verifies the answer: final_answer, math or code"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -181,7 +186,9 @@ class Recovery(Section):
         others = self._stages_without_share()
         # as floats, decimal fractions do not add up exactly
         if others and total > 1 - TOLERANCE:
-            raise ValueError(f"the shares of the stages add up to {total:g}, which leaves nothing for the others")
+            raise ValueError(
+                f"the shares of the stages add up to {total:g}, which leaves nothing for the others"
+            )
         if shares and not others and abs(total - 1) > TOLERANCE:
             raise ValueError(f"the shares of the stages add up to {total:g}; they must add up to 1")
         # What earlier budgets have read is found by reading it again, cut at the same length.

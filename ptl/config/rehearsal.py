@@ -53,7 +53,10 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     settings["prune"]["repair"] = min(settings["prune"]["repair"], SEQUENCES)
     training = settings["training"]
     if training["answers"] == "self":  # so few and short ones that none need be correct, nor end
-        training |= {"num_prompts": min(training["num_prompts"], SEQUENCES), "samples": min(training["samples"], 2)}
+        training |= {
+            "num_prompts": min(training["num_prompts"], SEQUENCES),
+            "samples": min(training["samples"], 2),
+        }
         training |= {"max_new_tokens": min(training["max_new_tokens"], NEW_TOKENS), "keep": "all"}
     for task in settings["evaluate"]["tasks"]:
         task["limit"] = min(task["limit"] or ITEMS, ITEMS)
@@ -62,7 +65,8 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     speed = settings["evaluate"]["speed"]
     speed["repeats"] = min(speed["repeats"], 1)
     settings["schedule"] |= _schedule(config)
-    if config.gate.enabled:  # it works, and accepts everything: a rejection would leave later steps without work
+    # it works, and accepts everything: a rejection would leave later steps without work
+    if config.gate.enabled:
         settings["gate"] |= {"alpha": NEVER, "strict": False, "retention": None}
     gpus_of_node = config.resources.accelerators_of(TRAINED) if gpus is None else gpus
     _shrink_stages(settings, config, max(1, gpus_of_node))
@@ -96,7 +100,9 @@ def _shrink_stages(settings: dict[str, Any], config: Config, gpus: int) -> None:
     """Stages keep their own batches, except for GRPO, whose batches are answers that take long to write."""
     iterations = config.schedule.iterations
     nodes = settings["resources"]["steps"].get(TRAINED, {}).get("nodes", 1)
-    budgets = Recovery(stages=config.recover).budgets(settings["schedule"]["recovery_tokens"] // iterations)
+    budgets = Recovery(stages=config.recover).budgets(
+        settings["schedule"]["recovery_tokens"] // iterations
+    )
     for stage, budget, of_run in zip(settings["recover"], budgets, config.recover, strict=True):
         if of_run.method != "grpo":
             # Each iteration saves a training checkpoint; shorter sequences than these are more steps.
@@ -106,7 +112,8 @@ def _shrink_stages(settings: dict[str, Any], config: Config, gpus: int) -> None:
             stage |= {
                 "steps": min(of_run.steps, iterations),
                 "num_generations": GENERATIONS,
-                "batch_size": GENERATIONS * nodes * (stage["processes"] or gpus),  # a group for each process
+                # a group for each process
+                "batch_size": GENERATIONS * nodes * (stage["processes"] or gpus),
                 "accumulation": 1,
                 "max_completion_length": min(of_run.max_completion_length, NEW_TOKENS),
                 "guard_prompts": 0,
@@ -138,7 +145,9 @@ def _processes(stage: RecoverStage, requested: int, gpus: int) -> int | None:
     if not requested or wanted <= gpus:
         return wanted or None
     fewer = range(gpus, 1, -1)
-    return next((count for count in fewer if stage.batch_size % (stage.accumulation * count) == 0), 1)
+    return next(
+        (count for count in fewer if stage.batch_size % (stage.accumulation * count) == 0), 1
+    )
 
 
 def changes(config: Config, rehearsed: Config) -> list[Change]:
@@ -146,7 +155,11 @@ def changes(config: Config, rehearsed: Config) -> list[Change]:
     run = flat_settings(config.model_dump(mode="json"))
     shrunk = flat_settings(rehearsed.model_dump(mode="json"))
     names = dict.fromkeys([*shrunk, *run])
-    return [Change(name, run.get(name), shrunk.get(name)) for name in names if run.get(name) != shrunk.get(name)]
+    return [
+        Change(name, run.get(name), shrunk.get(name))
+        for name in names
+        if run.get(name) != shrunk.get(name)
+    ]
 
 
 def left_out(config: Config, rehearsed: Config) -> list[str]:

@@ -10,7 +10,16 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
 from ptl.config import image_names, yaml_text
-from ptl.config.base import FOLDER, Label, Location, Positive, Section, error_lines, one_error, typed
+from ptl.config.base import (
+    FOLDER,
+    Label,
+    Location,
+    Positive,
+    Section,
+    error_lines,
+    one_error,
+    typed,
+)
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.data import Sources, TrainingData
@@ -21,10 +30,14 @@ from ptl.errors import InputError
 
 S = TypeVar("S", bound=Section)
 
-ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
+ImageName = Literal[
+    "prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"
+]
 ImageDigest = Annotated[
     Annotated[str, Field(pattern=image_names.DIGEST)],
-    one_error("must be a digest: sha256: and 64 hexadecimal digits, as `ptl images digests` prints them"),
+    one_error(
+        "must be a digest: sha256: and 64 hexadecimal digits, as `ptl images digests` prints them"
+    ),
 ]
 
 
@@ -119,9 +132,13 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _vllm_is_one_process_without_speed(self) -> Evaluate:
         if self.backend == "vllm" and self.speed.repeats:
-            raise ValueError("backend=vllm needs speed.repeats=0: speed is measured with backend=hf")
+            raise ValueError(
+                "backend=vllm needs speed.repeats=0: speed is measured with backend=hf"
+            )
         if self.backend == "vllm" and self.processes is not None:
-            raise ValueError("backend=vllm takes no processes: it divides the model over the step's GPUs; remove it")
+            raise ValueError(
+                "backend=vllm takes no processes: it divides the model over the step's GPUs; remove it"
+            )
         return self
 
 
@@ -138,7 +155,8 @@ class Gate(Section):
     """significance level of each test: how often a drop is reported where there is none"""
 
     # What follows from its result.
-    max_rejections: ClassVar[int] = 3  # in a row, after which the loop stops; each of them halves the cut
+    # in a row, after which the loop stops; each of them halves the cut
+    max_rejections: ClassVar[int] = 3
     strict: bool = False
     """accept only what is shown to be not inferior; needs many items"""
     retention: float | None = Field(None, gt=1)
@@ -233,7 +251,9 @@ class Config(Section):
         """Raise InputError where the accelerators that a run on a cluster requests cannot divide a batch."""
         undivided = self.undivided_batch(self.resources.accelerators_of(TRAINED))
         if undivided:
-            raise InputError(undivided, remedy="change it, or resources.accelerators and resources.steps.recover")
+            raise InputError(
+                undivided, remedy="change it, or resources.accelerators and resources.steps.recover"
+            )
 
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
@@ -241,7 +261,9 @@ class Config(Section):
         # Early iterations of a doubling budget get little, and a stage only its share of it.
         for iteration in plan(self.schedule, self.prune):
             # None: a grpo stage that only its steps limit.
-            budgets = [budget for budget in recovery.budgets(iteration.tokens) if budget is not None]
+            budgets = [
+                budget for budget in recovery.budgets(iteration.tokens) if budget is not None
+            ]
             fewest = min(budgets, default=MIN_TOKENS)
             if fewest < MIN_TOKENS:
                 raise ValueError(
@@ -268,20 +290,30 @@ class Config(Section):
             raise ValueError(undivided)
         data, writes_answers = self.calibration, self.training.answers == "self"
         if data.answers == "self" and not writes_answers:
-            raise ValueError("calibration.answers=self takes the answers of training.answers=self: set both")
+            raise ValueError(
+                "calibration.answers=self takes the answers of training.answers=self: set both"
+            )
         if data.answers == "self" and all(source.format == "text" for source in data.data):
             raise ValueError(
                 "calibration.answers=self takes the place of rows with prompts: give calibration.data one of them"
             )
         has_chats = any(source.format == "messages" for source in self.training.sources)
         if writes_answers and has_chats and not self.chat.enabled:
-            raise ValueError("training.answers=self needs chat.enabled=true for sources of format messages: set it")
-        reads_answers = data.answers == "self" or any(stage.method != "grpo" for stage in self.recover)
+            raise ValueError(
+                "training.answers=self needs chat.enabled=true for sources of format messages: set it"
+            )
+        reads_answers = data.answers == "self" or any(
+            stage.method != "grpo" for stage in self.recover
+        )
         if writes_answers and not reads_answers:
-            raise ValueError("training.answers=self: grpo writes answers of its own, nothing reads these: set given")
+            raise ValueError(
+                "training.answers=self: grpo writes answers of its own, nothing reads these: set given"
+            )
         is_sampled = any(task.samples > 1 for task in self.evaluate.tasks)
         if is_sampled and any(export.format == "gguf" for export in self.export):
-            raise ValueError("evaluate.tasks has samples, and answers of an export to gguf are greedy: remove one")
+            raise ValueError(
+                "evaluate.tasks has samples, and answers of an export to gguf are greedy: remove one"
+            )
         if self.prune.target == "neurons_then_layers" and self.schedule.iterations == 1:
             raise ValueError(
                 "prune.target=neurons_then_layers needs schedule.iterations=2 or more: the last is for layers"
@@ -314,7 +346,8 @@ def essentials(config: Config) -> dict[str, Any]:
         "context": {FOLDER: Path.cwd()},  # to which paths are made relative
     }
     settings = config.model_dump(**options)
-    settings["recover"] = [stage.model_dump(**options) for stage in config.recover]  # also where all are defaults
+    # also where all are defaults
+    settings["recover"] = [stage.model_dump(**options) for stage in config.recover]
     return settings
 
 
@@ -338,7 +371,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     path = Path(path)
     settings = yaml_text.load_file(path, field="config")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config")
+        raise InputError(
+            f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config"
+        )
     # Overrides are checked with the file, so that fields which need each other can be set together.
     for dotted, value in (overrides or {}).items():
         assign(settings, dotted, typed(value))
@@ -378,7 +413,9 @@ def _key(section: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
     )
 
 
-def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Path | None = None) -> S:
+def check(
+    section: type[S], settings: dict[str, Any], where: str, *, folder: Path | None = None
+) -> S:
     """Validate a mapping; pydantic's errors become one InputError with a line for each field.
 
     Relative paths are taken from `folder`; without one they stay as they are.
@@ -386,4 +423,6 @@ def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Pat
     try:
         return section.model_validate(settings, context=folder and {FOLDER: folder})
     except ValidationError as error:  # which lists all wrong fields, and so does ours
-        raise InputError("\n".join(["wrong values", *error_lines(section, error)]), field=where) from error
+        raise InputError(
+            "\n".join(["wrong values", *error_lines(section, error)]), field=where
+        ) from error

@@ -27,7 +27,8 @@ Unit = Literal["neurons", "width", "layers", "experts"]
 NeuronCriterion = Literal["max", "weight", "taylor", "random"]
 
 Multiple = Annotated[
-    Annotated[int, Field(ge=1)] | Literal["auto"], one_error("must be a whole number of 1 or more, or auto")
+    Annotated[int, Field(ge=1)] | Literal["auto"],
+    one_error("must be a whole number of 1 or more, or auto"),
 ]
 
 
@@ -44,7 +45,9 @@ def memory_bytes(text: str) -> int:
     """`16GiB`, and so `16 GiB` and `16Gi` -> 16 x 2^30."""
     match = _MEMORY_TEXT.fullmatch(text)
     if match is None or float(match[1]) == 0:
-        raise ValueError("must be a number with a unit, kB, MB, GB, TB, KiB, MiB, GiB or TiB, for example 16GiB")
+        raise ValueError(
+            "must be a number with a unit, kB, MB, GB, TB, KiB, MiB, GiB or TiB, for example 16GiB"
+        )
     return int(quantity(match[1] + match[2]))
 
 
@@ -83,7 +86,9 @@ class MemoryGoal(Section):
         return memory_bytes(self.memory)
 
 
-Number = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count), BeforeValidator(_no_percent)]
+Number = Annotated[
+    float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count), BeforeValidator(_no_percent)
+]
 Target = Annotated[
     Annotated[Number, Tag(NUMBER)] | Annotated[MemoryGoal, Tag(MEMORY)],
     Discriminator(lambda target: MEMORY if isinstance(target, MemoryGoal | dict) else NUMBER),
@@ -93,7 +98,8 @@ Target = Annotated[
 class Schedule(Section):
     """How much each iteration removes, and how many tokens each recovery gets."""
 
-    iterations: Annotated[int, Field(ge=1, le=40)] = 4  # Argo ends a Workflow whose state is larger than 1 MiB, at 48
+    # Argo ends a Workflow whose state is larger than 1 MiB, at 48
+    iterations: Annotated[int, Field(ge=1, le=40)] = 4
     """each prunes, recovers and evaluates"""
     target: Target
     """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with; or a goal"""
@@ -202,7 +208,8 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     # The state after each iteration, the 0th included.
     removed = [_removed_share(schedule, index) for index in range(count + 1)]
     tokens = [
-        int(Fraction(sum(weights[:index]), sum(weights)) * schedule.recovery_tokens) for index in range(count + 1)
+        int(Fraction(sum(weights[:index]), sum(weights)) * schedule.recovery_tokens)
+        for index in range(count + 1)
     ]
     return [
         Iteration(
@@ -248,5 +255,6 @@ def removal(original_params: int, target: float | MemoryGoal) -> int:
     """Parameters to remove in all: `target` is a share below 1, else the number to end with."""
     assert not isinstance(target, MemoryGoal), "ptl/preflight/target.py makes a number of a goal"
     if target < 1:
-        return int(Fraction(str(target)) * original_params)  # 0.1 as it is written, not its binary form
+        # 0.1 as it is written, not its binary form
+        return int(Fraction(str(target)) * original_params)
     return original_params - int(target)

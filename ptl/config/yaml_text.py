@@ -27,10 +27,14 @@ def load_file(path: Path, *, field: str) -> Any:
     return load(text, str(path), field=field)
 
 
-def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *, field: str = "") -> Any:
+def load(
+    text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *, field: str = ""
+) -> Any:
     """The value of a YAML text; `kind` may know more tags. Raises InputError whose problem begins with `where`."""
     if len(text) > BYTES:
-        raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field)
+        raise InputError(
+            f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field
+        )
     try:
         loader = kind(text)
         node = loader.get_single_node()
@@ -42,7 +46,8 @@ def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *
         raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
     except RecursionError as error:
         raise InputError(f"{where} is nested too deeply", field=field) from error
-    except Exception as error:  # PyYAML's constructors leak a dozen kinds, for example for `2026-13-01`
+    # PyYAML's constructors leak a dozen kinds, for example for `2026-13-01`
+    except Exception as error:
         raise InputError(f"{where} is not valid YAML: {error}", field=field) from error
 
 
@@ -58,7 +63,9 @@ def _check(root: yaml.Node) -> None:
         elif isinstance(node, yaml.SequenceNode):
             waiting += node.value
         if visited + len(waiting) > VALUES:  # an anchor that holds itself never ends
-            raise InputError(f"line {node.start_mark.line + 1} holds more than {VALUES:,} values, or its aliases do")
+            raise InputError(
+                f"line {node.start_mark.line + 1} holds more than {VALUES:,} values, or its aliases do"
+            )
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -68,5 +75,6 @@ def _check_keys(node: yaml.MappingNode) -> None:
     repeated = min((name for name, count in counts.items() if count > 1), default=None)
     if repeated is not None:
         raise InputError(
-            f"line {node.start_mark.line + 1}: {repeated!r} appears twice in one section", remedy="remove one"
+            f"line {node.start_mark.line + 1}: {repeated!r} appears twice in one section",
+            remedy="remove one",
         )

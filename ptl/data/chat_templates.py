@@ -29,7 +29,10 @@ def check(tokenizer: Any, chat: Chat) -> None:
             field="chat.enabled",
             remedy="set it to false, or give a model with a template",
         )
-    asked, answered = opening(tokenizer, chat), answered_question(tokenizer, chat).partition(ANSWER)[0]
+    asked, answered = (
+        opening(tokenizer, chat),
+        answered_question(tokenizer, chat).partition(ANSWER)[0],
+    )
     between = answered.removeprefix(asked)
     for mark in chat.thought:
         between = between.replace(mark, "")
@@ -46,7 +49,9 @@ def check(tokenizer: Any, chat: Chat) -> None:
             raise InputError(
                 f"{name} is no variable of the model's chat template",
                 field=FIELD,
-                remedy=f"correct it; this template has {SWITCH}" if SWITCH in template else "remove it",
+                remedy=f"correct it; this template has {SWITCH}"
+                if SWITCH in template
+                else "remove it",
             )
 
 
@@ -131,7 +136,9 @@ def by_template(
     except (TemplateError, TypeError, ValueError) as error:  # the last one without a template
         problem = f"the model's chat template does not take it ({error})"
         if row is None:
-            raise InputError(f"a question: {problem}", field="model.path", remedy="correct the template") from error
+            raise InputError(
+                f"a question: {problem}", field="model.path", remedy="correct the template"
+            ) from error
         raise row.error(f": {problem}", "correct the row, or use another format") from error
 
 

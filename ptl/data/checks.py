@@ -19,7 +19,16 @@ from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Config, Evaluate
 from ptl.data import chat_templates
 from ptl.data.sequences import check_chat, no_row_left, tokenize
-from ptl.data.sources import GENERAL, TRUNCATED, answer_of, check_rows, local_file, numbered_rows, prompt_of, texts
+from ptl.data.sources import (
+    GENERAL,
+    TRUNCATED,
+    answer_of,
+    check_rows,
+    local_file,
+    numbered_rows,
+    prompt_of,
+    texts,
+)
 from ptl.errors import InputError
 from ptl.model import checkpoint, hub, pretrained, shapes
 from ptl.units import listed
@@ -27,13 +36,18 @@ from ptl.units import listed
 TEACHER = "recover.teacher"
 PER_PARAMETER = 0.1  # tokens for each removed parameter: the paper's
 LEAST = PER_PARAMETER / 10  # below which is warned
-PASSES = 4  # over the rows, after which repetition helps little (Muennighoff et al. 2023, 2305.16264)
+# over the rows, after which repetition helps little (Muennighoff et al. 2023, 2305.16264)
+PASSES = 4
 CHARACTERS = 4  # of a token, roughly
 SAMPLE = 200  # rows whose length is measured
 
 
 def check_data(
-    calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage], *, hub_rows: bool = False
+    calibration: Calibration,
+    training: TrainingData,
+    recover: Sequence[RecoverStage],
+    *,
+    hub_rows: bool = False,
 ) -> None:
     """Read data once, that of the hub only with `hub_rows`: it must exist, parse, and have what the templates name.
 
@@ -49,10 +63,17 @@ def _read(
     """Each source once, with its field, and whether its answers are read: the calibration data is often trained on."""
     seen = set()
     for field, source in named_sources(calibration, training, recover).items():
-        is_scored, is_trained_on = field.startswith("calibration.data"), field.startswith("training.sources")
+        is_scored, is_trained_on = (
+            field.startswith("calibration.data"),
+            field.startswith("training.sources"),
+        )
         # The dense model writes them.
-        own = (is_scored and calibration.answers == "self") or (is_trained_on and training.answers == "self")
-        answers = not own and (is_scored or (is_trained_on and any(stage.method != "grpo" for stage in recover)))
+        own = (is_scored and calibration.answers == "self") or (
+            is_trained_on and training.answers == "self"
+        )
+        answers = not own and (
+            is_scored or (is_trained_on and any(stage.method != "grpo" for stage in recover))
+        )
         its = source.prompts_only if own or field.endswith("prompts") else source
         if (its, answers) not in seen:
             seen.add((its, answers))
@@ -66,19 +87,29 @@ def named_sources(
     field = "calibration.data.{}" if len(calibration.data) > 1 else "calibration.data"
     sources = {field.format(i): source for i, source in enumerate(calibration.data)}
     sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
-    sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
+    sources |= {
+        f"training.decontaminate.against.{i}": s
+        for i, s in enumerate(training.decontaminate.against)
+    }
     stages = enumerate(recover)
     return sources | {f"recover.{i}.prompts": s.prompts for i, s in stages if s.prompts}
 
 
-def column_warnings(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> Iterator[str]:
+def column_warnings(
+    calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]
+) -> Iterator[str]:
     """Columns with text in the first rows of files that no template names: an `input` is easily forgotten."""
     stages = [stage for stage in recover if stage.method == "grpo"]
     rewards = [training.reward, *(reward for stage in stages for reward in stage.rewards)]
     references = [reward.reference_template for reward in rewards]
     seen = set()
     for field, source in named_sources(calibration, training, recover).items():
-        if source in seen or source.source == GENERAL or "against" in field or local_file(source, field) is None:
+        if (
+            source in seen
+            or source.source == GENERAL
+            or "against" in field
+            or local_file(source, field) is None
+        ):
             continue
         seen.add(source)
         rows = [row.columns for row in itertools.islice(numbered_rows(source, field), SAMPLE)]
@@ -87,19 +118,26 @@ def column_warnings(calibration: Calibration, training: TrainingData, recover: S
 
 
 def unused_columns(
-    source: DataSource, rows: Sequence[Mapping[str, Any]], field: str, references: Sequence[str] = ()
+    source: DataSource,
+    rows: Sequence[Mapping[str, Any]],
+    field: str,
+    references: Sequence[str] = (),
 ) -> str:
     """A sentence about columns of rows that hold something and are in no template; empty where there are none."""
-    templates = {"text": [source.text], "prompt_completion": [source.prompt, source.completion], "messages": []}[
-        source.format
-    ]
+    templates = {
+        "text": [source.text],
+        "prompt_completion": [source.prompt, source.completion],
+        "messages": [],
+    }[source.format]
     names = [name for template in (*templates, *references) for name in columns_of(template)]
     used = {name.partition("[")[0] for name in names}
     used.add(TRUNCATED)
     if source.format == "messages":
         used.add(source.messages)
     # In the order of the file.
-    filled = dict.fromkeys(name for row in rows for name, value in row.items() if value not in (None, "", [], {}))
+    filled = dict.fromkeys(
+        name for row in rows for name, value in row.items() if value not in (None, "", [], {})
+    )
     unused = [name for name in filled if name not in used]
     if not unused:
         return ""
@@ -211,13 +249,20 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
         if own is not None:
             if not (own / "config.json").is_file():
                 raise InputError(
-                    f"no config.json in {own}", field=TEACHER, remedy="give the folder of a checkpoint, or a hub id"
+                    f"no config.json in {own}",
+                    field=TEACHER,
+                    remedy="give the folder of a checkpoint, or a hub id",
                 )
             # Of a run's model they are checked; of a hub id they are not here yet.
             if name and Path(name).is_dir():
                 checkpoint.shards(own)
-            vocabulary, of_teacher = tokenizer.get_vocab(), pretrained.load_tokenizer(own, TEACHER).get_vocab()
-            shapes.check_positions(own, {"recover.max_length (for recover.teacher)": stage.max_length})
+            vocabulary, of_teacher = (
+                tokenizer.get_vocab(),
+                pretrained.load_tokenizer(own, TEACHER).get_vocab(),
+            )
+            shapes.check_positions(
+                own, {"recover.max_length (for recover.teacher)": stage.max_length}
+            )
             # An entry is a token with its number; a token that has moved counts on both sides.
             different = vocabulary.items() ^ of_teacher.items()
             if different:
@@ -242,7 +287,9 @@ class Amount:
         """Both ratios in words; empty where nothing is trained on text, or nothing was removed."""
         if not self.tokens or self.removed <= 0:
             return ""
-        passes = "" if self.passes is None else f", about {_digits(self.passes)} passes over the rows"
+        passes = (
+            "" if self.passes is None else f", about {_digits(self.passes)} passes over the rows"
+        )
         return f"{self.tokens:,} recovery tokens: {_digits(self.tokens / self.removed)} per removed parameter{passes}"
 
     def warnings(self, least: float = LEAST) -> list[str]:
@@ -257,7 +304,9 @@ class Amount:
                 "text (docs/results.md): lower schedule.target, or give more tokens and rows"
             )
         if self.passes is not None and round(self.passes) > PASSES:
-            problems.append(f"more than {PASSES} passes help little: give more rows, or lower schedule.recovery_tokens")
+            problems.append(
+                f"more than {PASSES} passes help little: give more rows, or lower schedule.recovery_tokens"
+            )
         return [f"{self.sentence}; {problem}" for problem in problems]
 
 
@@ -283,7 +332,10 @@ def tokens_of(source: DataSource, max_length: int, field: str) -> float:
     if source.source != GENERAL and not Path(source.source).is_file():
         return 0.0
     rows = numbered_rows(source, field)
-    sample = [min(sum(map(len, texts(row))) / CHARACTERS, max_length) for row in itertools.islice(rows, SAMPLE)]
+    sample = [
+        min(sum(map(len, texts(row))) / CHARACTERS, max_length)
+        for row in itertools.islice(rows, SAMPLE)
+    ]
     count = len(sample) + sum(1 for _ in rows)
     return count * sum(sample) / len(sample)
 

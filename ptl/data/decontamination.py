@@ -33,19 +33,26 @@ INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
 )
-ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")  # of JSON, once or more; LaTeX's are changed in both texts
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[,'\u2019])(?=\d{3}(?!\d))")  # 1,000, and LaTeX's 1{,}000 and 1,\!000
+# of JSON, once or more; LaTeX's are changed in both texts
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")
+# 1,000, and LaTeX's 1{,}000 and 1,\!000
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[,'\u2019])(?=\d{3}(?!\d))")
 # What a line begins with, `Question 1:`, `2.` or `(A)`, and ends with, `Answer:`.
-LABEL = re.compile(r"^(?:\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d{1,4}[.)]\s|\w[.)]\s)(?=.*\w))+")
+LABEL = re.compile(
+    r"^(?:\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d{1,4}[.)]\s|\w[.)]\s)(?=.*\w))+"
+)
 END_LABEL = re.compile(r"(?:^|\s)\w+\s*:\s*$")
 COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
-TEMPLATE_SHARE = 3  # what a third of the prompts share is a template: a group of tasks may have several
-NGRAM = 13  # consecutive words that must be equal; of a shorter item, all; in Chinese two characters a word
+# what a third of the prompts share is a template: a group of tasks may have several
+TEMPLATE_SHARE = 3
+# consecutive words that must be equal; of a shorter item, all; in Chinese two characters a word
+NGRAM = 13
 SHORTEST = 4  # words below which a text is in too many rows by chance
 
 Words = tuple[str, ...]
-Item = tuple[str, str]  # prompt and right answer of a benchmark's item, or prompt and completion of a row
+# prompt and right answer of a benchmark's item, or prompt and completion of a row
+Item = tuple[str, str]
 
 
 @dataclass
@@ -59,7 +66,8 @@ class Filter:
     short: int = 0  # of these, whose own words are too few to be found inside a row
     dropped: int = 0  # rows
     examples: list[str] = field(default_factory=list)  # text of dropped rows
-    decisions: dict[tuple[DataSource, int], bool] = field(default_factory=dict)  # whether a row stays
+    # whether a row stays
+    decisions: dict[tuple[DataSource, int], bool] = field(default_factory=dict)
 
     def add(self, items: Sequence[Item]) -> None:
         """Search for a benchmark's items too."""
@@ -143,7 +151,9 @@ def sentence(report: dict[str, Any]) -> str:
     elif items > short:
         parts.append(f"None of {rows} shares text with one of {items - short:,} benchmark items")
     if short:
-        parts.append(f"{short:,} of {items:,} benchmark items have too few words of their own to be found inside a row")
+        parts.append(
+            f"{short:,} of {items:,} benchmark items have too few words of their own to be found inside a row"
+        )
     names = ", ".join(report["not_compared"])
     if names:
         parts.append(f"Training rows were not compared with {names}, whose items are not known")
@@ -181,14 +191,19 @@ def _without_system_message(row: SourceRow) -> SourceRow:
     if row.source.format != "messages" or not isinstance(chat, list):
         return row
     # What is no message at all is reported where the chat is read.
-    kept = [message for message in chat if not isinstance(message, dict) or message.get("role") != "system"]
+    kept = [
+        message
+        for message in chat
+        if not isinstance(message, dict) or message.get("role") != "system"
+    ]
     return replace(row, columns={**row.columns, column: kept})
 
 
 def _read_items(folder: Path) -> dict[str, list[Item]]:
     """Prompts and right answers of each task; none of one whose items have no prompt."""
     items: dict[str, list[Item]] = {}
-    with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
+    # str.splitlines would split at U+2028 in a text too
+    with (folder / "items.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             item = json.loads(line)
             task_items = items.setdefault(item["task"], [])
@@ -202,7 +217,8 @@ class Line:
     """A line of a benchmark's prompt or answer, without labels."""
 
     words: Words
-    begin: int  # of its own words: without those that many texts share, a template's or every question's
+    # of its own words: without those that many texts share, a template's or every question's
+    begin: int
     end: int
     complete: bool  # it ends as a sentence does
 
@@ -221,7 +237,9 @@ class Line:
             return {self.own}
         # Beside a single word of its own, the others are in too many rows.
         runs = _runs(self.words, SHORTEST) if _size(self.own) > 1 else ()
-        wider = {self.words[run] for run in runs if run.start <= self.begin and self.end <= run.stop}
+        wider = {
+            self.words[run] for run in runs if run.start <= self.begin and self.end <= run.stop
+        }
         return {self.own, self.words} | wider
 
 
@@ -251,7 +269,9 @@ def _shared_beginnings(text_lines: Sequence[Sequence[Words]]) -> set[Words]:
         length = len(next(iter(longest))) + 1
         counts: Counter[Words] = Counter()
         for lines in text_lines:
-            continued = [line for line in lines if len(line) >= length and line[: length - 1] in longest]
+            continued = [
+                line for line in lines if len(line) >= length and line[: length - 1] in longest
+            ]
             # A line that comes twice in a text counts once.
             counts.update({line[:length] for line in continued})
         longest = {words for words, count in counts.items() if count >= many}

@@ -21,7 +21,16 @@ from ptl.data.chat_templates import (
     up_to_end,
 )
 from ptl.data.decontamination import Filter
-from ptl.data.sources import THOUGHT, SourceRow, chat_and_answer, prompt_of, read_rows, texts, turns, user_turn
+from ptl.data.sources import (
+    THOUGHT,
+    SourceRow,
+    chat_and_answer,
+    prompt_of,
+    read_rows,
+    texts,
+    turns,
+    user_turn,
+)
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,12 +114,16 @@ def _served_tokens(row: SourceRow, tokenizer: Any, chat: Chat) -> tuple[TokenIds
     prompt_text = by_template(tokenizer, before, row, chat, tokenize=False)
     begun = chat.begun_thought(prompt_text, opening(tokenizer, chat))
     space = "" if begun else space_before_answer(tokenizer, chat)
-    completion = _continuation(prompt_text, prompt, space + chat.continued(begun, answer), tokenizer, space)
+    completion = _continuation(
+        prompt_text, prompt, space + chat.continued(begun, answer), tokenizer, space
+    )
     end = [] if row.is_truncated else end_of_turn(tokenizer, chat)
     return prompt, prompt + completion + end
 
 
-def _continuation(prompt_text: str, prompt: TokenIds, text: str, tokenizer: Any, space: str) -> TokenIds:
+def _continuation(
+    prompt_text: str, prompt: TokenIds, text: str, tokenizer: Any, space: str
+) -> TokenIds:
     """Tokens of a text that continues a prompt.
 
     White space at its front may be one token with what is before or after it, so both are read together.
@@ -162,7 +175,9 @@ def order(count: int, seed: int) -> Iterator[int]:
         yield from shuffle.sample(range(count), count)
 
 
-def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Batch]:
+def calibration_batches(
+    settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT
+) -> list[Batch]:
     """Calibration rows as right-padded batches, those of equal length together.
 
     Only the completions have labels; a text without a prompt is all completion.
@@ -170,7 +185,9 @@ def calibration_batches(settings: Calibration, tokenizer: Any, seed: int, chat: 
     import torch
 
     # by length: little padding
-    rows = sorted(calibration_rows(settings, tokenizer, seed, chat), key=lambda tokens: len(tokens.ids))
+    rows = sorted(
+        calibration_rows(settings, tokenizer, seed, chat), key=lambda tokens: len(tokens.ids)
+    )
     batches = []
     for begin in range(0, len(rows), settings.batch_size):
         group = rows[begin : begin + settings.batch_size]
@@ -192,16 +209,25 @@ def _pad(rows: Sequence[TokenIds], value: int) -> Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT) -> list[Tokens]:
+def calibration_rows(
+    settings: Calibration, tokenizer: Any, seed: int, chat: Chat = NO_CHAT
+) -> list[Tokens]:
     """Of each source its share of the rows, drawn with the seed, or all of them."""
     *ends, total = itertools.accumulate(source.weight for source in settings.data)
     bounds = [round(settings.num_sequences * end / total) for end in (0, *ends, total)]
     sequences = []
-    for number, (source, (begin, end)) in enumerate(zip(settings.data, itertools.pairwise(bounds), strict=True)):
+    for number, (source, (begin, end)) in enumerate(
+        zip(settings.data, itertools.pairwise(bounds), strict=True)
+    ):
         rows = read_rows(source)
         drawn = itertools.islice(order(len(rows), seed), len(rows))  # none twice
-        tokenized = (tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat) for i in drawn)
-        found = itertools.islice((tokens for tokens in tokenized if tokens.ids), max(1, end - begin))
+        tokenized = (
+            tokenize(SourceRow(rows[i], source, i + 1), tokenizer, settings.max_length, chat)
+            for i in drawn
+        )
+        found = itertools.islice(
+            (tokens for tokens in tokenized if tokens.ids), max(1, end - begin)
+        )
         sequences += [replace(tokens, source=number) for tokens in found]
     return sequences
 
@@ -223,7 +249,10 @@ def training_chunk(
     truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
     batch of its own.
     """
-    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter, chat) for source in data.sources]
+    streams = [
+        _source_stream(source, tokenizer, max_length, seed, leak_filter, chat)
+        for source in data.sources
+    ]
     stream = _mixed(streams, [source.weight for source in data.sources])
     # read again from the start, as an attempt on another machine does
     for earlier_budget in earlier:
@@ -253,7 +282,8 @@ def prompt_rows(
     seed: int,
     skip: int,  # those of earlier iterations
     count: int,
-    fits: Callable[[SourceRow], bool] = lambda row: True,  # as by `leaves_room`; other prompts are passed over
+    # as by `leaves_room`; other prompts are passed over
+    fits: Callable[[SourceRow], bool] = lambda row: True,
     leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
 ) -> list[SourceRow]:
     """Rows for prompts, after the first `skip` of the run's order."""
@@ -285,7 +315,11 @@ def prompt_rows(
 def leaves_room(row: SourceRow, tokenizer: Any, chat: Chat, room: float) -> bool:
     """Whether a row's prompt, as the model reads it, has at most so many tokens."""
     prompt = prompt_of(row, chat)
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt, row, chat)
+    ids = (
+        tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else chat_ids(tokenizer, prompt, row, chat)
+    )
     return len(ids) <= room
 
 
@@ -301,7 +335,12 @@ def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Ite
 
 
 def _source_stream(
-    source: DataSource, tokenizer: Any, max_length: int, seed: int, leak_filter: Filter | None, chat: Chat
+    source: DataSource,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+    leak_filter: Filter | None,
+    chat: Chat,
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
     rows = read_rows(source)

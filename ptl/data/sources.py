@@ -36,7 +36,9 @@ FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 CORRECT = "correct the row"
 LEAVE_OUT = "leave such rows out"
 PART = "name a part of a list or an object: {column[0]}, {column[key]}"
-SHAREGPT = "rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)"
+SHAREGPT = (
+    "rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)"
+)
 
 Turns = list[dict[str, Any]]  # of a chat, with role and content
 
@@ -79,7 +81,9 @@ def numbered_rows(source: DataSource, field: str = DATA) -> Iterator[SourceRow]:
         yield SourceRow(columns, source, number, field)
 
 
-def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA, hub_rows: bool = False) -> None:
+def check_rows(
+    source: DataSource, *, answers: bool = True, field: str = DATA, hub_rows: bool = False
+) -> None:
     """Fail early: a file must exist, parse and have what its templates name in every row, chats with an answer.
 
     Without `answers` a chat may end with the user's turn: its text is only compared, or answered by the model.
@@ -104,7 +108,9 @@ def _load(source: DataSource, field: str) -> Any:
     else:
         rows = _from_parquet(path, setting)
     if len(rows) == 0:
-        raise InputError(f"{source.source} is empty", field=setting, remedy="give a source with at least one row")
+        raise InputError(
+            f"{source.source} is empty", field=setting, remedy="give a source with at least one row"
+        )
     return rows
 
 
@@ -161,19 +167,28 @@ def _checked_message(message: Any, position: int, row: SourceRow) -> dict[str, A
     """
     turn = message if isinstance(message, dict) else {}
     if "from" in turn and "value" in turn:
-        raise row.error(f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT)
+        raise row.error(
+            f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT
+        )
     if not isinstance(turn.get("role"), str):
         raise row.error(f": message {position} is no object with a role and a content", CORRECT)
     content = turn.get("content")
     calls_tools = content is None and turn.get("tool_calls")  # and needs no text
     if not isinstance(content, str) and not calls_tools:
-        raise row.error(f": the content of message {position} is no text ({_kind(content)})", CORRECT)
+        raise row.error(
+            f": the content of message {position} is no text ({_kind(content)})", CORRECT
+        )
     thoughts = {name: turn[name] for name in THOUGHT_NAMES if turn.get(name) not in (None, "")}
     for name, thought in thoughts.items():
         if not isinstance(thought, str):
-            raise row.error(f": the {name} of message {position} is no text ({_kind(thought)})", CORRECT)
+            raise row.error(
+                f": the {name} of message {position} is no text ({_kind(thought)})", CORRECT
+            )
     if len(set(thoughts.values())) > 1:
-        raise row.error(f": message {position} has different thoughts in {listed(list(thoughts))}", "leave one of them")
+        raise row.error(
+            f": message {position} has different thoughts in {listed(list(thoughts))}",
+            "leave one of them",
+        )
     if thoughts:
         turn = {**turn, THOUGHT: next(iter(thoughts.values()))}
     _check_unicode(f"{turn['role']}{_turn_text(turn)}", row)
@@ -185,7 +200,10 @@ def chat_and_answer(row: SourceRow) -> tuple[Turns, Turns]:
     chat, answer = turns(row)
     if not answer:
         role = chat[-1]["role"]
-        raise row.error(f" ends with a turn of role {role!r}, so that there is no answer to learn from", LEAVE_OUT)
+        raise row.error(
+            f" ends with a turn of role {role!r}, so that there is no answer to learn from",
+            LEAVE_OUT,
+        )
     if not answer[0].get("tool_calls") and not (answer[0].get("content") or "").strip():
         raise row.error(": the assistant's last turn is blank", LEAVE_OUT)
     return chat, answer
@@ -200,7 +218,9 @@ def prompt_of(row: SourceRow, chat: Chat = NO_CHAT) -> Any:
     """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
     if row.source.format == "text":
         raise InputError(
-            "format `text` has no prompt", field="recover.prompts", remedy="use prompt_completion or messages"
+            "format `text` has no prompt",
+            field="recover.prompts",
+            remedy="use prompt_completion or messages",
         )
     # all turns of a chat that ends with the user's
     if row.source.format == "messages":
@@ -216,7 +236,9 @@ def fill(template: str, row: SourceRow) -> str:
         value = _value(name, row)
         is_endless = isinstance(value, float) and not math.isfinite(value)
         if is_endless or isinstance(value, list | dict | bytes | None):
-            raise row.error(f" holds {_kind(value)} for {{{name}}}, which is no text", f"{LEAVE_OUT}, or {PART}")
+            raise row.error(
+                f" holds {_kind(value)} for {{{name}}}, which is no text", f"{LEAVE_OUT}, or {PART}"
+            )
     text = template.format_map(row.columns)
     _check_unicode(text, row)
     return text
@@ -234,7 +256,9 @@ def _value(name: str, row: SourceRow) -> Any:
     """A column, or a part of its value (`column[key]`). Raises InputError where there is none."""
     column, bracket, keys = name.partition("[")
     if column not in row.columns:
-        raise row.error(f" lacks {column!r}, which a template names ({_names(row)})", "correct the template")
+        raise row.error(
+            f" lacks {column!r}, which a template names ({_names(row)})", "correct the template"
+        )
     try:
         return Formatter().get_field(name, (), row.columns)[0]
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -254,7 +278,9 @@ def _check_unicode(text: str, row: SourceRow) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise row.error(f": character {error.start} is no Unicode ({error.reason})", CORRECT) from error
+        raise row.error(
+            f": character {error.start} is no Unicode ({error.reason})", CORRECT
+        ) from error
 
 
 def _kind(value: Any) -> str:
@@ -282,7 +308,11 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
         raise InputError(problem, field=setting, remedy=f"give {FILE_KINDS}")
     # the id of a data set has no such ending
     if path.suffix == ".csv":
-        raise InputError(f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=setting, remedy=_from_csv(path))
+        raise InputError(
+            f"{name} is no .jsonl, .jsonl.gz or .parquet file",
+            field=setting,
+            remedy=_from_csv(path),
+        )
     if path.suffix in (".json", ".csv", ".txt") or path.exists() or is_remote:
         raise InputError(
             f"{name} is no .jsonl, .jsonl.gz or .parquet file",
@@ -366,11 +396,15 @@ def _etag(uri: str, setting: str) -> str:
         except ClientError as error:
             if not s3.is_missing(error):
                 raise
-            raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
+            raise InputError(
+                f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}"
+            ) from error
     # As from a web page in place of the server.
     if "ETag" not in answer:
         raise InputError(
-            f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
+            f"{uri}: no ETag in the answer",
+            field=setting,
+            remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?",
         )
     return answer["ETag"]
 
@@ -387,8 +421,11 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
-    except Exception as raised:  # the library raises a dozen kinds; each means that the source cannot be had
+        return datasets.load_dataset(
+            source.source, source.subset, split=source.split, revision=source.revision
+        )
+    # the library raises a dozen kinds; each means that the source cannot be had
+    except Exception as raised:
         error = _cause(raised)
         problem = (
             f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "

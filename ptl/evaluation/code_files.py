@@ -27,7 +27,8 @@ class CodeFiles:
 
     folder: Path
     files: list[Path] = field(default_factory=list)
-    left_out: list[Path] = field(default_factory=list)  # too large, folders behind links, or one beyond the last
+    # too large, folders behind links, or one beyond the last
+    left_out: list[Path] = field(default_factory=list)
     is_cut: bool = False  # whether there are more files than are read
 
     def warning(self) -> str:

@@ -45,7 +45,9 @@ class Scores(StaticCost):
     seconds: float = 0.0  # of the whole evaluation
 
 
-def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, chat: Chat = NO_CHAT, *, seed: int) -> Scores:
+def evaluate_checkpoint(
+    src: Path, dst: Path, settings: Evaluate, chat: Chat = NO_CHAT, *, seed: int
+) -> Scores:
     """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
 
     The files have nothing that was timed: equal models give equal bytes.
@@ -62,7 +64,9 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, chat: Chat = N
     with contextlib.closing(lm):
         retained = retention.measure(lm, settings)
         scores, items = score_tasks(lm, settings, seed)
-    result = Scores(**asdict(static), tasks=scores, retention=retained, seconds=time.monotonic() - started)
+    result = Scores(
+        **asdict(static), tasks=scores, retention=retained, seconds=time.monotonic() - started
+    )
     _write_lines(dst, items)
     raw = asdict(result)
     for record in (raw, *raw["tasks"]):
@@ -99,7 +103,9 @@ def read_items(path: Path) -> list[Item]:
         return []
     items = list(read_json_lines(path, "items", str(path)))
     if not all("task" in item for item in items):
-        raise InputError(f"{path} has not the items of an evaluation", field="items", remedy=f"give an {ITEMS}")
+        raise InputError(
+            f"{path} has not the items of an evaluation", field="items", remedy=f"give an {ITEMS}"
+        )
     return items
 
 
@@ -145,7 +151,10 @@ def compare(
     paired.match(reference, candidate)
     names = list(dict.fromkeys(item["task"] for item in reference))
     outcomes = {name: paired.match(reference, candidate, name) for name in names}
-    pairs = {name: paired.paired(of_task, margin, alpha / len(names)) for name, of_task in outcomes.items()}
+    pairs = {
+        name: paired.paired(of_task, margin, alpha / len(names))
+        for name, of_task in outcomes.items()
+    }
     return pairs, paired.pass_at_n(outcomes, pairs)
 
 
@@ -155,7 +164,9 @@ def comparison_table(pairs: Mapping[str, Paired], pass_at_n: Mapping[str, Paired
     title = f"B against A, margin {100 * first.margin:g} points, one-sided significance level {first.alpha:g} each"
     rows = []
     for name, pair in pairs.items():
-        rows.append(_compared(name, f", avg@{pair.samples}" if pair.samples > 1 else "", pair, pair.verdict))
+        rows.append(
+            _compared(name, f", avg@{pair.samples}" if pair.samples > 1 else "", pair, pair.verdict)
+        )
         if name in pass_at_n:
             rows.append(_compared(name, f", pass@{pair.samples}", pass_at_n[name], ""))
     return table_text(title, HEADINGS, rows, numbers=NUMBERS)
@@ -180,7 +191,9 @@ def answers_table(reference: Sequence[Item], candidate: Sequence[Item]) -> str:
         p = paired.p_longer(reference, candidate, name)
         if p is None:
             continue
-        both = [[item for item in items if item["task"] == name] for items in (reference, candidate)]
+        both = [
+            [item for item in items if item["task"] == name] for items in (reference, candidate)
+        ]
         tokens = [[item["tokens"] for item in items] for items in both]
         rambles = paired.rambles(fmean(tokens[0]), fmean(tokens[1]), p)
         rows.append(
@@ -193,4 +206,8 @@ def answers_table(reference: Sequence[Item], candidate: Sequence[Item]) -> str:
                 "rambles" if rambles else "",
             )
         )
-    return table_text("Tokens of an answer, A above B", LENGTHS, rows, numbers=LENGTHS[1:-1]) if rows else ""
+    return (
+        table_text("Tokens of an answer, A above B", LENGTHS, rows, numbers=LENGTHS[1:-1])
+        if rows
+        else ""
+    )

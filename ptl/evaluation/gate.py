@@ -15,7 +15,8 @@ from ptl.evaluation.paired import Paired, describe
 from ptl.evaluation.retention import Retained
 
 REACHED = "target reached"
-GATE_OFF: Literal["gate off"] = "gate off"  # the decision on every iteration of a run without the gate
+# the decision on every iteration of a run without the gate
+GATE_OFF: Literal["gate off"] = "gate off"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def decide(
     baseline: Paired | None = None,  # the candidate against the dense model
     parent: Paired | None = None,  # the candidate against its parent
     retained: Retained | None = None,  # the candidate against the dense model, on held-out text
-    smallest_cut: int | None = 1,  # parameters that can be pruned from the parent next, at least; none: nothing can
+    # parameters that can be pruned from the parent next, at least; none: nothing can
+    smallest_cut: int | None = 1,
 ) -> Decision:
     """The decision on a candidate that was pruned from its parent, the last accepted model.
 
@@ -76,13 +78,23 @@ def decide(
     numbers: dict[str, Any] = {"params": params, "target_params": target_params}
     if state.stopped:
         return Decision("stopped", "the loop had stopped: nothing was tried", numbers, state)
-    if not settings.enabled:  # every iteration runs: the last ones may train without a cut left to make
+    # every iteration runs: the last ones may train without a cut left to make
+    if not settings.enabled:
         return Decision(GATE_OFF, "the gate is off", numbers, state)
-    assert baseline is not None and parent is not None and parent_params is not None, "the gate needs the parent"
+    assert baseline is not None and parent is not None and parent_params is not None, (
+        "the gate needs the parent"
+    )
     # Both must hold: many small losses against the parent add up to a large one against the dense model.
     pairs = {"baseline": baseline, "parent": parent}
-    numbers |= {"parent_params": parent_params, **{name: asdict(pair) for name, pair in pairs.items()}}
-    worse = [f"{describe(pair)} against the {name}" for name, pair in pairs.items() if pair.fails(settings.strict)]
+    numbers |= {
+        "parent_params": parent_params,
+        **{name: asdict(pair) for name, pair in pairs.items()},
+    }
+    worse = [
+        f"{describe(pair)} against the {name}"
+        for name, pair in pairs.items()
+        if pair.fails(settings.strict)
+    ]
     if settings.retention and retained:
         numbers["retention"] = asdict(retained)
         if retained.fails(settings.retention, settings.strict):
@@ -90,14 +102,20 @@ def decide(
     if worse:
         numbers["smallest_cut"] = smallest_cut
         after = _state_after_rejection(settings, state, parent_params - params, smallest_cut)
-        consequence = f"{after.reason}: stopped" if after.stopped else f"next cut at most {after.cap:,} parameters"
+        consequence = (
+            f"{after.reason}: stopped"
+            if after.stopped
+            else f"next cut at most {after.cap:,} parameters"
+        )
         return Decision("rejected", f"{worse[0]}; {consequence}", numbers, after)
     reason = f"{describe(baseline)} against the baseline"
     cap = None if state.cap is None else 2 * state.cap
     if params > target_params:
         return Decision("accepted", reason, numbers, State(cap))
     # Smaller than the target is not asked for.
-    return Decision("accepted", f"{reason}; {REACHED}", numbers, State(cap, stopped=True, reason=REACHED))
+    return Decision(
+        "accepted", f"{reason}; {REACHED}", numbers, State(cap, stopped=True, reason=REACHED)
+    )
 
 
 def _state_after_rejection(

@@ -121,7 +121,9 @@ class Helper:
         )
 
 
-def _answer_requests(connection: Connection, load: Callable[[], Any], number: int, parent: int) -> None:
+def _answer_requests(
+    connection: Connection, load: Callable[[], Any], number: int, parent: int
+) -> None:
     """A helper's process: answer requests until it is ended."""
     # Ctrl-C reaches every process of the command: the one that evaluates ends this one, whose libraries then clean up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -187,7 +189,11 @@ def _divided(name: str) -> Callable[..., Any]:
 
             set_seed(self.seed)
         own, *others = divided([request.args for request in requests], 1 + len(self.helpers))
-        asked = [(helper, positions) for helper, positions in zip(self.helpers, others, strict=True) if positions]
+        asked = [
+            (helper, positions)
+            for helper, positions in zip(self.helpers, others, strict=True)
+            if positions
+        ]
         for helper, positions in asked:
             helper.ask(name, [requests[position].args for position in positions], self.seed)
         own_requests = [requests[position] for position in own]
@@ -224,7 +230,9 @@ class AnswerNotes:
     seed: int = 0  # of answers that are sampled
     sampling: Mapping[str, Any] = {}  # that the model's makers recommend; empty: greedily
 
-    def __init__(self, *arguments: Any, chat: Chat = NO_CHAT, thoughts: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, chat: Chat = NO_CHAT, thoughts: bool = False, **options: Any
+    ) -> None:
         self.chat = chat
         self.thoughts = thoughts  # whether they stay in the answers
         # Not `enable_thinking`, with which the harness refuses tasks that generate nothing.
@@ -249,7 +257,8 @@ class AnswerNotes:
         self.notes: dict[str, AnswerNote] = {}  # by prompt
         self.seconds = 0.0  # spent in the model, over all requests
         self.cut_prompts = 0  # prompts whose beginning did not fit into the context
-        self.pending: deque[AnswerNote] = deque()  # notes whose prompts the cache hook has yet to name
+        # notes whose prompts the cache hook has yet to name
+        self.pending: deque[AnswerNote] = deque()
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """The harness's cache hook: called once for each answer, in the order of the batch."""

@@ -23,7 +23,13 @@ VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"
 
 
 def language_model(
-    src: Path, settings: Evaluate, chat: Chat = NO_CHAT, seed: int = 0, processes: int = 1, *, thoughts: bool = False
+    src: Path,
+    settings: Evaluate,
+    chat: Chat = NO_CHAT,
+    seed: int = 0,
+    processes: int = 1,
+    *,
+    thoughts: bool = False,
 ) -> Any:
     """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`.
 
@@ -59,9 +65,12 @@ def noted_hflm() -> Any:
             self.check_helpers()
             return super()._model_call(*args, **kwargs)
 
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+        def _model_generate(
+            self, context: Any, max_length: int, stop: list[str], **kwargs: Any
+        ) -> Any:
             self.check_helpers()
-            out = super()._model_generate(context, max_length, stop, **kwargs)  # [batch, prompt + answer]
+            # [batch, prompt + answer]
+            out = super()._model_generate(context, max_length, stop, **kwargs)
             answers = out[:, context.shape[1] :]  # [batch, answer]
             for tokens in answers.tolist():
                 # Padding follows an answer that ended before others of its batch.
@@ -79,7 +88,11 @@ def noted_hflm() -> Any:
         def dropped_tokens(self) -> set[int]:
             """Special tokens but those around a thought: without them it could not be told from the answer."""
             added = self.tokenizer.added_tokens_decoder
-            return {i for i, token in added.items() if token.special and not self.chat.delimits(str(token))}
+            return {
+                i
+                for i, token in added.items()
+                if token.special and not self.chat.delimits(str(token))
+            }
 
         def note(self, tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
             """How an answer ended; `ended`: by a token."""
@@ -88,8 +101,12 @@ def noted_hflm() -> Any:
                 ended = any(sequence in text for sequence in stop)
             return AnswerNote(len(tokens), truncated=not ended)
 
-        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
-            ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+        def tok_batch_encode(
+            self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any
+        ) -> Any:
+            ids, mask = super().tok_batch_encode(
+                strings, *args, left_truncate_len=left_truncate_len, **kwargs
+            )
             # A prompt that fills its room to the last token has lost its beginning, most likely.
             if left_truncate_len:
                 lengths = mask.sum(1)  # [batch]
@@ -120,7 +137,11 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
     generation.repetition_penalty = None
     lm.sampling = recommended_sampling(src)
     ends = generation.eos_token_id
-    lm.ends = {lm.eot_token_id, lm.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
+    lm.ends = {
+        lm.eot_token_id,
+        lm.tokenizer.pad_token_id,
+        *(ends if isinstance(ends, list) else [ends]),
+    }
     return lm
 
 
@@ -150,18 +171,24 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
             # VLLM's own gives the template an enable_thinking of None where it is not set.
             return HFLM.apply_chat_template(self, *args, **kwargs)
 
-        def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+        def _model_generate(
+            self, requests: Any, generate: bool = False, sampling_params: Any = None
+        ) -> Any:
             if generate:
                 # One of its own for each request, whatever else is in its batch; equal ones would go alike.
                 for prompt, params in zip(requests, sampling_params, strict=True):
                     params.seed = zlib.crc32(json.dumps([self.seed, prompt]).encode())
-            outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+            outputs = super()._model_generate(
+                requests, generate=generate, sampling_params=sampling_params
+            )
             # Log-likelihoods have no answer.
             if not generate:
                 return outputs
             for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
                 answer = output.outputs[0]
-                self.pending.append(AnswerNote(len(answer.token_ids), answer.finish_reason == "length"))
+                self.pending.append(
+                    AnswerNote(len(answer.token_ids), answer.finish_reason == "length")
+                )
                 # The harness has cut such a prompt to exactly the room that the answer leaves.
                 self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
             return outputs
@@ -218,6 +245,8 @@ def cache_templates() -> None:
 
     if hasattr(env.from_string, "cache_info"):  # by an earlier call
         return
-    sandboxed = SandboxedEnvironment(undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline)
+    sandboxed = SandboxedEnvironment(
+        undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline
+    )
     sandboxed.filters = env.filters
     env.from_string = lru_cache(maxsize=256)(sandboxed.from_string)

@@ -43,9 +43,12 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
 
     class GGUFModel(noted_hflm()):  # type: ignore[misc]  # a class of the harness
         def _create_model(self, *_: Any, **__: Any) -> None:
-            self._model = SimpleNamespace(to=lambda device: None)  # the harness would move a model to the GPU
+            # the harness would move a model to the GPU
+            self._model = SimpleNamespace(to=lambda device: None)
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **options: Any
+        ) -> list[int]:
             """As the harness does; the file's tokens are compared with those."""
             from lm_eval.models.utils import has_bos_prefix
 
@@ -54,19 +57,28 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate, chat: Chat = 
                 special = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
             return checked_tokens(model, self.tokenizer, string, special)
 
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        def _model_generate(
+            self, context: Any, max_length: int, stop: list[str], **options: Any
+        ) -> Any:
             import torch
 
             # Without the padding in front
-            prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
+            prompts = [
+                row[mask.bool()].tolist()
+                for row, mask in zip(context, options["attention_mask"], strict=True)
+            ]
             limit = max_length - context.shape[1]
             answers = answer(model, self.tokenizer, prompts, stop, limit, context_length)
             for tokens in answers:
                 self.pending.append(self.note(tokens, stop, ended=len(tokens) < limit))
-            padded = [tokens + [self.tokenizer.pad_token_id] * (limit - len(tokens)) for tokens in answers]
+            padded = [
+                tokens + [self.tokenizer.pad_token_id] * (limit - len(tokens)) for tokens in answers
+            ]
             return torch.cat([context, torch.tensor(padded)], dim=1)  # [batch, prompt + answer]
 
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], **_: Any
+        ) -> list[tuple[float, bool]]:
             # Of the text, the prompt, and what may follow it. The last token has no other after it.
             texts = [(prompt + choice)[-self.max_length - 1 :] for _, prompt, choice in requests]
             lengths = [len(choice) for _, _, choice in requests]
@@ -176,7 +188,9 @@ def _likelihood(
     return float(logs.sum()), logits.argmax(-1).tolist() == tokens
 
 
-def gguf_speed(files: Mapping[str, Path], settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
+def gguf_speed(
+    files: Mapping[str, Path], settings: Speed, seed: int = 0
+) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of GGUF files in llama.cpp, in turns: by name, rows as of `speed.measure_in_turns`."""
     timers = {name: partial(_time_once, LlamaModel(file), seed) for name, file in files.items()}
     return measure_in_turns(timers, settings)
@@ -198,5 +212,7 @@ def _time_once(model: LlamaModel, seed: int, batch: int, passes: int) -> Times:
     filled = time.perf_counter()
     for _ in range(Speed.new_tokens):
         chosen = logits.argmax(-1).tolist()  # [batch]
-        logits = context.append([Part(sequence, [token], 1) for sequence, token in enumerate(chosen)])
+        logits = context.append(
+            [Part(sequence, [token], 1) for sequence, token in enumerate(chosen)]
+        )
     return (filled - started) / passes, time.perf_counter() - filled

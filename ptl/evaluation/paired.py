@@ -83,11 +83,19 @@ def interval(right: Sequence[int], samples: int, confidence: float = 0.95) -> tu
     shares = [count / samples for count in right]
     mean, variance = fmean(shares), pvariance(shares)
     # Answers that an item counts for
-    worth = max(1.0, min(mean * (1 - mean) / variance, samples)) if variance else samples if 0 < mean < 1 else 1.0
+    worth = (
+        max(1.0, min(mean * (1 - mean) / variance, samples))
+        if variance
+        else samples
+        if 0 < mean < 1
+        else 1.0
+    )
     return wilson(sum(right) / samples * worth, len(right) * worth, confidence)
 
 
-def bootstrap(changes: Mapping[int, int], samples: int, alpha: float, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    changes: Mapping[int, int], samples: int, alpha: float, seed: int = 0
+) -> tuple[float, float]:
     """Bounds of the accuracy difference, each one-sided at significance level alpha, by resampling the items.
 
     `changes`: so many more of an item's `samples` are right -> number of items. Half an item is added to each of the
@@ -97,7 +105,9 @@ def bootstrap(changes: Mapping[int, int], samples: int, alpha: float, seed: int 
     import numpy as np
 
     items = sum(changes.values())
-    differences = np.array(sorted(range(-samples, samples + 1), key=lambda change: (-abs(change), change)))
+    differences = np.array(
+        sorted(range(-samples, samples + 1), key=lambda change: (-abs(change), change))
+    )
     cells = np.array([changes.get(change, 0) for change in differences.tolist()], float)
     cells[:2] += 0.5  # all samples wrong now, all right now
     cells[-1] += 1.0  # two cells: right both times, wrong both times
@@ -169,14 +179,18 @@ def paired(
     )
 
 
-def verdict_of(lost: int, answers: int, low: float, p_worse: float, margin: float, alpha: float) -> Verdict:
+def verdict_of(
+    lost: int, answers: int, low: float, p_worse: float, margin: float, alpha: float
+) -> Verdict:
     """For a reference that can fall by more than the margin; `lost` of the answers to all items are right no more."""
     if lost > margin * answers and p_worse <= alpha:
         return "inferior"
     return "not inferior" if low > -margin else "unclear"
 
 
-def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: float) -> float | None:
+def smallest_inferior_drop(
+    improvements: int, items: int, margin: float, alpha: float
+) -> float | None:
     """The smallest drop of the accuracy that is called inferior where as many items improve; None: no drop is."""
     # Each further regression makes the drop larger and p smaller.
     regressions = range(items - improvements + 1)
@@ -209,7 +223,9 @@ def by_item(items: Sequence[Item], task: str | None = None) -> dict[tuple[str, s
     return answers
 
 
-def match(reference: Sequence[Item], candidate: Sequence[Item], task: str | None = None) -> Outcomes:
+def match(
+    reference: Sequence[Item], candidate: Sequence[Item], task: str | None = None
+) -> Outcomes:
     """Outcomes of two evaluations, item by item, of one task, or of all where they have as many samples.
 
     Raises InputError for other items, prompts or numbers of samples.
@@ -219,14 +235,19 @@ def match(reference: Sequence[Item], candidate: Sequence[Item], task: str | None
     if not old or not new:
         problem, remedy = "no items with a 0/1 outcome", "evaluate a task that has an accuracy"
     elif others := old.keys() ^ new.keys():
+        example = " item ".join(min(others))
         problem = (
-            f"different items ({len(old)} and {len(new)}; for example {' item '.join(min(others))} is in one only)"
+            f"different items ({len(old)} and {len(new)}; for example {example} is in one only)"
         )
         remedy = "evaluate both with the same tasks and the same limit"
     # An item that was asked in another way is another item.
-    elif changed := [key for key in old if old[key][0]["prompt_digest"] != new[key][0]["prompt_digest"]]:
+    elif changed := [
+        key for key in old if old[key][0]["prompt_digest"] != new[key][0]["prompt_digest"]
+    ]:
         problem = f"the prompts of {' item '.join(changed[0])} differ"
-        remedy = "evaluate both with the same task version, few-shot examples, seed and chat template"
+        remedy = (
+            "evaluate both with the same task version, few-shot examples, seed and chat template"
+        )
     elif changed := [key for key in old if len(old[key]) != len(new[key])]:
         counts = " and ".join(f"{len(answers[changed[0]])}" for answers in (old, new))
         problem = f"different numbers of samples ({counts} answers to {' item '.join(changed[0])})"
@@ -265,7 +286,10 @@ def p_longer(reference: Sequence[Item], candidate: Sequence[Item], task: str) ->
     from scipy.stats import wilcoxon
 
     before, after = (
-        {key: fmean(answer["tokens"] for answer in answers) for key, answers in by_item(items, task).items()}
+        {
+            key: fmean(answer["tokens"] for answer in answers)
+            for key, answers in by_item(items, task).items()
+        }
         for items in (reference, candidate)
     )
     differences = [after[key] - before[key] for key in before]

@@ -64,19 +64,27 @@ def texts(settings: Evaluate) -> list[str]:
     path = Path(settings.retention) if settings.retention else PROSE
     if not path.is_file():
         raise InputError(
-            f"no file {path}", field=FIELD, remedy="give a .jsonl file with a column `text`, or leave it out"
+            f"no file {path}",
+            field=FIELD,
+            remedy="give a .jsonl file with a column `text`, or leave it out",
         )
     found = [row.get("text") for row in read_json_lines(path, FIELD, str(path))]
     number = next((i for i, text in enumerate(found, 1) if not _is_text(text)), 0)
     if number or len(found) < 2:
         problem = f"row {number} of {path} has no text" if number else f"{path} has a single text"
-        raise InputError(problem, field=FIELD, remedy="give two or more rows, each with a column `text`")
+        raise InputError(
+            problem, field=FIELD, remedy="give two or more rows, each with a column `text`"
+        )
     return [str(text) for text in found]
 
 
 def _is_text(value: Any) -> bool:
     """Whether a tokenizer takes it: JSON can hold half of a surrogate pair (\\ud83d)."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
+    return (
+        isinstance(value, str)
+        and bool(value.strip())
+        and not any("\ud800" <= c <= "\udfff" for c in value)
+    )
 
 
 def measure(lm: Any, settings: Evaluate) -> TextLosses:
@@ -96,9 +104,15 @@ def measure(lm: Any, settings: Evaluate) -> TextLosses:
         start, ids = _start_and_text(lm.tokenizer, text)
         # A window has room for the start of a text, although only the first begins with it.
         room = lm.max_length - len(start) + 1
-        windows = [*map(make_disjoint_window, get_rolling_token_windows(ids, start[-1], room, context_len=1))]
+        windows = [
+            *map(
+                make_disjoint_window, get_rolling_token_windows(ids, start[-1], room, context_len=1)
+            )
+        ]
         windows[:1] = [(start, scored) for _, scored in windows[:1]]
-        found = [lm._loglikelihood_tokens([(("", ""), *window)], disable_tqdm=True) for window in windows]
+        found = [
+            lm._loglikelihood_tokens([(("", ""), *window)], disable_tqdm=True) for window in windows
+        ]
         counts.append(len(ids))
         losses.append(-sum(likelihood for ((likelihood, _),) in found))
     lm.softmax_dtype = dtype
@@ -138,8 +152,12 @@ def compare(dense: TextLosses, candidate: TextLosses, alpha: float) -> Retained 
     deviations = (differences - mean * tokens) / tokens.mean()  # [texts], in nats per token
     standard_error = math.sqrt((deviations**2).sum() / (num_texts - 1) / num_texts)
     margin = stats.t.ppf(1 - alpha, num_texts - 1) * standard_error
-    ratio, low, high = (math.exp(min(nats, LARGEST)) for nats in (mean, mean - margin, mean + margin))
-    return Retained(dense.texts, num_texts, dense.perplexity, candidate.perplexity, ratio, low, high)
+    ratio, low, high = (
+        math.exp(min(nats, LARGEST)) for nats in (mean, mean - margin, mean + margin)
+    )
+    return Retained(
+        dense.texts, num_texts, dense.perplexity, candidate.perplexity, ratio, low, high
+    )
 
 
 def check_gate(gate: Gate, dense: TextLosses) -> None:

@@ -50,7 +50,10 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
         # A split that is named but has no file would be looked for.
         config |= {field: None for field in SPLITS if config.get(field) not in splits}
         # In place of dataset_path
-        config |= {"dataset_kwargs": None, "custom_dataset": lambda **_: task_files.read_splits(splits)}
+        config |= {
+            "dataset_kwargs": None,
+            "custom_dataset": lambda **_: task_files.read_splits(splits),
+        }
     # The harness explains custom_dataset, which the user did not write.
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     try:
@@ -60,7 +63,9 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
         problem = f"the templates of the task {spec.name!r} do not fit its rows ({error})"
         raise task_error(problem, f"correct {spec.path}") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise WorkError(f"the task {spec.name!r} did not load: {error}", field="evaluate.tasks") from error
+        raise WorkError(
+            f"the task {spec.name!r} did not load: {error}", field="evaluate.tasks"
+        ) from error
     code_eval.timeouts = 0  # the harness's modules try their metric when they are imported
     loaded.code_eval = code_eval
     # The config's overrides; few-shot examples are drawn with the run's seed.
@@ -106,7 +111,9 @@ def _in_place_of_evaluate(spec: Spec, code_eval: _CodeEval) -> Iterator[None]:
     substitute = types.ModuleType("evaluate")
     substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
     # The task's own module has the metric of an earlier load.
-    for name in [name for name in sys.modules if name.startswith(f"lm_eval.tasks.{spec.path.parent.name}.")]:
+    for name in [
+        name for name in sys.modules if name.startswith(f"lm_eval.tasks.{spec.path.parent.name}.")
+    ]:
         del sys.modules[name]
     # The real module may be loaded already, by others who need it.
     real = sys.modules.get("evaluate")
@@ -138,7 +145,8 @@ class TaskScore:
     answer_tokens: float  # mean length of the generated answers
     answer_tokens_p95: float  # their 95th percentile
     seconds: float  # in the model; divided by the right answers it is the time per solved problem
-    samples: int = 1  # answers to each item; the accuracy is the share of them that are right (avg@n)
+    # answers to each item; the accuracy is the share of them that are right (avg@n)
+    samples: int = 1
     pass_at_n: float | None = None  # share of the items that at least one of several samples solves
 
 
@@ -183,9 +191,13 @@ def score_task(
             for (harness_task, sample), its in zip(samples, passes, strict=True):
                 items.append(_item_record(name, harness_task, sample, metric, its))
     elif len(specs) > 1:
-        raise task_error(f"the group {task.name!r} has no accuracy to pool", "name its tasks one by one")
+        raise task_error(
+            f"the group {task.name!r} has no accuracy to pool", "name its tasks one by one"
+        )
     else:
-        accuracy = fmean(float(one.results["results"][first.name][f"{metric},{extraction}"]) for one in passes)
+        accuracy = fmean(
+            float(one.results["results"][first.name][f"{metric},{extraction}"]) for one in passes
+        )
 
     # The direction and examples of a group are those of its members.
     results = passes[0].results
@@ -251,10 +263,13 @@ def _passes(
         yield Pass(number, results, logged, lm.notes, lm.cut_prompts, lm.seconds)
 
 
-def _item_record(task: str, harness_task: Any, sample: dict[str, Any], metric: str, of_pass: Pass) -> Item:
+def _item_record(
+    task: str, harness_task: Any, sample: dict[str, Any], metric: str, of_pass: Pass
+) -> Item:
     """One line of items.jsonl from a sample that the harness logged."""
     prompt = sample["arguments"][0][0]
-    note = of_pass.notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note
+    # choices are not generated: they have no note
+    note = of_pass.notes.get(prompt, AnswerNote(0, False))
     answer = sample["resps"][0][0]
     if not isinstance(answer, str):  # log-likelihoods of the choices
         likelihoods = [response[0][0] for response in sample["resps"]]

@@ -28,7 +28,8 @@ PREFILL_PASSES = 20  # ... but no more often than that
 Models = Mapping[str, Any]  # by name: of the harness
 Measurement = dict[str, Any]  # the speed of one model at one batch size
 Times = tuple[float, float]  # seconds of one repeat: reading the prompts, generating the new tokens
-Timer = Callable[[int, int], Times]  # one repeat with a batch size, in which the prompts are read this number of times
+# one repeat with a batch size, in which the prompts are read this number of times
+Timer = Callable[[int, int], Times]
 Metadata = dict[str, Any]  # of side_by_side; {"reason": ...} where nothing was measured
 PHASES = ("prefill", "decode")
 # Filled in from that metadata, and its models by name.
@@ -43,7 +44,8 @@ SOLVING = (
 )
 
 
-Row = tuple[str, str, str, str]  # label with its unit, dense, final, how many times as fast the final model is
+# label with its unit, dense, final, how many times as fast the final model is
+Row = tuple[str, str, str, str]
 
 
 def measure_in_turns(timers: Mapping[str, Timer], settings: Speed) -> dict[str, list[Measurement]]:
@@ -65,7 +67,9 @@ def measure_in_turns(timers: Mapping[str, Timer], settings: Speed) -> dict[str, 
             for _ in range(settings.repeats)
         ]
         for name in timers:
-            prefill, decode = (statistics.median(turn[name][phase] for turn in turns) for phase in (0, 1))
+            prefill, decode = (
+                statistics.median(turn[name][phase] for turn in turns) for phase in (0, 1)
+            )
             rows[name].append(
                 {
                     "batch": batch,
@@ -101,7 +105,9 @@ def _time_once(model: Any, seed: int, batch: int, passes: int) -> Times:
         # One token for each sequence at a time, after the cache of all before it.
         for _ in range(Speed.new_tokens):
             token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
-            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache: out.past_key_values})
+            out = model(
+                input_ids=token, use_cache=True, logits_to_keep=1, **{cache: out.past_key_values}
+            )
         ended = now()
     return (filled - started) / passes, ended - filled
 
@@ -126,11 +132,20 @@ def side_by_side(
     # A model of the harness refers to itself: what was scored before may still hold its memory.
     gc.collect()
     torch.cuda.empty_cache()  # without a GPU it does nothing
-    models = {name: language_models.language_model(folder, settings, chat, seed) for name, folder in folders.items()}
-    rows = measure_in_turns({name: partial(_time_once, lm.model, seed) for name, lm in models.items()}, settings.speed)
+    models = {
+        name: language_models.language_model(folder, settings, chat, seed)
+        for name, folder in folders.items()
+    }
+    rows = measure_in_turns(
+        {name: partial(_time_once, lm.model, seed) for name, lm in models.items()}, settings.speed
+    )
     runs = _solve_in_turns(models, settings, seed)
     measured = {
-        name: {"params": dimensions.static_cost(folder).params, "speed": rows[name], **_solving_speed(runs[name])}
+        name: {
+            "params": dimensions.static_cost(folder).params,
+            "speed": rows[name],
+            **_solving_speed(runs[name]),
+        }
         for name, folder in folders.items()
     }
     threads = torch.get_num_threads()
@@ -201,7 +216,9 @@ def rows(speed: Metadata) -> list[Row]:
     before, after = dense["seconds_per_solved"], final["seconds_per_solved"]
     if before and after:
         scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
-        measures.append(_row(f"Solved problem ({unit})", before * scale, after * scale, before / after))
+        measures.append(
+            _row(f"Solved problem ({unit})", before * scale, after * scale, before / after)
+        )
     return measures
 
 

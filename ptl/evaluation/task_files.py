@@ -21,8 +21,11 @@ from ptl.config import yaml_text
 from ptl.errors import InputError
 from ptl.json_lines import read_json_lines
 
-NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M)
-FUNCTIONS = "!function"  # a tag of YAML: the harness imports what it names; also the key that keeps all of a file
+NAME = re.compile(
+    rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M
+)
+# a tag of YAML: the harness imports what it names; also the key that keeps all of a file
+FUNCTIONS = "!function"
 FILES = "!include"  # the key that keeps the paths of a file and of all that it includes
 FORMATS = ("json", "parquet", "csv")  # dataset_path of local files
 # Of generation_kwargs, by the harness's order
@@ -70,9 +73,9 @@ class Spec(BaseModel):
     files: list[Path] = Field(alias=FILES)  # the YAML and what it includes
     functions: list[str] = Field([], alias=FUNCTIONS)  # of all these files
     class_name: Any = Field(None, alias="class")  # of a class in place of the harness's
-    output_type: Literal["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"] = (
-        "generate_until"
-    )
+    output_type: Literal[
+        "loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"
+    ] = "generate_until"
     metric_list: list[Metric] | None = Field(None, min_length=1)
     filter_list: list[Extraction] | None = Field(None, min_length=1)
     unsafe_code: bool = False  # scoring runs what the model wrote
@@ -149,7 +152,9 @@ def load_spec(path: Path, config: TaskConfig | None = None) -> Spec:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise task_error(f"{path}: {field}: {str(first['input'])[:SHOWN]!r}: {first['msg']}") from error
+        raise task_error(
+            f"{path}: {field}: {str(first['input'])[:SHOWN]!r}: {first['msg']}"
+        ) from error
 
 
 class Loader(yaml.SafeLoader):
@@ -277,7 +282,8 @@ def local_splits(
             splits[split] = LocalFile(str(path.resolve()), local.row)
         elif split in needed:
             raise InputError(
-                f"{Path(data_dir)} has no {local.file}, which the task {spec.name!r} needs", field="evaluate.data_dir"
+                f"{Path(data_dir)} has no {local.file}, which the task {spec.name!r} needs",
+                field="evaluate.data_dir",
             )
     return splits
 
@@ -300,7 +306,8 @@ def _data_file(spec: Spec, named: Any) -> str:
     files = named if isinstance(named, list) else [named]
     if len(files) != 1:
         raise task_error(
-            f"the task {spec.name!r} has {len(files)} files of one split in its data_files", "join them into one"
+            f"the task {spec.name!r} has {len(files)} files of one split in its data_files",
+            "join them into one",
         )
     file = str(files[0])
     for folder in (*spec.path.parents, Path()):
@@ -325,6 +332,8 @@ def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
         # None: a row of another split of the same file.
         rows = [row for row in map(local.row, raw) if row is not None]
         if not rows:
-            raise InputError(f"{local.file} has no row of the split {split!r}", field="evaluate.data_dir")
+            raise InputError(
+                f"{local.file} has no row of the split {split!r}", field="evaluate.data_dir"
+            )
         data_sets[split] = Dataset.from_list(rows)
     return data_sets

@@ -16,7 +16,8 @@ from ptl.evaluation.task_files import FUNCTIONS, Spec, load_spec, local_splits, 
 
 ALLOW_CODE = "evaluate.allow_code"
 MLFLOW_NAME = re.compile(r"[\w./ :-]+")  # of a metric
-CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
+# whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
+CODE_FOLDERS = ("humaneval", "mbpp")
 
 # Metrics of the harness that do not call an item right or wrong (lm_eval.api.metrics).
 NO_ACCURACY = {
@@ -25,7 +26,16 @@ NO_ACCURACY = {
 }  # fmt: skip
 
 # All of the harness's own (lm_eval.api.metrics); another name is looked up on the hub, as code.
-METRICS = {"acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bypass", "exact_match", *NO_ACCURACY}
+METRICS = {
+    "acc",
+    "acc_all",
+    "acc_bytes",
+    "acc_mutual_info",
+    "acc_norm",
+    "bypass",
+    "exact_match",
+    *NO_ACCURACY,
+}
 
 
 def is_path(name: str) -> bool:
@@ -59,7 +69,9 @@ def find(name: str) -> list[Spec]:
         return [load_spec(paths[name], config)]
     members = config["task"]
     # A subgroup may be written out in the YAML, and a tag stands for all tasks that have it.
-    if not isinstance(members, list) or not all(isinstance(member, str) and member in paths for member in members):
+    if not isinstance(members, list) or not all(
+        isinstance(member, str) and member in paths for member in members
+    ):
         raise task_error(
             f"the tasks of the group {name!r} are not all named in its YAML (it has a tag or a subgroup there)",
             "name its tasks one by one (`lm_eval ls tasks` lists them)",
@@ -84,7 +96,10 @@ def answer_tokens(task: Task) -> int:
         return task.max_new_tokens
     # `ptl init` makes a forecast before a task is named.
     specs = [] if task.name == FILL_IN else find_here(task.name)
-    return max((task_files.answer_tokens(s.generation_kwargs) for s in specs), default=task_files.answer_tokens(None))
+    return max(
+        (task_files.answer_tokens(s.generation_kwargs) for s in specs),
+        default=task_files.answer_tokens(None),
+    )
 
 
 def hub_data(settings: Evaluate) -> list[str]:
@@ -128,7 +143,12 @@ def _beside_code(task: Task, spec: Spec) -> list[CodeFiles]:
 def warnings(settings: Evaluate) -> list[str]:
     """What the code of tasks may read and no step's key has."""
     pairs = [(task, spec) for task in settings.tasks for spec in find_here(task.name)]
-    return [beside.warning() for task, spec in pairs for beside in _beside_code(task, spec) if beside.left_out]
+    return [
+        beside.warning()
+        for task, spec in pairs
+        for beside in _beside_code(task, spec)
+        if beside.left_out
+    ]
 
 
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
@@ -142,7 +162,8 @@ def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
         )
     if extraction and extraction not in spec.filters:
         raise task_error(
-            f"the task {spec.name!r} has no filter {extraction!r}", f"use one of: {', '.join(spec.filters)}"
+            f"the task {spec.name!r} has no filter {extraction!r}",
+            f"use one of: {', '.join(spec.filters)}",
         )
     # The first filter counts unless the metric names another.
     return name, extraction or spec.filters[0]
@@ -156,7 +177,9 @@ def is_accuracy(spec: Spec, metric: str) -> bool:
     # What the task's YAML says of the metric; a default metric of the harness is a mean.
     for entry in spec.metric_list or ():
         if entry.name == name:
-            is_mean = entry.aggregation in ("mean", "nanmean") or entry.aggregation.startswith(FUNCTIONS)
+            is_mean = entry.aggregation in ("mean", "nanmean") or entry.aggregation.startswith(
+                FUNCTIONS
+            )
             return is_mean and entry.higher_is_better
     return True
 
@@ -171,7 +194,9 @@ def check_tasks(settings: Evaluate) -> None:
     names = [score_name(task) if can_find(task.name) else task.name for task in settings.tasks]
     for task, name in zip(settings.tasks, names, strict=True):
         if names.count(name) > 1:
-            raise task_error(f"{name!r} is listed twice", "remove one, or rename it in a YAML of your own")
+            raise task_error(
+                f"{name!r} is listed twice", "remove one, or rename it in a YAML of your own"
+            )
         for spec in find_here(task.name):
             choose_metric(spec, task.metric)
             if not MLFLOW_NAME.fullmatch(spec.name):
@@ -268,5 +293,7 @@ def _own_code(spec: Spec) -> Iterator[str]:
         yield f"class: {spec.class_name}"
     for entry in spec.metric_list or ():
         # The harness would fetch a metric that it does not have as code from the hub.
-        if entry.hf_evaluate or (entry.metric not in METRICS and not entry.metric.startswith(FUNCTIONS)):
+        if entry.hf_evaluate or (
+            entry.metric not in METRICS and not entry.metric.startswith(FUNCTIONS)
+        ):
             yield f"metric_list: {entry.metric} (from the hub)"

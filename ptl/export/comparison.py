@@ -83,7 +83,9 @@ def _compare_texts(model: LlamaModel, tokenizer: Any) -> list[str]:
         if _is_known(tokenizer, text):
             checked_tokens(model, tokenizer, text, special=True)
         elif not notes:
-            notes.append(f"llama.cpp drops characters for which the tokenizer has {tokenizer.unk_token}")
+            notes.append(
+                f"llama.cpp drops characters for which the tokenizer has {tokenizer.unk_token}"
+            )
     checked_tokens(model, tokenizer, _chat(tokenizer), special=False)
     for text in RARE_TEXTS:
         try:
@@ -107,7 +109,9 @@ def _chat(tokenizer: Any) -> str:
         return ""
     try:
         question = [{"role": "user", "content": "Tom has 12."}]
-        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        )
     except (TemplateError, TypeError, ValueError):  # several templates by name have no default
         return ""
 
@@ -175,7 +179,8 @@ def write_small(src: Path, dst: Path, narrow: bool = False) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1 or name.endswith("bias"):  # those of norms stay near what they are
+            # those of norms stay near what they are
+            if parameter.dim() == 1 or name.endswith("bias"):
                 parameter.add_(noise * 0.1)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
@@ -184,7 +189,9 @@ def write_small(src: Path, dst: Path, narrow: bool = False) -> Path:
     checkpoint.write_json(dst / "config.json", content)
     # Of Gemma 3 the converter counts its entries.
     vocabulary = {f"<{token}>": token for token in range(VOCABULARY)}
-    checkpoint.write_json(dst / "tokenizer.json", {"model": {"vocab": vocabulary}, "added_tokens": []})
+    checkpoint.write_json(
+        dst / "tokenizer.json", {"model": {"vocab": vocabulary}, "added_tokens": []}
+    )
     return dst
 
 
@@ -214,7 +221,8 @@ def _small_sizes(config: Any) -> dict[str, Any]:
         **{field: NEURONS for field in WIDTHS if hasattr(config, field)},
         **{field: experts for field in EXPERT_COUNTS if hasattr(config, field)},
     }
-    if hasattr(config, "num_nextn_predict_layers"):  # layers that guess further tokens, which transformers leaves out
+    # layers that guess further tokens, which transformers leaves out
+    if hasattr(config, "num_nextn_predict_layers"):
         sizes["num_nextn_predict_layers"] = 0
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:

@@ -33,7 +33,10 @@ CALIBRATED = ("int8", "w4a16")  # by GPTQ
 REFUSED = {
     "internlm3": "llmcompressor's transformers does not have it",
     "mixtral": "llmcompressor saves its experts by names that neither transformers nor vLLM reads",
-    **dict.fromkeys(("qwen2_moe", "deepseek_v3", "glm4_moe", "gpt_oss"), "this mixture of experts has not been tried"),
+    **dict.fromkeys(
+        ("qwen2_moe", "deepseek_v3", "glm4_moe", "gpt_oss"),
+        "this mixture of experts has not been tried",
+    ),
 }
 # Weights of a row that share a scale in w4a16; vLLM's kernels know these
 GROUP_SIZES = (128, 64, 32)
@@ -130,14 +133,28 @@ def write(
         if type in CALIBRATED:
             if calibration is None:
                 raise InputError(
-                    f"{type} needs text for calibration", field="--config", remedy="give the run's config, or take fp8"
+                    f"{type} needs text for calibration",
+                    field="--config",
+                    remedy="give the run's config, or take fp8",
                 )
             # The sequences that pruning calibrates with: both environments then have the same tokens.
             rows = data.calibration_rows(calibration, pretrained.load_tokenizer(src), seed, chat)
             sequences = Path(scratch) / "sequences.jsonl"
-            sequences.write_text("".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows))
+            sequences.write_text(
+                "".join(json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows)
+            )
             options["sequences"] = str(sequences)
-        _run([str(python), "-I", "-u", quantize.__file__, str(src), str(partial), json.dumps(options)])
+        _run(
+            [
+                str(python),
+                "-I",
+                "-u",
+                quantize.__file__,
+                str(src),
+                str(partial),
+                json.dumps(options),
+            ]
+        )
         for path in checkpoint.shards(partial):
             path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
         # config.json says what was done; this file has YAML tags that name Python objects.
@@ -173,7 +190,9 @@ def _run(command: list[str]) -> None:
 
     exit_code = processes.followed(command, environment, follow)
     if exit_code:
-        raise WorkError(f"llmcompressor ended with {exit_code}: {''.join(last_lines).strip()}", field="export")
+        raise WorkError(
+            f"llmcompressor ended with {exit_code}: {''.join(last_lines).strip()}", field="export"
+        )
 
 
 def language_model(folder: Path, _src: Path, settings: Evaluate, chat: Chat, seed: int) -> Any:
@@ -183,7 +202,9 @@ def language_model(folder: Path, _src: Path, settings: Evaluate, chat: Chat, see
     memory is that of the runtime. The image of this step has no vLLM.
     """
     settings = settings.model_copy(update={"backend": "hf"})
-    return language_models.language_model(folder, settings, chat, seed, helpers.processes_for(settings))
+    return language_models.language_model(
+        folder, settings, chat, seed, helpers.processes_for(settings)
+    )
 
 
 def speed(*_: Any) -> dict[str, Any]:

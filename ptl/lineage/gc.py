@@ -31,7 +31,8 @@ DAY = 24 * 60 * 60.0
 DELETED = "ptl.deleted"  # tag of a LoggedModel: when its files were deleted
 # Steps whose files stay with a finished run, and why
 KEPT = {"report": "final checkpoint of its run", "export": "an export of its run"}
-TRAINING = re.compile(r"(?P<step>.+)\.\d+\.training-.+")  # folder of a training checkpoint, or of its record
+# folder of a training checkpoint, or of its record
+TRAINING = re.compile(r"(?P<step>.+)\.\d+\.training-.+")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ def inventory(names: list[str], given_up: list[str], older_than: float) -> list[
         for name in names:
             if name not in known:
                 existing = ", ".join(sorted(known)) or "none"
-                raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
+                raise InputError(
+                    f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}"
+                )
         chosen = [known[name] for name in sorted(set(names) or known)]
         for experiment in chosen:
             mlflow_objects.check_home(experiment)
-        experiments = [_experiment_files(client, experiment, given_up, older_than) for experiment in chosen]
+        experiments = [
+            _experiment_files(client, experiment, given_up, older_than) for experiment in chosen
+        ]
     return [experiment for experiment in experiments if experiment.stored]
 
 
@@ -84,7 +89,9 @@ def _experiment_files(
     root = records_root(location)
     ids = [experiment.experiment_id]
     parents = pages(client.search_runs, experiment_ids=ids, filter_string=PARENT)
-    names = {parent.data.tags["ptl.run"]: parent.data.params.get("ptl.name", "") for parent in parents}
+    names = {
+        parent.data.tags["ptl.run"]: parent.data.params.get("ptl.name", "") for parent in parents
+    }
     runs = names.keys() & given_up if given_up else names.keys()
     files = ExperimentFiles(experiment.name, location, [])
     if not runs:
@@ -104,7 +111,9 @@ def _experiment_files(
     for stored in [*_checkpoints(location, models), *_training_checkpoints(root, folders)]:
         reasons = needed.get(stored.run)
         if reasons is not None:
-            reason = _registered(stored, versions) or reasons.get("") or reasons.get(stored.model_id, "")
+            reason = (
+                _registered(stored, versions) or reasons.get("") or reasons.get(stored.model_id, "")
+            )
             if not reason and (time.time() - stored.changed) / DAY < older_than:
                 reason = f"younger than {older_than:g} days"
             files.stored.append(replace(stored, needed=reason))
@@ -135,10 +144,20 @@ def _checkpoints(location: str, models: list[LoggedModel]) -> Iterator[StoredFil
     for model in models:
         uri = f"{location}/models/{model.model_id}/artifacts"
         # Anybody may write to MLflow, and a store may have been moved.
-        is_ours = model.artifact_location == uri and store.is_below(uri, location) and "ptl.run" in model.tags
+        is_ours = (
+            model.artifact_location == uri
+            and store.is_below(uri, location)
+            and "ptl.run" in model.tags
+        )
         if is_ours and model.model_id in folders:
             step = model.tags.get("ptl.step", model.name)
-            yield StoredFiles(model.tags["ptl.run"], step, (uri,), *folders[model.model_id], model_id=model.model_id)
+            yield StoredFiles(
+                model.tags["ptl.run"],
+                step,
+                (uri,),
+                *folders[model.model_id],
+                model_id=model.model_id,
+            )
 
 
 def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[StoredFiles]:
@@ -151,10 +170,14 @@ def _training_checkpoints(root: str, folders: dict[str, Folder]) -> Iterator[Sto
             groups[run, match["step"]].append(path)
     for (run, step), paths in groups.items():
         sizes, times = zip(*(folders[path] for path in paths), strict=True)
-        yield StoredFiles(run, step, tuple(f"{root}/{path}" for path in paths), sum(sizes), max(times))
+        yield StoredFiles(
+            run, step, tuple(f"{root}/{path}" for path in paths), sum(sizes), max(times)
+        )
 
 
-def _needed(root: str, run: str, folders: Iterable[str], *, given_up: bool, rehearsed: bool) -> dict[str, str]:
+def _needed(
+    root: str, run: str, folders: Iterable[str], *, given_up: bool, rehearsed: bool
+) -> dict[str, str]:
     """Why a run's checkpoints stay, by their id in MLflow; by "" why all of its files do."""
     names = [path.removeprefix(f"{run}/") for path in folders if path.startswith(f"{run}/")]
     # With one that cannot be read, what the run ended with is not distinguishable from the rest.
@@ -174,7 +197,9 @@ def _needed(root: str, run: str, folders: Iterable[str], *, given_up: bool, rehe
             evaluations.append(record.metadata)
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
     if "report" not in stages:
-        return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
+        return (
+            {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
+        )
     if rehearsed:
         return {}
     # The last one of each arm.

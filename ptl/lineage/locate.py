@@ -89,7 +89,9 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
     # Both become parts of addresses.
     if not (store.is_name(name) and store.is_name(step or name)):
         raise InputError(
-            f"{reference!r} is neither a folder nor the name of a run", field="run", remedy=f"give {FORMS}"
+            f"{reference!r} is neither a folder nor the name of a run",
+            field="run",
+            remedy=f"give {FORMS}",
         )
     with connected() as client:
         # It may be the id of an MLflow run, of the parent or of a step.
@@ -116,7 +118,11 @@ def _run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
     if parent is None:
         return None
     experiment = client.get_experiment(parent.info.experiment_id)
-    ended = [step for step, run in by_step(runs).items() if run.info.status == "FINISHED" and step != "report"]
+    ended = [
+        step
+        for step, run in by_step(runs).items()
+        if run.info.status == "FINISHED" and step != "report"
+    ]
     return PipelineRun(
         id=run_id,
         state=parent.info.status,
@@ -143,7 +149,9 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
         card = store.read(str(Path(reference).resolve() / "README.md"))
         return _final(result(reference), arm, reference, card)
     if arm != "loop" and ":" in reference:
-        raise InputError(f"{reference} names one checkpoint; for an arm give the id of a run", field="--arm")
+        raise InputError(
+            f"{reference} names one checkpoint; for an arm give the id of a run", field="--arm"
+        )
     if reference.startswith("models:"):
         return _registered(reference)
     if "://" in reference:
@@ -208,7 +216,9 @@ def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
     if record is None or record.metadata["stage"] not in stages:
         kind = "evaluates" if evaluation else "makes a checkpoint"
         raise InputError(
-            f"run {run.id} has no finished step {step!r} that {kind}", field="step", remedy=f"it has {run.finished}"
+            f"run {run.id} has no finished step {step!r} that {kind}",
+            field="step",
+            remedy=f"it has {run.finished}",
         )
     return record.pointer
 
@@ -221,7 +231,10 @@ def _final(result: Result, arm: str, run: str, card: bytes | None) -> Checkpoint
     for row in result["rows"]:
         if row["arm"] == arm:
             return Checkpoint(_pointer_of(row), f"{arm} of run {run}")
-    raise InputError(f"run {run} has no scored {arm}: it was made without one, or it did not finish", field="--arm")
+    raise InputError(
+        f"run {run} has no scored {arm}: it was made without one, or it did not finish",
+        field="--arm",
+    )
 
 
 def _pointer_of(row: Result) -> store.Pointer:
@@ -235,7 +248,9 @@ def _final_evaluation(result: Result, run: str) -> str:
         if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]:
             return str(row["step"])
     raise InputError(
-        f"the final checkpoint of run {run} was not scored", field="compare", remedy=f"name a step: {run}:evaluate-0"
+        f"the final checkpoint of run {run} was not scored",
+        field="compare",
+        remedy=f"name a step: {run}:evaluate-0",
     )
 
 
@@ -251,7 +266,9 @@ def _registered(reference: str) -> Checkpoint:
     """The checkpoint of a version in MLflow's registry."""
     match = REGISTERED.fullmatch(reference)
     if match is None:
-        raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
+        raise InputError(
+            f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models"
+        )
     name = match["name"]
     with connected() as client:
         model = if_there(client.get_registered_model, name)
@@ -269,7 +286,9 @@ def _registered(reference: str) -> Checkpoint:
     # Without its digest the files could not be verified.
     digest = version.tags.get("ptl.digest")
     if digest is None:
-        raise InputError(f"{reference} has no tag ptl.digest, so ptl did not register it", field="models")
+        raise InputError(
+            f"{reference} has no tag ptl.digest, so ptl did not register it", field="models"
+        )
     pointer = store.Pointer(str(version.source), digest, int(version.tags.get("ptl.params", 0)))
     card = _card(run, digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {version.name}", card)
@@ -282,6 +301,8 @@ def _published(uri: str) -> Checkpoint:
     listing = store.read(f"{uri}/{FILES}")
     if listing is None:
         raise InputError(
-            f"no checkpoint at {uri}: it holds no {FILES}", field="uri", remedy="give the folder that a step published"
+            f"no checkpoint at {uri}: it holds no {FILES}",
+            field="uri",
+            remedy="give the folder that a step published",
         )
     return Checkpoint(store.Pointer(uri, digest_of(load_files(listing, uri))), uri)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
-REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
+# 12 s of sleep
+REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 REACH = (5, 2)  # seconds to reach the server, and for its answer, where only the former matters
 PAGE = 1000  # results in one answer; MLflow allows no more of experiments
 
@@ -50,7 +51,9 @@ def check_address() -> None:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     shown = address.without_login(uri)
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
-        raise InputError(shown, field="MLFLOW_TRACKING_URI", remedy=f"write http://{shown}, or https://")
+        raise InputError(
+            shown, field="MLFLOW_TRACKING_URI", remedy=f"write http://{shown}, or https://"
+        )
     # A database's scheme may name its driver: postgresql+psycopg2
     scheme = uri.partition(":")[0].partition("+")[0]
     if uri and scheme not in SCHEMES:
@@ -68,7 +71,9 @@ def connect() -> MlflowClient:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise InputError(
-            "MLFLOW_TRACKING_URI is not set", field="environment", remedy="set it to your MLflow server's address"
+            "MLFLOW_TRACKING_URI is not set",
+            field="environment",
+            remedy="set it to your MLflow server's address",
         )
     check_address()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
@@ -82,7 +87,8 @@ def connect() -> MlflowClient:
             field="environment",
             remedy=f"{extras.install('pipelines')}, or give the address of a server (http://...)",
         )
-    create_database(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))  # mlruns: MLflow's own default
+    # mlruns: MLflow's own default
+    create_database(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
@@ -98,7 +104,9 @@ def explained() -> Iterator[None]:
     except MlflowException as error:
         problem = _problem(error)
         if "Invalid Host" in str(error):  # also a 403
-            raise WorkError(problem, remedy="start it with --allowed-hosts and this host name (host:*)") from error
+            raise WorkError(
+                problem, remedy="start it with --allowed-hosts and this host name (host:*)"
+            ) from error
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             raise WorkError(problem, remedy="is the server up and is the address right?") from error
         raise InputError(
@@ -112,7 +120,9 @@ def explained() -> Iterator[None]:
             raise
         database = address.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
         raise WorkError(
-            connections.sentence(f"MLflow's database {database}", error, str(error).splitlines()[0]),
+            connections.sentence(
+                f"MLflow's database {database}", error, str(error).splitlines()[0]
+            ),
             remedy="is it one that MLflow has made, whole, and its disk not full?",
         ) from error
 
@@ -145,7 +155,9 @@ def connected() -> Iterator[MlflowClient]:
 def briefly(limits: dict[str, str] = REPORTING) -> Iterator[None]:
     """Give up on a server sooner, where a failure is reported: the failure itself must not wait for minutes."""
     # What a user has set stays.
-    defaults = {name: os.environ.get(name) for name in limits if os.environ.get(name) in (None, RETRIES)}
+    defaults = {
+        name: os.environ.get(name) for name in limits if os.environ.get(name) in (None, RETRIES)
+    }
     for name in defaults:
         os.environ[name] = limits[name]
     try:
@@ -233,7 +245,9 @@ def _create_tables(path: Path, artifacts: str) -> None:
         leftover.unlink()
     command = [sys.executable, "-c", DATABASE_CODE, f"{SQLITE}{draft}", artifacts]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.run(processes.tied(command), env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        processes.tied(command), env=environment, capture_output=True, text=True
+    )
     if process.returncode:
         raise WorkError(f"MLflow could not create its database {path}:\n{process.stderr[-2000:]}")
     draft.replace(path)

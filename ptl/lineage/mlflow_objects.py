@@ -103,7 +103,9 @@ def run(client: MlflowClient, experiment: Experiment, tags: Tags, name: str) -> 
     return winner
 
 
-def _claimed(client: MlflowClient, experiment: Experiment, pipeline_run: str, role: str, oldest: Run) -> Run:
+def _claimed(
+    client: MlflowClient, experiment: Experiment, pipeline_run: str, role: str, oldest: Run
+) -> Run:
     """The run that is claimed in the store; `oldest` where none is."""
     root = records_root(experiment.artifact_location)
     claim = f"{role}-{experiment.experiment_id}"
@@ -126,7 +128,11 @@ def _holds_anything(client: MlflowClient, other: Run) -> bool:
 def existing_models(client: MlflowClient, model_ids: Iterable[str]) -> set[str]:
     """Those of the LoggedModels that MLflow has."""
     # A pointer that was made by hand names none.
-    return {model_id for model_id in model_ids if model_id and if_there(client.get_logged_model, model_id)}
+    return {
+        model_id
+        for model_id in model_ids
+        if model_id and if_there(client.get_logged_model, model_id)
+    }
 
 
 def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> None:
@@ -164,7 +170,9 @@ def add_params(client: MlflowClient, run: Run, params: Values) -> None:
     client.log_batch(run.info.run_id, params=new)
 
 
-def add_metrics(client: MlflowClient, run: Run, metrics: Metrics, step: int = 0, model_id: str | None = None) -> None:
+def add_metrics(
+    client: MlflowClient, run: Run, metrics: Metrics, step: int = 0, model_id: str | None = None
+) -> None:
     """Log the metrics whose newest value is another; of a run as it was read."""
     # Logging a value twice would draw a second point.
     known = run.data.metrics
@@ -172,17 +180,23 @@ def add_metrics(client: MlflowClient, run: Run, metrics: Metrics, step: int = 0,
     log_metrics(client, run.info.run_id, changed, step, model_id)
 
 
-def log_metrics(client: MlflowClient, run_id: str, metrics: Metrics, step: int, model_id: str | None = None) -> None:
+def log_metrics(
+    client: MlflowClient, run_id: str, metrics: Metrics, step: int, model_id: str | None = None
+) -> None:
     """Metrics of a run at the x-coordinate `step`; with `model_id` also of a LoggedModel."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)  # milliseconds
     # One request for all of them.
-    points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+    points = [
+        Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()
+    ]
     client.log_batch(run_id, metrics=points)
 
 
-def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: dict[str, Any]) -> str:
+def register(
+    step_run: StepRun, registered_model: str, pointer: Pointer, tags: dict[str, Any]
+) -> str:
     """The version of a checkpoint in the registry, found by the tag `ptl.model_id`, else created.
 
     Its tags say where its score and its items are: run, step and root of the evaluate step that registers it. The id is
@@ -234,7 +248,11 @@ def _version_description(tags: dict[str, Any]) -> str:
     size = f"{tags['params']:,} parameters"
     if "share_removed" in tags:
         size += f", {float(tags['share_removed']):.1%} of the dense model's removed"
-    score = f" {tags['task']}: {tags['accuracy']} on {tags['items']:,} items." if "accuracy" in tags else ""
+    score = (
+        f" {tags['task']}: {tags['accuracy']} on {tags['items']:,} items."
+        if "accuracy" in tags
+        else ""
+    )
     return f"{kind} in run {tags['run']}: {size}.{score}"
 
 

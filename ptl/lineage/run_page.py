@@ -21,7 +21,9 @@ DIGITS = 32  # of a digest; MLflow takes at most 36
 
 
 def data_sets(
-    calibration: Calibration, training: TrainingData, local_file: Callable[[DataSource], Path | None]
+    calibration: Calibration,
+    training: TrainingData,
+    local_file: Callable[[DataSource], Path | None],
 ) -> list[DatasetInput]:
     """Every data set of a run as MLflow shows it, with what it is for; `local_file` returns None for a hub id."""
     from mlflow.entities import DatasetInput, InputTag
@@ -39,7 +41,9 @@ def data_sets(
             tag = InputTag(MLFLOW_DATASET_CONTEXT, use)
             if data_set.source in found:
                 earlier = found[data_set.source].tags[0].value
-                tag = InputTag(MLFLOW_DATASET_CONTEXT, earlier if use in earlier else f"{earlier}, {use}")
+                tag = InputTag(
+                    MLFLOW_DATASET_CONTEXT, earlier if use in earlier else f"{earlier}, {use}"
+                )
             found[data_set.source] = DatasetInput(data_set, [tag])
     return list(found.values())
 
@@ -57,7 +61,9 @@ def _data_set(source: DataSource, path: Path | None) -> Dataset:
     return Dataset(name, file_digest(path)[:DIGITS], kind, json.dumps({"uri": source.source}))
 
 
-def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DatasetInput] = ()) -> None:
+def describe(
+    run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DatasetInput] = ()
+) -> None:
     """Give the pipeline run parameters (`ptl.<name>`), the commit and data sets. What it has already stays as it is."""
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 

@@ -28,7 +28,8 @@ MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
 RESULT = "ptl.result"  # tag of a parent: the first lines of its report
 TAGS = ("attempt", "taken_over_from", "verdict", "error", "loop_ended")  # of a step, without `ptl.`
-LINK, FAILED, ENDED = "[Run in Kubeflow]", "**Failed** in ", "**Result**: "  # how our descriptions begin
+# how our descriptions begin
+LINK, FAILED, ENDED = "[Run in Kubeflow]", "**Failed** in ", "**Result**: "
 PARENT = "tags.`ptl.role` = 'parent'"
 # A watcher asks again soon: MLflow's own retries take minutes, and its timeout is two.
 WATCHING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -48,7 +49,8 @@ class StepRun:
     artifact_uri: str  # of this MLflow run
     step: str  # name, such as prune-2
     arm: str  # loop or control
-    earlier: tuple[str, ...] = ()  # ids of unfinished runs whose results may be taken over, the newest first
+    # ids of unfinished runs whose results may be taken over, the newest first
+    earlier: tuple[str, ...] = ()
 
 
 def records_root(artifact_location: str) -> str:
@@ -142,7 +144,10 @@ def _note(run: str, error: str, result: str) -> str:
     if error:
         on_cluster = os.environ.get("KFP_RUN_ID")
         command = f"`ptl retry {run}`" if on_cluster else "the same `ptl run` command"
-        paragraphs += [f"{FAILED}{error}", f"Once that is fixed, {command} resumes it from what is finished."]
+        paragraphs += [
+            f"{FAILED}{error}",
+            f"Once that is fixed, {command} resumes it from what is finished.",
+        ]
     elif result:
         paragraphs.append(f"{ENDED}{result}")
     page = kubeflow_page(run)
@@ -185,7 +190,8 @@ class StepProgress:
     seconds: str = ""  # of work in this run, when it has ended
     accuracy: str = ""  # of an evaluate step, 0 to 1
     verdict: str = ""  # of an evaluate step
-    training: str = ""  # `51,200 of 500,000 tokens, loss 0.457`, while it trains; or that its nodes start again
+    # `51,200 of 500,000 tokens, loss 0.457`, while it trains; or that its nodes start again
+    training: str = ""
     error: str = ""  # why the last attempt failed
     loop_ended: str = ""  # why the loop ended with this step, before its last iteration
 
@@ -218,7 +224,11 @@ def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | Non
 
 
 def close(
-    progress: RunProgress, status: str, reason: str, reasons: dict[str, str], succeeded: Collection[str] = ()
+    progress: RunProgress,
+    status: str,
+    reason: str,
+    reasons: dict[str, str],
+    succeeded: Collection[str] = (),
 ) -> bool:
     """End what is still RUNNING of a pipeline run that has ended; returns whether there was anything.
 
@@ -256,9 +266,15 @@ def unfinished(name: str) -> list[str]:
     query = f"{PARENT} and attributes.status != 'FINISHED' and attributes.run_name LIKE '{name}-%'"
     order = ["attributes.start_time DESC"]
     with _watching() as client:
-        runs = client.search_runs(mlflow_client.experiment_ids(client), query, order_by=order, max_results=100)
+        runs = client.search_runs(
+            mlflow_client.experiment_ids(client), query, order_by=order, max_results=100
+        )
     # The query also fits a longer name; those of runs end with their time and four digits.
-    ours = [run for run in runs if re.fullmatch(rf"{re.escape(name)}-\d+-\d+-[0-9a-f]+", run.info.run_name)]
+    ours = [
+        run
+        for run in runs
+        if re.fullmatch(rf"{re.escape(name)}-\d+-\d+-[0-9a-f]+", run.info.run_name)
+    ]
     return [run.data.tags["ptl.run"] for run in ours[:MAX_EARLIER]]
 
 
@@ -272,7 +288,9 @@ def _step_progress(step: str, run: Run) -> StepProgress:
         status=run.info.status,
         ended=datetime.fromtimestamp(ended / 1000, UTC) if ended else None,
         # What was taken over has the time that the other run took.
-        seconds="" if is_running or "ptl.taken_over_from" in tags else _text(metrics, "seconds", ".0f"),
+        seconds=""
+        if is_running or "ptl.taken_over_from" in tags
+        else _text(metrics, "seconds", ".0f"),
         accuracy=_text(metrics, "accuracy", ".3f"),
         training=_training(tags, metrics) if is_running else "",
         **{name: tags.get(f"ptl.{name}", "") for name in TAGS},

@@ -12,13 +12,22 @@ from ptl import address, processes
 from ptl.errors import InputError
 from ptl.lineage import mlflow_client, mlflow_objects
 from ptl.lineage.mlflow_objects import Metrics, Tags, Values, ptl_keys, set_tags
-from ptl.lineage.run_status import TAG, StepRun, put_tag, records_root, settle, steps_of, tags_of_parent
+from ptl.lineage.run_status import (
+    TAG,
+    StepRun,
+    put_tag,
+    records_root,
+    settle,
+    steps_of,
+    tags_of_parent,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
-EARLIER_RUNS = "ptl.earlier_runs"  # tag of a parent: ids of unfinished runs to take over from, the newest first
+# tag of a parent: ids of unfinished runs to take over from, the newest first
+EARLIER_RUNS = "ptl.earlier_runs"
 
 
 def pipeline_run() -> str:
@@ -120,7 +129,13 @@ def log_metrics(step_run: StepRun, metrics: Metrics, step: int) -> None:
 
 
 def finish(
-    step_run: StepRun, *, params: Values, metrics: Metrics, inputs: list[str], output: str | None, step: int
+    step_run: StepRun,
+    *,
+    params: Values,
+    metrics: Metrics,
+    inputs: list[str],
+    output: str | None,
+    step: int,
 ) -> None:
     """End a step: parameters, metrics and lineage. Calling it again changes nothing.
 
@@ -205,7 +220,12 @@ def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
 
 
 def log_progress(
-    step_run: StepRun, removed: int, accuracy: float, *, low: float | None = None, high: float | None = None
+    step_run: StepRun,
+    removed: int,
+    accuracy: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
 ) -> None:
     """Accuracy against the number of removed parameters, on the parent run.
 
@@ -214,7 +234,9 @@ def log_progress(
     # The control has charts of its own: both arms end at the same size.
     arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
-    points = {f"by_removed/{arm}{name}": value for name, value in values.items() if value is not None}
+    points = {
+        f"by_removed/{arm}{name}": value for name, value in values.items() if value is not None
+    }
     # A point that an earlier attempt has logged is drawn in the same place.
     with mlflow_client.connected() as client:
         mlflow_objects.log_metrics(client, step_run.parent_run_id, points, removed)

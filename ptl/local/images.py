@@ -40,11 +40,15 @@ def build(
     built = names(registry, tag, optional=optional)
     if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
         raise InputError(
-            f"no {BAKE_FILE} under {ROOT}", field="images", remedy="run this in a checkout of the repository"
+            f"no {BAKE_FILE} under {ROOT}",
+            field="images",
+            remedy="run this in a checkout of the repository",
         )
     if cpu and "evaluate-vllm" in optional:
         raise InputError(
-            "evaluate-vllm has no build for CPUs", field="--with", remedy="name the others instead of it, or of `all`"
+            "evaluate-vllm has no build for CPUs",
+            field="--with",
+            remedy="name the others instead of it, or of `all`",
         )
     require_engine()
     settings = {
@@ -78,7 +82,9 @@ def push(registry: str, tag: str | None = None, optional: Collection[str] = ()) 
     """Push the images that `build` made; the engine's own login is used. Returns their names."""
     if not registry:
         raise InputError(
-            "pushing needs one", field="registry", remedy="give --registry host[:port][/path], as for the build"
+            "pushing needs one",
+            field="registry",
+            remedy="give --registry host[:port][/path], as for the build",
         )
     # All or none: a tag must not name images of two builds.
     pushed = names(registry, tag, optional=optional)
@@ -94,7 +100,9 @@ def push(registry: str, tag: str | None = None, optional: Collection[str] = ()) 
     return pushed
 
 
-def digests(registry: str, tag: str | None = None, optional: Collection[str] = ()) -> dict[str, Any]:
+def digests(
+    registry: str, tag: str | None = None, optional: Collection[str] = ()
+) -> dict[str, Any]:
     """The section `images` of a config that names the images by their digests, as this engine knows them.
 
     An engine with containerd's image store knows the digest of what it has built; others learn it by a push or a pull.
@@ -102,12 +110,17 @@ def digests(registry: str, tag: str | None = None, optional: Collection[str] = (
     """
     require_engine()
     by_image = {}
-    for step, name in zip((*IMAGES, *optional), names(registry, tag, optional=optional), strict=True):
+    for step, name in zip(
+        (*IMAGES, *optional), names(registry, tag, optional=optional), strict=True
+    ):
         answer = _docker_quietly("image", "inspect", name, "--format", "{{json .RepoDigests}}")
-        repository = name.rpartition(":")[0].removeprefix("docker.io/")  # as the engine names those of Docker Hub
+        # as the engine names those of Docker Hub
+        repository = name.rpartition(":")[0].removeprefix("docker.io/")
         references = json.loads(answer.stdout) if answer.returncode == 0 else []
         # The same image may have been pushed to other registries too.
-        found = [reference for reference in references or [] if reference.startswith(f"{repository}@")]
+        found = [
+            reference for reference in references or [] if reference.startswith(f"{repository}@")
+        ]
         if not found:
             raise InputError(
                 f"the engine knows no digest of {name}",
@@ -123,21 +136,27 @@ def missing(image_names: Sequence[str]) -> list[str]:
     """Those of the images that the engine does not hold. Raises WorkError when no engine answers."""
     # Else all of them would seem to be missing.
     require_engine()
-    return [name for name in image_names if _docker_quietly("image", "inspect", name).returncode != 0]
+    return [
+        name for name in image_names if _docker_quietly("image", "inspect", name).returncode != 0
+    ]
 
 
 def require_engine() -> None:
     """Raise WorkError, saying what to do, unless a Docker engine answers."""
     if shutil.which("docker") is None:
         raise WorkError(
-            "the command is not on PATH", field="docker", remedy="install Docker, or use the subprocess runner"
+            "the command is not on PATH",
+            field="docker",
+            remedy="install Docker, or use the subprocess runner",
         )
     # The server's version: without an engine the command still has one.
     answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
     if answer.returncode != 0:
         *_, reason = ["no answer", *answer.stderr.strip().splitlines()]
         raise WorkError(
-            f"no engine answers ({reason})", field="docker", remedy="start Docker, or set DOCKER_HOST to one that runs"
+            f"no engine answers ({reason})",
+            field="docker",
+            remedy="start Docker, or set DOCKER_HOST to one that runs",
         )
 
 
@@ -146,7 +165,9 @@ def _docker(*command: str, **settings: str) -> None:
     exit_code = subprocess.call(["docker", *command], cwd=ROOT, env={**os.environ, **settings})
     if exit_code != 0:
         raise WorkError(
-            f"failed with exit code {exit_code}", field=f"docker {command[0]}", remedy="its output above says why"
+            f"failed with exit code {exit_code}",
+            field=f"docker {command[0]}",
+            remedy="its output above says why",
         )
 
 

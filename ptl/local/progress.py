@@ -21,9 +21,11 @@ from ptl.log import MARK
 from ptl.storage import local_files
 from ptl.units import duration
 
-PLAN = "plan.json"  # step -> its work by the forecast, 0 where that is not known; in the order of their execution
+# step -> its work by the forecast, 0 where that is not known; in the order of their execution
+PLAN = "plan.json"
 NOTES = "steps"  # folder with a note of each step that has begun
-WAITING, RUNNING, DONE, NOT_NEEDED, FAILED = "waiting", "running", "done", "not needed", "failed"  # a step
+# a step
+WAITING, RUNNING, DONE, NOT_NEEDED, FAILED = "waiting", "running", "done", "not needed", "failed"
 INTERRUPTED = "interrupted"  # a run or a step whose command was killed
 TAIL = 65536  # bytes at the end of a log in which the newest line of progress is looked for
 
@@ -86,11 +88,17 @@ class Progress:
         loop_has_ended = any(note.ends_loop for note in self.steps.values())
         seconds = 0.0
         for step, note in self.steps.items():
-            is_needed = not (loop_has_ended and dag.arm_of(step) == "loop" and dag.iteration_of(step))
+            is_needed = not (
+                loop_has_ended and dag.arm_of(step) == "loop" and dag.iteration_of(step)
+            )
             if note.state not in (WAITING, RUNNING, INTERRUPTED) or not is_needed:
                 continue
-            alike = [other for other in measured if dag.kind_of(other) == dag.kind_of(step)] or measured
-            rate = sum(self.steps[other].seconds or 0 for other in alike) / sum(self.work[other] for other in alike)
+            alike = [
+                other for other in measured if dag.kind_of(other) == dag.kind_of(step)
+            ] or measured
+            rate = sum(self.steps[other].seconds or 0 for other in alike) / sum(
+                self.work[other] for other in alike
+            )
             expected = rate * self.work[step]
             begun = note.since if note.state == RUNNING else now
             seconds += max(0.0, expected - (now - begun))

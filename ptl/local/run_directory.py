@@ -31,8 +31,10 @@ class RunDir:
 
     home: Path  # .ptl
     path: Path
-    earlier: tuple[str, ...] = ()  # unfinished runs of this name with another config, the newest first
-    launch: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this command: each gives its steps new attempts
+    # unfinished runs of this name with another config, the newest first
+    earlier: tuple[str, ...] = ()
+    # of this command: each gives its steps new attempts
+    launch: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def run_id(self) -> str:
@@ -125,7 +127,9 @@ def _is_same(old_config: dict[str, Any], config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def working(run: RunDir, config: Config, clear: Callable[[Path], None] | None = None) -> Iterator[None]:
+def working(
+    run: RunDir, config: Config, clear: Callable[[Path], None] | None = None
+) -> Iterator[None]:
     """Make the directory, write the effective config, point `.ptl/latest` at it; the block is this run's only command.
 
     Steps that a killed command left behind have ended before it begins, and its own steps when it ends; `clear` ends
@@ -164,7 +168,8 @@ def _point_link(link: Path, target: Path) -> None:
     """Let a symbolic link point to `target`, in one step."""
     # A new link is renamed over the old one: there is no moment without one.
     draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
-    draft.symlink_to(os.path.relpath(target, link.parent.resolve()))  # a link is followed from its real folder
+    # a link is followed from its real folder
+    draft.symlink_to(os.path.relpath(target, link.parent.resolve()))
     draft.replace(link)
 
 

@@ -77,7 +77,11 @@ def reach(home: Path, s3: bool) -> None:
     has_servers = (home / "stack").is_dir()
     if s3:
         if not has_servers:
-            raise InputError(f"`ptl up` has never run in {home}", field="--s3", remedy="give --home, or leave --s3 out")
+            raise InputError(
+                f"`ptl up` has never run in {home}",
+                field="--s3",
+                remedy="give --home, or leave --s3 out",
+            )
         use(servers.up(home))
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -89,7 +93,9 @@ def reach(home: Path, s3: bool) -> None:
         problem = f"no local runs in {home} (no {database.name})"
         if has_servers:
             problem += "; --s3 is for the runs of its servers"
-        raise InputError(problem, field="--home", remedy="give another one, or set MLFLOW_TRACKING_URI")
+        raise InputError(
+            problem, field="--home", remedy="give another one, or set MLFLOW_TRACKING_URI"
+        )
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
 
 

@@ -73,12 +73,23 @@ def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: Environ
     """Start the MLflow server alone, unless it runs; `artifacts` is where new experiments keep their files."""
     if _needs_start(root, "mlflow", port):
         mlflow_client.create_database(database, artifacts)
-        start(root, "mlflow", _mlflow_command(port, artifacts), env | _mlflow_environment(database), port, "/health")
+        start(
+            root,
+            "mlflow",
+            _mlflow_command(port, artifacts),
+            env | _mlflow_environment(database),
+            port,
+            "/health",
+        )
 
 
 def s3_up(root: Path, port: int) -> Environment:
     """Start SeaweedFS, unless it runs; the environment that reaches it. Its keys are made once for each root."""
-    environment = {**access_keys(root), "AWS_DEFAULT_REGION": "us-east-1", "MLFLOW_S3_ENDPOINT_URL": address(port)}
+    environment = {
+        **access_keys(root),
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_S3_ENDPOINT_URL": address(port),
+    }
     if not _needs_start(root, "s3", port):
         return environment
     weed = weed_binary()
@@ -108,7 +119,9 @@ def ui(root: Path, port: int) -> NoReturn:
     database = root / "mlflow.db"
     if not database.is_file():
         raise InputError(
-            f"no runs yet in {root} (no {database.name})", field="--ui", remedy="start one with `ptl run CONFIG`"
+            f"no runs yet in {root} (no {database.name})",
+            field="--ui",
+            remedy="start one with `ptl run CONFIG`",
         )
     _require_free("--mlflow-port", port)
     print(f"your runs in MLflow: {experiments_page(address(port))} (Ctrl-C stops it)", flush=True)
@@ -118,7 +131,15 @@ def ui(root: Path, port: int) -> NoReturn:
 
 
 def _mlflow_command(port: int, artifacts: str) -> list[str]:
-    command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        f"--host={HOST}",
+        f"--port={port}",
+        "--workers=1",
+    ]
     return [*command, f"--default-artifact-root={artifacts}", "--no-serve-artifacts"]
 
 
@@ -150,7 +171,9 @@ def _needs_start(root: Path, name: str, port: int) -> bool:
 def _require_free(option: str, port: int) -> None:
     """Raise InputError, naming the option, for a port that a server cannot take."""
     if not 1 <= port <= 65535:
-        raise InputError(f"port {port} must be in 1..65535 (SeaweedFS takes its ports + 10000 too)", field=option)
+        raise InputError(
+            f"port {port} must be in 1..65535 (SeaweedFS takes its ports + 10000 too)", field=option
+        )
     with socket.socket() as probe:
         # As the servers do: connections of an earlier one that are closing do no harm.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,7 +185,9 @@ def _require_free(option: str, port: int) -> None:
             ) from error
 
 
-def start(root: Path, name: str, command: list[str], env: Environment, port: int, health: str) -> None:
+def start(
+    root: Path, name: str, command: list[str], env: Environment, port: int, health: str
+) -> None:
     """Start a server, note it, and wait until it answers; `health` is the path to ask."""
     log = folder(root) / f"{name}.log"
     # MLflow logs the database's address with its password.
@@ -365,7 +390,9 @@ def _make_certificate(certificate: Path, key: Path) -> None:
     key.touch(mode=0o600)
     key.write_bytes(
         private_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
     )
     certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 HIDDEN = "hidden"  # dimensions of the residual stream
 NEURONS = "neurons"  # of each MLP, or of each expert; stacked projections are so many times as long
-KV_HEADS = "kv_heads"  # KV heads, each with its query heads: a group has rows that follow each other
+# KV heads, each with its query heads: a group has rows that follow each other
+KV_HEADS = "kv_heads"
 ROTARY = ("rope_parameters", "rope_scaling")  # fields of config.json
 FUSED_QKV = "self_attn.qkv_proj"  # rows of queries, keys and values below each other
 
@@ -29,7 +30,8 @@ Axes = tuple[str | None, ...]  # of a tensor; None: what width does not change
 def of_config(
     content: ConfigJson,
     family: Family,
-    names: Entries | None = None,  # of a checkpoint, to which its own names are given as well as those in memory
+    # of a checkpoint, to which its own names are given as well as those in memory
+    names: Entries | None = None,
 ) -> dict[str, Axes]:
     """The axes of each tensor of a config.json's model. Raises InputError as `pretrained.skeleton_of_config`."""
     config = pretrained.config_with_defaults(content)
@@ -38,7 +40,10 @@ def of_config(
     plain["head_dim"] = head_size(config)
     # Heads are doubled in a wider model: transformers wants a hidden size that they divide.
     wide = {**plain, "hidden_size": 2 * config.hidden_size}
-    heads = {"num_attention_heads": 2 * config.num_attention_heads, "num_key_value_heads": 2 * kv_heads(config)}
+    heads = {
+        "num_attention_heads": 2 * config.num_attention_heads,
+        "num_key_value_heads": 2 * kv_heads(config),
+    }
     units = sizes(config, family)
     neurons = {family.width_field: 2 * units[NEURONS]}
 
@@ -57,7 +62,9 @@ def of_config(
     for name, tensor in single.items():
         counted: list[str | None] = [None] * tensor.dim()
         for kind, (before, after) in pairs.items():
-            for axis, (size, larger) in enumerate(zip(before[name].shape, after[name].shape, strict=True)):
+            for axis, (size, larger) in enumerate(
+                zip(before[name].shape, after[name].shape, strict=True)
+            ):
                 if larger > size and tensor.shape[axis] % units[kind] == 0:
                     counted[axis] = kind
         axes[name] = tuple(counted)
@@ -66,7 +73,11 @@ def of_config(
 
 def sizes(config: Any, family: Family) -> dict[str, int]:
     """How many there are of each kind; `config` is that of transformers."""
-    return {HIDDEN: config.hidden_size, NEURONS: getattr(config, family.width_field), KV_HEADS: kv_heads(config)}
+    return {
+        HIDDEN: config.hidden_size,
+        NEURONS: getattr(config, family.width_field),
+        KV_HEADS: kv_heads(config),
+    }
 
 
 def kv_heads(config: Any) -> int:
@@ -81,14 +92,18 @@ def fixed(of_names: Mapping[str, Axes], content: ConfigJson, config: Any) -> dic
     """
     reasons: dict[str, str] = {}
     if _ties_heads_to_hidden(content, config):
-        reasons |= dict.fromkeys(("hidden", "kv"), "its config accepts only heads of its hidden size / number of heads")
+        reasons |= dict.fromkeys(
+            ("hidden", "kv"), "its config accepts only heads of its hidden size / number of heads"
+        )
     if not hasattr(config, "rms_norm_eps"):
         reasons["hidden"] = "its norms subtract a mean, which the dimensions that go are part of"
     for name, kinds in of_names.items():
         if ".self_attn." not in name:
             continue
         if kinds.count(HIDDEN) > 1 or (kinds == (HIDDEN,) and name.endswith("norm.weight")):
-            reasons |= dict.fromkeys(("hidden", "kv"), "its attention is as wide as its hidden size")
+            reasons |= dict.fromkeys(
+                ("hidden", "kv"), "its attention is as wide as its hidden size"
+            )
         elif kinds == (KV_HEADS,) and name.endswith("norm.weight"):
             reasons["kv"] = "a norm is over all of its heads together"
     return reasons
@@ -98,7 +113,8 @@ def _ties_heads_to_hidden(content: ConfigJson, config: Any) -> bool:
     """Whether the config class refuses another hidden size beside the same head_dim (Phi-3's checks longrope by it)."""
     try:
         pretrained.skeleton_of_config(
-            {**content, "head_dim": head_size(config), "hidden_size": 2 * config.hidden_size}, "config.json"
+            {**content, "head_dim": head_size(config), "hidden_size": 2 * config.hidden_size},
+            "config.json",
         )
     except InputError:
         return True
@@ -112,4 +128,6 @@ def value_size(config: Any) -> int:
 
 def head_size(config: Any) -> int:
     """Numbers of a head's keys; `config` is that of transformers."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )

@@ -26,12 +26,14 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Optimizer state between two recoveries. In the form of safetensors under another name: vLLM loads all that end so
 STATE = "recovery_state.moments"
-MLFLOW_FILES = ("MLmodel", "registered_model_meta")  # what write_mlflow_model writes, and MLflow itself
+# what write_mlflow_model writes, and MLflow itself
+MLFLOW_FILES = ("MLmodel", "registered_model_meta")
 MISTRAL_CONFIG = "params.json"  # beside config.json in Mistral's repositories; vLLM may prefer it
 ADAPTER = "adapter_config.json"  # of PEFT
 # Where mlflow.transformers.model_io looks for the tokenizer, beside the weights' own folder
 MLFLOW_TOKENIZER = Path("components", "tokenizer")
-CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
+# transformers' folder for templates beside the default one
+CHAT_TEMPLATES = "additional_chat_templates"
 # Suffixes of files that can run code when they are read
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 OTHER_WEIGHTS = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
@@ -51,7 +53,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise checkpoint_error(f"no folder {folder}", "give a checkpoint folder or a hub id")
     if not path.is_file():
-        raise checkpoint_error(f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint")
+        raise checkpoint_error(
+            f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint"
+        )
     return json_object(path)
 
 
@@ -90,7 +94,9 @@ def shards(folder: Path) -> list[Path]:
             f"{folder} has only pickled weights ({pickle}), which can run code when read",
             "convert it: load it once with transformers and save_pretrained it",
         )
-    raise checkpoint_error(f"{folder} has no {WEIGHTS}", "give the folder of a safetensors checkpoint")
+    raise checkpoint_error(
+        f"{folder} has no {WEIGHTS}", "give the folder of a safetensors checkpoint"
+    )
 
 
 def contents(folder: Path) -> dict[str, Entry]:
@@ -104,7 +110,9 @@ def contents(folder: Path) -> dict[str, Entry]:
     # transformers trusts the index: it would initialise a tensor that is not in the shard named there.
     for name, file in _weight_map(folder).items():
         if name not in entries or entries[name].path.name != file:
-            raise checkpoint_error(f"{folder / INDEX} says that {file} holds {name}, but it does not")
+            raise checkpoint_error(
+                f"{folder / INDEX} says that {file} holds {name}, but it does not"
+            )
     return entries
 
 
@@ -174,7 +182,9 @@ def rewrite(src: Path, dst: Path, changed: Callable[[Entry], NewTensor | None]) 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
     """The index of a checkpoint with several shards; `total_size` in bytes."""
     metadata = {"total_size": total_size}
-    write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -197,7 +207,8 @@ def check_links(folder: Path) -> None:
         if path.is_symlink() and not any(map(target.is_relative_to, allowed)):
             link = folder / path.relative_to(root)
             raise checkpoint_error(
-                f"{link} is a link to {target}, outside of that folder", "copy the file in its place"
+                f"{link} is a link to {target}, outside of that folder",
+                "copy the file in its place",
             )
 
 
@@ -244,7 +255,8 @@ def check_finite(paths: Iterable[Path]) -> None:
             # Integers are always finite.
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise checkpoint_error(
-                    f"tensor {name} in {path} holds NaN or infinite values", "use another checkpoint"
+                    f"tensor {name} in {path} holds NaN or infinite values",
+                    "use another checkpoint",
                 )
 
 
@@ -280,5 +292,8 @@ def write_mlflow_model(folder: Path) -> None:
         "components": ["tokenizer"],
         "tokenizer_type": "AutoTokenizer",
     }
-    flavors = {"python_function": {"loader_module": "mlflow.transformers"}, "transformers": transformers}
+    flavors = {
+        "python_function": {"loader_module": "mlflow.transformers"},
+        "transformers": transformers,
+    }
     (folder / MLFLOW_FILES[0]).write_text(yaml.safe_dump({"flavors": flavors}))

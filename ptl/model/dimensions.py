@@ -38,11 +38,14 @@ class ModelDimensions:
     kv_heads: int  # KV heads in each layer, each with its query heads
     layers: int  # decoder layers
     layer: Terms  # parameters of a layer that can be removed, without its experts
-    outside: Terms  # of all else: embeddings, last norm, output layer, layers that stay; tied tensors count once
+    # of all else: embeddings, last norm, output layer, layers that stay; tied tensors count once
+    outside: Terms
     heads_per_kv_head: int = 1  # query heads
     head_size: int = 1  # numbers of what a head gives
-    fixed: Mapping[str, str] = field(default_factory=dict)  # "hidden" and "kv", where they cannot be pruned: why
-    square: bool = False  # whether some runtime needs a hidden size of all heads together, as of Family
+    # "hidden" and "kv", where they cannot be pruned: why
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    # whether some runtime needs a hidden size of all heads together, as of Family
+    square: bool = False
     # Of a mixture of experts; 0 in a dense model
     experts: int = 0  # in each layer that has experts
     expert: Terms = field(default_factory=dict)  # of one of them, its row of the router included
@@ -50,11 +53,15 @@ class ModelDimensions:
     experts_per_token: int = 0  # that each token is sent to
     fewest_experts: int = 0  # that each layer can have
     expert_groups: int = 1  # of each layer, from which as many experts go
-    dense_layers: tuple[int, ...] = ()  # layers that have one MLP in place of experts; they are not removed
+    # layers that have one MLP in place of experts; they are not removed
+    dense_layers: tuple[int, ...] = ()
     narrowable: bool = True  # whether neurons can be pruned
 
     def _count(self, terms: Terms) -> int:
-        return sum(number * self.hidden**a * self.width**b * self.kv_heads**c for (a, b, c), number in terms.items())
+        return sum(
+            number * self.hidden**a * self.width**b * self.kv_heads**c
+            for (a, b, c), number in terms.items()
+        )
 
     @property
     def params(self) -> int:
@@ -122,16 +129,22 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         for name in names:
             kinds = of_names[name]
             powers = (kinds.count(HIDDEN), kinds.count(NEURONS), kinds.count(KV_HEADS))
-            found[powers] += model.tensors[name].numel() // math.prod(widths[kind] for kind in kinds if kind)
+            found[powers] += model.tensors[name].numel() // math.prod(
+                widths[kind] for kind in kinds if kind
+            )
         return {powers: number // parts for powers, number in found.items()}
 
     dense_layers = tuple(i for i, layer in enumerate(layers) if experts and DOWN not in layer)
     removable = [i for i in range(len(layers)) if i not in dense_layers]
     names = {part: f"{LAYERS}{removable[0]}.{part}" for part in layers[removable[0]]}
-    counted = {f"{LAYERS}{i}.{part}" for i in removable for part in names} | ({OUTPUT_LAYER} if model.tied else set())
+    counted = {f"{LAYERS}{i}.{part}" for i in removable for part in names} | (
+        {OUTPUT_LAYER} if model.tied else set()
+    )
     mixture: dict[str, Any] = {}
     if experts:
-        router = [name for part, name in names.items() if experts.is_router(part.removesuffix(".weight"))]
+        router = [
+            name for part, name in names.items() if experts.is_router(part.removesuffix(".weight"))
+        ]
         of_experts = [name for part, name in names.items() if part in (*FUSED, *BIASES)]
         number = len(model.tensors[names[DOWN]])
         mixture = {
@@ -142,7 +155,9 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
             "fewest_experts": shapes.fewest_experts(config),
             "expert_groups": getattr(config, "n_group", 1),
             # Not where a shared expert has the width too, or where layers and experts differ.
-            "narrowable": not any((dense_layers, experts.transposed, getattr(config, "n_shared_experts", 0))),
+            "narrowable": not any(
+                (dense_layers, experts.transposed, getattr(config, "n_shared_experts", 0))
+            ),
         }
         names = {part: name for part, name in names.items() if name not in (*of_experts, *router)}
     return ModelDimensions(
@@ -176,7 +191,9 @@ def resolve_multiple(
         return math.lcm(multiple, least)
     steps = (math.lcm(size, least) for size in MULTIPLES)
     # A wide multiple of a narrow FFN would leave only a few widths to choose from.
-    return next((step for step in steps if width % step == 0 and remaining // step >= MIN_STEPS), least)
+    return next(
+        (step for step in steps if width % step == 0 and remaining // step >= MIN_STEPS), least
+    )
 
 
 def width_for(dimensions: ModelDimensions, goal: int, multiple: Multiple) -> int:
@@ -277,10 +294,12 @@ class StaticCost:
     """What a checkpoint costs, as far as its shapes say it."""
 
     params: int  # tied tensors count once
-    active_params: int  # that a token meets: without the experts that it is not sent to; all in a dense model
+    # that a token meets: without the experts that it is not sent to; all in a dense model
+    active_params: int
     bytes: int  # of the weight files
     flops_per_token: int  # forward, products with the weights
-    kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
+    # of context; layers with a sliding window hold no more than their window
+    kv_bytes_per_token: int
     hidden_size: int  # dimensions of the residual stream
     widths: list[int]  # FFN width of each layer, or of each of its experts
     kv_heads: int  # of each layer
@@ -300,7 +319,8 @@ def static_cost(folder: Path) -> StaticCost:
         kv_bytes_per_token=model.cached_numbers * checkpoint.itemsize(folder),
         hidden_size=dimensions.hidden,
         widths=[
-            dense_width if layer in dimensions.dense_layers else dimensions.width for layer in range(dimensions.layers)
+            dense_width if layer in dimensions.dense_layers else dimensions.width
+            for layer in range(dimensions.layers)
         ],
         kv_heads=dimensions.kv_heads,
         experts=dimensions.experts,

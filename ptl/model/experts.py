@@ -29,13 +29,15 @@ BIASES = (f"{GATE_UP}_bias", f"{DOWN}_bias")  # [E, 2F] and [E, H], where expert
 class Experts:
     """How a family names its experts."""
 
-    counts: tuple[str, ...]  # config fields that hold the number of experts; transformers writes the one or the other
+    # config fields that hold the number of experts; transformers writes the one or the other
+    counts: tuple[str, ...]
     width: str = "intermediate_size"  # config field that holds the neurons of each expert
     # In the layout of separate tensors: what holds router and experts, and an expert's gate, up and down projection
     block: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router_part: str = ROUTER  # in transformers' memory
-    router_vector: str = ""  # the router's tensor [E]: a bias, or what it adds to its scores when it chooses
+    # the router's tensor [E]: a bias, or what it adds to its scores when it chooses
+    router_vector: str = ""
     # Whether experts have biases and are stored transposed, [E, H, 2F] and [E, F, H]; then all are in the fused layout
     transposed: bool = False
     # Whether config.json may list layers with one MLP in place of experts (mlp_only_layers, decoder_sparse_step)
@@ -62,7 +64,9 @@ class Experts:
         """The fields of Qwen's configs by which `layers` are of the same kind once they are numbered without gaps."""
         listed = config.get("mlp_only_layers") or ()
         step = config.get("decoder_sparse_step") or 1
-        dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
+        dense = [
+            number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step
+        ]
         if not self.lists_dense_layers or (not listed and step == 1):
             return {}
         return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -84,7 +88,9 @@ class Experts:
         return views
 
 
-def stored_tensors(parameters: Mapping[str, Tensor], experts: Experts | None, names: Entries) -> dict[str, Tensor]:
+def stored_tensors(
+    parameters: Mapping[str, Tensor], experts: Experts | None, names: Entries
+) -> dict[str, Tensor]:
     """A model's tensors by the names that they have in a checkpoint with these names, as views where these differ."""
     if experts is None or experts.transposed or any(name.endswith(FUSED) for name in names):
         return dict(parameters)

@@ -13,8 +13,11 @@ from ptl.model.experts import Experts
 ConfigJson = Mapping[str, Any]  # the content of a checkpoint's config.json
 # A tensor of a decoder layer, whatever precedes `layers.` (names in the optimizer state begin with `exp_avg.`);
 # fused experts are neither a weight nor a bias
-IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+?)(?:\.(?P<kind>weight|bias))?$")
-ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # in old files; it is recomputed
+IN_LAYER = re.compile(
+    r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+?)(?:\.(?P<kind>weight|bias))?$"
+)
+# in old files; it is recomputed
+ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,16 @@ class Family:
     up_projections: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
-    scaled_embeddings: bool = False  # whether embeddings are multiplied by the root of the hidden size
-    post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
+    # whether embeddings are multiplied by the root of the hidden size
+    scaled_embeddings: bool = False
+    # the norm between `down_projection` and the residual stream, where there is one
+    post_norm: str = ""
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
     experts: Experts | None = None  # of a mixture of experts
     # Whether vLLM or llama.cpp load it only with a hidden size of all its heads together, whatever head_dim says
     square: bool = False
-    extra_layers: str = ""  # config field that counts layers after the last one, which guess further tokens (MTP)
+    # config field that counts layers after the last one, which guess further tokens (MTP)
+    extra_layers: str = ""
 
     @property
     def width_field(self) -> str:
@@ -49,7 +55,9 @@ class Family:
         Rotary buffers of old files are not, nor are layers after the last one (MTP).
         """
         match = IN_LAYER.match(name)
-        is_extra = bool(self.extra_layers and match and int(match["layer"]) >= config["num_hidden_layers"])
+        is_extra = bool(
+            self.extra_layers and match and int(match["layer"]) >= config["num_hidden_layers"]
+        )
         return not (is_extra or ROTARY.match(name))
 
 
@@ -97,7 +105,11 @@ _RECORDS = (
     ),
     Family(
         "qwen3_moe",
-        experts=Experts(("num_experts", "num_local_experts"), width="moe_intermediate_size", lists_dense_layers=True),
+        experts=Experts(
+            ("num_experts", "num_local_experts"),
+            width="moe_intermediate_size",
+            lists_dense_layers=True,
+        ),
     ),
     Family(
         "gpt_oss",
@@ -113,7 +125,11 @@ _RECORDS = (
     Family("olmoe", experts=Experts(("num_experts", "num_local_experts"))),
     Family(
         "mixtral",
-        experts=Experts(("num_local_experts", "num_experts"), block="block_sparse_moe", projections=("w1", "w3", "w2")),
+        experts=Experts(
+            ("num_local_experts", "num_experts"),
+            block="block_sparse_moe",
+            projections=("w1", "w3", "w2"),
+        ),
     ),
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
@@ -131,5 +147,7 @@ def family_of(config: ConfigJson) -> Family:
     problem = f"model_type {model_type!r} is not supported ({SUPPORTED})"
     remedy = "give another; a family is one record in ptl/model/families.py and an entry of tests/variants.yaml"
     if model_type in TEXT_TOWERS:
-        remedy = "it is more than a language model: run `ptl import-model`, which saves its text model"
+        remedy = (
+            "it is more than a language model: run `ptl import-model`, which saves its text model"
+        )
     raise InputError(problem, field="model", remedy=remedy)

@@ -14,8 +14,10 @@ from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
 TIMEOUT = 5  # seconds for the hub to say that it has a data set
-OTHER_FORMATS = ("consolidated*",)  # Mistral's repositories hold the weights a second time, in its own format
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")  # no pickles, no code
+# Mistral's repositories hold the weights a second time, in its own format
+OTHER_FORMATS = ("consolidated*",)
+# no pickles, no code
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 
 
 def locate(
@@ -32,7 +34,10 @@ def locate(
 
     try:
         snapshot = snapshot_download(
-            path, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
+            path,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(OTHER_FORMATS),
         )
         return Path(snapshot)
     except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
@@ -51,7 +56,9 @@ def error_for(error: Exception, problem: str, *, field: str, remedy: str) -> Ptl
         status = error.response.status_code
         may_succeed = status in (408, 429) or status >= 500
     else:
-        no_answer = isinstance(error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError)
+        no_answer = isinstance(
+            error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError
+        )
         of_its_client = type(error).__module__.startswith("httpx")
         may_succeed = (no_answer or of_its_client) and not constants.HF_HUB_OFFLINE
     return (WorkError if may_succeed else InputError)(problem, field=field, remedy=remedy)
@@ -61,7 +68,11 @@ def has_dataset(name: str, revision: str | None, field: str) -> bool:
     """Whether the hub has a data set; False where it cannot be asked. Raises InputError for one that is not there."""
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if constants.HF_HUB_OFFLINE:
         return False
@@ -73,7 +84,8 @@ def has_dataset(name: str, revision: str | None, field: str) -> bool:
             field=field,
             remedy=_remedy(error),
         ) from error
-    except Exception:  # of its client's dozen kinds: no connection, no answer in time, an error of the server
+    # of its client's dozen kinds: no connection, no answer in time, an error of the server
+    except Exception:
         return False
     return True
 
@@ -104,7 +116,10 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     dst.mkdir(parents=True, exist_ok=True)
     config = checkpoint.read_config(src)
     if text_tower.has_tower(config):
-        log.say("import-model", f"{path} is a {config['model_type']}: its text model is saved, as {family.model_type}")
+        log.say(
+            "import-model",
+            f"{path} is a {config['model_type']}: its text model is saved, as {family.model_type}",
+        )
         text_tower.write_text_model(src, dst)
         return
     for file in [*weights, src / "config.json", src / checkpoint.INDEX]:
@@ -141,12 +156,18 @@ def _explained(error: Exception) -> tuple[str, str]:
             "nothing of that name, or hidden from this account",
             "check the id; a private one needs HF_TOKEN",
         ),
-        errors.RevisionNotFoundError: ("no such revision", "check the revision: a commit, branch or tag"),
+        errors.RevisionNotFoundError: (
+            "no such revision",
+            "check the revision: a commit, branch or tag",
+        ),
         errors.LocalEntryNotFoundError: (
             "no connection",
             "the hub cannot be reached from here, and its cache does not hold it: give the folder of a checkpoint, or "
             "connect (HF_HUB_OFFLINE=1 allows the cache alone)",
         ),
     }
-    otherwise = ("", "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached")
+    otherwise = (
+        "",
+        "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached",
+    )
     return next((texts for kind, texts in kinds.items() if isinstance(error, kind)), otherwise)

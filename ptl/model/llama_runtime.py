@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from ptl import extras
 from ptl.errors import InputError, WorkError
 
-OWN_LIBRARY = "PTL_LLAMA_CPP"  # environment variable: libllama.so of an own build, in place of the package's
-PRE_TOKENIZER = "tokenizer.ggml.pre"  # the field of a GGUF file that names how text is split before BPE
+# environment variable: libllama.so of an own build, in place of the package's
+OWN_LIBRARY = "PTL_LLAMA_CPP"
+# the field of a GGUF file that names how text is split before BPE
+PRE_TOKENIZER = "tokenizer.ggml.pre"
 BYTE_TOKEN = 1 << 5  # LLAMA_TOKEN_ATTR_BYTE of llama.h, which the package declares as 6
 BATCH = 512  # tokens that one call of llama.cpp reads
 CALLBACK = "void(enum ggml_log_level, const char *, void *)"
@@ -106,11 +108,14 @@ class LlamaModel:
     `pre_tokenizer` replaces the one that the file names. Raises InputError where llama.cpp cannot read the file.
     """
 
-    def __init__(self, file: Path, *, vocabulary_only: bool = False, pre_tokenizer: str = "") -> None:
+    def __init__(
+        self, file: Path, *, vocabulary_only: bool = False, pre_tokenizer: str = ""
+    ) -> None:
         ffi, lib = library()
         params = lib.llama_model_default_params()
         params.vocab_only = vocabulary_only
-        overrides = ffi.new("struct llama_model_kv_override[2]")  # the second one stays empty: the end
+        # the second one stays empty: the end
+        overrides = ffi.new("struct llama_model_kv_override[2]")
         if pre_tokenizer:
             overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
             overrides[0].key = PRE_TOKENIZER.encode()
@@ -136,7 +141,9 @@ class LlamaModel:
         encoded = text.encode()
         room = len(encoded) + 8  # a token for each byte, and those at the ends
         out = ffi.new("llama_token[]", room)
-        count = lib.llama_tokenize(self._vocabulary, encoded, len(encoded), out, room, special, True)
+        count = lib.llama_tokenize(
+            self._vocabulary, encoded, len(encoded), out, room, special, True
+        )
         return list(out[0:count])
 
     def lacks_bytes(self) -> bool:
@@ -144,7 +151,10 @@ class LlamaModel:
         _, lib = library()
         if lib.llama_vocab_type(self._vocabulary) != lib.LLAMA_VOCAB_TYPE_SPM:
             return False
-        attributes = (lib.llama_vocab_get_attr(self._vocabulary, token) for token in range(self.vocabulary_size))
+        attributes = (
+            lib.llama_vocab_get_attr(self._vocabulary, token)
+            for token in range(self.vocabulary_size)
+        )
         return not any(attribute & BYTE_TOKEN for attribute in attributes)
 
     def is_end(self, token: int) -> bool:
@@ -169,7 +179,8 @@ class LlamaContext:
         params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = threads()
-        params.swa_full = True  # windows of attention leave no gaps: the end of a sequence may be forgotten
+        # windows of attention leave no gaps: the end of a sequence may be forgotten
+        params.swa_full = True
         _warnings.clear()
         context = lib.llama_init_from_model(model.pointer, params)
         if context == ffi.NULL:
@@ -219,7 +230,9 @@ class LlamaContext:
         finally:
             lib.llama_batch_free(batch)
         if status:
-            raise WorkError(f"llama.cpp could not read a batch ({status}: {last_warnings()})", field="evaluate")
+            raise WorkError(
+                f"llama.cpp could not read a batch ({status}: {last_warnings()})", field="evaluate"
+            )
         size = self._model.vocabulary_size
         outputs = sum(entry[3] for entry in entries)
         if not outputs:

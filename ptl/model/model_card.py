@@ -10,7 +10,8 @@ from ptl import log
 from ptl.model import checkpoint
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # what the hub's metadata allows
-CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")  # a folder of the hub's own cache
+# a folder of the hub's own cache
+CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 CARD = "README.md"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
@@ -25,7 +26,10 @@ def published(path: str, folder: Path) -> dict[str, str]:
     fields = {name: card.get(name) for name in LICENSE_FIELDS}
     fields["base_model"] = _hub_id(path, folder) or _first(card.get("base_model"))
     if not fields["license"]:
-        log.say("import-model", f"the model card will name no license: {CARD} of {path} is missing or names none")
+        log.say(
+            "import-model",
+            f"the model card will name no license: {CARD} of {path} is missing or names none",
+        )
     return {name: value if isinstance(value, str) else "" for name, value in fields.items()}
 
 
@@ -37,7 +41,12 @@ def _hub_id(path: str, folder: Path) -> str:
     # Older versions of transformers wrote where a checkpoint was loaded from.
     loaded_from = checkpoint.read_config(folder).get("_name_or_path")
     for name in (path, loaded_from):
-        if isinstance(name, str) and "/" in name and HUB_ID.fullmatch(name) and not Path(name).exists():
+        if (
+            isinstance(name, str)
+            and "/" in name
+            and HUB_ID.fullmatch(name)
+            and not Path(name).exists()
+        ):
             return name
     return ""
 

@@ -31,7 +31,8 @@ def config_with_defaults(content: Mapping[str, Any]) -> Any:
     """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**copy.deepcopy(dict(content)))  # transformers writes into nested fields
+    # transformers writes into nested fields
+    return AutoConfig.for_model(**copy.deepcopy(dict(content)))
 
 
 def can_build() -> bool:
@@ -52,7 +53,9 @@ def skeleton(folder: Path, dtype: Any = None, field: str = MODEL, *, buffers: bo
     # accelerate's keeps buffers, and makes each parameter on the CPU first.
     without_weights = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     with _explained(f"config.json in {folder}", field), without_weights:
-        return AutoModelForCausalLM.from_config(text_config, dtype=dtype or text_config.dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            text_config, dtype=dtype or text_config.dtype, trust_remote_code=False
+        )
 
 
 def skeleton_of_config(content: Mapping[str, Any], source: str) -> Any:
@@ -71,7 +74,8 @@ def tokenizer(folder: Path, field: str = MODEL) -> Any:
     """The tokenizer of a checkpoint. Raises InputError where it cannot be read or needs code of its own."""
     from transformers import AutoTokenizer
 
-    config(folder, field)  # transformers reads it too: what is wrong with it is no fault of the tokenizer
+    # transformers reads it too: what is wrong with it is no fault of the tokenizer
+    config(folder, field)
     with _explained(f"the tokenizer of {folder}", field):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
@@ -139,7 +143,9 @@ def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
             remedy="of a multimodal checkpoint give the text model, which `ptl import-model` saves",
         )
     skeleton(folder, field=field)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
     return for_generation(model)
 
 

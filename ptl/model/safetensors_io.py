@@ -23,7 +23,8 @@ LENGTH_BYTES = 8  # of the header's length, little-endian; tensors begin at a mu
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be pruned
 TensorShape = tuple[int, ...]
 TensorSpec = tuple[str, str, TensorShape]  # name, dtype as in the header, shape
-NewTensor = tuple[TensorSpec, "Callable[[], Tensor]"]  # and what makes it, once it is its turn to be written
+# and what makes it, once it is its turn to be written
+NewTensor = tuple[TensorSpec, "Callable[[], Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,18 @@ def entries(path: Path) -> list[Entry]:
             header: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, ValueError) as error:
         raise InputError(
-            f"shard {path} is damaged ({error})", field="model.path", remedy="fetch the checkpoint again"
+            f"shard {path} is damaged ({error})",
+            field="model.path",
+            remedy="fetch the checkpoint again",
         ) from error
     header.pop("__metadata__", None)
     tensors = []
     for name, fields in header.items():
         start, end = fields["data_offsets"]
         offset = LENGTH_BYTES + length + start
-        tensors.append(Entry(path, name, fields["dtype"], tuple(fields["shape"]), offset, end - start))
+        tensors.append(
+            Entry(path, name, fields["dtype"], tuple(fields["shape"]), offset, end - start)
+        )
     # By size too: an empty tensor has the offset of the next one.
     return sorted(tensors, key=lambda entry: (entry.start, entry.size))
 
@@ -105,14 +110,17 @@ def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Ten
     position = 0
     for name, dtype, shape in specs:
         end = position + num_bytes(shape, dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}  # from the header's end
+        # from the header's end
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
-            assert (tensor.dtype, tensor.shape) == (torch_dtypes[dtype], shape), f"{tensor.dtype} {tensor.shape}"
+            assert (tensor.dtype, tensor.shape) == (torch_dtypes[dtype], shape), (
+                f"{tensor.dtype} {tensor.shape}"
+            )
             file.write(_bytes(tensor))
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 LAST_NORM = "model.norm.weight"
 LAYERS = "model.layers."
-SIZE_FIELDS = ("_size", "_heads", "_dim", "_layers", "_rank", "_experts")  # ends of the names of a config's sizes
+# ends of the names of a config's sizes
+SIZE_FIELDS = ("_size", "_heads", "_dim", "_layers", "_rank", "_experts")
 MAX_LAYERS = 10_000  # a model beyond it is a typing error, and would take minutes to build
 
 
@@ -73,7 +74,11 @@ class ModelShapes:
         """Numbers of a token's queries and of what its heads give, in all layers; 2 FLOPs each per token of context."""
         config = self.config
         queries = getattr(config, "qk_head_dim", axes.head_size(config))
-        return int(config.num_hidden_layers * config.num_attention_heads * (queries + axes.value_size(config)))
+        return int(
+            config.num_hidden_layers
+            * config.num_attention_heads
+            * (queries + axes.value_size(config))
+        )
 
     @property
     def cached_numbers(self) -> int:
@@ -95,7 +100,9 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
     for name in (family.width_field, "num_experts_per_tok", "n_group", "topk_group"):
         value = getattr(model.config, name, None)
         if value is not None and value < 1:
-            raise checkpoint_error(f"{source} has {name}={value!r}, which must be a whole number of 1 or more")
+            raise checkpoint_error(
+                f"{source} has {name}={value!r}, which must be a whole number of 1 or more"
+            )
     tensors = model.state_dict()
     if family.experts:
         _check_experts(model.config, family.experts, source)
@@ -130,7 +137,9 @@ def _check_config(config: ConfigJson, source: str) -> None:
     """
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         raise checkpoint_error(
             f"{source} has a quantization_config ({method}), and only float weights can be pruned",
             "where the weights are float, remove that field, else load the model dequantized and save it (mxfp4: "
@@ -155,7 +164,8 @@ def _check_experts(config: Any, experts: Experts, source: str) -> None:
 
 def _check_names(folder: Path, model: ModelShapes, entries: Entries, expected: Set[str]) -> None:
     """All tensors of the model, and no others: transformers would initialise missing ones and drop unknown ones."""
-    missing = expected - entries.keys() - ({OUTPUT_LAYER} if model.tied else set())  # a tied one may be stored
+    # a tied one may be stored
+    missing = expected - entries.keys() - ({OUTPUT_LAYER} if model.tied else set())
     unknown = entries.keys() - expected
     if not missing and not unknown:
         return
@@ -206,7 +216,10 @@ def longrope_limit(config: ConfigJson) -> int | None:
     """Tokens up to which longrope has its short factors; none for other rotary embeddings."""
     for field in ("rope_parameters", "rope_scaling"):
         parameters = config.get(field)
-        if isinstance(parameters, dict) and parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
+        if isinstance(parameters, dict) and parameters.get("rope_type", parameters.get("type")) in (
+            "longrope",
+            "su",
+        ):
             key = "original_max_position_embeddings"
             return parameters.get(key) or config.get(key)
     return None
@@ -220,5 +233,7 @@ def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
     for field, length in lengths.items():
         if length > positions:
             raise InputError(
-                f"{length} is more than the model's {positions} positions ({folder})", field=field, remedy="lower it"
+                f"{length} is more than the model's {positions} positions ({folder})",
+                field=field,
+                remedy="lower it",
             )

@@ -32,7 +32,11 @@ SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 # Settings of how images are cut and scaled
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+IMAGE_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def has_tower(config: ConfigJson) -> bool:
@@ -44,7 +48,9 @@ def text_config(config: ConfigJson) -> dict[str, Any]:
     """The config of the text model in a multimodal one."""
     text = config.get("text_config") or {}
     if not isinstance(text, dict):
-        raise checkpoint.checkpoint_error(f"config.json has text_config={text!r}, which must be a JSON object")
+        raise checkpoint.checkpoint_error(
+            f"config.json has text_config={text!r}, which must be a JSON object"
+        )
     outer = {field: config[field] for field in OUTER_FIELDS if field in config}
     return {"model_type": TEXT_TOWERS[config["model_type"]]} | text | outer
 
@@ -103,7 +109,11 @@ def write_companions(src: Path, dst: Path) -> Path:
     architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     # Other tools do not know the sizes that transformers takes for those that a multimodal config leaves out.
     complete = pretrained.config_with_defaults(config)
-    sizes = {field: getattr(complete, field) for field in SIZES if getattr(complete, field, None) is not None}
+    sizes = {
+        field: getattr(complete, field)
+        for field in SIZES
+        if getattr(complete, field, None) is not None
+    }
     checkpoint.write_json(dst / "config.json", {"architectures": architectures} | sizes | config)
     checkpoint.copy_companions(src, dst, excluded=IMAGE_FILES)
     return dst

@@ -13,10 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ptl.errors import InputError
-from ptl.model.dimensions import MULTIPLES, ModelDimensions, Multiple, experts_for, resolve_multiple, width_for
+from ptl.model.dimensions import (
+    MULTIPLES,
+    ModelDimensions,
+    Multiple,
+    experts_for,
+    resolve_multiple,
+    width_for,
+)
 
 FFN_SHARE = 0.37  # of the parameters, that the FFN keeps (docs/results.md, "Which widths?")
-ROUNDED = 0.9  # of the parameters asked for: with fewer, by multiples that are coarse for it, other sizes are better
+# of the parameters asked for: with fewer, by multiples that are coarse for it, other sizes are better
+ROUNDED = 0.9
 
 Wanted = Mapping[str, int | None]  # sizes to end with that a user has set: "hidden", "ffn", "kv"
 
@@ -33,7 +41,9 @@ class ComparedWidths:
     taken: bool
 
 
-def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wanted | None) -> list[ModelDimensions]:
+def candidates(
+    model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wanted | None
+) -> list[ModelDimensions]:
     """Ways to get a model down to at most `goal` parameters, of which its loss chooses one; one or two.
 
     First that with fewer KV heads, then that with all of them; the FFN alone where it keeps its share, and without
@@ -59,7 +69,9 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wa
     if found:
         found = found[::-1]
         # Not less than the goal, where another is just that.
-        return [sizes for sizes in found if sizes.width < model.width or sizes.experts < model.experts] or found
+        return [
+            sizes for sizes in found if sizes.width < model.width or sizes.experts < model.experts
+        ] or found
     raise InputError(
         f"{goal:,} parameters cannot be reached by width",
         field="schedule.target",
@@ -72,7 +84,9 @@ def candidates(model: ModelDimensions, goal: int, multiple: Multiple, wanted: Wa
     )
 
 
-def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: Multiple) -> ModelDimensions:
+def towards(
+    model: ModelDimensions, end: ModelDimensions, goal: int, multiple: Multiple
+) -> ModelDimensions:
     """The sizes of one iteration on the way to `end`, none below its own: the hidden size falls as the parameters do.
 
     KV heads go as soon as that removes no more than the iteration's part, or the FFN would get too narrow.
@@ -84,13 +98,20 @@ def towards(model: ModelDimensions, end: ModelDimensions, goal: int, multiple: M
     removed = (model.params - goal) / (model.params - end.params)
     hidden = model.hidden - removed * (model.hidden - end.hidden)
     possible = [kv_heads for kv_heads in _divisors(model.kv_heads) if kv_heads >= end.kv_heads]
-    most = next(kv_heads for kv_heads in possible if replace(model, kv_heads=kv_heads).params >= goal)
+    most = next(
+        kv_heads for kv_heads in possible if replace(model, kv_heads=kv_heads).params >= goal
+    )
     for kv_heads in possible[possible.index(most) :: -1]:
         step = _step(model, kv_heads * model.heads_per_kv_head, multiple, end.hidden)
         # Not below the goal before the FFN is pruned: the gate may allow for no more.
         rounded = range(math.ceil(hidden / step) * step, model.hidden, step)
         start = next(
-            (size for size in rounded if replace(model, kv_heads=kv_heads, hidden=size).params >= goal), model.hidden
+            (
+                size
+                for size in rounded
+                if replace(model, kv_heads=kv_heads, hidden=size).params >= goal
+            ),
+            model.hidden,
         )
         for size in (start, *range((start - 1) // step * step, end.hidden - 1, -step)):
             sizes = _closed(replace(model, kv_heads=kv_heads, hidden=size), goal, multiple)
@@ -106,7 +127,9 @@ def _balanced(
     """With so many KV heads, the largest hidden size beside which the FFN keeps its share; None: out of reach."""
     rounded = last = None
     for hidden in _hidden_sizes(model, kv_heads, multiple, wanted):
-        narrow = replace(model, kv_heads=kv_heads, hidden=hidden, width=wanted.get("ffn") or model.width)
+        narrow = replace(
+            model, kv_heads=kv_heads, hidden=hidden, width=wanted.get("ffn") or model.width
+        )
         if narrow.params <= goal:  # an FFN that need not be cut gets no larger share
             last = narrow if last is None or narrow.params >= ROUNDED * goal else last
             break
@@ -140,7 +163,9 @@ def _kv_heads(model: ModelDimensions, wanted: Wanted) -> list[int]:
     return [model.kv_heads, *([] if "kv" in model.fixed else _divisors(model.kv_heads)[-2:-1])]
 
 
-def _hidden_sizes(model: ModelDimensions, kv_heads: int, multiple: Multiple, wanted: Wanted) -> Iterator[int]:
+def _hidden_sizes(
+    model: ModelDimensions, kv_heads: int, multiple: Multiple, wanted: Wanted
+) -> Iterator[int]:
     """Hidden sizes to choose from, the largest first."""
     if wanted.get("hidden") or "hidden" in model.fixed:
         return iter([wanted.get("hidden") or model.hidden])
@@ -176,7 +201,10 @@ def _check_goal(model: ModelDimensions, wanted: Wanted, goal: int) -> None:
     """Raise InputError where the sizes that a user has set remove more than the target: the last iteration would."""
     hidden, width, kv_heads = (wanted.get(name) for name in ("hidden", "ffn", "kv"))
     least = replace(
-        model, hidden=hidden or model.hidden, width=width or model.width, kv_heads=kv_heads or model.kv_heads
+        model,
+        hidden=hidden or model.hidden,
+        width=width or model.width,
+        kv_heads=kv_heads or model.kv_heads,
     )
     if least.params < ROUNDED * goal:
         raise InputError(
@@ -197,7 +225,9 @@ def _check(model: ModelDimensions, wanted: Wanted) -> None:
             continue
         if size > sizes[name]:
             raise InputError(
-                f"{size} is more than the model's {sizes[name]}", field=f"prune.width.{name}", remedy="lower it"
+                f"{size} is more than the model's {sizes[name]}",
+                field=f"prune.width.{name}",
+                remedy="lower it",
             )
         if name in fixed and size < sizes[name]:
             raise InputError(

@@ -49,10 +49,17 @@ def as_finding(subject: str, check: Callable[..., str], *arguments: Any) -> Find
     """What a check says where all is well; an explained error that it raises is a finding too."""
     try:
         return Finding(subject, "ok", check(*arguments))
-    except PtlError as error:  # whose sentence ends with the remedy, which is shown on a line of its own
+    # whose sentence ends with the remedy, which is shown on a line of its own
+    except PtlError as error:
         message = f"{error.field}: {error.problem}" if error.field else error.problem
         state: State = "warning" if isinstance(error, DoubtError) else "error"
-        return Finding(subject, state, message, error.remedy, error.rule if isinstance(error, ForbiddenError) else "")
+        return Finding(
+            subject,
+            state,
+            message,
+            error.remedy,
+            error.rule if isinstance(error, ForbiddenError) else "",
+        )
 
 
 def local(config: Config, home: Path) -> list[Finding]:
@@ -60,7 +67,9 @@ def local(config: Config, home: Path) -> list[Finding]:
     # Tracked where the run would be: in `home`, unless the environment names another location.
     home = home.absolute()
     home.mkdir(parents=True, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+    os.environ["MLFLOW_TRACKING_URI"] = (
+        os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+    )
     if not address.is_server(os.environ["MLFLOW_TRACKING_URI"]):
         os.environ["PTL_ARTIFACT_ROOT"] = (home / "artifacts").as_uri()
     return [*step_environment(config), as_finding("disk", disk, config, home)]
@@ -79,7 +88,9 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
             "not checked: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
             f"{config.storage.config_map}"
         )
-        return [Finding("MLflow and store", "warning", message, "set it, or resources.doctor: true")]
+        return [
+            Finding("MLflow and store", "warning", message, "set it, or resources.doctor: true")
+        ]
     tracking = as_finding("MLflow", mlflow, config)
     # MLflow says where the store is.
     if tracking.state == "error":
@@ -95,7 +106,9 @@ def mlflow(config: Config) -> str:
     mlflow_client.ask()
     with mlflow_client.briefly(BRIEF), mlflow_client.connected() as client:
         experiment = mlflow_objects.experiment(client, name, os.environ.get("PTL_ARTIFACT_ROOT"))
-        run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
+        run = client.create_run(
+            experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor"
+        )
         # A run that stays open would be listed as one that still works.
         client.set_terminated(run.info.run_id, "FINISHED")
         client.delete_run(run.info.run_id)
@@ -159,7 +172,8 @@ def _s3(root: str) -> str:
         try:
             client.put_object(**item, Body=b"second", IfNoneMatch="*")
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (409, 412):  # another one was before
+            # another one was before
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (409, 412):
                 raise
             return f"{root} is writable and refuses a second writer"
         finally:
@@ -176,7 +190,12 @@ def gpu(config: Config) -> str:
 
     # On the cluster this step has what prune has; elsewhere the largest step is to fit.
     in_step = bool(os.environ.get("KFP_RUN_ID"))
-    needed = max(map(config.resources.accelerators_of, ["prune"] if in_step else ["prune", "recover", "evaluate"]))
+    needed = max(
+        map(
+            config.resources.accelerators_of,
+            ["prune"] if in_step else ["prune", "recover", "evaluate"],
+        )
+    )
     message = f"{torch.cuda.device_count()} visible here, the config asks for {needed}"
     if torch.cuda.device_count() < needed:
         error = InputError if in_step else DoubtError
@@ -192,7 +211,9 @@ def disk(config: Config, home: Path) -> str:
     shape = forecast_model.shape_of(config.model.path, config.model.revision)
     needed = forecast_model.checkpoint_bytes(config, shape)
     free = shutil.disk_usage(home).free
-    message = f"{home} has {size(free)} free; the checkpoints of a whole run are at most {size(needed)}"
+    message = (
+        f"{home} has {size(free)} free; the checkpoints of a whole run are at most {size(needed)}"
+    )
     if free < needed:  # a run that stops for want of space can be resumed: no error
         remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
         raise DoubtError(message, remedy=remedy)

@@ -19,7 +19,8 @@ from ptl.preflight.doctor import Finding, as_finding, step_environment, tracking
 
 OLDEST = "2.14"  # release of Kubeflow Pipelines
 CONTROLLER = "workflow-controller-configmap"  # Argo's, in the namespace of Kubeflow
-ONLY_DELETED_PODS = ("OnError", "OnTransientError")  # retry policies under which no failed pod is started again
+# retry policies under which no failed pod is started again
+ONLY_DELETED_PODS = ("OnError", "OnTransientError")
 TRAINER = "trainer.kubeflow.org"
 TRAINER_API = f"/apis/{TRAINER}/v1alpha1"
 INSTALL = "docs/install.md, Kubeflow Trainer"
@@ -27,7 +28,9 @@ INSTALL = "docs/install.md, Kubeflow Trainer"
 Health = Callable[[], dict[str, Any]]  # Kubeflow's answer: tag_name, multi_user. Raises PtlError
 
 
-def cluster(config: Config, health: Health | None, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
+def cluster(
+    config: Config, health: Health | None, namespace: str | None, kubeflow_namespace: str
+) -> list[Finding]:
     """What a run on Kubeflow needs: images in a registry, a backend of the right version, objects of the namespace.
 
     MLflow and the store are tried from here where this environment says how; the steps have their own addresses and
@@ -41,7 +44,11 @@ def cluster(config: Config, health: Health | None, namespace: str | None, kubefl
     else:
         findings.append(as_finding("Kubeflow", kubeflow, config, health))
         # Where nobody names a profile, pods start beside Kubeflow, unless it has several users.
-        if namespace is None and findings[-1].state != "error" and health().get("multi_user") is False:
+        if (
+            namespace is None
+            and findings[-1].state != "error"
+            and health().get("multi_user") is False
+        ):
             namespace = kubeflow_namespace
     namespace = namespace or kubernetes.context_namespace()
     return [*findings, *_forbidden_together(objects(config, namespace, kubeflow_namespace))]
@@ -97,7 +104,9 @@ def images(config: Config) -> str:
 def _docker_problem(*words: str) -> str:
     """What a docker command that fails says; empty where it succeeds."""
     try:
-        done = subprocess.run(["docker", *words], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            ["docker", *words], capture_output=True, text=True, check=False, timeout=60
+        )
     except FileNotFoundError:
         return "there is no command docker here"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -110,7 +119,9 @@ def kubeflow(config: Config, health: Health) -> str:
     version = str(health().get("tag_name"))
     release = re.match(r"v?(\d+)\.(\d+)", version)
     if release is None:  # a build of somebody's own may have any tag
-        raise DoubtError(f"answers, with version {version!r}", remedy=f"make sure that it is {OLDEST} or newer")
+        raise DoubtError(
+            f"answers, with version {version!r}", remedy=f"make sure that it is {OLDEST} or newer"
+        )
     # An older backend refuses fields that it does not know.
     if (int(release[1]), int(release[2])) < config.resources.kfp_release:
         raise InputError(
@@ -126,23 +137,40 @@ def objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> l
     policy = as_finding("retry policy", retry_policy, kubeflow_namespace)
     if namespace is None:
         remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow"
-        return [policy, Finding("objects", "warning", "not checked: the namespace of the run is not known", remedy)]
+        return [
+            policy,
+            Finding(
+                "objects", "warning", "not checked: the namespace of the run is not known", remedy
+            ),
+        ]
     storage, secrets = config.storage, config.resources.image_pull_secrets
     # Without the former no run works; without the latter one may: a cloud identity needs no keys, a public model no
     # token, and without a bundle the steps trust the public CAs.
-    needed = {"configmap": [storage.config_map], "persistentvolumeclaim": [storage.cache_claim], "secret": secrets}
+    needed = {
+        "configmap": [storage.config_map],
+        "persistentvolumeclaim": [storage.cache_claim],
+        "secret": secrets,
+    }
     optional = {
         "configmap": [storage.ca_config_map],
         "secret": [storage.s3_secret, storage.mlflow_secret, storage.hf_secret],
     }
     findings = [policy]
     for missing, kinds in ((InputError, needed), (DoubtError, optional)):
-        for kind, name in [(kind, name) for kind, names in kinds.items() for name in names if name is not None]:
+        for kind, name in [
+            (kind, name) for kind, names in kinds.items() for name in names if name is not None
+        ]:
             path = f"/api/v1/namespaces/{namespace}/{kind}s/{name}"
-            remedy = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
+            remedy = (
+                f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
+            )
             if kind == "secret" and name in secrets:
                 remedy = "make it (kubectl create secret docker-registry), or take it out of image_pull_secrets"
-            findings.append(as_finding(f"{kind} {name}", _exists, path, f"is not in {namespace}", remedy, missing))
+            findings.append(
+                as_finding(
+                    f"{kind} {name}", _exists, path, f"is not in {namespace}", remedy, missing
+                )
+            )
     return [*findings, *trainer(config, namespace)]
 
 
@@ -212,12 +240,19 @@ def trainer_in_step(config: Config) -> list[Finding]:
         return []
     if not kubernetes.NAMESPACE.is_file():
         remedy = "give the account of the steps a token: it creates the nodes"
-        return [Finding("Kubeflow Trainer", "error", "the pod has no token of a service account", remedy)]
+        return [
+            Finding(
+                "Kubeflow Trainer", "error", "the pod has no token of a service account", remedy
+            )
+        ]
     namespace = kubernetes.NAMESPACE.read_text().strip()
     return [*trainer(config, namespace), as_finding("rights", _may_train, namespace)]
 
 
 def _may_train(namespace: str) -> str:
     if not kubernetes.may(namespace, "create", TRAINER, "trainjobs"):
-        raise InputError(f"may not create trainjobs in {namespace}", remedy=f"give the Role ptl-recover ({INSTALL})")
+        raise InputError(
+            f"may not create trainjobs in {namespace}",
+            remedy=f"give the Role ptl-recover ({INSTALL})",
+        )
     return f"may create trainjobs in {namespace}"

@@ -44,7 +44,14 @@ HOUR = 3600  # seconds
 ITEMS = {"gsm8k": 1319, "gsm8k_cot": 1319, "minerva_math500": 500, "humaneval": 164, "mbpp": 500}
 ITEMS |= {"humaneval_instruct": 164, "mbpp_chat": 500, "mbpp_code": 500}
 # examples/math_suite
-ITEMS |= {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 674}
+ITEMS |= {
+    "aime24": 30,
+    "aime25": 30,
+    "amc23": 40,
+    "math500": 500,
+    "minerva": 272,
+    "olympiadbench": 674,
+}
 UNKNOWN_ITEMS = 1000
 
 Work = tuple[int, float, str]  # tokens, seconds, and a note for the user
@@ -97,7 +104,10 @@ class Forecast:
     def paths(self) -> dict[str, list[target.SizePath]]:
         """The model's possible sizes after each iteration of each arm."""
         dense, prune = self.shape.dimensions, self.config.prune
-        return {arm: target.possible_paths(dense, schedule, prune) for arm, schedule in self.schedules.items()}
+        return {
+            arm: target.possible_paths(dense, schedule, prune)
+            for arm, schedule in self.schedules.items()
+        }
 
     @cached_property
     def steps(self) -> tuple[StepForecast, ...]:
@@ -125,22 +135,31 @@ class Forecast:
     def answering(self) -> int:
         """GPUs that work in an evaluation; vLLM takes all."""
         evaluate = self.config.evaluate
-        return devices(None if evaluate.backend == "vllm" else evaluate.processes, self.gpus["evaluate"])
+        return devices(
+            None if evaluate.backend == "vllm" else evaluate.processes, self.gpus["evaluate"]
+        )
 
     def memory(self, stage: str, model: ModelDimensions) -> float:
         """Bytes on each GPU in a kind of step that reads a model; of a recovery's stages the hungriest decides."""
         if stage == "prune":
-            return scoring_memory(self.shape.of(model), self.config.calibration, self.config.prune.repair)
+            return scoring_memory(
+                self.shape.of(model), self.config.calibration, self.config.prune.repair
+            )
         if stage == "evaluate":
             return answering_memory(self.shape, model, self.config, self.answering())
-        return max(training_memory(self.shape, model, each, self.training(each)) for each in self.config.recover)
+        return max(
+            training_memory(self.shape, model, each, self.training(each))
+            for each in self.config.recover
+        )
 
     def fits(self, stage: str, model: ModelDimensions, share: float) -> bool:
         """Whether a kind of step takes at most a share of each GPU's memory."""
         return self.memory(stage, model) <= share * self.gpu.gib * GIB
 
 
-def forecast(config: Config, gpu: str = USUAL_GPU, count: int | None = None, num_nodes: int | None = None) -> Forecast:
+def forecast(
+    config: Config, gpu: str = USUAL_GPU, count: int | None = None, num_nodes: int | None = None
+) -> Forecast:
     """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
 
     `num_nodes`: machines of a recovery, in place of the config's. With NO_GPU in place of a kind every step is on this
@@ -148,13 +167,17 @@ def forecast(config: Config, gpu: str = USUAL_GPU, count: int | None = None, num
     be had, and its `steps` for a target that leaves nothing.
     """
     if gpu not in (*GPUS, NO_GPU):
-        raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu")
+        raise InputError(
+            f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}, or {NO_GPU}", field="--gpu"
+        )
     if gpu == NO_GPU:
         count = num_nodes = 1
     config = target.with_number(config)
     shape = shape_of(config.model.path, config.model.revision)
     # A config without accelerators, for machines without GPUs, is forecast with one for each step.
-    held = config.resources.model_copy(update={"accelerators": count or config.resources.accelerators or 1})
+    held = config.resources.model_copy(
+        update={"accelerators": count or config.resources.accelerators or 1}
+    )
     gpus = {stage: held.accelerators_of(stage) for stage in ("prune", "recover", "evaluate")}
     return Forecast(config, shape, gpu, gpus, num_nodes or config.resources.nodes_of("recover"))
 
@@ -204,7 +227,9 @@ def narrows(ends: list[ModelDimensions], dense: ModelDimensions) -> bool:
     return any((end.hidden, end.kv_heads) != (dense.hidden, dense.kv_heads) for end in ends)
 
 
-def _left(unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense: ModelDimensions) -> str:
+def _left(
+    unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense: ModelDimensions
+) -> str:
     """What is left of what an iteration removes: `25 of 192 neurons`."""
     if narrows(ends, dense):
         return f"{'about ' if len(ends) > 1 else ''}{sizes(model)} of {sizes(dense)}"
@@ -214,7 +239,9 @@ def _left(unit: Unit, model: ModelDimensions, ends: list[ModelDimensions], dense
     return f"{getattr(model, field)} of {getattr(dense, field)} {unit}"
 
 
-def _pruning(unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], run: Forecast) -> Work:
+def _pruning(
+    unit: Unit, before: ModelDimensions, ends: list[ModelDimensions], run: Forecast
+) -> Work:
     """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back.
 
     One more through each of several models that the loop may end with. Over a repair's text one, and two through the
@@ -247,7 +274,9 @@ def _answers(model: ModelDimensions, run: Forecast) -> Work:
     return *_generation(model, run, items, training.max_new_tokens), "each of full length"
 
 
-def _generation(model: ModelDimensions, run: Forecast, items: int, new_tokens: int) -> tuple[int, float]:
+def _generation(
+    model: ModelDimensions, run: Forecast, items: int, new_tokens: int
+) -> tuple[int, float]:
     """Tokens and seconds, items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
     shape, gpu, gpus = run.shape, run.gpu, run.answering()
     rows = run.config.evaluate.batch_size
@@ -256,7 +285,9 @@ def _generation(model: ModelDimensions, run: Forecast, items: int, new_tokens: i
     prefill = forward_flops(shape, model, items * PROMPT_TOKENS, PROMPT_TOKENS)
     seconds = prefill / (gpu.flops("float32" if shape.itemsize == 4 else "bfloat16") * gpus)
     batches = math.ceil(items / gpus / rows)  # of each GPU
-    seconds += batches * new_tokens * decode_seconds(shape, model, rows, shape.itemsize, length, gpu)
+    seconds += (
+        batches * new_tokens * decode_seconds(shape, model, rows, shape.itemsize, length, gpu)
+    )
     return items * length, seconds
 
 
@@ -283,7 +314,8 @@ def _recovery(model: ModelDimensions, schedule: Schedule, number: int, run: Fore
         read = float(budget or 0)
         if stage.method == "grpo":
             context = sequence_length(stage)
-            if budget is None:  # it ends with its steps, shared out as tokens are; each answer is of full length
+            # it ends with its steps, shared out as tokens are; each answer is of full length
+            if budget is None:
                 shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
                 steps = plan(shared, run.config.prune)[number - 1].tokens
                 read = float(steps * stage.batch_size * context)
@@ -291,12 +323,16 @@ def _recovery(model: ModelDimensions, schedule: Schedule, number: int, run: Fore
             rows, new_tokens = stage.batch_size / gpus, stage.max_completion_length
             each = decode_seconds(run.shape, model, rows, 4, new_tokens, run.gpu)
             seconds += read / context / stage.batch_size * new_tokens * each
-        seconds += _training_flops(stage, model, read, run.shape) / (run.gpu.flops(stage.dtype) * gpus)
+        seconds += _training_flops(stage, model, read, run.shape) / (
+            run.gpu.flops(stage.dtype) * gpus
+        )
         tokens += int(read)
     return tokens, seconds, ""
 
 
-def _training_flops(stage: RecoverStage, model: ModelDimensions, tokens: float, shape: Shape) -> float:
+def _training_flops(
+    stage: RecoverStage, model: ModelDimensions, tokens: float, shape: Shape
+) -> float:
     """FLOPs of training on so many tokens, with those of another model whose output the loss needs."""
     # A backward pass costs two forward passes, and one more where activations are computed again.
     passes = 4 if stage.gradient_checkpointing else 3

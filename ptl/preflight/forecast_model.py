@@ -74,7 +74,8 @@ class Shape:
     cached_numbers: int  # in the KV cache for a token in all layers
     itemsize: int  # bytes of a stored weight
     context: int | None  # tokens that the model can read; None: its config has no limit
-    latent: bool = False  # whether the cache holds what keys and values of all heads are computed from
+    # whether the cache holds what keys and values of all heads are computed from
+    latent: bool = False
 
     @property
     def params(self) -> int:
@@ -89,7 +90,11 @@ class Shape:
     def of(self, model: ModelDimensions) -> Shape:
         """The shape of a pruned model, whose residual stream may be narrower, and its KV heads fewer."""
         dense = self.dimensions
-        cached = self.cached_numbers if self.latent else self.cached_numbers * model.kv_heads // dense.kv_heads
+        cached = (
+            self.cached_numbers
+            if self.latent
+            else self.cached_numbers * model.kv_heads // dense.kv_heads
+        )
         return replace(
             self,
             dimensions=model,
@@ -132,11 +137,14 @@ def forward_flops(shape: Shape, model: ModelDimensions, tokens: float, context: 
     """FLOPs of a forward pass of a pruned model over `tokens`, each looking back over half of `context` on average."""
     pruned = shape.of(model)
     weights = 2 * (model.active_params - pruned.lookup)
-    attention = 2 * model.layers * pruned.heads_width * context  # queries by keys, weights by values
+    # queries by keys, weights by values
+    attention = 2 * model.layers * pruned.heads_width * context
     return tokens * (weights + attention)
 
 
-def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: int, context: float, gpu: Gpu) -> float:
+def decode_seconds(
+    shape: Shape, model: ModelDimensions, rows: float, itemsize: int, context: float, gpu: Gpu
+) -> float:
     """Seconds to decode one token of every row: all weights in use and the cache are read once."""
     # As if each row's token were sent to experts at random.
     unused = (1 - model.experts_per_token / model.experts) ** rows if model.experts else 0.0
@@ -144,7 +152,9 @@ def decode_seconds(shape: Shape, model: ModelDimensions, rows: float, itemsize: 
     cache = rows * context * shape.of(model).kv_bytes  # bytes
     reading = (read * itemsize + cache) / (gpu.bandwidth * TERA * gpu.decoded)
     # A CPU is no faster with many rows: it computes for longer than it reads.
-    computing = forward_flops(shape, model, rows, context) / gpu.flops("float32" if itemsize == 4 else "bfloat16")
+    computing = forward_flops(shape, model, rows, context) / gpu.flops(
+        "float32" if itemsize == 4 else "bfloat16"
+    )
     return max(reading, computing) + model.layers * gpu.layer_seconds
 
 
@@ -156,13 +166,24 @@ def scoring_memory(shape: Shape, calibration: Calibration, repair: int) -> float
     model = shape.dimensions
     outside = model.params - model.layers * model.params_per_layer  # of the layers
     weights = max(model.params_per_layer, outside) * shape.itemsize
-    hidden_states = max(calibration.num_sequences, repair) * calibration.max_length * model.hidden * shape.itemsize
-    batch = activations(model.hidden, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False)
+    hidden_states = (
+        max(calibration.num_sequences, repair)
+        * calibration.max_length
+        * model.hidden
+        * shape.itemsize
+    )
+    batch = activations(
+        model.hidden, 1, calibration.batch_size * calibration.max_length, shape.itemsize, False
+    )
     # Of one sequence, in float32: logits, their logarithms and the gradient.
     logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
     squares = 0.0
     if repair:
-        squares = 4.0 * model.width * (3 * model.width + 2 * calibration.batch_size * calibration.max_length)
+        squares = (
+            4.0
+            * model.width
+            * (3 * model.width + 2 * calibration.batch_size * calibration.max_length)
+        )
         squares += model.params_per_layer * shape.itemsize
     return weights + hidden_states + max(batch, logits, squares) + CONTEXT
 
@@ -174,7 +195,9 @@ def answering_memory(shape: Shape, model: ModelDimensions, config: Config, gpus:
     """
     evaluate, training = config.evaluate, config.training
     lengths = [tasks.answer_tokens(task) for task in evaluate.tasks]
-    length = PROMPT_TOKENS + max(*lengths, training.max_new_tokens if training.answers == "self" else 0)
+    length = PROMPT_TOKENS + max(
+        *lengths, training.max_new_tokens if training.answers == "self" else 0
+    )
     memory = model.params * shape.itemsize + evaluate.batch_size * length * shape.of(model).kv_bytes
     return CONTEXT + (memory / gpus if evaluate.backend == "vllm" else memory)
 
@@ -192,7 +215,9 @@ def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, g
     # What a batch needs; `tokens` are those of one forward pass on one GPU.
     rows = math.ceil(stage.batch_size / (stage.accumulation * gpus))
     tokens = rows * sequence_length(stage)
-    memory += activations(model.hidden, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing)
+    memory += activations(
+        model.hidden, model.layers, tokens, _itemsize(stage), stage.gradient_checkpointing
+    )
     # In float32: logits and their gradient, and those of the teacher.
     memory += (3 if stage.method == "distil" else 2) * 4.0 * tokens * shape.vocabulary
     if stage.method == "distil":
@@ -204,7 +229,9 @@ def training_memory(shape: Shape, model: ModelDimensions, stage: RecoverStage, g
     return memory
 
 
-def activations(hidden: int, layers: int, tokens: float, itemsize: int, checkpointed: bool) -> float:
+def activations(
+    hidden: int, layers: int, tokens: float, itemsize: int, checkpointed: bool
+) -> float:
     """Bytes kept for the backward pass of `tokens` tokens on one device."""
     # 34 bytes for each hidden value in a layer at 2 bytes a number.
     layer = 34 / 2 * itemsize * hidden * tokens
@@ -216,7 +243,9 @@ def activations(hidden: int, layers: int, tokens: float, itemsize: int, checkpoi
 
 def sequence_length(stage: RecoverStage) -> int:
     """Tokens of the longest sequence that a stage trains on."""
-    return PROMPT_TOKENS + stage.max_completion_length if stage.method == "grpo" else stage.max_length
+    return (
+        PROMPT_TOKENS + stage.max_completion_length if stage.method == "grpo" else stage.max_length
+    )
 
 
 def _itemsize(stage: RecoverStage) -> int:

@@ -74,7 +74,8 @@ def cpu(hidden: int, width: int) -> Gpu:
         bandwidth=matrix.nbytes / _seconds(lambda: row @ matrix) / TERA,
         reached=1.0,
         decoded=1.0,
-        layer_seconds=_seconds(_layer(1, 8, 8, torch.float32)),  # hardly a product: Python and torch's calls
+        # hardly a product: Python and torch's calls
+        layer_seconds=_seconds(_layer(1, 8, 8, torch.float32)),
     )
 
 

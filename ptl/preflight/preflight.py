@@ -12,7 +12,13 @@ from ptl.config.base import FILL_IN
 from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule
 from ptl.data import chat_templates
-from ptl.data.checks import check_data, check_own_answers, check_rewards, check_settings, named_sources
+from ptl.data.checks import (
+    check_data,
+    check_own_answers,
+    check_rewards,
+    check_settings,
+    named_sources,
+)
 from ptl.data.sources import local_file
 from ptl.errors import InputError
 from ptl.evaluation import tasks
@@ -43,7 +49,14 @@ def preflight(config: Config, *, hub_rows: bool = False) -> tuple[Path, ModelDim
     folder = hub.locate(config.model.path, config.model.revision)
     dimensions = check_model(folder, config.schedule, config.prune)
     if dimensions is not None:
-        check_settings(folder, config.calibration, config.training, config.evaluate, config.recover, config.chat)
+        check_settings(
+            folder,
+            config.calibration,
+            config.training,
+            config.evaluate,
+            config.recover,
+            config.chat,
+        )
     return folder, dimensions
 
 
@@ -51,9 +64,15 @@ def check_filled_in(config: Config) -> None:
     """Raise InputError that names all fields which `ptl init` has left to the user."""
     sources = named_sources(config.calibration, config.training, config.recover)
     open_fields = [
-        f"{field}.source" for field, source in sources.items() if Path(source.source).name.startswith(FILL_IN)
+        f"{field}.source"
+        for field, source in sources.items()
+        if Path(source.source).name.startswith(FILL_IN)
     ]
-    open_fields += [f"evaluate.tasks.{i}.name" for i, task in enumerate(config.evaluate.tasks) if task.name == FILL_IN]
+    open_fields += [
+        f"evaluate.tasks.{i}.name"
+        for i, task in enumerate(config.evaluate.tasks)
+        if task.name == FILL_IN
+    ]
     if open_fields:
         raise InputError(
             f"{FILL_IN} is still to be filled in",
@@ -101,7 +120,11 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
 
 def warnings(config: Config) -> list[str]:
     """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
-    return [*_idle_accelerators(config), *_unfit_for_the_gate(config), *tasks.warnings(config.evaluate)]
+    return [
+        *_idle_accelerators(config),
+        *_unfit_for_the_gate(config),
+        *tasks.warnings(config.evaluate),
+    ]
 
 
 def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
@@ -113,7 +136,11 @@ def model_warnings(config: Config, model: ModelDimensions) -> list[str]:
     idle = set()
     for path in paths:
         before = [model, *(after for _, after in path)]
-        idle |= {step.index for (step, after), earlier in zip(path, before, strict=False) if after == earlier}
+        idle |= {
+            step.index
+            for (step, after), earlier in zip(path, before, strict=False)
+            if after == earlier
+        }
     if not idle:
         return []
     return [
@@ -141,7 +168,11 @@ def chat_warnings(config: Config, folder: Path) -> Iterator[str]:
         )
         return
     positions = checkpoint.read_config(folder).get("max_position_embeddings") or THOUGHT
-    short = [task.name for task in config.evaluate.tasks if answer_tokens(task) < min(THOUGHT, positions // 2)]
+    short = [
+        task.name
+        for task in config.evaluate.tasks
+        if answer_tokens(task) < min(THOUGHT, positions // 2)
+    ]
     if short:
         yield (
             f"evaluate.tasks: {listed(short)}: the model thinks before it answers, and a thought that is cut is no "
@@ -174,7 +205,9 @@ def _unfit_for_the_gate(config: Config) -> Iterator[str]:
             "later ones and are judged right after it; a rejection halves the cuts that follow: set "
             "schedule.tokens=uniform"
         )
-    decays = [stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"]
+    decays = [
+        stage.decay for stage in config.recover if stage.method != "grpo" and stage.decay != "each"
+    ]
     if decays:
         yield (
             f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, "

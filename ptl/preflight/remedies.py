@@ -23,8 +23,13 @@ def warnings(run: Forecast) -> list[str]:
     for stage in run.gpus:
         large = [step for step in run.of(stage) if not step.fits]
         if large:
-            steps, needed = listed([step.step for step in large]), max(step.memory for step in large) / GIB
-            where, owner = ("on each GPU", run.kind) if run.kind != NO_GPU else ("of memory", "this machine")
+            steps, needed = (
+                listed([step.step for step in large]),
+                max(step.memory for step in large) / GIB,
+            )
+            where, owner = (
+                ("on each GPU", run.kind) if run.kind != NO_GPU else ("of memory", "this machine")
+            )
             sentences.append(
                 f"{steps}: up to {needed:.0f} GiB {where}, {owner} has {run.gpu.gib:.0f} GiB: {_remedy(stage, run)}"
             )
@@ -63,16 +68,22 @@ def _remedy(stage: str, run: Forecast) -> str:
 def _written(changes: Changes) -> str:
     """Changes as a config has them; with vLLM, whose speed ptl does not measure, also what else must change."""
     beside = {"evaluate.speed.repeats": 0} if "evaluate.backend" in changes else {}
-    return " and ".join(f"{field}: {str(value).lower()}" for field, value in {**changes, **beside}.items())
+    return " and ".join(
+        f"{field}: {str(value).lower()}" for field, value in {**changes, **beside}.items()
+    )
 
 
-def smallest_change(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> Changes | None:
+def smallest_change(
+    stage: str, model: ModelDimensions, run: Forecast, share: float = FULL
+) -> Changes | None:
     """The first of the smallest changes with which a step takes at most a share of a GPU's memory.
 
     Empty where nothing must change; None where none is enough.
     """
     every = sorted(_choices(_settings(stage, run)), key=len)
-    return next((changes for changes in every if changed(run, changes).fits(stage, model, share)), None)
+    return next(
+        (changes for changes in every if changed(run, changes).fits(stage, model, share)), None
+    )
 
 
 def _choices(fields: dict[str, list[Any]]) -> Iterator[Changes]:
@@ -83,7 +94,11 @@ def _choices(fields: dict[str, list[Any]]) -> Iterator[Changes]:
 
 def larger_gpus(stage: str, model: ModelDimensions, run: Forecast, share: float = FULL) -> str:
     """The kinds of GPU on which a step would fit; empty where it would on none."""
-    fitting = (kind for kind in GPUS if smallest_change(stage, model, replace(run, kind=kind), share) is not None)
+    fitting = (
+        kind
+        for kind in GPUS
+        if smallest_change(stage, model, replace(run, kind=kind), share) is not None
+    )
     return ", ".join(fitting)
 
 
@@ -91,7 +106,11 @@ def _settings(stage: str, run: Forecast) -> dict[str, list[Any]]:
     """What makes a kind of step smaller on the same GPUs: the field that costs least comes last, its values first."""
     config = run.config
     if stage == "prune":
-        return {"calibration.batch_size": [rows for rows in BATCHES if rows < config.calibration.batch_size]}
+        return {
+            "calibration.batch_size": [
+                rows for rows in BATCHES if rows < config.calibration.batch_size
+            ]
+        }
     if stage == "evaluate":
         batches = [rows for rows in BATCHES if rows < config.evaluate.batch_size]
         backends = [] if run.kind == NO_GPU else ["vllm"]
@@ -104,7 +123,11 @@ def _settings(stage: str, run: Forecast) -> dict[str, list[Any]]:
 
     passes = list(filter(divides, range(2, largest_batch + 1)))
     shardings = [] if run.kind == NO_GPU else ["fsdp"]
-    return {"recover.sharding": shardings, "recover.accumulation": passes, "recover.gradient_checkpointing": [True]}
+    return {
+        "recover.sharding": shardings,
+        "recover.accumulation": passes,
+        "recover.gradient_checkpointing": [True],
+    }
 
 
 def changed(run: Forecast, changes: Changes) -> Forecast:

@@ -58,12 +58,14 @@ LEARNING_RATES = {1e7: 1.2e-4, 3e8: 2e-4, 4.5e9: 1e-5, 1e10: 8e-6, math.inf: 4e-
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 
-ROOM = 0.85  # share of a GPU's memory that a choice may need: the forecast does not know every buffer
+# share of a GPU's memory that a choice may need: the forecast does not know every buffer
+ROOM = 0.85
 SMALL = 10**9  # parameters up to which activations stay in memory
 WITHOUT_BF16 = ("t4",)
 PROCESS = 8  # GiB of the host for Python, CUDA and caches of a process; /dev/shm has as much
 
-Values = dict[str, Any]  # of the template's placeholders; without one, or with None, a line is left out
+# of the template's placeholders; without one, or with None, a line is left out
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,13 @@ def starter(
     dense = shape.dimensions
     prune = Prune(target="experts", criterion="reap") if dense.experts else Prune()
     available = rows.tokens if rows else None
-    tokenizer = pretrained.load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
+    tokenizer = (
+        pretrained.load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
+    )
     format = rows.source.format if rows else ""
-    is_post_trained = tokenizer is not None and bool(tokenizer.chat_template) and ends_turns(source, tokenizer)
+    is_post_trained = (
+        tokenizer is not None and bool(tokenizer.chat_template) and ends_turns(source, tokenizer)
+    )
     # Tokens of the longest of its own answers, of which each row has one; 0: it learns from those of the rows.
     longest = longest_answer(tokenizer, shape) if is_post_trained and format != "text" else 0
     if rows and available and longest:
@@ -118,7 +124,8 @@ def starter(
         "title": model,
         "name": json.dumps(run_name(model)),
         "path": json.dumps(_as_seen_from(folder, model)),
-        "model_revision": None if hub.is_local(model) else json.dumps(source.name),  # a snapshot's folder: its commit
+        # a snapshot's folder: its commit
+        "model_revision": None if hub.is_local(model) else json.dumps(source.name),
         "before": billions(dense.params),
         "after": billions(after.params),
         "percent": f"{100 * removed / dense.params:.0f}",
@@ -135,13 +142,16 @@ def starter(
     if is_chat:
         values |= _chat_values(tokenizer, values, longest, tokens, on_gpu=gpu is not None)
     if not dense.experts:
-        sequences = 2 * NEURON_TOKENS * after.width / values["calibration_length"]  # rows fill about half of it
+        # rows fill about half of it
+        sequences = 2 * NEURON_TOKENS * after.width / values["calibration_length"]
         values["repair"] = f"{_rounded(sequences):_}"
     if gpu is not None:
         values = _fitted(values, gpu, gpus, source, folder, answer_tokens)
     text = render(values)
     _config(text, folder)
-    return Starter(text, Amount(tokens, removed, passes=tokens / available if available else None), task)
+    return Starter(
+        text, Amount(tokens, removed, passes=tokens / available if available else None), task
+    )
 
 
 def render(values: Values, template_file: Path = TEMPLATE) -> str:
@@ -180,7 +190,9 @@ def _iterations(dense: ModelDimensions, schedule: Schedule, prune: Prune) -> int
     """The most iterations up to the default that all have something to remove; None: the default."""
     usual: int = Schedule.model_fields["iterations"].default
     for number in range(usual, 0, -1):
-        path = goals.possible_paths(dense, schedule.model_copy(update={"iterations": number}), prune)[0]
+        path = goals.possible_paths(
+            dense, schedule.model_copy(update={"iterations": number}), prune
+        )[0]
         before = [dense, *(after for _, after in path)]
         if all(after != earlier for (_, after), earlier in zip(path, before, strict=False)):
             return None if number == usual else number
@@ -223,7 +235,9 @@ def _as_seen_from(folder: Path, name: str) -> str:
     return f"./{os.path.relpath(path, folder)}"
 
 
-def _data_values(rows: Rows | None, benchmark: Benchmark | None, names: Sequence[str], file: Path) -> Values:
+def _data_values(
+    rows: Rows | None, benchmark: Benchmark | None, names: Sequence[str], file: Path
+) -> Values:
     """What the file says of rows and benchmarks; fields to fill in where the user has named none."""
     folder = file.parent
     source: Values = {"source": f"{FILL_IN}.jsonl"} | QUESTION
@@ -239,7 +253,12 @@ def _data_values(rows: Rows | None, benchmark: Benchmark | None, names: Sequence
         runs_code |= any(spec.unsafe_code for spec in specs)
         task = {"name": _as_seen_from(folder, name) if tasks.is_path(name) else name}
         # The default metric, or the first one that all tasks of a group have.
-        shared = [metric for spec in specs[:1] for metric in spec.metrics if all(metric in s.metrics for s in specs)]
+        shared = [
+            metric
+            for spec in specs[:1]
+            for metric in spec.metrics
+            if all(metric in s.metrics for s in specs)
+        ]
         if shared and Task.model_fields["metric"].default not in shared:
             task["metric"] = shared[0]
         chosen.append(task)
@@ -255,8 +274,12 @@ def _data_values(rows: Rows | None, benchmark: Benchmark | None, names: Sequence
 
 def ends_turns(folder: Path, tokenizer: Any) -> bool:
     """Whether a model ends its answers as its chat template ends a turn: base models with a template do not."""
-    ends = (checkpoint.generation_config(folder) or checkpoint.read_config(folder)).get("eos_token_id")
-    return chat_templates.end_of_turn(tokenizer, NO_CHAT)[0] in (ends if isinstance(ends, list) else [ends])
+    ends = (checkpoint.generation_config(folder) or checkpoint.read_config(folder)).get(
+        "eos_token_id"
+    )
+    return chat_templates.end_of_turn(tokenizer, NO_CHAT)[0] in (
+        ends if isinstance(ends, list) else [ends]
+    )
 
 
 def longest_answer(tokenizer: Any, shape: Shape) -> int:
@@ -265,7 +288,9 @@ def longest_answer(tokenizer: Any, shape: Shape) -> int:
     return min(longest, (shape.context or 2 * THOUGHT) // 2)
 
 
-def _chat_values(tokenizer: Any, values: Values, longest: int, tokens: int, *, on_gpu: bool) -> Values:
+def _chat_values(
+    tokenizer: Any, values: Values, longest: int, tokens: int, *, on_gpu: bool
+) -> Values:
     """What the file says of a model that is served as a chat: it learns from its own answers and the dense logits.
 
     `longest`: tokens of an own answer; 0: it learns from those of the rows. `tokens` of recovery are read PASSES times.
@@ -276,9 +301,15 @@ def _chat_values(tokenizer: Any, values: Values, longest: int, tokens: int, *, o
     if not chat_templates.thinks(tokenizer):
         return chat
     tasks = [{**task, "max_new_tokens": longest or THOUGHT} for task in json.loads(values["tasks"])]
-    switch = json.dumps({chat_templates.SWITCH: True}) if chat_templates.has_switch(tokenizer) else None
+    switch = (
+        json.dumps({chat_templates.SWITCH: True}) if chat_templates.has_switch(tokenizer) else None
+    )
     backend = "vllm" if on_gpu else None
-    return chat | {"template_kwargs": switch, "tasks": json.dumps(tasks), "evaluate_backend": backend}
+    return chat | {
+        "template_kwargs": switch,
+        "tasks": json.dumps(tasks),
+        "evaluate_backend": backend,
+    }
 
 
 def _own_answers(values: Values, longest: int, tokens: int) -> Values:
@@ -297,7 +328,10 @@ def _own_answers(values: Values, longest: int, tokens: int) -> Values:
         "calibration_length": max(values["calibration_length"], longest // TYPICAL),
     }
     # A benchmark's words are for models that continue a text.
-    plain = {name: json.dumps(text) for name, text in (("prompt", "{question}"), ("completion", "{answer}"))}
+    plain = {
+        name: json.dumps(text)
+        for name, text in (("prompt", "{question}"), ("completion", "{answer}"))
+    }
     return answers | plain if is_question else answers
 
 
@@ -313,7 +347,9 @@ def _training_values(rows: Rows | None, shape: Shape, tokens: int, removed: int)
         "method": "cpt",
         "learning_rate": f"{default_rate(shape.params, removed / shape.params):.1e}",
         "max_length": max_length,
-        "batch_size": next((size for size in BATCH_SIZES if num_rows / size >= STEPS), BATCH_SIZES[-1]),
+        "batch_size": next(
+            (size for size in BATCH_SIZES if num_rows / size >= STEPS), BATCH_SIZES[-1]
+        ),
         "recover_gradient_checkpointing": "true" if shape.params > SMALL else None,
         "evaluate_batch_size": 64,
     }
@@ -364,9 +400,12 @@ def _fitted(
             )
         values |= {field.replace(".", "_"): json.dumps(value) for field, value in changes.items()}
         run = remedies.changed(run, changes)
-    peaks = [f"{stage} {max(step.memory for step in run.of(stage)) / GIB:.0f}" for stage in run.gpus]
+    peaks = [
+        f"{stage} {max(step.memory for step in run.of(stage)) / GIB:.0f}" for stage in run.gpus
+    ]
     processes = PROCESS * (gpus + 1)  # at most one for each GPU
-    weights = 4 * run.shape.params / GIB  # of a recovery each process reads them in float32, and one collects them
+    # of a recovery each process reads them in float32, and one collects them
+    weights = 4 * run.shape.params / GIB
     return values | {
         "peaks": ", ".join(peaks),
         "gpu_hours": decimal_hours(run.gpu_hours),

@@ -52,7 +52,22 @@ RIGHT = {
     "text": "the answer is the row's, but for upper case, white space around it and a full stop",
     "boxed": "what is in the last \\boxed{} of the answer equals the row's, also as a formula",
 }
-RESERVED = {"true", "false", "none", "True", "False", "None", "not", "and", "or", "if", "else", "in", "is", "self"}
+RESERVED = {
+    "true",
+    "false",
+    "none",
+    "True",
+    "False",
+    "None",
+    "not",
+    "and",
+    "or",
+    "if",
+    "else",
+    "in",
+    "is",
+    "self",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,9 @@ class Benchmark:
 
     def answer_tokens(self, context: int | None, longest_chat: int) -> int:
         """Tokens of the longest answer; `longest_chat`: of an answer of a chat, 0 where prompts are no chats."""
-        tokens = next((length for length in LENGTHS if length * CHARACTERS >= 2 * self.longest), LENGTHS[-1])
+        tokens = next(
+            (length for length in LENGTHS if length * CHARACTERS >= 2 * self.longest), LENGTHS[-1]
+        )
         return longest_chat or min(tokens, (context or 2 * tokens) // 2)
 
     def task_file(self, config: Path) -> Path:
@@ -109,7 +126,9 @@ class Benchmark:
             "title": self.sentence,
             "name": json.dumps(self.name),
             "format": "parquet" if self.file.suffix == ".parquet" else "json",
-            "rows": json.dumps(os.path.relpath(self.file.resolve(), file.parent.resolve()), ensure_ascii=False),
+            "rows": json.dumps(
+                os.path.relpath(self.file.resolve(), file.parent.resolve()), ensure_ascii=False
+            ),
             "prompt": json.dumps(written, ensure_ascii=False),
             "answer": json.dumps(self.answer, ensure_ascii=False),
             "delimiter": json.dumps(self.source.completion.partition("{")[0]),
@@ -132,7 +151,9 @@ class Benchmark:
         return [text for text in (line_break, words) if text]
 
 
-def read(name: str, columns: str | None, grade: Grade | None, of_data: str | None = None) -> Benchmark:
+def read(
+    name: str, columns: str | None, grade: Grade | None, of_data: str | None = None
+) -> Benchmark:
     """The benchmark of a file's rows, all of which are checked. Raises InputError that names the option.
 
     `columns`: PROMPT,ANSWER; None: those `of_data` (--columns) if the rows have them, or those that --data knows by
@@ -141,7 +162,12 @@ def read(name: str, columns: str | None, grade: Grade | None, of_data: str | Non
     source = check(DataSource, {"source": name}, FIELD)
     file = _file(source)
     first = next(iter(numbered_rows(source, FIELD)))
-    if columns is None and of_data and of_data.count(",") == 1 and {*_names(of_data)} <= first.columns.keys():
+    if (
+        columns is None
+        and of_data
+        and of_data.count(",") == 1
+        and {*_names(of_data)} <= first.columns.keys()
+    ):
         columns = of_data
     source = source.model_copy(update=_templates(first, columns))
     answers = []
@@ -152,7 +178,10 @@ def read(name: str, columns: str | None, grade: Grade | None, of_data: str | Non
             raise row.error(" has an empty prompt", "leave such rows out")
         answer = fill(source.completion, row).strip()
         if not re.search(r"[^\s.]", _result(answer)):
-            raise row.error(f" has an empty {columns_of(source.completion)[0]!r}, the answer", "leave such rows out")
+            raise row.error(
+                f" has an empty {columns_of(source.completion)[0]!r}, the answer",
+                "leave such rows out",
+            )
         answers.append(answer)
     chosen = grade or _grade(answers)
     if chosen == "number":
@@ -168,10 +197,14 @@ def _file(source: DataSource) -> Path:
     name = source.source
     remedy = f"give {FILE_KINDS} (of a JSON list: jq -c '.[]' FILE.json > FILE.jsonl)"
     if "://" in name:
-        raise InputError(f"{name} is no file of this machine", field=FIELD, remedy=f"fetch it, and {remedy}")
+        raise InputError(
+            f"{name} is no file of this machine", field=FIELD, remedy=f"fetch it, and {remedy}"
+        )
     # Of a CSV file, local_file has the line that converts it.
     if not name.endswith((*JSON_LINES, ".parquet", ".csv")):
-        raise InputError(f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=FIELD, remedy=remedy)
+        raise InputError(
+            f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=FIELD, remedy=remedy
+        )
     file = local_file(source, FIELD)
     assert file is not None
     return file
@@ -199,7 +232,9 @@ def _templates(first: SourceRow, columns: str | None) -> dict[str, str]:
     names = _names(columns)
     absent = [name for name in names if name not in row]
     if len(names) != 2 or absent:
-        problem = f"no column {', '.join(map(repr, absent))}" if absent else "two columns are needed"
+        problem = (
+            f"no column {', '.join(map(repr, absent))}" if absent else "two columns are needed"
+        )
         raise _columns_error(f"{columns}: {problem}; {present}")
     for name in names:
         if not name.isidentifier() or name in RESERVED:
@@ -216,7 +251,9 @@ def _names(columns: str) -> list[str]:
 
 
 def _columns_error(problem: str) -> InputError:
-    return InputError(problem, field=COLUMNS, remedy=f"give {COLUMNS} PROMPT,ANSWER, two columns of the rows")
+    return InputError(
+        problem, field=COLUMNS, remedy=f"give {COLUMNS} PROMPT,ANSWER, two columns of the rows"
+    )
 
 
 def _check_kinds(row: SourceRow, kinds: dict[str, tuple[str, int]]) -> None:
@@ -229,7 +266,8 @@ def _check_kinds(row: SourceRow, kinds: dict[str, tuple[str, int]]) -> None:
         earlier, number = kinds.setdefault(name, (kind, row.number))
         if kind != earlier:
             raise row.error(
-                f" has a {kind} in column {name!r}, and row {number} a {earlier}", "write the column alike in all rows"
+                f" has a {kind} in column {name!r}, and row {number} a {earlier}",
+                "write the column alike in all rows",
             )
 
 
@@ -247,7 +285,9 @@ def _grade(answers: list[str]) -> Grade:
 
 def _rows_without_number(answers: list[str]) -> list[int]:
     """The numbers of the rows, from 1, whose results are no numbers."""
-    return [row for row, answer in enumerate(answers, 1) if not WHOLE_NUMBER.fullmatch(_result(answer))]
+    return [
+        row for row, answer in enumerate(answers, 1) if not WHOLE_NUMBER.fullmatch(_result(answer))
+    ]
 
 
 def _note(answers: list[str]) -> str:
@@ -277,6 +317,7 @@ def _check_numbers(answers: list[str], source: DataSource) -> None:
 def _jinja(template: str) -> str:
     """A template over a row's columns in the words of a task: {{column}}."""
     parts = [
-        text + (f"{{{{{column}}}}}" if column is not None else "") for text, column, _, _ in Formatter().parse(template)
+        text + (f"{{{{{column}}}}}" if column is not None else "")
+        for text, column, _, _ in Formatter().parse(template)
     ]
     return "".join(parts)

@@ -17,14 +17,18 @@ from ptl.model import hub
 
 FIELD = "--data"
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
-QUESTION = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}  # in the words of a benchmark
+# in the words of a benchmark
+QUESTION = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
 # Columns that need no option: a chat, a pair, a text. Fields of a source that are not here are as by default.
 KNOWN = {
     ("messages",): {"format": "messages"},
     ("prompt", "completion"): {"prompt": "{prompt}", "completion": "{completion}"},
     ("question", "answer"): QUESTION,
     # Alpaca, which may also have the whole prompt as `text`
-    ("instruction", "input", "output"): {"prompt": "{instruction}\n{input}\n", "completion": "{output}"},
+    ("instruction", "input", "output"): {
+        "prompt": "{instruction}\n{input}\n",
+        "completion": "{output}",
+    },
     ("instruction", "output"): {"prompt": "{instruction}\n", "completion": "{output}"},
     ("text",): {"format": "text", "text": "{text}"},
 }
@@ -57,8 +61,12 @@ def read(name: str, columns: str | None) -> Rows:
     else:
         sample = [row.columns for row in itertools.islice(numbered_rows(source, FIELD), SAMPLE)]
     source = source.model_copy(update=settings_of(sample[0], columns))
-    lengths = [_characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1)]
-    max_length = next((length for length in LENGTHS if length * CHARACTERS >= max(lengths)), LENGTHS[-1])
+    lengths = [
+        _characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1)
+    ]
+    max_length = next(
+        (length for length in LENGTHS if length * CHARACTERS >= max(lengths)), LENGTHS[-1]
+    )
     mean_length = statistics.mean(min(length / CHARACTERS, max_length) for length in lengths)
     tokens = tokens_of(source, max_length, FIELD) or None
     return Rows(source, tokens, max_length, mean_length, unused_columns(source, sample, FIELD))
@@ -105,9 +113,12 @@ def _from_hub(source: DataSource) -> tuple[DataSource, list[Row]]:
     name = source.source
     try:
         source = source.model_copy(update={"revision": huggingface_hub.dataset_info(name).sha})
-        rows = datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        rows = datasets.load_dataset(
+            name, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
         return source, list(itertools.islice(rows, SAMPLE))
-    except Exception as error:  # the libraries raise a dozen kinds; each means that the source cannot be had
+    # the libraries raise a dozen kinds; each means that the source cannot be had
+    except Exception as error:
         raise InputError(
             f"{name!r} is no file here, and the hub does not give it as a data set ({hub.reason(error)})",
             field=FIELD,

@@ -139,7 +139,9 @@ def possible_paths(model: ModelDimensions, schedule: Schedule, prune: Prune) -> 
         remaining: ModelDimensions = model
         path: SizePath = []
         for iteration in iterations:
-            remaining = _after(remaining, iteration, model.params - int(iteration.progress * total), end, prune)
+            remaining = _after(
+                remaining, iteration, model.params - int(iteration.progress * total), end, prune
+            )
             path.append((iteration, remaining))
         paths.append(path)
     return paths

@@ -56,7 +56,9 @@ def _observed_experts(layer: nn.Module, observe: Callable[[Routed], None]) -> It
         total = torch.zeros_like(hidden)
         for expert in chosen.unique().tolist():
             rows, position = torch.where(chosen == expert)
-            activations = experts._apply_gate(_project(experts, "gate_up_proj", expert, hidden[rows]))
+            activations = experts._apply_gate(
+                _project(experts, "gate_up_proj", expert, hidden[rows])
+            )
             outputs = _project(experts, "down_proj", expert, activations)
             routed = Routed(expert, rows, weights[rows, position], activations, outputs)
             observe(routed)
@@ -86,8 +88,14 @@ def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertSco
     """Score every expert on the model's batches by `reap`, or at `random`, the control; float32 [E] per layer."""
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        layers = {i: experts for i, layer in enumerate(model.layers) if (experts := _experts_of(layer)) is not None}
-        return {i: torch.rand(experts.num_experts, generator=generator) for i, experts in layers.items()}
+        layers = {
+            i: experts
+            for i, layer in enumerate(model.layers)
+            if (experts := _experts_of(layer)) is not None
+        }
+        return {
+            i: torch.rand(experts.num_experts, generator=generator) for i, experts in layers.items()
+        }
     return _reap(model)
 
 
@@ -106,7 +114,8 @@ def _reap(model: LayerwiseModel) -> ExpertScores:
         if experts is None:
             states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
             continue
-        tokens, norms = torch.zeros(2, experts.num_experts)  # [E] each: sums over the tokens sent to an expert
+        # [E] each: sums over the tokens sent to an expert
+        tokens, norms = torch.zeros(2, experts.num_experts)
         for b, hidden in enumerate(states):
             real = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
             with _observed_experts(layer, partial(_add_norms, real, tokens, norms)):
@@ -166,7 +175,10 @@ def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor
             of_tokens = routed.activations.detach().float() * slope.float()  # [n, F]
             # Which tokens are whose; a product, as sums by index differ from run to run on a GPU.
             sequence = torch.arange(len(mask), device=model.device)[:, None]
-            members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
+            # [B, n]
+            members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[
+                routed.rows
+            ].bool()
             total[:, routed.expert] = members.float() @ of_tokens
         return total
 
@@ -176,7 +188,10 @@ def observe_expert_neurons(model: LayerwiseModel, i: int, b: int, hidden: Tensor
 @torch.no_grad()
 def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     """L2 norm of the neuron's weights; the data plays no part."""
-    return [_of_experts(layer, weight_norms).cpu() for _, layer in layers_in_turn(model, "scoring neurons, by layer")]
+    return [
+        _of_experts(layer, weight_norms).cpu()
+        for _, layer in layers_in_turn(model, "scoring neurons, by layer")
+    ]
 
 
 def weight_norms(gate_up: Tensor, down: Tensor) -> Tensor:
@@ -189,7 +204,9 @@ def weight_norms(gate_up: Tensor, down: Tensor) -> Tensor:
 def _of_experts(layer: nn.Module, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The scores [F] of one expert's weights after the other: float32 [E, F]."""
     experts: Any = layer.get_submodule(EXPERTS)
-    return torch.stack([score(*weights) for weights in zip(experts.gate_up_proj, experts.down_proj, strict=True)])
+    return torch.stack(
+        [score(*weights) for weights in zip(experts.gate_up_proj, experts.down_proj, strict=True)]
+    )
 
 
 def random_scores(model: LayerwiseModel, seed: int) -> NeuronScores:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from ptl.errors import WorkError
 from ptl.model.families import Family
-from ptl.pruning.experts import CRITERIA_OF_NEURONS, observe_expert_neurons, order_silent, random_scores, weight_norms
+from ptl.pruning.experts import (
+    CRITERIA_OF_NEURONS,
+    observe_expert_neurons,
+    order_silent,
+    random_scores,
+    weight_norms,
+)
 from ptl.pruning.layerwise import (
     LayerwiseModel,
     NeuronScores,
@@ -76,7 +82,10 @@ def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     family = model.family
     scores = []
     for _, layer in layers_in_turn(model, "scoring neurons, by layer"):
-        gate_up = torch.cat([layer.get_parameter(f"{name}.weight") for name in family.up_projections])  # [2F, H]
+        # [2F, H]
+        gate_up = torch.cat(
+            [layer.get_parameter(f"{name}.weight") for name in family.up_projections]
+        )
         scores.append(weight_norms(gate_up, _down_projection(layer, family)).cpu())
     return scores
 

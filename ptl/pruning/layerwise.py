@@ -43,7 +43,9 @@ class LayerwiseModel:
         self.entries = checkpoint.contents(folder)
         # As from_pretrained: in the config's dtype whatever is stored, but for what the architecture keeps in float32
         stored = safetensors_io.dtypes()[self.entries["model.norm.weight"].dtype]
-        causal_lm = pretrained.skeleton(folder, pretrained.config(folder).dtype or stored, buffers=True)
+        causal_lm = pretrained.skeleton(
+            folder, pretrained.config(folder).dtype or stored, buffers=True
+        )
         pretrained.for_generation(causal_lm).eval().requires_grad_(False)
         self.config = causal_lm.config
         kept_in_float32 = tuple(causal_lm._get_dtype_plan(causal_lm.dtype))  # parts of names
@@ -128,18 +130,24 @@ class LayerwiseModel:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
         names = ("input_ids", "attention_mask", "labels")
-        sequence = {name: self.batches[batch][name][row : row + 1, :length] for name in names}  # [1, length]
+        # [1, length]
+        sequence = {name: self.batches[batch][name][row : row + 1, :length] for name in names}
         # The last layer returns these states, and the model continues with its norm and its head.
         with self._recording_layers(output=hidden[:, :length]):
             result = self.causal_lm(**_inputs(sequence))
         predictions = result.logits[0, :-1].float()  # [length - 1, vocabulary]
         targets = sequence["labels"][0, 1:]  # [length - 1]
-        return nn.functional.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+        return nn.functional.cross_entropy(
+            predictions, targets, ignore_index=IGNORED, reduction="sum"
+        )
 
     @contextmanager
-    def _recording_layers(self, output: Tensor | None = None) -> Iterator[list[tuple[Tensor, Arguments]]]:
+    def _recording_layers(
+        self, output: Tensor | None = None
+    ) -> Iterator[list[tuple[Tensor, Arguments]]]:
         """Layers that compute nothing: each records its call and returns its input, or `output` where it is given."""
-        calls: list[tuple[Tensor, Arguments]] = []  # hidden states [B, T, H], and what a layer gets besides them
+        # hidden states [B, T, H], and what a layer gets besides them
+        calls: list[tuple[Tensor, Arguments]] = []
 
         def record(hidden: Tensor, *_: Any, **arguments: Any) -> Tensor:
             calls.append((hidden, arguments))
@@ -165,7 +173,9 @@ class LayerwiseModel:
 
         for prefix, module in modules.items():
             for name, parameter in module.named_parameters():
-                value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts, parameter)
+                value = read_parameter(
+                    self.entries, f"{prefix}.{name}", self.family.experts, parameter
+                )
                 # clearing the cache would take longer than the transfer
                 set_module_tensor_to_device(module, name, self.device, value, clear_cache=False)
         try:
@@ -222,7 +232,11 @@ def sequences(model: LayerwiseModel, batch: int, *tensors: Tensor) -> Iterator[t
 
 def _inputs(batch: Batch) -> Arguments:
     """The model's arguments for a batch."""
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "use_cache": False,
+    }
 
 
 # Of a layer i, a batch b and its hidden states [B, T, H]: the layer's output, the values by which the loss is
@@ -237,9 +251,12 @@ class UnitScores:
     """Scores of all that may be removed; empty: that is not scored."""
 
     neurons: NeuronScores
-    hidden: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the residual stream's dimensions: float32 [H]
-    kv_heads: list[Tensor] = field(default_factory=list)  # of each layer, of its KV heads: float32 [KV heads]
-    experts: Mapping[int, Tensor] = field(default_factory=dict)  # by the layer's number: float32 [E]
+    # of the residual stream's dimensions: float32 [H]
+    hidden: Tensor = field(default_factory=lambda: torch.zeros(0))
+    # of each layer, of its KV heads: float32 [KV heads]
+    kv_heads: list[Tensor] = field(default_factory=list)
+    # by the layer's number: float32 [E]
+    experts: Mapping[int, Tensor] = field(default_factory=dict)
     layers: Tensor = field(default_factory=lambda: torch.zeros(0))  # float32 [layers]
 
 
@@ -261,7 +278,8 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
     last_states = inputs.pop()
     gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
     _scale_sources(model, gradients)
-    of_stream = [torch.zeros(())] * len(gradients)  # changes of the loss by a dimension, of each batch: [B, H]
+    # changes of the loss by a dimension, of each batch: [B, H]
+    of_stream = [torch.zeros(())] * len(gradients)
     neurons, kv_heads = [], []
     for i, layer in layers_in_turn(model, "taylor, back", backwards=True):
         total, of_groups = torch.zeros(()), torch.zeros(())
@@ -269,7 +287,9 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
             hidden = states.to(model.device).detach().requires_grad_()  # [B, T, H]
             with _masks(layer, hidden, model.config if masked else None) as masks:
                 output, values, changes = observe(model, i, b, hidden)
-            by_input, *slopes = torch.autograd.grad(output, (hidden, *masks, *values), gradients[b].to(model.device))
+            by_input, *slopes = torch.autograd.grad(
+                output, (hidden, *masks, *values), gradients[b].to(model.device)
+            )
             gradients[b] = by_input.cpu()
             for change in changes(slopes[len(masks) :]):
                 total = total + change.abs().cpu()
@@ -281,7 +301,9 @@ def width_scores(model: LayerwiseModel, *, observe: Observe, masked: bool = True
                     of_stream[b] = of_stream[b] + (states.float() * gradients[b].float()).sum(dim=1)
         neurons.append(total / model.num_sequences)
         kv_heads.append(of_groups / model.num_sequences)
-    of_dimensions = sum((change.abs().sum(dim=0) for change in of_stream if masked), torch.zeros(()))
+    of_dimensions = sum(
+        (change.abs().sum(dim=0) for change in of_stream if masked), torch.zeros(())
+    )
     return UnitScores(neurons[::-1], of_dimensions / model.num_sequences, kv_heads[::-1])
 
 
@@ -323,7 +345,9 @@ def mean_loss(model: LayerwiseModel) -> float:
     total = 0.0
     with model.head():
         for b, hidden in enumerate(states):
-            total += sum(float(model.loss(b, row, hidden[row : row + 1])) for row in range(len(hidden)))
+            total += sum(
+                float(model.loss(b, row, hidden[row : row + 1])) for row in range(len(hidden))
+            )
     return total / sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in model.batches)
 
 
@@ -349,7 +373,8 @@ def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
             # One sequence at a time: logits are as large as the vocabulary.
             rows: list[Tensor] = []
             for row in range(len(states)):
-                hidden = states[row : row + 1].to(model.device).detach().requires_grad_()  # [1, T, H]
+                # [1, T, H]
+                hidden = states[row : row + 1].to(model.device).detach().requires_grad_()
                 loss = model.loss(b, row, hidden)
                 (gradient,) = torch.autograd.grad(loss, hidden)
                 rows.append(gradient.cpu())
@@ -364,11 +389,14 @@ def _scale_sources(model: LayerwiseModel, gradients: States) -> None:
     whatever their shares of the sequences.
     """
     sources = torch.cat([batch["source"].cpu() for batch in model.batches])  # [sequences]
-    sizes = torch.cat([gradient.float().flatten(1).norm(dim=1) for gradient in gradients])  # [sequences]
+    # [sequences]
+    sizes = torch.cat([gradient.float().flatten(1).norm(dim=1) for gradient in gradients])
     means = torch.bincount(sources, sizes) / torch.bincount(sources)  # [sources]
     means = means[sources]  # [sequences]
     factors = means.max() / means.where(means > 0, 1.0)
-    for gradient, its in zip(gradients, factors.split([len(each) for each in gradients]), strict=True):
+    for gradient, its in zip(
+        gradients, factors.split([len(each) for each in gradients]), strict=True
+    ):
         gradient *= its[:, None, None]
 
 

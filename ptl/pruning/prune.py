@@ -20,7 +20,14 @@ from ptl.config.schedule import Prune
 from ptl.data.sequences import IGNORED, Batch, calibration_batches
 from ptl.errors import InputError
 from ptl.model import checkpoint, pretrained, shapes, widths
-from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
+from ptl.model.dimensions import (
+    ModelDimensions,
+    check_unit,
+    experts_for,
+    layers_for,
+    model_dimensions,
+    width_for,
+)
 from ptl.model.families import family_of
 from ptl.model.widths import ComparedWidths
 from ptl.pruning.experts import expert_scores
@@ -44,8 +51,10 @@ class PruneReport:
     hidden: int  # dimensions of the residual stream
     kv_heads: int  # of each layer
     experts: int | None  # that stay in each layer; None: a dense model
-    candidates: tuple[ComparedWidths, ...]  # ways to the end of the loop that were compared; none but for "width"
-    chosen: dict[str, int]  # widths to end the loop with, as fields of ModelDimensions; empty but for "width"
+    # ways to the end of the loop that were compared; none but for "width"
+    candidates: tuple[ComparedWidths, ...]
+    # widths to end the loop with, as fields of ModelDimensions; empty but for "width"
+    chosen: dict[str, int]
     removed_layers: tuple[int, ...]  # their numbers in the source
     sequences: int  # calibration sequences scored; 0: none were needed
     seconds: float  # wall-clock time
@@ -83,16 +92,31 @@ def prune_checkpoint(
         possible = _possible(unit, before, prune, goal, end, chosen)
         if is_width and len(possible) == 1:
             unit, criterion = _removed(before, possible[0])
-        model = LayerwiseModel(src, family, _batches(src, calibration, chat, seed, by_loss=criterion == "taylor"))
+        model = LayerwiseModel(
+            src, family, _batches(src, calibration, chat, seed, by_loss=criterion == "taylor")
+        )
         scores = _scores(model, before, unit, criterion, seed)
-        sizes, candidates = _compared(src, dst, model, possible, partial(select_units, scores, before))
+        sizes, candidates = _compared(
+            src, dst, model, possible, partial(select_units, scores, before)
+        )
         if is_width:
-            chosen = {name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")}
-            sizes = widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
+            chosen = {
+                name: getattr(sizes, name) for name in ("hidden", "width", "kv_heads", "experts")
+            }
+            sizes = (
+                widths.towards(before, sizes, goal, prune.width_multiple) if goal > end else sizes
+            )
         selection = select_units(scores, before, sizes)
     write_pruned(src, dst, family, selection)
     if prune.repair and model and unit != "layers":
-        _repair(src, dst, calibration.model_copy(update={"num_sequences": prune.repair}), selection, chat, seed)
+        _repair(
+            src,
+            dst,
+            calibration.model_copy(update={"num_sequences": prune.repair}),
+            selection,
+            chat,
+            seed,
+        )
     after = model_dimensions(dst, family)  # from the files that were written, not calculated
     return PruneReport(
         unit=unit if after.params < before.params else "nothing",
@@ -114,7 +138,12 @@ def prune_checkpoint(
 
 
 def _possible(
-    unit: str, dimensions: ModelDimensions, settings: Prune, goal: int, end: int, chosen: Mapping[str, Any]
+    unit: str,
+    dimensions: ModelDimensions,
+    settings: Prune,
+    goal: int,
+    end: int,
+    chosen: Mapping[str, Any],
 ) -> list[ModelDimensions]:
     """The sizes that pruning may lead to: for `width` at the end of the loop. Raises InputError for none."""
     if unit == "width":
@@ -132,10 +161,16 @@ def _removed(before: ModelDimensions, after: ModelDimensions) -> tuple[str, str]
     """What width removes, and by which criterion: of neurons or experts alone the other scores are not looked at."""
     if after == replace(before, width=after.width):
         return "neurons", "taylor"
-    return ("experts", "reap") if after == replace(before, experts=after.experts) else ("width", "taylor")
+    return (
+        ("experts", "reap")
+        if after == replace(before, experts=after.experts)
+        else ("width", "taylor")
+    )
 
 
-def _scores(model: LayerwiseModel, dimensions: ModelDimensions, unit: str, criterion: str, seed: int) -> UnitScores:
+def _scores(
+    model: LayerwiseModel, dimensions: ModelDimensions, unit: str, criterion: str, seed: int
+) -> UnitScores:
     """Scores of all that an iteration may remove: of a mixture whose neurons stay, `width` removes experts."""
     if unit == "neurons":
         return UnitScores(neuron_scores(model, criterion, seed))
@@ -143,10 +178,15 @@ def _scores(model: LayerwiseModel, dimensions: ModelDimensions, unit: str, crite
         return UnitScores([], experts=expert_scores(model, criterion, seed))
     if unit == "layers":
         of_layers = layer_scores(model)  # [layers]
-        of_layers[list(dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
+        # these stay: a layer with experts is many times larger
+        of_layers[list(dimensions.dense_layers)] = math.inf
         return UnitScores([], layers=of_layers)
     scores = all_width_scores(model, dimensions.narrowable)
-    return scores if dimensions.narrowable else replace(scores, experts=expert_scores(model, "reap", seed))
+    return (
+        scores
+        if dimensions.narrowable
+        else replace(scores, experts=expert_scores(model, "reap", seed))
+    )
 
 
 def select_units(scores: UnitScores, before: ModelDimensions, after: ModelDimensions) -> Selection:
@@ -155,17 +195,22 @@ def select_units(scores: UnitScores, before: ModelDimensions, after: ModelDimens
     if after.layers < before.layers:
         layers = keep_highest(scores.layers, after.layers).tolist()
     if after.width < before.width:
-        neurons = {i: keep_highest(of_layer, after.width) for i, of_layer in enumerate(scores.neurons)}
+        neurons = {
+            i: keep_highest(of_layer, after.width) for i, of_layer in enumerate(scores.neurons)
+        }
     if after.experts < before.experts:
         for i, of_layer in scores.experts.items():
-            of_groups = of_layer.view(before.expert_groups, -1)  # experts of a group follow each other: [groups, size]
+            # experts of a group follow each other: [groups, size]
+            of_groups = of_layer.view(before.expert_groups, -1)
             starts = torch.arange(before.expert_groups)[:, None] * of_groups.shape[1]
             highest = keep_highest(of_groups, after.experts // before.expert_groups)
             experts[i] = (highest + starts).flatten()  # [experts], ascending
     if after.hidden < before.hidden:
         hidden = keep_highest(scores.hidden, after.hidden)
     if after.kv_heads < before.kv_heads:
-        kv_heads = {i: keep_highest(of_layer, after.kv_heads) for i, of_layer in enumerate(scores.kv_heads)}
+        kv_heads = {
+            i: keep_highest(of_layer, after.kv_heads) for i, of_layer in enumerate(scores.kv_heads)
+        }
     return Selection(tuple(layers), neurons, experts, hidden, kv_heads)
 
 
@@ -193,19 +238,27 @@ def _compared(
     ranked = [math.inf if math.isnan(loss) else loss for loss in losses]
     best = ranked.index(min(ranked)) if min(ranked) < math.log(model.config.vocab_size) else 0
     candidates = [
-        ComparedWidths(sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss, taken=i == best)
+        ComparedWidths(
+            sizes.hidden, sizes.width, sizes.kv_heads, sizes.experts or None, loss, taken=i == best
+        )
         for i, (sizes, loss) in enumerate(zip(possible, losses, strict=True))
     ]
     return possible[best], candidates
 
 
-def _repair(src: Path, dst: Path, text: Calibration, selection: Selection, chat: Chat, seed: int) -> None:
+def _repair(
+    src: Path, dst: Path, text: Calibration, selection: Selection, chat: Chat, seed: int
+) -> None:
     """Repair the pruned checkpoint `dst` on a text."""
-    dense = LayerwiseModel(src, family_of(checkpoint.read_config(src)), _batches(src, text, chat, seed, by_loss=False))
+    dense = LayerwiseModel(
+        src, family_of(checkpoint.read_config(src)), _batches(src, text, chat, seed, by_loss=False)
+    )
     repair(dst, dense, selection.hidden, [source.weight for source in text.data])
 
 
-def _batches(src: Path, calibration: Calibration, chat: Chat, seed: int, by_loss: bool) -> list[Batch]:
+def _batches(
+    src: Path, calibration: Calibration, chat: Chat, seed: int, by_loss: bool
+) -> list[Batch]:
     """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     shapes.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = pretrained.load_tokenizer(src)

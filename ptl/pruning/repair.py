@@ -19,7 +19,9 @@ EPSILON = 1e-6  # added to a mean square, as norms do
 
 
 @torch.no_grad()
-def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Sequence[float]) -> None:
+def repair(
+    folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Sequence[float]
+) -> None:
     """Fit each down projection [H, F] of a pruned checkpoint, in place, on the text of the model that was pruned.
 
     The residual stream after its layer, or what a norm after the MLP reads, is to be as without the cut, in the
@@ -28,7 +30,8 @@ def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Se
     Source: He et al. 2017, arXiv 1707.06168, with a ridge penalty on the change.
     """
     cut = LayerwiseModel(folder, dense.family, dense.batches)
-    wanted, states = ([hidden.cpu() for hidden in model.embed()] for model in (dense, cut))  # [B, T, H] of each batch
+    # [B, T, H] of each batch
+    wanted, states = ([hidden.cpu() for hidden in model.embed()] for model in (dense, cut))
     counts = _counts(cut, weights)
     part = f"{cut.family.down_projection}.weight"
     for i, layer in layers_in_turn(cut, "repairing, by layer"):
@@ -55,13 +58,19 @@ def repair(folder: Path, dense: LayerwiseModel, stay: Tensor | None, weights: Se
 
 def _counts(model: LayerwiseModel, weights: Sequence[float]) -> list[Tensor]:
     """How much each token counts, of each batch: float32 [B, T], 0 at padding; all of a source its weight together."""
-    masks, sources = ([batch[name] for batch in model.batches] for name in ("attention_mask", "source"))
+    masks, sources = (
+        [batch[name] for batch in model.batches] for name in ("attention_mask", "source")
+    )
     tokens = torch.cat([model.tokens(b) for b in range(len(masks))])  # [sequences]
-    of_sources = torch.tensor(weights, device=model.device) / torch.bincount(torch.cat(sources), tokens, len(weights))
+    of_sources = torch.tensor(weights, device=model.device) / torch.bincount(
+        torch.cat(sources), tokens, len(weights)
+    )
     return [mask * of_sources[its, None].float() for mask, its in zip(masks, sources, strict=True)]
 
 
-def _equations(counts: Tensor, activations: Tensor, target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def _equations(
+    counts: Tensor, activations: Tensor, target: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the change of a down projection multiplies [N, F], and should give [N, H], of tokens that count.
 
     What reads the output divides it by its root mean square: each token's row is divided by that of the target.
@@ -78,5 +87,7 @@ def change(products: Tensor, lost: Tensor) -> Tensor:
 
     The penalty, which is added to `products`, is STRENGTH times the mean squared norm of X's columns.
     """
-    products.diagonal().add_(STRENGTH * products.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    products.diagonal().add_(
+        STRENGTH * products.diagonal().mean() + torch.finfo(torch.float32).tiny
+    )
     return torch.cholesky_solve(lost, torch.linalg.cholesky(products)).t()

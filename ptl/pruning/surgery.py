@@ -21,7 +21,8 @@ from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entry, NewTensor, TensorShape
 from ptl.model.shapes import LAST_NORM
 
-PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")  # lists of config.json with an entry for each layer
+# lists of config.json with an entry for each layer
+PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
 PREFIX_FIELDS = ("max_window_layers", "first_k_dense_replace")  # its counts of leading layers
 
 
@@ -32,9 +33,12 @@ class Selection:
     layers: tuple[int, ...]  # their numbers in the source, ascending
     # Of each of these layers: int64 [width], ascending, or [experts, width] of a mixture; empty: all neurons stay
     neurons: Mapping[int, Tensor]
-    experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # int64 [experts that stay]; not with neurons
-    hidden: Tensor | None = None  # dimensions of the residual stream: int64 [width], ascending; None: all stay
-    kv_heads: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # KV heads of each layer: int64 [heads]
+    # int64 [experts that stay]; not with neurons
+    experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)
+    # dimensions of the residual stream: int64 [width], ascending; None: all stay
+    hidden: Tensor | None = None
+    # KV heads of each layer: int64 [heads]
+    kv_heads: Mapping[int, Tensor] = dataclass_field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class PrunedTensor:
 
     def shape(self, source_shape: TensorShape) -> TensorShape:
         """The shape of the pruned tensor."""
-        return tuple(self.kept[axis].shape[-1] if axis in self.kept else size for axis, size in enumerate(source_shape))
+        return tuple(
+            self.kept[axis].shape[-1] if axis in self.kept else size
+            for axis, size in enumerate(source_shape)
+        )
 
     def values(self, source: Tensor) -> Tensor:
         """The pruned tensor."""
@@ -57,7 +64,9 @@ class PrunedTensor:
                 source = source.index_select(axis, kept)
             else:
                 experts = zip(source, kept, strict=True)
-                source = torch.stack([expert.index_select(axis - 1, its) for expert, its in experts])
+                source = torch.stack(
+                    [expert.index_select(axis - 1, its) for expert, its in experts]
+                )
         if self.scale == 1:
             return source
         # Gains exactly; embeddings are too large for twice as many bits.
@@ -128,7 +137,8 @@ class Surgery:
         if neurons is None:
             return None
         kept = neurons if expert is None else neurons[expert]  # [..., n]
-        starts = self.width * torch.arange(size // self.width)  # of the projections that are stacked in the tensor
+        # of the projections that are stacked in the tensor
+        starts = self.width * torch.arange(size // self.width)
         return (kept.unsqueeze(-2) + starts[:, None]).flatten(-2)
 
     def _rows(self, heads: Tensor, rows: int, fused: bool) -> Tensor:
@@ -136,7 +146,11 @@ class Surgery:
         kv_heads = axes.kv_heads(self.config)
         size = rows // kv_heads  # of a group in all projections
         per_group = self.config.num_attention_heads // kv_heads
-        parts = [size * per_group // (per_group + 2), *[size // (per_group + 2)] * 2] if fused else [size]
+        parts = (
+            [size * per_group // (per_group + 2), *[size // (per_group + 2)] * 2]
+            if fused
+            else [size]
+        )
         kept, start = [], 0
         for part in parts:  # queries, keys and values, or one of them
             kept.append((start + heads[:, None] * part + torch.arange(part)).flatten())
@@ -148,7 +162,9 @@ class Surgery:
             return 1.0
         growth = math.sqrt(self.config.hidden_size / len(self.selection.hidden))
         # Gemma multiplies embeddings by the root of the hidden size: a tied output layer does the last norm's part.
-        if self.family.scaled_embeddings and (name == EMBEDDINGS or (self.tied and name == OUTPUT_LAYER)):
+        if self.family.scaled_embeddings and (
+            name == EMBEDDINGS or (self.tied and name == OUTPUT_LAYER)
+        ):
             return growth
         is_last = self.family.scaled_embeddings and self.tied and name == LAST_NORM
         is_norm = kinds == (HIDDEN,) and name.endswith("norm.weight") and not is_last
@@ -187,7 +203,9 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         pruned[family.width_field] = kept.shape[-1]
     for kept in selection.experts.values():
         assert family.experts is not None
-        names = [name for name in family.experts.counts if name in config] or family.experts.counts[:1]
+        names = [name for name in family.experts.counts if name in config] or family.experts.counts[
+            :1
+        ]
         pruned |= dict.fromkeys(names, len(kept))
     return pruned
 
@@ -199,14 +217,19 @@ def _narrow_config(config: ConfigJson, selection: Selection) -> dict[str, Any]:
     fields: dict[str, Any] = {"head_dim": axes.head_size(full)}
     if selection.hidden is not None:
         hidden = len(selection.hidden)
-        fields |= {"hidden_size": hidden, "rms_norm_eps": full.rms_norm_eps * full.hidden_size / hidden}
+        fields |= {
+            "hidden_size": hidden,
+            "rms_norm_eps": full.rms_norm_eps * full.hidden_size / hidden,
+        }
     for kept in selection.kv_heads.values():
         per_group = full.num_attention_heads // axes.kv_heads(full)
         fields |= {"num_key_value_heads": len(kept), "num_attention_heads": per_group * len(kept)}
     return fields
 
 
-def write_pruned(src: Path, dst: Path, family: Family, selection: Selection, *, state: bool = True) -> None:
+def write_pruned(
+    src: Path, dst: Path, family: Family, selection: Selection, *, state: bool = True
+) -> None:
     """Write the pruned checkpoint to `dst`, tensor by tensor; with `state` also the optimizer's that is next to it."""
     dst.mkdir(parents=True, exist_ok=True)
     surgery = Surgery(src, family, selection)
@@ -223,5 +246,7 @@ def write_pruned(src: Path, dst: Path, family: Family, selection: Selection, *, 
     moments = src / checkpoint.STATE
     if state and moments.is_file():
         safetensors_io.rewrite(moments, dst / checkpoint.STATE, pruned)
-    checkpoint.write_json(dst / "config.json", prune_config(checkpoint.read_config(src), family, selection))
+    checkpoint.write_json(
+        dst / "config.json", prune_config(checkpoint.read_config(src), family, selection)
+    )
     checkpoint.copy_companions(src, dst)

@@ -53,7 +53,14 @@ class Answer:
 
 
 def write_answers(
-    src: Path, dst: Path, data: TrainingData, evaluate: Evaluate, chat: Chat, *, model: str, seed: int
+    src: Path,
+    dst: Path,
+    data: TrainingData,
+    evaluate: Evaluate,
+    chat: Chat,
+    *,
+    model: str,
+    seed: int,
 ) -> AnswersReport:
     """Let the checkpoint in `src` answer prompts of `data`; write those to keep to dst/answers.jsonl.
 
@@ -61,7 +68,9 @@ def write_answers(
     the prompt, number of the sample, seed, sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend,
     batches and the context matter. Raises WorkError where nothing is left to train on.
     """
-    lm = language_models.language_model(src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True)
+    lm = language_models.language_model(
+        src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True
+    )
     sampling = dict(lm.sampling) or (helpers.PLAIN_SAMPLING if data.samples > 1 else {})
     num_ended = num_kept = num_tokens = 0
     dst.mkdir(parents=True, exist_ok=True)
@@ -78,10 +87,18 @@ def write_answers(
                 if data.keep == "correct":
                     kept = _correct(ended, data.reward)
                 for answer in kept:
-                    settings = {"sample": sample, "seed": seed, "sampling": sampling, "model": model}
+                    settings = {
+                        "sample": sample,
+                        "seed": seed,
+                        "sampling": sampling,
+                        "model": model,
+                    }
                     file.write(json.dumps(_line(answer) | settings, ensure_ascii=False) + "\n")
                 num_kept += len(kept)
-                say(ANSWERS, f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}")
+                say(
+                    ANSWERS,
+                    f"sample {sample + 1} of {data.samples}: {len(kept):,} answers kept of {len(prompts):,}",
+                )
     finally:
         lm.close()
     written = len(prompts) * data.samples
@@ -109,20 +126,26 @@ def in_place_of(sources: Sequence[DataSource], folder: Path, chat: Chat) -> tupl
     return (DataSource(source=str(folder / FILE), format=format, weight=weight), *texts)
 
 
-def _prompts(lm: Any, data: TrainingData, chat: Chat, seed: int) -> Iterator[tuple[str, tuple[SourceRow, Any]]]:
+def _prompts(
+    lm: Any, data: TrainingData, chat: Chat, seed: int
+) -> Iterator[tuple[str, tuple[SourceRow, Any]]]:
     """As the model reads it, each prompt with its row: so many of each source as its weight says.
 
     Of a prompt that leaves too little room for an answer the harness would cut off the beginning.
     """
     total = sum(source.weight for source in data.prompted)
-    fits = partial(leaves_room, tokenizer=lm.tokenizer, chat=chat, room=lm.max_length - data.max_new_tokens)
+    fits = partial(
+        leaves_room, tokenizer=lm.tokenizer, chat=chat, room=lm.max_length - data.max_new_tokens
+    )
     for source in data.prompted:
         count = max(1, round(data.num_prompts * source.weight / total))
         for row in prompt_rows(source.prompts_only, seed=seed, skip=0, count=count, fits=fits):
-            if data.keep == "correct":  # a row without what it is compared with is found before hours of answers
+            # a row without what it is compared with is found before hours of answers
+            if data.keep == "correct":
                 answer_of(data.reward.reference_template, row)
             prompt = text = prompt_of(row, chat)
-            if not isinstance(prompt, str):  # by the harness a turn that the template refuses would be left out
+            # by the harness a turn that the template refuses would be left out
+            if not isinstance(prompt, str):
                 text = by_template(lm.tokenizer, prompt, row, chat, tokenize=False)
             yield text, (row, prompt)
 
@@ -139,19 +162,30 @@ def _answers(
 
     lm.seed = seed
     options = {"until": [], "max_gen_toks": limit, "do_sample": bool(sampling), **sampling}
-    requests = [Instance("generate_until", {}, (text, options), number) for number, text in enumerate(prompts)]
+    requests = [
+        Instance("generate_until", {}, (text, options), number)
+        for number, text in enumerate(prompts)
+    ]
     lm.start_notes()
-    for (text, (row, prompt)), written in zip(prompts.items(), lm.generate_until(requests), strict=True):
-        yield _answer(row, prompt, lm.begun_thought(text), written, lm.notes[text].truncated, lm.chat)
+    for (text, (row, prompt)), written in zip(
+        prompts.items(), lm.generate_until(requests), strict=True
+    ):
+        yield _answer(
+            row, prompt, lm.begun_thought(text), written, lm.notes[text].truncated, lm.chat
+        )
 
 
-def _answer(row: SourceRow, prompt: Any, begun: str, written: str, truncated: bool, chat: Chat) -> Answer:
+def _answer(
+    row: SourceRow, prompt: Any, begun: str, written: str, truncated: bool, chat: Chat
+) -> Answer:
     """What the model has written after a prompt that has `begun` a thought."""
     if not chat.enabled:
         return Answer(row, prompt, written, written, truncated, not truncated)
     whole = begun + written
     text = whole if chat.is_thinking(begun) else written
-    return Answer(row, prompt, text, chat.answer(whole), truncated, not (truncated or chat.is_thinking(whole)))
+    return Answer(
+        row, prompt, text, chat.answer(whole), truncated, not (truncated or chat.is_thinking(whole))
+    )
 
 
 def _correct(answers: Sequence[Answer], reward: Reward) -> list[Answer]:
@@ -163,7 +197,11 @@ def _correct(answers: Sequence[Answer], reward: Reward) -> list[Answer]:
 
 
 def _line(answer: Answer) -> dict[str, Any]:
-    source = {TRUNCATED: answer.truncated, "source": answer.row.source.source, "row": answer.row.number}
+    source = {
+        TRUNCATED: answer.truncated,
+        "source": answer.row.source.source,
+        "row": answer.row.number,
+    }
     if isinstance(answer.prompt, str):
         return {"prompt": answer.prompt, "completion": answer.text, **source}
     return {"messages": [*answer.prompt, {"role": "assistant", "content": answer.text}], **source}

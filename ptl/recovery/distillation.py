@@ -36,7 +36,9 @@ def load_teacher(settings: RecoverStage, job: RecoveryJob) -> Any:
         folder = hub.locate(settings.teacher, None, field=TEACHER)
     if folder is None:
         raise InputError(
-            "the run has no original model to learn from", field=TEACHER, remedy="give a folder or a hub id"
+            "the run has no original model to learn from",
+            field=TEACHER,
+            remedy="give a folder or a hub id",
         )
     teacher = pretrained.causal_lm(folder, field=TEACHER)
     return teacher.eval().requires_grad_(False)
@@ -86,7 +88,9 @@ def _trainer(settings: RecoverStage, teacher: Any) -> Any:
             teacher.to(labels.device)
             with torch.no_grad():
                 teacher_logits = teacher(**model_inputs).logits[:, :-1][has_label]  # [N, V]
-            ce, kl = ce_and_kl(student_logits, teacher_logits, labels[has_label], settings.temperature)
+            ce, kl = ce_and_kl(
+                student_logits, teacher_logits, labels[has_label], settings.temperature
+            )
             loss = settings.mix * ce + (1 - settings.mix) * kl
             # a batch of one token has no label
             count = has_label.sum() if num_items_in_batch is None else num_items_in_batch
@@ -96,7 +100,9 @@ def _trainer(settings: RecoverStage, teacher: Any) -> Any:
                 loss = loss * self.accelerator.num_processes
             # the routers' loss in a mixture of experts: the mean over micro-batches, as in trl's own loss
             if self.aux_loss_enabled:
-                micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                micro_batches = (
+                    1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                )
                 loss = loss + self.router_aux_loss_coef * student.aux_loss / micro_batches
             return loss
 

@@ -39,7 +39,8 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     rows = prompts(settings, job, tokenizer, positions, leak_filter)
     read = reader(job.chat, tokenizer)
     model = training.load(src)
-    model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
+    # max_completion_length counts; dst keeps the source's own file
+    model.generation_config.max_length = None
     # for the step's metadata
     details: dict[str, Any] = {"processes": world_size()}
     if leak_filter is not None:
@@ -49,7 +50,9 @@ def grpo(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Reco
     curve = training.learning_rate_curve(settings, job.budget, steps, carried=False)
     trainer = training.with_curve(GRPOTrainer, curve)(
         model=model,
-        reward_funcs=[reward_function(i, reward, read) for i, reward in enumerate(settings.rewards)],
+        reward_funcs=[
+            reward_function(i, reward, read) for i, reward in enumerate(settings.rewards)
+        ],
         args=_arguments(settings, job, steps),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -92,7 +95,8 @@ def prompts(
     for row in picked:
         prompt = prompt_of(row, job.chat)
         references = {
-            _reference(i): answer_of(reward.reference_template, row) for i, reward in enumerate(settings.rewards)
+            _reference(i): answer_of(reward.reference_template, row)
+            for i, reward in enumerate(settings.rewards)
         }
         rows.append({"prompt": prompt, **references})
     return rows
@@ -116,12 +120,16 @@ def reader(chat: Chat, tokenizer: Any) -> Callable[[Any], str]:
     return lambda completion: chat.answer(begun + text_of(completion))
 
 
-def reward_function(index: int, reward: Reward, read: Callable[[Any], str]) -> Callable[..., RewardValues]:
+def reward_function(
+    index: int, reward: Reward, read: Callable[[Any], str]
+) -> Callable[..., RewardValues]:
     """A reward in the form that trl calls, which has its weight from the arguments; `read` takes the answers."""
 
     def score(completions: Sequence[Any], **columns: Any) -> RewardValues:
         extra = {"log_metric": columns["log_metric"]} if reward.name == "code" else {}
-        return REWARDS[reward.name](list(map(read, completions)), columns[_reference(index)], reward, **extra)
+        return REWARDS[reward.name](
+            list(map(read, completions)), columns[_reference(index)], reward, **extra
+        )
 
     score.__name__ = reward.name  # in the names of trl's metrics
     return score
@@ -156,7 +164,9 @@ def _limits(settings: RecoverStage, tokens: int | None) -> Any:
 
     prompts_per_step = settings.batch_size // settings.num_generations
     # a right format is not enough
-    names = [f"rewards/{reward.name}/mean" for reward in settings.rewards if reward.name != "format"]
+    names = [
+        f"rewards/{reward.name}/mean" for reward in settings.rewards if reward.name != "format"
+    ]
 
     class Limits(TrainerCallback):  # type: ignore[misc,unused-ignore]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

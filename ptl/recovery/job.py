@@ -84,13 +84,16 @@ class StageBudget:
     iteration: int  # from 1
     last: bool  # no later iteration trains
     seed: int
-    weights: tuple[int, ...] = (1,)  # of all iterations, to divide a total among them; 1:2:4 for example
+    # of all iterations, to divide a total among them; 1:2:4 for example
+    weights: tuple[int, ...] = (1,)
 
     @property
     def interval(self) -> tuple[float, float]:
         """The shares of the run's recovery that are done before and after this iteration."""
         total = sum(self.weights)
-        return sum(self.weights[: self.iteration - 1]) / total, sum(self.weights[: self.iteration]) / total
+        return sum(self.weights[: self.iteration - 1]) / total, sum(
+            self.weights[: self.iteration]
+        ) / total
 
     def part(self, total: int) -> tuple[int, int]:
         """Of `total` for the run, how much earlier iterations had and how much this one has."""
@@ -109,8 +112,10 @@ class RecoveryJob:
     scratch: Path  # training checkpoints
     on_log: Log
     teacher: Path | None = None  # the original model, for distillation
-    store: CheckpointStore | None = None  # where training checkpoints outlive the machine; None: nowhere
-    benchmark_items: Path | None = None  # folder of ptl.evaluation.evaluate.write_items: what is not to be trained on
+    # where training checkpoints outlive the machine; None: nowhere
+    store: CheckpointStore | None = None
+    # folder of ptl.evaluation.evaluate.write_items: what is not to be trained on
+    benchmark_items: Path | None = None
     keep_optimizer_state: bool = False  # a later recovery continues with it
     machines: Machines = ALONE  # that train together
     chat: Chat = NO_CHAT

@@ -72,7 +72,9 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     if not can_shard():
         settings = settings.model_copy(update={"sharding": "none"})
     job.scratch.mkdir(parents=True, exist_ok=True)
-    job_file, report_file, error_file = (job.scratch / name for name in ("job.pickle", REPORT_FILE, ERROR_FILE))
+    job_file, report_file, error_file = (
+        job.scratch / name for name in ("job.pickle", REPORT_FILE, ERROR_FILE)
+    )
     # of an earlier attempt
     report_file.unlink(missing_ok=True)
     error_file.unlink(missing_ok=True)
@@ -114,7 +116,9 @@ def command(settings: RecoverStage, machines: Machines) -> list[str]:
     else:
         # nodes have their ranks from Kubeflow Trainer
         flags += f" --num_machines {machines.count} --machine_rank {machines.rank}"
-        flags += f" --main_process_ip {machines.address} --same_network --rdzv_conf timeout={RENDEZVOUS}"
+        flags += (
+            f" --main_process_ip {machines.address} --same_network --rdzv_conf timeout={RENDEZVOUS}"
+        )
     if settings.sharding == "fsdp":
         flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
         # saved in one piece, as the first process reads it
@@ -125,7 +129,14 @@ def command(settings: RecoverStage, machines: Machines) -> list[str]:
     else:
         # on CPUs too (gloo): `--cpu` would start one process, or need MPI
         flags += " --multi_gpu"
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "-m", "ptl.recovery.worker"]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *flags.split(),
+        "-m",
+        "ptl.recovery.worker",
+    ]
 
 
 def _reason(printed: list[str]) -> str:

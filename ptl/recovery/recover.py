@@ -80,7 +80,9 @@ def recover_checkpoint(
     return reports[0] if len(reports) == 1 else _joined(reports)
 
 
-def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: int) -> tuple[int, ...]:
+def budgets_before(
+    recovery: Recovery, iteration_tokens: Sequence[int], stage: int
+) -> tuple[int, ...]:
     """The token budgets that were taken from the data before a stage of the last of the iterations."""
     budgets = [recovery.budgets(tokens) for tokens in iteration_tokens]
     budgets[-1] = budgets[-1][:stage]

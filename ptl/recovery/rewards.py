@@ -49,7 +49,9 @@ def _math_value(answer: str, reference: str) -> float | None:
     limit: Any = 5 if threading.current_thread() is threading.main_thread() else None
     notations = [LatexExtractionConfig(), ExprExtractionConfig()]
     # a reference may be a worked solution; empty where nothing is read
-    expected = parse(_formula(_after_marker(reference)), extraction_config=notations, parsing_timeout=limit)
+    expected = parse(
+        _formula(_after_marker(reference)), extraction_config=notations, parsing_timeout=limit
+    )
     if not expected:
         return None
     # what follows the last `####`, where the model marks its answer so; else all of it
@@ -59,7 +61,9 @@ def _math_value(answer: str, reference: str) -> float | None:
     return float(verify(expected, concluded, timeout_seconds=limit))
 
 
-def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: LogMetric | None = None) -> RewardValues:
+def code_reward(
+    answers: Texts, references: Texts, reward: Reward, log_metric: LogMetric | None = None
+) -> RewardValues:
     """1 where the tests pass on the answer's Python (its first block of Python, else all of it), in the sandbox.
 
     `log_metric` gets the share of answers whose code ran out of time, which count as wrong.
@@ -68,7 +72,10 @@ def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: L
 
     outcomes = run_many(zip(map(program, answers), references, strict=True))
     if log_metric:
-        log_metric("code_timeouts", sum(outcome.status == "timeout" for outcome in outcomes) / len(outcomes))
+        log_metric(
+            "code_timeouts",
+            sum(outcome.status == "timeout" for outcome in outcomes) / len(outcomes),
+        )
     return [float(outcome.passed) for outcome in outcomes]
 
 
@@ -87,7 +94,12 @@ def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardVa
 
 
 # by the name of a Reward in the config
-REWARDS = {"final_answer": final_answer_reward, "math": math_reward, "code": code_reward, "format": format_reward}
+REWARDS = {
+    "final_answer": final_answer_reward,
+    "math": math_reward,
+    "code": code_reward,
+    "format": format_reward,
+}
 
 
 def text_of(completion: Any) -> str:

@@ -22,7 +22,9 @@ def cpt(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob) -> Recov
     return train(src, dst, settings, job, sft_trainer())
 
 
-def train(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
+def train(
+    src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, trainer_class: Any
+) -> RecoverReport:
     """Train `src` on exactly the stage's tokens by a kind of SFTTrainer and write the result to `dst`."""
     tokenizer = pretrained.load_tokenizer(src)
     arguments = sft_arguments(settings, job)
@@ -68,7 +70,11 @@ def sft_trainer() -> Any:
 
     class PlainLoss(SFTTrainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
         ) -> Any:
             # the model's own loss has the routers' added once for each micro-batch, trl's their mean
             if self.aux_loss_enabled:
@@ -144,7 +150,10 @@ def training_dataset(
     if settings.accumulation > 1 and not settings.packing:
         chunk = _alike_together(chunk, settings.batch_size)
     dataset = Dataset.from_dict(
-        {"input_ids": [tokens.ids for tokens in chunk], "labels": [tokens.labels(settings.loss) for tokens in chunk]}
+        {
+            "input_ids": [tokens.ids for tokens in chunk],
+            "labels": [tokens.labels(settings.loss) for tokens in chunk],
+        }
     )
     if settings.packing:
         dataset = pack_dataset(dataset, settings.max_length, "bfd")
@@ -185,8 +194,10 @@ def sft_arguments(settings: RecoverStage, job: RecoveryJob) -> Any:
         num_train_epochs=1,
         max_length=settings.max_length,
         packing=settings.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the sequences come tokenized, truncated and packed
-        train_sampling_strategy="sequential",  # they come shuffled, and in the same batches for any number of processes
+        # the sequences come tokenized, truncated and packed
+        dataset_kwargs={"skip_prepare_dataset": True},
+        # they come shuffled, and in the same batches for any number of processes
+        train_sampling_strategy="sequential",
         include_num_input_tokens_seen="non_padding",
     )
     return training.on_one_gpu(config)

@@ -30,7 +30,11 @@ COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
 LOWER_RATE = "lower recover.learning_rate"
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 # torch and safetensors wrap the operating system's error in their own
-NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
+NO_SPACE_TEXTS = (
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    *(f"os error {code})" for code in FULL),
+)
 
 
 def on_one_gpu(arguments: Any) -> Any:
@@ -68,7 +72,8 @@ def learning_rate_curve(
         begin, end, decay = 0.0, 1.0, 1.0
 
     def factor(step: int) -> float:
-        after = max(0, step - warmup) / max(1, steps - warmup)  # share of the steps after the warm-up
+        # share of the steps after the warm-up
+        after = max(0, step - warmup) / max(1, steps - warmup)
         done = begin + (end - begin) * after  # share of the run's recovery
         decayed = max(0.0, done - (1 - decay)) / decay if decay else 0.0  # share of the decay
         # A late iteration's warm-up ends at the decayed rate.
@@ -77,12 +82,19 @@ def learning_rate_curve(
     return factor
 
 
-def optimizer_for(model: Any, settings: RecoverStage, state: Path | None = None) -> torch.optim.AdamW:
+def optimizer_for(
+    model: Any, settings: RecoverStage, state: Path | None = None
+) -> torch.optim.AdamW:
     """AdamW without weight decay on norms and biases; with `state`, it continues the last iteration's."""
     # with LoRA the adapters alone are trained
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     # Biases of experts have two dimensions.
-    decays = {name: parameter.dim() > 1 and not name.endswith("bias") for name, parameter in trained.items()}
+    decays = {
+        name: parameter.dim() > 1 and not name.endswith("bias")
+        for name, parameter in trained.items()
+    }
     matrices = [parameter for name, parameter in trained.items() if decays[name]]
     vectors = [parameter for name, parameter in trained.items() if not decays[name]]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
@@ -161,7 +173,9 @@ def watch(job: RecoveryJob) -> Any:
             if state.is_world_process_zero:
                 job.on_log(metrics, state.global_step)
 
-        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_save(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             # a checkpoint that is marked complete is one to resume from
             check_finite(model, state.global_step, job.scratch)
             if torch.distributed.is_initialized():
@@ -173,13 +187,21 @@ def watch(job: RecoveryJob) -> Any:
             if job.store is not None:
                 job.store.save_if_due(folder)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+        ) -> None:
             # the Trainer logs texts too
-            metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+            metrics = {
+                name: float(value) for name, value in logs.items() if isinstance(value, int | float)
+            }
             loss = metrics.get("loss", 0.0)
             if not math.isfinite(loss):
                 # before any weight has changed, a lower rate would not help
-                remedy = "check the checkpoint's weights (ptl evaluate)" if state.global_step == 1 else LOWER_RATE
+                remedy = (
+                    "check the checkpoint's weights (ptl evaluate)"
+                    if state.global_step == 1
+                    else LOWER_RATE
+                )
                 problem = f"the mean loss since the last log is {loss}"
                 raise _not_finite(problem, state.global_step, job.scratch, remedy)
             self.pass_on(metrics, args, state)
@@ -198,13 +220,19 @@ def check_finite(model: Any, step: int, scratch: Path) -> None:
 
 
 def _not_finite(problem: str, step: int, scratch: Path, remedy: str = LOWER_RATE) -> WorkError:
-    return WorkError(f"{problem} at optimizer step {step}; {_last_good(scratch)}", field="recover", remedy=remedy)
+    return WorkError(
+        f"{problem} at optimizer step {step}; {_last_good(scratch)}", field="recover", remedy=remedy
+    )
 
 
 def _last_good(scratch: Path) -> str:
     """The training checkpoint to resume from, for an error."""
     last = last_complete(scratch)
-    return f"the last good training checkpoint is {last}" if last else "no training checkpoint was written yet"
+    return (
+        f"the last good training checkpoint is {last}"
+        if last
+        else "no training checkpoint was written yet"
+    )
 
 
 def logging_steps(steps: int) -> int:
@@ -237,7 +265,9 @@ def run(
     # sequences fill the budget exactly, but for the empty ones in the last batch of several processes
     if settings.method != "grpo" and job.budget.tokens is not None:
         tokens = job.budget.tokens
-    return RecoverReport(settings.method, tokens, state.global_step, step_of(last) if last else 0, details)
+    return RecoverReport(
+        settings.method, tokens, state.global_step, step_of(last) if last else 0, details
+    )
 
 
 @contextmanager
@@ -268,14 +298,20 @@ def save(trainer: Any, src: Path, dst: Path, scratch: Path, *, with_state: bool 
     adapters = getattr(model, "peft_config", {}).get("default")
     if adapters is not None:
         is_whole = not trainer.is_fsdp_enabled
-        parameters = model.merge_and_unload().state_dict() if is_whole else _merged(src, adapters, parameters)
+        parameters = (
+            model.merge_and_unload().state_dict()
+            if is_whole
+            else _merged(src, adapters, parameters)
+        )
     if not _write_like(src, dst, parameters):
         raise _not_finite("a weight is NaN or infinite", trainer.state.global_step, scratch)
     shutil.copyfile(src / "config.json", dst / "config.json")
     checkpoint.copy_companions(src, dst)
 
 
-def _merged(src: Path, adapters: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _merged(
+    src: Path, adapters: Any, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The parameters of a model whose LoRA adapters have been added to its weights."""
     from peft import get_peft_model
 
@@ -290,7 +326,11 @@ def _write_like(src: Path, dst: Path, parameters: Mapping[str, torch.Tensor]) ->
     """Write a model's parameters by the names and in the dtypes of `src`; False, and nothing, where one overflows."""
     config = checkpoint.read_config(src)
     family = family_of(config)
-    written = {name: entry for name, entry in checkpoint.contents(src).items() if family.is_read(name, config)}
+    written = {
+        name: entry
+        for name, entry in checkpoint.contents(src).items()
+        if family.is_read(name, config)
+    }
     tensors = stored_tensors(parameters, family.experts, written)
     dtypes = safetensors_io.dtypes()
 

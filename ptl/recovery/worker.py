@@ -22,7 +22,10 @@ def main(job_file: Path) -> None:
     """Train as the job says; the first process of a machine writes the report, and whichever fails first its error."""
     die_with_tied()
     if os.environ.get("RANK", "0") == "0":
-        print("all training processes have started: importing libraries, loading the model", flush=True)
+        print(
+            "all training processes have started: importing libraries, loading the model",
+            flush=True,
+        )
     src, dst, settings, job = pickle.loads(job_file.read_bytes())
     job = dataclasses.replace(job, on_log=_print_metrics)
     try:

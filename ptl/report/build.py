@@ -12,7 +12,16 @@ from ptl.config.run import Evaluate
 from ptl.data import decontamination
 from ptl.errors import InputError
 from ptl.evaluation import retention
-from ptl.evaluation.paired import Item, Outcomes, Paired, by_item, match, p_longer, paired, pass_at_n
+from ptl.evaluation.paired import (
+    Item,
+    Outcomes,
+    Paired,
+    by_item,
+    match,
+    p_longer,
+    paired,
+    pass_at_n,
+)
 from ptl.log import say
 from ptl.model.widths import ComparedWidths
 from ptl.report.result import (
@@ -132,7 +141,9 @@ def _rows(steps: Records) -> list[Row]:
     return rows
 
 
-def _row(steps: Records, name: str, removed_layers: list[int], compared: list[ComparedWidths]) -> Row:
+def _row(
+    steps: Records, name: str, removed_layers: list[int], compared: list[ComparedWidths]
+) -> Row:
     evaluation = steps[name].metadata
     scores, verdict = evaluation["scores"], evaluation["verdict"]
     first = scores["tasks"][0]
@@ -180,7 +191,10 @@ def _wall_seconds(steps: Records) -> float:
 def _missing(steps: Records, iterations: dict[str, int], reason: str) -> list[Missing]:
     """Those of the steps (name -> iteration) that have no record."""
     missing = {name: iteration for name, iteration in iterations.items() if name not in steps}
-    return [Missing(step=name, iteration=iteration, reason=reason) for name, iteration in missing.items()]
+    return [
+        Missing(step=name, iteration=iteration, reason=reason)
+        for name, iteration in missing.items()
+    ]
 
 
 def _not_needed(steps: Records, config: Metadata) -> list[Missing]:
@@ -211,7 +225,9 @@ def _export(export: Export, steps: Records, failed: Mapping[str, str]) -> Export
 def _of_loop(steps: Records, field: str) -> list[Metadata]:
     """The metadata of the loop's steps that report this field."""
     all_metadata = [step.metadata for step in steps.values()]
-    return [metadata for metadata in all_metadata if metadata["arm"] == "loop" and field in metadata]
+    return [
+        metadata for metadata in all_metadata if metadata["arm"] == "loop" and field in metadata
+    ]
 
 
 def _decontaminated(steps: Records) -> Decontaminated | None:
@@ -235,7 +251,9 @@ def _compared(result: Result, steps: Records) -> Result:
     final = result.final_row
     if final is None:
         return result
-    goal = result.goal and result.goal.model_copy(update={"final": _needed_bytes(result.goal, result.dense_row, final)})
+    goal = result.goal and result.goal.model_copy(
+        update={"final": _needed_bytes(result.goal, result.dense_row, final)}
+    )
     dense = _outcomes(steps, "evaluate-0", final.step)
     control = _outcomes(steps, "control-evaluate", final.step)
     pairs = _paired({"dense": dense, "control": control}, result.tasks, result.settings["gate"])
@@ -243,9 +261,17 @@ def _compared(result: Result, steps: Records) -> Result:
     before, after = _items(steps, "evaluate-0"), _items(steps, final.step)
     longer = {task: p_longer(before, after, task) for task in dense}
     longer = {task: p for task, p in longer.items() if p is not None}
-    retained = retention.compare(result.dense_row.scores.retention, final.scores.retention, 1 - Evaluate.confidence)
+    retained = retention.compare(
+        result.dense_row.scores.retention, final.scores.retention, 1 - Evaluate.confidence
+    )
     passed = pass_at_n(dense, {task: pairs[task]["dense"] for task in dense})
-    comparisons = {"paired": pairs, "pass_at_n": passed, "longer": longer, "retained": retained, "examples": examples}
+    comparisons = {
+        "paired": pairs,
+        "pass_at_n": passed,
+        "longer": longer,
+        "retained": retained,
+        "examples": examples,
+    }
     return result.model_copy(update={"goal": goal, **comparisons})
 
 
@@ -297,7 +323,9 @@ def _paired(
 def _examples(steps: Records, final: str, outcomes: dict[str, Outcomes]) -> Examples:
     """Items whose outcome changed from the dense model to the final one."""
     answers = by_item(_items(steps, final))
-    compared = {key: old for key, old in by_item(_items(steps, "evaluate-0")).items() if key[0] in outcomes}
+    compared = {
+        key: old for key, old in by_item(_items(steps, "evaluate-0")).items() if key[0] in outcomes
+    }
     regressions: list[Change] = []
     improvements: list[Change] = []
     for key, old in compared.items():

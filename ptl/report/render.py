@@ -30,7 +30,12 @@ _, _, _, LOOP, CONTROL, BAD, _ = VARIABLES
 PLOT_STYLE = Path(__file__).parent / "templates/report.mplstyle"
 PLOT_SIZE = (8.4, 3.9)  # inches
 # Kind of a scored checkpoint, in the order of the key -> colour and marker.
-MARKS = {"dense": (LOOP, "s"), "loop": (LOOP, "o"), "rejected": (BAD, "X"), "one-shot control": (CONTROL, "D")}
+MARKS = {
+    "dense": (LOOP, "s"),
+    "loop": (LOOP, "o"),
+    "rejected": (BAD, "X"),
+    "one-shot control": (CONTROL, "D"),
+}
 
 
 def render(result: Result, out: Path) -> None:
@@ -40,7 +45,8 @@ def render(result: Result, out: Path) -> None:
         "report.html": page("report.html.j2", result, html=True, picture=_accuracy_plot(result)),
         "report.md": page("report.j2", result, html=False),
         "README.md": f"---\n{_hub_metadata(result)}\n---\n{page('card.j2', result, html=False)}",
-        "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
+        "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        + "\n",
     }
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
@@ -65,9 +71,18 @@ def page(name: str, result: Result, *, html: bool, picture: str = "") -> str:
         keep_trailing_newline=True,
     )
     env.globals |= {"tables": tables, "words": words, "speed": speed}
-    env.filters |= {"duration": duration, "billions": billions, "date": _date, "public_name": _public_name}
-    settings = {key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])}
-    return env.get_template(name).render(result=result, html=html, picture=picture, settings=settings)
+    env.filters |= {
+        "duration": duration,
+        "billions": billions,
+        "date": _date,
+        "public_name": _public_name,
+    }
+    settings = {
+        key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])
+    }
+    return env.get_template(name).render(
+        result=result, html=html, picture=picture, settings=settings
+    )
 
 
 def _markdown(text: Any) -> str:
@@ -147,7 +162,9 @@ def terminal_text(result: Result, report: str, browse: str = "ptl up --ui") -> s
             console.print(f"{label}: {text}")
         # Addresses stay whole.
         console.print(f"\nReport: {report}", soft_wrap=True)
-        console.print(f"MLflow: {page if server else f'run `{browse}` and open its address'}", soft_wrap=True)
+        console.print(
+            f"MLflow: {page if server else f'run `{browse}` and open its address'}", soft_wrap=True
+        )
     return captured.get().rstrip()
 
 
@@ -159,7 +176,9 @@ def _terminal_table(table: Table) -> Any:
     # No padding: in 80 columns the main table has just room.
     view = View(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for heading in table.columns:
-        view.add_column(heading, justify="right" if heading in table.numbers else "left", overflow="fold")
+        view.add_column(
+            heading, justify="right" if heading in table.numbers else "left", overflow="fold"
+        )
     for row, kind in zip(table.rows, table.kinds or [""] * len(table.rows), strict=True):
         cells = [Text(cell.text) for cell in row]
         view.add_row(*cells, style=COLOURS.get(kind.rpartition(" ")[2]))
@@ -195,7 +214,9 @@ def _draw(figure: Any, result: Result) -> None:
         below = [0.0 if row.low is None else max(0.0, row.accuracy - row.low) for row in rows]
         above = [0.0 if row.high is None else max(0.0, row.high - row.accuracy) for row in rows]
         if rows:
-            axis.errorbar(*_points(rows), yerr=[below, above], fmt=marker, color=colour, label=kind, zorder=3)
+            axis.errorbar(
+                *_points(rows), yerr=[below, above], fmt=marker, color=colour, label=kind, zorder=3
+            )
     # A thin line through what the loop accepted, and a ring around the final checkpoint.
     path = [row for row in result.rows if _kind(row) in ("dense", "loop")]
     axis.plot(*_points(path), color=LOOP, linewidth=1.2, alpha=0.55)

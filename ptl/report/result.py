@@ -107,7 +107,8 @@ class ExportRow(BaseModel):
     speed: dict[str, Any] = {}  # by model; {"reason": ...} where it was not measured
     notes: list[str] = []
     scored: dict[str, str] = {}  # the steps that scored dense and final as they are
-    pairs: dict[str, dict[str, Paired]] = {}  # task -> reference -> the final model's export against it
+    # task -> reference -> the final model's export against it
+    pairs: dict[str, dict[str, Paired]] = {}
     uri: str = ""
     digest: str = ""
 
@@ -200,7 +201,8 @@ class Result(BaseModel):
     mlflow_run_id: str
     seed: int
     versions: dict[str, str]
-    rows: list[Row]  # the loop's in the order of iterations, beginning with the dense model, then the control
+    # the loop's in the order of iterations, beginning with the dense model, then the control
+    rows: list[Row]
     final: Final
     name: str
     model: Source
@@ -214,14 +216,18 @@ class Result(BaseModel):
     not_needed: list[Missing]  # the loop had ended
     control_failed: str  # why the control has no score
     not_finished: list[Missing]  # steps of a failed control
-    speed: dict[str, Any]  # of evaluation.speed.side_by_side; {"reason": ...} where it was not measured
+    # of evaluation.speed.side_by_side; {"reason": ...} where it was not measured
+    speed: dict[str, Any]
     goal: Goal | None
     exports: list[ExportRow]
     decontaminated: Decontaminated | None
     sequences: Sequences
-    paired: dict[str, dict[str, Paired]]  # task -> dense, control -> the final model against it, item by item
-    pass_at_n: dict[str, Paired]  # task with several samples -> pass@n, the final model against the dense one
-    longer: dict[str, float]  # task -> p of the paired test that the final model's answers have more tokens
+    # task -> dense, control -> the final model against it, item by item
+    paired: dict[str, dict[str, Paired]]
+    # task with several samples -> pass@n, the final model against the dense one
+    pass_at_n: dict[str, Paired]
+    # task -> p of the paired test that the final model's answers have more tokens
+    longer: dict[str, float]
     retained: Retained | None  # None: the dense model does not predict such text
     examples: Examples | None
     settings: dict[str, Any]  # the effective config
@@ -267,7 +273,9 @@ class Result(BaseModel):
         final = self.final_row
         if final is None:
             return False
-        before, after = (row.scores.tasks[position].answer_tokens for row in (self.dense_row, final))
+        before, after = (
+            row.scores.tasks[position].answer_tokens for row in (self.dense_row, final)
+        )
         return rambles(before, after, self.longer.get(task))
 
     @property

@@ -75,7 +75,11 @@ def details(result: Result) -> Table:
     rows = []
     for row in result.rows:
         scores = map(words.score, row.scores.tasks if tasks else [])
-        rows.append(_cells(row.label, _shape(result.dense_row.scores, row), *scores, row.reason or row.verdict))
+        rows.append(
+            _cells(
+                row.label, _shape(result.dense_row.scores, row), *scores, row.reason or row.verdict
+            )
+        )
     return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, ("Shape", *tasks))
 
 
@@ -115,7 +119,14 @@ def compared_widths(result: Result) -> Table:
         if row.compared:
             taken, *others = sorted(row.compared, key=lambda sizes: not sizes.taken)
             listed = tuple(f"{_sizes_text(sizes)}: {sizes.loss:.3f}" for sizes in others)
-            rows.append(_cells(row.label, _sizes_text(taken), f"{taken.loss:.3f}", Cell(f"{len(listed)}", listed)))
+            rows.append(
+                _cells(
+                    row.label,
+                    _sizes_text(taken),
+                    f"{taken.loss:.3f}",
+                    Cell(f"{len(listed)}", listed),
+                )
+            )
     return Table(("Iteration", "Widths to end with", "Loss", "Others compared"), rows)
 
 
@@ -155,14 +166,20 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
             pair = result.pair(key, task.task)
             after = _score(scored)
             difference = _difference(task, scored, pair)
-            verdict = of_pair(pair, "the dense model") if key == "dense" else beside_control(pair, result.confidence)
+            verdict = (
+                of_pair(pair, "the dense model")
+                if key == "dense"
+                else beside_control(pair, result.confidence)
+            )
         name = Cell(task.task, (setting,))
         rows.append([name, _verdict(verdict), _score(task), after, difference])
         passed = result.pass_at_n.get(task.task)
         if passed and key == "dense":
             # How many items at least one of the samples solves.
             shares = words.percent(passed.reference), words.percent(passed.candidate)
-            rows.append(_cells(f"{task.task}, pass@{task.samples}", NONE, *shares, _comparison(passed)))
+            rows.append(
+                _cells(f"{task.task}, pass@{task.samples}", NONE, *shares, _comparison(passed))
+            )
     title = "Score" if key == "dense" else "Loop against one-shot pruning"
     numbers = (key.capitalize(), "Final", "Difference")
     # The verdict comes first of all: a narrow screen shows only the first columns.
@@ -206,9 +223,17 @@ def _answers(result: Result, dense: Row, final: Row) -> Table:
             continue
         p = result.longer.get(before.task)
         details = () if p is None else (f"longer: p {p:.2g}",)
-        cells = [Cell(f"{task.answer_tokens:,.1f}", _length_details(task)) for task in (before, after)]
+        cells = [
+            Cell(f"{task.answer_tokens:,.1f}", _length_details(task)) for task in (before, after)
+        ]
         change = _change(before.answer_tokens, after.answer_tokens)
-        rows.append([Cell(before.task), *cells, Cell(change, details, "bad" if result.rambles(before.task) else "")])
+        rows.append(
+            [
+                Cell(before.task),
+                *cells,
+                Cell(change, details, "bad" if result.rambles(before.task) else ""),
+            ]
+        )
     return Table(("Tokens of an answer", *MODELS), rows, MODELS)
 
 
@@ -227,7 +252,10 @@ def _change(before: float, after: float) -> str:
 
 
 def _length_details(task: TaskScore) -> tuple[str, ...]:
-    return f"95th percentile {task.answer_tokens_p95:,.0f}", f"{words.percent(task.truncated)} hit the limit"
+    return (
+        f"95th percentile {task.answer_tokens_p95:,.0f}",
+        f"{words.percent(task.truncated)} hit the limit",
+    )
 
 
 def _sizes(dense: Row, final: Row) -> Table:
@@ -245,7 +273,9 @@ def _sizes(dense: Row, final: Row) -> Table:
     for label, before, after in _widths(dense.scores, final.scores):
         if _span(before) != _span(after):
             difference = _change(fmean(before), fmean(after))
-            rows.append(_cells(label[0].upper() + label[1:], _span(before), _span(after), difference))
+            rows.append(
+                _cells(label[0].upper() + label[1:], _span(before), _span(after), difference)
+            )
     return Table(("Size and memory", *MODELS), rows, MODELS)
 
 
@@ -268,7 +298,9 @@ def export(result: Result, row: ExportRow) -> list[Table]:
     return tables
 
 
-def _exported(row: ExportRow, key: str, label: str, model: ExportedModel | Scores, original: int) -> list[Cell]:
+def _exported(
+    row: ExportRow, key: str, label: str, model: ExportedModel | Scores, original: int
+) -> list[Cell]:
     """A model's weights beside the `original` bytes, its scores and its speed."""
     measured = row.speed.get("models", {}).get(key)
     return _cells(

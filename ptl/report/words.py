@@ -118,7 +118,9 @@ def of_pair(pair: Paired | None, reference: str) -> Verdict:
     if pair.verdict == "not inferior":
         return Verdict("good", f"Not worse than {reference} within {tolerated}")
     if pair.p_worse <= pair.alpha:
-        return Verdict("unclear", f"The score fell, and whether by more than {tolerated} cannot be said")
+        return Verdict(
+            "unclear", f"The score fell, and whether by more than {tolerated} cannot be said"
+        )
     return Verdict("unclear", f"Cannot be said whether the score fell by more than {tolerated}")
 
 
@@ -128,7 +130,9 @@ def beside_control(pair: Paired | None, confidence: float) -> Verdict:
         return Verdict("unclear", "Not tested")
     if pair.p_different > 1 - confidence:
         return Verdict("unclear", "No difference shown")
-    return Verdict("good", "Final better") if pair.difference > 0 else Verdict("bad", "Control better")
+    return (
+        Verdict("good", "Final better") if pair.difference > 0 else Verdict("bad", "Control better")
+    )
 
 
 def headline(result: Result) -> str:
@@ -138,7 +142,10 @@ def headline(result: Result) -> str:
         sentence += "; the control arm did not finish"
     for position, task in enumerate(result.tasks):
         if result.final_row and result.rambles(task):
-            before, after = (row.scores.tasks[position].answer_tokens for row in (result.dense_row, result.final_row))
+            before, after = (
+                row.scores.tasks[position].answer_tokens
+                for row in (result.dense_row, result.final_row)
+            )
             sentence += f"; it rambles on {task}: {after:,.0f} tokens an answer in the place of {before:,.0f}"
     if result.retained and result.forgets:
         sentence += f"; it forgets other text: {retention.describe(result.retained)}"
@@ -155,7 +162,9 @@ def _scores(result: Result) -> str:
     before = accuracy(dense.first)
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {before} {name}"
-    sentence = f"Removing {share} of the parameters took {name} from {before} to {accuracy(final.first)}"
+    sentence = (
+        f"Removing {share} of the parameters took {name} from {before} to {accuracy(final.first)}"
+    )
     return f"{sentence}; {_control_score(result, final, control)}" if control else sentence
 
 
@@ -169,7 +178,9 @@ def _control_score(result: Result, final: Row, control: Row) -> str:
     if pair is None:
         return sentence
     outcome = {"good": "worse than the loop", "bad": "better than the loop"}
-    words = outcome.get(beside_control(pair, result.confidence).kind, "the difference is not significant")
+    words = outcome.get(
+        beside_control(pair, result.confidence).kind, "the difference is not significant"
+    )
     return f"{sentence}: {words} (p {pair.p_different:.2g})"
 
 
@@ -183,7 +194,11 @@ def checks(result: Result) -> list[tuple[str, str]]:
         ("Recovery", result.amount.sentence),
         ("Control", _control(result)),
         ("Decontamination", decontamination.sentence(found.model_dump()) if found else ""),
-        *((f"Export {export.name}", f"Not made: {export.failed}.") for export in result.exports if export.failed),
+        *(
+            (f"Export {export.name}", f"Not made: {export.failed}.")
+            for export in result.exports
+            if export.failed
+        ),
         ("Wall clock", f"{wall}."),
     ]
     return [(label, text) for label, text in lines if text]
@@ -213,19 +228,29 @@ def _gate(result: Result) -> str:
     accepted = counted(verdicts.count("accepted"), "iteration")
     rejected = counted(verdicts.count("rejected"), "iteration")
     held = f", perplexity at most \u00d7 {settings['retention']:g}" if settings["retention"] else ""
-    sentence = f"{accepted} accepted, {rejected} rejected (margin {margin(settings['margin'])}{held})"
+    sentence = (
+        f"{accepted} accepted, {rejected} rejected (margin {margin(settings['margin'])}{held})"
+    )
     if result.not_needed:
         first, last = result.not_needed[0], result.not_needed[-1]
         iterations = range(first.iteration, last.iteration + 1)
         sentence += f"; not needed: {numbered('iteration', iterations)} ({first.reason})"
     # Otherwise an accepted model may be one of which nothing can be said.
-    return f"{sentence}." if settings["strict"] else f"{sentence}. Unclear ones are accepted: gate.strict is off."
+    return (
+        f"{sentence}."
+        if settings["strict"]
+        else f"{sentence}. Unclear ones are accepted: gate.strict is off."
+    )
 
 
 def _control(result: Result) -> str:
     """Whether it finished, and whether the arms were trained equally; how to fetch one that is better."""
     if result.control_row is None:
-        return f"The control arm did not finish: {result.control_failed}." if result.control_failed else ""
+        return (
+            f"The control arm did not finish: {result.control_failed}."
+            if result.control_failed
+            else ""
+        )
     # A control with more tokens would look better than pruning in one shot is.
     sentence = f"Recovery tokens: loop {result.total_tokens('loop'):,}, control {result.total_tokens('control'):,}."
     if beside_control(result.pair("control"), result.confidence).kind != "bad":
@@ -239,13 +264,19 @@ def scored_too_little(result: Result) -> list[str]:
     sentences = []
     if final is not None and final is not dense:
         if result.retained is None:
-            sentences.append("What it retains of other text: the dense model does not predict the held-out texts.")
+            sentences.append(
+                "What it retains of other text: the dense model does not predict the held-out texts."
+            )
         sentences += [_items(result, task) for task in result.tasks]
         sentences += _token_limits(dense, final)
     asked = result.settings["evaluate"]["tasks"]
-    limited = [task for task, settings in zip(result.tasks, asked, strict=True) if settings.get("limit")]
+    limited = [
+        task for task, settings in zip(result.tasks, asked, strict=True) if settings.get("limit")
+    ]
     if limited:
-        sentences.append(f"Only the first items were scored of {', '.join(limited)} (limit in evaluate.tasks).")
+        sentences.append(
+            f"Only the first items were scored of {', '.join(limited)} (limit in evaluate.tasks)."
+        )
     for warning in result.amount.warnings():
         sentences.append(f"{warning}.")
     return sentences
@@ -266,7 +297,10 @@ def short_of_target(result: Result) -> str:
     """That a loop ended before its target, or its goal; else empty."""
     if result.goal:
         return "" if result.goal.is_reached else _goal(result.goal)
-    asked = removal(result.original_params, result.settings["schedule"]["target"]) / result.original_params
+    asked = (
+        removal(result.original_params, result.settings["schedule"]["target"])
+        / result.original_params
+    )
     removed = result.final.share_removed
     if removed >= asked - SHORT_OF_TARGET:
         return ""
@@ -291,10 +325,20 @@ def _token_limits(dense: Row, final: Row) -> list[str]:
     for before, after in zip(dense.scores.tasks, final.scores.tasks, strict=True):
         counts = (
             ("answers hit the token limit", percent(before.truncated), percent(after.truncated)),
-            ("prompts did not fit into the context", percent(before.cut_prompts), percent(after.cut_prompts)),
-            ("answers are wrong because their code ran out of time", before.code_timeouts, after.code_timeouts),
+            (
+                "prompts did not fit into the context",
+                percent(before.cut_prompts),
+                percent(after.cut_prompts),
+            ),
+            (
+                "answers are wrong because their code ran out of time",
+                before.code_timeouts,
+                after.code_timeouts,
+            ),
         )
         for words, old, new in counts:
             if old not in (0, "0.0 %") or new not in (0, "0.0 %"):
-                sentences.append(f"On {before.task}, {new} of the final model's {words} (dense: {old}).")
+                sentences.append(
+                    f"On {before.task}, {new} of the final model's {words} (dense: {old})."
+                )
     return sentences

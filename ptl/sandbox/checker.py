@@ -16,7 +16,8 @@ from typing import Any
 
 from ptl.sandbox.protocol import TEXT, Tagged, decode, encode, receive, send
 
-_ENDED = "the candidate's process ended before the tests were complete"  # its parent knows the exit code
+# its parent knows the exit code
+_ENDED = "the candidate's process ended before the tests were complete"
 
 
 class _GoneError(BaseException):
@@ -30,9 +31,11 @@ class Checker:
         self.incoming = incoming
         self.outgoing = outgoing
         self.report = report
-        self.locals: list[Any] = []  # the tests' own functions, handed to the candidate as callbacks
+        # the tests' own functions, handed to the candidate as callbacks
+        self.locals: list[Any] = []
         self.exceptions: dict[str, type[Exception]] = {}  # of the candidate, by name
-        self.broken: tuple[str, str] | None = None  # status and detail once the candidate cannot be asked; final
+        # status and detail once the candidate cannot be asked; final
+        self.broken: tuple[str, str] | None = None
 
     def run(self, source: str) -> None:
         """Execute the tests and write the report, the last thing this process does."""
@@ -60,7 +63,11 @@ class Checker:
             return "failed", f"the candidate cannot be imported: {type(error).__name__}: {error}"
         if not isinstance(exported, dict):
             raise self.gone("not a table of names")
-        namespace = {"__name__": "tests", "__builtins__": builtins, **self.usable(exported, _names_in(code))}
+        namespace = {
+            "__name__": "tests",
+            "__builtins__": builtins,
+            **self.usable(exported, _names_in(code)),
+        }
         exec(code, namespace)
         return "passed", ""
 
@@ -157,12 +164,16 @@ class Checker:
         if isinstance(value, Remote):
             return {"t": "handle", "v": object.__getattribute__(value, "_handle")}
         if not callable(value):
-            raise TypeError(f"a {type(value).__name__} of the tests cannot be handed to the candidate")
+            raise TypeError(
+                f"a {type(value).__name__} of the tests cannot be handed to the candidate"
+            )
         # Kept for ever: the candidate may call it at any time.
         self.locals.append(value)
         return {"t": "local", "v": len(self.locals) - 1}
 
-    def ask(self, name: str, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
+    def ask(
+        self, name: str, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False
+    ) -> Any:
         """Have the candidate's process do one operation; its exceptions are raised here as builtin ones.
 
         `keep` leaves the result there and returns its handle.
@@ -193,7 +204,9 @@ class Checker:
                 error = self.error(first, second, str(rest[0]), stop)
             # A message of another form than the protocol's.
             except (ValueError, TypeError, LookupError, AttributeError) as problem:
-                raise self.gone(f"the candidate broke the protocol: {type(problem).__name__}") from None
+                raise self.gone(
+                    f"the candidate broke the protocol: {type(problem).__name__}"
+                ) from None
             # Outside of the try: the candidate's own ValueError breaks no protocol.
             raise error
 
@@ -291,10 +304,18 @@ class RemoteNamesake(RemoteCallable):
     __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the candidate's function is asked for {name}, as if it were the module of that name")
+        raise AttributeError(
+            f"the candidate's function is asked for {name}, as if it were the module of that name"
+        )
 
 
-def _ask(name: str, remote: Remote, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
+def _ask(
+    name: str,
+    remote: Remote,
+    *args: Any,
+    keywords: dict[str, Any] | None = None,
+    keep: bool = False,
+) -> Any:
     return _checker_of(remote).ask(name, remote, *args, keywords=keywords, keep=keep)
 
 
@@ -306,7 +327,8 @@ def _checker_of(remote: Remote) -> Checker:
 def _comparison(name: str) -> Callable[[Remote, Any], Any]:
     def compare(self: Remote, other: Any) -> Any:
         if not isinstance(other, Remote):
-            return NotImplemented  # falls back to identity, so an __eq__ of the candidate cannot claim a plain value
+            # falls back to identity, so an __eq__ of the candidate cannot claim a plain value
+            return NotImplemented
         answer = _ask(name, self, other, keep=True)
         return _ask("bool", answer) is True
 
@@ -331,7 +353,19 @@ def _swapped_arithmetic(name: str) -> Callable[[Remote, Any], Any]:
 # Python looks special methods up on the class, never by __getattr__.
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Remote, f"__{_name}__", _comparison(_name))
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+):
     _method = f"__{_name}__"
     setattr(Remote, _method, _arithmetic(_method))
     setattr(Remote, f"__r{_name}__", _swapped_arithmetic(_method))

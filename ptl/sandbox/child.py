@@ -29,7 +29,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     # All imports need files that the lock-down takes away.
-    for module in ("zlib", "binascii"):  # where they are linked to a shared library, its folder is out of reach later
+    # where they are linked to a shared library, its folder is out of reach later
+    for module in ("zlib", "binascii"):
         with contextlib.suppress(ImportError):
             __import__(module)
     actor: Any = Candidate
@@ -38,7 +39,8 @@ def main() -> None:
 
         actor = Checker
     try:
-        readable = [path for path in sys.path if os.access(path, os.F_OK)]  # pathlib would cost 8 ms of start-up
+        # pathlib would cost 8 ms of start-up
+        readable = [path for path in sys.path if os.access(path, os.F_OK)]
         lockdown.lock_down(readable, **order["limits"])
         if os.getppid() != order["parent"]:  # it died before PR_SET_PDEATHSIG was in force
             raise OSError("the parent has gone")
@@ -51,7 +53,8 @@ def main() -> None:
 
 # Besides the functions of the module operator.
 _OPERATIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (getattr, setattr, iter, next, len, bool, repr, str, hash, isinstance)
+    function.__name__: function
+    for function in (getattr, setattr, iter, next, len, bool, repr, str, hash, isinstance)
 }
 _MUTABLE = (list, dict, set, bytearray)
 
@@ -64,7 +67,8 @@ class Candidate:
         self.outgoing = outgoing
         self.objects: list[Any] = []  # by handle
         self.handles: dict[int, int] = {}  # id() of an object in `objects` -> its handle
-        self.callbacks: dict[int, tuple[int, Any]] = {}  # id() of a callback -> its number there, and itself
+        # id() of a callback -> its number there, and itself
+        self.callbacks: dict[int, tuple[int, Any]] = {}
 
     def run(self, source: str) -> None:
         """Execute the module, send its names, and serve until the checker goes."""
@@ -96,7 +100,11 @@ class Candidate:
 
     def export(self, value: Any) -> Any:
         """Return the data for one name of the module."""
-        if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == "candidate":
+        if (
+            isinstance(value, type)
+            and issubclass(value, BaseException)
+            and value.__module__ == "candidate"
+        ):
             return {"t": "exception", "v": value.__name__, "b": _base_names(value)}
         try:
             return encode(value, self.refer)

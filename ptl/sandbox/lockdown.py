@@ -131,7 +131,8 @@ _PR_SET_DUMPABLE = 4
 _PR_GET_SECCOMP = 21
 _PR_SET_NO_NEW_PRIVS = 38
 
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, AUDIT_ARCH
+# column of the tables, AUDIT_ARCH
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 # Landlock's file rights, include/uapi/linux/landlock.h.
 _WRITE_FILE = 1 << 1
@@ -195,7 +196,8 @@ def missing_support() -> str | None:
 def lock_down(readable: Sequence[str], *, cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
     """Confine this process: files in its working directory, the standard library in `readable`, no other resource."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _prctl(_PR_SET_DUMPABLE, 0)  # nobody of the same user attaches to this process or reads its /proc entry
+    # nobody of the same user attaches to this process or reads its /proc entry
+    _prctl(_PR_SET_DUMPABLE, 0)
     _set_limits(cpu_s, memory_bytes, file_bytes)
     _drop_capabilities()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # without it neither Landlock nor seccomp accepts us
@@ -229,7 +231,8 @@ def _restrict_files(readable: Sequence[str]) -> None:
     version = _landlock_version()
     known_version = min(version, len(_NUM_RIGHTS))
     num_rights = _NUM_RIGHTS[known_version - 1]
-    handled = (1 << num_rights) - 1  # all that the kernel knows: what is not allowed below is denied
+    # all that the kernel knows: what is not allowed below is denied
+    handled = (1 << num_rights) - 1
     # struct landlock_ruleset_attr has grown with the versions.
     attributes = struct.pack("<Q", handled)
     if version >= 4:

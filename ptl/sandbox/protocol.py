@@ -63,7 +63,8 @@ _CODECS = {
     "frozenset": _Codec("builtins", list, "frozenset", True),
     "dict": _Codec("builtins", _pairs, "dict", True),
     "deque": _Codec("collections", list, "deque", True),
-    "defaultdict": _Codec("collections", lambda value: [None, _pairs(value)], "defaultdict"),  # its factory stays
+    # its factory stays
+    "defaultdict": _Codec("collections", lambda value: [None, _pairs(value)], "defaultdict"),
     "OrderedDict": _Codec("collections", _pairs, "OrderedDict", True),
     "Counter": _Codec("collections", lambda value: [dict(value)], "Counter"),
     "Decimal": _Codec("decimal", _text, "Decimal"),
@@ -150,12 +151,14 @@ def decode(data: Any, resolve: Callable[[Tagged], Any]) -> Any:
         parts = [decode(part, resolve) for part in content]
         if codec is None:
             name, fields, items = parts
-            return namedtuple(name, fields)(*items)  # which itself refuses names that are no identifiers
+            # which itself refuses names that are no identifiers
+            return namedtuple(name, fields)(*items)
         build = attrgetter(codec.build)(__import__(codec.module))
         return build(parts) if codec.takes_list else build(*parts)
     if tag == "builtin":
         builtin = getattr(builtins, str(content))
-        if not isinstance(builtin, type):  # a function such as eval must not come from the candidate
+        # a function such as eval must not come from the candidate
+        if not isinstance(builtin, type):
             raise ValueError(f"{content} is no builtin type")
         return builtin
     return resolve(data)

@@ -51,7 +51,8 @@ from ptl.sandbox import lockdown
 
 Process = subprocess.Popen[bytes]
 
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time in each period, and the period
+# of a container: microseconds of CPU time in each period, and the period
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _MAX_SOURCE = 1_000_000  # characters
 _POLL_S = 0.05  # seconds between two checks of what has no kernel limit
 _EXIT_S = 0.2  # seconds for the candidate's own end, whose exit code says why
@@ -98,7 +99,9 @@ def require_support() -> None:
     """Raise WorkError where this kernel cannot confine a process."""
     reason = lockdown.missing_support()
     if reason:
-        raise WorkError(f"model-written code is not run: {reason}. Run this step on a kernel that has both")
+        raise WorkError(
+            f"model-written code is not run: {reason}. Run this step on a kernel that has both"
+        )
 
 
 def run_tests(candidate: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
@@ -108,10 +111,16 @@ def run_tests(candidate: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Ou
     (nothing was run then) and InputError for empty tests.
     """
     if not tests.strip():
-        raise InputError("empty, so every candidate would pass. Give at least one assert", field="tests")
+        raise InputError(
+            "empty, so every candidate would pass. Give at least one assert", field="tests"
+        )
     require_support()
     if len(candidate) > _MAX_SOURCE:
-        return Outcome(False, "failed", f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}")
+        return Outcome(
+            False,
+            "failed",
+            f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}",
+        )
     with tempfile.TemporaryDirectory(prefix="ptl-sandbox-") as folder:
         output = Path(folder, "output")  # beside the scratch folder: nobody can read it
         scratch = Path(folder, "scratch")
@@ -156,9 +165,13 @@ def _running_children(
         questions, to_candidate = _open_pipe(stack)
         answers, to_checker = _open_pipe(stack)
         report, to_report = _open_pipe(stack)
-        suspect = _start_child("candidate", candidate, [questions, to_checker], printed, limits, scratch)
+        suspect = _start_child(
+            "candidate", candidate, [questions, to_checker], printed, limits, scratch
+        )
         stack.callback(_kill, suspect)
-        checker = _start_child("checker", tests, [answers, to_candidate, to_report], printed, limits, scratch)
+        checker = _start_child(
+            "checker", tests, [answers, to_candidate, to_report], printed, limits, scratch
+        )
         stack.callback(_kill, checker)
         # Else no pipe would end when a child does.
         for end in (questions, to_candidate, answers, to_checker, to_report):
@@ -177,7 +190,9 @@ def _kill(child: Process) -> None:
     child.wait()
 
 
-def _start_child(role: str, source: str, pipes: list[FileIO], output: FileIO, limits: Limits, scratch: Path) -> Process:
+def _start_child(
+    role: str, source: str, pipes: list[FileIO], output: FileIO, limits: Limits, scratch: Path
+) -> Process:
     """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
     descriptors = [pipe.fileno() for pipe in pipes]
     # -P, -s and -S: neither the working directory nor site-packages is on the path.
@@ -197,7 +212,11 @@ def _start_child(role: str, source: str, pipes: list[FileIO], output: FileIO, li
         "source": source,
         "pipes": descriptors,
         "parent": os.getpid(),
-        "limits": {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes},
+        "limits": {
+            "cpu_s": limits.cpu_s,
+            "memory_bytes": limits.memory_bytes,
+            "file_bytes": limits.file_bytes,
+        },
     }
     assert child.stdin is not None
     # A child that died is seen by its missing report.
@@ -206,7 +225,9 @@ def _start_child(role: str, source: str, pipes: list[FileIO], output: FileIO, li
     return child
 
 
-def _follow(report: FileIO, limits: Limits, scratch: Path, output: Path) -> tuple[list[bytes], tuple[str, str] | None]:
+def _follow(
+    report: FileIO, limits: Limits, scratch: Path, output: Path
+) -> tuple[list[bytes], tuple[str, str] | None]:
     """The lines that the checker reports until it ends, or the limit that was passed before: status and detail."""
     received = b""
     deadline = time.monotonic() + limits.wall_s
@@ -244,7 +265,9 @@ def _judge(lines: list[bytes], exit_code: int, printed: str, limits: Limits) -> 
         raise _setup_error(printed or "no message")
     # The first line says that the lock-down is done, the second how the tests ended.
     if len(lines) < 2:
-        return _not_passed("killed", "the tests' own process ended early (memory or CPU limit?)", printed)
+        return _not_passed(
+            "killed", "the tests' own process ended early (memory or CPU limit?)", printed
+        )
     verdict: dict[str, str] = json.loads(lines[1])
     status = verdict["status"]
     detail = verdict["detail"]

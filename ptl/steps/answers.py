@@ -28,7 +28,9 @@ def answers(call: Call) -> None:
     }
     with Step(call, key=key) as step:
         record = step.record or step.publish(_written(step, evaluate))
-        shown = {name: record.metadata[name] for name in ("written", "ended", "kept", "answer_tokens")}
+        shown = {
+            name: record.metadata[name] for name in ("written", "ended", "kept", "answer_tokens")
+        }
         call.outputs["metrics"].metadata.update(shown)
 
 
@@ -39,7 +41,9 @@ def _written(step: Step, evaluate: Evaluate) -> Metadata:
     settings, source = step.settings, step.fetch_model()
     arguments = (settings["training"], evaluate, settings["chat"])
     named = {"model": step.call.inputs["model"].digest, "seed": settings["seed"]}
-    return step.once(step.key.digest, lambda folder: write_answers(source, folder, *arguments, **named))
+    return step.once(
+        step.key.digest, lambda folder: write_answers(source, folder, *arguments, **named)
+    )
 
 
 def reads(section: TrainingData | Calibration) -> list[str]:

@@ -91,7 +91,8 @@ def _launch() -> str | None:
     at 0 when a run is retried by a person.
     """
     if not on_a_cluster():
-        return os.environ.get("PTL_LAUNCH") or uuid.uuid4().hex  # called by hand: each call is a launch
+        # called by hand: each call is a launch
+        return os.environ.get("PTL_LAUNCH") or uuid.uuid4().hex
     retry_index = os.environ.get("KFP_RETRY_INDEX") or 0
     node = os.environ.get("PTL_ARGO_NODE") or f"({retry_index})"
     # A number above 0 on any level: Argo, not a person, has started this pod.

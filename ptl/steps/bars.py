@@ -12,7 +12,12 @@ from ptl.units import duration
 
 SECONDS = "10"  # between two lines; a shorter bar has none
 BAR = f"[{{bar:{WIDTH}}}] {{percentage:.0f}}% {{remaining}} left, {{desc}}: {{n_fmt}} of {{total_fmt}}\n"
-LINES = {"TQDM_DELAY": SECONDS, "TQDM_MININTERVAL": SECONDS, "TQDM_ASCII": "-#", "TQDM_BAR_FORMAT": MARK + BAR}
+LINES = {
+    "TQDM_DELAY": SECONDS,
+    "TQDM_MININTERVAL": SECONDS,
+    "TQDM_ASCII": "-#",
+    "TQDM_BAR_FORMAT": MARK + BAR,
+}
 
 for variable, value in LINES.items():
     os.environ.setdefault(variable, value)

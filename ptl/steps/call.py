@@ -37,7 +37,8 @@ Metadata = dict[str, Any]  # JSON
 
 # Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
 SHOWN = ("uri", "params")
-BENCHMARK_ITEMS = "items"  # record of the benchmarks' items, by import-model: recoveries do not train on them
+# record of the benchmarks' items, by import-model: recoveries do not train on them
+BENCHMARK_ITEMS = "items"
 MODELS = ("out", "accepted")  # outputs that are pointers to checkpoints
 # For the fields that have no default, in steps that have no use for them.
 UNUSED = {"target": 0.5, "recovery_tokens": 0}
@@ -150,7 +151,8 @@ def iterations_until(iteration: int, schedule: Schedule, prune: Prune) -> list[I
     iterations = plan(schedule, prune)
     if not 1 <= iteration <= len(iterations):
         raise InputError(
-            f"{iteration} is outside 1..{len(iterations)}, the iterations of this schedule", field="iteration"
+            f"{iteration} is outside 1..{len(iterations)}, the iterations of this schedule",
+            field="iteration",
         )
     return iterations[:iteration]
 
@@ -171,8 +173,13 @@ def key_of(parent: str, settings: dict[str, Any]) -> Key:
     """
     files = list(_files(settings))
     contents = [(Path(name).name, content) for name, content in files]
-    digest = store.digest([__version__, parent, _without_folders(to_jsonable_python(settings)), contents])
-    return Key(digest, {name if "://" in name else str(Path(name).absolute()): content for name, content in files})
+    digest = store.digest(
+        [__version__, parent, _without_folders(to_jsonable_python(settings)), contents]
+    )
+    return Key(
+        digest,
+        {name if "://" in name else str(Path(name).absolute()): content for name, content in files},
+    )
 
 
 def _without_folders(value: Any) -> Any:
@@ -241,7 +248,12 @@ def check_same_files(run: StepRun, stage: str, key: Key) -> None:
 
     On one machine that step has been done again by now. A cluster does not repeat what has succeeded.
     """
-    firsts = {"answers": "answers", "prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}
+    firsts = {
+        "answers": "answers",
+        "prune": "prune-1",
+        "recover": "recover-1",
+        "evaluate": "evaluate-0",
+    }
     first = firsts.get(stage)
     record = store.committed(run.root, run.run, first) if first and first != run.step else None
     changed = _changed(record, key) if record else ""

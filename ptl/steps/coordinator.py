@@ -53,7 +53,9 @@ def train(step: str, call: Json, begin: Callable[[], None], note: Callable[[str]
         try:
             # Another attempt of this very moment may be first: then its TrainJob is followed.
             if not follows and cluster.create(job):
-                say(step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes")
+                say(
+                    step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes"
+                )
             _follow(cluster, step, name, note)
         except NoAnswerError:
             raise  # it could not be deleted either
@@ -76,7 +78,10 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
             # Of an attempt that was killed before it could delete it; this one begins anew.
             cluster.delete(name)
         if not said:
-            say(step, f"TrainJob {name} of an earlier attempt is being deleted: this one waits for it")
+            say(
+                step,
+                f"TrainJob {name} of an earlier attempt is being deleted: this one waits for it",
+            )
             said = True
         if time.monotonic() - began > DELETION:
             raise WorkError(
@@ -90,7 +95,8 @@ def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
 
 def _follow(cluster: Cluster, step: str, name: str, note: Callable[[str], None]) -> None:
     """Wait for the end, with the first node's log. Raises the error of the node that failed first."""
-    cluster.passing += (403,)  # rights that have sufficed, which a server that starts does not know yet
+    # rights that have sufficed, which a server that starts does not know yet
+    cluster.passing += (403,)
     ended = threading.Event()
     log = threading.Thread(target=_copy_log, args=(cluster, name, ended), daemon=True)
     log.start()
@@ -103,7 +109,9 @@ def _follow(cluster: Cluster, step: str, name: str, note: Callable[[str], None])
         raise trainjob.error(condition, failed, name)
 
 
-def _until_ended(cluster: Cluster, step: str, name: str, note: Callable[[str], None]) -> tuple[Json, list[NodePod]]:
+def _until_ended(
+    cluster: Cluster, step: str, name: str, note: Callable[[str], None]
+) -> tuple[Json, list[NodePod]]:
     """The condition with which a TrainJob has ended, and the pods that failed; says what changes until then."""
     last_state, last_restart = "", None  # a coordinator that was killed may have left a note
     failed: dict[tuple[int, int], NodePod] = {}  # by attempt and rank
@@ -143,7 +151,9 @@ def _copy_log(cluster: Cluster, name: str, ended: threading.Event) -> None:
         with contextlib.suppress(Exception):
             for pod in cluster.nodes(name):
                 is_new = pod.name not in last_line
-                if pod.node != 0 or not (pod.phase == "Running" or (is_new and pod.phase != "Pending")):
+                if pod.node != 0 or not (
+                    pod.phase == "Running" or (is_new and pod.phase != "Pending")
+                ):
                     continue
                 # What was not copied yet; a line at the seam may come twice.
                 since = None if is_new else math.ceil(time.monotonic() - last_line[pod.name])
@@ -226,7 +236,9 @@ class Cluster:
         began = time.monotonic()
         while True:
             try:
-                return kubernetes.request(self._api, method, path, _request_timeout=SECONDS, **options)
+                return kubernetes.request(
+                    self._api, method, path, _request_timeout=SECONDS, **options
+                )
             except (ApiException, HTTPError) as error:
                 status = getattr(error, "status", None)
                 if status is not None and status == expected:

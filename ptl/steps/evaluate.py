@@ -57,7 +57,9 @@ def _evaluated(step: Step, source: Path) -> Metadata:
     call, settings = step.call, step.settings
     candidate = call.inputs["model"]
     # The scores depend on less than the verdict: another gate can take them over.
-    scores_key = key_of(candidate.digest, {name: settings[name] for name in ("evaluate", "chat", "seed")}).digest
+    scores_key = key_of(
+        candidate.digest, {name: settings[name] for name in ("evaluate", "chat", "seed")}
+    ).digest
     scores = _scores(step, source, scores_key)
     if call.step == "evaluate-0":
         _warn_of_truncated_answers(scores)
@@ -102,7 +104,9 @@ def _scored(step: Step, source: Path, key: str) -> Metadata:
 
     settings = step.settings
     arguments = (settings["evaluate"], settings["chat"])
-    return step.once(key, lambda folder: evaluate_checkpoint(source, folder, *arguments, seed=settings["seed"]))
+    return step.once(
+        key, lambda folder: evaluate_checkpoint(source, folder, *arguments, seed=settings["seed"])
+    )
 
 
 def _warn_of_truncated_answers(scores: Metadata) -> None:
@@ -128,7 +132,9 @@ def decide(step: Step, source: Path, scores: Metadata) -> tuple[Metadata, Pointe
     state = decision.state
     if state.stopped:
         # The steps that follow say this when they pass their input through.
-        state = dataclasses.replace(state, reason=f"the loop ended in iteration {call.iteration}: {state.reason}")
+        state = dataclasses.replace(
+            state, reason=f"the loop ended in iteration {call.iteration}: {state.reason}"
+        )
     accepted = _register(step, scores) if decision.keep == "candidate" else call.inputs["fallback"]
     verdict = {
         "decision": decision.decision,
@@ -165,7 +171,8 @@ def _gate_decision(step: Step, source: Path, scores: Metadata) -> gate.Decision:
         gate.decide,
         settings["gate"],
         params=candidate.params,
-        target_params=candidate.original_params - removal(candidate.original_params, settings["target"]),
+        target_params=candidate.original_params
+        - removal(candidate.original_params, settings["target"]),
     )
     if fallback is None:
         # The next iteration has begun already, so that no verdict could change what it starts from.
@@ -173,7 +180,9 @@ def _gate_decision(step: Step, source: Path, scores: Metadata) -> gate.Decision:
     dense = step.committed("evaluate-0")
     # The first iteration's parent is the dense model itself.
     parent = step.evaluation_of(fallback, call.iteration - 1)
-    before, after = (TextLosses(**of_model["retention"]) for of_model in (dense.metadata["scores"], scores))
+    before, after = (
+        TextLosses(**of_model["retention"]) for of_model in (dense.metadata["scores"], scores)
+    )
     # After the last iteration none follows: the gate still asks what a smaller step could be.
     iterations = plan(schedule_of(call), settings["prune"])
     following = iterations[min(call.iteration, len(iterations) - 1)]
@@ -183,11 +192,15 @@ def _gate_decision(step: Step, source: Path, scores: Metadata) -> gate.Decision:
         baseline=_compare(step, dense),
         parent=_compare(step, parent),
         retained=retention.compare(before, after, settings["gate"].alpha),
-        smallest_cut=_smallest_cut(candidate, source, settings["prune"], parent.metadata, following.unit),
+        smallest_cut=_smallest_cut(
+            candidate, source, settings["prune"], parent.metadata, following.unit
+        ),
     )
 
 
-def _smallest_cut(candidate: Pointer, source: Path, prune: Prune, parent: Metadata, unit: str) -> int | None:
+def _smallest_cut(
+    candidate: Pointer, source: Path, prune: Prune, parent: Metadata, unit: str
+) -> int | None:
     """The least that the next iteration can remove from the candidate's parent; None where nothing can go."""
     smallest: int | None = parent["smallest_cuts"].get(unit)
     if unit != "width" or not candidate.chosen:
@@ -203,7 +216,10 @@ def _smallest_cut(candidate: Pointer, source: Path, prune: Prune, parent: Metada
     chosen: Metadata = candidate.chosen
     end = dataclasses.replace(before, **chosen)
     removed = before.params - candidate.params
-    following = before.params - widths.towards(before, end, before.params - removed // 2, prune.width_multiple).params
+    following = (
+        before.params
+        - widths.towards(before, end, before.params - removed // 2, prune.width_multiple).params
+    )
     # A size that falls by large steps may take half of a cut for the whole of it.
     return following if following >= removed else smallest
 
@@ -255,6 +271,8 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate, chat: Cha
         speed = side_by_side(folders, settings, chat, seed=step.call.settings["seed"])
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
-        return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
+        return {
+            "reason": f"the GPU does not hold the dense and the final model at once ({first_line})"
+        }
     tracking.log_metrics(run, metrics(speed["models"]), step.call.iteration)
     return speed

@@ -47,12 +47,22 @@ def _exported(step: Step, source: Path) -> Metadata:
     form: Export = settings["export"]
     final, dense = call.inputs["model"], call.inputs["dense"]
     # A run that ends with the dense model has one form only.
-    folders = {"final": source} if final.digest == dense.digest else {"dense": step.fetch(dense), "final": source}
+    folders = (
+        {"final": source}
+        if final.digest == dense.digest
+        else {"dense": step.fetch(dense), "final": source}
+    )
     # Beside the step's folder, with its name in front: a retry removes those of killed attempts.
-    made = {name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}") for name in folders}
+    made = {
+        name: folder if name == "final" else folder.with_name(f"{folder.name}-{name}")
+        for name in folders
+    }
     text = answers.calibration(step, settings["calibration"], settings["chat"])
     iterations = call.settings["iterations"]
-    scored = {"dense": step.evaluation_of(dense, iterations), "final": step.evaluation_of(final, iterations)}
+    scored = {
+        "dense": step.evaluation_of(dense, iterations),
+        "final": step.evaluation_of(final, iterations),
+    }
     references = {name: step.fetch_items(record) for name, record in scored.items()}
     report, items = formats.write_and_score(
         folders, made, form, text, settings["evaluate"], settings["chat"], settings["seed"]
@@ -76,7 +86,10 @@ def _limited(items: dict[str, Items], exported: Items, form: Export) -> dict[str
     if form.limit is None:
         return items
     keys = {(item["task"], item["id"]) for item in exported}
-    return {name: [item for item in its if (item["task"], item["id"]) in keys] for name, its in items.items()}
+    return {
+        name: [item for item in its if (item["task"], item["id"]) in keys]
+        for name, its in items.items()
+    }
 
 
 def _pairs(exported: dict[str, Items], scored: dict[str, Items], gate: Gate) -> Metadata:
@@ -92,5 +105,7 @@ def _pairs(exported: dict[str, Items], scored: dict[str, Items], gate: Gate) -> 
     for task in tasks:
         for name, items in references.items():
             outcomes = paired.match(items, exported["final"], task)
-            pairs[task][name] = dataclasses.asdict(paired.paired(outcomes, gate.margin, gate.alpha / len(tasks)))
+            pairs[task][name] = dataclasses.asdict(
+                paired.paired(outcomes, gate.margin, gate.alpha / len(tasks))
+            )
     return pairs

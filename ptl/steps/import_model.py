@@ -64,7 +64,13 @@ def import_model(call: Call) -> None:
             source = {"model": name, "revision": config.model.revision or "", **goal}
             card = model_card.published(path, folder)
             step.publish(
-                {**source, **card, "params": dimensions.params, "versions": _versions(), "host": platform.node()}
+                {
+                    **source,
+                    **card,
+                    "params": dimensions.params,
+                    "versions": _versions(),
+                    "host": platform.node(),
+                }
             )
 
 
@@ -96,7 +102,9 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     location = fresh_location(run)
     digest = digest_of(store.publish(folder, location))
     pointer = Pointer(location, digest, run_id=run.run_id, step=BENCHMARK_ITEMS)
-    record = Record(key.digest, pointer, {"stage": BENCHMARK_ITEMS}, version=__version__, files=key.files)
+    record = Record(
+        key.digest, pointer, {"stage": BENCHMARK_ITEMS}, version=__version__, files=key.files
+    )
     store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
     shutil.rmtree(scratch(BENCHMARK_ITEMS), ignore_errors=True)
     say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")

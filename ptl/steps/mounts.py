@@ -34,7 +34,9 @@ def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
     base, warnings = Path(root), []
     others = {name for name, value in environment.items() if value != READ.get(name)}
-    variables = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
+    variables = {
+        environment[name]: variable for name, variable in S3_KEYS.items() if name in environment
+    }
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
         for path in sorted((base / name).glob("*")):  # its keys
             variable = variables.get(path.name, path.name) if name == "s3" else path.name

@@ -28,7 +28,8 @@ def main(path: Path, parent: int) -> None:
         path.with_name("outputs.json").write_text(json.dumps(work(call)))
     except Exception as error:
         failure = failure_of(error)
-        with path.with_name("failure.json").open("r+") as file:  # whose room on the disk was taken before the work
+        # whose room on the disk was taken before the work
+        with path.with_name("failure.json").open("r+") as file:
             json.dump(dataclasses.asdict(failure), file)
         sys.exit(failure.exit_code)
 

@@ -95,7 +95,9 @@ def metrics(metadata: Metadata) -> dict[str, float]:
             shown["active_params"] = scores["active_params"]
         for task in scores["tasks"]:
             shown |= {f"{task['task']}/{name}": value for name, value in accuracy(task).items()}
-            shown |= {f"{task['task']}/{name}": task[name] for name in ANSWERS if task["answer_tokens"]}
+            shown |= {
+                f"{task['task']}/{name}": task[name] for name in ANSWERS if task["answer_tokens"]
+            }
             if task["samples"] > 1:  # MLflow's names have no @
                 shown[f"{task['task']}/pass_at_{task['samples']}"] = task["pass_at_n"]
         shown["retention/perplexity"] = TextLosses(**scores["retention"]).perplexity
@@ -115,7 +117,12 @@ def score_tags(scores: Metadata, checkpoint: Pointer) -> Metadata:
     # Tags are texts: more digits would only be noise.
     numbers = {name: f"{value:.4g}" for name, value in accuracy(first).items() if name != "items"}
     removed = 1 - checkpoint.params / checkpoint.original_params
-    return {"task": first["task"], "items": first["items"], **numbers, "share_removed": f"{removed:.4f}"}
+    return {
+        "task": first["task"],
+        "items": first["items"],
+        **numbers,
+        "share_removed": f"{removed:.4f}",
+    }
 
 
 def kubeflow_metrics(metadata: Metadata, run: StepRun) -> Metadata:
@@ -173,7 +180,9 @@ def _score(task: Metadata) -> str:
     return f"{task['metric']} {task['accuracy']:.3f} on {task['items']} items"
 
 
-def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mapping[str, Any]) -> None:
+def give_up(
+    call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mapping[str, Any]
+) -> None:
     """Report a failure wherever somebody may look, and end the process where the run must end with it.
 
     `call` is the step's as its process reads it, `artifacts` are Kubeflow's of its outputs.
@@ -195,7 +204,9 @@ def give_up(call: Mapping[str, Any], failure: attempts.Failure, artifacts: Mappi
         sys.exit(failure.exit_code)
     # The step ends as after a stop by the gate: a failed task would keep the report from being written.
     stopped = gate.State(stopped=True, reason=f"{step.step} failed: {failure.reason}")
-    step.write(dataclasses.replace(Pointer.load(call["inputs"]["model"]), gate=dataclasses.asdict(stopped)))
+    step.write(
+        dataclasses.replace(Pointer.load(call["inputs"]["model"]), gate=dataclasses.asdict(stopped))
+    )
     for name, artifact in artifacts.items():
         artifact.metadata.update(step.outputs[name].metadata)
     say(step.step, f"failed: {failure.reason}; the run continues without it")
@@ -224,7 +235,12 @@ def _post(url: str, step: str, reason: str) -> None:
     import requests
 
     run = tracking.pipeline_run()
-    message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
+    message = {
+        "text": f"ptl: run {run} failed in {step}: {reason}",
+        "run": run,
+        "step": step,
+        "reason": reason,
+    }
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page
@@ -234,7 +250,9 @@ def _post(url: str, step: str, reason: str) -> None:
     except (requests.RequestException, ValueError) as error:
         if isinstance(error, ValueError):
             raise WorkError(f"{WEBHOOK} is no address") from None
-        raise WorkError(f"it does not answer: {connections.failure(error) or type(error).__name__}") from None
+        raise WorkError(
+            f"it does not answer: {connections.failure(error) or type(error).__name__}"
+        ) from None
     if response.is_redirect:
         # It may lead to any server, and a POST that is redirected loses its body.
         server = urlsplit(urljoin(url, response.headers["location"])).hostname

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from ptl.recovery.job import RecoverReport
 
 COUNTED = ("sequences", "cut_sequences", "passed_over")  # of a stage's data
-STORE_MINUTES = 15.0  # between training checkpoints in the store, unless PTL_STORE_MINUTES says otherwise
+# between training checkpoints in the store, unless PTL_STORE_MINUTES says otherwise
+STORE_MINUTES = 15.0
 
 
 def recover(call: Call) -> None:
@@ -35,7 +36,8 @@ def recover(call: Call) -> None:
     if call.stopped:
         return call.pass_through()
     schedule = schedule_of(call)
-    iterations = iterations_until(call.iteration, schedule, Prune())  # what is pruned does not matter for the tokens
+    # what is pruned does not matter for the tokens
+    iterations = iterations_until(call.iteration, schedule, Prune())
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
     key = {
@@ -79,7 +81,9 @@ def with_prompts(recovery: Recovery, data: TrainingData) -> Recovery:
     first = data.prompted[0]
     return Recovery(
         stages=tuple(
-            stage.model_copy(update={"prompts": stage.prompts or first}) if stage.method == "grpo" else stage
+            stage.model_copy(update={"prompts": stage.prompts or first})
+            if stage.method == "grpo"
+            else stage
             for stage in recovery.stages
         )
     )
@@ -112,14 +116,19 @@ def _job(step: Step, recovery: Recovery, iteration: Iteration) -> RecoveryJob:
     tracking.tag(step.run, {"tokens": iteration.tokens})
     # Distillation learns from the model as it was before any pruning, or from a teacher of its own.
     distils = any(stage.method == "distil" and not stage.teacher for stage in recovery.stages)
-    budget = StageBudget(iteration.tokens, (), call.iteration, iteration.last, settings["seed"], settings["weights"])
+    budget = StageBudget(
+        iteration.tokens, (), call.iteration, iteration.last, settings["seed"], settings["weights"]
+    )
     return RecoveryJob(
         data,
         budget,
-        scratch(call.step) / f"training-{step.key.digest[:12]}",  # with other settings it starts anew
+        # with other settings it starts anew
+        scratch(call.step) / f"training-{step.key.digest[:12]}",
         _reporter(step, iteration.tokens),
         teacher=step.fetch(step.committed("import-model").pointer) if distils else None,
-        benchmark_items=step.fetch(step.committed(BENCHMARK_ITEMS).pointer) if data.decontaminate.tasks else None,
+        benchmark_items=step.fetch(step.committed(BENCHMARK_ITEMS).pointer)
+        if data.decontaminate.tasks
+        else None,
         machines=machines(),
         chat=settings["chat"],
     )
@@ -136,7 +145,10 @@ def _reporter(step: Step, tokens: int) -> Log:
             with mlflow_client.briefly():
                 tracking.log_metrics(step.run, train_metrics, optimizer_step)
         except PtlError as error:
-            say(step.run.step, f"warning: MLflow has no metrics of optimizer step {optimizer_step}: {error}")
+            say(
+                step.run.step,
+                f"warning: MLflow has no metrics of optimizer step {optimizer_step}: {error}",
+            )
         show(metrics, optimizer_step)
 
     return on_log
@@ -163,7 +175,12 @@ def sequence_counts(step: str, stages: list[Metadata]) -> Metadata:
         return {}
     counts = {name: sum(details[name] for details in trained) for name in COUNTED}
     if counts["cut_sequences"]:
-        say(step, "{cut_sequences:,} of {sequences:,} sequences were cut at recover.max_length".format(**counts))
+        say(
+            step,
+            "{cut_sequences:,} of {sequences:,} sequences were cut at recover.max_length".format(
+                **counts
+            ),
+        )
     if counts["passed_over"]:
         say(
             step,

@@ -45,7 +45,9 @@ def report(call: Call) -> None:
             settings,
             **tracking.links(step.run),
             control_failed=gate.State(**control.gate).reason if control else "",
-            exports_failed=tracking.errors_of(step.run, [dag.export_step(export) for export in config.export]),
+            exports_failed=tracking.errors_of(
+                step.run, [dag.export_step(export) for export in config.export]
+            ),
         )
         render(result, step.folder)
         write_manifests(final, records, config, step.folder)
@@ -60,7 +62,9 @@ def report(call: Call) -> None:
         shutil.copyfile(step.folder / "report.html", call.outputs["html"].path)
         shutil.copyfile(step.folder / "report.md", call.outputs["markdown"].path)
         # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
-        store.commit(step.run.root, step.run.run, step.run.step, Record("report", final, {"stage": "report"}))
+        store.commit(
+            step.run.root, step.run.run, step.run.step, Record("report", final, {"stage": "report"})
+        )
         tracking.finish(
             step.run,
             params={},
@@ -99,7 +103,10 @@ def _scores(records: dict[str, Record], checkpoint: Pointer) -> Metadata | None:
     """The scores of the loop's evaluation of a checkpoint; None where it has none."""
     for record in records.values():
         metadata = record.metadata
-        if metadata["stage"] == "evaluate" and metadata["checkpoint"]["digest"] == checkpoint.digest:
+        if (
+            metadata["stage"] == "evaluate"
+            and metadata["checkpoint"]["digest"] == checkpoint.digest
+        ):
             return dict(metadata["scores"])
     return None
 
@@ -108,7 +115,9 @@ def _exports(records: dict[str, Record]) -> list[Record]:
     return [record for record in records.values() if record.metadata["stage"] == "export"]
 
 
-def write_manifests(final: Pointer, records: dict[str, Record], config: Config, folder: Path) -> None:
+def write_manifests(
+    final: Pointer, records: dict[str, Record], config: Config, folder: Path
+) -> None:
     """An InferenceService for the final checkpoint, if the loop has scored it, and for each export.
 
     Only of files on S3: a cluster cannot download from a disk.
@@ -123,7 +132,9 @@ def write_manifests(final: Pointer, records: dict[str, Record], config: Config, 
     for suffix, format, uri in served:
         if uri.startswith("s3://"):
             gpus = 1 if format != "gguf" else int(bool(config.resources.accelerator))
-            manifest = formats.inference_service(_service_name(config.name, suffix), uri, format, gpus)
+            manifest = formats.inference_service(
+                _service_name(config.name, suffix), uri, format, gpus
+            )
             (folder / f"inference-service{suffix}.yaml").write_text(manifest)
 
 
@@ -146,7 +157,9 @@ def _register_exports(step: Step, records: dict[str, Record], final: Pointer) ->
             "parent_version": final.model_version or "the dense model",
             **score_tags(metadata["models"]["final"], record.pointer),
         }
-        mlflow_objects.register(step.run, step.call.settings["registered_model"], record.pointer, tags)
+        mlflow_objects.register(
+            step.run, step.call.settings["registered_model"], record.pointer, tags
+        )
 
 
 def _set_alias(step: Step, records: dict[str, Record], final: Pointer, result: Result) -> None:

@@ -87,7 +87,9 @@ class Step:
             self.folder = empty_folder(run.step)
             records.begin(run)
             return
-        self.settings = self.settings | {name: self.committed(name).pointer.digest for name in self._reads}
+        self.settings = self.settings | {
+            name: self.committed(name).pointer.digest for name in self._reads
+        }
         self.key = key_of(self.parent.digest if self.parent else "", self.settings)
         # Another command, an earlier pod or a retry may have finished the step.
         record = self.find(run.step)
@@ -106,7 +108,9 @@ class Step:
         if is_node():
             return
         # The import is itself a copy, and an evaluation's verdict names checkpoints of its own run.
-        earlier = None if self.call.stage in ("import", "evaluate") else self.take_over(self.key.digest)
+        earlier = (
+            None if self.call.stage in ("import", "evaluate") else self.take_over(self.key.digest)
+        )
         if earlier is not None:
             self.publish(earlier)
         elif not is_coordinator():
@@ -167,7 +171,8 @@ class Step:
             # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
             if processes.on_a_cluster() or not pointer.step:
                 raise
-            with contextlib.suppress(PtlError):  # where the store does not answer, the error is that
+            # where the store does not answer, the error is that
+            with contextlib.suppress(PtlError):
                 store.mark_damaged(self.run.root, self.run.run, pointer)
             again = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
             remedy = f"{error.remedy}; or {again}" if error.remedy else again
@@ -190,7 +195,9 @@ class Step:
             raise WorkError(
                 f"the record of {step} is gone, and this step needs what it made",
                 field=f"run {self.run.run}",
-                remedy="start a new run" if processes.on_a_cluster() else "run the same command again",
+                remedy="start a new run"
+                if processes.on_a_cluster()
+                else "run the same command again",
             )
         return record
 
@@ -213,7 +220,8 @@ class Step:
         In this order: whatever kills the step, the next attempt finds all of it or does it again.
         """
         run, call = self.run, self.call
-        elapsed = time.time() - self._started  # with the libraries' imports and the fetch of the parent
+        # with the libraries' imports and the fetch of the parent
+        elapsed = time.time() - self._started
         metadata = {
             "stage": call.stage,
             "arm": call.arm,
@@ -223,8 +231,12 @@ class Step:
             **(dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report),  # type: ignore[arg-type]
             "whole_seconds": elapsed,
         }
-        pointer = self._repaired(self._damaged.pointer) if self._damaged else self._published(metadata)
-        record = Record(self.key.digest, pointer, metadata, version=__version__, files=self.key.files)
+        pointer = (
+            self._repaired(self._damaged.pointer) if self._damaged else self._published(metadata)
+        )
+        record = Record(
+            self.key.digest, pointer, metadata, version=__version__, files=self.key.files
+        )
         # Another process may be first: then its record is the step's.
         self.record = store.commit(run.root, run.run, run.step, record)
         # What it has fetched: the next step may need as much room, and finds what it reads in the store.
@@ -269,7 +281,11 @@ class Step:
             model_id, location = parent.model_id, fresh_location(run)
         else:
             params = int(metadata["params"])
-            tags = {"step": run.step, "params": params, "digest_of_parent": parent.digest if parent else ""}
+            tags = {
+                "step": run.step,
+                "params": params,
+                "digest_of_parent": parent.digest if parent else "",
+            }
             model_id, location = tracking.new_model(run, run.step, {"params": params}, tags)
         return Pointer(
             uri=location,

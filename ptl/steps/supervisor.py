@@ -32,7 +32,8 @@ from ptl.storage import local_files
 PROCESS = "ptl.steps.process"  # the module that does the work
 FAILURE_BYTES = 65536  # reserved for the reason of a failure, as the disk may be full by then
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
-forks = False  # whether this process has imported what the work needs, so that a fork of it may do the work
+# whether this process has imported what the work needs, so that a fork of it may do the work
+forks = False
 
 # Waits for the work, at most for a number of seconds; returns its exit code, negative for a signal, or raises
 # subprocess.TimeoutExpired.
@@ -57,7 +58,9 @@ def run(given: Mapping[str, Any], outputs: Collection[str] = ()) -> None:
     call = {
         "settings": {name: value for name, value in given.items() if name not in paths},
         # Of an artifact only the file is read: it holds the pointer.
-        "inputs": {name: Path(path).read_text() for name, path in paths.items() if name not in outputs},
+        "inputs": {
+            name: Path(path).read_text() for name, path in paths.items() if name not in outputs
+        },
         "outputs": {name: paths[name] for name in outputs},
     }
     # The work's process reads its call from a file, and writes its outputs or its failure beside it.
@@ -68,7 +71,9 @@ def run(given: Mapping[str, Any], outputs: Collection[str] = ()) -> None:
             failure = _until_done(path, step, policy())
             if failure is None:
                 # KFP keeps it with its artifacts; their files are written already.
-                for name, metadata in json.loads(path.with_name("outputs.json").read_text()).items():
+                for name, metadata in json.loads(
+                    path.with_name("outputs.json").read_text()
+                ).items():
                     given[name].metadata.update(metadata)
                 return
     except OSError as error:
@@ -166,4 +171,6 @@ def _unexplained(exit_code: int, step: str) -> str:
     if processes.on_a_cluster():
         # This field decides for the step whether it is set or not; a retry has the memory of the compiled pipeline.
         remedy = f"raise resources.steps.{kind_of(step)}.memory, or lower the batch size, and submit again"
-    return f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"
+    return (
+        f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"
+    )

@@ -30,7 +30,8 @@ OF_KUBEFLOW = ("MLFLOW_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 RUN_LABEL = "ptl/run"  # of a TrainJob
 TERMINATION_LOG = "/dev/termination-log"
 LONGEST_MESSAGE = 4096  # bytes that Kubernetes keeps of a container's last words
-STARTING = ("ContainerCreating", "PodInitializing")  # reasons of every container that waits for its turn
+# reasons of every container that waits for its turn
+STARTING = ("ContainerCreating", "PodInitializing")
 HEAD = 300  # characters of an error that is too long
 
 
@@ -47,14 +48,23 @@ def complete(template: str, name: str, run: str, coordinator: Json, call: Json) 
     metadata["name"] = name
     # Deleted with the workflow, but not with a pod that another one follows.
     owners = coordinator["metadata"].get("ownerReferences", [])
-    metadata["ownerReferences"] = [owner | {"controller": False, "blockOwnerDeletion": False} for owner in owners]
+    metadata["ownerReferences"] = [
+        owner | {"controller": False, "blockOwnerDeletion": False} for owner in owners
+    ]
     metadata["labels"][RUN_LABEL] = run
     variables = spec["trainer"]["env"]
     # Kubernetes would replace $(NAME) and $$ in it.
-    variables += [{"name": RUN, "value": run}, {"name": CALL, "value": json.dumps(call).replace("$", "$$")}]
+    variables += [
+        {"name": RUN, "value": run},
+        {"name": CALL, "value": json.dumps(call).replace("$", "$$")},
+    ]
     # As they are written in the pod, so that a login stays in its Secret.
-    (main,) = [container for container in coordinator["spec"]["containers"] if container["name"] == "main"]
-    variables += [entry for entry in main.get("env", []) if entry["name"].upper().startswith(OF_KUBEFLOW)]
+    (main,) = [
+        container for container in coordinator["spec"]["containers"] if container["name"] == "main"
+    ]
+    variables += [
+        entry for entry in main.get("env", []) if entry["name"].upper().startswith(OF_KUBEFLOW)
+    ]
     # The identity by which a cloud gives rights to its store.
     account = coordinator["spec"].get("serviceAccountName")
     if account:
@@ -73,7 +83,9 @@ def pod_of(job: Json) -> Json:
 def ended(job: Json) -> Json | None:
     """The condition with which a TrainJob has ended: Complete or Failed; None: it has not."""
     conditions = job.get("status", {}).get("conditions", [])
-    by_type = {condition["type"]: condition for condition in conditions if condition["status"] == "True"}
+    by_type = {
+        condition["type"]: condition for condition in conditions if condition["status"] == "True"
+    }
     return by_type.get("Failed") or by_type.get("Complete")
 
 
@@ -101,7 +113,10 @@ def read_pod(pod: Json) -> NodePod:
     """A pod by its labels and status, of which any part may be missing."""
     labels, status = pod["metadata"]["labels"], pod.get("status", {})
     node = int(labels.get(INDEX, 0))
-    states = {container["name"]: container.get("state", {}) for container in status.get("containerStatuses", [])}
+    states = {
+        container["name"]: container.get("state", {})
+        for container in status.get("containerStatuses", [])
+    }
     terminated = states.get(CONTAINER, {}).get("terminated", {})
     obstacle = waiting(status)
     failure, explained = _failure(status, terminated)
@@ -127,7 +142,10 @@ def _failure(status: Json, terminated: Json) -> tuple[str, bool]:
     if exit_code == 0:
         return "", False
     if terminated.get("reason") == "OOMKilled":
-        return "it was killed, as its memory was used up: raise resources.steps.recover.memory", True
+        return (
+            "it was killed, as its memory was used up: raise resources.steps.recover.memory",
+            True,
+        )
     message = terminated.get("message", "").strip()
     # JSON as a node wrote it, where it had the time; else what it printed last.
     try:
@@ -141,7 +159,10 @@ def waiting(status: Json) -> tuple[str, str, str] | None:
 
     None while it goes through what every pod does.
     """
-    for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+    for container in [
+        *status.get("initContainerStatuses", []),
+        *status.get("containerStatuses", []),
+    ]:
         reason = container.get("state", {}).get("waiting", {})
         if reason.get("reason", STARTING[0]) not in STARTING:
             return reason["reason"], reason.get("message", ""), container["name"]
@@ -156,7 +177,13 @@ def _cause(failed: Iterable[NodePod]) -> NodePod | None:
 
     def order(pod: NodePod) -> tuple[int, bool, bool, str, int]:
         # exit code 2: a wrong input, on which all nodes agree
-        return -pod.attempt, pod.exit_code != InputError.exit_code, not pod.explained, pod.ended, pod.node
+        return (
+            -pod.attempt,
+            pod.exit_code != InputError.exit_code,
+            not pod.explained,
+            pod.ended,
+            pod.node,
+        )
 
     return min(failed, key=order, default=None)
 
@@ -213,5 +240,7 @@ def last_words(reason: str, exit_code: int) -> str:
     tail = len(reason)
     while len(words) > LONGEST_MESSAGE:
         tail //= 2
-        words = json.dumps({"reason": f"{reason[:HEAD]} [...] {reason[-tail:]}", "exit_code": exit_code})
+        words = json.dumps(
+            {"reason": f"{reason[:HEAD]} [...] {reason[-tail:]}", "exit_code": exit_code}
+        )
     return words

@@ -17,7 +17,8 @@ from ptl.errors import InputError, WorkError
 from ptl.storage.manifest import FILES, THREADS, Files, Progress, verify
 
 COMPLETE = "ptl-complete"  # marks a training checkpoint of the Trainer as written to its end
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
+# a full disk, an exceeded quota, a file size limit
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # No hard link can be made: the name is taken, or not here at all
 NO_LINK = {errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -28,7 +29,9 @@ def path_of(uri: str) -> Path:
     # Only a URI encodes characters: a plain path may hold a percent sign.
     path = Path(unquote(parts.path) if parts.scheme else uri)
     if parts.netloc not in ("", "localhost") or not path.is_absolute():
-        raise InputError(f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder")
+        raise InputError(
+            f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder"
+        )
     return path
 
 
@@ -126,7 +129,9 @@ def delete(uri: str, below: str) -> None:
     # The caller has checked the names; what they lead to is checked here.
     if folder.is_symlink() or path_of(below).resolve() not in folder.resolve().parents:
         raise WorkError(
-            f"{folder} is not below {below}", field="store", remedy="nothing was deleted: remove the symlink"
+            f"{folder} is not below {below}",
+            field="store",
+            remedy="nothing was deleted: remove the symlink",
         )
     # A kill in the middle leaves files that no reader takes for a checkpoint.
     (folder / FILES).unlink(missing_ok=True)
@@ -143,7 +148,9 @@ def check(root: str) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(
-            f"cannot write {path}: {error.strerror}", field="store", remedy="make it writable or choose another"
+            f"cannot write {path}: {error.strerror}",
+            field="store",
+            remedy="make it writable or choose another",
         ) from error
 
 
@@ -175,8 +182,12 @@ def no_space(error: OSError) -> WorkError:
     remedy = "free some and run the same command again: earlier checkpoints are intact"
     # A write to an open file names none, and most of those that libraries write are temporary.
     if not path or path.startswith(temporary):
-        remedy += f"; or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
-    return WorkError(f"no space left while writing {path or 'a file'}: {error.strerror}", remedy=remedy)
+        remedy += (
+            f"; or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
+        )
+    return WorkError(
+        f"no space left while writing {path or 'a file'}: {error.strerror}", remedy=remedy
+    )
 
 
 @contextmanager

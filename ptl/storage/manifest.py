@@ -13,14 +13,16 @@ from pathlib import Path
 from ptl.errors import WorkError
 
 FILES = "ptl-files.json"  # next to the files that it lists, and written after all of them
-MLFLOW_META = "registered_model_meta"  # MLflow writes it into a folder from which it loads a registered version
+# MLflow writes it into a folder from which it loads a registered version
+MLFLOW_META = "registered_model_meta"
 FORMAT = 2  # of the list
 BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
 THREADS = 8  # blocks at once
 
 REMAKE = "run the step that made this checkpoint again"
 
-Progress = Callable[[int], object]  # called with the number of bytes just moved, from several threads
+# called with the number of bytes just moved, from several threads
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,11 @@ def scan(folder: Path) -> list[str]:
         path = entry.relative_to(folder).as_posix()
         # What a link leads to may change, or be on no other machine.
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise WorkError(f"{path} is not a regular file", field=str(folder), remedy="put a copy of it in its place")
+            raise WorkError(
+                f"{path} is not a regular file",
+                field=str(folder),
+                remedy="put a copy of it in its place",
+            )
         if entry.is_file() and path not in (FILES, MLFLOW_META):
             paths.append(path)
     return paths
@@ -82,7 +88,10 @@ def hash_files(folder: Path, paths: Iterable[str], on_progress: Progress = silen
             starts = range(0, max(size, 1), BLOCK)
             blocks = [pool.submit(hash_block, path, start) for start in starts]
             hashing.append((path, size, blocks))
-    return tuple(File(path, size, tuple(block.result() for block in blocks)) for path, size, blocks in hashing)
+    return tuple(
+        File(path, size, tuple(block.result() for block in blocks))
+        for path, size, blocks in hashing
+    )
 
 
 def file_digest(path: Path) -> str:
@@ -157,4 +166,6 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress = silent
             raise refusal(f"file {file.path} has {size} bytes, {file.size} were published")
     for file, actual in zip(files, hash_files(folder, paths, on_progress), strict=True):
         if actual != file:
-            raise refusal(f"digest differs in file {file.path}: its bytes are not the ones that were published")
+            raise refusal(
+                f"digest differs in file {file.path}: its bytes are not the ones that were published"
+            )

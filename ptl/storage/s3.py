@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 # Of one request: the pauses between them add up to some two minutes, which outlasts a restart of the server
 REQUEST_ATTEMPTS = 9
 ATTEMPTS = 3  # of what boto3 does not repeat by itself
-STREAMS = 20  # for a part whose download breaks off: each begins with a request that outlasts a restart
+# for a part whose download breaks off: each begins with a request that outlasts a restart
+STREAMS = 20
 NO_CONDITIONS = ("NotImplemented", "501")  # the store has no conditional writes
-EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # another writer was first
+# another writer was first
+EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 # What decides which server is asked, and as whom; in the order of precedence.
 SETTINGS = (
@@ -46,9 +48,15 @@ PREFIXES = ("AWS_", "MLFLOW_S3_")  # of all that boto3 and MLflow's client read
 MISSING = ("NoSuchKey", "404")  # error codes of an object that is not there
 
 SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_NO_BUCKET = ("the bucket does not exist", "create it or correct the experiment's artifact location")
+_NO_BUCKET = (
+    "the bucket does not exist",
+    "create it or correct the experiment's artifact location",
+)
 _WRONG_KEYS = ("the credentials are not accepted", f"{SET_KEYS} to the server's")
-_DENIED = ("access denied", f"{SET_KEYS} to the server's, with the rights for it (`ptl gc`: s3:DeleteObject)")
+_DENIED = (
+    "access denied",
+    f"{SET_KEYS} to the server's, with the rights for it (`ptl gc`: s3:DeleteObject)",
+)
 # Errors of the settings, by the server's code: problem and remedy.
 _SETTINGS_ERRORS = {
     "NoSuchBucket": _NO_BUCKET,
@@ -72,7 +80,9 @@ def split(uri: str) -> tuple[str, str]:
 def client(attempts: int = REQUEST_ATTEMPTS) -> S3Client:
     """A client for the environment as it is now, with credentials from wherever boto3 finds them."""
     # The environment may change while a process lives: a client is kept for each state of it.
-    return _build(attempts, tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES))))
+    return _build(
+        attempts, tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES)))
+    )
 
 
 def keys() -> dict[str, str]:
@@ -109,7 +119,9 @@ def _build(attempts: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
         return session.client("s3", endpoint_url=_endpoint_url(), region_name=region, config=config)
     except ValueError as error:
         raise InputError(
-            f"{_endpoint_url()!r} is not an address", field="MLFLOW_S3_ENDPOINT_URL", remedy="write http://host:port"
+            f"{_endpoint_url()!r} is not an address",
+            field="MLFLOW_S3_ENDPOINT_URL",
+            remedy="write http://host:port",
         ) from error
 
 
@@ -133,17 +145,35 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
     from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 
-    of_profile = (PartialCredentialsError, ProfileNotFound, ConfigParseError, SSOError, TokenRetrievalError)
+    of_profile = (
+        PartialCredentialsError,
+        ProfileNotFound,
+        ConfigParseError,
+        SSOError,
+        TokenRetrievalError,
+    )
     transfer = (Boto3Error, RetriesExceededError, S3DownloadFailedError, S3ValidationError)
     try:
         yield
-    except (exceptions.BotoCoreError, exceptions.ClientError, ResponseParserError, *transfer) as error:
+    except (
+        exceptions.BotoCoreError,
+        exceptions.ClientError,
+        ResponseParserError,
+        *transfer,
+    ) as error:
         problem = connections.shortened(str(error))
         remedy = "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
         if isinstance(error, exceptions.NoCredentialsError):
-            kind, problem, remedy = InputError, "no S3 credentials", f"{SET_KEYS} (`ptl up` prints them)"
+            kind, problem, remedy = (
+                InputError,
+                "no S3 credentials",
+                f"{SET_KEYS} (`ptl up` prints them)",
+            )
         elif isinstance(error, of_profile):
-            kind, remedy = InputError, f"log in again (aws sso login), correct the profile, or {SET_KEYS}"
+            kind, remedy = (
+                InputError,
+                f"log in again (aws sso login), correct the profile, or {SET_KEYS}",
+            )
         elif _code(error) in _SETTINGS_ERRORS:
             kind, (problem, remedy) = InputError, _SETTINGS_ERRORS[_code(error)]
         elif isinstance(error, exceptions.ClientError):
@@ -153,7 +183,11 @@ def explained(uri: str, field: str = "store", kind: type[PtlError] = WorkError) 
             problem = connections.shortened(f"{_code(error)} ({message})")
         server = _endpoint_url() or "AWS"
         reason = connections.failure(error)
-        sentence = f"S3 at {server} does not answer: {reason} ({uri})" if reason else f"{uri} at {server}: {problem}"
+        sentence = (
+            f"S3 at {server} does not answer: {reason} ({uri})"
+            if reason
+            else f"{uri} at {server}: {problem}"
+        )
         raise kind(sentence, field=field, remedy=remedy) from error
 
 
@@ -175,7 +209,9 @@ def upload(folder: Path, location: str, paths: list[str], on_progress: Progress)
         paths = _transfer("upload", folder, location, paths, on_progress)
         if not paths:
             return
-    raise WorkError(f"{location}: the server has forgotten the uploads of {', '.join(paths)}", field="store")
+    raise WorkError(
+        f"{location}: the server has forgotten the uploads of {', '.join(paths)}", field="store"
+    )
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
@@ -222,14 +258,20 @@ def _download(uri: str, files: Files, target: Path, name: str, on_progress: Prog
 
 
 def _transfer(
-    direction: Literal["upload", "download"], folder: Path, uri: str, paths: Iterable[str], on_progress: Progress
+    direction: Literal["upload", "download"],
+    folder: Path,
+    uri: str,
+    paths: Iterable[str],
+    on_progress: Progress,
 ) -> list[str]:
     """Move files between `folder` and `uri`, side by side; returns the paths of those that the server does not have."""
     from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
     bucket, prefix = split(uri)
-    counter = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
+    counter = SimpleNamespace(
+        on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred)
+    )
     # Memory: THREADS parts of BLOCK bytes, and 100 pieces of 256 KiB that wait for the disk.
     config = TransferConfig(
         multipart_threshold=BLOCK,
@@ -245,7 +287,9 @@ def _transfer(
         futures = {}
         for path in paths:
             file = str(folder / path)
-            futures[path] = move(fileobj=file, bucket=bucket, key=f"{prefix}/{path}", subscribers=[counter])
+            futures[path] = move(
+                fileobj=file, bucket=bucket, key=f"{prefix}/{path}", subscribers=[counter]
+            )
         for path, future in futures.items():
             try:
                 future.result()
@@ -309,9 +353,15 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     folder = f"{prefix}/"
     with explained(uri):
         # A page has up to 1,000 objects.
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder):
+        for page in (
+            client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
+        ):
             for entry in page.get("Contents", []):
-                yield entry["Key"].removeprefix(folder), entry["Size"], entry["LastModified"].timestamp()
+                yield (
+                    entry["Key"].removeprefix(folder),
+                    entry["Size"],
+                    entry["LastModified"].timestamp(),
+                )
 
 
 def delete(uri: str, _below: str) -> None:

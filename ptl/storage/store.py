@@ -17,7 +17,16 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from ptl.errors import InputError, WorkError
-from ptl.storage.manifest import FILES, Files, Progress, digest_of, dump_files, hash_files, load_files, scan
+from ptl.storage.manifest import (
+    FILES,
+    Files,
+    Progress,
+    digest_of,
+    dump_files,
+    hash_files,
+    load_files,
+    scan,
+)
 
 FORMAT = 3  # of a record
 WITHDRAWN = b"{}"  # in place of a record
@@ -38,10 +47,13 @@ class Pointer:
     run_id: str = ""  # MLflow run that made it
     model_id: str = ""  # MLflow LoggedModel
     model_version: str = ""  # version in the registry, when registered
-    gate: dict[str, Any] = field(default_factory=dict)  # gate state that travels with an accepted model
+    # gate state that travels with an accepted model
+    gate: dict[str, Any] = field(default_factory=dict)
     step: str = ""  # that made it
-    target_params: int = 0  # to end with, where the run's target is a goal; 0: it is a number, which each step has
-    chosen: dict[str, int] = field(default_factory=dict)  # widths to end with, by the first prune step
+    # to end with, where the run's target is a goal; 0: it is a number, which each step has
+    target_params: int = 0
+    # widths to end with, by the first prune step
+    chosen: dict[str, int] = field(default_factory=dict)
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -73,8 +85,10 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)  # JSON: the report of the step's work
     step: str = ""  # that committed it
     version: str = ""  # of ptl
-    files: dict[str, str] = field(default_factory=dict)  # local file -> what changes with its content
-    damaged: bool = False  # a later step could not fetch the files: it counts as not committed until they are repaired
+    # local file -> what changes with its content
+    files: dict[str, str] = field(default_factory=dict)
+    # a later step could not fetch the files: it counts as not committed until they are repaired
+    damaged: bool = False
 
 
 def pointer_of(mapping: Any) -> Pointer:
@@ -260,7 +274,9 @@ def _uri(root: str, run: str, name: str) -> str:
 def check_name(kind: str, name: str) -> str:
     """The name, which may come from a user: it must not lead out of the root."""
     if not is_name(name):
-        raise InputError(f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores", field=kind)
+        raise InputError(
+            f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores", field=kind
+        )
     return name
 
 

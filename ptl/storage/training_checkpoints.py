@@ -120,7 +120,10 @@ class TrainingCheckpoints:
                 if name.startswith(prefix):
                     store.delete(f"{folder}/{name}", below=folder)
         except PtlError as error:
-            say(self.name, f"warning: training checkpoints that nobody needs stay in the store: {error}")
+            say(
+                self.name,
+                f"warning: training checkpoints that nobody needs stay in the store: {error}",
+            )
 
     def _folder(self) -> str:
         """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""

@@ -27,7 +27,11 @@ GGUF = [{"format": "gguf", "type": "q8_0"}]
 
 
 def options(**fields):
-    return [part for name, value in fields.items() for part in ("--set", f"{name.replace('__', '.')}={value}")]
+    return [
+        part
+        for name, value in fields.items()
+        for part in ("--set", f"{name.replace('__', '.')}={value}")
+    ]
 
 
 def test_messages(ptl, tmp_path, monkeypatch):
@@ -65,7 +69,11 @@ def test_messages(ptl, tmp_path, monkeypatch):
 def test_a_run_is_refused_before_any_work(ptl, monkeypatch):
     """Code 2 and a message, before MLflow's database or a run directory exist."""
     for uri, words, said in (
-        ("", options(prune__target="neurons", prune__width_multiple=128), "prune.width_multiple=128"),
+        (
+            "",
+            options(prune__target="neurons", prune__width_multiple=128),
+            "prune.width_multiple=128",
+        ),
         (
             "http://127.0.0.1:9",
             [],
@@ -90,18 +98,28 @@ def test_software_of_a_step_that_does_not_load_is_wrong_input_or_excused(monkeyp
             monkeypatch.setattr(gguf, "check", lambda *_: ["a note"])
             monkeypatch.setattr(gguf, "check_installed", lambda: None)
             monkeypatch.setattr(gguf, check, mock.Mock(side_effect=error("no GLIBC_2.38")))
-            with pytest.raises(error, match=r"no GLIBC_2\.38") if refused else contextlib.nullcontext():
+            with (
+                pytest.raises(error, match=r"no GLIBC_2\.38")
+                if refused
+                else contextlib.nullcontext()
+            ):
                 configs.checked(settings, excused)
-            assert capsys.readouterr().err.count("warning: not checked: no GLIBC_2.38") == (not refused)
+            assert capsys.readouterr().err.count("warning: not checked: no GLIBC_2.38") == (
+                not refused
+            )
 
 
 def test_what_an_export_cannot_be_made_of_is_refused_and_notes_are_warnings(monkeypatch, capsys):
     monkeypatch.setattr(gguf, "check_installed", lambda: None)
-    monkeypatch.setattr(formats, "check_exports", lambda folder, exports, *_: [f"{folder.name} {exports[0].type}"])
+    monkeypatch.setattr(
+        formats, "check_exports", lambda folder, exports, *_: [f"{folder.name} {exports[0].type}"]
+    )
     settings = load_config(TINY, {"export": GGUF})
     configs.checked(settings)
     assert "warning: checkpoint q8_0\n" in capsys.readouterr().err
-    monkeypatch.setattr(formats, "check_exports", mock.Mock(side_effect=InputError("another model", field="export")))
+    monkeypatch.setattr(
+        formats, "check_exports", mock.Mock(side_effect=InputError("another model", field="export"))
+    )
     with pytest.raises(InputError, match="another model"):
         configs.checked(settings, UnusableError)
 
@@ -152,7 +170,9 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(ptl):
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(tmp_path):
     """A leftover of another source must not become this one's weights."""
     data = shutil.copyfile(EXAMPLE / "train.jsonl.gz", tmp_path / "train.jsonl.gz")
-    checkpoint, teacher = (Path(shutil.copytree(DENSE, tmp_path / name)) for name in ("checkpoint", "teacher"))
+    checkpoint, teacher = (
+        Path(shutil.copytree(DENSE, tmp_path / name)) for name in ("checkpoint", "teacher")
+    )
     distil = {"recover": [{"method": "distil", "teacher": str(teacher)}]}
 
     def key(budget=1000, folder=checkpoint, items=None, **fields):
@@ -160,8 +180,14 @@ def test_training_is_resumed_only_for_the_same_source_settings_and_data(tmp_path
         return _training_key(folder, settings, budget, items)
 
     first = key()
-    assert first == key(folder=teacher) == key(**{"evaluate.batch_size": 1})  # a moved checkpoint is the same source
-    others = [key(budget=2000), key(seed=1), key(**{"recover.0.learning_rate": 1e-5}), key(**distil)]
+    # a moved checkpoint is the same source
+    assert first == key(folder=teacher) == key(**{"evaluate.batch_size": 1})
+    others = [
+        key(budget=2000),
+        key(seed=1),
+        key(**{"recover.0.learning_rate": 1e-5}),
+        key(**distil),
+    ]
     (tmp_path / "items").mkdir()
     (tmp_path / "items" / "t.jsonl").write_text("{}")
     others.append(key(items=tmp_path / "items"))
@@ -194,13 +220,17 @@ def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path
 
 def test_a_full_disk_or_an_unusable_path_is_one_line(monkeypatch, capsys):
     for number, code in ((errno.ENOSPC, 1), (errno.ENAMETOOLONG, 2)):
-        monkeypatch.setattr(app, "app", mock.Mock(side_effect=OSError(number, "reason", "/data/model.safetensors")))
+        monkeypatch.setattr(
+            app, "app", mock.Mock(side_effect=OSError(number, "reason", "/data/model.safetensors"))
+        )
         with pytest.raises(SystemExit) as ended:
             app.main()
         assert ended.value.code == code and "/data/model.safetensors" in capsys.readouterr().err
 
 
-def test_a_shipped_config_is_given_by_its_name_and_compiled_with_the_paths_of_the_images(tmp_path, monkeypatch):
+def test_a_shipped_config_is_given_by_its_name_and_compiled_with_the_paths_of_the_images(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert arguments.config_file("tiny") == TINY and arguments.shown(TINY) == "tiny"
     assert arguments.shown(arguments.config_file("own/tiny.yaml")) == "own/tiny.yaml"

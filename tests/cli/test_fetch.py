@@ -75,7 +75,11 @@ def made(folder, *, root=None, experiment="e", done=True):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PTL_RUN_ID", run)
         for i, step in enumerate(STEPS):
-            files = {"config.json": b"{}", "model.safetensors": os.urandom(5000 + i), STATE: b"state"}
+            files = {
+                "config.json": b"{}",
+                "model.safetensors": os.urandom(5000 + i),
+                STATE: b"state",
+            }
             files["README.md"] = b"of the model that the run began with"
             publish(step, files, params=100 - i)
         publish("answers", {"answers.jsonl": b""})
@@ -94,17 +98,33 @@ def made(folder, *, root=None, experiment="e", done=True):
         else:
             tracking.fail(start("recover-3"), "out of memory")
     parent = report.parent_run_id if done else ""
-    return SimpleNamespace(id=run, name=name, pointers=pointers, ids=ids, parent=parent, directory=directory)
+    return SimpleNamespace(
+        id=run, name=name, pointers=pointers, ids=ids, parent=parent, directory=directory
+    )
 
 
 def result_of(run, pointers):
-    result = build(run_records.records(), run_records.settings(), run_id=run).model_dump(mode="json")
+    result = build(run_records.records(), run_records.settings(), run_id=run).model_dump(
+        mode="json"
+    )
     row = result["rows"][0] | {"accuracy": 0.9, "params": 98, "iteration": 0}
-    scored = {"evaluate-0": "import-model", "evaluate-2": "recover-2", "control-evaluate": "control-recover"}
+    scored = {
+        "evaluate-0": "import-model",
+        "evaluate-2": "recover-2",
+        "control-evaluate": "control-recover",
+    }
     rows = []
     for step, model in scored.items():
         arm = "control" if "control" in step else "loop"
-        rows.append(row | {"arm": arm, "step": step, "digest": pointers[model].digest, "uri": pointers[model].uri})
+        rows.append(
+            row
+            | {
+                "arm": arm,
+                "step": step,
+                "digest": pointers[model].digest,
+                "uri": pointers[model].uri,
+            }
+        )
     last = pointers["recover-2"]
     final = result["final"] | {"uri": last.uri, "digest": last.digest, "params": last.params}
     return result | {"rows": rows, "final": final}
@@ -112,7 +132,10 @@ def result_of(run, pointers):
 
 def items(right):
     answer = {"task": "t", "tokens": 7, "truncated": False}
-    lines = [answer | {"id": str(i), "prompt_digest": str(i), "correct": int(i < right)} for i in range(10)]
+    lines = [
+        answer | {"id": str(i), "prompt_digest": str(i), "correct": int(i < right)}
+        for i in range(10)
+    ]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -139,7 +162,9 @@ def here(home, monkeypatch, tmp_path):
 def holds(folder, source):
     """Whether the folder holds the files of that checkpoint; what else is in it."""
     names = {path.name for path in Path(folder).iterdir()}
-    same = (Path(folder) / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    same = (Path(folder) / "model.safetensors").read_bytes() == (
+        source / "model.safetensors"
+    ).read_bytes()
     return same, sorted(names - {"config.json", "model.safetensors"})
 
 
@@ -157,7 +182,10 @@ def test_fetch_by_name(here, monkeypatch):
         said = ptl("fetch", name.format(**vars(here)), "out")
         assert holds("out", here.directory / step) == (True, ["README.md"] * card), name
         assert not card or Path("out/README.md").read_text() == "the card"
-        assert f"{here.pointers[step].params} parameters" in said and ("without a model card" in said) != card
+        assert (
+            f"{here.pointers[step].params} parameters" in said
+            and ("without a model card" in said) != card
+        )
         assert not Path("out.partial").exists()
         shutil.rmtree("out")
     ptl("fetch", here.id, "control", "--arm", "control")
@@ -175,7 +203,9 @@ def test_messages(here, home):
     Path("list.json").write_text("[1]")
     result = json.loads((here.directory / "result.json").read_text())
     Path("without-control").mkdir()
-    Path("without-control/result.json").write_text(json.dumps(result | {"rows": result["rows"][:2]}))
+    Path("without-control/result.json").write_text(
+        json.dumps(result | {"rows": result["rows"][:2]})
+    )
     del result["rows"][0]["scores"]
     Path("older.json").write_text(json.dumps(result))
     # A registered model whose version ptl did not make.
@@ -183,7 +213,12 @@ def test_messages(here, home):
     MlflowClient().create_registered_model(others)
     MlflowClient().create_model_version(others, here.pointers["recover-1"].uri)
     names = {name: vars(here)[name] for name in ("directory", "id", "name")}
-    names |= {"failed": home.failed.id, "others": others, "folder": Path.cwd(), "version": __version__}
+    names |= {
+        "failed": home.failed.id,
+        "others": others,
+        "folder": Path.cwd(),
+        "version": __version__,
+    }
 
     def message(*words):
         with pytest.raises((InputError, WorkError)) as error:
@@ -220,7 +255,9 @@ def test_a_failure_leaves_nothing(here, monkeypatch):
 
 def test_report_from_a_run_and_a_directory(here, monkeypatch):
     pages = []
-    monkeypatch.setattr("ptl.report.render.render", lambda result, out: pages.append((result.run_id, out)))
+    monkeypatch.setattr(
+        "ptl.report.render.render", lambda result, out: pages.append((result.run_id, out))
+    )
     for source in (here.id, here.directory, here.directory / "result.json"):
         assert "wrote pages/report.html" in ptl("fetch", source, "pages", "--report")
     assert pages == [(here.id, Path("pages"))] * 3
@@ -234,7 +271,10 @@ def test_compare_by_name_and_of_a_checkpoint_that_was_scored_twice_by_the_last_t
         assert COMPARED in printed and LENGTHS in printed
     document = json.loads(ptl("compare", here.directory / "evaluate-0", here.directory, "--json"))
     assert document["tasks"]["t"]["verdict"] == "unclear" and document["tasks"]["t"]["items"] == 10
-    rows = [{"arm": arm, "step": step, "digest": "d"} for arm, step in (("loop", "evaluate-1"), ("loop", "evaluate-2"))]
+    rows = [
+        {"arm": arm, "step": step, "digest": "d"}
+        for arm, step in (("loop", "evaluate-1"), ("loop", "evaluate-2"))
+    ]
     rows.append({"arm": "control", "step": "control-evaluate", "digest": "d"})
     assert locate._final_evaluation({"rows": rows, "final": {"digest": "d"}}, "run") == "evaluate-2"
 
@@ -244,14 +284,21 @@ def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, monkeypatc
     home = tmp_path / ".ptl"
     shutil.copytree(here.directory, home / "runs" / here.id)
     (home / "latest").symlink_to(f"runs/{here.id}")
-    shutil.copyfile(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), home / "mlflow.db")
+    shutil.copyfile(
+        os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), home / "mlflow.db"
+    )
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert "unclear" in ptl("compare", f"{home}/latest:evaluate-0", home / "latest", "--home", tmp_path / "none")
+    assert "unclear" in ptl(
+        "compare", f"{home}/latest:evaluate-0", home / "latest", "--home", tmp_path / "none"
+    )
     (home / "latest" / "result.json").unlink()
     (home / "latest" / "config.yaml").touch()  # all that a run without a result has
     ptl("fetch", f"{home}/latest:recover-1", "out", "--home", tmp_path / "none")
     ptl("fetch", home / "latest", "final", "--home", tmp_path / "none")
-    assert holds("out", here.directory / "recover-1")[0] and holds("final", here.directory / "recover-2")[0]
+    assert (
+        holds("out", here.directory / "recover-1")[0]
+        and holds("final", here.directory / "recover-2")[0]
+    )
 
 
 def reach(env, patch):
@@ -272,10 +319,17 @@ def test_fetch_and_compare_from_a_laptop(request, shared, stack, monkeypatch, tm
     reach(stack, monkeypatch)
     run = made(tmp_path, experiment="cluster")
     assert run.pointers["recover-2"].uri.startswith("s3://")
-    names = {run.id: "recover-2", f"models:/{run.name}@best": "recover-1", run.pointers["recover-1"].uri: "recover-1"}
+    names = {
+        run.id: "recover-2",
+        f"models:/{run.name}@best": "recover-1",
+        run.pointers["recover-1"].uri: "recover-1",
+    }
     for i, (what, step) in enumerate(names.items()):
         ptl("fetch", what, f"out-{i}")
-        assert holds(f"out-{i}", run.directory / step) == (True, ["README.md"] * (step == "recover-2")), what
+        assert holds(f"out-{i}", run.directory / step) == (
+            True,
+            ["README.md"] * (step == "recover-2"),
+        ), what
     assert COMPARED in ptl("compare", f"{run.id}:evaluate-0", run.id)
     reach({}, monkeypatch)
     ptl("fetch", run.id, "out", "--s3", "--home", shared)

@@ -38,7 +38,9 @@ def init(ptl):
     """Run `ptl init --eval` without a GPU; the config, the benchmark's YAML and what was printed."""
 
     def run(*options, model=DENSE):
-        code, said = ptl("init", model, "-o", "configs/mine.yaml", "--gpu", "none", "--force", *options)
+        code, said = ptl(
+            "init", model, "-o", "configs/mine.yaml", "--gpu", "none", "--force", *options
+        )
         assert code == 0, said
         config = load_config("configs/mine.yaml")
         check_tasks(config.evaluate)
@@ -53,19 +55,34 @@ def test_it_scores_a_model_from_any_folder(ptl, init, tmp_path, monkeypatch):
     rows[3]["solution"] = "#### 1234"  # which is wrong
     write("data/test.jsonl", *rows)
     write("data/rows.jsonl", *renamed(1))
-    options = ["--data", "data/rows.jsonl", "--columns", "problem,solution", "--eval", "data/test.jsonl"]
+    options = [
+        "--data",
+        "data/rows.jsonl",
+        "--columns",
+        "problem,solution",
+        "--eval",
+        "data/test.jsonl",
+    ]
     config, file, said = init(*options, "--task", "arc_easy")
-    assert file == Path("configs/mine-eval.yaml").absolute() and [task.metric for task in config.evaluate.tasks] == [
+    assert file == Path("configs/mine-eval.yaml").absolute() and [
+        task.metric for task in config.evaluate.tasks
+    ] == [
         "exact_match",
         "acc",
     ]
-    assert f"wrote configs/{file.name}: 24 items of test.jsonl; an answer is right where the last number" in said
+    assert (
+        f"wrote configs/{file.name}: 24 items of test.jsonl; an answer is right where the last number"
+        in said
+    )
     task = yaml.safe_load(file.read_text())
-    assert task["dataset_kwargs"]["data_files"] == {"test": "../data/test.jsonl"}  # from the YAML's folder
+    # from the YAML's folder
+    assert task["dataset_kwargs"]["data_files"] == {"test": "../data/test.jsonl"}
     assert (task["doc_to_text"], task["metadata"]["version"]) == ("{{problem}}\n", 1.0)
     # The model is trained on the very words of the benchmark.
     assert config.training.sources[0].prompt == "{problem}\n"
-    command = next(line.split()[1:] for line in said.splitlines() if line.startswith("  ptl validate"))
+    command = next(
+        line.split()[1:] for line in said.splitlines() if line.startswith("  ptl validate")
+    )
     code, said = ptl(*command)
     assert code == 0, said
     # Another file of that name is in the working directory.
@@ -73,7 +90,9 @@ def test_it_scores_a_model_from_any_folder(ptl, init, tmp_path, monkeypatch):
     (tmp_path / "elsewhere/data").mkdir()
     write(tmp_path / "elsewhere/data/test.jsonl", rows[0])
     monkeypatch.chdir(tmp_path / "elsewhere/deep")
-    only = config.evaluate.model_copy(update={"tasks": config.evaluate.tasks[:1], "speed": Speed(repeats=0)})
+    only = config.evaluate.model_copy(
+        update={"tasks": config.evaluate.tasks[:1], "speed": Speed(repeats=0)}
+    )
     (score,) = evaluate_checkpoint(DENSE, tmp_path / "scored", only, seed=0).tasks
     assert (score.task, score.version, score.items) == ("own_test", "1.0", 24)
     wrong = [item["id"] for item in read_items(tmp_path / "scored") if not item["correct"]]
@@ -113,7 +132,8 @@ def test_numbers_are_graded_by_the_last_one(init, answer, rights, wrongs):
     "answer, rights, wrongs",
     [
         ("Paris", ["Paris", " paris.\n"], ["It is Paris", "", "Pari"]),
-        ("[1, 2]", ["[1, 2]", "[1, 2]."], ["1", "2", "[1]"]),  # the harness would take it for two right answers
+        # the harness would take it for two right answers
+        ("[1, 2]", ["[1, 2]", "[1, 2]."], ["1", "2", "[1]"]),
         ("C++", ["c++"], ["C"]),
         ("It rains, so\n#### no", ["no", "It pours.\n#### no"], ["yes", "It rains, so"]),
     ],
@@ -135,7 +155,11 @@ def test_boxes_are_graded_as_formulas_by_code_in_a_folder_of_its_own(init):
         scores = graded(file, *rights, *wrongs, allow_code=True)
         assert scores == [1] * len(rights) + [0] * len(wrongs), reference
     # What its code may read, and so what a resumed run looks at, is the task alone.
-    assert {path.name for path in tasks.files(config.evaluate)} == {"boxed.yaml", "boxed.py", "test.jsonl"}
+    assert {path.name for path in tasks.files(config.evaluate)} == {
+        "boxed.yaml",
+        "boxed.py",
+        "test.jsonl",
+    }
 
 
 def test_the_benchmarks_of_the_page_grade(tmp_path, monkeypatch):
@@ -194,14 +218,20 @@ def test_how_an_answer_ends_follows_the_rows_and_the_chat(init, tmp_path):
     assert prompt == "Question: {{question}}\nAnswer:" and kwargs["until"] == ["\n", "Question:"]
     assert written("3+4\n7")[1]["until"] == ["\n\n", "Question:"]
     assert written("7")[1]["until"] == ["\n\n", "Question:"]  # it may reason before
-    assert written("3+4\n\n7")[1] == {"until": ["Question:"], "do_sample": False, "max_gen_toks": 128}
+    assert written("3+4\n\n7")[1] == {
+        "until": ["Question:"],
+        "do_sample": False,
+        "max_gen_toks": 128,
+    }
     # A chat ends by itself; it is asked for what is graded, as nothing shows it how an answer ends.
     model = tmp_path / "chat-model"
     model.mkdir()
     tokenizer = tokenizer_with("qwen2_5")
     tokenizer.save_pretrained(model)
     (model / "config.json").write_text(json.dumps(PUBLISHED["qwen3_8b"]))
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    (model / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": tokenizer.eos_token_id})
+    )
     prompt, kwargs = written("Paris", model=model)
     assert prompt == "{{question}}\nAnswer with the result alone."
     assert kwargs == {"until": [], "do_sample": False, "max_gen_toks": 1024}
@@ -220,26 +250,62 @@ def answered(answer):
 @pytest.mark.parametrize(
     "rows, options, problem",
     [
-        ([{"title": "x", "body": "y"}], [], "-columns: missing; the rows have body, title; give --eval-columns PROMPT"),
-        ([GOOD], ["--eval-columns", "question,a"], "-columns: question,a: no column 'a'; the rows have"),
+        (
+            [{"title": "x", "body": "y"}],
+            [],
+            "-columns: missing; the rows have body, title; give --eval-columns PROMPT",
+        ),
+        (
+            [GOOD],
+            ["--eval-columns", "question,a"],
+            "-columns: question,a: no column 'a'; the rows have",
+        ),
         ([GOOD], ["--eval-columns", "question"], "-columns: question: two columns are needed"),
-        ([{"my q": "x", "a": "y"}], ["--eval-columns", "my q,a"], "-columns: my q,a: no template .* 'my q'; rename it"),
+        (
+            [{"my q": "x", "a": "y"}],
+            ["--eval-columns", "my q,a"],
+            "-columns: my q,a: no template .* 'my q'; rename it",
+        ),
         ([{"text": "x"}], [], "-columns: missing; the rows have text, and no answer"),
-        ([{"messages": CHAT}], [], ": the rows are chats .*; write both into columns, for example: jq"),
+        (
+            [{"messages": CHAT}],
+            [],
+            ": the rows are chats .*; write both into columns, for example: jq",
+        ),
         (answered(" "), [], ".*: row 2 of test.jsonl has an empty 'answer', the answer; leave"),
         (answered("So\n#### "), [], ".*: row 2 of test.jsonl has an empty 'answer'"),
         ([{"prompt": " ", "completion": "1"}], [], ".*: row 1 of test.jsonl has an empty prompt"),
         ([GOOD, {"question": "Q"}], [], ".*: row 2 of test.jsonl lacks 'answer'"),
         (answered(None), [], ".*: row 2 of test.jsonl holds null for {answer}"),
-        (answered(1), [], ".*: row 2 of test.jsonl has a number in column 'answer', and row 1 a str"),
-        (answered("two"), ["--grade", "number"], "--grade: number, and the answer of row 2 of .* is none: 'two'; "),
-        ([GOOD], ["--data", "test.jsonl"], ": test.jsonl is also what --data names, .*; give other rows"),
+        (
+            answered(1),
+            [],
+            ".*: row 2 of test.jsonl has a number in column 'answer', and row 1 a str",
+        ),
+        (
+            answered("two"),
+            ["--grade", "number"],
+            "--grade: number, and the answer of row 2 of .* is none: 'two'; ",
+        ),
+        (
+            [GOOD],
+            ["--data", "test.jsonl"],
+            ": test.jsonl is also what --data names, .*; give other rows",
+        ),
         ([], [], ".*: test.jsonl is empty"),
     ],
 )
-def test_rows_that_cannot_be_scored_are_refused_before_anything_is_written(ptl, rows, options, problem):
+def test_rows_that_cannot_be_scored_are_refused_before_anything_is_written(
+    ptl, rows, options, problem
+):
     write("test.jsonl", *rows)
-    refused(ptl, problem if problem.startswith("--") else f"--eval{problem}", "--eval", "test.jsonl", *options)
+    refused(
+        ptl,
+        problem if problem.startswith("--") else f"--eval{problem}",
+        "--eval",
+        "test.jsonl",
+        *options,
+    )
 
 
 def refused(ptl, problem, *options):
@@ -262,7 +328,9 @@ def test_files_that_are_none_or_exist_are_refused(ptl):
         ("s3://bucket/rows.jsonl", ": s3://bucket/rows.jsonl is no file of this machine; fetch it"),
     ):
         refused(ptl, f"--eval{problem}", "--eval", name)
-    refused(ptl, "--grade: says how rows are scored, and there are none; give --eval", "--grade", "text")
+    refused(
+        ptl, "--grade: says how rows are scored, and there are none; give --eval", "--grade", "text"
+    )
     Path("mine-eval.yaml").write_text("mine")
     remedy = "give --force to overwrite it, or --task mine-eval.yaml to use it"
     refused(ptl, f"--eval: mine-eval.yaml exists; {remedy}", "--eval", "test.jsonl")

@@ -56,10 +56,16 @@ def test_each_command_says_what_it_does_before_it_loads_libraries(tmp_path, monk
         f"ptl evaluate {DENSE} {tmp_path}/scores --config tiny": f"loading libraries to score {DENSE} ...",
     }
     done = subprocess.run(
-        [sys.executable, "-c", COMMANDS], input="\n".join(first_lines), cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", COMMANDS],
+        input="\n".join(first_lines),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     *printed, rest = done.stderr.split("end\n")
-    assert rest == "" and [text.splitlines()[0] for text in printed] == list(first_lines.values()), done.stderr
+    assert rest == "" and [text.splitlines()[0] for text in printed] == list(
+        first_lines.values()
+    ), done.stderr
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from ptl.steps.call import Call
 from ptl.storage.store import Pointer
 
 PLAN = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1", "report")
-STOPPED = Pointer("file:///x", "sha256:" + "c" * 64, gate={"stopped": True, "reason": "the model is small enough"})
+STOPPED = Pointer(
+    "file:///x", "sha256:" + "c" * 64, gate={"stopped": True, "reason": "the model is small enough"}
+)
 
 
 @pytest.fixture
@@ -44,7 +46,11 @@ def made(_src, dst, _run):
 
 def rows(printed):
     """The cells of the table by step, without the time."""
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith("│")
+    ]
     return {cells[0]: [cells[1], *cells[3:]] for cells in lines}
 
 
@@ -58,7 +64,9 @@ def test_a_second_terminal_sees_the_steps_of_a_run(ptl, begin):
     execute(Call("evaluate-0", "status"), model, {}, lambda *given: made(*given) and evaluation)
     execute(Call("prune-1", "status"), None, {}, None)
     progress.note("recover-1", progress.RUNNING)
-    (folder / "log.txt").write_text("loading\nptl: recover-1: started\nptl: [##--] 20% 10 s left\na warning\n")
+    (folder / "log.txt").write_text(
+        "loading\nptl: recover-1: started\nptl: [##--] 20% 10 s left\na warning\n"
+    )
     with processes.lifeline(folder / "lifeline-1"):
         code, printed = ptl("status", folder.name)
         listing = ptl("status")[1]
@@ -70,10 +78,22 @@ def test_a_second_terminal_sees_the_steps_of_a_run(ptl, begin):
     assert steps["evaluate-0"] == ["done", "4", "0.500", "baseline"]
     # The other run's time is not this one's.
     assert steps["prune-1"] == ["done", "", "", f"1,234 parameters, taken over from {earlier.name}"]
-    assert steps["recover-1"] == ["running", "", "", ""] and steps["report"] == ["waiting", "", "", ""]
+    assert steps["recover-1"] == ["running", "", "", ""] and steps["report"] == [
+        "waiting",
+        "",
+        "",
+        "",
+    ]
     assert "step 4 of 6" in listing and listing.index(folder.name) < listing.index(earlier.name)
     assert (document["state"], document["step"], document["of"]) == ("running", 4, 6)
-    assert [step["state"] for step in document["steps"]] == ["done", "done", "done", "running", "waiting", "waiting"]
+    assert [step["state"] for step in document["steps"]] == [
+        "done",
+        "done",
+        "done",
+        "running",
+        "waiting",
+        "waiting",
+    ]
 
     # The command is killed.
     code, printed = ptl("status", folder)
@@ -85,7 +105,14 @@ def test_the_time_left_follows_the_plan_and_then_what_was_measured(begin, monkey
     """The forecast's hours are of another machine: only their shares count."""
     monkeypatch.setattr("time.time", lambda: 1000.0)
     folder = begin()
-    work = {"import-model": 0.0, "evaluate-0": 0.1, "prune-1": 0.2, "recover-1": 0.3, "evaluate-1": 0.1, "report": 0.0}
+    work = {
+        "import-model": 0.0,
+        "evaluate-0": 0.1,
+        "prune-1": 0.2,
+        "recover-1": 0.3,
+        "evaluate-1": 0.1,
+        "report": 0.0,
+    }
     progress.begin(folder, work)
 
     def position(step, **seconds):
@@ -110,7 +137,14 @@ def test_the_time_left_follows_the_plan_and_then_what_was_measured(begin, monkey
 def test_after_the_loops_end_only_what_is_still_needed_takes_time(begin):
     folder = begin()
     progress.begin(
-        folder, {"evaluate-1": 1.0, "prune-2": 5.0, "recover-2": 5.0, "evaluate-2": 1.0, "control-prune": 2.0}
+        folder,
+        {
+            "evaluate-1": 1.0,
+            "prune-2": 5.0,
+            "recover-2": 5.0,
+            "evaluate-2": 1.0,
+            "control-prune": 2.0,
+        },
     )
     progress.note("evaluate-1", progress.DONE, seconds=10.0)
     assert progress.read(folder).seconds_left(0.0) == pytest.approx(130)
@@ -125,7 +159,10 @@ def test_why_a_step_failed_and_which_was_not_needed(ptl, begin):
     with pytest.raises(SystemExit):
         records.give_up(call, Failure("the data is gone"), {})
     code, printed = ptl("status", folder.name)
-    assert code == FAILED and f"recover-1: the data is gone\n{folder.name}: failed, step 2 of 6" in printed
+    assert (
+        code == FAILED
+        and f"recover-1: the data is gone\n{folder.name}: failed, step 2 of 6" in printed
+    )
     assert rows(printed)["prune-1"] == ["not needed", "", "", "the model is small enough"]
     # The next command has everything before it.
     progress.begin(folder, dict.fromkeys(PLAN, 1.0))

@@ -25,14 +25,31 @@ numbers = st.one_of(
 )
 texts = st.one_of(
     st.text(st.characters(), max_size=8),
-    st.sampled_from(["", "\ud800", "a\0b", "x" * 300, "y/" * 3000, "off", "../..", "~", "s3://u:p@bucket/x", "{x.y}"]),
+    st.sampled_from(
+        [
+            "",
+            "\ud800",
+            "a\0b",
+            "x" * 300,
+            "y/" * 3000,
+            "off",
+            "../..",
+            "~",
+            "s3://u:p@bucket/x",
+            "{x.y}",
+        ]
+    ),
 )
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, texts),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.one_of(texts, numbers), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(texts, numbers), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-fast = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fast = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def is_whole(config):
@@ -98,7 +115,13 @@ def test_yaml_that_no_config_needs_and_files_that_cannot_be_read_are_refused(tmp
     (tmp_path / "list").write_text("- 1")
     with (tmp_path / "long").open("wb") as file:
         file.truncate(1 << 40)  # of which only as much is read as a config may be long
-    names = {".": "", "none.yaml": "", "x" * 300: "", "latin": "cannot be read", "list": "must hold a mapping"}
+    names = {
+        ".": "",
+        "none.yaml": "",
+        "x" * 300: "",
+        "latin": "cannot be read",
+        "list": "must hold a mapping",
+    }
     for name, message in (names | {"long": "longer than 256 KiB"}).items():
         with pytest.raises(InputError, match=f"^config: .*{message}"):
             load_config(tmp_path / name)
@@ -150,7 +173,14 @@ def test_paths_are_relative_to_the_config_or_to_the_working_directory(tmp_path, 
         assign(raw, dotted, value)
     (folder / "config.yaml").write_text(yaml.safe_dump(raw))
     config = load_config(folder / "config.yaml")
-    names = ["models/mine", "calibration.parquet", "training.jsonl", "data", "task.yaml", "../teacher"]
+    names = [
+        "models/mine",
+        "calibration.parquet",
+        "training.jsonl",
+        "data",
+        "task.yaml",
+        "../teacher",
+    ]
     assert located(config) == [os.path.normpath(folder / name) for name in names]
     assert config.evaluate.tasks[1].name == "gsm8k"
     (tmp_path / "kept.yaml").write_text(run_directory.dump(config))
@@ -160,7 +190,9 @@ def test_paths_are_relative_to_the_config_or_to_the_working_directory(tmp_path, 
     assert located(load_config(TINY, PATHS)) == located(config)  # options of the command line
 
 
-def test_a_pipeline_has_paths_relative_to_the_working_directory_and_other_names_as_they_are(tmp_path, monkeypatch):
+def test_a_pipeline_has_paths_relative_to_the_working_directory_and_other_names_as_they_are(
+    tmp_path, monkeypatch
+):
     """So it is the same on every machine, and holds in the images, whose working directory has the examples."""
     config = load_config(TINY)
     for folder, prefix in ((ROOT, ""), (tmp_path, f"{ROOT}/")):

@@ -16,9 +16,16 @@ EXPORTS = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors"
 
 
 def dag_of(iterations=2, *, gate=False, control="off", doctor=False, export=(), answers="given"):
-    changes = {"schedule.iterations": iterations, "gate.enabled": gate, "resources.doctor": doctor, "export": export}
+    changes = {
+        "schedule.iterations": iterations,
+        "gate.enabled": gate,
+        "resources.doctor": doctor,
+        "export": export,
+    }
     changes["training.answers"] = answers
-    changes |= {"control": control != "off"} | ({"resources.control": control} if control != "off" else {})
+    changes |= {"control": control != "off"} | (
+        {"resources.control": control} if control != "off" else {}
+    )
     return nodes(load_config(TINY, changes))
 
 
@@ -34,7 +41,9 @@ def test_golden_steps_inputs_and_order():
         settings = {"gate": "gate" in options, "doctor": "doctor" in options}
         settings["answers"] = "self" if "self" in options else "given"
         for node in dag_of(control=with_control, export=export, **settings):
-            inputs = [f"{name}={source.step}.{source.output}" for name, source in node.inputs.items()]
+            inputs = [
+                f"{name}={source.step}.{source.output}" for name, source in node.inputs.items()
+            ]
             yield " ".join([node.name, *inputs, *(["after", *node.after] if node.after else [])])
 
     golden_messages.check("dag.txt", lambda *options: "\n".join(lines(*options)))
@@ -43,7 +52,9 @@ def test_golden_steps_inputs_and_order():
 def test_every_dag_can_be_executed_in_its_order():
     controls, answers = ("off", "beside", "after"), ("given", "self")
     names = ("gate", "control", "doctor", "export", "answers")
-    for iterations, *choice in product((1, 3), (False, True), controls, (False, True), ((), EXPORTS), answers):
+    for iterations, *choice in product(
+        (1, 3), (False, True), controls, (False, True), ((), EXPORTS), answers
+    ):
         executable(dag_of(iterations, **dict(zip(names, choice, strict=True))))
     for path in SHIPPED:
         executable(nodes(load_config(path)))
@@ -55,7 +66,10 @@ def executable(dag):
         assert node.name not in ended and set(node.needs) <= ended, node
         # Kubeflow's metadata store has UNIQUE(artifact, execution, type): a second event kills the task's driver.
         assert len(set(node.inputs.values())) == len(node.inputs), node
-        behind[node.name] = {*node.needs, *(name for needed in node.needs for name in behind[needed])}
+        behind[node.name] = {
+            *node.needs,
+            *(name for needed in node.needs for name in behind[needed]),
+        }
         ended.add(node.name)
     # The report comes after everything, and waits for nothing twice.
     assert behind["report"] == ended - {"report"}
@@ -69,11 +83,20 @@ def test_names_say_stage_arm_and_iteration():
     for stage in ("prune", "recover", "evaluate"):
         expected |= {f"{stage}-{i}": (stage, "loop", i) for i in range(1, 13)}
         expected[f"control-{stage}"] = (stage, "control", 1)
-    expected |= {f"export-{name}": ("export", "export", 0) for name in ("gguf-q4-k-m", "compressed-tensors-fp8")}
+    expected |= {
+        f"export-{name}": ("export", "export", 0)
+        for name in ("gguf-q4-k-m", "compressed-tensors-fp8")
+    }
     dag = dag_of(12, control="beside", doctor=True, export=EXPORTS, answers="self")
-    assert {node.name: (stage_of(node.name), arm_of(node.name), iteration_of(node.name)) for node in dag} == expected
+    assert {
+        node.name: (stage_of(node.name), arm_of(node.name), iteration_of(node.name)) for node in dag
+    } == expected
     assert {kind_of(node.name) for node in dag} == set(get_args(StepName))
-    assert [kind_of(name) for name in ("doctor", "answers", "control-recover")] == ["prune", "evaluate", "recover"]
+    assert [kind_of(name) for name in ("doctor", "answers", "control-recover")] == [
+        "prune",
+        "evaluate",
+        "recover",
+    ]
     for name in ("", "prune-", "prune-2-driver"):
         with pytest.raises(InputError, match="is no step; name it as ptl does"):
             stage_of(name)

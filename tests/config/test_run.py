@@ -34,7 +34,9 @@ def test_cuts_and_tokens_add_up_exactly(schedule):
     assert sum(it.cut for it in iterations) == iterations[-1].progress == Fraction(1)
     assert sum(it.tokens for it in iterations) == schedule.recovery_tokens
     assert iterations[0].tokens_before == 0
-    assert [it.tokens_before for it in iterations[1:]] == [it.tokens_before + it.tokens for it in iterations[:-1]]
+    assert [it.tokens_before for it in iterations[1:]] == [
+        it.tokens_before + it.tokens for it in iterations[:-1]
+    ]
     assert all(it.cut > 0 and it.tokens >= 0 for it in iterations)
     assert [it.last for it in iterations] == [False] * (schedule.iterations - 1) + [True]
 
@@ -47,8 +49,18 @@ def test_curves_are_those_that_are_promised():
     assert [it.cut for it in uniform] == [Fraction(1, 4)] * 4
     assert [it.tokens for it in uniform] == [100, 101, 100, 101]  # sums of 100.5 are rounded down
     shaped = planned(150)
-    assert [it.cut for it in shaped] == [Fraction(37, 64), Fraction(19, 64), Fraction(7, 64), Fraction(1, 64)]
-    assert [it.progress for it in shaped] == [Fraction(37, 64), Fraction(56, 64), Fraction(63, 64), 1]
+    assert [it.cut for it in shaped] == [
+        Fraction(37, 64),
+        Fraction(19, 64),
+        Fraction(7, 64),
+        Fraction(1, 64),
+    ]
+    assert [it.progress for it in shaped] == [
+        Fraction(37, 64),
+        Fraction(56, 64),
+        Fraction(63, 64),
+        1,
+    ]
     assert [it.tokens for it in shaped] == [10, 20, 40, 80]
     assert [it.tokens for it in planned(850, tokens="quadrupling")] == [10, 40, 160, 640]
 
@@ -59,7 +71,8 @@ def test_layers_come_last_and_the_control_has_one_iteration():
     assert [it.unit for it in plan(schedule, both)] == ["neurons"] * 4 + ["layers"]
     assert [it.unit for it in plan(schedule, Prune(target="layers"))] == ["layers"] * 5
     assert [it.unit for it in plan(schedule, Prune())] == ["width"] * 5
-    assert [it.unit for it in plan(schedule, Prune(criterion="max"))] == ["neurons"] * 5  # which scores nothing else
+    # which scores nothing else
+    assert [it.unit for it in plan(schedule, Prune(criterion="max"))] == ["neurons"] * 5
     (control,) = plan(planning.one_shot(schedule), both)
     assert (control.cut, control.tokens, control.unit, control.last) == (1, 100, "neurons", True)
 
@@ -69,7 +82,9 @@ def test_the_criteria_and_methods_of_the_config_are_those_of_the_code():
     from ptl.recovery.recover import RECOVERIES
 
     assert importance.CRITERIA.keys() == experts.CRITERIA_OF_NEURONS.keys()
-    assert all(Prune(target="neurons", criterion=name).criterion == name for name in importance.CRITERIA)
+    assert all(
+        Prune(target="neurons", criterion=name).criterion == name for name in importance.CRITERIA
+    )
     assert [*importance.CRITERIA, "reap"] == [*get_args(Prune.model_fields["criterion"].annotation)]
     stage = Config.model_json_schema()["$defs"]["RecoverStage"]["properties"]
     assert stage["method"]["enum"] == list(RECOVERIES)
@@ -84,7 +99,12 @@ def test_target_is_a_share_the_parameters_to_end_with_or_a_memory():
     assert removal(3000, 1000) == 2000
     assert Schedule(target=1000, recovery_tokens=1).target == 1000
     whole = loaded("schedule.target={memory: 1.5 GB, sequences: 8, tokens: 4096}").schedule.target
-    assert (whole.bytes, whole.sequences, whole.tokens, whole.itemsize) == (1_500_000_000, 8, 4096, 2)
+    assert (whole.bytes, whole.sequences, whole.tokens, whole.itemsize) == (
+        1_500_000_000,
+        8,
+        4096,
+        2,
+    )
     both = loaded("schedule.target.memory=16GiB", "schedule.target.sequences=8").schedule.target
     assert both == MemoryGoal(memory="16GiB", sequences=8)
     config = loaded("schedule.target={memory: 300kB, tokens: 10}")
@@ -96,7 +116,9 @@ def test_target_is_a_share_the_parameters_to_end_with_or_a_memory():
 def test_whole_numbers_are_doubles_in_a_container():
     for path in SHIPPED:
         config = load_config(path)
-        assert Config.model_validate(json.loads(config.model_dump_json(), parse_int=float)) == config
+        assert (
+            Config.model_validate(json.loads(config.model_dump_json(), parse_int=float)) == config
+        )
 
 
 def test_overrides_name_parts_of_lists_numbers_as_people_write_them_and_one_section_alone():
@@ -110,6 +132,12 @@ def test_overrides_name_parts_of_lists_numbers_as_people_write_them_and_one_sect
     for text in ("8.2e6", "8.2M", "8200k", "8_200_000"):
         assert loaded(f"schedule.recovery_tokens={text}").schedule.recovery_tokens == 8_200_000
     shared = TINY.with_name("onprem.yaml")
-    before, after = load_config(shared), load_config(shared, {"training.source": "s3://b/other.jsonl"})
+    before, after = (
+        load_config(shared),
+        load_config(shared, {"training.source": "s3://b/other.jsonl"}),
+    )
     assert before.training.sources[0].source == before.calibration.data[0].source  # one anchor
-    assert after.training.sources[0].source == "s3://b/other.jsonl" and after.calibration == before.calibration
+    assert (
+        after.training.sources[0].source == "s3://b/other.jsonl"
+        and after.calibration == before.calibration
+    )

@@ -30,7 +30,9 @@ def problems():
     assert schema["additionalProperties"] is False
 
     def messages(value, part=None):
-        section = schema if part is None else {"$defs": schema["$defs"], **schema["properties"][part]}
+        section = (
+            schema if part is None else {"$defs": schema["$defs"], **schema["properties"][part]}
+        )
         return [error.message for error in Draft202012Validator(section).iter_errors(value)]
 
     return messages

@@ -26,5 +26,8 @@ class Letters:
         return {"input_ids": [*self.begin, *ids, *self.end] if add_special_tokens else ids}
 
     def apply_chat_template(self, chat, add_generation_prompt, return_dict=False, tokenize=True):
-        text = "".join(f"{message['role'][0]}{message['content']};" for message in chat) + "a" * add_generation_prompt
+        text = (
+            "".join(f"{message['role'][0]}{message['content']};" for message in chat)
+            + "a" * add_generation_prompt
+        )
         return {"input_ids": list(map(ord, text))} if tokenize else text

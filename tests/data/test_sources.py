@@ -36,9 +36,21 @@ FILES = {  # name, content, what is said
     "cut": ("a.jsonl.gz", PACKED[:-12], r"is damaged after line [1-9]"),
     "rubbish behind": ("a.jsonl.gz", PACKED + b"rubbish", "is damaged"),
     "no Parquet": ("a.parquet", b"not parquet", "no readable Parquet"),
-    "a list": ("a.jsonl", b"\xef\xbb\xbf[" + ROW + b"]", r"is a JSON list, .* a line; convert it: jq -c '\.\[\]' "),
-    "a list in one line": ("a.jsonl", b'\n[{"prompt": "a"}]\n', "is a JSON list, not one JSON object a line"),
-    "UTF-16": ("a.jsonl", ROW.decode().encode("utf-16"), "is in UTF-16, .*; convert it: iconv -f utf-16 -t utf-8 "),
+    "a list": (
+        "a.jsonl",
+        b"\xef\xbb\xbf[" + ROW + b"]",
+        r"is a JSON list, .* a line; convert it: jq -c '\.\[\]' ",
+    ),
+    "a list in one line": (
+        "a.jsonl",
+        b'\n[{"prompt": "a"}]\n',
+        "is a JSON list, not one JSON object a line",
+    ),
+    "UTF-16": (
+        "a.jsonl",
+        ROW.decode().encode("utf-16"),
+        "is in UTF-16, .*; convert it: iconv -f utf-16 -t utf-8 ",
+    ),
     "UTF-16 unmarked": ("a.jsonl", ROW.decode().encode("utf-16-le"), "is in UTF-16, not in UTF-8"),
     "other kind": ("a.csv", b"a,b", "is no .jsonl, .jsonl.gz or .parquet file"),
 }
@@ -69,20 +81,64 @@ ROWS = {  # fields of the source, of the second row, what is said
     "list": ({}, {"completion": ["b"]}, "holds a list for {completion}"),
     "half a pair": ({}, {"completion": "\ud83d"}, "character 0 is no Unicode"),
     "blank answer": ({}, {"completion": " \n"}, "has nothing in '{completion}', the answer"),
-    "no column": ({"prompt": "{c}"}, {}, r"lacks 'c', which .* \(columns there: completion, messages, prompt, text\)"),
-    "no key": ({"prompt": "{part[key]}"}, {"part": "x"}, r"has a str in 'part', with no part \[key\]"),
+    "no column": (
+        {"prompt": "{c}"},
+        {},
+        r"lacks 'c', which .* \(columns there: completion, messages, prompt, text\)",
+    ),
+    "no key": (
+        {"prompt": "{part[key]}"},
+        {"part": "x"},
+        r"has a str in 'part', with no part \[key\]",
+    ),
     "no chat": (CHAT, {"messages": "1+1?"}, "has no list in column 'messages'"),
-    "no turns": (CHAT, {"messages": []}, "has an empty list in column 'messages', a chat without turns"),
-    "ends with a tool": (CHAT, {"messages": [ASKED, ANSWERED | {"role": "tool"}]}, "ends with a turn of role 'tool'"),
+    "no turns": (
+        CHAT,
+        {"messages": []},
+        "has an empty list in column 'messages', a chat without turns",
+    ),
+    "ends with a tool": (
+        CHAT,
+        {"messages": [ASKED, ANSWERED | {"role": "tool"}]},
+        "ends with a turn of role 'tool'",
+    ),
     "an answer alone": (CHAT, {"messages": [ANSWERED]}, "nothing comes before"),
-    "ShareGPT": (CHAT, {"messages": [{"from": "human", "value": "1+1?"}]}, "message 1 has `from` and `value`"),
-    "no content": (CHAT, {"messages": [ASKED, {"role": "assistant"}]}, r"of message 2 is no text \(null\)"),
-    "parts": (CHAT, {"messages": [ASKED | {"content": [{}]}, ANSWERED]}, r"of message 1 is no text \(a list\)"),
-    "a list as thought": (CHAT, thinking(reasoning_content=[]), r"the reasoning_content of message 2 .* \(a list\)"),
-    "a number as thought": (CHAT, thinking(thinking=0), r"the thinking of message 2 is no text \(a int\)"),
+    "ShareGPT": (
+        CHAT,
+        {"messages": [{"from": "human", "value": "1+1?"}]},
+        "message 1 has `from` and `value`",
+    ),
+    "no content": (
+        CHAT,
+        {"messages": [ASKED, {"role": "assistant"}]},
+        r"of message 2 is no text \(null\)",
+    ),
+    "parts": (
+        CHAT,
+        {"messages": [ASKED | {"content": [{}]}, ANSWERED]},
+        r"of message 1 is no text \(a list\)",
+    ),
+    "a list as thought": (
+        CHAT,
+        thinking(reasoning_content=[]),
+        r"the reasoning_content of message 2 .* \(a list\)",
+    ),
+    "a number as thought": (
+        CHAT,
+        thinking(thinking=0),
+        r"the thinking of message 2 is no text \(a int\)",
+    ),
     "half a pair in a thought": (CHAT, thinking(reasoning="\ud83d"), "is no Unicode"),
-    "half a pair in a call": (CHAT, thinking(tool_calls=[{"function": {"arguments": {"a": "\ud83d"}}}]), "no Unicode"),
-    "two thoughts": (CHAT, thinking(reasoning_content="a", thinking="b"), "in reasoning_content and thinking"),
+    "half a pair in a call": (
+        CHAT,
+        thinking(tool_calls=[{"function": {"arguments": {"a": "\ud83d"}}}]),
+        "no Unicode",
+    ),
+    "two thoughts": (
+        CHAT,
+        thinking(reasoning_content="a", thinking="b"),
+        "in reasoning_content and thinking",
+    ),
 }
 
 
@@ -101,10 +157,15 @@ def test_a_row_that_cannot_be_learned_from_is_refused_wherever_it_is_read(tmp_pa
 
 
 def test_a_chat_may_end_without_an_answer_and_call_tools(tmp_path):
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 1}}}]}
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 1}}}],
+    }
     tools = [ASKED, call, {"role": "tool", "content": "2"}, ANSWERED]
     chats = [[ASKED], [ASKED, ANSWERED, ASKED], tools]
-    source = DataSource(source=rows_file(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats]), **CHAT)
+    source = DataSource(
+        source=rows_file(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats]), **CHAT
+    )
     check_rows(source, answers=False)
     rows = list(sources.numbered_rows(source))
     assert list(map(sources.prompt_of, rows)) == [[ASKED], [ASKED, ANSWERED, ASKED], tools[:-1]]
@@ -118,19 +179,29 @@ def test_a_chat_may_end_without_an_answer_and_call_tools(tmp_path):
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_a_thought_is_trained_on_by_each_of_its_names(name):
     tokenizer, chat = tokenizer_with("qwen3"), Chat(enabled=True)
-    row = SourceRow(thinking(**{name: "1+1", "reasoning_content": "1+1"}), DataSource(source="x", **CHAT))
+    row = SourceRow(
+        thinking(**{name: "1+1", "reasoning_content": "1+1"}), DataSource(source="x", **CHAT)
+    )
     assert sources.texts(row) == ("1+1?", "1+1\n2")
     tokens = tokenize(row, tokenizer, 512, chat)
     assert tokenizer.decode(tokens.ids[tokens.prompt :]) == "<think>\n1+1\n</think>\n\n2<|im_end|>"
     # The one name that is there may be null in all other rows of a table.
-    other = SourceRow(thinking(**{"reasoning_content": None, name: "1+1"}), DataSource(source="x", **CHAT))
+    other = SourceRow(
+        thinking(**{"reasoning_content": None, name: "1+1"}), DataSource(source="x", **CHAT)
+    )
     assert tokenize(other, tokenizer, 512, chat) == tokens
 
 
 def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
-    asked = DataSource(source=rows_file(tmp_path / "asked.jsonl", [{"messages": [ASKED]}]), format="messages")
+    asked = DataSource(
+        source=rows_file(tmp_path / "asked.jsonl", [{"messages": [ASKED]}]), format="messages"
+    )
     whole = DataSource(source=rows_file(tmp_path / "whole.jsonl", [GOOD]), format="messages")
-    cpt, distil, grpo = RecoverStage(), RecoverStage(method="distil"), RecoverStage(method="grpo", prompts=asked)
+    cpt, distil, grpo = (
+        RecoverStage(),
+        RecoverStage(method="distil"),
+        RecoverStage(method="grpo", prompts=asked),
+    )
     against = Decontaminate(against=[asked])
 
     def check(calibration, trained, *stages):
@@ -144,12 +215,19 @@ def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
     with pytest.raises(InputError, match=r"training\.sources\.1\.messages: row 1 "):
         check(whole, asked, grpo, distil)
     with pytest.raises(InputError, match=r"row 1 .*: the assistant's last turn is blank"):
-        blank = DataSource(source=rows_file(tmp_path / "b.jsonl", [{"messages": [ASKED, ANSWERED | {"content": ""}]}]))
+        blank = DataSource(
+            source=rows_file(
+                tmp_path / "b.jsonl", [{"messages": [ASKED, ANSWERED | {"content": ""}]}]
+            )
+        )
         check(blank.model_copy(update=CHAT), whole)
     with pytest.raises(InputError, match=r"row 1 .*has nothing in '\{text\}', the answer"):
         prompts = DataSource(source=rows_file(tmp_path / "p.jsonl", [GOOD | {"text": ""}]))
         rewards = Reward(name="format"), Reward(name="code", answer="{text}")
-        stages = [grpo.model_copy(update={"prompts": prompts, "rewards": given}) for given in (rewards[:1], rewards)]
+        stages = [
+            grpo.model_copy(update={"prompts": prompts, "rewards": given})
+            for given in (rewards[:1], rewards)
+        ]
         checks.check_rewards(stages[:1], TrainingData(sources=[whole]))
         checks.check_rewards(stages, TrainingData(sources=[whole]))
     with pytest.raises(InputError, match=r"row 1 .*no answer to learn from"):
@@ -157,7 +235,11 @@ def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
     training = TrainingData(sources=[whole, asked], decontaminate=against)
     named = checks.named_sources(Calibration(data=whole), training, [cpt, grpo])
     assert list(named.values()) == [whole, whole, asked, asked, asked]
-    assert list(named)[2:] == ["training.sources.1", "training.decontaminate.against.0", "recover.1.prompts"]
+    assert list(named)[2:] == [
+        "training.sources.1",
+        "training.decontaminate.against.0",
+        "recover.1.prompts",
+    ]
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -201,11 +283,15 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
     asked = []
     source = DataSource(source="org/set", subset="main", split="test", revision="abc")
     rows = iter([[{"text": "a"}]] * 2)
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or next(rows))
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or next(rows)
+    )
     check_rows(source)  # without a download
     assert asked == []
     with pytest.raises(InputError, match="row 1 of org/set lacks 'prompt'"):
-        checks.check_data(Calibration(data=source), TrainingData(sources=[source]), [], hub_rows=True)
+        checks.check_data(
+            Calibration(data=source), TrainingData(sources=[source]), [], hub_rows=True
+        )
     assert len(asked) == 1
     asked.clear()
     assert read_rows(source) == [{"text": "a"}]
@@ -217,10 +303,15 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
 
 def test_what_a_later_attempt_may_have_from_the_hub_is_no_wrong_input(monkeypatch):
     def answer(status):
-        return HfHubHTTPError("", response=SimpleNamespace(status_code=status, headers={}, request=None))
+        return HfHubHTTPError(
+            "", response=SimpleNamespace(status_code=status, headers={}, request=None)
+        )
 
     source = DataSource(source="org/set")
-    full, hidden = OSError(errno.ENOSPC, "No space left"), DatasetGenerationError("An error occurred")
+    full, hidden = (
+        OSError(errno.ENOSPC, "No space left"),
+        DatasetGenerationError("An error occurred"),
+    )
     hidden.__cause__ = full
     for error, kind, remedy in (
         (ConnectionError("no route"), WorkError, "check the id"),
@@ -237,7 +328,9 @@ def test_what_a_later_attempt_may_have_from_the_hub_is_no_wrong_input(monkeypatc
         with pytest.raises(kind, match=f"cannot be loaded: .*; {remedy}"):
             read_rows(source)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("not cached")))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("not cached"))
+    )
     with pytest.raises(InputError, match="connect"):
         hub.locate("org/model", None)
 
@@ -261,17 +354,36 @@ def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):
     assert len(list((tmp_path / "ptl-data").rglob("*.jsonl"))) == 2  # and no partial one
     with pytest.raises(InputError, match="no object s3://"):
         read_rows(DataSource(source=f"{s3.root}/none.jsonl"))
-    monkeypatch.setattr("ptl.storage.s3.client", lambda: SimpleNamespace(head_object=lambda **_: {}))
-    with pytest.raises(InputError, match="no ETag in the answer"):  # of a web page in place of the server
+    monkeypatch.setattr(
+        "ptl.storage.s3.client", lambda: SimpleNamespace(head_object=lambda **_: {})
+    )
+    # of a web page in place of the server
+    with pytest.raises(InputError, match="no ETag in the answer"):
         sources.local_file(source)
 
 
 def test_templates_name_columns_and_their_parts():
-    source = DataSource(source="a.jsonl", prompt="{n}{b}", completion="{answer[steps][0]} #### {answer[value]}")
+    source = DataSource(
+        source="a.jsonl", prompt="{n}{b}", completion="{answer[steps][0]} #### {answer[value]}"
+    )
     row = {"n": 1, "b": True, "answer": {"steps": ["1+1=2"], "value": 2}}
     assert sources.texts(SourceRow(row, source, 1)) == ("1True", "1+1=2 #### 2")
-    for template in ("{x.__class__}", "{}", "{0}", "{", "x}", "{x[}", "{x[]}", "{x:{y.z}}", "{x:9}", "{x!r}"):
-        for make in (lambda text: DataSource(source="a", prompt=text), lambda text: Reward(name="math", answer=text)):
+    for template in (
+        "{x.__class__}",
+        "{}",
+        "{0}",
+        "{",
+        "x}",
+        "{x[}",
+        "{x[]}",
+        "{x:{y.z}}",
+        "{x:9}",
+        "{x!r}",
+    ):
+        for make in (
+            lambda text: DataSource(source="a", prompt=text),
+            lambda text: Reward(name="math", answer=text),
+        ):
             with pytest.raises(ValueError, match=r"is no template|which is no column"):
                 make(template)
 
@@ -280,7 +392,10 @@ def test_too_few_tokens_for_what_is_removed_and_too_many_passes_are_warned_of():
     # An 8B model and 3,000 chats; the paper's run; the demo's.
     (few,) = Amount(1_700_000, 2_400_000_000, 4.2).warnings()
     (many,) = Amount(5_000_000_000, 2_400_000_000, 10_000).warnings()
-    assert "1,700,000 recovery tokens: 0.00071 per removed parameter" in few and "10,000 passes" in many
+    assert (
+        "1,700,000 recovery tokens: 0.00071 per removed parameter" in few
+        and "10,000 passes" in many
+    )
     assert Amount(160_000_000, 1_570_000_000, None).warnings() == []
     assert Amount(0, 100, 9).sentence == Amount(100, 0, 9).sentence == ""
     # Both are estimates: what is rounded to the limit is within it.
@@ -294,11 +409,16 @@ def test_too_few_tokens_for_what_is_removed_and_too_many_passes_are_warned_of():
 
 def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_path):
     def passes(sources, **changes):
-        config = load_config(TINY, {"training": sources, "schedule.recovery_tokens": 8000} | changes)
+        config = load_config(
+            TINY, {"training": sources, "schedule.recovery_tokens": 8000} | changes
+        )
         return planned_amount(config, 1).passes
 
     def file(name, *lengths):
-        return {"source": rows_file(tmp_path / name, [{"text": length * "x"} for length in lengths]), "format": "text"}
+        return {
+            "source": rows_file(tmp_path / name, [{"text": length * "x"} for length in lengths]),
+            "format": "text",
+        }
 
     text, other = file("rows.jsonl", *[400] * 10), file("other.jsonl", *[800] * 10)
     hub = {"source": "meta-math/NOPE", "weight": 3}

@@ -32,8 +32,13 @@ def scored(max_new_tokens=150, src=THINKER, **chat):
 def test_in_both_modes_what_follows_the_thought_is_graded():
     thinking, items = scored(enabled=True)
     assert thinking.accuracy > 0.8 and thinking.truncated == 0
-    assert all("<think>" not in item["answer"] and item["answer"].startswith("#### ") for item in items)
-    assert all(item["thought"].startswith("<think>") and item["thought"].endswith("</think>") for item in items)
+    assert all(
+        "<think>" not in item["answer"] and item["answer"].startswith("#### ") for item in items
+    )
+    assert all(
+        item["thought"].startswith("<think>") and item["thought"].endswith("</think>")
+        for item in items
+    )
     assert items[0]["prompt_digest"] != scored(enabled=False)[1][0]["prompt_digest"]
     at_once, items = scored(enabled=True, template_kwargs={"enable_thinking": False})
     assert at_once.accuracy > 0.9 and all(item["answer"].count("=") > 1 for item in items)
@@ -51,7 +56,9 @@ def test_thoughts_between_special_tokens_are_told_from_the_answer(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     score, items = scored(src=tmp_path, enabled=True)
     assert score.accuracy > 0.8 and all(item["answer"].startswith("#### ") for item in items)
-    assert {item["answer"] for item in scored(src=tmp_path, max_new_tokens=12, enabled=True)[1]} == {""}
+    assert {
+        item["answer"] for item in scored(src=tmp_path, max_new_tokens=12, enabled=True)[1]
+    } == {""}
 
 
 def test_vllm_is_given_the_variables_and_nothing_else(monkeypatch):
@@ -68,9 +75,16 @@ def test_vllm_is_given_the_variables_and_nothing_else(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=VLLM))
     wanted = Evaluate(tasks=[Task(name="gsm8k")], speed=Speed(repeats=0), backend="vllm")
-    for variables, ends in (({}, "<|assistant|>"), ({"enable_thinking": False}, "<|assistant|><think></think>")):
-        lm = language_model(THINKER, wanted, Chat(enabled=True, template_kwargs=variables), thoughts=True)
-        assert lm.apply_chat_template([{"role": "user", "content": "1+1?"}]) == f"<|user|>1+1?{ends}"
+    for variables, ends in (
+        ({}, "<|assistant|>"),
+        ({"enable_thinking": False}, "<|assistant|><think></think>"),
+    ):
+        lm = language_model(
+            THINKER, wanted, Chat(enabled=True, template_kwargs=variables), thoughts=True
+        )
+        assert (
+            lm.apply_chat_template([{"role": "user", "content": "1+1?"}]) == f"<|user|>1+1?{ends}"
+        )
         assert "enable_thinking" not in lm.given
 
 
@@ -78,7 +92,11 @@ class Written:
     """A mock of the harness's model, which has answered already."""
 
     begun = ""  # by the template's prompts
-    texts = ("    return 1\n```\nIt works.", "<think>So:\n\n1 + 3</think>\n\n    4\n\nDone.", "\n\n4\n\nDone.")
+    texts = (
+        "    return 1\n```\nIt works.",
+        "<think>So:\n\n1 + 3</think>\n\n    4\n\nDone.",
+        "\n\n4\n\nDone.",
+    )
 
     def __init__(self, **_):
         pass
@@ -101,8 +119,14 @@ def test_an_answer_keeps_its_indentation_and_ends_at_the_tasks_texts_after_the_t
         Instance("generate_until", {}, (f"<u>{i}<a>", {"until": texts, "max_gen_toks": 9}), i)
         for i, texts in enumerate(until)
     ]
-    assert model(chat=Chat(enabled=True)).generate_until(requests) == ["    return 1\n", "    4", "4"]
-    assert model(chat=Chat(enabled=True), thoughts=True).generate_until(requests) == list(Written.texts)
+    assert model(chat=Chat(enabled=True)).generate_until(requests) == [
+        "    return 1\n",
+        "    4",
+        "4",
+    ]
+    assert model(chat=Chat(enabled=True), thoughts=True).generate_until(requests) == list(
+        Written.texts
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,12 +137,17 @@ def test_an_answer_keeps_its_indentation_and_ends_at_the_tasks_texts_after_the_t
         ("<think></think>", ("Write <think>.", "<think>1</think>Write <think>.", "1</think>2")),
     ],
 )
-def test_an_answer_that_mentions_a_thoughts_marks_is_graded_as_it_follows_the_prompts_thought(begun, answers):
+def test_an_answer_that_mentions_a_thoughts_marks_is_graded_as_it_follows_the_prompts_thought(
+    begun, answers
+):
     texts = ("Write <think>.", "<think>1</think>Write <think>.", "1</think>2")
     model = type("Model", (AnswerNotes, Written), {"texts": texts, "begun": begun})
     # The user's own words begin no thought.
     prompts = [f"<u>What is {mark}<a>{begun}" for mark in ("<think>", "2", "</think>")]
-    requests = [Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": 9}), 0) for text in prompts]
+    requests = [
+        Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": 9}), 0)
+        for text in prompts
+    ]
     assert model(chat=Chat(enabled=True)).generate_until(requests) == list(answers)
 
 

@@ -18,12 +18,18 @@ from ptl.evaluation.language_models import language_model
 from ptl.evaluation.llama_cpp import gguf_language_model, gguf_speed
 from ptl.export.gguf import write_gguf
 
-pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("evaluate")]
+pytestmark = [
+    needs_llama_cpp,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("evaluate"),
+]
 LIMIT = 24
 
 
 def settings(*, limit=LIMIT, max_new_tokens=None, **more):
-    task = Task(name=str(EXAMPLE / "tiny_reasoner.yaml"), limit=limit, max_new_tokens=max_new_tokens)
+    task = Task(
+        name=str(EXAMPLE / "tiny_reasoner.yaml"), limit=limit, max_new_tokens=max_new_tokens
+    )
     return Evaluate(tasks=[task], speed=Speed(repeats=0), **{"batch_size": 16, **more})
 
 
@@ -40,7 +46,8 @@ def request(*arguments):
 
 
 @pytest.mark.parametrize(
-    "more", [{"batch_size": 16}, {"limit": 5, "max_new_tokens": 6, "max_length": 80, "batch_size": 4}]
+    "more",
+    [{"batch_size": 16}, {"limit": 5, "max_new_tokens": 6, "max_length": 80, "batch_size": 4}],
 )
 def test_items_answers_and_notes_are_those_of_transformers(more, file):
     """Answers of different lengths, so that sequences change hands; and prompts and answers that are too long."""
@@ -72,18 +79,27 @@ def test_likelihoods_are_those_of_transformers(file):
     for (one, is_first), (other, is_expected) in zip(likelihoods, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-2, abs=2e-2) and is_first == is_expected
     text = [request(prompt * 20)]  # longer than the context
-    assert ours.loglikelihood_rolling(text)[0] == pytest.approx(theirs.loglikelihood_rolling(text)[0], rel=1e-2)
+    assert ours.loglikelihood_rolling(text)[0] == pytest.approx(
+        theirs.loglikelihood_rolling(text)[0], rel=1e-2
+    )
 
 
-def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answer(file, tmp_path, monkeypatch):
+def test_what_llama_cpp_would_answer_otherwise_is_an_error_before_the_first_answer(
+    file, tmp_path, monkeypatch
+):
     monkeypatch.setattr("ptl.evaluation.llama_cpp.answer", lambda *_: pytest.fail("answered"))
     lm, options = gguf_language_model(file, DENSE, settings()), {"until": [], "max_gen_toks": 8}
     with pytest.raises(
-        InputError, match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, "
+        InputError,
+        match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, ",
     ):
-        lm.generate_until([request("Tom has 3 apples.\n", options), request("Zoé has 3.\n", options)])
+        lm.generate_until(
+            [request("Tom has 3 apples.\n", options), request("Zoé has 3.\n", options)]
+        )
     own = tmp_path / "sampled.yaml"
-    own.write_text(f"include: {EXAMPLE / 'tiny_reasoner.yaml'}\ntask: own\ngeneration_kwargs: {{do_sample: true}}\n")
+    own.write_text(
+        f"include: {EXAMPLE / 'tiny_reasoner.yaml'}\ntask: own\ngeneration_kwargs: {{do_sample: true}}\n"
+    )
     for task in (Task(name="gsm8k", samples=2), Task(name=str(own))):
         with pytest.raises(InputError, match=r"are sampled .* of a GGUF file they are greedy"):
             gguf_language_model(file, DENSE, settings().model_copy(update={"tasks": (task,)}))
@@ -98,7 +114,9 @@ def test_the_chat_template_must_be_the_file_s(tmp_path):
     lm = gguf_language_model(tmp_path / "model.gguf", folder, wanted, chat)
     assert lm.apply_chat_template([{"role": "user", "content": "abc"}]) == "abc"
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(InputError, match=r"chat\.enabled: .*model\.gguf does not have the chat template"):
+    with pytest.raises(
+        InputError, match=r"chat\.enabled: .*model\.gguf does not have the chat template"
+    ):
         gguf_language_model(tmp_path / "model.gguf", folder, wanted, chat)
 
 

@@ -34,10 +34,14 @@ def with_tokenizer(folder, pattern, normalizer=None):
     core.pre_tokenizer = pre_tokenizers.Sequence([splits, bytes_of])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"]
+    )
     core.train_from_iterator([*TEXTS, "123 456 789 1234 5678 123456 " * 9], trainer)
     save(build("llama", vocab_size=core.get_vocab_size()), folder, tokenizer=False)
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -54,10 +58,14 @@ def test_the_tiny_reasoner_s_problems_have_the_same_tokens(tmp_path):
 
 def test_ends_of_answers_that_llama_cpp_does_not_know_are_noted(tmp_path):
     """The check of a tokenizer reads no weights."""
-    folder = shutil.copytree(EXAMPLE / "checkpoint", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = shutil.copytree(
+        EXAMPLE / "checkpoint", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     generation = json.loads((folder / "generation_config.json").read_text())
     for ends, noted in (([1, 97, 0], "97, 0"), (1, None)):
-        (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": ends}))
+        (folder / "generation_config.json").write_text(
+            json.dumps(generation | {"eos_token_id": ends})
+        )
         _, (_, *notes) = check_tokenizer(folder)
         note = f"llama.cpp does not end answers at token {noted}, which generation_config.json has in eos_token_id"
         assert notes == ([note] if noted else [])
@@ -71,7 +79,9 @@ def test_a_tokenizer_of_one_s_own_gets_the_pre_tokenizer_that_splits_alike(tmp_p
     check_tokenizer(folder)
     tokens = LlamaModel(tmp_path / "model.gguf", vocabulary_only=True).tokens(text)
     assert tokens == tokenizer(text).input_ids
-    as_gpt_2 = LlamaModel(tmp_path / "model.gguf", vocabulary_only=True, pre_tokenizer="gpt-2").tokens(text)
+    as_gpt_2 = LlamaModel(
+        tmp_path / "model.gguf", vocabulary_only=True, pre_tokenizer="gpt-2"
+    ).tokens(text)
     assert as_gpt_2 != tokens  # the first one that was tried
 
 
@@ -86,7 +96,9 @@ OTHERWISE = {
 
 
 def refused(convert, folder, reason):
-    with pytest.raises(InputError, match="would not run this tokenizer as transformers does") as refusal:
+    with pytest.raises(
+        InputError, match="would not run this tokenizer as transformers does"
+    ) as refusal:
         convert(folder)
     assert reason in str(refusal.value) and "serve this checkpoint with" in str(refusal.value)
 
@@ -110,17 +122,25 @@ def test_rare_texts_are_noted_and_chats_compared(tmp_path):
     llama_tokenizer(folder, normalizer=None, pre_tokenizer=first)
     (folder / "chat_template.jinja").write_text("{{ x() }}")  # it takes no question
     _, notes = check_tokenizer(folder)
-    assert [re.search("tokens for ('.*') after", note)[1] for note in notes[:2]] == ["' 7 left'", "'so</s>7'"]
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}</s>{{ m['content'] }}{% endfor %}")
+    assert [re.search("tokens for ('.*') after", note)[1] for note in notes[:2]] == [
+        "' 7 left'",
+        "'so</s>7'",
+    ]
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}</s>{{ m['content'] }}{% endfor %}"
+    )
     refused(check_tokenizer, folder, "'</s>Tom has 12.'")
 
 
 def test_characters_that_are_composed_are_noted_and_unknown_tokenizers_refused(tmp_path):
-    name, (note,) = check_tokenizer(with_tokenizer(tmp_path / "model", QWEN, normalizers.NFC()))  # as Qwen has it
+    # as Qwen has it
+    name, (note,) = check_tokenizer(with_tokenizer(tmp_path / "model", QWEN, normalizers.NFC()))
     assert name and "different tokens for 'Zoe\u0308' after '" in note
     assert check_tokenizer(with_tokenizer(tmp_path / "other", QWEN)) == (name, [])
     refused(check_tokenizer, with_tokenizer(tmp_path / "pairs", PAIRS), "different tokens for")
-    refused(check_tokenizer, save(build("llama"), tmp_path / "words"), "cannot find tokenizer merges")
+    refused(
+        check_tokenizer, save(build("llama"), tmp_path / "words"), "cannot find tokenizer merges"
+    )
 
 
 # ---- logits, of a small random model with a user's config
@@ -128,7 +148,12 @@ def test_characters_that_are_composed_are_noted_and_unknown_tokenizers_refused(t
 
 CONFIGS = yaml.safe_load(Path(__file__).with_name("llama_cpp.yaml").read_text())
 SAME, OTHER = CONFIGS["same"], CONFIGS["other"]
-QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 3, "head_dim": 128}
+QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 3,
+    "head_dim": 128,
+}
 
 
 def config_only(folder, config):
@@ -137,13 +162,18 @@ def config_only(folder, config):
     return folder
 
 
-@pytest.mark.parametrize("case", nightly_but("mistral-without-a-window", "llama-3.1", "qwen3-30b-a3b", of=SAME))
+@pytest.mark.parametrize(
+    "case", nightly_but("mistral-without-a-window", "llama-3.1", "qwen3-30b-a3b", of=SAME)
+)
 def test_configs_that_llama_cpp_computes_alike_are_let_through(case, tmp_path):
     check_config(config_only(tmp_path / "model", SAME[case]))  # it raises where it refuses
 
 
 @pytest.mark.parametrize(
-    "case", nightly_but("mistral-0.1", "gemma2-without-some-layers", "llama-with-gelu", "yarn-s-factor", of=OTHER)
+    "case",
+    nightly_but(
+        "mistral-0.1", "gemma2-without-some-layers", "llama-with-gelu", "yarn-s-factor", of=OTHER
+    ),
 )
 def test_a_config_that_llama_cpp_computes_otherwise_is_refused(case, tmp_path):
     with pytest.raises(InputError, match=r"\(model_type .*\): the logits differ by [\d.]+%"):
@@ -153,7 +183,10 @@ def test_a_config_that_llama_cpp_computes_otherwise_is_refused(case, tmp_path):
 def test_a_config_that_the_converter_does_not_take_is_refused(tmp_path):
     for config, reason in [
         (QWEN3 | {"attention_bias": True}, "cannot read .*wrong number of tensors"),
-        (QWEN3 | {"architectures": None}, "converter cannot write .*Failed to detect model architecture"),
+        (
+            QWEN3 | {"architectures": None},
+            "converter cannot write .*Failed to detect model architecture",
+        ),
     ]:
         with pytest.raises(InputError, match=f"(?s){reason}"):
             check(config_only(tmp_path / "model", config))

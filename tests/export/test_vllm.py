@@ -22,10 +22,15 @@ from ptl.export.formats import SQUARE_IN_VLLM
 from ptl.model.families import FAMILIES
 
 PYTHON = Path(os.environ.get("PTL_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
-pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("loads")]
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.xdist_group("vllm"),
+    pytest.mark.usefixtures("loads"),
+]
 
 TOKENS, NEW_TOKENS = [1, 60, 61, 5, 9, 77, 100, 12], 6
-HEADS = {"hidden_size": 128, "head_dim": 32}  # the smallest heads that vLLM's attention takes on a CPU
+# the smallest heads that vLLM's attention takes on a CPU
+HEADS = {"hidden_size": 128, "head_dim": 32}
 GPT_OSS_YARN = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 # By variant: in place of what vLLM does not read, or reads otherwise (docs/exports.md has the list)
 CHANGES = {
@@ -39,7 +44,11 @@ CHANGES = {
 }
 # vLLM's transformers (5.19) does not have the first; its latent attention for CPUs gives other numbers unpruned too
 LEFT_OUT = {"internlm3", "deepseek_v3"}
-VARIANTS = [*(name for name, family in FAMILIES.items() if not family.experts), "llama-tied", *MOE_VARIANTS]
+VARIANTS = [
+    *(name for name, family in FAMILIES.items() if not family.experts),
+    "llama-tied",
+    *MOE_VARIANTS,
+]
 VARIANTS = [name for name in VARIANTS if name not in LEFT_OUT]
 
 
@@ -60,7 +69,9 @@ def answered(folders, tmp_path, dtype="float32"):
     request.write_text(json.dumps({"tokens": TOKENS, "new_tokens": NEW_TOKENS, "models": models}))
     script = Path(__file__).parents[1] / "vllm_answers.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([PYTHON, script, request, answer], env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [PYTHON, script, request, answer], env=environment, check=True, stdout=subprocess.DEVNULL
+    )
     return json.loads(answer.read_text())
 
 
@@ -68,7 +79,11 @@ def expected(folder):
     """The log probabilities and the greedy tokens of transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.tensor([TOKENS])
-    options = {"attention_mask": torch.ones_like(tokens), "max_length": len(TOKENS) + NEW_TOKENS, "do_sample": False}
+    options = {
+        "attention_mask": torch.ones_like(tokens),
+        "max_length": len(TOKENS) + NEW_TOKENS,
+        "do_sample": False,
+    }
     with torch.inference_mode():
         logprobs = model(tokens).logits.log_softmax(-1)[0, :-1]  # [T - 1, V]
         generated = model.generate(tokens, **options, eos_token_id=None, use_cache=True)
@@ -86,7 +101,9 @@ def pruned(loads, tmp_path_factory):
     changes = {name: HEADS | CHANGES.get(name, {}) for name in VARIANTS}
     folders = {name: cut_model(name, root / name, **changes[name]) for name in VARIANTS}
     for name in VARIANTS:
-        folders[f"narrow {name}"] = narrow_model(name, root / f"narrow-{name}", 96, **changes[name])[1]
+        folders[f"narrow {name}"] = narrow_model(
+            name, root / f"narrow-{name}", 96, **changes[name]
+        )[1]
     found = answered(folders, root)
     return {name: (folders[name], found[name]) for name in folders}
 
@@ -106,7 +123,8 @@ def test_vllm_computes_what_transformers_does_of_a_pruned_checkpoint(variant, pr
 @pytest.mark.usefixtures("llmcompressor")
 @pytest.mark.parametrize("type", ["fp8", "int8", "w4a16"])
 def test_vllm_computes_what_transformers_does_of_quantized_weights(type, tmp_path):
-    dtype = "bfloat16" if type == "w4a16" else "float32"  # which the kernel for 4 bits does not have
+    # which the kernel for 4 bits does not have
+    dtype = "bfloat16" if type == "w4a16" else "float32"
     source = cut_model("llama", tmp_path, **HEADS)
     write_compressed(source, tmp_path / "out", type, word_calibration(tmp_path))
     [found] = answered({type: tmp_path / "out"}, tmp_path, dtype).values()

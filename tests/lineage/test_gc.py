@@ -52,7 +52,11 @@ class Loop:
         def work(src, dst, run):
             for path, count in SIZES.items():
                 (dst / path).write_bytes(os.urandom(count))
-            return metadata(run) if metadata else {"params": 100 if name == "import-model" else 90, **TRAINED}
+            return (
+                metadata(run)
+                if metadata
+                else {"params": 100 if name == "import-model" else 90, **TRAINED}
+            )
 
         self.use()
         return execute(Call(name, self.experiment), parent and parent.pointer, {}, work)
@@ -82,7 +86,11 @@ class Loop:
     def whole(self):
         """Iteration 1 is accepted, iteration 2 rejected, with a control."""
         self.steps = steps = {"import-model": self.imported()}
-        for name, start, accepted in (("{}-1", "import-model", True), ("{}-2", "recover-1", False), CONTROL):
+        for name, start, accepted in (
+            ("{}-1", "import-model", True),
+            ("{}-2", "recover-1", False),
+            CONTROL,
+        ):
             prune, recover, evaluate = map(name.format, ("prune", "recover", "evaluate"))
             steps[prune] = self.work(prune, steps[start])
             steps[recover] = self.work(recover, steps[prune])
@@ -94,13 +102,20 @@ class Loop:
         """As the report step does; without `final` only MLflow says that the run has ended."""
         report = self.step_run("report")
         if final:
-            store.commit(report.root, self.run, "report", Record("report", final.pointer, {"stage": "report"}))
+            store.commit(
+                report.root,
+                self.run,
+                "report",
+                Record("report", final.pointer, {"stage": "report"}),
+            )
         tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
 
     def step_run(self, name):
         self.use()
         where = os.environ.get("PTL_ARTIFACT_ROOT")
-        return tracking.start(self.experiment, name, arm="loop", iteration=1, artifact_location=where)
+        return tracking.start(
+            self.experiment, name, arm="loop", iteration=1, artifact_location=where
+        )
 
 
 @pytest.fixture
@@ -133,11 +148,15 @@ def inventory(experiment, days=8.0, runs=(), older_than=7.0):
 
 def going(experiment, days=8.0, **rules):
     """Steps whose files can go after so many days."""
-    return sorted(files.step for files in inventory(experiment, days, **rules).stored if not files.needed)
+    return sorted(
+        files.step for files in inventory(experiment, days, **rules).stored if not files.needed
+    )
 
 
 def kept(experiment, **rules):
-    return {files.step: files.needed for files in inventory(experiment, **rules).stored if files.needed}
+    return {
+        files.step: files.needed for files in inventory(experiment, **rules).stored if files.needed
+    }
 
 
 def collect(experiment, **rules):
@@ -168,19 +187,33 @@ def test_of_a_finished_run_the_final_checkpoints_stay(experiment, finished_run, 
     assert going(experiment) == INTERMEDIATE and going(experiment, days=6.9) == []
     before = listing(root)
     for stored in files.stored:
-        assert stored.bytes == sum(size for _, size in listing(stored.uris[0])) > sum(SIZES.values())
-    reasons = {"recover-1": f"registered: {experiment} 1", "control-recover": "the control of its run"}
+        assert (
+            stored.bytes == sum(size for _, size in listing(stored.uris[0])) > sum(SIZES.values())
+        )
+    reasons = {
+        "recover-1": f"registered: {experiment} 1",
+        "control-recover": "the control of its run",
+    }
     assert kept(experiment) == reasons
-    names = [f"{run.run}/{step}" for step in ("evaluate-0", "evaluate-1", "control-evaluate", "report")]
+    names = [
+        f"{run.run}/{step}" for step in ("evaluate-0", "evaluate-1", "control-evaluate", "report")
+    ]
     finals = {run.steps[step].pointer.model_id for step in reasons}
     for order in (names, names[::-1]):  # as a listing has them
         assert gc._needed(root, run.run, order, given_up=False, rehearsed=False).keys() == finals
     assert collect(experiment) == 5
-    assert {step for step, record in run.steps.items() if fetchable(record, tmp_path)} == reasons.keys()
-    assert fetchable(store.committed(root, run.run, "evaluate-2"), tmp_path)  # scores and items stay
-    assert collect(experiment) == 0 and going(experiment) == [] and listing(root) == before  # records are all there
+    assert {
+        step for step, record in run.steps.items() if fetchable(record, tmp_path)
+    } == reasons.keys()
+    # scores and items stay
+    assert fetchable(store.committed(root, run.run, "evaluate-2"), tmp_path)
+    # records are all there
+    assert collect(experiment) == 0 and going(experiment) == [] and listing(root) == before
     client = MlflowClient()
-    tags = {step: client.get_logged_model(record.pointer.model_id).tags for step, record in run.steps.items()}
+    tags = {
+        step: client.get_logged_model(record.pointer.model_id).tags
+        for step, record in run.steps.items()
+    }
     assert sorted(step for step in tags if gc.DELETED in tags[step]) == INTERMEDIATE
     client.delete_model_version(experiment, "1")
     assert kept(experiment)["recover-1"] == "final checkpoint of its run"
@@ -214,7 +247,9 @@ def test_exports_stay_unless_a_run_is_given_up_and_only_a_report_finishes_it(exp
     assert kept(experiment, runs=[run.run])["export-gguf-q8-0"] == "an export of its run"
 
 
-@pytest.mark.parametrize("experiment", ["local", pytest.param("served", marks=pytest.mark.nightly)], indirect=True)
+@pytest.mark.parametrize(
+    "experiment", ["local", pytest.param("served", marks=pytest.mark.nightly)], indirect=True
+)
 def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path, monkeypatch):
     kill = mock.Mock(side_effect=KeyboardInterrupt)  # nothing that would handle an error runs
     run = loop()
@@ -224,11 +259,14 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path, m
         killing.setattr(store, "dump_files", kill)
         run.work("recover-1", cut)
     step, folder = run.step_run("recover-1"), tmp_path / "checkpoint-4"
-    checkpoints = training_checkpoints.TrainingCheckpoints(step.root, run.run, "recover-1.0", "key", 0)
+    checkpoints = training_checkpoints.TrainingCheckpoints(
+        step.root, run.run, "recover-1.0", "key", 0
+    )
     folder.mkdir()
     (folder / COMPLETE).write_text("4")
     checkpoints.save(folder)
-    store.publish(folder, f"{step.root}/{run.run}/recover-1.0.training-2-{'a' * 12}")  # killed before its record
+    # killed before its record
+    store.publish(folder, f"{step.root}/{run.run}/recover-1.0.training-2-{'a' * 12}")
 
     assert going(experiment) == []  # all of this may be resumed, or be at work
     checkpoints.restore(tmp_path / "elsewhere")
@@ -238,7 +276,9 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path, m
     run.end(resumed)
     assert going(experiment) == ["import-model", "prune-1", "recover-1", "recover-1"]
     assert collect(experiment) == 4 and fetchable(resumed, tmp_path)
-    assert checkpoints.records() == [] and not [path for path, _ in listing(step.root) if "training" in path]
+    assert checkpoints.records() == [] and not [
+        path for path, _ in listing(step.root) if "training" in path
+    ]
 
 
 def test_what_keeps_the_files_of_a_finished_run(experiment, finished_run):
@@ -264,7 +304,9 @@ def test_what_keeps_the_files_of_a_finished_run(experiment, finished_run):
     assert sum("a record of the run cannot be read" in reason for reason in reasons) == 6
 
 
-def test_runs_that_are_named_and_experiments_that_share_their_place(finished_run, monkeypatch, tmp_path):
+def test_runs_that_are_named_and_experiments_that_share_their_place(
+    finished_run, monkeypatch, tmp_path
+):
     """All of `ptl run` without a server share one; a run is judged where MLflow knows it, also when it is named."""
     experiment, run = finished_run.experiment, Loop(finished_run.experiment, monkeypatch)
     pruned = run.work("prune-1", run.imported())
@@ -299,9 +341,13 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
     # Whoever writes to MLflow may name such folders as models too.
     step, client = forger.step_run("evaluate-1"), MlflowClient()
     for number, uri in enumerate(attacks):
-        record = Record("k", Pointer(uri, "sha256:" + "0" * 64), {"stage": "prune", "iteration": number})
+        record = Record(
+            "k", Pointer(uri, "sha256:" + "0" * 64), {"stage": "prune", "iteration": number}
+        )
         store.commit(step.root, forger.run, f"prune-{number}", record)
-        model = client.create_logged_model(step.experiment_id, tags={"ptl.run": forger.run, "ptl.step": "forged"})
+        model = client.create_logged_model(
+            step.experiment_id, tags={"ptl.run": forger.run, "ptl.step": "forged"}
+        )
         with sqlite3.connect(client.tracking_uri.removeprefix("sqlite:///")) as database:
             statement = "update logged_models set artifact_location = ? where model_id = ?"
             database.execute(statement, (uri, model.model_id))
@@ -309,7 +355,8 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
     forger.end(final)
     before = set(tmp_path.rglob("*"))
     forged = [files for files in inventory(experiment).stored if files.step == "forged"]
-    assert {files.uris[0] for files in forged} <= {linked}  # a symlink is seen only when it is to be deleted
+    # a symlink is seen only when it is to be deleted
+    assert {files.uris[0] for files in forged} <= {linked}
     try:
         collect(experiment)
     except WorkError as error:
@@ -348,18 +395,28 @@ def test_command(finished_run):
         return CliRunner().invoke(app, ["gc", *arguments], catch_exceptions=False).output
 
     experiment, held = ["--experiment", finished_run.experiment], inventory(finished_run.experiment)
-    before, goes = listing(held.location), sum(stored.bytes for stored in held.stored if not stored.needed)
+    before, goes = (
+        listing(held.location),
+        sum(stored.bytes for stored in held.stored if not stored.needed),
+    )
     assert "can go: 0 items, 0 B (0 bytes)" in gc(*experiment)
     dry = gc(*experiment, "--older-than", "0")
     assert f"can go: 5 items, {size(goes)} ({goes:,} bytes); nothing was deleted" in dry
     assert f"registered: {finished_run.experiment} 1" in dry and listing(held.location) == before
-    result = CliRunner().invoke(app, ["gc", *experiment, "--older-than", "0", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["gc", *experiment, "--older-than", "0", "--json"], catch_exceptions=False
+    )
     document = json.loads(result.stdout)
     going_files = [files for files in document["experiments"][0]["stored"] if not files["needed"]]
     assert (document["deleted"], document["bytes"], len(going_files)) == (False, goes, 5)
-    assert f"deleted: 5 items, {size(goes)} ({goes:,} bytes)" in gc(*experiment, "--older-than", "0", "--delete")
+    assert f"deleted: 5 items, {size(goes)} ({goes:,} bytes)" in gc(
+        *experiment, "--older-than", "0", "--delete"
+    )
     after = listing(held.location)
-    assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
+    assert (
+        set(after) < set(before)
+        and sum(size for _, size in before) - sum(size for _, size in after) == goes
+    )
 
 
 def test_in_a_copy_of_a_folder_of_runs_nothing_is_deleted(new_database, monkeypatch, tmp_path):

@@ -14,7 +14,9 @@ from ptl.lineage import mlflow_client
 
 HALF = "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1].removeprefix('sqlite:///')); "
 HALF += "db.execute('create table one (x)'); db.commit(); time.sleep(%g); db.execute('create table two (x)')"
-CREATES = "import sys; from ptl.lineage import mlflow_client; mlflow_client.DATABASE_CODE = sys.argv[2]; "
+CREATES = (
+    "import sys; from ptl.lineage import mlflow_client; mlflow_client.DATABASE_CODE = sys.argv[2]; "
+)
 CREATES += "mlflow_client.create_database(sys.argv[1], 'file:///nowhere')"
 
 
@@ -56,7 +58,9 @@ def test_a_database_that_is_damaged_or_none_of_mlflows(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
     sqlite3.connect(path).execute("create table runs (x)")
     for problem in ("no such column", "file is not a database"):
-        said = pytest.raises(WorkError, match=rf"MLflow's database sqlite:///.*other\.db: .*{problem}")
+        said = pytest.raises(
+            WorkError, match=rf"MLflow's database sqlite:///.*other\.db: .*{problem}"
+        )
         with said, mlflow_client.connected() as client:
             mlflow_client.experiment_ids(client)
         path.write_text("no database " * 100)

@@ -28,7 +28,11 @@ def test_what_each_step_says_of_itself_in_one_search(tracked, monkeypatch):
     parent = tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING})
     tracked("run-q", {"evaluate-1": {"status": "FAILED"}})
     read = run_status.read("run-p")
-    assert (read.parent_id, read.parent_status, list(read.steps)) == (parent, "RUNNING", ["evaluate-1", "recover-2"])
+    assert (read.parent_id, read.parent_status, list(read.steps)) == (
+        parent,
+        "RUNNING",
+        ["evaluate-1", "recover-2"],
+    )
     scored, training = read.steps.values()
     assert (scored.status, scored.ended) == ("FINISHED", datetime.fromtimestamp(1_800_000_000, UTC))
     assert (scored.attempt, scored.seconds, scored.accuracy) == ("1", "34", "0.875")
@@ -47,12 +51,17 @@ def test_what_each_step_says_of_itself_in_one_search(tracked, monkeypatch):
 def test_nodes_that_start_again_come_before_the_numbers_of_the_training(tracked):
     words = "nodes started again (restart 1): 1 of 3 run"
     for nodes, expected in ((words, words), ("", "12,288 of 60,000 tokens, loss 1.250")):
-        tracked(f"run-{nodes}", {"recover-2": {**TRAINING, "tags": {**TRAINING["tags"], "nodes": nodes}}})
+        tracked(
+            f"run-{nodes}",
+            {"recover-2": {**TRAINING, "tags": {**TRAINING["tags"], "nodes": nodes}}},
+        )
         assert run_status.read(f"run-{nodes}").steps["recover-2"].training == expected
 
 
 def test_a_step_that_was_taken_over_names_the_run_and_no_time_of_its_own(tracked):
-    tracked("run-p", {"prune-1": {"tags": {"taken_over_from": "run-o"}, "metrics": {"seconds": 16.2}}})
+    tracked(
+        "run-p", {"prune-1": {"tags": {"taken_over_from": "run-o"}, "metrics": {"seconds": 16.2}}}
+    )
     step = run_status.read("run-p").steps["prune-1"]
     assert (step.taken_over_from, step.seconds) == ("run-o", "")
 
@@ -73,8 +82,12 @@ def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
 
 
 def test_closing_ends_what_is_running_and_nothing_else_until_a_retry(tracked):
-    parent = tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING, "prune-3": {"status": "RUNNING"}})
-    assert run_status.close(run_status.read("run-p"), "KILLED", "recover-2: killed", {"recover-2": "killed"})
+    parent = tracked(
+        "run-p", {"evaluate-1": SCORED, "recover-2": TRAINING, "prune-3": {"status": "RUNNING"}}
+    )
+    assert run_status.close(
+        run_status.read("run-p"), "KILLED", "recover-2: killed", {"recover-2": "killed"}
+    )
     closed = run_status.read("run-p")
     ends = {"evaluate-1": ("FINISHED", ""), "recover-2": ("KILLED", "killed")}
     ends["prune-3"] = ("KILLED", "recover-2: killed")
@@ -99,7 +112,9 @@ def test_without_an_address_or_a_server_that_answers_it_says_so_soon(monkeypatch
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for port, error in ((9, "connection refused"), (silent.getsockname()[1], "timed out")):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
-            sentence = rf"^MLflow at http://127\.0\.0\.1:{port} does not answer: {error}; is the server up"
+            sentence = (
+                rf"^MLflow at http://127\.0\.0\.1:{port} does not answer: {error}; is the server up"
+            )
             with pytest.raises(WorkError, match=sentence) as caught:
                 run_status.read("run-p", ["1"])
             assert "secret" not in str(caught.value)
@@ -110,19 +125,29 @@ def run(step, status, arm="loop"):
     return SimpleNamespace(data=SimpleNamespace(tags=tags), info=SimpleNamespace(status=status))
 
 
-def test_a_step_has_its_finished_run_and_a_run_the_state_of_its_report_or_a_failed_step(monkeypatch):
+def test_a_step_has_its_finished_run_and_a_run_the_state_of_its_report_or_a_failed_step(
+    monkeypatch,
+):
     runs = [run("prune-1", status) for status in ("FAILED", "FINISHED", "RUNNING")]
     assert run_status.by_step(runs) == {"prune-1": runs[1]}
     assert run_status.by_step(runs[::2]) == {"prune-1": runs[2]}
 
     # A failed control does not fail it.
     def status(**steps):
-        runs = {step: run(step, status, "control" if step == "control" else "loop") for step, status in steps.items()}
+        runs = {
+            step: run(step, status, "control" if step == "control" else "loop")
+            for step, status in steps.items()
+        }
         monkeypatch.setattr(run_status, "steps_of", lambda *_: runs)
         return run_status._status(None, SimpleNamespace(experiment_id="1", run="r"))
 
-    assert status(recover="FINISHED", report="RUNNING") == status(recover="FINISHED") == ("RUNNING", "")
+    assert (
+        status(recover="FINISHED", report="RUNNING")
+        == status(recover="FINISHED")
+        == ("RUNNING", "")
+    )
     assert status(recover="FINISHED", report="FINISHED") == ("FINISHED", "")
     assert status(control="FAILED", report="FINISHED") == ("FINISHED", "")
-    assert status(recover="FAILED", report="FINISHED") == ("FINISHED", "")  # the loop was repeated and ended before it
+    # the loop was repeated and ended before it
+    assert status(recover="FAILED", report="FINISHED") == ("FINISHED", "")
     assert status(control="FAILED", recover="FAILED") == ("FAILED", "recover: away")

@@ -27,16 +27,27 @@ def client(mlflow_folder, monkeypatch):
 def begin(mlflow_folder, client):
     def begin(step, iteration=0, arm="loop"):
         location = f"file://{mlflow_folder}/artifacts"
-        return tracking.start("ptl-test", step, arm=arm, iteration=iteration, artifact_location=location)
+        return tracking.start(
+            "ptl-test", step, arm=arm, iteration=iteration, artifact_location=location
+        )
 
     return begin
 
 
 def finish(step_run, output=None, inputs=(), step=0, metrics=None, params=None):
-    tracking.finish(step_run, params=params or {}, metrics=metrics or {}, inputs=list(inputs), output=output, step=step)
+    tracking.finish(
+        step_run,
+        params=params or {},
+        metrics=metrics or {},
+        inputs=list(inputs),
+        output=output,
+        step=step,
+    )
 
 
-def test_each_step_has_one_run_below_that_of_the_pipeline_which_is_reopened(mlflow_folder, client, begin):
+def test_each_step_has_one_run_below_that_of_the_pipeline_which_is_reopened(
+    mlflow_folder, client, begin
+):
     with ThreadPoolExecutor(4) as pool:  # also by concurrent starts
         (step,) = set(pool.map(lambda _: begin("prune-1", 1), range(4)))
     found = client.search_runs([step.experiment_id], f"tags.`ptl.run` = '{step.run}'")
@@ -49,7 +60,9 @@ def test_each_step_has_one_run_below_that_of_the_pipeline_which_is_reopened(mlfl
 
     child, parent, _ = read()
     tags = {"run": step.run, "step": "prune-1", "arm": "loop", "iteration": "1"}
-    expected = {f"ptl.{key}": value for key, value in tags.items()} | {"mlflow.parentRunId": parent.info.run_id}
+    expected = {f"ptl.{key}": value for key, value in tags.items()} | {
+        "mlflow.parentRunId": parent.info.run_id
+    }
     assert expected.items() <= child.data.tags.items()
     assert child.info.run_name == "prune-1" and parent.info.run_name == step.run
     assert begin("recover-1", 1).parent_run_id == step.parent_run_id
@@ -71,7 +84,9 @@ def test_errors_of_steps_that_failed(begin):
     tracking.fail(begin("export-gguf-q8-0", arm="export"), "no room")
     tracking.fail(begin("control-recover", arm="control"), "the loss is nan")
     step = begin("evaluate-1")
-    assert tracking.errors_of(step, ["export-gguf-q8-0", "evaluate-1"]) == {"export-gguf-q8-0": "no room"}
+    assert tracking.errors_of(step, ["export-gguf-q8-0", "evaluate-1"]) == {
+        "export-gguf-q8-0": "no room"
+    }
 
 
 def test_lineage_and_a_step_that_ends_again(client, begin):
@@ -80,7 +95,8 @@ def test_lineage_and_a_step_that_ends_again(client, begin):
     assert dense in place and str(client.get_logged_model(dense).status) == "PENDING"
     finish(first, output=dense)
     step = begin("prune-1", 1)
-    lost, pruned = (tracking.new_model(step, "tiny", {"params": 90}, {})[0] for _ in range(2))  # an attempt was killed
+    # an attempt was killed
+    lost, pruned = (tracking.new_model(step, "tiny", {"params": 90}, {})[0] for _ in range(2))
     for params in ({"seed": 1}, {"seed": 2, "sigma": 0.1}):
         finish(step, output=pruned, inputs=[dense], step=1, metrics={"loss": 0.5}, params=params)
     run = client.get_run(step.run_id)
@@ -88,7 +104,10 @@ def test_lineage_and_a_step_that_ends_again(client, begin):
     assert [(model.model_id, model.step) for model in run.outputs.model_outputs] == [(pruned, 1)]
     assert run.data.params == {"ptl.seed": "1", "ptl.sigma": "0.1"}
     assert [point.value for point in client.get_metric_history(step.run_id, "loss")] == [0.5]
-    assert [str(client.get_logged_model(model).status) for model in (lost, pruned)] == ["FAILED", "READY"]
+    assert [str(client.get_logged_model(model).status) for model in (lost, pruned)] == [
+        "FAILED",
+        "READY",
+    ]
     model = client.get_logged_model(pruned)
     assert (model.name, model.source_run_id) == (f"{step.run}-tiny", step.run_id)
     assert model.params == {"ptl.params": "90"} and model.tags["ptl.run"] == step.run
@@ -99,15 +118,25 @@ def test_versions_and_aliases(client, begin):
     name, step, pointers = f"tiny-{uuid.uuid4().hex[:6]}", begin("recover-1", 1), []
     for params in (90, 80):
         model, place = tracking.new_model(step, name, {}, {})
-        pointers.append(store.Pointer(place, "sha256:" + "0" * 64, params, run_id=step.run_id, model_id=model))
-    versions = [mlflow_objects.register(step, name, pointer, {}) for pointer in [*pointers, pointers[0]]]
+        pointers.append(
+            store.Pointer(place, "sha256:" + "0" * 64, params, run_id=step.run_id, model_id=model)
+        )
+    versions = [
+        mlflow_objects.register(step, name, pointer, {}) for pointer in [*pointers, pointers[0]]
+    ]
     assert versions == ["1", "2", "1"]
     version = client.get_model_version(name, "2")
-    assert (version.tags["ptl.model_id"], version.tags["ptl.params"]) == (pointers[1].model_id, "80")
+    assert (version.tags["ptl.model_id"], version.tags["ptl.params"]) == (
+        pointers[1].model_id,
+        "80",
+    )
     assert version.source == pointers[1].uri
     for alias, number in (("best", "1"), ("smallest", "1"), ("smallest", "2")):
         mlflow_objects.set_alias(name, alias, number)
-    found = [str(client.get_model_version_by_alias(name, alias).version) for alias in ("best", "smallest")]
+    found = [
+        str(client.get_model_version_by_alias(name, alias).version)
+        for alias in ("best", "smallest")
+    ]
     assert found == ["1", "2"]
 
 
@@ -124,12 +153,20 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
         run_page.log_result(step, {"final/accuracy": 0.98})
     run_page.describe(step, {"seed": 2, "name": "tiny"})
     parent = client.get_run(step.parent_run_id)
-    assert parent.data.tags["mlflow.source.git.commit"] == "0" * 40 and len(parent.data.params) == 153
+    assert (
+        parent.data.tags["mlflow.source.git.commit"] == "0" * 40 and len(parent.data.params) == 153
+    )
     assert parent.data.params["ptl.seed"] == "1" and parent.data.params["ptl.name"] == "tiny"
     assert len(client.get_metric_history(step.parent_run_id, "final/accuracy")) == 1
-    shown = {each.dataset.name: (each.dataset.digest, each.tags[0].value) for each in parent.inputs.dataset_inputs}
+    shown = {
+        each.dataset.name: (each.dataset.digest, each.tags[0].value)
+        for each in parent.inputs.dataset_inputs
+    }
     digest = hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()[:32]
-    expected = {"train.jsonl": (digest, "calibration, training"), "org/math": ("unpinned", "training")}
+    expected = {
+        "train.jsonl": (digest, "calibration, training"),
+        "org/math": ("unpinned", "training"),
+    }
     assert shown == expected | {"org/chats": ("abc", "decontamination")}
 
 
@@ -150,17 +187,26 @@ def test_the_plugins_runs_are_used_on_a_cluster(client, begin, tmp_path, monkeyp
     monkeypatch.delenv("PTL_RUN_ID")
     monkeypatch.setenv("KFP_RUN_ID", f"kfp-{uuid.uuid4().hex[:8]}")
     # It is documented to make, before a task starts, a parent and a nested run with its own parameter.
-    experiment = client.create_experiment(f"plugin-{uuid.uuid4().hex[:8]}", f"file://{tmp_path}/artifacts")
+    experiment = client.create_experiment(
+        f"plugin-{uuid.uuid4().hex[:8]}", f"file://{tmp_path}/artifacts"
+    )
     parent = client.create_run(experiment, run_name="pipeline run").info.run_id
-    child = client.create_run(experiment, tags={"mlflow.parentRunId": parent}, run_name="prune-1").info.run_id
+    child = client.create_run(
+        experiment, tags={"mlflow.parentRunId": parent}, run_name="prune-1"
+    ).info.run_id
     client.log_param(child, "seed", "0")
     monkeypatch.setenv("MLFLOW_RUN_ID", child)
     step = begin("prune-1", 1)
     assert (step.experiment_id, step.parent_run_id, step.run_id) == (experiment, parent, child)
     assert step.root == f"file://{tmp_path}/artifacts/ptl" and step.run.startswith("kfp-")
-    assert client.get_run(parent).data.tags["ptl.role"] == "parent" and len(client.search_runs([experiment])) == 2
+    assert (
+        client.get_run(parent).data.tags["ptl.role"] == "parent"
+        and len(client.search_runs([experiment])) == 2
+    )
     # Our own parameters do not clash with the plugin's.
-    tracking.finish(step, params={"seed": 7}, metrics={"params": 1.0}, inputs=[], output=None, step=1)
+    tracking.finish(
+        step, params={"seed": 7}, metrics={"params": 1.0}, inputs=[], output=None, step=1
+    )
     run = client.get_run(child)
     assert run.data.params == {"seed": "0", "ptl.seed": "7"} and run.info.status == "FINISHED"
     assert run.data.tags["ptl.step"] == "prune-1" and run.data.tags["mlflow.parentRunId"] == parent

@@ -13,7 +13,13 @@ import ptl
 from ptl.config import image_names
 from ptl.steps import mounts
 
-HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp", "--network=none"]
+HARDENED = [
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--tmpfs=/tmp",
+    "--network=none",
+]
 STEPS = {"prune": ["prune"], "recover": ["recover"], "evaluate": ["import-model", "evaluate"]}
 pytestmark = [pytest.mark.docker, pytest.mark.nightly, pytest.mark.usefixtures("engine")]
 
@@ -45,19 +51,31 @@ def test_an_image_runs_its_steps_unprivileged_on_a_read_only_root(name):
     for step in STEPS[name]:
         assert "Usage" in run(name, "-m", "ptl", step, "--help")
     seen = json.loads(run(name, "-c", LOOK_AROUND))
-    assert (seen["user"], seen["version"], seen["in_site"]) == ([12345, "ptl"], ptl.__version__, True)
+    assert (seen["user"], seen["version"], seen["in_site"]) == (
+        [12345, "ptl"],
+        ptl.__version__,
+        True,
+    )
     assert seen["writable"] == ["/tmp"]
     assert {"checkpoint", "tiny_reasoner.yaml", "train.jsonl.gz"} <= set(seen["files"])
     packages = {canonicalize_name(package) for package in seen["names"]}
     assert {"kfp", "mlflow-skinny"} <= packages and "mlflow" not in packages
     assert (("trl" in packages), ("lm-eval" in packages)) == (name == "recover", name == "evaluate")
     assert json.loads(run(name, "-c", LOOK_AROUND, flags=()))["user"][0] == 1000
-    labels = json.loads(output("image", "inspect", image_names.image(name), "--format", "{{json .Config.Labels}}"))
+    labels = json.loads(
+        output("image", "inspect", image_names.image(name), "--format", "{{json .Config.Labels}}")
+    )
     assert labels["org.opencontainers.image.version"] == ptl.__version__
 
 
 # Folders of caches, by the variable that names each.
-CACHES = ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+CACHES = (
+    "HF_HOME",
+    "XDG_CACHE_HOME",
+    "MPLCONFIGDIR",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+)
 TRY_CACHES = f"""
 import json, os, tempfile
 from ptl.steps import mounts
@@ -88,5 +106,7 @@ def test_every_cache_can_be_written_also_beside_a_claim(name, user, tmp_path):
         claim = tmp_path / f"claim-{warnings}"
         claim.mkdir()
         claim.chmod(mode)  # whatever the umask
-        seen = tried(f"--env=HF_HOME={mounts.HF_HOME}", f"--mount=type=bind,src={claim},dst={mounts.CACHE}")
+        seen = tried(
+            f"--env=HF_HOME={mounts.HF_HOME}", f"--mount=type=bind,src={claim},dst={mounts.CACHE}"
+        )
         assert seen == {"refused": [], "warnings": warnings, "hub": hub}

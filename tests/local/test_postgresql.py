@@ -24,7 +24,8 @@ def database():
     if found == [None]:
         pytest.skip("skipped: no PostgreSQL here; apt-get install postgresql")
     bins = Path(found[0]).parent
-    folder = Path("/tmp") / f"ptl-pg-{uuid.uuid4().hex[:8]}"  # pytest's own folders are closed to other users
+    # pytest's own folders are closed to other users
+    folder = Path("/tmp") / f"ptl-pg-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     user = {}
     if os.geteuid() == 0:
@@ -55,7 +56,9 @@ def test_a_step_is_tracked_on_postgresql(database, server, tmp_path, monkeypatch
     servers.mlflow_up(tmp_path, port, database, f"s3://{servers.BUCKET}/postgres", server)
     try:
         step = tracking.start("on-postgres", "import-model", arm="loop", iteration=0)
-        tracking.finish(step, params={"seed": 1}, metrics={"loss": 0.5}, inputs=[], output=None, step=0)
+        tracking.finish(
+            step, params={"seed": 1}, metrics={"loss": 0.5}, inputs=[], output=None, step=0
+        )
         assert tracking.start("on-postgres", "import-model", arm="loop", iteration=0) == step
     finally:
         servers.down(tmp_path)

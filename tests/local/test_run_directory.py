@@ -28,7 +28,10 @@ def with_exports(config, *forms):
 
 
 def result(**failed):
-    exports = [{"step": f"export-gguf-{type.replace('_', '-')}", "failed": reason} for type, reason in failed.items()]
+    exports = [
+        {"step": f"export-gguf-{type.replace('_', '-')}", "failed": reason}
+        for type, reason in failed.items()
+    ]
     return json.dumps({"exports": exports})
 
 
@@ -37,11 +40,19 @@ def test_a_run_is_executed_once_at_a_time(tmp_path, config):
     with working(run, config):
         again, resumed = open_run(tmp_path, config, False)
         assert resumed and again.path == run.path
-        with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config):
+        with (
+            pytest.raises(InputError, match=r"another process executes it .*--new"),
+            working(again, config),
+        ):
             raise AssertionError("two at once")
-        assert yaml.safe_load((run.path / "config.yaml").read_text()) == config.model_dump(mode="json")
+        assert yaml.safe_load((run.path / "config.yaml").read_text()) == config.model_dump(
+            mode="json"
+        )
     # Resources may differ, and images, whose tag is ptl's version; there is a link to the latest run.
-    resources, images = config.resources.model_dump() | {"retries": 5}, config.images.model_dump() | {"tag": "0.0.1"}
+    resources, images = (
+        config.resources.model_dump() | {"retries": 5},
+        config.images.model_dump() | {"tag": "0.0.1"},
+    )
     more = changed(config, resources=resources, images=images)
     again, resumed = open_run(tmp_path, more, False)
     assert resumed and again.run_id == run.run_id
@@ -50,12 +61,21 @@ def test_a_run_is_executed_once_at_a_time(tmp_path, config):
     # Each command gives the steps new attempts.
     variables = [runs.environment(command, {}) for command in (run, again)]
     assert [each["PTL_RUN_ID"] for each in variables] == [run.run_id, run.run_id]
-    assert [each["PTL_LAUNCH"] for each in variables] == [run.launch, again.launch] and run.launch != again.launch
+    assert [each["PTL_LAUNCH"] for each in variables] == [
+        run.launch,
+        again.launch,
+    ] and run.launch != again.launch
 
 
 def test_the_newest_unfinished_run_is_resumed_and_others_of_its_name_are_known(tmp_path, config):
     other, longer = (changed(config, **field) for field in ({"seed": 1}, {"name": "tiny-more"}))
-    begun = {"tiny-1": config, "tiny-2": config, "tiny-3": other, "tiny-4": other, "tiny-more-5": longer}
+    begun = {
+        "tiny-1": config,
+        "tiny-2": config,
+        "tiny-3": other,
+        "tiny-4": other,
+        "tiny-more-5": longer,
+    }
     texts = {name: run_directory.dump(of_run).encode() for name, of_run in begun.items()}
     left = (b"name: \xff [", b"", b"name: [", b"- a list", b"name: ti")  # by a crash: no obstacle
     texts |= {f"tiny-{number}": text for number, text in enumerate(left, 6)}
@@ -88,14 +108,18 @@ def test_what_a_killed_command_left_ends_before_the_next_one_begins(tmp_path, co
     earlier.touch()
     assert run_directory.step_error(run) is None
     for code, kind in ((2, InputError), (137, WorkError)):
-        (run.path / "error.json").write_text(json.dumps({"step": "prune-1", "message": "away", "exit_code": code}))
+        (run.path / "error.json").write_text(
+            json.dumps({"step": "prune-1", "message": "away", "exit_code": code})
+        )
         error = run_directory.step_error(run)
         assert str(error) == "prune-1: away" and type(error) is kind
     refusal = pytest.raises(InputError, match=r"step recover-1 of run .*process id \d+.*kill \d+")
     with refusal, working(run, config):
         raise AssertionError("two writers")
     # What does not end by itself, as a paused container, is ended before it is waited for.
-    with working(run, config, lambda folder: left.__exit__(None, None, None) if folder == run.path else None):
+    with working(
+        run, config, lambda folder: left.__exit__(None, None, None) if folder == run.path else None
+    ):
         assert (run.path / "config.yaml").is_file() and run.lifeline.exists()
         assert run_directory.step_error(run) is None
     assert not earlier.exists() and not run.lifeline.exists()

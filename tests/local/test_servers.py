@@ -30,7 +30,9 @@ def running(weed, tmp_path_factory):
 
 
 def notes(root):
-    return {path.name: json.loads(path.read_text()) for path in (root / "stack").glob("*.service.json")}
+    return {
+        path.name: json.loads(path.read_text()) for path in (root / "stack").glob("*.service.json")
+    }
 
 
 def test_up_again_changes_nothing_and_ports_are_checked_before_anything_starts(running, tmp_path):
@@ -42,8 +44,18 @@ def test_up_again_changes_nothing_and_ports_are_checked_before_anything_starts(r
     with socket.socket() as taken:  # a port that SeaweedFS takes besides the one that was asked for
         taken.bind((servers.HOST, free + 2 + servers.GRPC))
         for folder, s3, mlflow, refusal in (
-            (root, None, mlflow_port + 1, f"--mlflow-port: the mlflow server .* already runs on port {mlflow_port}"),
-            (root, s3_port + 1, None, f"--s3-port: the s3 server .* already runs on port {s3_port}"),
+            (
+                root,
+                None,
+                mlflow_port + 1,
+                f"--mlflow-port: the mlflow server .* already runs on port {mlflow_port}",
+            ),
+            (
+                root,
+                s3_port + 1,
+                None,
+                f"--s3-port: the s3 server .* already runs on port {s3_port}",
+            ),
             (tmp_path, free, mlflow_port, f"--mlflow-port: port {mlflow_port} is in use"),
             (tmp_path, free, free_port(), f"--s3-port: port {free + 2 + servers.GRPC} is in use"),
             (tmp_path, 65536, free_port(), "--s3-port: port 65536 must be in"),
@@ -55,17 +67,22 @@ def test_up_again_changes_nothing_and_ports_are_checked_before_anything_starts(r
 
 def test_only_loopback_and_no_open_door(running):
     root, s3_port, _, _ = running
-    keys, key, certificate = (root / "stack" / name for name in ("keys.json", "grpc.key", "grpc.crt"))
+    keys, key, certificate = (
+        root / "stack" / name for name in ("keys.json", "grpc.key", "grpc.crt")
+    )
     assert [path.stat().st_mode & 0o777 for path in (keys, key)] == [0o600, 0o600]
     assert servers.access_keys(root) == json.loads(keys.read_text())
     for shift, method, path, code in (
         (0, "GET", f"/{servers.BUCKET}/?list-type=2", 403),
         (1, "GET", f"/buckets/{servers.BUCKET}/", 404),
-        (2, "POST", f"/col/delete?collection={servers.BUCKET}", 404),  # the bucket's data, all of it
+        # the bucket's data, all of it
+        (2, "POST", f"/col/delete?collection={servers.BUCKET}", 404),
         (2, "POST", "/submit", 404),
         (3, "GET", "/1,00", 401),
     ):
-        request = urllib.request.Request(f"http://{servers.HOST}:{s3_port + shift}{path}", method=method)
+        request = urllib.request.Request(
+            f"http://{servers.HOST}:{s3_port + shift}{path}", method=method
+        )
         with pytest.raises(urllib.request.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=5)
         assert (shift, path, refused.value.code) == (shift, path, code)
@@ -83,12 +100,15 @@ def test_only_loopback_and_no_open_door(running):
         with pytest.raises(ssl.SSLError, match="certificate required"):
             grpc_answer(context, port)
         context.load_cert_chain(certificate, key)
-        assert grpc_answer(context, port).startswith(b"\0\0")  # a frame of settings: with the key it is a gRPC server
+        # a frame of settings: with the key it is a gRPC server
+        assert grpc_answer(context, port).startswith(b"\0\0")
 
 
 def grpc_answer(context, port):
     address = (servers.HOST, port)
-    with context.wrap_socket(socket.create_connection(address, timeout=5), server_hostname="localhost") as client:
+    with context.wrap_socket(
+        socket.create_connection(address, timeout=5), server_hostname="localhost"
+    ) as client:
         client.sendall(PREFACE)
         return client.recv(100)
 
@@ -106,7 +126,9 @@ def test_a_reused_process_id_is_left_alone(tmp_path):
 def test_a_server_that_does_not_start_is_ended_and_shows_the_end_of_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(servers, "START_SECONDS", 2)
     code = "import os, time; print(*range(20), 'postgresql://user:secret@host/db', os.getpid(), sep='\\n', flush=True)"
-    with pytest.raises(WorkError, match=r"did not answer within 2 s; the end of .*/mlflow.log") as error:
+    with pytest.raises(
+        WorkError, match=r"did not answer within 2 s; the end of .*/mlflow.log"
+    ) as error:
         command = [sys.executable, "-c", f"{code}; time.sleep(60)"]
         servers.start(tmp_path, "mlflow", command, {}, free_port(), "/health")
     *_, address, process = str(error.value).splitlines()
@@ -124,6 +146,11 @@ def test_the_ui_is_mlflow_over_the_local_database(tmp_path, monkeypatch, capsys)
         servers.ui(tmp_path, port)
     (tmp_path / "mlflow.db").touch()
     servers.ui(tmp_path, port)
-    assert f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning " in capsys.readouterr().out
-    assert {f"--port={port}", f"--default-artifact-root=file://{tmp_path}/artifacts"} <= set(started)
+    assert (
+        f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning "
+        in capsys.readouterr().out
+    )
+    assert {f"--port={port}", f"--default-artifact-root=file://{tmp_path}/artifacts"} <= set(
+        started
+    )
     assert os.environ["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"

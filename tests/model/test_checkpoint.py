@@ -53,8 +53,16 @@ def refused(folder, *parts):
 
 
 def test_a_file_is_read_and_written_as_the_safetensors_library_does(tmp_path):
-    tensors = {"b": torch.rand(4, 3).t(), "a": torch.rand(5).bfloat16(), "scalar": torch.tensor(2.0)}
-    tensors |= {"whole": torch.tensor([7]), "truth": torch.tensor([True, False]), "none": torch.zeros(0, 4)}
+    tensors = {
+        "b": torch.rand(4, 3).t(),
+        "a": torch.rand(5).bfloat16(),
+        "scalar": torch.tensor(2.0),
+    }
+    tensors |= {
+        "whole": torch.tensor([7]),
+        "truth": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+    }
     specs = [("b", "F32", (3, 4)), ("a", "BF16", (5,)), ("scalar", "F32", ())]
     specs += [("whole", "I64", (1,)), ("truth", "BOOL", (2,)), ("none", "F32", (0, 4))]
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
@@ -96,7 +104,10 @@ def test_a_tensor_that_is_missing_or_misshapen_or_no_float_is_named(single, name
 
 def test_old_buffers_change_no_size_and_layers_and_biases_are_those_of_the_config(single):
     before = model_dimensions(single, LLAMA)
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "model.norm.weight": torch.ones(32).half()}
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        "model.norm.weight": torch.ones(32).half(),
+    }
     change(single, **more)
     assert model_dimensions(single, LLAMA) == before
     change_config(single, num_hidden_layers=3)
@@ -104,13 +115,17 @@ def test_old_buffers_change_no_size_and_layers_and_biases_are_those_of_the_confi
     change_config(single, num_hidden_layers=...)
     refused(single, "lacks tensor model.layers.10.input_layernorm.weight and 251 more")
     change_config(single, num_hidden_layers=4, attention_bias=True)
-    refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 15 more")  # transformers would make them up
+    # transformers would make them up
+    refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 15 more")
 
 
 def test_weights_that_are_no_numbers_are_refused(single):
     for value in (torch.nan, torch.inf):
         change(single, **{"model.norm.weight": torch.tensor([*[1.0] * 31, value])})
-        with pytest.raises(InputError, match=r"tensor model.norm.weight in .*model.safetensors holds NaN or infinite"):
+        with pytest.raises(
+            InputError,
+            match=r"tensor model.norm.weight in .*model.safetensors holds NaN or infinite",
+        ):
             checkpoint.check_finite(checkpoint.shards(single))
 
 
@@ -175,7 +190,10 @@ def test_equal_checkpoints_are_equal_as_mlflow_models(single, tmp_path):
         digests.add(digest_of(publish(single, f"{tmp_path}/published/{name}")))
     assert len(digests) == 1
     tokenizer = ("chat_template.jinja", "config.json", "generation_config.json", *TOKENIZER)
-    assert set(scan(single)) - before == {"MLmodel", *(f"components/tokenizer/{name}" for name in tokenizer)}
+    assert set(scan(single)) - before == {
+        "MLmodel",
+        *(f"components/tokenizer/{name}" for name in tokenizer),
+    }
 
 
 def hub_cache(single, tmp_path):
@@ -200,7 +218,9 @@ def hub_cache(single, tmp_path):
         ("notes.txt", "../../blobs/../../../secret/key", True),
     ],
 )
-def test_a_link_that_leaves_the_folder_is_refused_and_not_copied(single, tmp_path, link, target, cached):
+def test_a_link_that_leaves_the_folder_is_refused_and_not_copied(
+    single, tmp_path, link, target, cached
+):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/key").write_text("secret")
     source, copy = hub_cache(single, tmp_path) if cached else single, tmp_path / "copy"
@@ -211,7 +231,9 @@ def test_a_link_that_leaves_the_folder_is_refused_and_not_copied(single, tmp_pat
         lambda: check_model(source, Schedule(target=0.3, recovery_tokens=10), Prune()),
         lambda: checkpoint.copy_companions(source, copy),
     ):
-        with pytest.raises(InputError, match=rf"model.path: .*{link} is a link to .*, outside of that folder"):
+        with pytest.raises(
+            InputError, match=rf"model.path: .*{link} is a link to .*, outside of that folder"
+        ):
             check()
     assert not copy.exists()
 

@@ -52,7 +52,11 @@ def no_weights(monkeypatch):
 
 def validate(model, *stages, calibration=TINY.calibration, training=TINY.training, chat=None):
     """What `ptl validate` does."""
-    changed = {"model": ModelSource(path=str(model)), "calibration": calibration, "chat": chat or TINY.chat}
+    changed = {
+        "model": ModelSource(path=str(model)),
+        "calibration": calibration,
+        "chat": chat or TINY.chat,
+    }
     recovery = Recovery(stages=stages).stages if stages else TINY.recover
     preflight(TINY.model_copy(update={**changed, "training": training, "recover": recovery}))
 
@@ -69,7 +73,9 @@ def prune(model, tmp_path, calibration=SCORED):
         ("tokenizer_config.json", "{}", "no EOS token, so no answer could end"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_read_or_has_no_end_of_text(model, tmp_path, file, content, problem):
+def test_a_tokenizer_that_cannot_be_read_or_has_no_end_of_text(
+    model, tmp_path, file, content, problem
+):
     (model / file).write_text(content)
     steps = (lambda: recover(model, tmp_path / "out", CPT), lambda: prune(model, tmp_path))
     for check in (lambda: validate(model), *steps):
@@ -84,7 +90,9 @@ def test_lengths_above_the_context(model, tmp_path):
         ("calibration.max_length", lambda: prune(model, tmp_path, scored)),
         ("recover.max_length", lambda: recover(model, tmp_path / "out", sft)),
     ]:
-        with pytest.raises(InputError, match=rf"^{field}: 257 is more than the model's 256 positions"):
+        with pytest.raises(
+            InputError, match=rf"^{field}: 257 is more than the model's 256 positions"
+        ):
             check()
     validate(model, calibration=SCORED.model_copy(update={"max_length": 256}))
 
@@ -93,12 +101,19 @@ def test_a_teacher_with_another_vocabulary_or_a_shorter_context(model, tmp_path)
     stages = (CPT | {"share": 0.5}, {"method": "distil", "max_length": 128, "teacher": str(model)})
     validate(DENSE, *stages)
     edited(model, "tokenizer.json", swapped)
-    for check in (lambda: validate(DENSE, *stages), lambda: recover(DENSE, tmp_path / "out", *stages)):
-        with pytest.raises(InputError, match=r"recover\.teacher: .*model has another vocabulary .*4 entries differ"):
+    for check in (
+        lambda: validate(DENSE, *stages),
+        lambda: recover(DENSE, tmp_path / "out", *stages),
+    ):
+        with pytest.raises(
+            InputError, match=r"recover\.teacher: .*model has another vocabulary .*4 entries differ"
+        ):
             check()
     shutil.copyfile(DENSE / "tokenizer.json", model / "tokenizer.json")
     edited(model, "config.json", lambda fields: fields | {"max_position_embeddings": 64})
-    with pytest.raises(InputError, match=r"recover\.max_length \(for recover\.teacher\): 128 is more than"):
+    with pytest.raises(
+        InputError, match=r"recover\.max_length \(for recover\.teacher\): 128 is more than"
+    ):
         validate(DENSE, *stages)
     with pytest.raises(InputError, match=r"recover\.teacher: no config\.json in .*nowhere"):
         validate(DENSE, stages[0], stages[1] | {"teacher": str(tmp_path / "nowhere")})
@@ -107,10 +122,14 @@ def test_a_teacher_with_another_vocabulary_or_a_shorter_context(model, tmp_path)
 def test_chats_need_a_template_and_an_answer(model, tmp_path):
     """But for reinforcement learning, which has its own answers."""
     path, source = tmp_path / "a.jsonl", {"source": str(tmp_path / "a.jsonl"), "format": "messages"}
-    answered, unanswered = (json.dumps({"messages": row, "answer": "2"}) + "\n" for row in (CHAT, CHAT[:1]))
+    answered, unanswered = (
+        json.dumps({"messages": row, "answer": "2"}) + "\n" for row in (CHAT, CHAT[:1])
+    )
     path.write_text(3 * answered)
     chats = type(TINY.training)(sources=[SOURCE, source])
-    with pytest.raises(InputError, match=r"training\.sources\.1\.format: `messages` needs a chat template"):
+    with pytest.raises(
+        InputError, match=r"training\.sources\.1\.format: `messages` needs a chat template"
+    ):
         validate(model, training=chats)
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     validate(model, training=chats)
@@ -123,10 +142,15 @@ def test_chats_need_a_template_and_an_answer(model, tmp_path):
             "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No.') }}{% endif %}{% endfor %}",
             "No.",
         ),
-        ("{% if messages[0].role == 'system' %}{{ messages | length }}{% endif %}", "writes the prompt otherwise"),
+        (
+            "{% if messages[0].role == 'system' %}{{ messages | length }}{% endif %}",
+            "writes the prompt otherwise",
+        ),
     ):
         (model / "chat_template.jinja").write_text(template)
-        with pytest.raises(InputError, match=rf"^training\.sources\.1\.messages: row 4 of .*a\.jsonl: .*{problem}"):
+        with pytest.raises(
+            InputError, match=rf"^training\.sources\.1\.messages: row 4 of .*a\.jsonl: .*{problem}"
+        ):
             validate(model, training=chats)
 
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -134,7 +158,9 @@ def test_chats_need_a_template_and_an_answer(model, tmp_path):
     chats, grpo = type(TINY.training)(sources=[source]), GRPO | {"rewards": [{"name": "math"}]}
     validate(model, grpo, training=chats)
     eos = AutoTokenizer.from_pretrained(model).eos_token
-    with pytest.raises(InputError, match=r"^chat\.thought: .* special tokens, which trl leaves out"):
+    with pytest.raises(
+        InputError, match=r"^chat\.thought: .* special tokens, which trl leaves out"
+    ):
         validate(model, grpo, training=chats, chat=Chat(enabled=True, thought=(eos, "x")))
     for check in (
         lambda: validate(model, CPT, grpo, training=chats),
@@ -149,7 +175,10 @@ def test_prompts_that_leave_no_room_for_an_answer(tmp_path):
     path.write_text(2 * (json.dumps({"text": "word " * 50, "answer": "2"}) + "\n"))
     long = {"source": str(path), "prompt": "{text}", "completion": "{answer}"}
     training = type(TINY.training)(sources=[SOURCE, long])
-    with pytest.raises(InputError, match=rf"^training: no row of {path} is left: .* its prompt fills .*max_length=128"):
+    with pytest.raises(
+        InputError,
+        match=rf"^training: no row of {path} is left: .* its prompt fills .*max_length=128",
+    ):
         validate(DENSE, CPT, training=training)
     validate(DENSE, CPT | {"max_length": 256}, training=training)
     own = training.model_copy(update={"answers": "self", "max_new_tokens": 64})

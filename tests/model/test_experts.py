@@ -26,14 +26,17 @@ def source(variant, tmp_path):
 
 
 def expert_layers(model):
-    return [i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
+    return [
+        i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")
+    ]
 
 
 def test_experts_of_the_least_width_are_multiplied_in_groups(tmp_path):
     source = save(build("mixtral").bfloat16(), tmp_path / "source")
     neurons = dict.fromkeys(ALL, torch.arange(8).expand(6, -1))
     write_pruned(source, tmp_path / "pruned", FAMILIES["mixtral"], Selection(ALL, neurons))
-    model = copy.deepcopy(load(tmp_path / "pruned", dtype="auto"))  # not mapped: transformers avoids these
+    # not mapped: transformers avoids these
+    model = copy.deepcopy(load(tmp_path / "pruned", dtype="auto"))
     assert torch.isfinite(logits(model, batches()[0])).all()
 
 
@@ -50,9 +53,13 @@ def test_sizes_and_costs_are_those_of_the_real_model(variant, source):
     assert body.params == tiny_models.num_parameters(model) == static.params
     assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
     parts = (layer.mlp.experts, tiny_models.router(layer))
-    in_experts, in_router = (sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in parts)
+    in_experts, in_router = (
+        sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in parts
+    )
     assert body.params_per_expert == len(layers) * (in_experts + in_router)
-    assert body.active_params == body.params - len(layers) * (6 - body.experts_per_token) * in_experts
+    assert (
+        body.active_params == body.params - len(layers) * (6 - body.experts_per_token) * in_experts
+    )
     assert body.dense_layers == tuple(sorted({*ALL} - {*layers})) and static.experts == 6
     assert body.narrowable == (variant in tiny_models.NARROW_VARIANTS)
     assert body.narrowable == ("neurons" in dimensions.smallest_cuts(body, "auto"))
@@ -60,7 +67,9 @@ def test_sizes_and_costs_are_those_of_the_real_model(variant, source):
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     # A layer with a window has 4 tokens.
-    numbers = sum((part.keys.numel() + part.values.numel()) // part.keys.shape[-2] for part in cache.layers)
+    numbers = sum(
+        (part.keys.numel() + part.values.numel()) // part.keys.shape[-2] for part in cache.layers
+    )
     assert static.kv_bytes_per_token == 4 * numbers
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "eager"
@@ -76,25 +85,41 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
     body = model_dimensions(source, family_at(source))
     one = body.params_per_expert
     least = replace(body, experts=body.experts_per_token)
-    for goal in (body.params, body.params + 1, body.params - 1, body.params - one, body.params - one - 1, least.params):
+    for goal in (
+        body.params,
+        body.params + 1,
+        body.params - 1,
+        body.params - one,
+        body.params - one - 1,
+        least.params,
+    ):
         exact = (goal - least.params) // one + body.experts_per_token
         assert dimensions.experts_for(body, goal) == min(6, exact), goal
     for size, too_small in ((dimensions.experts_for, least.params - 1), (dimensions.layers_for, 1)):
         with pytest.raises(InputError, match=r"^schedule\.target: "):
             size(body, too_small)
-    neurons = dict.fromkeys(("neurons", "width"), 8 * body.params_per_neuron) if body.narrowable else {}
+    neurons = (
+        dict.fromkeys(("neurons", "width"), 8 * body.params_per_neuron) if body.narrowable else {}
+    )
     cuts = {"layers": body.params_per_layer, "experts": one, "width": one} | neurons
     assert dimensions.smallest_cuts(body, "auto") == cuts
     assert dimensions.smallest_cuts(least, "auto").keys() == {"layers", *neurons}
 
 
 def test_layers_without_experts_are_not_removed_nor_neurons_of_other_mixtures(tmp_path):
-    body = model_dimensions(save(build("qwen3_moe-dense"), tmp_path / "source"), FAMILIES["qwen3_moe"])
-    assert body.dense_layers == (2,) and dimensions.layers_for(body, body.params - 2 * body.params_per_layer) == 2
+    body = model_dimensions(
+        save(build("qwen3_moe-dense"), tmp_path / "source"), FAMILIES["qwen3_moe"]
+    )
+    assert (
+        body.dense_layers == (2,)
+        and dimensions.layers_for(body, body.params - 2 * body.params_per_layer) == 2
+    )
     with pytest.raises(InputError, match="would remove 3 of 3 layers"):
         dimensions.layers_for(body, body.params - 2 * body.params_per_layer - 1)
     for unit in ("neurons", "auto", "neurons_then_layers"):
-        with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
+        with pytest.raises(
+            InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"
+        ):
             dimensions.check_unit(experts=6, narrowable=False, unit=unit, repair=0)
     for unit in ("layers", "experts", "width"):
         dimensions.check_unit(experts=6, narrowable=False, unit=unit, repair=0)
@@ -107,10 +132,18 @@ def test_as_many_neurons_stay_in_each_expert_as_the_goal_allows(variant, source)
     one, width = body.params_per_neuron, tiny_models.width_of(variant)
     assert one == 4 * 6 * 3 * tiny_models.SIZES["hidden_size"]
     assert dimensions.smallest_cuts(body, 8)["neurons"] == 8 * one
-    for removed, multiples, expected in ((1, (1, 2, 8, "auto"), 8), (8 * one, (8,), 8), (8 * one + 1, (8,), 16)):
+    for removed, multiples, expected in (
+        (1, (1, 2, 8, "auto"), 8),
+        (8 * one, (8,), 8),
+        (8 * one + 1, (8,), 16),
+    ):
         for multiple in multiples:
-            assert dimensions.width_for(body, body.params - removed, multiple) == width - expected, (removed, multiple)
-    with pytest.raises(InputError, match=r"cannot be reached by neurons: .*prune.width_multiple=8 needs at least"):
+            assert (
+                dimensions.width_for(body, body.params - removed, multiple) == width - expected
+            ), (removed, multiple)
+    with pytest.raises(
+        InputError, match=r"cannot be reached by neurons: .*prune.width_multiple=8 needs at least"
+    ):
         dimensions.width_for(body, body.params - (width - 7) * one, 8)
     assert dimensions.resolve_multiple(48, 40, 12, body.least_multiple) == 24
     assert dimensions.resolve_multiple(768, 600, "auto", body.least_multiple) == 64
@@ -125,7 +158,9 @@ def test_the_sizes_of_published_models_are_those_that_their_authors_name():
         ("gpt_oss", 117, 5.7),  # gpt-oss-120b; 5.1 without the embeddings, as its authors count
         ("mixtral", 46.7, 12.9),  # Mixtral 8x7B
     ):
-        body = dimensions.dimensions_of(shapes.of_config({"model_type": name}, FAMILIES[name], "config.json"))
+        body = dimensions.dimensions_of(
+            shapes.of_config({"model_type": name}, FAMILIES[name], "config.json")
+        )
         assert body.params / 1e9 == pytest.approx(params, rel=0.01), name
         assert body.active_params / 1e9 == pytest.approx(active, rel=0.05), name
 
@@ -141,7 +176,10 @@ def test_layers_that_guess_further_tokens_are_left_behind(tmp_path):
     weights = dict(checkpoint.tensors(source / checkpoint.WEIGHTS))
     checkpoint.write_shard(source / checkpoint.WEIGHTS, weights | extra)
     change_config(source, num_nextn_predict_layers=1)
-    assert model_dimensions(source, family) == plain and dimensions.static_cost(source).params == plain.params
+    assert (
+        model_dimensions(source, family) == plain
+        and dimensions.static_cost(source).params == plain.params
+    )
     write_pruned(source, tmp_path / "pruned", family, Selection(ALL, {}))
     assert checkpoint.contents(tmp_path / "pruned").keys() == weights.keys()
     assert checkpoint.read_config(tmp_path / "pruned")["num_nextn_predict_layers"] == 0
@@ -165,16 +203,34 @@ def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path):
     for variant, changes, said in (
         ("olmoe", {"num_experts": 5}, "num_experts=5"),
         ("olmoe", {"num_experts_per_tok": 7}, "of which num_experts_per_tok=7 cannot be chosen"),
-        ("mixtral", {"num_local_experts": 7}, "lacks tensor model.layers.0.block_sparse_moe.experts.6.w1.weight"),
+        (
+            "mixtral",
+            {"num_local_experts": 7},
+            "lacks tensor model.layers.0.block_sparse_moe.experts.6.w1.weight",
+        ),
         ("qwen3_moe", {"moe_intermediate_size": 48}, "moe_intermediate_size=48"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "lacks tensor model.layers.0.mlp.down_proj.weight"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "has no layer with experts"),
-        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "Mxfp4Config(dequantize=True)",
+        ),
         ("deepseek_v3", {"kv_lora_rank": 12}, "kv_lora_rank=12"),
-        ("deepseek_v3", {"n_group": 4}, "num_experts_per_tok=2 cannot be chosen (n_group=4, topk_group=1)"),
-        ("deepseek_v3", {"n_routed_experts": 7, "n_group": 3, "topk_group": 3}, "7 experts in each layer, of which"),
+        (
+            "deepseek_v3",
+            {"n_group": 4},
+            "num_experts_per_tok=2 cannot be chosen (n_group=4, topk_group=1)",
+        ),
+        (
+            "deepseek_v3",
+            {"n_routed_experts": 7, "n_group": 3, "topk_group": 3},
+            "7 experts in each layer, of which",
+        ),
     ):
-        source = change_config(save(build(variant), tmp_path / "source", fused=variant == "olmoe"), **changes)
+        source = change_config(
+            save(build(variant), tmp_path / "source", fused=variant == "olmoe"), **changes
+        )
         with pytest.raises(InputError) as refused:
             model_dimensions(source, family_at(source))
         assert said in str(refused.value)

@@ -8,7 +8,18 @@ import copy
 import pytest
 import tiny_models
 import torch
-from tiny_models import DAILY, MOE_VARIANTS, VARIANTS, batches, build, change_config, family_at, load, logits, save
+from tiny_models import (
+    DAILY,
+    MOE_VARIANTS,
+    VARIANTS,
+    batches,
+    build,
+    change_config,
+    family_at,
+    load,
+    logits,
+    save,
+)
 from transformers import AutoConfig
 
 from ptl.errors import InputError
@@ -40,7 +51,9 @@ def test_layer_by_layer_it_computes_what_the_whole_model_does(variant, source):
         with layerwise.head():
             losses = [layerwise.loss(0, row, states[0][row : row + 1]) for row in range(3)]
         for row, loss in enumerate(losses):
-            ids, labels, mask = (texts[0][name][row : row + 1] for name in ("input_ids", "labels", "attention_mask"))
+            ids, labels, mask = (
+                texts[0][name][row : row + 1] for name in ("input_ids", "labels", "attention_mask")
+            )
             predicted = model(input_ids=ids, attention_mask=mask).logits[0, :-1]
             expected = torch.nn.functional.cross_entropy(predicted, labels[0, 1:], reduction="sum")
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -53,7 +66,9 @@ def test_lists_that_the_file_leaves_out_stay_with_their_layers(source):
     lists = [name for name in PER_LAYER_FIELDS if name in checkpoint.read_config(source)]
     change_config(source, **dict.fromkeys(lists, ...))
     whole = AutoConfig.from_pretrained(source)
-    pruned = AutoConfig.for_model(**prune_config(checkpoint.read_config(source), family, Selection(layers, {})))
+    pruned = AutoConfig.for_model(
+        **prune_config(checkpoint.read_config(source), family, Selection(layers, {}))
+    )
     assert lists
     for field in lists:
         assert getattr(pruned, field) == [getattr(whole, field)[i] for i in layers]
@@ -76,7 +91,12 @@ def test_files_of_ministral_and_internlm3_are_read_as_they_are_on_the_hub(tmp_pa
     assert torch.equal(logits(load(tmp_path / "pruned"), batch), logits(reference, batch))
     source = save(build("internlm3"), tmp_path / "internlm3")
     config = checkpoint.read_config(source)
-    names = {"attention_bias": ..., "mlp_bias": ..., "qkv_bias": config["attention_bias"], "bias": config["mlp_bias"]}
+    names = {
+        "attention_bias": ...,
+        "mlp_bias": ...,
+        "qkv_bias": config["attention_bias"],
+        "bias": config["mlp_bias"],
+    }
     change_config(source, **names)
     assert model_dimensions(source, family_at(source)).params == load(source).num_parameters()
 
@@ -87,5 +107,7 @@ def test_every_family_is_tested():
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, ["llama"], "ernie4_5_moe", "gemma3n"])
 def test_other_architectures_are_refused(model_type):
-    with pytest.raises(InputError, match=r"^model: .*is not supported \(supported: cohere2, cwm, deepseek_v3, "):
+    with pytest.raises(
+        InputError, match=r"^model: .*is not supported \(supported: cohere2, cwm, deepseek_v3, "
+    ):
         family_of({"model_type": model_type})

@@ -50,5 +50,6 @@ def test_a_checkpoint_without_a_readable_card_has_no_license(card, folder, capsy
         (folder / "README.md").write_bytes(card)
     assert published("./model", folder) == fields()
     assert (
-        "the model card will name no license: README.md of ./model is missing or names none" in capsys.readouterr().out
+        "the model card will name no license: README.md of ./model is missing or names none"
+        in capsys.readouterr().out
     )

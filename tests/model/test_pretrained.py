@@ -35,7 +35,8 @@ def ways(folder, plain, tmp_path):
     amounts = {"unit": "neurons", "goal": 20_000, "end": 20_000, "seed": 0}
     return {
         "prune": lambda: prune_checkpoint(folder, tmp_path / "a", Prune(), calibration, **amounts),
-        "teacher": lambda: (check_stages(plain, [stage], None), load_teacher(stage, job)),  # as a recovery does
+        # as a recovery does
+        "teacher": lambda: (check_stages(plain, [stage], None), load_teacher(stage, job)),
         "evaluate": lambda: evaluate_checkpoint(folder, tmp_path / "b", settings.evaluate, seed=0),
         "forecast": lambda: forecast(settings),
         "recover": lambda: training.load(folder),
@@ -47,13 +48,17 @@ def ways(folder, plain, tmp_path):
 
 def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(tmp_path, monkeypatch):
     # transformers asks where it is not forbidden to run code.
-    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked on the terminal: {prompt}"))
+    monkeypatch.setattr(
+        "builtins.input", lambda prompt="": pytest.fail(f"asked on the terminal: {prompt}")
+    )
     plain = save(build("llama"), tmp_path / "plain")
     own = shutil.copytree(plain, tmp_path / "own")
     (own / "own.py").write_text(CODE)
     change_config(own, model_type="own", auto_map=CLASSES)
     for name, way in ways(own, plain, tmp_path).items():
-        with pytest.raises(InputError, match=r"(needs code of its own, which is never run|not supported)"):
+        with pytest.raises(
+            InputError, match=r"(needs code of its own, which is never run|not supported)"
+        ):
             way()
             pytest.fail(f"{name} loaded it")
     (own / "model.safetensors").rename(own / "pytorch_model.bin")
@@ -67,7 +72,10 @@ def test_a_model_of_its_own_code_is_refused_and_a_tokenizer_too(tmp_path, monkey
     assert pretrained.causal_lm(own).num_parameters() == build("llama").num_parameters()
 
     config = checkpoint.json_object(own / "tokenizer_config.json")
-    classes = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    classes = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]},
+    }
     checkpoint.write_json(own / "tokenizer_config.json", config | classes)
     (own / "tokenizer.json").unlink()
     of_tokenizer = ways(own, plain, tmp_path)
@@ -83,7 +91,9 @@ def test_a_token_without_an_embedding_is_named(tmp_path):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # and the embeddings as they were
     tokenizer.save_pretrained(folder)
     rows = checkpoint.read_config(folder)["vocab_size"]
-    said = f"pad_token is token {len(tokenizer) - 1}, and the model has embeddings for {rows} tokens; "
+    said = (
+        f"pad_token is token {len(tokenizer) - 1}, and the model has embeddings for {rows} tokens; "
+    )
     with pytest.raises(InputError, match=said):
         pretrained.load_tokenizer(folder)
 

@@ -24,7 +24,12 @@ from ptl.preflight.preflight import check_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEDULE = Schedule(target=0.3, recovery_tokens=100)
 UNREADABLE = "transformers cannot read config.json in "
-WRONG_SIZES = [("hidden_size", 64), ("num_attention_heads", 2), ("num_attention_heads", 8), ("vocab_size", 47)]
+WRONG_SIZES = [
+    ("hidden_size", 64),
+    ("num_attention_heads", 2),
+    ("num_attention_heads", 8),
+    ("vocab_size", 47),
+]
 WRONG_SIZES += [("num_key_value_heads", 4), ("head_dim", 16), ("intermediate_size", 48)]
 
 
@@ -43,7 +48,9 @@ def folders(tmp_path_factory):
 
 def changed(folder, tmp_path, **changes):
     """A folder with the weights of another and a changed config.json."""
-    return change_config(shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True), **changes)
+    return change_config(
+        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True), **changes
+    )
 
 
 def refusal(folder, variant):
@@ -57,28 +64,39 @@ def refusal(folder, variant):
 def test_sizes_and_costs_are_those_of_the_real_model(folders, variant):
     """By config.json alone as by the weights."""
     model, folder = build(variant), folders(variant)
-    counted = shapes.of_config(checkpoint.read_config(folder), FAMILIES[VARIANTS[variant][0]], "config.json")
+    counted = shapes.of_config(
+        checkpoint.read_config(folder), FAMILIES[VARIANTS[variant][0]], "config.json"
+    )
     body, static = model_dimensions(folder, counted.family), dimensions.static_cost(folder)
     assert body == dimensions_of(counted) and body.params == model.num_parameters()
     assert (body.layers, body.width) == (4, 40)
-    assert body.params_per_layer == sum(p.numel() for p in model.get_decoder().layers[0].parameters())
-    assert counted.matrix_params == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert body.params_per_layer == sum(
+        p.numel() for p in model.get_decoder().layers[0].parameters()
+    )
+    assert counted.matrix_params == sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)
+    )
     assert (static.active_params, static.widths, static.experts) == (static.params, [40] * 4, 0)
     model.set_attn_implementation("eager")
     for length in (1, 7):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
-        assert counter.get_total_flops() == length * (static.flops_per_token + 2 * length * counted.attention_width)
+        assert counter.get_total_flops() == length * (
+            static.flops_per_token + 2 * length * counted.attention_width
+        )
 
 
-@pytest.mark.parametrize(("dtype", "size", "named"), [(torch.bfloat16, 2, None), (torch.float32, 4, ...)])
+@pytest.mark.parametrize(
+    ("dtype", "size", "named"), [(torch.bfloat16, 2, None), (torch.float32, 4, ...)]
+)
 def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size, named):
     folder = changed(save(build("llama").to(dtype), tmp_path / "stored"), tmp_path, dtype=named)
     kv_bytes = 2 * 4 * 2 * 8 * size  # keys and values, layers, KV heads, head_dim
     assert dimensions.static_cost(folder).kv_bytes_per_token == kv_bytes
     assert (shape_of(str(folder)).kv_bytes, shape_of(str(folder)).itemsize) == (kv_bytes, size)
     (folder / "model.safetensors").unlink()
-    assert shape_of(str(folder)).itemsize == 2  # of a model without dtype and weights sixteen bits are assumed
+    # of a model without dtype and weights sixteen bits are assumed
+    assert shape_of(str(folder)).itemsize == 2
 
 
 # ---- a config.json that is wrong
@@ -109,9 +127,22 @@ def test_a_field_that_cannot_be_is_named_before_any_work(folders, tmp_path):
     """By validate and by the first step, and never as a tokenizer that cannot be read."""
     for variant, field, value, reason in (
         ("llama", "num_key_value_heads", 3, "self_attn.k_proj.weight"),
-        ("llama", "intermediate_size", 0, "intermediate_size=0, which must be a whole number of 1 or more"),
-        *(("llama", "num_hidden_layers", value, "whole number from 1 to 10,000") for value in (10_001, 0, "4")),
-        ("llama", "quantization_config", {"quant_method": "gptq", "bits": 4}, "has a quantization_config (gptq)"),
+        (
+            "llama",
+            "intermediate_size",
+            0,
+            "intermediate_size=0, which must be a whole number of 1 or more",
+        ),
+        *(
+            ("llama", "num_hidden_layers", value, "whole number from 1 to 10,000")
+            for value in (10_001, 0, "4")
+        ),
+        (
+            "llama",
+            "quantization_config",
+            {"quant_method": "gptq", "bits": 4},
+            "has a quantization_config (gptq)",
+        ),
         # Of these transformers builds no model.
         *(("llama", "num_attention_heads", value, UNREADABLE) for value in (0, "4", 5)),
         *(("llama", "hidden_size", value, UNREADABLE) for value in (10**30, [32])),
@@ -132,7 +163,9 @@ def test_a_field_that_cannot_be_is_named_before_any_work(folders, tmp_path):
             assert reason in str(error.value) and error.value.field == "model.path"
         assert not (tmp_path / "imported").exists()
         if reason == UNREADABLE:
-            with pytest.raises(InputError, match=r"model\.path: transformers cannot read config\.json in .*changed"):
+            with pytest.raises(
+                InputError, match=r"model\.path: transformers cannot read config\.json in .*changed"
+            ):
                 pretrained.causal_lm(folder)
             try:
                 load_tokenizer(folder)  # a config may be sound so far
@@ -147,8 +180,12 @@ def test_an_unsupported_family_is_refused_before_the_work(folders, tmp_path, mon
     works = ("evaluation.language_models.language_model", "recovery.recover.recover_checkpoint")
     for work in (*works, "pruning.prune.prune_checkpoint"):
         monkeypatch.setattr(f"ptl.{work}", lambda *_, **__: pytest.fail("it began to work"))
-    result = CliRunner().invoke(app, [command, str(folder), str(tmp_path / "out"), "--config", str(TINY)])
-    assert isinstance(result.exception, InputError) and "'gpt2' is not supported" in str(result.exception)
+    result = CliRunner().invoke(
+        app, [command, str(folder), str(tmp_path / "out"), "--config", str(TINY)]
+    )
+    assert isinstance(result.exception, InputError) and "'gpt2' is not supported" in str(
+        result.exception
+    )
 
 
 def test_without_torch_validate_says_what_it_did_not_check(monkeypatch):
@@ -162,11 +199,19 @@ def test_a_tied_output_layer_that_is_stored_too_counts_once(folders, tmp_path, v
     folder = changed(folders(variant), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     output = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors | {"lm_head.weight": output}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": output},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     counted = model_dimensions(folder, FAMILIES[VARIANTS[variant][0]]).params
     assert counted == dimensions.static_cost(folder).params == build(variant).num_parameters()
     output[-1, -1] += 0.5
-    save_file(tensors | {"lm_head.weight": output}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": output},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert "differs from the embeddings" in refusal(folder, variant)
 
 
@@ -174,7 +219,9 @@ def test_json_that_is_nested_too_deeply_names_the_file(folders, tmp_path):
     """Python's reader may end the process."""
     deep, folder = "[" * 100_000 + "]" * 100_000, changed(folders("llama"), tmp_path)
     (folder / checkpoint.INDEX).write_text(deep)
-    assert f"{checkpoint.INDEX} is not valid JSON (maximum recursion depth" in refusal(folder, "llama")
+    assert f"{checkpoint.INDEX} is not valid JSON (maximum recursion depth" in refusal(
+        folder, "llama"
+    )
     (folder / checkpoint.INDEX).unlink()
     (folder / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep.encode())
     assert "model.safetensors is damaged (" in refusal(folder, "llama")
@@ -182,6 +229,9 @@ def test_json_that_is_nested_too_deeply_names_the_file(folders, tmp_path):
         (folder / "config.json").write_text(text)
         assert "config.json" in refusal(folder, "llama")
         (folder / "generation_config.json").write_text(text)
-        with pytest.raises(InputError, match=r"model.path: .*generation_config.json (is not valid|must hold a) JSON"):
+        with pytest.raises(
+            InputError,
+            match=r"model.path: .*generation_config.json (is not valid|must hold a) JSON",
+        ):
             checkpoint.generation_config(folder)
     assert checkpoint.generation_config(folders("llama"))["eos_token_id"] == 2

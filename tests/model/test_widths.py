@@ -19,9 +19,19 @@ from ptl.model.widths import FFN_SHARE, ROUNDED, _step, candidates, towards
 
 FREE = {"hidden": None, "ffn": None, "kv": None}
 REASONER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 256}
-REASONER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
+REASONER |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
 # More than its share in embeddings
-GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "vocab_size": 262144}
+GEMMA = {
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "vocab_size": 262144,
+}
 GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1}
 # What differs from the model that transformers' defaults describe
 MODELS = {
@@ -33,14 +43,19 @@ MODELS = {
     "olmo": ("olmo2", {"num_key_value_heads": 8}),
     "gemma": ("gemma3_text", GEMMA),
     "tiny": ("llama", SIZES),
-    "mixture": ("qwen3_moe", SIZES | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "mixture": (
+        "qwen3_moe",
+        SIZES | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
 }
 
 
 @cache
 def dimensions(name):
     model_type, fields = MODELS[name]
-    return dimensions_of(shapes.of_config({"model_type": model_type, **fields}, FAMILIES[model_type], "config.json"))
+    return dimensions_of(
+        shapes.of_config({"model_type": model_type, **fields}, FAMILIES[model_type], "config.json")
+    )
 
 
 @pytest.mark.parametrize("variant", nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
@@ -51,18 +66,26 @@ def test_parameters_are_those_of_the_narrower_model(variant):
     family = FAMILIES[content["model_type"]]
     before = dimensions_of(shapes.of_config(content, family, "config.json"))
     heads = before.kv_heads // 2
-    in_config = {"num_key_value_heads": heads, "num_attention_heads": heads * before.heads_per_kv_head}
+    in_config = {
+        "num_key_value_heads": heads,
+        "num_attention_heads": heads * before.heads_per_kv_head,
+    }
     sizes = {
         "hidden": ({"hidden": 24}, {"hidden_size": 24}),
         "kv": ({"kv_heads": heads}, in_config),
         "ffn": ({"width": 16}, {family.width_field: 16}),
-        "experts": ({"experts": 4}, dict.fromkeys(family.experts.counts if family.experts else (), 4)),
+        "experts": (
+            {"experts": 4},
+            dict.fromkeys(family.experts.counts if family.experts else (), 4),
+        ),
     }
     other = {"experts"} if before.narrowable else {"ffn"}
     cases = [case for name, case in sizes.items() if name not in before.fixed.keys() | other]
     cases.append(tuple(reduce(or_, parts) for parts in zip(*cases, strict=True)))
     for planned, fields in cases:
-        narrow = shapes.of_config(content | {"head_dim": config.head_dim} | fields, family, "config.json")
+        narrow = shapes.of_config(
+            content | {"head_dim": config.head_dim} | fields, family, "config.json"
+        )
         assert replace(before, **planned) == dimensions_of(narrow), planned
         own = narrow.tensors.keys() - ({OUTPUT_LAYER} if narrow.tied else set())
         counted = sum(narrow.tensors[name].numel() for name in own)
@@ -98,8 +121,11 @@ def test_candidates_have_as_many_parameters_as_the_goal_allows(model):
             assert each.params <= goal and each == filled(each, model, goal, multiple)
             is_whole = (each.width, each.experts) == (model.width, model.experts)
             step = _step(model, each.heads, multiple)
-            narrower = replace(each, hidden=each.hidden - step, width=model.width, experts=model.experts)
-            overshoots = narrower.params < ROUNDED * goal  # so that the FFN has to be narrower than it should
+            narrower = replace(
+                each, hidden=each.hidden - step, width=model.width, experts=model.experts
+            )
+            # so that the FFN has to be narrower than it should
+            overshoots = narrower.params < ROUNDED * goal
             assert ffn_share(each) >= FFN_SHARE or is_whole or overshoots or "hidden" in model.fixed
             assert each.hidden == model.hidden or "hidden" not in model.fixed
             assert each.hidden % each.heads == each.hidden % model.least_multiple == 0
@@ -128,12 +154,16 @@ def test_the_ffn_goes_alone_where_it_keeps_its_share():
         ("cohere", 0.5, [(8192, 10112, 32), (8192, 4608, 64)], [(8192, 4608, 64)]),
         # The FFN never had its share.
         ("gemma", 0.61, [(384, 2048, 1)], None),
-        ("gemma", 0.9, [(576, 1920, 1)], None),  # the next hidden size alone would leave a tenth less
+        # the next hidden size alone would leave a tenth less
+        ("gemma", 0.9, [(576, 1920, 1)], None),
     ):
         model = dimensions(name)
         for ends, sizes in ((FREE, expected), (None, of_auto or expected)):
             found = candidates(model, int(share * model.params), "auto", ends)
-            assert [(each.hidden, each.width, each.kv_heads) for each in found] == sizes, (name, share)
+            assert [(each.hidden, each.width, each.kv_heads) for each in found] == sizes, (
+                name,
+                share,
+            )
             assert all(each.fixed == model.fixed for each in found)  # nothing else is changed
 
 
@@ -141,7 +171,9 @@ def test_goals_that_are_met_or_out_of_reach(model):
     assert candidates(model, model.params, "auto", FREE) == [model]
     whole = {"hidden": model.hidden, "kv": model.kv_heads}
     for ends in (FREE, None, FREE | {"ffn": model.width}, FREE | whole):
-        with pytest.raises(InputError, match=r"^schedule\.target: 500 parameters cannot be reached by"):
+        with pytest.raises(
+            InputError, match=r"^schedule\.target: 500 parameters cannot be reached by"
+        ):
             candidates(model, 500, "auto", ends)
 
 
@@ -159,11 +191,17 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
         assert each.hidden == 3072 and is_largest(each, width=each.width + 64)
     for each in found(ffn=5504):  # the largest hidden size with it
         assert each.width == 5504 and is_largest(each, hidden=each.hidden + 64)
-    assert [each.kv_heads for each in found(ffn=5504)] == [each.kv_heads for each in found(hidden=3072)] == [4, 8]
+    assert (
+        [each.kv_heads for each in found(ffn=5504)]
+        == [each.kv_heads for each in found(hidden=3072)]
+        == [4, 8]
+    )
     assert found(ffn=3456) == [replace(llama, width=3456)]
     for ends, hidden in (({"kv": 2}, 4096), ({"hidden": 3072, "kv": 2}, 3072)):
         (each,) = found(**ends)
-        assert (each.hidden, each.kv_heads) == (hidden, 2) and is_largest(each, width=each.width + 64)
+        assert (each.hidden, each.kv_heads) == (hidden, 2) and is_largest(
+            each, width=each.width + 64
+        )
     (each,) = found(ffn=7040, kv=2)
     assert (each.width, each.kv_heads) == (7040, 2) and is_largest(each, hidden=each.hidden + 64)
     (each,) = found(multiple=1, kv=3)  # twelve query heads are left, which do not divide 4096
@@ -172,7 +210,9 @@ def test_sizes_that_are_set_stay_and_the_others_take_what_is_left():
     fixed = replace(llama, hidden=3072, width=5504, kv_heads=2)
     assert found(goal=int(fixed.params / 0.95), hidden=3072, ffn=5504, kv=2) == [fixed]
     # They must do, and not alone remove much more.
-    with pytest.raises(InputError, match=rf"leave {fixed.params:,} parameters or fewer, .*; set {fixed.params} or"):
+    with pytest.raises(
+        InputError, match=rf"leave {fixed.params:,} parameters or fewer, .*; set {fixed.params} or"
+    ):
         found(hidden=3072, ffn=5504, kv=2)
     with pytest.raises(InputError, match=r"cannot be reached by width"):
         found(hidden=4096, ffn=5504, kv=8)
@@ -183,9 +223,21 @@ def test_sizes_that_a_model_cannot_have_are_refused():
         ("llama", {"hidden": 4128}, "hidden: 4128 is more than the model's 4096; lower it"),
         ("llama", {"ffn": 11009}, "ffn: 11009 is more than the model's 11008; lower it"),
         ("llama", {"kv": 9}, "kv: 9 is more than the model's 8; lower it"),
-        ("cohere", {"hidden": 4096}, "hidden: 4096 cannot be had: .* it stays 8192, as its norms subtract a mean"),
-        ("olmo", {"kv": 4}, "kv: 4 cannot be had: .* it stays 8, as a norm is over all of its heads together"),
-        ("deepseek", {"ffn": 1024}, "ffn: 1024 cannot be had: .* it stays 2048, as not all of its layers have experts"),
+        (
+            "cohere",
+            {"hidden": 4096},
+            "hidden: 4096 cannot be had: .* it stays 8192, as its norms subtract a mean",
+        ),
+        (
+            "olmo",
+            {"kv": 4},
+            "kv: 4 cannot be had: .* it stays 8, as a norm is over all of its heads together",
+        ),
+        (
+            "deepseek",
+            {"ffn": 1024},
+            "ffn: 1024 cannot be had: .* it stays 2048, as not all of its layers have experts",
+        ),
         ("llama", {"hidden": 4010}, "hidden: 4010 is no multiple of 32 .*; set 4000"),
         ("llama", {"hidden": 20}, "hidden: 20 is no multiple of 32 .*; set 32"),
         ("llama", {"hidden": 4016, "kv": 2}, None),  # eight query heads are left
@@ -201,9 +253,13 @@ def test_sizes_that_a_model_cannot_have_are_refused():
 # ---- on the way
 
 
-@pytest.mark.parametrize(("share", "iterations"), nightly_but((0.6, 8), (0.35, 3), of=product((0.6, 0.35), (3, 8))))
+@pytest.mark.parametrize(
+    ("share", "iterations"), nightly_but((0.6, 8), (0.35, 3), of=product((0.6, 0.35), (3, 8)))
+)
 def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, share, iterations):
-    goals = [int(model.params * (1 - (1 - share) * i / iterations)) for i in range(1, iterations + 1)]
+    goals = [
+        int(model.params * (1 - (1 - share) * i / iterations)) for i in range(1, iterations + 1)
+    ]
     for end in candidates(model, goals[-1], "auto", FREE):
         path = [model]
         for goal in goals:
@@ -212,7 +268,10 @@ def test_every_iteration_is_smaller_than_the_last_and_not_below_the_end(model, s
             assert path[-1].params <= goal
             assert path[-1].hidden % path[-1].heads == path[-1].hidden % model.least_multiple == 0
             for name in ("hidden", "width", "kv_heads", "experts"):
-                assert getattr(path[-2], name) >= getattr(path[-1], name) >= getattr(end, name), (name, end)
+                assert getattr(path[-2], name) >= getattr(path[-1], name) >= getattr(end, name), (
+                    name,
+                    end,
+                )
 
 
 def test_kv_heads_go_where_a_part_is_as_large_and_an_iteration_is_as_small_as_the_gate_says():
@@ -224,11 +283,18 @@ def test_kv_heads_go_where_a_part_is_as_large_and_an_iteration_is_as_small_as_th
     assert early.kv_heads == 8 and early.width < llama.width
     # Nor the hidden size: it has fallen by half when half of the parameters have gone, by whole multiples of 128.
     removed = llama.params - with_all.params
-    half, third = (towards(llama, with_all, llama.params - removed // part, "auto") for part in (2, 3))
+    half, third = (
+        towards(llama, with_all, llama.params - removed // part, "auto") for part in (2, 3)
+    )
     assert (with_all.hidden, half.hidden, third.hidden) == (2816, 3456, 3712)
-    assert towards(llama, end, llama.params + 1, "auto") == llama and towards(llama, end, end.params, "auto") == end
+    assert (
+        towards(llama, end, llama.params + 1, "auto") == llama
+        and towards(llama, end, end.params, "auto") == end
+    )
     # Also where KV heads are among what goes.
     model = dimensions("reasoner")
-    for end, removed in product(candidates(model, int(model.params * 0.25), 1, FREE), (92_601, 25_000, 1_000)):
+    for end, removed in product(
+        candidates(model, int(model.params * 0.25), 1, FREE), (92_601, 25_000, 1_000)
+    ):
         found = model.params - towards(model, end, model.params - removed, 1).params
         assert removed <= found < removed + model.params_per_neuron

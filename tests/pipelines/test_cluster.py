@@ -17,7 +17,10 @@ EVERYTHING = {
     **{"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 2},
     **{"resources.cpu": "8", "resources.memory": "64Gi", "resources.shm": "16Gi"},
     **{"resources.timeout": 7200, "resources.retries": 3},
-    "resources.tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}, {"key": "team", "value": "nlp"}],
+    "resources.tolerations": [
+        {"key": "nvidia.com/gpu", "effect": "NoSchedule"},
+        {"key": "team", "value": "nlp"},
+    ],
     "resources.node_selector": {"nvidia.com/gpu.product": "H100"},
     "resources.queue": "gpus",
     "resources.image_pull_secrets": ["ptl-registry"],
@@ -34,7 +37,11 @@ def tasks(sets):
     found = {}
     for name, task in spec["root"]["dag"]["tasks"].items():
         label = spec["components"][task["componentRef"]["name"]]["executorLabel"]
-        found[name] = (task, spec["deploymentSpec"]["executors"][label]["container"], settings[label])
+        found[name] = (
+            task,
+            spec["deploymentSpec"]["executors"][label]["container"],
+            settings[label],
+        )
     return found
 
 
@@ -52,22 +59,34 @@ def variables(container):
 
 # All tasks have the addresses and credentials as optional volumes. No variables: Kubernetes refuses a pod that has one
 # twice, as with KFP's MLflow plugin (injectUserEnvVars).
-VOLUMES = {mounts.CONFIG: "ptl", mounts.S3: "ptl-s3", mounts.MLFLOW: "ptl-mlflow", mounts.HF: "ptl-hf"}
+VOLUMES = {
+    mounts.CONFIG: "ptl",
+    mounts.S3: "ptl-s3",
+    mounts.MLFLOW: "ptl-mlflow",
+    mounts.HF: "ptl-hf",
+}
 VOLUMES |= {mounts.CA: "ptl-ca"}
 OF_EVERY_TASK = {
     "activeDeadlineSeconds": "29220",
     "fieldPathAsEnv": [
         {"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"},
-        {"name": "PTL_ARGO_NODE", "fieldPath": "metadata.annotations['workflows.argoproj.io/node-name']"},
+        {
+            "name": "PTL_ARGO_NODE",
+            "fieldPath": "metadata.annotations['workflows.argoproj.io/node-name']",
+        },
     ],
     "imagePullPolicy": "IfNotPresent",
     "imagePullSecret": [{"secretName": "ptl-registry"}],
-    "podMetadata": {"labels": {"app.kubernetes.io/part-of": "ptl", "kueue.x-k8s.io/queue-name": "gpus"}},
+    "podMetadata": {
+        "labels": {"app.kubernetes.io/part-of": "ptl", "kueue.x-k8s.io/queue-name": "gpus"}
+    },
     "pvcMount": [{"constant": "ptl-hf-cache", "mountPath": mounts.CACHE}],
     "securityContext": {"runAsUser": "1000", "runAsGroup": "0", "runAsNonRoot": True},
 }
 OF_WORK = {
-    "emptyDirMounts": [{"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}],
+    "emptyDirMounts": [
+        {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
+    ],
     "nodeSelector": {"labels": {"nvidia.com/gpu.product": "H100"}},
     "tolerations": [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
@@ -92,10 +111,19 @@ def test_every_task_has_all_settings_and_only_work_is_on_the_gpu_nodes():
         # A prune step uses one, whatever the others have.
         gpus = {"resourceType": "nvidia.com/gpu", "resourceCount": "1" if "prune" in name else "2"}
         assert container["resources"] == AMOUNTS | ({"accelerator": gpus} if work else {}), name
-        retries = {"maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "29220s"}
+        retries = {
+            "maxRetryCount": 3,
+            "backoffDuration": "60s",
+            "backoffFactor": 2.0,
+            "backoffMaxDuration": "29220s",
+        }
         assert task["retryPolicy"] == retries, name
         # The cache is apart from the folders of other caches: a claim's mount leaves its missing parents to root.
-        assert variables(container) == {"HF_HOME": mounts.HF_HOME, "PTL_TIMEOUT": "6900", "PTL_RETRIES": "3"}, name
+        assert variables(container) == {
+            "HF_HOME": mounts.HF_HOME,
+            "PTL_TIMEOUT": "6900",
+            "PTL_RETRIES": "3",
+        }, name
     assert mounts.HF_HOME.startswith(f"{mounts.CACHE}/") and not mounts.CACHE.startswith("/tmp")
 
 
@@ -103,29 +131,49 @@ def test_attempts_and_times_of_a_step():
     """Its own timeout comes before the pod's deadline, which would end it before it can say why."""
     for sets, retries, deadline, expected in (
         ({}, 2, None, {}),
-        ({"resources.retries": 0, "resources.timeout": 60}, 0, "60", {"PTL_TIMEOUT": "45", "PTL_RETRIES": "0"}),
+        (
+            {"resources.retries": 0, "resources.timeout": 60},
+            0,
+            "60",
+            {"PTL_TIMEOUT": "45", "PTL_RETRIES": "0"},
+        ),
     ):
         task, container, kubernetes = tasks(sets)["recover-1"]
         assert task["retryPolicy"].get("maxRetryCount", 0) == retries, sets
-        assert kubernetes.get("activeDeadlineSeconds") == deadline and variables(container) == expected, sets
+        assert (
+            kubernetes.get("activeDeadlineSeconds") == deadline and variables(container) == expected
+        ), sets
     assert tasks({})["recover-1"][0]["retryPolicy"]["backoffMaxDuration"] == "2592000s"  # 30 days
 
 
 def test_one_kind_of_step_can_ask_for_something_else():
-    own = {"recover": {"accelerators": 8, "timeout": 90}, "report": {"cpu": "1"}, "evaluate": {"shm": "2Gi"}}
+    own = {
+        "recover": {"accelerators": 8, "timeout": 90},
+        "report": {"cpu": "1"},
+        "evaluate": {"shm": "2Gi"},
+    }
     found = tasks({**EVERYTHING, "resources.steps": own})
     _, container, kubernetes = found["recover-2"]
-    assert container["resources"]["accelerator"]["resourceCount"] == "8" and variables(container)["PTL_TIMEOUT"] == "68"
+    assert (
+        container["resources"]["accelerator"]["resourceCount"] == "8"
+        and variables(container)["PTL_TIMEOUT"] == "68"
+    )
     assert kubernetes["activeDeadlineSeconds"] == str(4 * 90 + 60 + 120 + 240)
     assert found["control-recover"][1] == container
     assert found["evaluate-2"][1]["resources"]["accelerator"]["resourceCount"] == "2"
     assert found["report"][1]["resources"]["resourceCpuLimit"] == "1"
-    shared = [found[step][2]["emptyDirMounts"][0]["sizeLimit"] for step in ("prune-1", "evaluate-0")]
+    shared = [
+        found[step][2]["emptyDirMounts"][0]["sizeLimit"] for step in ("prune-1", "evaluate-0")
+    ]
     assert shared == ["16Gi", "2Gi"]
 
 
 def test_secrets_can_be_kfps_own_or_left_out():
-    kfps = {"storage.s3_secret": "mlpipeline-minio-artifact", "storage.hf_secret": None, "storage.mlflow_secret": None}
+    kfps = {
+        "storage.s3_secret": "mlpipeline-minio-artifact",
+        "storage.hf_secret": None,
+        "storage.mlflow_secret": None,
+    }
     kfps |= {"storage.s3_access_key": "a", "storage.s3_secret_key": "b"}
     _, container, kubernetes = tasks(kfps)["prune-1"]
     assert volumes(kubernetes) == {mounts.CONFIG: "ptl", mounts.S3: "mlpipeline-minio-artifact"}
@@ -144,26 +192,43 @@ def test_batches_that_the_gpus_of_all_nodes_cannot_divide_are_refused():
     gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
     load_config(TINY, gpus).check_batches_on_cluster()  # 16 on one node
     config = load_config(TINY, gpus | {"resources.steps.recover.nodes": 4})
-    with pytest.raises(InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"):
+    with pytest.raises(
+        InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"
+    ):
         config.check_batches_on_cluster()
 
 
 def test_a_recover_step_of_several_nodes_is_a_coordinator_with_their_train_job():
     """Its pod has no accelerator and waits in no queue; what the config says of the step is said of each node."""
     own = {"nodes": 4, "runtime": "with-infiniband", "memory": "512Gi", "accelerators": 8}
-    _, container, kubernetes = tasks({**EVERYTHING, "resources.steps": {"recover": own}})["recover-1"]
-    assert "accelerator" not in container["resources"] and container["resources"]["resourceMemoryLimit"] == "4Gi"
+    _, container, kubernetes = tasks({**EVERYTHING, "resources.steps": {"recover": own}})[
+        "recover-1"
+    ]
+    assert (
+        "accelerator" not in container["resources"]
+        and container["resources"]["resourceMemoryLimit"] == "4Gi"
+    )
     assert not {"nodeSelector", "tolerations", "emptyDirMounts"} & set(kubernetes)
     assert "kueue.x-k8s.io/queue-name" not in kubernetes["podMetadata"]["labels"]
 
     assert variables(container)["PTL_NODES"] == "4"
     job = json.loads(variables(container)[trainjob.TEMPLATE])
     assert job["metadata"]["labels"] == OF_EVERY_TASK["podMetadata"]["labels"]
-    assert job["spec"]["runtimeRef"]["name"] == "with-infiniband" and job["spec"]["activeDeadlineSeconds"] == 29220
+    assert (
+        job["spec"]["runtimeRef"]["name"] == "with-infiniband"
+        and job["spec"]["activeDeadlineSeconds"] == 29220
+    )
     trainer = job["spec"]["trainer"]
-    assert trainer["image"] == container["image"] and (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 1)
+    assert trainer["image"] == container["image"] and (
+        trainer["numNodes"],
+        trainer["numProcPerNode"],
+    ) == (4, 1)
     assert {"name": "HF_HOME", "value": mounts.HF_HOME} in trainer["env"]
-    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "8", "memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert trainer["resourcesPerNode"]["limits"] == {
+        "cpu": "8",
+        "memory": "512Gi",
+        "nvidia.com/gpu": "8",
+    }
     pod = trainjob.pod_of(job)
     assert pod["nodeSelector"] == EVERYTHING["resources.node_selector"]
     assert len(pod["tolerations"]) == 2 and pod["imagePullSecrets"] == [{"name": "ptl-registry"}]

@@ -37,11 +37,17 @@ def test_every_shipped_config_becomes_the_tasks_of_its_plan(path, sets):
     optional = config.resources.doctor + (config.training.answers == "self")
     assert len(found) == 3 + 3 * config.schedule.iterations + 3 * config.control + optional
     # A server lists tasks by their keys, never by display names.
-    assert {key: task["taskInfo"]["name"] for key, task in found.items()} == {name: name for name in nodes}
+    assert {key: task["taskInfo"]["name"] for key, task in found.items()} == {
+        name: name for name in nodes
+    }
     for name, task in found.items():
-        taken = [source["taskOutputArtifact"] for source in task["inputs"].get("artifacts", {}).values()]
+        taken = [
+            source["taskOutputArtifact"] for source in task["inputs"].get("artifacts", {}).values()
+        ]
         sources = [(source["producerTask"], source["outputArtifactKey"]) for source in taken]
-        assert sorted(sources) == sorted((source.step, source.output) for source in nodes[name].inputs.values())
+        assert sorted(sources) == sorted(
+            (source.step, source.output) for source in nodes[name].inputs.values()
+        )
         assert set(task.get("dependentTasks", [])) == set(nodes[name].needs), name
         assert not task["cachingOptions"], "a result from KFP's cache has no record in this run"
     used = {task["componentRef"]["name"] for task in found.values()}
@@ -57,15 +63,30 @@ def test_golden(name):
 
 
 def test_another_process_compiles_the_same_bytes_and_imports_nothing_heavy(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-m", "ptl", "compile", TINY, "-o", tmp_path / "pipeline.yaml"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "ptl",
+        "compile",
+        TINY,
+        "-o",
+        tmp_path / "pipeline.yaml",
+    ]
     environment = os.environ | {"PYTHONHASHSEED": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "18 steps" in done.stdout
     assert (tmp_path / "pipeline.yaml").read_text() == compiled.text(load_config(TINY))
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "kfp" in imported and not HEAVY & {name.partition(".")[0] for name in imported}
-    assert "pipelines.prune_tune_loop.pipeline" in imported and "pipelines.prune_tune_loop.submit" not in imported
+    assert (
+        "pipelines.prune_tune_loop.pipeline" in imported
+        and "pipelines.prune_tune_loop.submit" not in imported
+    )
 
 
 def test_many_tasks_stay_small():
@@ -84,7 +105,9 @@ def test_one_machine_runs_the_steps_one_after_another_each_once_and_without_a_cl
         assert found[node.name]["dependentTasks"] == sorted({*node.needs, before.name})
     assert found[nodes[0].name]["dependentTasks"] == []
     assert not any("retryPolicy" in task for task in found.values()), "a step tries again by itself"
-    assert len(spec["components"]) == len(found), "outputs of tasks that share a component overwrite each other"
+    assert len(spec["components"]) == len(found), (
+        "outputs of tasks that share a component overwrite each other"
+    )
     for executor in spec["deploymentSpec"]["executors"].values():
         variables = {entry["name"]: entry["value"] for entry in executor["container"]["env"]}
         assert variables == {"PTL_RETRIES": "3", "PTL_TIMEOUT": "45"}
@@ -99,7 +122,9 @@ def test_nothing_is_lost_with_the_defaults(path):
     same = {"storage": Storage()}
     whole = check(Config, bare, "bare", folder=Path.cwd())
     assert whole.model_copy(update=same) == config.model_copy(update=same)
-    assert [stage["method"] for stage in bare["recover"]] == [stage.method for stage in config.recover]
+    assert [stage["method"] for stage in bare["recover"]] == [
+        stage.method for stage in config.recover
+    ]
     assert "null" not in json.dumps(bare)
 
 
@@ -108,28 +133,42 @@ def test_each_parameter_and_step_has_its_description():
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     assert set(inputs) == set(descriptions.PARAMETERS)
     for name, field in inputs.items():
-        assert field["description"] == descriptions.PARAMETERS[name].plain and "](" not in field["description"], name
+        assert (
+            field["description"] == descriptions.PARAMETERS[name].plain
+            and "](" not in field["description"]
+        ), name
     for name, task in spec["root"]["dag"]["tasks"].items():
-        step = spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]["step"]
+        step = spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"][
+            "step"
+        ]
         assert step["description"] == descriptions.STEPS[dag.stage_of(name)], name
     assert spec["pipelineInfo"]["description"] == (
         f"Prune-Tune Loop: prune, recover and evaluate {inputs['model']['defaultValue']} in 4 iterations, each "
         "compared with the dense model by the gate, until 40 % of its parameters are removed"
     )
     for sets, goal in (
-        ({"schedule.target": 100_000, "schedule.iterations": 1, "gate.enabled": False}, "100,000 parameters are left"),
+        (
+            {"schedule.target": 100_000, "schedule.iterations": 1, "gate.enabled": False},
+            "100,000 parameters are left",
+        ),
         ({"schedule.target": {"memory": "300kB"}}, "it fits into 300kB"),
     ):
         assert descriptions.summary(load_config(TINY, sets)).endswith(f", until {goal}")
 
 
 def test_what_no_cluster_has_is_warned_of(ptl, tmp_path):
-    code, said = ptl("compile", TINY, "-o", "p.yaml", "--set", "images.registry=registry.example.com/team")
+    code, said = ptl(
+        "compile", TINY, "-o", "p.yaml", "--set", "images.registry=registry.example.com/team"
+    )
     assert code == 0 and "warning" not in said, said  # the images contain the examples
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    code, said = ptl("compile", TINY, "-o", "p.yaml", "--set", f"training.source={tmp_path / 'rows.jsonl'}")
+    code, said = ptl(
+        "compile", TINY, "-o", "p.yaml", "--set", f"training.source={tmp_path / 'rows.jsonl'}"
+    )
     assert f"warning: {tmp_path / 'rows.jsonl'} is on this machine" in said, said
-    assert code == 0 and "warning: images.registry is not set: a cluster pulls no ptl-prune:" in said
+    assert (
+        code == 0 and "warning: images.registry is not set: a cluster pulls no ptl-prune:" in said
+    )
 
 
 def test_what_is_not_structural_is_a_parameter_with_a_default():
@@ -142,5 +181,9 @@ def test_what_is_not_structural_is_a_parameter_with_a_default():
     covered = {name.removesuffix("_settings") for name in inputs} | structure | {"schedule"}
     assert set(Config.model_fields) <= covered, "a section of the config reaches no step"
     described = {"description": descriptions.PARAMETERS["target"].plain}
-    assert inputs["target"] == described | {"defaultValue": 0.0, "isOptional": True, "parameterType": "NUMBER_DOUBLE"}
+    assert inputs["target"] == described | {
+        "defaultValue": 0.0,
+        "isOptional": True,
+        "parameterType": "NUMBER_DOUBLE",
+    }
     assert inputs["goal"]["defaultValue"] == {"memory": "300kB", "tokens": 10}

@@ -35,7 +35,10 @@ def test_what_containers_need_is_asked_first(docker, monkeypatch):
     for fails, message in (
         ("version*", r"--runner docker: docker: no engine answers \(no such thing\); start Docker"),
         ("image inspect ptl-recover*", no_image.format(image_names.image("recover"))),
-        ("image inspect ptl-export-gguf*", f"{no_image.format(image_names.image('export-gguf'))} --with export-gguf`"),
+        (
+            "image inspect ptl-export-gguf*",
+            f"{no_image.format(image_names.image('export-gguf'))} --with export-gguf`",
+        ),
     ):
         monkeypatch.setenv("FAIL", fails)
         with pytest.raises(InputError, match=message):
@@ -49,15 +52,23 @@ def test_what_containers_need_is_asked_first(docker, monkeypatch):
 def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     config = load_config(TINY)
-    given = containers.arguments(config, tmp_path / "run", {"PTL_RUN_ID": "r"}, f"file://{tmp_path}/artifacts")
+    given = containers.arguments(
+        config, tmp_path / "run", {"PTL_RUN_ID": "r"}, f"file://{tmp_path}/artifacts"
+    )
     mounts = {mount["Target"]: mount["ReadOnly"] for mount in given["mounts"]}
-    writable = {str(tmp_path / "run"), str(tmp_path / "artifacts"), *containers.hub_caches().values()}
+    writable = {
+        str(tmp_path / "run"),
+        str(tmp_path / "artifacts"),
+        *containers.hub_caches().values(),
+    }
     certificates = {os.environ.get(name) for name in containers.mounts.BUNDLES}
     assert {path for path, read_only in mounts.items() if not read_only} == writable
     assert {*mounts} - writable - certificates == {str(ROOT / "examples/tiny_reasoner")}
     assert all(Path(path).is_absolute() for path in writable)
     assert given["working_dir"] == str(ROOT) and given["environment"]["PTL_RUN_ID"] == "r"
-    assert given["user"] == f"{os.getuid()}:0" and given["labels"] == {containers.LABEL: str(tmp_path / "run")}
+    assert given["user"] == f"{os.getuid()}:0" and given["labels"] == {
+        containers.LABEL: str(tmp_path / "run")
+    }
     assert given["read_only"] and given["cap_drop"] == ["ALL"] and "privileged" not in given
     assert given["security_opt"] == ["no-new-privileges:true"] and "device_requests" not in given
     monkeypatch.setenv("ANSWER", '{"nvidia":{"path":"nvidia-container-runtime"}}')
@@ -73,7 +84,9 @@ def test_mounts_are_the_files_that_the_config_names(docker, monkeypatch, tmp_pat
     included = tmp_path / "base.yaml"
     included.write_text((ROOT / config.evaluate.tasks[0].name).read_text())
     data = ROOT / "examples/tiny_reasoner/test.jsonl"
-    task.write_text(f"include: ../base.yaml\ntask: own\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n")
+    task.write_text(
+        f"include: ../base.yaml\ntask: own\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+    )
     own = load_config(TINY, {"evaluate.tasks.0.name": str(task)})
     assert {task.parent, included} <= containers.files(own)
     monkeypatch.chdir(task.parent)
@@ -95,9 +108,18 @@ def stack_up(evaluate_image, weed, new_database, tmp_path_factory):
         yield up
 
 
-POD = {"KFP_POD_UID": "399d90a8", "PTL_ARGO_NODE": "tiny-w6n7q(0).root(0).import-model(0).executor(0)"}
+POD = {
+    "KFP_POD_UID": "399d90a8",
+    "PTL_ARGO_NODE": "tiny-w6n7q(0).root(0).import-model(0).executor(0)",
+}
 POD |= {"PTL_KFP_UI": "https://kubeflow.example.com/pipeline"}
-RESTRICTED = ["--network=host", "--user=12345:0", "--read-only", "--tmpfs=/tmp:rw,exec", "--cap-drop=ALL"]
+RESTRICTED = [
+    "--network=host",
+    "--user=12345:0",
+    "--read-only",
+    "--tmpfs=/tmp:rw,exec",
+    "--cap-drop=ALL",
+]
 RESTRICTED += ["--security-opt=no-new-privileges"]
 OUT = "mlpipeline/v2/artifacts/tiny/run/import-model/1/out"
 
@@ -113,15 +135,29 @@ def pod(folder, env, name):
         key: defaults[source["componentInputParameter"]]["defaultValue"]
         if "componentInputParameter" in source
         else source["runtimeValue"]["constant"]
-        for key, source in spec["root"]["dag"]["tasks"]["import-model"]["inputs"]["parameters"].items()
+        for key, source in spec["root"]["dag"]["tasks"]["import-model"]["inputs"][
+            "parameters"
+        ].items()
     }
     out = {"name": "out", "type": {"schemaTitle": "system.Model"}, "uri": f"minio://{OUT}"}
     given = {
         "inputs": {"parameterValues": parameters | {"run_name": "tiny-1"}},
-        "outputs": {"artifacts": {"out": {"artifacts": [out]}}, "outputFile": "/minio/output_metadata.json"},
+        "outputs": {
+            "artifacts": {"out": {"artifacts": [out]}},
+            "outputFile": "/minio/output_metadata.json",
+        },
     }
-    command = ["docker", "run", "--rm", *RESTRICTED, f"--mount=type=bind,src={folder / 'minio'},dst=/minio"]
-    for volume, prefixes in {"config": ("MLFLOW_", "AWS_DEFAULT"), "s3": ("AWS_ACCESS", "AWS_SECRET")}.items():
+    command = [
+        "docker",
+        "run",
+        "--rm",
+        *RESTRICTED,
+        f"--mount=type=bind,src={folder / 'minio'},dst=/minio",
+    ]
+    for volume, prefixes in {
+        "config": ("MLFLOW_", "AWS_DEFAULT"),
+        "s3": ("AWS_ACCESS", "AWS_SECRET"),
+    }.items():
         (folder / volume).mkdir()
         for key in filter(lambda key: key.startswith(prefixes), env):
             (folder / volume / key).write_text(env[key])
@@ -131,11 +167,15 @@ def pod(folder, env, name):
     command += [f"--env={key}={value}" for key, value in (POD | {"KFP_RUN_ID": name}).items()]
     container = spec["deploymentSpec"]["executors"]["exec-import-model"]["container"]
     command += [container["image"], *container["command"]]
-    command += [json.dumps(given) if argument == "{{$}}" else argument for argument in container["args"]]
+    command += [
+        json.dumps(given) if argument == "{{$}}" else argument for argument in container["args"]
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
-    (artifact,) = json.loads((folder / "minio/output_metadata.json").read_text())["artifacts"]["out"]["artifacts"]
+    (artifact,) = json.loads((folder / "minio/output_metadata.json").read_text())["artifacts"][
+        "out"
+    ]["artifacts"]
     return artifact, store.Pointer.load((folder / "minio" / OUT).read_text())
 
 
@@ -155,7 +195,14 @@ def test_a_pods_files_become_the_steps_environment(stack_up, tmp_path):
 
 
 def containers_of(folder):
-    command = ["docker", "ps", "--quiet", "--no-trunc", "--filter", f"label={containers.LABEL}={folder}"]
+    command = [
+        "docker",
+        "ps",
+        "--quiet",
+        "--no-trunc",
+        "--filter",
+        f"label={containers.LABEL}={folder}",
+    ]
     return subprocess.check_output(command, text=True).split()
 
 
@@ -169,7 +216,11 @@ def test_a_run_in_containers_is_killed_and_resumed_and_ends_as_one_in_processes(
     The same digests for the same torch build, else accuracies within the interval.
     """
     first = Run(config, stack_up.home, "--s3", "--runner", "docker")
-    first.wait_for(lambda: [*stack_up.home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")])
+    first.wait_for(
+        lambda: [
+            *stack_up.home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")
+        ]
+    )
     left = containers_of(first.folder)
     # Else it might finish before it is removed.
     subprocess.run(["docker", "pause", *left], check=True, capture_output=True)
@@ -179,12 +230,17 @@ def test_a_run_in_containers_is_killed_and_resumed_and_ends_as_one_in_processes(
     assert left and not set(left) & set(there.split()) and containers_of(second.folder) == []
     assert second.folder == first.folder and "prune-1: done before" in second.output
     log = (second.folder / "log.txt").read_text()
-    assert [*dict.fromkeys(re.findall(r"Executing task (?:\x1b\[\d+m)?'([\w-]+)'", log))] == [*CHAIN, "report"]
+    assert [*dict.fromkeys(re.findall(r"Executing task (?:\x1b\[\d+m)?'([\w-]+)'", log))] == [
+        *CHAIN,
+        "report",
+    ]
 
     for name, value in stack_up.env.items():
         monkeypatch.setenv(name, value)
     location = runs.artifact_location("ptl")
-    one = {step: asdict(store.committed(f"{location}/ptl", second.folder.name, step)) for step in CHAIN}
+    one = {
+        step: asdict(store.committed(f"{location}/ptl", second.folder.name, step)) for step in CHAIN
+    }
     other = whole_run.records(finished[0])
     assert one["recover-1"]["metadata"]["resumed_at"] >= 2
     if one["import-model"]["metadata"]["versions"] == other["import-model"]["metadata"]["versions"]:
@@ -192,4 +248,7 @@ def test_a_run_in_containers_is_killed_and_resumed_and_ends_as_one_in_processes(
     else:
         results = (second.folder / "result.json", finished[0] / "latest/result.json")
         rows = [json.loads(path.read_text())["rows"][:3] for path in results]
-        assert all(theirs["low"] <= mine["accuracy"] <= theirs["high"] for mine, theirs in zip(*rows, strict=True))
+        assert all(
+            theirs["low"] <= mine["accuracy"] <= theirs["high"]
+            for mine, theirs in zip(*rows, strict=True)
+        )

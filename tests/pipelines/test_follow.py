@@ -36,13 +36,19 @@ def command(world, said):
 
 @pytest.fixture
 def watch(world, said):
-    return lambda: follow.watch(kfp_api.connect(Server(host=world.url)), "run", False, None, 0.01, said.append)
+    return lambda: follow.watch(
+        kfp_api.connect(Server(host=world.url)), "run", False, None, 0.01, said.append
+    )
 
 
 def rows(said):
     """The cells of the table by step; the first is its state."""
     table = next(text for text in said if "Step" in text and "State" in text)
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("│")
+    ]
     return {cells[0]: cells[1:] for cells in lines}
 
 
@@ -67,20 +73,31 @@ def test_recorded_runs(world, said, command, tracked):
     """By the names of their steps; and their end is that of their parent in MLflow."""
     for name, records, code, expected, last, parent in (
         ("run-running", (RUNNING,), 0, ("RUNNING", *("waiting",) * 5), "RUNNING", "RUNNING"),
-        ("run-canceled", ({}, RUNNING), 1, ("SUCCEEDED", "CANCELED", *REST[1:]), "canceled", "KILLED"),
+        (
+            "run-canceled",
+            ({}, RUNNING),
+            1,
+            ("SUCCEEDED", "CANCELED", *REST[1:]),
+            "canceled",
+            "KILLED",
+        ),
         ("run-failed-step", (FAILED,), 1, ("FAILED", *REST), "FAILED", "FAILED"),
         ("run-failed-driver", ({},), 1, ("SUCCEEDED", *REST), "FAILED", "FAILED"),
         ("run-succeeded-6-tasks", ({},) * 6, 0, ("SUCCEEDED",) * 6, "SUCCEEDED", "FINISHED"),
     ):
         run = tracked(world.play(name), dict(zip(SIX, records, strict=False)))
         assert command() == code, name
-        assert [(step, cells[0]) for step, cells in rows(said).items()] == list(zip(SIX, expected, strict=True))
+        assert [(step, cells[0]) for step, cells in rows(said).items()] == list(
+            zip(SIX, expected, strict=True)
+        )
         assert f": {last}  {world.url}/#/runs/details/" in said[-1]
         assert ("import-model: InputError: x" in said) == ("FAILED" in expected)
         assert in_mlflow(run)[0] == parent, name
 
 
-def test_a_run_of_which_kubeflow_lists_12_of_18_steps_is_shown_by_its_records(world, said, command, tracked):
+def test_a_run_of_which_kubeflow_lists_12_of_18_steps_is_shown_by_its_records(
+    world, said, command, tracked
+):
     """Recorded: Kubeflow's list stopped at 1 MiB; the records go on."""
     run = world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
     world.played[0] |= {"state": "RUNNING", "finished_at": "1970-01-01T00:00:00Z"}
@@ -88,16 +105,32 @@ def test_a_run_of_which_kubeflow_lists_12_of_18_steps_is_shown_by_its_records(wo
     training = {"train/num_input_tokens_seen": 51_200, "train/loss": 0.4567}
     scores = {"tags": {"verdict": "accepted"}, "metrics": {"seconds": 21.4, "accuracy": 0.998}}
     control = {"status": "RUNNING", "tags": {"tokens": 500_000, "attempt": 2}, "metrics": training}
-    tracked(run, {"evaluate-4": scores, "control-recover": control, "recover-4": {"metrics": {"seconds": 60}}})
+    tracked(
+        run,
+        {
+            "evaluate-4": scores,
+            "control-recover": control,
+            "recover-4": {"metrics": {"seconds": 60}},
+        },
+    )
     assert command() == 0
     table = rows(said)
     assert len(table) == 18
     assert table["evaluate-4"] == ["SUCCEEDED", "", "21", "0.998", "accepted", ""]
-    assert table["control-recover"] == ["RUNNING", "2", "", "", "", "51,200 of 500,000 tokens, loss 0.457"]
+    assert table["control-recover"] == [
+        "RUNNING",
+        "2",
+        "",
+        "",
+        "",
+        "51,200 of 500,000 tokens, loss 0.457",
+    ]
     assert table["recover-4"][0] == "SUCCEEDED" and table["control-evaluate"][0] == "waiting"
 
 
-def test_of_a_run_whose_records_cannot_be_read_its_own_state_is_known(world, said, command, watch, monkeypatch):
+def test_of_a_run_whose_records_cannot_be_read_its_own_state_is_known(
+    world, said, command, watch, monkeypatch
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     world.play("run-running", "run-running", "run-succeeded-6-tasks")
@@ -125,10 +158,16 @@ def test_without_records_what_kubeflow_lists_counts(world, said, command, monkey
     world.played[0]["state"] = "RUNNING"
     command()
     table = rows(said)
-    assert [table[step][0] for step in ("recover-3", "recover-4", "report")] == ["SUCCEEDED", "unknown", "unknown"]
+    assert [table[step][0] for step in ("recover-3", "recover-4", "report")] == [
+        "SUCCEEDED",
+        "unknown",
+        "unknown",
+    ]
 
 
-def test_a_step_that_kubeflow_calls_succeeded_is_finished_in_mlflow_too(world, said, command, tracked):
+def test_a_step_that_kubeflow_calls_succeeded_is_finished_in_mlflow_too(
+    world, said, command, tracked
+):
     """As when MLflow was away at its end; other steps of the run that are still RUNNING there were killed."""
     run = world.play("run-oom", version="version-of-run-image-missing")
     tracked(run, {"import-model": {}, "prune-1": RUNNING, "recover-1": RUNNING})
@@ -149,16 +188,22 @@ def test_what_is_running_after_the_end_was_killed_and_is_closed(world, said, com
         assert "killed from outside, most likely out of memory" in reason
         assert in_mlflow(parent) == ("FAILED", reason)
     experiment = MlflowClient().get_run(parent).info.experiment_id
-    (step,) = MlflowClient().search_runs([experiment], f"tags.`ptl.run` = '{run}' and tags.`ptl.step` = 'recover-1'")
+    (step,) = MlflowClient().search_runs(
+        [experiment], f"tags.`ptl.run` = '{run}' and tags.`ptl.step` = 'recover-1'"
+    )
     assert in_mlflow(step.info.run_id) == ("FAILED", reason.removeprefix("recover-1: "))
 
 
 def test_a_wait_has_one_line_for_each_change(world, said, watch, tracked):
-    run = world.play("run-pending", "run-running", "run-running", "run-running", "run-succeeded-6-tasks")
+    run = world.play(
+        "run-pending", "run-running", "run-running", "run-running", "run-succeeded-6-tasks"
+    )
     training = {"train/num_input_tokens_seen": 51_200, "train/loss": 0.4567}
     tracked(run, {"import-model": RUNNING | {"metrics": training}})
     assert watch() == 0
-    lines = [text.removeprefix("import-model: ") for text in said if text.startswith("import-model")]
+    lines = [
+        text.removeprefix("import-model: ") for text in said if text.startswith("import-model")
+    ]
     assert lines == ["RUNNING", "51,200 tokens, loss 0.457", "SUCCEEDED"]
     assert "evaluate-1: SUCCEEDED" in said and said[-1].endswith(": SUCCEEDED")
 
@@ -168,13 +213,19 @@ def test_a_step_that_was_taken_over_says_from_which_run(world, said, command, wa
     run = world.play("run-taken-over", version="version-of-run-image-missing")
     earlier = recorded("run-taken-over")["runtime_config"]["parameters"]["earlier_runs"]
     copied = {"tags": {"taken_over_from": earlier}, "metrics": {"seconds": 16.2}}
-    tracked(run, {"import-model": {"metrics": {"seconds": 9.1}}, "prune-1": copied, "recover-1": RUNNING})
+    tracked(
+        run,
+        {"import-model": {"metrics": {"seconds": 9.1}}, "prune-1": copied, "recover-1": RUNNING},
+    )
     assert command() == 0
     assert rows(said)["prune-1"] == ["SUCCEEDED", "", "", "", "", f"taken over from {earlier}"]
     world.played = [world.played[0], {**world.played[0], "state": "SUCCEEDED"}]
     said.clear()
     assert watch() == 0
-    assert f"prune-1: SUCCEEDED, taken over from {earlier}" in said and "import-model: SUCCEEDED in 9 s" in said
+    assert (
+        f"prune-1: SUCCEEDED, taken over from {earlier}" in said
+        and "import-model: SUCCEEDED in 9 s" in said
+    )
 
 
 def test_ctrl_c_ends_the_wait_and_says_that_the_run_continues(watch, monkeypatch, capsys):
@@ -182,7 +233,10 @@ def test_ctrl_c_ends_the_wait_and_says_that_the_run_continues(watch, monkeypatch
     with pytest.raises(SystemExit) as ended:
         watch()
     assert ended.value.code == 130
-    assert "interrupted by SIGINT: the run continues; `ptl status run` shows it" in capsys.readouterr().err
+    assert (
+        "interrupted by SIGINT: the run continues; `ptl status run` shows it"
+        in capsys.readouterr().err
+    )
 
 
 def test_cancel_waits_for_the_end_and_closes_mlflow(world, said, command, tracked):
@@ -218,7 +272,13 @@ def test_only_a_run_that_has_failed_is_retried(world, said, command, tracked):
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"), [("status", "cut answer"), ("cancel", "empty object"), ("cancel", "hang"), ("retry", "bad JSON")]
+    ("name", "fault"),
+    [
+        ("status", "cut answer"),
+        ("cancel", "empty object"),
+        ("cancel", "hang"),
+        ("retry", "bad JSON"),
+    ],
 )
 def test_nonsense_is_no_success_of_any_command(world, said, command, monkeypatch, name, fault):
     """The server's own answer to a request is `{}`, and so may be that of a proxy that has passed nothing on."""
@@ -227,14 +287,22 @@ def test_nonsense_is_no_success_of_any_command(world, said, command, monkeypatch
     run = world.play("run-running" if name == "cancel" else "run-failed-step")
     asked = ("GET", "/runs/") if name == "status" else ("POST", run)
     world.answers = [(*asked, fault)] * (kfp_api.REPEATS + 1)
-    with pytest.raises(WorkError, match=r"Kubeflow Pipelines at|as before; the session may have expired"):
+    with pytest.raises(
+        WorkError, match=r"Kubeflow Pipelines at|as before; the session may have expired"
+    ):
         command(getattr(follow, name), run)
     assert not any("asked to end" in text or "runs again" in text for text in said)
 
 
 def test_a_run_is_named_by_its_name_too(world, command):
     world.runs = [
-        {"run_id": f"id-{number}", "display_name": name, "state": "FAILED", "state_history": [], "looks": 0}
+        {
+            "run_id": f"id-{number}",
+            "display_name": name,
+            "state": "FAILED",
+            "state_history": [],
+            "looks": 0,
+        }
         for number, name in enumerate(["tiny-1", "twice", "twice"])
     ]
     world.play("run-failed-step")
@@ -259,15 +327,28 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked, monkeypatc
     world.played[0]["run_id"] = cluster.of_run[PODS][0]["metadata"]["labels"]["pipeline/runid"]
     tracked(world.played[0]["run_id"], {"import-model": {}})
     assert command() == 0
-    assert [rows(said)[step][0] for step in ("evaluate-0", "prune-1", "recover-1")] == ["PENDING", "PENDING", "waiting"]
-    unschedulable = "Unschedulable: 0/1 nodes are available: 1 node(s) didn't match Pod's node affinity"
-    assert any(text.startswith(f"prune-1: pending since 07:46 UTC: {unschedulable}") for text in said)
+    assert [rows(said)[step][0] for step in ("evaluate-0", "prune-1", "recover-1")] == [
+        "PENDING",
+        "PENDING",
+        "waiting",
+    ]
+    unschedulable = (
+        "Unschedulable: 0/1 nodes are available: 1 node(s) didn't match Pod's node affinity"
+    )
+    assert any(
+        text.startswith(f"prune-1: pending since 07:46 UTC: {unschedulable}") for text in said
+    )
     run = world.play("run-oom", version="version-of-run-image-missing")
     cluster.of_run[PODS] = recorded("pods-oom")["items"]
     tracked(run, {"import-model": {}, "evaluate-0": {}, "prune-1": {}, "recover-1": RUNNING})
     assert command() == 1
-    assert any(text.startswith("recover-1: OOMKilled: raise resources.steps.recover.memory or ") for text in said)
-    assert "a retry has the same memory: submit it again, which takes the finished steps over" in said
+    assert any(
+        text.startswith("recover-1: OOMKilled: raise resources.steps.recover.memory or ")
+        for text in said
+    )
+    assert (
+        "a retry has the same memory: submit it again, which takes the finished steps over" in said
+    )
     # A claim that is not there, which Kubernetes reports as it does the lack of a node.
     monkeypatch.setattr(run_view, "now", lambda: datetime(2026, 12, 3, 17, 35, tzinfo=UTC))
     cluster.show("claim-missing")
@@ -280,16 +361,24 @@ def test_a_run_shows_its_pods(world, said, command, cluster, tracked, monkeypatc
 
 AS_ROOT = "CreateContainerConfigError: container has runAsNonRoot and image will run as root"
 QUOTA = (
-    'pods "quota-nwdlb-system-dag-driver-3946042863" is forbidden: failed quota: q2: must specify limits.memory for: '
+    'pods "quota-nwdlb-system-dag-driver-3946042863" is forbidden: failed quota: q2: '
+    "must specify limits.memory for: "
 )
 
 
-def test_a_run_whose_own_driver_cannot_start_says_why(world, said, command, cluster, tracked, monkeypatch):
+def test_a_run_whose_own_driver_cannot_start_says_why(
+    world, said, command, cluster, tracked, monkeypatch
+):
     """Recorded: its pod keeps all steps waiting, or a quota refuses it and the run ends before its first step."""
     monkeypatch.setattr(run_view, "now", lambda: datetime(2026, 12, 3, 17, 25, tzinfo=UTC))
     for name, code, state, reason in (
         ("root-driver-pending", 0, "waiting", f"root-driver: pending since 17:23 UTC: {AS_ROOT}"),
-        ("quota", 1, "not started", f"root-driver: {QUOTA}init,wait; requests.memory for: init,wait; Kubeflow's own"),
+        (
+            "quota",
+            1,
+            "not started",
+            f"root-driver: {QUOTA}init,wait; requests.memory for: init,wait; Kubeflow's own",
+        ),
     ):
         world.play(f"run-{name}")
         cluster.show(name)
@@ -301,7 +390,9 @@ def test_a_run_whose_own_driver_cannot_start_says_why(world, said, command, clus
     cluster.of_run[PODS] = []
     world.play("run-root-driver-pending")
     command()
-    assert [text for text in said if text.startswith(f"root-driver: pending since 17:23 UTC: {AS_ROOT}")]
+    assert [
+        text for text in said if text.startswith(f"root-driver: pending since 17:23 UTC: {AS_ROOT}")
+    ]
 
 
 def with_poisoned_driver(cluster):
@@ -318,10 +409,15 @@ def with_poisoned_driver(cluster):
     pod["status"] = {"phase": "Failed"}
     cluster.of_run[PODS] = [pod]
     log = (mock_kubernetes.OF_RUNS / "driver-poisoned.log").read_text()
-    cluster.logs[pod["metadata"]["name"]] = lambda: ["I1203 18:02:24.1 14 main.go:100] begins\n", log]
+    cluster.logs[pod["metadata"]["name"]] = lambda: [
+        "I1203 18:02:24.1 14 main.go:100] begins\n",
+        log,
+    ]
 
 
-def test_a_run_that_no_retry_can_resume_is_submitted_again(world, said, command, watch, cluster, tracked):
+def test_a_run_that_no_retry_can_resume_is_submitted_again(
+    world, said, command, watch, cluster, tracked
+):
     """Recorded: Kubeflow has a task of it twice, and each driver fails at once, also after `ptl retry`."""
     run = world.play("run-driver-poisoned", version=None)
     with_poisoned_driver(cluster)
@@ -333,13 +429,17 @@ def test_a_run_that_no_retry_can_resume_is_submitted_again(world, said, command,
         'two tasks have the same task name "prune-3_59", id1=75 id2=76; no retry can work, as Kubeflow has a task of '
         "this run twice: submit it again, which takes the finished steps over"
     )
-    with pytest.raises(InputError, match=r"no retry can work.*two tasks have.*; submit it again, which takes"):
+    with pytest.raises(
+        InputError, match=r"no retry can work.*two tasks have.*; submit it again, which takes"
+    ):
         command(follow.retry, run)
     assert not world.calls("POST", ":retry")
     assert command() == 1 and "no retry can work" in said[-2]
 
 
-def test_without_the_drivers_log_a_second_failure_within_a_minute_is_a_hint(world, said, watch, cluster):
+def test_without_the_drivers_log_a_second_failure_within_a_minute_is_a_hint(
+    world, said, watch, cluster
+):
     world.play("run-driver-poisoned", version=None)
     with_poisoned_driver(cluster)
     cluster.forbidden = ".*/log"
@@ -354,7 +454,9 @@ def test_without_the_drivers_log_a_second_failure_within_a_minute_is_a_hint(worl
         assert watch() == 1 and not said[-1].endswith(hint)
 
 
-def test_a_wait_names_the_reason_of_a_run_that_ended_before_its_first_step(world, said, watch, cluster):
+def test_a_wait_names_the_reason_of_a_run_that_ended_before_its_first_step(
+    world, said, watch, cluster
+):
     world.play("run-quota")
     cluster.show("quota")
     assert watch() == 1
@@ -364,7 +466,9 @@ def test_a_wait_names_the_reason_of_a_run_that_ended_before_its_first_step(world
 POSTPONED = "Workflow processing has been postponed because too many workflows are already running"
 
 
-def test_a_run_of_which_no_pod_lives_for_two_minutes_says_what_argo_says(world, said, cluster, tracked, monkeypatch):
+def test_a_run_of_which_no_pod_lives_for_two_minutes_says_what_argo_says(
+    world, said, cluster, tracked, monkeypatch
+):
     """Recorded: a run between two steps, those before it taken over. The workflow is made up, after Argo's source."""
     run = world.play("run-taken-over", version="version-of-run-image-missing")
     tracked(run, {"import-model": {"ended": 1}})
@@ -404,8 +508,14 @@ def test_what_argo_says_of_a_step_counts_beside_the_pods_of_others(cluster):
     (workflow,) = cluster.of_run[WORKFLOWS]
     nodes = workflow["status"]["nodes"]
     (driver,) = [node for node in nodes.values() if node["displayName"] == "root-driver(0)"]
-    later = {"id": "n-1", "name": "w(0).root(0).prune-1(0).executor(0)", "startedAt": "2026-12-03T17:30:00Z"}
-    nodes["n-1"] = driver | later | {"phase": "Error", "message": "pods is forbidden: exceeded quota: q2"}
+    later = {
+        "id": "n-1",
+        "name": "w(0).root(0).prune-1(0).executor(0)",
+        "startedAt": "2026-12-03T17:30:00Z",
+    }
+    nodes["n-1"] = (
+        driver | later | {"phase": "Error", "message": "pods is forbidden: exceeded quota: q2"}
+    )
     run = workflow["metadata"]["labels"]["pipeline/runid"]
     found = pods.read("kubeflow", run)
     assert (found["root-driver"].phase, found["prune-1"].phase) == ("Pending", "Failed")
@@ -436,19 +546,33 @@ BACK_OFF = f'Back-off pulling image "x": ErrImagePull: {NOT_FOUND}'
 def test_a_container_that_cannot_start_says_why(cluster):
     """The recorded pod, whose container waits for another reason."""
     for reason, message, sentence, remedy in (
-        ("ErrImageNeverPull", NEVER_PULLED, f"ErrImageNeverPull: {NEVER_PULLED}", "check images.registry, images.tag"),
+        (
+            "ErrImageNeverPull",
+            NEVER_PULLED,
+            f"ErrImageNeverPull: {NEVER_PULLED}",
+            "check images.registry, images.tag",
+        ),
         ("ImagePullBackOff", BACK_OFF, f"ImagePullBackOff: {NOT_FOUND}", "check images.registry"),
-        ("ContainerCreating", "", "FailedMount: no such claim", "check storage.cache_claim"),  # its newest event
+        # its newest event
+        ("ContainerCreating", "", "FailedMount: no such claim", "check storage.cache_claim"),
     ):
         (pod,) = cluster.of_run[PODS] = recorded("pods-image-missing")["items"]
-        container = next(entry for entry in pod["status"]["containerStatuses"] if entry["name"] == "main")
+        container = next(
+            entry for entry in pod["status"]["containerStatuses"] if entry["name"] == "main"
+        )
         container["state"]["waiting"] = {"reason": reason, "message": message}
         cluster.of_run[EVENTS] = recorded("events-pending")["items"]
         if not message:
-            mount = {"reason": "FailedMount", "message": "no such claim", "lastTimestamp": "2026-11-28T07:51:00Z"}
+            mount = {
+                "reason": "FailedMount",
+                "message": "no such claim",
+                "lastTimestamp": "2026-11-28T07:51:00Z",
+            }
             cluster.of_run[EVENTS].insert(0, cluster.of_run[EVENTS][0] | mount)
         found = pods.read("kubeflow", pod["metadata"]["labels"]["pipeline/runid"])["import-model"]
-        assert (found.phase, found.sentence) == ("Pending", sentence) and found.remedy("prune").startswith(remedy)
+        assert (found.phase, found.sentence) == ("Pending", sentence) and found.remedy(
+            "prune"
+        ).startswith(remedy)
 
 
 def test_of_a_steps_pods_the_newest_counts_and_a_driver_is_no_container(cluster):
@@ -461,17 +585,31 @@ def test_of_a_steps_pods_the_newest_counts_and_a_driver_is_no_container(cluster)
     for entries in ([pod, driver], [driver, pod]):
         cluster.of_run[PODS] = entries
         found = pods.read("kubeflow", pod["metadata"]["labels"]["pipeline/runid"])
-        assert found == {"recover-1": pods.Pod(datetime(2026, 11, 28, 7, tzinfo=UTC), "Failed", is_driver=True)}
+        assert found == {
+            "recover-1": pods.Pod(datetime(2026, 11, 28, 7, tzinfo=UTC), "Failed", is_driver=True)
+        }
 
 
 def test_a_pod_that_a_quota_refuses_is_explained_by_the_workflow(cluster):
     """Made up after Argo's source: it keeps such a node pending, with the answer to its request as the message."""
     quota = 'pods "n-1" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: 0, limited: 4'
-    node = {"name": "noimg-rhr5h(0).root(0).import-model(0).executor(0)", "phase": "Pending", "message": quota}
-    nodes = {"noimg-rhr5h-1": node | {"id": "noimg-rhr5h-1", "type": "Pod", "startedAt": "2026-11-28T07:48:16Z"}}
+    node = {
+        "name": "noimg-rhr5h(0).root(0).import-model(0).executor(0)",
+        "phase": "Pending",
+        "message": quota,
+    }
+    nodes = {
+        "noimg-rhr5h-1": node
+        | {"id": "noimg-rhr5h-1", "type": "Pod", "startedAt": "2026-11-28T07:48:16Z"}
+    }
     packed = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
     for state in ({"nodes": nodes}, {"compressedNodes": packed}):
-        cluster.of_run[WORKFLOWS] = [{"metadata": {"labels": {"pipeline/runid": "run"}}, "status": state}]
+        cluster.of_run[WORKFLOWS] = [
+            {"metadata": {"labels": {"pipeline/runid": "run"}}, "status": state}
+        ]
         (found,) = pods.read("kubeflow", "run").items()
-        assert found == ("import-model", pods.Pod(datetime(2026, 11, 28, 7, 48, 16, tzinfo=UTC), message=quota))
+        assert found == (
+            "import-model",
+            pods.Pod(datetime(2026, 11, 28, 7, 48, 16, tzinfo=UTC), message=quota),
+        )
         assert found[1].remedy("prune").startswith("ask for less (resources.steps.prune)")

@@ -47,12 +47,18 @@ pytestmark = pytest.mark.xdist_group("loop")  # whose worker has a server of for
 
 def write_problem(config, folder, **more):
     """Write a config of one short iteration, and the data files that it reads; returns its path."""
-    rows = gzip.decompress((EXAMPLE / "train.jsonl.gz").read_bytes()).decode().splitlines(keepends=True)
+    rows = (
+        gzip.decompress((EXAMPLE / "train.jsonl.gz").read_bytes())
+        .decode()
+        .splitlines(keepends=True)
+    )
     (folder / "train.jsonl").write_text("".join(rows[:500]))
     (folder / "other.jsonl").write_text("".join(rows[500:1000]))
     shutil.copy(EXAMPLE / "test.jsonl", folder)
     task = (EXAMPLE / "tiny_reasoner.yaml").read_text()
-    (folder / "task.yaml").write_text(task.replace("examples/tiny_reasoner/test.jsonl", f"{folder}/test.jsonl"))
+    (folder / "task.yaml").write_text(
+        task.replace("examples/tiny_reasoner/test.jsonl", f"{folder}/test.jsonl")
+    )
     raw = yaml.safe_load(config.read_text()) | more
     raw["schedule"] |= {"iterations": 1, "recovery_tokens": 12_000}
     raw["training"]["sources"][0]["source"] = "train.jsonl"
@@ -77,7 +83,9 @@ def runs_and_servers(config, weed, new_database, tmp_path_factory):
     new_database(servers.folder(home))
     with Servers(home, free_port(), free_port()) as up:
         first = Run(path, home, "--s3", on={"prune-1: started": up.restart_s3})
-        first.wait_for(lambda: [*home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")])
+        first.wait_for(
+            lambda: [*home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")]
+        )
         first.kill()
         yield first, Run(path, home, "--s3", on={"recover-1: started": up.pause_mlflow}).end(), up
 
@@ -87,7 +95,9 @@ def test_a_killed_run_is_resumed_and_ends_the_same(runs_and_servers, commands, m
     killed, resumed, up = runs_and_servers
     assert resumed.folder == killed.folder and "continuing run" in resumed.output
     for step in STEPS:
-        assert (f"{step}: done before" in resumed.output) == (step in ("import-model", "evaluate-0", "prune-1"))
+        assert (f"{step}: done before" in resumed.output) == (
+            step in ("import-model", "evaluate-0", "prune-1")
+        )
     for name, value in up.env.items():
         monkeypatch.setenv(name, value)
     location = runs.artifact_location("ptl")
@@ -104,7 +114,9 @@ def test_servers_that_are_away_are_waited_for_and_nothing_is_lost(runs_and_serve
     assert resumed.at("recover-1: done") - resumed.at("recover-1: started") > MLFLOW_DOWN
     client = MlflowClient(up.env["MLFLOW_TRACKING_URI"])
     (experiment,) = (found for found in client.search_experiments() if found.name == "ptl")
-    found = client.search_runs([experiment.experiment_id], f"tags.`ptl.run` = '{resumed.folder.name}'")
+    found = client.search_runs(
+        [experiment.experiment_id], f"tags.`ptl.run` = '{resumed.folder.name}'"
+    )
     by_step = {run.data.tags.get("ptl.step", "parent"): run for run in found}
     assert set(by_step) == {"parent", "report", *STEPS}
     assert {run.info.status for run in by_step.values()} == {"FINISHED"}
@@ -132,7 +144,11 @@ def killed_in_evaluate_1(run_task):
     """What runs a task, but this one is killed."""
 
     def run(full_command, env_vars=None):
-        return 137 if '"step": "evaluate-1"' in " ".join(full_command) else run_task(full_command, env_vars)
+        return (
+            137
+            if '"step": "evaluate-1"' in " ".join(full_command)
+            else run_task(full_command, env_vars)
+        )
 
     return run
 
@@ -145,7 +161,9 @@ def commands(config, tmp_path_factory, new_database):
     """
     folder = tmp_path_factory.mktemp("problem")
     path = write_problem(config, folder, export=[{"format": "compressed-tensors", "type": "fp8"}])
-    home, train, benchmark, python = (folder / name for name in ("home", "train.jsonl", "test.jsonl", "python"))
+    home, train, benchmark, python = (
+        folder / name for name in ("home", "train.jsonl", "test.jsonl", "python")
+    )
     python.write_text(LLMCOMPRESSOR.format(python=sys.executable))
     python.chmod(0o755)
     (folder / "broken").touch()
@@ -154,7 +172,8 @@ def commands(config, tmp_path_factory, new_database):
     new_database(home)
 
     def run():
-        with mock.patch.dict(os.environ, {PYTHON: str(python)}):  # which the command changes, for its steps
+        # which the command changes, for its steps
+        with mock.patch.dict(os.environ, {PYTHON: str(python)}):
             for name in ("MLFLOW_TRACKING_URI", "PTL_ARTIFACT_ROOT"):
                 os.environ.pop(name, None)
             # in this process, which saves imports
@@ -162,13 +181,20 @@ def commands(config, tmp_path_factory, new_database):
         latest = (home / "latest").resolve()
         manifests = (home / f"artifacts/ptl/{latest.name}").glob("*/manifest.json")
         found = {manifest.parent.name: json.loads(manifest.read_text()) for manifest in manifests}
-        result = json.loads((latest / "result.json").read_text()) if (latest / "result.json").exists() else {}
+        result = (
+            json.loads((latest / "result.json").read_text())
+            if (latest / "result.json").exists()
+            else {}
+        )
         about = {"run": latest.name, "error": ran.exception, "output": ran.output}
         done.append(SimpleNamespace(**about, records=found, result=result))
 
     with pytest.MonkeyPatch.context() as kill:
         # The one that forks, and KFP's own, which is used beside a GPU
-        for module, name in ((runners, "_run_forked"), (subprocess_task_handler, "run_local_subprocess")):
+        for module, name in (
+            (runners, "_run_forked"),
+            (subprocess_task_handler, "run_local_subprocess"),
+        ):
             kill.setattr(module, name, killed_in_evaluate_1(getattr(module, name)))
         run()
         # Other questions under the same ids
@@ -179,20 +205,34 @@ def commands(config, tmp_path_factory, new_database):
     os.utime(train, (2, 2))  # the same bytes
     run()
     (folder / "broken").unlink()
-    edit(path, lambda raw: raw["export"].append({"format": "compressed-tensors", "type": "int8", "limit": 4}))
+    edit(
+        path,
+        lambda raw: raw["export"].append(
+            {"format": "compressed-tensors", "type": "int8", "limit": 4}
+        ),
+    )
     run()
     return done
 
 
 def digests(command):
-    return {step: command.records[step]["pointer"]["digest"] for step in ("evaluate-0", "prune-1", "recover-1")}
+    return {
+        step: command.records[step]["pointer"]["digest"]
+        for step in ("evaluate-0", "prune-1", "recover-1")
+    }
 
 
 def test_a_changed_file_repeats_what_read_it(commands):
     first, second = commands[:2]
-    assert "evaluate-1" in str(first.error) and "evaluate-1" in str(second.error) and first.run == second.run
+    assert (
+        "evaluate-1" in str(first.error)
+        and "evaluate-1" in str(second.error)
+        and first.run == second.run
+    )
     for step, file in {"evaluate-0": "test.jsonl", "recover-1": "train.jsonl"}.items():
-        assert re.search(rf"{step}: \S+/{file} has changed since it was done: it is done again", second.output)
+        assert re.search(
+            rf"{step}: \S+/{file} has changed since it was done: it is done again", second.output
+        )
         assert digests(first)[step] != digests(second)[step]
     assert "import-model: done before" in second.output and "prune-1: done before" in second.output
     assert digests(first)["prune-1"] == digests(second)["prune-1"]
@@ -215,12 +255,22 @@ def test_an_export_that_failed_is_made_by_a_later_command_and_another_is_added(c
     assert [export["failed"] != "" for export in failing.result["exports"]] == [True]
     assert "report" in failing.records and FAILED not in failing.records
 
-    assert again.error is None and again.run == failing.run and "evaluate-1: done before" in again.output
+    assert (
+        again.error is None
+        and again.run == failing.run
+        and "evaluate-1: done before" in again.output
+    )
     assert again.records.keys() == {*failing.records, FAILED, ADDED}
     kept = failing.records.keys() - {"report"}
-    assert {step: again.records[step] for step in kept} == {step: failing.records[step] for step in kept}
+    assert {step: again.records[step] for step in kept} == {
+        step: failing.records[step] for step in kept
+    }
     fp8, int8 = again.result["exports"]
     assert (fp8["failed"], int8["failed"]) == ("", "")
     assert [task["items"] for task in int8["models"]["final"]["tasks"]] == [4]
     pairs = int8["pairs"]["tiny_reasoner"]
-    assert {name: pair["items"] for name, pair in pairs.items()} == {"final": 4, "dense_export": 4, "dense": 4}
+    assert {name: pair["items"] for name, pair in pairs.items()} == {
+        "final": 4,
+        "dense_export": 4,
+        "dense": 4,
+    }

@@ -54,7 +54,9 @@ def look(history, records=None, pods=None, names=NAMES, tasks=()):
         for name, state, minute in tasks
     ]
     moments = enumerate(history.split())
-    entries = [SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in moments]
+    entries = [
+        SimpleNamespace(state=each, update_time=BEGIN + number * MINUTE) for number, each in moments
+    ]
     about = {
         "run_id": "id",
         "display_name": "tiny-1",
@@ -78,48 +80,114 @@ def test_the_states_of_steps(monkeypatch):
     of_import = f"FAILED: OOMKilled: {MEMORY}.import-model.memory; {PODS}"
     for history, records, pods, expected in (
         ("RUNNING", None, {}, {"doctor": "unknown", "prune-1": "unknown"}),
-        ("RUNNING", {"import-model": RUNNING}, {}, {"doctor": "SUCCEEDED", "import-model": "RUNNING"}),
+        (
+            "RUNNING",
+            {"import-model": RUNNING},
+            {},
+            {"doctor": "SUCCEEDED", "import-model": "RUNNING"},
+        ),
         ("FAILED", {}, {}, {"doctor": "not started", "run": PODS}),
         # Of a pod that was killed the record is still RUNNING.
         ("SUCCEEDED", {"prune-1": RUNNING}, {}, {"prune-1": "SUCCEEDED"}),
-        ("RUNNING CANCELING FAILED", {"evaluate-0": RUNNING}, {}, {"evaluate-0": "CANCELED", "run": "canceled"}),
+        (
+            "RUNNING CANCELING FAILED",
+            {"evaluate-0": RUNNING},
+            {},
+            {"evaluate-0": "CANCELED", "run": "canceled"},
+        ),
         # What comes after the end of the loop is not needed; the control is apart.
-        ("RUNNING", {"evaluate-2": ENDS_THE_LOOP}, {}, {"prune-3": "not needed", "control-prune": "waiting"}),
+        (
+            "RUNNING",
+            {"evaluate-2": ENDS_THE_LOOP},
+            {},
+            {"prune-3": "not needed", "control-prune": "waiting"},
+        ),
         # After a retry, two minutes after the begin
-        (RETRIED, {"evaluate-0": BEFORE, "prune-1": NAN}, {}, {"evaluate-0": "waiting", "prune-1": LOST}),
+        (
+            RETRIED,
+            {"evaluate-0": BEFORE, "prune-1": NAN},
+            {},
+            {"evaluate-0": "waiting", "prune-1": LOST},
+        ),
         # Only since the last retry it was asked to end.
         ("CANCELING FAILED RUNNING FAILED", {"prune-1": NAN}, {}, {"run": "prune-1: nan"}),
         # Why a step failed
-        ("FAILED", {"recover-1": RUNNING}, {"recover-1": OOM}, {"run": f"recover-1: {OUT_OF_MEMORY}"}),
-        ("FAILED", {"evaluate-0": NAN, "prune-1": RUNNING}, {}, {"prune-1": STOPPED, "run": "evaluate-0: nan"}),
+        (
+            "FAILED",
+            {"recover-1": RUNNING},
+            {"recover-1": OOM},
+            {"run": f"recover-1: {OUT_OF_MEMORY}"},
+        ),
+        (
+            "FAILED",
+            {"evaluate-0": NAN, "prune-1": RUNNING},
+            {},
+            {"prune-1": STOPPED, "run": "evaluate-0: nan"},
+        ),
         ("FAILED", {"import-model": RUNNING}, {"import-model": OOM}, {"import-model": of_import}),
         # Not by the control
         ("FAILED", {"control-prune": NAN, "report": RUNNING}, {}, {"report": of_report}),
         ("FAILED", {"control-prune": NAN}, {}, {"run": "control-prune: nan"}),
-        ("FAILED", {}, {"prune-1": Pod(BEGIN, "Failed", True)}, {"prune-1": f"FAILED: {NO_CONTAINER}; {LOGS}"}),
+        (
+            "FAILED",
+            {},
+            {"prune-1": Pod(BEGIN, "Failed", True)},
+            {"prune-1": f"FAILED: {NO_CONTAINER}; {LOGS}"},
+        ),
         # Why a step is pending
-        ("RUNNING", {}, {"prune-1": PENDING}, {"prune-1": f"PENDING: pending since 08:04 UTC; {PODS}"}),
+        (
+            "RUNNING",
+            {},
+            {"prune-1": PENDING},
+            {"prune-1": f"PENDING: pending since 08:04 UTC; {PODS}"},
+        ),
         ("RUNNING", {"prune-1": NAN}, {"prune-1": NO_NODE}, {"prune-1": f"PENDING: {NO_GPU}"}),
-        ("RUNNING", {"recover-1": RUNNING}, {"recover-1": OOM}, {"recover-1": f"{ATTEMPT}: {OUT_OF_MEMORY}"}),
+        (
+            "RUNNING",
+            {"recover-1": RUNNING},
+            {"recover-1": OOM},
+            {"recover-1": f"{ATTEMPT}: {OUT_OF_MEMORY}"},
+        ),
     ):
         view = look(history, records, pods)
-        found = {step.name: f"{step.state}: {step.reason}".removesuffix(": ") for step in view.steps}
+        found = {
+            step.name: f"{step.state}: {step.reason}".removesuffix(": ") for step in view.steps
+        }
         found["run"] = view.reason
         assert {name: found[name] for name in expected} == expected
 
 
 def test_kubeflows_list_counts_where_the_records_are_silent():
     """Also of a retried run, whose list has the failures before; a step of the control fails without failing a task."""
-    listed = [("prune-1", "FAILED", 1), ("evaluate-0", "SUCCEEDED", 1), ("import-model", "SUCCEEDED", 1)]
+    listed = [
+        ("prune-1", "FAILED", 1),
+        ("evaluate-0", "SUCCEEDED", 1),
+        ("import-model", "SUCCEEDED", 1),
+    ]
     for history, records, tasks, expected in (
         # A list of 19 steps may have stopped.
-        ("RUNNING", None, [*listed, ("recover-1", "RUNNING", 0)], {"evaluate-0": "SUCCEEDED", "recover-1": "unknown"}),
+        (
+            "RUNNING",
+            None,
+            [*listed, ("recover-1", "RUNNING", 0)],
+            {"evaluate-0": "SUCCEEDED", "recover-1": "unknown"},
+        ),
         (RETRIED, {}, listed, {"prune-1": "waiting", "evaluate-0": "SUCCEEDED"}),
         (RETRIED, {}, [("prune-1", "FAILED", 3)], {"prune-1": "FAILED"}),
         ("FAILED", {}, [("prune-1-driver", "FAILED", 0)], {"prune-1": "FAILED"}),
         ("RUNNING CANCELING FAILED", {}, [("prune-1", "FAILED", 2)], {"prune-1": "CANCELED"}),
-        ("RUNNING", {"control-prune": NAN}, [("control-prune", "SUCCEEDED", 1)], {"control-prune": "FAILED"}),
-        ("RUNNING", {"evaluate-1": ENDS_THE_LOOP}, [("prune-2", "SUCCEEDED", 1)], {"prune-2": "not needed"}),
+        (
+            "RUNNING",
+            {"control-prune": NAN},
+            [("control-prune", "SUCCEEDED", 1)],
+            {"control-prune": "FAILED"},
+        ),
+        (
+            "RUNNING",
+            {"evaluate-1": ENDS_THE_LOOP},
+            [("prune-2", "SUCCEEDED", 1)],
+            {"prune-2": "not needed"},
+        ),
     ):
         tasks = [("root-driver", "SUCCEEDED", 0), *tasks]
         states = {step.name: step.state for step in look(history, records, tasks=tasks).steps}
@@ -129,7 +197,10 @@ def test_kubeflows_list_counts_where_the_records_are_silent():
 def test_a_loop_that_failed_while_the_control_works_says_how_to_end_the_run():
     """The run's own state stays RUNNING until what can still run has ended. A failed control does not end it."""
     hint = look("RUNNING", {"recover-1": NAN, "control-prune": RUNNING}).hint_to_cancel
-    assert "recover-1 has failed, and the run ends when control-prune has ended; `ptl cancel id` ends it now" in hint
+    assert (
+        "recover-1 has failed, and the run ends when control-prune has ended; `ptl cancel id` ends it now"
+        in hint
+    )
     assert look("RUNNING", {"control-prune": NAN, "recover-1": RUNNING}).hint_to_cancel == ""
 
 

@@ -63,11 +63,16 @@ def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
     def small():
         early = write(text="/lib/python3.11")
         late = write(text="late").after(early)
-        read(early=early.outputs["out"], late=late.outputs["out"], target=str(folder / "result.json"))
+        read(
+            early=early.outputs["out"], late=late.outputs["out"], target=str(folder / "result.json")
+        )
 
     made = job(folder, small, "write", "write-2", "read")
     compact(made.pipeline)
-    assert "comp-write:" in made.pipeline.read_text() and "comp-write-2" not in made.pipeline.read_text()
+    assert (
+        "comp-write:" in made.pipeline.read_text()
+        and "comp-write-2" not in made.pipeline.read_text()
+    )
     run_subprocess(made)
     assert json.loads((folder / "result.json").read_text()) == ["/lib/python3.11", "late"]
 
@@ -84,11 +89,15 @@ def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkey
 
     killed, temporary = job(tmp_path, small, "dies"), tmp_path / "temporary"
     temporary.mkdir()
-    with pytest.raises(WorkError):  # from here on the process runs from which steps fork, with files of its own
+    # from here on the process runs from which steps fork, with files of its own
+    with pytest.raises(WorkError):
         run_subprocess(killed)
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    with monkeypatch.context() as command, pytest.raises(WorkError, match="left no reason, as when it is killed"):
+    with (
+        monkeypatch.context() as command,
+        pytest.raises(WorkError, match="left no reason, as when it is killed"),
+    ):
         command.setattr("shutil.rmtree", lambda *_, **__: None)  # as if the command were killed
         run_subprocess(killed)
     assert len(left()) == 1
@@ -96,13 +105,18 @@ def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkey
         run_subprocess(killed)
     assert left() == []
     free = {str(tmp_path): 0}  # as if that disk were full
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free.get(str(path), 1 << 30)))
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: SimpleNamespace(free=free.get(str(path), 1 << 30))
+    )
     with pytest.raises(WorkError, match=f"no space left while writing {tmp_path}"):
         run_subprocess(killed)
 
 
 def test_the_terminal_shows_lines_of_progress_and_the_log_everything(tmp_path, capsys):
-    log, printed = tmp_path / "log.txt", "loading\nptl: prune-1: started\nan answer is ptl: 4\n  ptl: prune-1: done\n"
+    log, printed = (
+        tmp_path / "log.txt",
+        "loading\nptl: prune-1: started\nan answer is ptl: 4\n  ptl: prune-1: done\n",
+    )
     log.write_text("an earlier command\n")
     with _logged(log, False):
         for piece in (printed[:10], printed[10:15], printed[15:]):
@@ -117,7 +131,11 @@ def test_ctrl_c_while_the_process_that_tasks_are_forked_from_starts(tmp_path):
 
     def imports():
         """Whether that process has loaded the first of torch's libraries."""
-        processes = [child for child in command.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+        processes = [
+            child
+            for child in command.children()
+            if "multiprocessing.forkserver" in " ".join(child.cmdline())
+        ]
         return any("torch" in file.path for process in processes for file in process.memory_maps())
 
     run.wait_for(imports)

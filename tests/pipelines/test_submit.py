@@ -34,7 +34,9 @@ def go(world, said):
 
     def start(other=None, server=None, **options):
         options = {"wait": True, "poll": 0.01, **options}
-        return submit.submit(other or CONFIG, Server(host=world.url, **(server or {})), say=said.append, **options)
+        return submit.submit(
+            other or CONFIG, Server(host=world.url, **(server or {})), say=said.append, **options
+        )
 
     return start
 
@@ -42,10 +44,18 @@ def go(world, said):
 def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
     world.script = ["PENDING", "RUNNING", "RUNNING", "SUCCEEDED"]
     assert go(given={"seed": 7}, server={"namespace": "team"}) == 0
-    (pipeline,), (version,), (experiment,), (run,) = world.pipelines, world.versions, world.experiments, world.runs
+    (pipeline,), (version,), (experiment,), (run,) = (
+        world.pipelines,
+        world.versions,
+        world.experiments,
+        world.runs,
+    )
     assert (pipeline["display_name"], pipeline["namespace"]) == ("tiny", "team")
     assert yaml.safe_load(version["yaml"].split("\n---\n")[0])["pipelineInfo"]["name"] == "tiny"
-    assert run["pipeline_version_reference"] == {"pipeline_id": "pipeline-0", "pipeline_version_id": "version-0"}
+    assert run["pipeline_version_reference"] == {
+        "pipeline_id": "pipeline-0",
+        "pipeline_version_id": "version-0",
+    }
     assert (experiment["display_name"], experiment["namespace"]) == ("ptl", "team")
     assert run["runtime_config"]["parameters"] == {"seed": 7}
     assert f"{world.url}/#/runs/details/run-0" in said
@@ -54,14 +64,23 @@ def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
 
 def test_the_same_content_is_one_version_and_other_content_a_new_one(world, go):
     assert go(wait=False) == 0 and go(wait=False) == 0
-    assert len(world.pipelines) == len(world.versions) == len(world.experiments) == 1 and len(world.runs) == 2
+    assert (
+        len(world.pipelines) == len(world.versions) == len(world.experiments) == 1
+        and len(world.runs) == 2
+    )
     assert go(load_config(TINY, {"schedule.iterations": 3}), wait=False) == 0
     assert len(world.pipelines) == 1 and len(world.versions) == 2
     assert world.runs[2]["pipeline_version_reference"]["pipeline_version_id"] == "version-1"
 
 
 def test_a_run_that_fails_or_is_canceled_and_one_that_never_ends(world, said, go, tracked):
-    tracked("run-0", {"import-model": {}, "prune-1": {"status": "FAILED", "tags": {"error": "no data", "attempt": 3}}})
+    tracked(
+        "run-0",
+        {
+            "import-model": {},
+            "prune-1": {"status": "FAILED", "tags": {"error": "no data", "attempt": 3}},
+        },
+    )
     world.script = ["FAILED"]
     assert go() == 1 and "prune-1: FAILED (attempt 3): no data" in said
     assert "FAILED: prune-1: no data" in said[-1] and "`ptl retry run-0` resumes" in said[-1]
@@ -73,7 +92,9 @@ def test_a_run_that_fails_or_is_canceled_and_one_that_never_ends(world, said, go
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("accepted", 0), ("rejected", 3)])
-def test_the_gate_decides_the_exit_code(world, said, go, tmp_path, tracked, monkeypatch, verdict, code):
+def test_the_gate_decides_the_exit_code(
+    world, said, go, tmp_path, tracked, monkeypatch, verdict, code
+):
     run = tracked("run-0", {}, status="FINISHED")
     result = build(run_records.records(), run_records.settings(), **run_records.RUN)
     result.rows[4].verdict = verdict
@@ -82,7 +103,9 @@ def test_the_gate_decides_the_exit_code(world, said, go, tmp_path, tracked, monk
     assert go(GATED) == code and "4 (final)" in said[-2]  # the table
     assert f"iteration 4 {verdict}, 40.0% removed" in said[-1]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(WorkError, match=r"its result cannot be read: .*MLFLOW_TRACKING_URI is not set"):
+    with pytest.raises(
+        WorkError, match=r"its result cannot be read: .*MLFLOW_TRACKING_URI is not set"
+    ):
         go(GATED)
 
 
@@ -99,7 +122,9 @@ def test_a_server_that_is_away_for_a_while_does_not_end_the_wait(world, go, said
         go()
 
 
-def test_a_token_is_of_the_environment_or_of_a_file_that_is_read_again(world, go, tmp_path, monkeypatch):
+def test_a_token_is_of_the_environment_or_of_a_file_that_is_read_again(
+    world, go, tmp_path, monkeypatch
+):
     world.token = "right"
     with pytest.raises(InputError, match=r"401 .*; set KFP_TOKEN or --token-file"):
         go()
@@ -126,7 +151,14 @@ def test_a_dead_server_is_one_short_line_without_a_password():
 @pytest.mark.parametrize(
     ("requests", "number"),
     [
-        ([("GET", "/pipelines", 500, False), ("GET", "/runs/run-0", 503, False), ("POST", "upload", 502, True)], 1),
+        (
+            [
+                ("GET", "/pipelines", 500, False),
+                ("GET", "/runs/run-0", 503, False),
+                ("POST", "upload", 502, True),
+            ],
+            1,
+        ),
         ([("POST", "/runs", 500, True)], 1),  # it is looked for before it is started again
         ([("POST", "/runs", 500, False)], 2),
     ],
@@ -139,10 +171,25 @@ def test_requests_that_fail_once_never_start_two_runs(world, go, requests, numbe
 
 def test_refusals_and_nonsense_start_no_run(world, go):
     for part, answer, error, message in (
-        ("upload", "login page", WorkError, r"no pipeline_version_id\); the session may have expired: .*--token-file"),
+        (
+            "upload",
+            "login page",
+            WorkError,
+            r"no pipeline_version_id\); the session may have expired: .*--token-file",
+        ),
         # Recorded refusals become the server's own sentence.
-        ("/runs", "post-run-unknown-parameter", InputError, r"400 parameter\(s\) .* not required by pipeline: nope$"),
-        ("/runs", "post-run-unknown-version", InputError, "PipelineVersion 0{8}-[0-]* not found; it was deleted"),
+        (
+            "/runs",
+            "post-run-unknown-parameter",
+            InputError,
+            r"400 parameter\(s\) .* not required by pipeline: nope$",
+        ),
+        (
+            "/runs",
+            "post-run-unknown-version",
+            InputError,
+            "PipelineVersion 0{8}-[0-]* not found; it was deleted",
+        ),
     ):
         world.answers = [("POST", part, answer)] * (9 if error is WorkError else 1)
         with pytest.raises(error, match=message):
@@ -160,11 +207,16 @@ def test_pipeline_and_version_say_what_they_do_and_what_each_parameter_means(wor
     go()
     (pipeline,), (version,) = world.pipelines, world.versions
     text = version["description"]
-    assert pipeline["description"] == f"Each version has a description of its own. The first one:\n\n{text}"
+    assert (
+        pipeline["description"]
+        == f"Each version has a description of its own. The first one:\n\n{text}"
+    )
     assert text.startswith("Prune-Tune Loop: prune, recover and evaluate ")
     lines = re.findall(r"^- `(\w+)`", text, re.M)
     assert set(descriptions.PARAMETERS) < set(lines) and {"prune", "report"} < set(lines)
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     if head.returncode == 0:
         assert re.search(rf"commit {head.stdout.strip()}(-dirty)?\. More: `docs/ui.md`", text)
 
@@ -180,12 +232,17 @@ def test_the_description_names_the_run_in_mlflow_which_may_be_away(world, go, mo
 
 def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
-    monkeypatch.setattr(run_status, "unfinished", lambda name: ["new", "old"] if name == "tiny" else [])
+    monkeypatch.setattr(
+        run_status, "unfinished", lambda name: ["new", "old"] if name == "tiny" else []
+    )
     for options in ({}, {"fresh": True}, {"given": {"earlier_runs": "mine"}}):
         assert go(wait=False, **options) == 0
     named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]
     assert named == ["new old", None, "mine"]
-    assert len([line for line in said if "may be taken over from new, old (--new: from none)" in line]) == 1
+    assert (
+        len([line for line in said if "may be taken over from new, old (--new: from none)" in line])
+        == 1
+    )
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert go(wait=False) == 0 and any(
         "MLFLOW_TRACKING_URI, which would find them, is not set" in line for line in said
@@ -207,7 +264,10 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
     assert world.runs[0]["runtime_config"]["parameters"] == {"seed": 3}
     assert "prune-3" not in world.versions[0]["yaml"]
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", world.url)
-    assert invoke("status", "run-0")[0] == 1 and invoke("status", "run-0", "--token-file", "none")[0] == 2
+    assert (
+        invoke("status", "run-0")[0] == 1
+        and invoke("status", "run-0", "--token-file", "none")[0] == 2
+    )
     assert invoke("retry", "run-0", "--host", world.url)[0] == 0
     assert ": canceled" in invoke("cancel", "run-0", "--host", world.url)[1]
 
@@ -215,5 +275,9 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
 def test_the_proxy_of_the_environment_holds_for_what_is_not_here(monkeypatch):
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", "inside.example.com")
-    hosts = ("https://kfp.example.com/pipeline", "https://inside.example.com", "https://localhost:8888")
+    hosts = (
+        "https://kfp.example.com/pipeline",
+        "https://inside.example.com",
+        "https://localhost:8888",
+    )
     assert [kfp_api._proxy(host) for host in hosts] == ["http://proxy:3128", None, None]

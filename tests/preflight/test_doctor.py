@@ -62,12 +62,18 @@ def test_as_a_step_it_fails_with_every_error(config, bucket, monkeypatch, capfd)
 
     other = uuid.uuid4().hex  # the run's parameter, which wins over the config's
     monkeypatch.setenv("KFP_RUN_ID", f"run-{other}")
-    component.python_func(step="doctor", experiment=other, settings=config.model_dump(mode="json", exclude_none=True))
-    experiments = [MlflowClient().get_experiment_by_name(name) for name in (other, config.storage.experiment)]
+    component.python_func(
+        step="doctor", experiment=other, settings=config.model_dump(mode="json", exclude_none=True)
+    )
+    experiments = [
+        MlflowClient().get_experiment_by_name(name) for name in (other, config.storage.experiment)
+    ]
     assert experiments[0] and not experiments[1]
     printed = capfd.readouterr().out
     assert printed.count("ok ") == 3 and "refuses a second writer" in printed
-    objects = bucket.client.list_objects_v2(Bucket=servers.BUCKET, Prefix=bucket.root.split("/", 3)[3])
+    objects = bucket.client.list_objects_v2(
+        Bucket=servers.BUCKET, Prefix=bucket.root.split("/", 3)[3]
+    )
     assert objects["KeyCount"] == 0
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match=r"(?s)error +store: .*set AWS_ACCESS_KEY_ID"):
@@ -91,7 +97,9 @@ def answers(serve):
     def start(table):
         def answer(request, path, _):
             status, body = table.get(path, (404, {}))
-            refused = {"Bearer other": 401, "Bearer lesser": 403}.get(request.headers["Authorization"])
+            refused = {"Bearer other": 401, "Bearer lesser": 403}.get(
+                request.headers["Authorization"]
+            )
             return refused or status, body.encode() if isinstance(body, str) else body
 
         return serve(answer)
@@ -101,21 +109,39 @@ def answers(serve):
 
 def test_an_mlflow_that_takes_no_run(config, tracking, answers, monkeypatch):
     for answer, problem, remedy in (
-        ((401, "You are not authenticated."), "answers HTTP 401 Unauthorized: You are not authenticated.", "_PASSWORD"),
-        ((403, "Invalid Host header"), "answers HTTP 403 Forbidden: Invalid Host header", "--allowed-hosts"),
-        ((200, "<html>log in</html>"), "answers, but not as MLflow does: an HTML page", "is the address right"),
+        (
+            (401, "You are not authenticated."),
+            "answers HTTP 401 Unauthorized: You are not authenticated.",
+            "_PASSWORD",
+        ),
+        (
+            (403, "Invalid Host header"),
+            "answers HTTP 403 Forbidden: Invalid Host header",
+            "--allowed-hosts",
+        ),
+        (
+            (200, "<html>log in</html>"),
+            "answers, but not as MLflow does: an HTML page",
+            "is the address right",
+        ),
     ):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", answers({"/api/2.0/mlflow/experiments/get-by-name": answer}))
+        monkeypatch.setenv(
+            "MLFLOW_TRACKING_URI", answers({"/api/2.0/mlflow/experiments/get-by-name": answer})
+        )
         said = checked("error", doctor.mlflow, config)
         assert problem in said and remedy in said, said
-    assert "store" not in states(doctor.step_environment(config))  # whose location only MLflow knows
+    # whose location only MLflow knows
+    assert "store" not in states(doctor.step_environment(config))
 
 
 def test_a_run_on_this_machine_and_the_disk(config, new_database, tmp_path, monkeypatch):
     """Without any setting, as `ptl run` in a folder."""
     findings = doctor.local(config, new_database(tmp_path))
     assert states(findings) == dict.fromkeys(["MLflow", "store", "GPU", "disk"], "ok"), findings
-    assert f"sqlite:///{tmp_path}/mlflow.db" in findings[0].message and f"{tmp_path}/artifacts" in findings[1].message
+    assert (
+        f"sqlite:///{tmp_path}/mlflow.db" in findings[0].message
+        and f"{tmp_path}/artifacts" in findings[1].message
+    )
     needed = checkpoint_bytes(config, shape_of(config.model.path))
     for free, state in ((needed, "ok"), (needed - 1, "warning")):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
@@ -132,7 +158,10 @@ def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, 
     monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.org/team")
     (pages,) = [finding for finding in here() if finding.subject == "MLflow's pages"]
     assert pages.state == "warning" and "Cross-origin request blocked" in pages.message
-    assert "add https://mlflow.example.org to the server's MLFLOW_SERVER_CORS_ALLOWED_ORIGINS" in pages.remedy
+    assert (
+        "add https://mlflow.example.org to the server's MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
+        in pages.remedy
+    )
     monkeypatch.delenv("PTL_MLFLOW_UI")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     assert states(here()) == {"MLflow": "ok", "store": "warning", "MLflow's pages": "ok"}
@@ -143,7 +172,9 @@ def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, 
 def test_the_command_checks_what_the_environment_names(world, tmp_path, monkeypatch):
     calls = []
     for module, name in ((doctor, "local"), (doctor_cluster, "cluster")):
-        monkeypatch.setattr(module, name, lambda _, *options, name=name: calls.append((name, *options)) or [])
+        monkeypatch.setattr(
+            module, name, lambda _, *options, name=name: calls.append((name, *options)) or []
+        )
 
     def command(*options):
         assert CliRunner().invoke(app, ["doctor", str(TINY), *options]).exit_code == 0
@@ -157,10 +188,19 @@ def test_the_command_checks_what_the_environment_names(world, tmp_path, monkeypa
     world.token = "right"  # with the login of submit
     (tmp_path / "token").write_text("right")
     monkeypatch.setenv("KFP_NAMESPACE", "team")
-    options = ["--host", world.url, "--token-file", str(tmp_path / "token"), "--kubeflow-namespace", "pipelines"]
+    options = [
+        "--host",
+        world.url,
+        "--token-file",
+        str(tmp_path / "token"),
+        "--kubeflow-namespace",
+        "pipelines",
+    ]
     _, health, *names = command(*options)
     assert health()["tag_name"] == "2.17.0" and names == ["team", "pipelines"]
-    monkeypatch.setattr(doctor, "local", lambda *_: [doctor.Finding("disk", "error", "full", "free some")])
+    monkeypatch.setattr(
+        doctor, "local", lambda *_: [doctor.Finding("disk", "error", "full", "free some")]
+    )
     assert CliRunner().invoke(app, ["doctor", str(TINY), "--local"]).exit_code == 1
 
 
@@ -170,21 +210,30 @@ def test_images_in_a_registry(docker, monkeypatch):
     monkeypatch.setenv("FAIL", "manifest inspect *")
     monkeypatch.setenv("ERROR", "no such manifest:")
     assert "ptl-prune:1 is not in the registry" in checked("error", doctor_cluster.images, config)
-    with_vllm = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"backend": "vllm"})})
-    assert "ptl images push --with evaluate-vllm" in checked("error", doctor_cluster.images, with_vllm)
+    with_vllm = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"backend": "vllm"})}
+    )
+    assert "ptl images push --with evaluate-vllm" in checked(
+        "error", doctor_cluster.images, with_vllm
+    )
     go = 'failed to configure transport: Get "https://registry/v2/": dial tcp 127.0.0.1:9: connect: connection refused'
     for text, cause in (
         ("unauthorized: authentication required", "authentication required"),
         (go, "connection refused"),
     ):
         monkeypatch.setenv("ERROR", text)
-        assert f"ptl-prune:1 was not checked: {cause}\n" in checked("warning", doctor_cluster.images, config)
+        assert f"ptl-prune:1 was not checked: {cause}\n" in checked(
+            "warning", doctor_cluster.images, config
+        )
     # Without one a cluster has only what its nodes hold.
     assert "images.registry" in checked("error", doctor_cluster.images, load_config(TINY))
-    checked("ok", doctor_cluster.images, load_config(TINY, {"resources.image_pull_policy": "Never"}))
+    checked(
+        "ok", doctor_cluster.images, load_config(TINY, {"resources.image_pull_policy": "Never"})
+    )
 
 
-RECORDED = json.loads((ROOT / "tests/data/kfp-2.17/healthz.json").read_text())  # what a real server said
+# what a real server said
+RECORDED = json.loads((ROOT / "tests/data/kfp-2.17/healthz.json").read_text())
 
 
 def test_kubeflows_version():
@@ -208,7 +257,9 @@ def cluster_api(answers, tmp_path, monkeypatch):
 
     def cluster(table):
         # Everything but the client's way to find the server and the token, which is for TLS only.
-        connection = client.Configuration(answers({path: (200, body) for path, body in table.items()}))
+        connection = client.Configuration(
+            answers({path: (200, body) for path, body in table.items()})
+        )
         connection.proxy = None
         connection.retries = False
         connection.api_key["authorization"] = "Bearer token"
@@ -220,7 +271,9 @@ def cluster_api(answers, tmp_path, monkeypatch):
 
 def test_what_the_config_names_is_looked_for(cluster_api):
     core = "/api/v1/namespaces/team"
-    connection = cluster_api({f"{core}/configmaps/ptl": {"data": {}}, f"{core}/secrets/ptl-s3": {"data": {}}})
+    connection = cluster_api(
+        {f"{core}/configmaps/ptl": {"data": {}}, f"{core}/secrets/ptl-s3": {"data": {}}}
+    )
     names = {"storage.ca_config_map": "ptl-ca", "storage.cache_claim": "ptl-hf-cache"}
     config = load_config(TINY, names | {"resources.image_pull_secrets": ["pull"]})
     assert states(doctor_cluster.objects(config, "team", "kubeflow")) == {
@@ -239,9 +292,13 @@ def test_what_the_config_names_is_looked_for(cluster_api):
     connection.api_key["authorization"] = "Bearer lesser"
     findings = doctor_cluster.cluster(config, None, "team", "kubeflow")
     (rights,) = [finding for finding in findings if finding.subject == "rights"]
-    assert rights.state == "warning" and "configmap ptl, persistentvolumeclaim ptl-hf-cache" in rights.message
+    assert (
+        rights.state == "warning"
+        and "configmap ptl, persistentvolumeclaim ptl-hf-cache" in rights.message
+    )
     rules = (
-        "get configmaps in kubeflow; get configmaps in team; get persistentvolumeclaims in team; get secrets in team"
+        "get configmaps in kubeflow; get configmaps in team; get persistentvolumeclaims in team; "
+        "get secrets in team"
     )
     assert f"a Role that lets it {rules};" in rights.remedy
     assert [finding.subject for finding in findings if "ptl" in finding.subject] == []
@@ -257,9 +314,12 @@ def test_kubeflows_own_namespace(config, cluster_api, tmp_path, monkeypatch):
         ({"workflowDefaults": "spec:"}, "ok"),
         (None, "ok"),
         ({"workflowDefaults": kubeflows.replace("OnError", "Always")}, "warning"),
-        ({"workflowDefaults": kubeflows.replace(", retryPolicy: OnError", "")}, "warning"),  # Argo's is OnFailure
+        # Argo's is OnFailure
+        ({"workflowDefaults": kubeflows.replace(", retryPolicy: OnError", "")}, "warning"),
     ):
-        cluster_api({"/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": {"data": data}})
+        cluster_api(
+            {"/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": {"data": data}}
+        )
         checked(state, doctor_cluster.retry_policy, "kubeflow")
     # Without profiles the runs' pods start there.
     for several, subject in ((False, "configmap ptl"), (True, "objects")):
@@ -279,7 +339,10 @@ def test_kubeflows_own_namespace(config, cluster_api, tmp_path, monkeypatch):
 
 
 def test_several_nodes_need_trainer_and_its_runtime(config, cluster_api, monkeypatch):
-    api, review = "/apis/trainer.kubeflow.org/v1alpha1", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    api, review = (
+        "/apis/trainer.kubeflow.org/v1alpha1",
+        "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+    )
     runtime = yaml.safe_load((ROOT / "manifests/components/trainer/runtime.yaml").read_text())
     with_trainer = {
         api: {"resources": [{"name": "trainjobs"}]},
@@ -305,8 +368,12 @@ def test_several_nodes_need_trainer_and_its_runtime(config, cluster_api, monkeyp
 
 def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
     all_steps = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 64}
-    recover = {"resources.accelerator": "nvidia.com/gpu", "resources.steps": {"recover": {"accelerators": 64}}}
-    for settings, in_step in ((all_steps, "error"), (recover, "ok")):  # the doctor's step has what prune has
+    recover = {
+        "resources.accelerator": "nvidia.com/gpu",
+        "resources.steps": {"recover": {"accelerators": 64}},
+    }
+    # the doctor's step has what prune has
+    for settings, in_step in ((all_steps, "error"), (recover, "ok")):
         config = load_config(TINY, settings)
         checked("warning", doctor.gpu, config)
         with monkeypatch.context() as cluster:

@@ -36,9 +36,14 @@ def test_a_card_is_known_by_cudas_name(monkeypatch):
         "NVIDIA H200": "h200",
         "NVIDIA B200": "b200",
     }
-    assert {name: machine.kind_of(name) for name in cards} == cards and set(cards.values()) == set(GPUS)
+    assert {name: machine.kind_of(name) for name in cards} == cards and set(cards.values()) == set(
+        GPUS
+    )
     with_card(monkeypatch, "NVIDIA GeForce RTX 3090")
-    with pytest.raises(InputError, match=r"^--gpu: this machine's .* RTX 3090 \(24 GiB\) is not known; name the kind"):
+    with pytest.raises(
+        InputError,
+        match=r"^--gpu: this machine's .* RTX 3090 \(24 GiB\) is not known; name the kind",
+    ):
         machine.gpu()
     with_card(monkeypatch, "NVIDIA L4")
     assert machine.gpu() == "l4"
@@ -49,7 +54,10 @@ def test_a_card_is_known_by_cudas_name(monkeypatch):
 def test_hours_on_a_cpu_are_of_what_it_reaches(monkeypatch):
     slow = Gpu(16, 0.002, 0.001, 0.01, reached=1.0, decoded=1.0, layer_seconds=0.5)
     monkeypatch.setattr(machine, "cpu", lambda *_: slow)
-    run = forecast(load_config(TINY, {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 4}), NO_GPU)
+    run = forecast(
+        load_config(TINY, {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 4}),
+        NO_GPU,
+    )
     step = run.of("recover")[0]
     trained = 3 * forward_flops(run.shape, step.model, step.tokens, 256)
     assert step.hours == pytest.approx(trained / 1e9 / 3600)
@@ -59,7 +67,10 @@ def test_hours_on_a_cpu_are_of_what_it_reaches(monkeypatch):
     # Batches and memory are as on a GPU; there is nothing to share with.
     monkeypatch.setattr(machine, "cpu", lambda *_: Gpu(0.1, 1, 1, 1))
     said = " ".join(remedies.warnings(forecast(load_config(TINY), NO_GPU)))
-    assert "GiB of memory, this machine has 0 GiB: no setting makes it fit here: take a GPU (t4," in said
+    assert (
+        "GiB of memory, this machine has 0 GiB: no setting makes it fit here: take a GPU (t4,"
+        in said
+    )
     assert "fsdp" not in said and "vllm" not in said
 
 
@@ -77,7 +88,9 @@ def test_plan_takes_the_cpu_where_nothing_else_is_asked_for(ptl, monkeypatch):
     code, said = ptl("plan", TINY)
     assert code == 0 and "parameters on this machine's CPU: " in said and "GPU" not in said, said
     kinds = {(): NO_GPU, ("--gpu", "l4"): "l4", ("--count", "2"): "h100"}
-    kinds[("--set", "resources.accelerator=nvidia.com/gpu", "--set", "resources.accelerators=1")] = "h100"
+    kinds[
+        ("--set", "resources.accelerator=nvidia.com/gpu", "--set", "resources.accelerators=1")
+    ] = "h100"
     for options, kind in kinds.items():
         assert planned_kind(ptl, *options) == kind, options
     with_card(monkeypatch, "NVIDIA L4")

@@ -34,15 +34,23 @@ def test_memory_holds_the_weights_and_the_cache():
     params = PARAMS - 100 * NEURON
     enough = 2 * params + 10 * CACHE
     assert resolved(MemoryGoal(memory=f"{enough / 1000}kB", tokens=10)) == params
-    assert resolved(MemoryGoal(memory=f"{(enough - 2) / 1000}kB", tokens=10)) == params - 1  # prune rounds down
-    assert resolved(MemoryGoal(memory=f"{(enough + 10 * CACHE) / 1000}kB", tokens=10, sequences=2)) == params
+    # prune rounds down
+    assert resolved(MemoryGoal(memory=f"{(enough - 2) / 1000}kB", tokens=10)) == params - 1
+    assert (
+        resolved(MemoryGoal(memory=f"{(enough + 10 * CACHE) / 1000}kB", tokens=10, sequences=2))
+        == params
+    )
     # The dense model just does not fit, or just does.
     dense = 2 * PARAMS + 10 * CACHE
     assert resolved(MemoryGoal(memory=f"{(dense - 2) / 1000}kB", tokens=10)) == PARAMS - 1
     with pytest.raises(InputError, match=r"reaches .* already"):
         resolved(MemoryGoal(memory=f"{dense / 1000}kB", tokens=10))
     recorded = target.record(MemoryGoal(memory="300kB", tokens=10), DENSE)
-    assert (recorded["bytes"], recorded["dense"], recorded["cached_numbers_per_layer"]) == (300_000, dense, 64)
+    assert (recorded["bytes"], recorded["dense"], recorded["cached_numbers_per_layer"]) == (
+        300_000,
+        dense,
+        64,
+    )
 
 
 def test_without_tokens_a_cache_is_as_long_as_the_model_reads():
@@ -53,7 +61,8 @@ def test_without_tokens_a_cache_is_as_long_as_the_model_reads():
     goal = MemoryGoal(memory="300kB", sequences=2)
     assert resolved(goal, target="layers") == model.params - 3 * model.params_per_layer
     for name in ("plan", "validate"):
-        assert "134,464" in ptl(name, TINY, "--set", "schedule.target.memory=400kB")  # a width of 25 neurons
+        # a width of 25 neurons
+        assert "134,464" in ptl(name, TINY, "--set", "schedule.target.memory=400kB")
 
 
 def ptl(*arguments):
@@ -65,7 +74,9 @@ def ptl(*arguments):
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A mixture with the tiny reasoner's tokenizer."""
-    return with_reasoners_tokenizer("olmoe", tmp_path_factory.mktemp("mixture") / "model", num_experts=12)
+    return with_reasoners_tokenizer(
+        "olmoe", tmp_path_factory.mktemp("mixture") / "model", num_experts=12
+    )
 
 
 def with_model(folder, **changes):
@@ -79,8 +90,13 @@ def test_experts_reach_a_goal_the_plan_says_how_many_remain_and_what_cannot_be_i
     goal = MemoryGoal(memory=f"{2 * (least + 10 * shape.cached_numbers) / 1000}kB", tokens=10)
     assert target.params(goal, Prune(target="experts"), mixture) == least
     said = ptl("plan", TINY, *with_model(mixture, **{"schedule.iterations": 2}))
-    assert all(part in said for part in ("Active", "215,392", "77,152", "8 of 12 experts", "7 of 12 experts"))
-    said = ptl("plan", TINY, *with_model(mixture, **{"schedule.iterations": 2, "prune.target": "neurons"}))
+    assert all(
+        part in said
+        for part in ("Active", "215,392", "77,152", "8 of 12 experts", "7 of 12 experts")
+    )
+    said = ptl(
+        "plan", TINY, *with_model(mixture, **{"schedule.iterations": 2, "prune.target": "neurons"})
+    )
     # 77,152 less 16 neurons of 3 x 32 weights in 3 experts of 4 layers
     assert all(part in said for part in ("Active", "24 of 40 neurons", "58,720"))
     said = ptl("validate", TINY, *with_model(mixture, **{"schedule.target": 0.9}))
@@ -90,8 +106,17 @@ def test_experts_reach_a_goal_the_plan_says_how_many_remain_and_what_cannot_be_i
 def test_prune_by_hand_removes_experts_where_the_config_does(mixture, tmp_path):
     settings = with_model(mixture, **{"schedule.target": 0.2, "calibration.num_sequences": 4})
     assert '"experts": 9' in ptl("prune", mixture, tmp_path / "one", "--config", TINY, *settings)
-    settings = ["--set", "prune.target=experts", "--set", "calibration.num_sequences=4", "--target", 0.2]
-    assert '"criterion": "reap"' in ptl("prune", mixture, tmp_path / "two", "--config", TINY, *settings)
+    settings = [
+        "--set",
+        "prune.target=experts",
+        "--set",
+        "calibration.num_sequences=4",
+        "--target",
+        0.2,
+    ]
+    assert '"criterion": "reap"' in ptl(
+        "prune", mixture, tmp_path / "two", "--config", TINY, *settings
+    )
     assert static_cost(tmp_path / "one").params == static_cost(tmp_path / "two").params
 
 
@@ -104,16 +129,28 @@ FIXED = {"prune.width": {"hidden": 48, "kv": 1}}  # of which nothing is chosen
 
 def output(command, *arguments, **settings):
     """What a command on tiny.yaml says."""
-    sets = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]
-    done = CliRunner().invoke(app.app, [command, *map(str, arguments), *sets], env={"COLUMNS": "200"})
+    sets = [
+        part
+        for field, value in settings.items()
+        for part in ("--set", f"{field}={json.dumps(value)}")
+    ]
+    done = CliRunner().invoke(
+        app.app, [command, *map(str, arguments), *sets], env={"COLUMNS": "200"}
+    )
     assert done.exit_code == 0, done.output
     return done.stdout if "--json" in arguments else done.output
 
 
 def columns(said):
     """The table of widths: its rows without borders."""
-    rows = [re.findall(r"[^\s│┃]+", line) for line in said.partition("Hidden size/")[2].splitlines()]
-    return {row[0]: row[1:] for row in rows if len(row) > 1 and (row[0] in ("Iteration", "dense") or row[0].isdigit())}
+    rows = [
+        re.findall(r"[^\s│┃]+", line) for line in said.partition("Hidden size/")[2].splitlines()
+    ]
+    return {
+        row[0]: row[1:]
+        for row in rows
+        if len(row) > 1 and (row[0] in ("Iteration", "dense") or row[0].isdigit())
+    }
 
 
 def test_plan_and_validate_print_one_json_document():
@@ -126,14 +163,19 @@ def test_plan_and_validate_print_one_json_document():
 def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_chooses_from():
     said = output("plan", TINY, **WIDTH)
     table = columns(said)
-    assert list(table) == ["Iteration", "dense", "1", "2", "3", "4"] and table["Iteration"] == ["A", "B"]
+    assert list(table) == ["Iteration", "dense", "1", "2", "3", "4"] and table["Iteration"] == [
+        "A",
+        "B",
+    ]
     model = shape_of(str(DENSE)).dimensions
     ends = widths.candidates(model, model.params - int(0.65 * model.params), 1, {})
     assert table["4"] == [f"{end.hidden}/{end.width}/{end.kv_heads}" for end in ends]
     assert "counts with column A" in said and f"about {table['2'][0]} of 64/192/2" in said
     # The forecast is of these sizes.
     assert f"{ends[0].params:,}" in said
-    assert f"become at most {max(end.params for end in ends):,}" in output("validate", TINY, **WIDTH)
+    assert f"become at most {max(end.params for end in ends):,}" in output(
+        "validate", TINY, **WIDTH
+    )
     # All sizes are set: nothing is compared.
     one = columns(output("plan", TINY, **WIDTH | FIXED))
     assert [one["4"], one["Iteration"]] == [["48/75/1"], ["A"]]
@@ -145,7 +187,12 @@ def test_the_plan_shows_the_widths_of_each_iteration_for_all_that_the_loss_choos
 
 # Dense and pruned sizes as two configs have them
 LLAMA, DEEPSEEK = PUBLISHED["llama3_8b"] | {"head_dim": 128}, PUBLISHED["deepseek"]
-LLAMA_NARROW = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
+LLAMA_NARROW = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
 DEEPSEEK_NARROW = {"hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
@@ -158,7 +205,9 @@ def test_costs_are_those_of_a_model_with_the_pruned_sizes(dense, narrow, tmp_pat
         shapes.append(shape_of(str(tmp_path / name)))
     planned, own = shapes[0].of(shapes[1].dimensions), shapes[1]
     assert planned == own
-    assert forward_flops(shapes[0], own.dimensions, 10, 100) == forward_flops(own, own.dimensions, 10, 100)
+    assert forward_flops(shapes[0], own.dimensions, 10, 100) == forward_flops(
+        own, own.dimensions, 10, 100
+    )
     # A cache that keys and values are computed from has no heads.
     assert (own.cached_numbers == shapes[0].cached_numbers) == (dense is DEEPSEEK)
 

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stream_of(variant, folder, model):
-    return LayerwiseModel(save(model, folder, tokenizer=False), FAMILIES[VARIANTS[variant][0]], batches())
+    return LayerwiseModel(
+        save(model, folder, tokenizer=False), FAMILIES[VARIANTS[variant][0]], batches()
+    )
 
 
 class ByHand:
@@ -26,9 +28,15 @@ class ByHand:
     Layer i computes h + down_i(relu(h)[.., [0, 1, 1]]): neuron activations are (h0, h1, h1).
     """
 
-    family, device = Family("by_hand", up_projections=("rows",), down_projection="down"), torch.device("cpu")
+    family, device = (
+        Family("by_hand", up_projections=("rows",), down_projection="down"),
+        torch.device("cpu"),
+    )
     residual_scale = 1.0
-    downs = (torch.tensor([[3.0, 0.0, 0.5], [4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.1]]))
+    downs = (
+        torch.tensor([[3.0, 0.0, 0.5], [4.0, 1.0, 0.0]]),
+        torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.1]]),
+    )
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
 
     def __init__(self):
@@ -78,22 +86,35 @@ def test_scores_computed_by_hand_of_which_the_highest_are_kept_and_the_lower_ind
     second = [((8**2 + 10.8**2) ** 0.5 + (8**2 + 16.8**2) ** 0.5) / 2, (6**2 + 3.6**2) ** 0.5]
     assert layer_scores(ByHand()).tolist() == pytest.approx([max(first), max(second)])
     assert keep_highest(torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
-    scores = torch.tensor([2.0, 1.0]).repeat(500)  # so many that a sort that is not stable mixes them
+    # so many that a sort that is not stable mixes them
+    scores = torch.tensor([2.0, 1.0]).repeat(500)
     assert keep_highest(scores, 500).tolist() == list(range(0, 1000, 2))
-    assert keep_highest(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 1.0]]), 2).tolist() == [[1, 2], [0, 1]]
-    with pytest.raises(WorkError, match=r"scores are NaN: .*; set `dtype` in its config\.json to bfloat16"):
+    assert keep_highest(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 1.0]]), 2).tolist() == [
+        [1, 2],
+        [0, 1],
+    ]
+    with pytest.raises(
+        WorkError, match=r"scores are NaN: .*; set `dtype` in its config\.json to bfloat16"
+    ):
         keep_highest(torch.tensor([1.0, math.nan]), 1)
 
 
-NIGHTLY = [pytest.param(variant, marks=pytest.mark.nightly) for variant in ("gemma3_text", "exaone4", "cohere2")]
+NIGHTLY = [
+    pytest.param(variant, marks=pytest.mark.nightly)
+    for variant in ("gemma3_text", "exaone4", "cohere2")
+]
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "phi3", "gemma2", "olmo2", "granite", "glm4", *NIGHTLY])
+@pytest.mark.parametrize(
+    "variant", ["llama-biases", "phi3", "gemma2", "olmo2", "granite", "glm4", *NIGHTLY]
+)
 def test_max_is_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     """Each neuron is taken away by itself, and the layer run again; a norm may follow down_proj."""
     stream = stream_of(variant, tmp_path, build(variant, rms_norm_eps=0.05))  # which then counts
     scores = torch.stack(neuron_scores(stream, "max", seed=0))
-    torch.testing.assert_close(scores, changes_by_removal(stream, range(40))[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        scores, changes_by_removal(stream, range(40))[:, 0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_change_after_a_norm_is_a_number_where_nothing_else_is_left():
@@ -102,8 +123,12 @@ def test_the_change_after_a_norm_is_a_number_where_nothing_else_is_left():
     layer.down, layer.norm = nn.Linear(1, 3, bias=False), nn.RMSNorm(3)
     activations = torch.linspace(1, 1000, 300)[:, None]  # [T, 1]
     with torch.no_grad():
-        changes = changes_after_norm(layer, family, epsilon=1e-6)(activations, layer.down(activations))
-    assert changes.shape == (300, 1) and bool(changes.isfinite().all()) and bool((changes >= 0).all())
+        changes = changes_after_norm(layer, family, epsilon=1e-6)(
+            activations, layer.down(activations)
+        )
+    assert (
+        changes.shape == (300, 1) and bool(changes.isfinite().all()) and bool((changes >= 0).all())
+    )
 
 
 def test_weight_is_the_norm_of_all_weights_and_random_follows_seed_and_layer(tmp_path):
@@ -114,4 +139,6 @@ def test_weight_is_the_norm_of_all_weights_and_random_follows_seed_and_layer(tmp
         torch.testing.assert_close(found, torch.cat(parts, dim=1).norm(dim=1).detach())
     stream = stream_of("llama", tmp_path / "llama", build("llama"))
     one, same, other = (torch.stack(neuron_scores(stream, "random", seed)) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    assert (
+        torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    )

@@ -7,7 +7,18 @@ import pytest
 import tiny_models
 import torch
 from recovering import prune_to
-from tiny_models import DAILY, MOE_VARIANTS, NARROW_VARIANTS, VARIANTS, batches, build, family_at, load, logits, save
+from tiny_models import (
+    DAILY,
+    MOE_VARIANTS,
+    NARROW_VARIANTS,
+    VARIANTS,
+    batches,
+    build,
+    family_at,
+    load,
+    logits,
+    save,
+)
 from torch import nn
 
 from ptl.config.chat import NO_CHAT
@@ -28,7 +39,13 @@ BY_DAY = [(variant, unit, narrow) for variant, unit, narrow in CASES if narrow o
 # Fields of config.json that follow the layers
 OF_LAYERS = {"num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
 # What cannot be pruned exactly: attention as wide as the hidden size, norms that subtract a mean, or over all heads
-FIXED = {"helium": {"hidden", "kv"}, "olmoe": {"hidden", "kv"}, "cohere2": {"hidden"}, "olmo2": {"kv"}, "olmo3": {"kv"}}
+FIXED = {
+    "helium": {"hidden", "kv"},
+    "olmoe": {"hidden", "kv"},
+    "cohere2": {"hidden"},
+    "olmo2": {"kv"},
+    "olmo3": {"kv"},
+}
 FIXED |= {"phi3-longrope": {"hidden", "kv"}, "phi3-longrope-partial": {"hidden", "kv"}}
 # Norms of queries and keys keep their size, and have the epsilon of the others, which grows by 32 / 20: it is too small
 # to be measured in these
@@ -38,7 +55,9 @@ EXACT = 5e-5  # of the largest logit: sums are in another order
 
 def some(count, layers, *sizes, seed=5):
     """So many of each of the last size, others in each layer, ascending."""
-    orders = torch.rand(len(layers), *sizes, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
+    orders = torch.rand(len(layers), *sizes, generator=torch.Generator().manual_seed(seed)).argsort(
+        dim=-1
+    )
     return dict(zip(layers, orders[..., :count].sort(dim=-1).values, strict=True))
 
 
@@ -53,7 +72,9 @@ def selection_of(variant, unit=None, layers=LAYERS, narrow=True):
         with_experts = [i for i in layers if hasattr(model.get_decoder().layers[i].mlp, "experts")]
         selection = replace(selection, experts=some(4, with_experts, 6))
     hidden = None if "hidden" in fixed else some(20, [0], 32)[0]
-    return replace(selection, hidden=hidden, kv_heads={} if "kv" in fixed else some(heads // 2, layers, heads))
+    return replace(
+        selection, hidden=hidden, kv_heads={} if "kv" in fixed else some(heads // 2, layers, heads)
+    )
 
 
 def masked(model, family, selection):
@@ -64,7 +85,9 @@ def masked(model, family, selection):
     nothing = torch.zeros(axes.kv_heads(model.config))
     heads = {i: nothing.index_fill(0, kept, 1) for i, kept in selection.kv_heads.items()}
     model = tiny_models.avoiding(tiny_models.skipping(model, selection.layers), selection.experts)
-    return tiny_models.multiplied(tiny_models.silenced(model, family, selection.neurons), stream, heads)
+    return tiny_models.multiplied(
+        tiny_models.silenced(model, family, selection.neurons), stream, heads
+    )
 
 
 def differences(model, reference):
@@ -81,7 +104,10 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
     changes = NO_EPSILON if variant in ("olmo2", "olmo3", "exaone4") else {}
     model, selection = build(variant, **changes), selection_of(variant, unit, layers, narrow)
     source = save(model, tmp_path / "source", "16KB" if narrow else "5GB", fused=fused)
-    family, state = family_at(source), {f"exp_avg_sq.{name}": p.detach() * 3 for name, p in model.named_parameters()}
+    family, state = (
+        family_at(source),
+        {f"exp_avg_sq.{name}": p.detach() * 3 for name, p in model.named_parameters()},
+    )
     checkpoint.write_shard(source / checkpoint.STATE, state)
     write_pruned(source, tmp_path / "pruned", family, selection)
     assert (len(checkpoint.shards(tmp_path / "pruned")) > 1) == narrow
@@ -90,7 +116,9 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
     assert differences(pruned, reference).max() < EXACT < 0.1 < differences(plain, reference).max()
     pruned.save_pretrained(tmp_path / "again")
     assert differences(load(tmp_path / "again"), pruned).max() < 1e-6
-    before, after, again = (model_dimensions(tmp_path / name, family) for name in ("source", "pruned", "again"))
+    before, after, again = (
+        model_dimensions(tmp_path / name, family) for name in ("source", "pruned", "again")
+    )
     sizes = {"width": 16} if unit == "neurons" else {"experts": 4}
     sizes |= {"hidden": 20} if selection.hidden is not None else {}
     sizes |= {"kv_heads": before.kv_heads // 2} if selection.kv_heads else {}
@@ -106,10 +134,15 @@ def test_a_pruned_model_equals_the_masked_original(variant, unit, narrow, tmp_pa
     state = dict(checkpoint.tensors(tmp_path / "pruned" / checkpoint.STATE))
     assert state.keys() == {f"exp_avg_sq.{name}" for name, _ in pruned.named_parameters()}
     for name, parameter in pruned.named_parameters():
-        value, offset = state[f"exp_avg_sq.{name}"] / 3, family.norm_offset * name.endswith("norm.weight")
+        value, offset = (
+            state[f"exp_avg_sq.{name}"] / 3,
+            family.norm_offset * name.endswith("norm.weight"),
+        )
         growth = 1.0 if torch.allclose(value, parameter, rtol=1e-5) else 1.6**0.5
         torch.testing.assert_close(parameter, (value + offset) * growth - offset, msg=name)
-        assert growth == 1 or (narrow and name.endswith(("norm.weight", "embed_tokens.weight"))), name
+        assert growth == 1 or (narrow and name.endswith(("norm.weight", "embed_tokens.weight"))), (
+            name
+        )
 
 
 @pytest.mark.parametrize("variant", tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
@@ -118,7 +151,10 @@ def test_in_bfloat16_only_the_gains_are_rounded(variant, tmp_path):
     source = save(build(variant).bfloat16(), tmp_path / "source")
     family, selection = family_at(source), selection_of(variant)
     write_pruned(source, tmp_path / "pruned", family, selection)
-    assert {entry.dtype for entry in checkpoint.contents(tmp_path / "pruned").values()} <= {"BF16", "F32"}
+    assert {entry.dtype for entry in checkpoint.contents(tmp_path / "pruned").values()} <= {
+        "BF16",
+        "F32",
+    }
     pruned, whole = (load(folder, dtype=torch.float32) for folder in (tmp_path / "pruned", source))
     found = differences(pruned, masked(whole, family, selection))
     assert found.median() < 0.01 and (variant in MOE_VARIANTS or found.max() < 0.1)
@@ -140,7 +176,10 @@ def test_the_config_has_all_sizes_that_would_follow_from_others(variant, tmp_pat
 
 @pytest.mark.parametrize("variant", tiny_models.nightly_but(*DAILY, of=VARIANTS | MOE_VARIANTS))
 def test_keeping_everything_changes_no_tensor_and_no_config(variant, tmp_path):
-    source, fixed = save(build(variant), tmp_path / "source", fused=variant == "mixtral"), FIXED.get(variant, ())
+    source, fixed = (
+        save(build(variant), tmp_path / "source", fused=variant == "mixtral"),
+        FIXED.get(variant, ()),
+    )
     body, config = model_dimensions(source, family_at(source)), checkpoint.read_config(source)
     assert body.fixed.keys() == {*fixed}
     layers = [i for i in range(4) if i not in body.dense_layers]
@@ -151,22 +190,40 @@ def test_keeping_everything_changes_no_tensor_and_no_config(variant, tmp_path):
     for name, selection in {
         "plain": everything,
         "experts": replace(everything, neurons={}, experts=experts),
-        "narrow": replace(everything, hidden=None if "hidden" in fixed else torch.arange(32), kv_heads=kv_heads),
+        "narrow": replace(
+            everything, hidden=None if "hidden" in fixed else torch.arange(32), kv_heads=kv_heads
+        ),
     }.items():
         write_pruned(source, tmp_path / name, family_at(source), selection)
-        old, new = (dict(checkpoint.tensors(folder / checkpoint.WEIGHTS)) for folder in (source, tmp_path / name))
+        old, new = (
+            dict(checkpoint.tensors(folder / checkpoint.WEIGHTS))
+            for folder in (source, tmp_path / name)
+        )
         assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
-        head_dim = {"head_dim": 8} if name == "narrow" and kv_heads else {}  # is written where it is left out
+        # is written where it is left out
+        head_dim = {"head_dim": 8} if name == "narrow" and kv_heads else {}
         assert checkpoint.read_config(tmp_path / name) == head_dim | config
 
 
 @pytest.mark.parametrize(
     "variant",
-    ["llama", "qwen2-sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "exaone4", "deepseek_v3", "gpt_oss"],
+    [
+        "llama",
+        "qwen2-sliding",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "smollm3",
+        "exaone4",
+        "deepseek_v3",
+        "gpt_oss",
+    ],
 )
 def test_generation_with_the_cache_equals_generation_without(variant, tmp_path):
     source = save(build(variant), tmp_path / "source")
-    write_pruned(source, tmp_path / "pruned", family_at(source), selection_of(variant, layers=(1, 2, 3)))
+    write_pruned(
+        source, tmp_path / "pruned", family_at(source), selection_of(variant, layers=(1, 2, 3))
+    )
     pruned, prompt = load(tmp_path / "pruned"), batches(((9, 9),))[0]["input_ids"]
     assert pruned.generation_config.max_length == 40
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -182,7 +239,10 @@ def by_autograd(model):
 
     Of dimensions [H], of each layer's KV heads, and of its neurons' columns of down_proj.
     """
-    layers, kv_heads = model.get_decoder().layers, [torch.ones(axes.kv_heads(model.config)) for _ in range(4)]
+    layers, kv_heads = (
+        model.get_decoder().layers,
+        [torch.ones(axes.kv_heads(model.config)) for _ in range(4)],
+    )
     factors = [mask.requires_grad_() for mask in (torch.ones(32), *kv_heads)]
     tiny_models.multiplied(model, factors[0], dict(enumerate(kv_heads)))
     # Without experts [H, F], with them [E, H, F]
@@ -192,22 +252,33 @@ def by_autograd(model):
     for batch in batches():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             ids = ids[None, : mask.sum()]  # without padding
-            loss = nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+            loss = nn.functional.cross_entropy(
+                model(ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+            )
             slopes = torch.autograd.grad(loss, [*factors, *downs])
-            of_neurons = [(down * slope).detach().sum(dim=-2) for down, slope in zip(downs, slopes[5:], strict=True)]
+            of_neurons = [
+                (down * slope).detach().sum(dim=-2)
+                for down, slope in zip(downs, slopes[5:], strict=True)
+            ]
             for total, change in zip(totals, (*slopes[:5], *of_neurons), strict=True):
                 total += change.abs() / 5
     return totals[0], totals[1:5], totals[5:]
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama", "llama-tied", "gemma2", "olmo2", "granite", "phi3", "deepseek_v3", *NARROW_VARIANTS]
+    "variant",
+    ["llama", "llama-tied", "gemma2", "olmo2", "granite", "phi3", "deepseek_v3", *NARROW_VARIANTS],
 )
 def test_scores_are_gradients_by_factors_of_the_whole_model(variant, tmp_path):
     model = build(variant)
-    layerwise = LayerwiseModel(save(model, tmp_path, tokenizer=False), family_at(tmp_path), batches())
+    layerwise = LayerwiseModel(
+        save(model, tmp_path, tokenizer=False), family_at(tmp_path), batches()
+    )
     narrowable = variant != "deepseek_v3"
-    scores, (hidden, kv_heads, neurons) = all_width_scores(layerwise, narrowable), by_autograd(model)
+    scores, (hidden, kv_heads, neurons) = (
+        all_width_scores(layerwise, narrowable),
+        by_autograd(model),
+    )
     torch.testing.assert_close(scores.hidden, hidden, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(scores.kv_heads, kv_heads, rtol=1e-3, atol=1e-4)
     assert scores.hidden.dtype == torch.float32 and len({*scores.hidden.tolist()}) == 32
@@ -226,17 +297,30 @@ def test_a_source_counts_by_its_sequences_however_sure_of_them_the_model_is(tmp_
         batch["source"] += 1
         batch["labels"][:, :4] = -100  # less loss
     kinds = (unsure, sure, unsure + sure)
-    of_unsure, of_sure, of_both = (neuron_scores(LayerwiseModel(source, family, kind), "taylor", 0) for kind in kinds)
+    of_unsure, of_sure, of_both = (
+        neuron_scores(LayerwiseModel(source, family, kind), "taylor", 0) for kind in kinds
+    )
     gradients = []  # by the last hidden states, of each batch
-    model.model.norm.register_full_backward_hook(lambda _module, of_input, _: gradients.append(of_input[0]))
+    model.model.norm.register_full_backward_hook(
+        lambda _module, of_input, _: gradients.append(of_input[0])
+    )
     for batch in unsure + sure:
         predicted = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
         targets = batch["labels"][:, 1:]
-        nn.functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    sizes = torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients]).view(2, 5).mean(dim=1)
+        nn.functional.cross_entropy(
+            predicted.flatten(0, 1), targets.flatten(), reduction="sum"
+        ).backward()
+    sizes = (
+        torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients])
+        .view(2, 5)
+        .mean(dim=1)
+    )
     factor = sizes[0] / sizes[1]
     assert factor > 1.2
-    expected = [(of_source + factor * other) / 2 for of_source, other in zip(of_unsure, of_sure, strict=True)]
+    expected = [
+        (of_source + factor * other) / 2
+        for of_source, other in zip(of_unsure, of_sure, strict=True)
+    ]
     torch.testing.assert_close(of_both, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -245,7 +329,9 @@ def test_a_source_counts_by_its_sequences_however_sure_of_them_the_model_is(tmp_
 
 def prune(source, calibration, folder, goal, end=None, chosen=None, unit="width", **settings):
     settings = {"target": "width"} | settings
-    return prune_to(goal, source, folder, calibration, unit=unit, end=end, chosen=chosen, **settings)
+    return prune_to(
+        goal, source, folder, calibration, unit=unit, end=end, chosen=chosen, **settings
+    )
 
 
 def arguments(batch):
@@ -258,7 +344,9 @@ def loss_of(folder, calibration):
     model, losses = load(folder), []
     for batch in _batches(folder, calibration, NO_CHAT, seed=0, by_loss=True):
         predicted, targets = model(**arguments(batch)).logits[:, :-1], batch["labels"][:, 1:]
-        losses += nn.functional.cross_entropy(predicted[targets != -100], targets[targets != -100], reduction="none")
+        losses += nn.functional.cross_entropy(
+            predicted[targets != -100], targets[targets != -100], reduction="none"
+        )
     return float(torch.stack(losses).mean())
 
 
@@ -274,16 +362,32 @@ def fitted(model, calibration, folder):
 
 @pytest.mark.parametrize(
     ("variant", "share", "ranked"),
-    [("qwen3_moe", 0.45, True), ("cohere2", 0.6, True), ("llama", 0.6, False), ("glm4_moe", 0.6, False)],
+    [
+        ("qwen3_moe", 0.45, True),
+        ("cohere2", 0.6, True),
+        ("llama", 0.6, False),
+        ("glm4_moe", 0.6, False),
+    ],
 )
-def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant, share, ranked, calibration, tmp_path):
+def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(
+    variant, share, ranked, calibration, tmp_path
+):
     model = build(variant)
-    source = fitted(model, calibration, tmp_path / "fitted") if ranked else save(model, tmp_path / "source")
+    source = (
+        fitted(model, calibration, tmp_path / "fitted")
+        if ranked
+        else save(model, tmp_path / "source")
+    )
     dense = model_dimensions(source, family_at(source))
     report = prune(source, calibration, tmp_path / "pruned", goal=int(dense.params * share))
     after = model_dimensions(tmp_path / "pruned", family_at(source))
     assert (report.unit, report.criterion, report.sequences) == ("width", "taylor", 8)
-    assert report.params == after.params == dimensions.static_cost(tmp_path / "pruned").params <= report.goal
+    assert (
+        report.params
+        == after.params
+        == dimensions.static_cost(tmp_path / "pruned").params
+        <= report.goal
+    )
     first, least = report.candidates
     assert least.loss < first.loss and (least.loss < math.log(model.config.vocab_size)) == ranked
     best, other = (least, first) if ranked else (first, least)
@@ -292,10 +396,23 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
     assert (best.hidden, best.width, best.kv_heads, best.experts or 0) == sizes
     assert best.loss == pytest.approx(loss_of(tmp_path / "pruned", calibration), rel=1e-4)
     # With sizes that are set nothing is chosen.
-    sizes = {"hidden": other.hidden, "kv": other.kv_heads, "ffn": other.width if dense.narrowable else None}
-    goal = replace(dense, hidden=other.hidden, width=other.width, kv_heads=other.kv_heads, experts=other.experts or 0)
+    sizes = {
+        "hidden": other.hidden,
+        "kv": other.kv_heads,
+        "ffn": other.width if dense.narrowable else None,
+    }
+    goal = replace(
+        dense,
+        hidden=other.hidden,
+        width=other.width,
+        kv_heads=other.kv_heads,
+        experts=other.experts or 0,
+    )
     fixed = prune(source, calibration, tmp_path / "fixed", goal.params, width=sizes)
-    assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (other.hidden, other.kv_heads)
+    assert fixed.candidates == () and (fixed.hidden, fixed.kv_heads) == (
+        other.hidden,
+        other.kv_heads,
+    )
     assert other.loss == pytest.approx(loss_of(tmp_path / "fixed", calibration), rel=1e-4)
     assert not [*tmp_path.rglob("candidate-*")]
 
@@ -309,7 +426,9 @@ def test_the_loss_chooses_a_candidate_where_it_is_below_that_of_guessing(variant
         ("glm4_moe", 0.8, "auto", "experts"),
     ],
 )
-def test_where_only_the_ffn_shrinks_nothing_else_is_scored(variant, share, target, unit, calibration, tmp_path):
+def test_where_only_the_ffn_shrinks_nothing_else_is_scored(
+    variant, share, target, unit, calibration, tmp_path
+):
     source = save(build(variant), tmp_path / "source")
     dense = model_dimensions(source, family_at(source)).params
     goal = int(dense * (1 + share) / 2)
@@ -317,7 +436,10 @@ def test_where_only_the_ffn_shrinks_nothing_else_is_scored(variant, share, targe
         ways = {"width": {"target": target}}
         ways[unit] = {"target": unit, "criterion": "reap" if unit == "experts" else "taylor"}
         folders = {way: tmp_path / way for way in ways}
-        reports = [prune(source, calibration, folders[way], goal, end, None, way, **ways[way]) for way in ways]
+        reports = [
+            prune(source, calibration, folders[way], goal, end, None, way, **ways[way])
+            for way in ways
+        ]
         one, same = (replace(report, seconds=0, chosen={}) for report in reports)
         assert one == same and one.unit == unit and one.candidates == ()
         one, same = ((tmp_path / way / checkpoint.WEIGHTS).read_bytes() for way in ways)
@@ -329,7 +451,9 @@ def test_a_loop_gets_to_the_end_that_its_first_iteration_chooses(calibration, tm
     dense = model_dimensions(folder, FAMILIES["llama"])
     end, compared, chosen = int(dense.params * 0.45), [], {}
     for share in (0.85, 0.7, 0.55, 0.45):
-        report = prune(folder, calibration, tmp_path / f"{share}", int(dense.params * share), end, chosen)
+        report = prune(
+            folder, calibration, tmp_path / f"{share}", int(dense.params * share), end, chosen
+        )
         folder = tmp_path / f"{share}"
         after = model_dimensions(folder, FAMILIES["llama"])
         assert after.params == report.params <= report.goal
@@ -337,7 +461,10 @@ def test_a_loop_gets_to_the_end_that_its_first_iteration_chooses(calibration, tm
         compared.append(report.candidates)
         chosen = report.chosen
     # Both are ways to the end, which an iteration need not have reached; the later ones keep to the first one's.
-    ends = [replace(dense, hidden=c.hidden, width=c.width, kv_heads=c.kv_heads).params for c in compared[0]]
+    ends = [
+        replace(dense, hidden=c.hidden, width=c.width, kv_heads=c.kv_heads).params
+        for c in compared[0]
+    ]
     assert len(ends) == 2 and max(ends) <= end and compared[1:] == [()] * 3
     assert after == replace(dense, **chosen)
     assert torch.isfinite(logits(load(folder), batches()[0])).all()
@@ -358,6 +485,13 @@ def test_dead_widths_are_pruned_without_any_change_of_the_logits(variant, calibr
     source = save(model, tmp_path / "source", "8KB")
     narrow = replace(model_dimensions(source, FAMILIES[variant]), hidden=24, width=30, kv_heads=1)
     sizes = {"hidden": 24, "ffn": 30, "kv": 1}
-    report = prune(source, calibration, tmp_path / "pruned", narrow.params, width=sizes, width_multiple=1)
-    assert (report.hidden, report.widths, report.kv_heads, report.params) == (24, (30,) * 4, 1, narrow.params)
+    report = prune(
+        source, calibration, tmp_path / "pruned", narrow.params, width=sizes, width_multiple=1
+    )
+    assert (report.hidden, report.widths, report.kv_heads, report.params) == (
+        24,
+        (30,) * 4,
+        1,
+        narrow.params,
+    )
     assert differences(load(tmp_path / "pruned"), model).max() < EXACT

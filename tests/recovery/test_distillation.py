@@ -21,8 +21,11 @@ def test_the_loss_is_the_hand_computed_one():
     assert [each.item() for each in sums] == pytest.approx([3 * math.log(2), 3 * of_one])
     _, warm = ce_and_kl(student, teacher, torch.tensor([1]), 2.0)
     p = math.sqrt(3) / (math.sqrt(3) + 1)
-    assert warm.item() == pytest.approx(4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5)
-    wide = torch.tensor([[1.0, 2.0, 50.0]])  # padded vocabularies are compared where both have tokens
+    assert warm.item() == pytest.approx(
+        4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5
+    )
+    # padded vocabularies are compared where both have tokens
+    wide = torch.tensor([[1.0, 2.0, 50.0]])
     for one, other in ((wide[:, :2], wide), (wide, wide[:, :2]), (teacher, teacher)):
         assert ce_and_kl(one, other, torch.tensor([0]), 3.0)[1].item() == pytest.approx(0, abs=1e-6)
 
@@ -46,7 +49,14 @@ def test_with_the_whole_mix_on_the_next_token_it_is_cpt(small, tmp_path, monkeyp
 
 def test_it_approaches_its_teacher(small, tmp_path):
     stage = DISTIL | {"mix": 0.0, "accumulation": 2, "lora": {"rank": 16}, "learning_rate": 3e-3}
-    recover(cut(DENSE, tmp_path / "cut", 85_000), tmp_path / "out", stage, tokens=6_000, teacher=DENSE, log=(log := []))
+    recover(
+        cut(DENSE, tmp_path / "cut", 85_000),
+        tmp_path / "out",
+        stage,
+        tokens=6_000,
+        teacher=DENSE,
+        log=(log := []),
+    )
     curve = [loss for _, loss in losses(log)]
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
     own = DISTIL | {"mix": 0.0, "teacher": str(small)}  # teaches nothing

@@ -18,7 +18,14 @@ from ptl.recovery import grpo, sft
 from ptl.recovery.job import RecoveryJob, StageBudget
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("grpo")]
-STAGE = {"method": "grpo", "learning_rate": 3e-4, "steps": 4, "batch_size": 16, "num_generations": 4, "save_steps": 2}
+STAGE = {
+    "method": "grpo",
+    "learning_rate": 3e-4,
+    "steps": 4,
+    "batch_size": 16,
+    "num_generations": 4,
+    "save_steps": 2,
+}
 STAGE |= {"max_completion_length": 44, "guard_prompts": 8, "processes": 1}
 STAGE |= {"rewards": [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]}
 
@@ -34,7 +41,9 @@ def test_steps_move_the_weights_and_continue_after_a_kill(small, tmp_path):
         parts = 0.9 * metrics["rewards/final_answer/mean"] + 0.1 * metrics["rewards/format/mean"]
         assert metrics["reward"] == pytest.approx(parts)
     assert report.tokens == rewards[-1]["num_tokens"] > 0
-    assert (dst / "generation_config.json").read_text() == (small / "generation_config.json").read_text()
+    assert (dst / "generation_config.json").read_text() == (
+        small / "generation_config.json"
+    ).read_text()
     as_if_died_after(2, scratch)
     assert recover(small, tmp_path / "again", STAGE, scratch=scratch).resumed_at == 2
     again = weights(tmp_path / "again")
@@ -58,11 +67,19 @@ def test_a_model_that_solves_nothing_ends_training():
         (1, 1, [0.0], 8, True),  # the last step
         (2, 4, [0.0], 0, False),  # no guard
     ):
-        log = [{"rewards/final_answer/mean": share, "rewards/format/mean": 1.0} for share in correct]
+        log = [
+            {"rewards/final_answer/mean": share, "rewards/format/mean": 1.0} for share in correct
+        ]
         stage = RecoverStage(**STAGE | {"guard_prompts": guard})
         state = SimpleNamespace(global_step=step, max_steps=max_steps, log_history=log)
-        with pytest.raises(WorkError, match=rf"solves none of {4 * step} prompts") if ends else nullcontext():
-            grpo._limits(stage, None).on_log(None, state, SimpleNamespace(should_training_stop=False))
+        with (
+            pytest.raises(WorkError, match=rf"solves none of {4 * step} prompts")
+            if ends
+            else nullcontext()
+        ):
+            grpo._limits(stage, None).on_log(
+                None, state, SimpleNamespace(should_training_stop=False)
+            )
 
 
 def test_rewards_are_for_what_follows_the_thought_which_the_prompt_may_have_begun():
@@ -75,7 +92,9 @@ def test_rewards_are_for_what_follows_the_thought_which_the_prompt_may_have_begu
     tokenizer = tokenizer_with("qwen3")
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     for begin in ("<|im_end|>", "<|im_end|>thought"):
-        with pytest.raises(InputError, match=r"^chat\.thought: <\|im_end\|>.* and x are special .*; recover by"):
+        with pytest.raises(
+            InputError, match=r"^chat\.thought: <\|im_end\|>.* and x are special .*; recover by"
+        ):
             grpo.reader(Chat(enabled=True, thought=(begin, "x")), tokenizer)
 
 
@@ -89,11 +108,15 @@ def prompts(model, folder, index=1, shares=(1,), **settings):
 def test_steps_are_shared_out_and_prompts_of_iterations_carry_their_references(small, tmp_path):
     first, second = (prompts(small, tmp_path, index, (1, 2), steps=6) for index in (1, 2))
     assert (len(first), len(second)) == (2 * 16 // 4, 4 * 16 // 4)
-    assert prompts(small, tmp_path, steps=6) == [*first, *second]  # the control has the six steps at once
+    # the control has the six steps at once
+    assert prompts(small, tmp_path, steps=6) == [*first, *second]
     assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
     assert all(row["prompt"].endswith("?\n") and "####" in row["reference_0"] for row in first)
     parts = [StageBudget(None, (), i, i == 3, 0, (1, 2, 4)).part(60) for i in (1, 2, 3)]
-    assert parts == [(0, 8), (8, 17), (25, 35)] and StageBudget(None, (), 1, True, 0).part(60) == (0, 60)
+    assert parts == [(0, 8), (8, 17), (25, 35)] and StageBudget(None, (), 1, True, 0).part(60) == (
+        0,
+        60,
+    )
     assert StageBudget(None, (), 2, False, 0, (1, 2, 5)).interval == (0.125, 0.375)
     with pytest.raises(InputError, match="6 steps over 4 iterations leave none for iteration 1"):
         prompts(small, tmp_path, 1, (1, 2, 4, 8), steps=6)
@@ -111,7 +134,10 @@ def test_a_single_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
 def test_prompts_with_room_for_answers_and_rewards_are_checked_before_a_run(small, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"problem": "One plus one?", "solution": "2"}\n')  # without a completion
-    source, right = {"source": str(path), "prompt": "{problem}"}, [{"name": "math", "answer": "{solution}"}]
+    source, right = (
+        {"source": str(path), "prompt": "{problem}"},
+        [{"name": "math", "answer": "{solution}"}],
+    )
     rows = prompts(small, tmp_path, prompts=source, rewards=right)
     assert rows == [{"prompt": "One plus one?", "reference_0": "2"}] * 16
     check_rewards([RecoverStage(method="grpo", prompts=source, rewards=right)], DATA)
@@ -128,6 +154,9 @@ def test_prompts_with_room_for_answers_and_rewards_are_checked_before_a_run(smal
     assert prompts(small, tmp_path, max_completion_length=256 - longest) == rows
     # Others come in the place of those that leave too little room.
     others = prompts(small, tmp_path, max_completion_length=257 - longest)
-    assert len(others) == len(rows) and max(len(tokenizer(row["prompt"])["input_ids"]) for row in others) < longest
+    assert (
+        len(others) == len(rows)
+        and max(len(tokenizer(row["prompt"])["input_ids"]) for row in others) < longest
+    )
     with pytest.raises(InputError, match=r"^training: no prompt of .* leaves room for an answer"):
         prompts(small, tmp_path, max_completion_length=255)

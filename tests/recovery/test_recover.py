@@ -47,7 +47,11 @@ def files_in(folder):
 
 def rates(log):
     """The learning rate at each step that was logged, as a part of the highest."""
-    return [metrics["learning_rate"] / RecoverStage().learning_rate for _, metrics in log if "loss" in metrics]
+    return [
+        metrics["learning_rate"] / RecoverStage().learning_rate
+        for _, metrics in log
+        if "loss" in metrics
+    ]
 
 
 def test_tokens_are_exact_and_counted_while_training(small, straight):
@@ -56,34 +60,57 @@ def test_tokens_are_exact_and_counted_while_training(small, straight):
     assert report.tokens == losses(log)[-1][0] == 1500
     assert report.details["passes"] == report.details["sequences"] / 10_000  # rows
     tokens = [tokens for tokens, _ in losses(log)]
-    assert tokens == sorted(tokens) and len(tokens) == report.steps == math.ceil(report.details["sequences"] / 4)
+    assert tokens == sorted(tokens) and len(tokens) == report.steps == math.ceil(
+        report.details["sequences"] / 4
+    )
     assert all(math.isfinite(loss) for _, loss in losses(log))
     assert rates(log) == pytest.approx(curve(steps=report.steps))
     before, after = weights(small), weights(dst)
-    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        not torch.equal(before[name], after[name]) for name in before
+    )
     assert files_in(dst) == files_in(small)
     assert (dst / "config.json").read_text() == (small / "config.json").read_text()
 
 
-def test_the_first_step_is_reported_before_the_first_log_and_the_last_has_a_loss(small, tmp_path, monkeypatch):
+def test_the_first_step_is_reported_before_the_first_log_and_the_last_has_a_loss(
+    small, tmp_path, monkeypatch
+):
     """Ten steps of a large model are minutes, and an iteration shorter than logging_steps has a curve too."""
-    assert [training.logging_steps(steps) for steps in (1, 19, 20, 99, 100, 5000)] == [1, 1, 2, 9, 10, 10]
+    assert [training.logging_steps(steps) for steps in (1, 19, 20, 99, 100, 5000)] == [
+        1,
+        1,
+        2,
+        9,
+        10,
+        10,
+    ]
     monkeypatch.setattr(training, "logging_steps", lambda _: 100)
     report = recover(small, tmp_path / "out", CPT, tokens=500, log=(log := []))
-    start, first, *_ = [(step, metrics["progress"], metrics["num_input_tokens_seen"]) for step, metrics in log]
+    start, first, *_ = [
+        (step, metrics["progress"], metrics["num_input_tokens_seen"]) for step, metrics in log
+    ]
     assert start == (0, 0, 0) and first[0] == 1 and 0 < first[1] < 1 and 0 < first[2] < 500
     ((tokens, loss),) = losses(log)
     assert report.steps > 1 and tokens == 500 and 0 < loss < 10
 
 
 def test_decontamination_leaves_rows_out_of_the_training(small, tmp_path):
-    rows = [{"text": f"{name} has nine red cups and two green cups on Sunday"} for name in ("Ann", "Bob", "Eva")]
-    train, test = ({"source": str(tmp_path / f"{name}.jsonl"), "format": "text"} for name in ("train", "test"))
+    rows = [
+        {"text": f"{name} has nine red cups and two green cups on Sunday"}
+        for name in ("Ann", "Bob", "Eva")
+    ]
+    train, test = (
+        {"source": str(tmp_path / f"{name}.jsonl"), "format": "text"} for name in ("train", "test")
+    )
     for source, some in ((train, rows), (test, rows[:1])):
         (tmp_path / source["source"]).write_text("".join(json.dumps(row) + "\n" for row in some))
     data = TrainingData(sources=[train], decontaminate={"tasks": False, "against": [test]})
     job = RecoveryJob(data, StageBudget(300, (), 1, True, 0), tmp_path, print)
-    one, tokenizer = SimpleNamespace(world_size=1, per_device_train_batch_size=4), pretrained.tokenizer(small)
+    one, tokenizer = (
+        SimpleNamespace(world_size=1, per_device_train_batch_size=4),
+        pretrained.tokenizer(small),
+    )
     dataset, details = sft.training_dataset(tokenizer, RecoverStage(loss="all"), job, one)
     text = "".join(map(tokenizer.decode, dataset["input_ids"]))
     assert details["decontaminated"]["rows_dropped"] == 1 and "Bob" in text and "Ann" not in text
@@ -91,19 +118,33 @@ def test_decontamination_leaves_rows_out_of_the_training(small, tmp_path):
 
 def test_a_step_that_is_split_has_rows_of_like_lengths_together(small, tmp_path):
     job = RecoveryJob(DATA, StageBudget(1500, (), 1, True, 0), tmp_path, print)
-    one, tokenizer = SimpleNamespace(world_size=1, per_device_train_batch_size=2), pretrained.tokenizer(small)
+    one, tokenizer = (
+        SimpleNamespace(world_size=1, per_device_train_batch_size=2),
+        pretrained.tokenizer(small),
+    )
     whole, split = (
-        sft.training_dataset(tokenizer, RecoverStage(batch_size=4, accumulation=passes), job, one)[0]["input_ids"]
+        sft.training_dataset(tokenizer, RecoverStage(batch_size=4, accumulation=passes), job, one)[
+            0
+        ]["input_ids"]
         for passes in (1, 2)
     )
-    steps = [[list(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)] for rows in (whole, split)]
-    assert all(sorted(one, key=len) == other for one, other in zip(*steps, strict=True)) and steps[0] != steps[1]
+    steps = [
+        [list(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)]
+        for rows in (whole, split)
+    ]
+    assert (
+        all(sorted(one, key=len) == other for one, other in zip(*steps, strict=True))
+        and steps[0] != steps[1]
+    )
 
 
 def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
-    report = recover(small, tmp_path / "out", CPT | {"packing": True, "loss": "all"}, log=(log := []))
+    report = recover(
+        small, tmp_path / "out", CPT | {"packing": True, "loss": "all"}, log=(log := [])
+    )
     assert report.tokens == losses(log)[-1][0] == 1500
-    assert report.steps == 4 < math.ceil(report.details["sequences"] / 4)  # 14 or so rows of 128 tokens, 4 to a step
+    # 14 or so rows of 128 tokens, 4 to a step
+    assert report.steps == 4 < math.ceil(report.details["sequences"] / 4)
 
 
 def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
@@ -119,12 +160,16 @@ def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["cpt", "distil"])
-def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(small, tmp_path, monkeypatch, method):
+def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(
+    small, tmp_path, monkeypatch, method
+):
     """It has nothing to be predicted from, so its loss is zero: the budget stays exact, the weights are numbers."""
     monkeypatch.setenv("WORLD_SIZE", "4")  # as in a shell of Slurm
     tokenizer, stage = pretrained.tokenizer(small), {"method": method, "batch_size": 1}
     whole = training_chunk(DATA, tokenizer, SHORT["max_length"], seed=0, earlier=(), budget=2000)[1]
-    report = recover(small, tmp_path / "out", stage, tokens=len(whole.ids) + 1, teacher=DENSE, log=(log := []))
+    report = recover(
+        small, tmp_path / "out", stage, tokens=len(whole.ids) + 1, teacher=DENSE, log=(log := [])
+    )
     assert report.tokens == len(whole.ids) + 1 and report.steps == 2
     assert losses(log)[0] == (1, 0.0) and losses(log)[1][1] > 0
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "out").values())
@@ -139,7 +184,9 @@ def test_budgets_add_up_and_follow_each_other():
     prompts_first = Recovery(stages=[{"method": "grpo", "share": 0.75}, {}])
     assert budgets_before(prompts_first, [1000, 1000], 1) == (250,)  # of rows that were trained on
     with pytest.raises(ValueError, match=r"give them one max_length, not \[32, 64\]"):
-        Recovery(stages=[{"max_length": 32}, {"method": "grpo"}, {"method": "distil", "max_length": 64}])
+        Recovery(
+            stages=[{"max_length": 32}, {"method": "grpo"}, {"method": "distil", "max_length": 64}]
+        )
 
 
 def test_a_stage_without_tokens_is_refused(small, tmp_path):
@@ -158,7 +205,9 @@ def stored_as(src, dst, dtype, *, named):
     return dst
 
 
-@pytest.mark.parametrize(("dtype", "named", "stage"), [("float16", None, LORA), ("bfloat16", "float32", DISTIL)])
+@pytest.mark.parametrize(
+    ("dtype", "named", "stage"), [("float16", None, LORA), ("bfloat16", "float32", DISTIL)]
+)
 def test_weights_keep_their_dtype_whatever_the_config_names(small, tmp_path, dtype, named, stage):
     """Training is in float32: its result differs from that of a float32 copy by the rounding of the last write only."""
     half = stored_as(small, tmp_path / "half", dtype, named=named)
@@ -166,7 +215,9 @@ def test_weights_keep_their_dtype_whatever_the_config_names(small, tmp_path, dty
     for src, dst in ((half, "out"), (full, "reference")):
         recover(src, tmp_path / dst, stage | {"learning_rate": 1e-2}, tokens=150, teacher=DENSE)
         assert (tmp_path / dst / "config.json").read_text() == (src / "config.json").read_text()
-    before, after, reference = (weights(folder) for folder in (half, tmp_path / "out", tmp_path / "reference"))
+    before, after, reference = (
+        weights(folder) for folder in (half, tmp_path / "out", tmp_path / "reference")
+    )
     assert {tensor.dtype for tensor in reference.values()} == {torch.float32}
     assert {tensor.dtype for tensor in after.values()} == {getattr(torch, dtype)}
     assert any(not torch.equal(before[name], after[name]) for name in after)
@@ -178,35 +229,53 @@ def test_weights_keep_their_dtype_whatever_the_config_names(small, tmp_path, dty
 
 def test_the_optimizer_state_is_carried_through_pruning(tmp_path):
     """That of the end of the first iteration is, pruned like the weights, that of the second's start."""
-    first, second, name = tmp_path / "first", tmp_path / "second", "model.layers.0.mlp.gate_proj.weight"
+    first, second, name = (
+        tmp_path / "first",
+        tmp_path / "second",
+        "model.layers.0.mlp.gate_proj.weight",
+    )
     recover(DENSE, first, CPT, tokens=300, last=False)
     cut(first, second, 150_000)
-    before, after = (dict(checkpoint.tensors(folder / checkpoint.STATE)) for folder in (first, second))
+    before, after = (
+        dict(checkpoint.tensors(folder / checkpoint.STATE)) for folder in (first, second)
+    )
     old, new = weights(first)[name], weights(second)[name]
     kept = [next(i for i, row in enumerate(old) if torch.equal(row, stays)) for stays in new]
     assert len(kept) < len(old) and before["step"] == after["step"] > 0
-    assert [file.name for file in second.glob("*.safetensors")] == ["model.safetensors"]  # vLLM loads all of these
+    # vLLM loads all of these
+    assert [file.name for file in second.glob("*.safetensors")] == ["model.safetensors"]
     model = training.load(second)
     optimizer = optimizer_for(model, RecoverStage(), second / checkpoint.STATE)
     for kind in training.ADAM_STATE:
         assert torch.equal(after[f"{kind}.{name}"], before[f"{kind}.{name}"][kept])
         for parameter_name, parameter in model.named_parameters():
             state = optimizer.state[parameter]
-            assert state["step"] == before["step"] and torch.equal(state[kind], after[f"{kind}.{parameter_name}"])
+            assert state["step"] == before["step"] and torch.equal(
+                state[kind], after[f"{kind}.{parameter_name}"]
+            )
 
     for carry in (True, False):
         dst, log = tmp_path / f"{carry}", []
-        stage = CPT | {"carry_moments": carry, "batch_size": 1}  # so that there are steps enough for a warm-up
+        # so that there are steps enough for a warm-up
+        stage = CPT | {"carry_moments": carry, "batch_size": 1}
         report = recover(second, dst, stage, tokens=500, earlier=(300,), last=False, log=log)
         assert (dst / checkpoint.STATE).exists() == (rates(log)[0] == 1) == carry
-    assert dict(checkpoint.tensors(tmp_path / "True" / checkpoint.STATE))["step"] == before["step"] + report.steps
+    assert (
+        dict(checkpoint.tensors(tmp_path / "True" / checkpoint.STATE))["step"]
+        == before["step"] + report.steps
+    )
 
 
 def test_the_optimizer_decays_matrices_and_nothing_else():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
-    model.register_parameter("down_proj_bias", torch.nn.Parameter(torch.zeros(4, 3)))  # of four experts
-    matrices, vectors = optimizer_for(model, RecoverStage(weight_decay=0.25, learning_rate=0.5)).param_groups
-    assert [tuple(parameter.shape) for parameter in matrices["params"]] == [(3, 2)] and matrices["weight_decay"] == 0.25
+    # of four experts
+    model.register_parameter("down_proj_bias", torch.nn.Parameter(torch.zeros(4, 3)))
+    matrices, vectors = optimizer_for(
+        model, RecoverStage(weight_decay=0.25, learning_rate=0.5)
+    ).param_groups
+    assert [tuple(parameter.shape) for parameter in matrices["params"]] == [(3, 2)] and matrices[
+        "weight_decay"
+    ] == 0.25
     shapes = [tuple(parameter.shape) for parameter in vectors["params"]]
     assert shapes == [(4, 3), (3,), (3,), (3,)] and vectors["weight_decay"] == 0
     assert matrices["lr"] == vectors["lr"] == 0.5
@@ -225,10 +294,13 @@ def test_the_learning_rate_decays_at_the_end_of_the_run():
     assert early[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert final[10] == 1.0 and final[55] == pytest.approx(0.5) and final[-1] < 0.001
     assert final[10:] == sorted(final[10:], reverse=True)
-    assert max(curve(4, (1, 1, 1, 1), warmup_steps=10)) == pytest.approx(0.5)  # which is over when it has warmed up
+    # which is over when it has warmed up
+    assert max(curve(4, (1, 1, 1, 1), warmup_steps=10)) == pytest.approx(0.5)
     whole = curve(carried=True)
     assert whole[:51] == [1.0] * 51 and whole[75] == pytest.approx(0.5) and whole[-1] < 0.005
-    parts = curve(1, (1, 1), carried=True, decay=1, steps=50) + curve(2, (1, 1), carried=True, decay=1, steps=50)
+    parts = curve(1, (1, 1), carried=True, decay=1, steps=50) + curve(
+        2, (1, 1), carried=True, decay=1, steps=50
+    )
     assert parts == pytest.approx(curve(carried=True, decay=1))
     assert curve(decay=0, carried=True) == [1.0] * 100
     late = curve(decay=0.2, carried=True)
@@ -238,7 +310,9 @@ def test_the_learning_rate_decays_at_the_end_of_the_run():
 def test_each_decays_every_time_and_a_carried_optimizer_state_needs_no_warm_up():
     assert curve(1, (1, 2), decay="each") == curve(2, (1, 2), decay="each") == curve(decay=1)
     assert curve(1, (1, 2), carried=True) == [1.0] * 100
-    assert curve(1, (1, 2), warmup_steps=50, steps=10)[:5] == [pytest.approx((i + 1) / 5) for i in range(5)]
+    assert curve(1, (1, 2), warmup_steps=50, steps=10)[:5] == [
+        pytest.approx((i + 1) / 5) for i in range(5)
+    ]
     for steps in (1, 2, 20):  # no step without training, and no decay of reinforcement learning
         factors = curve(2, (1, 2), method="grpo", steps=steps)
         assert min(factors) > 0 and factors[steps // 2 :] == [1.0] * (steps - steps // 2)
@@ -267,9 +341,14 @@ def test_a_kill_in_mid_training_changes_nothing(small, straight, tmp_path):
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(small, straight, tmp_path):
-    dst, scratch = tmp_path / "out", shutil.copytree(straight[0].with_name("out.training"), tmp_path / "out.training")
+    dst, scratch = (
+        tmp_path / "out",
+        shutil.copytree(straight[0].with_name("out.training"), tmp_path / "out.training"),
+    )
     as_if_died_after(4, scratch)
-    refused = pytest.raises(WorkError, match=r"no space left while training in .*; the last good .* is .*checkpoint-4")
+    refused = pytest.raises(
+        WorkError, match=r"no space left while training in .*; the last good .* is .*checkpoint-4"
+    )
     with full_disk(300_000), refused:
         recover(small, dst, CPT)
     assert recover(small, dst, CPT).resumed_at == 4  # there is space again
@@ -277,10 +356,16 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(small, straight, 
 
 
 @pytest.mark.parametrize(("step", "problem"), [(2, "mean loss"), (3, "a weight is NaN")])
-def test_a_training_that_explodes_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch, step, problem):
+def test_a_training_that_explodes_keeps_the_last_good_checkpoint(
+    small, tmp_path, monkeypatch, step, problem
+):
     """A mock of the learning-rate curve; the loss of the fourth step, or its weights afterwards, are no numbers."""
-    monkeypatch.setattr(training, "learning_rate_curve", lambda *_: lambda at: 1.0 if at < step else math.inf)
-    with pytest.raises(WorkError, match=rf"{problem} .* at optimizer step 4; the last good .* is .*/checkpoint-2;"):
+    monkeypatch.setattr(
+        training, "learning_rate_curve", lambda *_: lambda at: 1.0 if at < step else math.inf
+    )
+    with pytest.raises(
+        WorkError, match=rf"{problem} .* at optimizer step 4; the last good .* is .*/checkpoint-2;"
+    ):
         recover(small, tmp_path / "out", CPT)
     assert last_complete(tmp_path / "out.training").name == "checkpoint-2"
     assert not (tmp_path / "out/model.safetensors").exists()
@@ -298,7 +383,9 @@ def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(small, tmp_pa
 def test_lora_is_merged_into_an_ordinary_checkpoint(small, tmp_path):
     report = recover(small, tmp_path / "out", LORA, last=False)
     before, after = weights(small), weights(tmp_path / "out")
-    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    assert {name: t.shape for name, t in before.items()} == {
+        name: t.shape for name, t in after.items()
+    }
     assert files_in(tmp_path / "out") == files_in(small)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "proj" in name} and report.tokens == 1500
@@ -310,14 +397,23 @@ def test_lora_is_merged_into_an_ordinary_checkpoint(small, tmp_path):
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "out")
 
 
-def test_a_chain_runs_its_stages_on_their_own_budgets_and_does_not_repeat_a_finished_one(small, tmp_path, monkeypatch):
+def test_a_chain_runs_its_stages_on_their_own_budgets_and_does_not_repeat_a_finished_one(
+    small, tmp_path, monkeypatch
+):
     """And leaves nothing of its own in the checkpoint."""
-    out, died, stages = tmp_path / "out", tmp_path / "died", (CPT | {"share": 0.25}, CPT | {"learning_rate": 1e-4})
+    out, died, stages = (
+        tmp_path / "out",
+        tmp_path / "died",
+        (CPT | {"share": 0.25}, CPT | {"learning_rate": 1e-4}),
+    )
     report = recover(small, out, *stages, tokens=1001, log=(log := []))
     first, second = report.details["stages"]
-    assert (first["tokens"], second["tokens"]) == (250, 751) and report.tokens == losses(log)[-1][0] == 1001
+    assert (first["tokens"], second["tokens"]) == (250, 751) and report.tokens == losses(log)[-1][
+        0
+    ] == 1001
     assert report.method == "cpt+cpt" and report.steps == first["steps"] + second["steps"]
-    assert losses(log) == sorted(losses(log), key=lambda point: point[0])  # tokens and steps are counted on
+    # tokens and steps are counted on
+    assert losses(log) == sorted(losses(log), key=lambda point: point[0])
     assert [step for step, _ in log] == sorted(step for step, _ in log)
     assert files_in(out) == files_in(small)
     assert (tmp_path / "out.training/0-cpt-out" / checkpoint.STATE).exists()  # for the second stage
@@ -333,7 +429,11 @@ def test_a_chain_runs_its_stages_on_their_own_budgets_and_does_not_repeat_a_fini
     with pytest.raises(KeyboardInterrupt):
         recover(small, died, *stages, tokens=1001)
     recover(small, died, *stages, tokens=1001)
-    assert ran == ["0-cpt", "1-cpt", "1-cpt"] and files_in(died) == files_in(out) and bytes_of(died) == bytes_of(out)
+    assert (
+        ran == ["0-cpt", "1-cpt", "1-cpt"]
+        and files_in(died) == files_in(out)
+        and bytes_of(died) == bytes_of(out)
+    )
 
 
 def test_a_tokenizer_without_pad_token_trains(small, tmp_path):
@@ -365,7 +465,9 @@ def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
     """The teacher is the dense model, of another hidden size: only its logits count."""
     _, second = narrow
     out, log = tmp_path / "out", []
-    report = recover(second, out, stage, tokens=600, earlier=(300,), last=False, teacher=DENSE, log=log)
+    report = recover(
+        second, out, stage, tokens=600, earlier=(300,), last=False, teacher=DENSE, log=log
+    )
     assert report.tokens == 600 and all(math.isfinite(loss) for _, loss in losses(log))
     before, after = weights(second), weights(out)
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
@@ -373,5 +475,7 @@ def test_it_recovers_and_carries_the_state_on(stage, narrow, tmp_path):
     # Adapters have no optimizer state that pruning could select from.
     assert (out / checkpoint.STATE).exists() == ("lora" not in stage)
     if "lora" not in stage:
-        steps = [dict(checkpoint.tensors(folder / checkpoint.STATE))["step"] for folder in (second, out)]
+        steps = [
+            dict(checkpoint.tensors(folder / checkpoint.STATE))["step"] for folder in (second, out)
+        ]
         assert steps[1] == steps[0] + report.steps

@@ -41,7 +41,9 @@ def prune(source, folder, unit, number):
 
 def moved(before, after):
     """Names of the weights that differ."""
-    assert before.keys() == after.keys() and all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert before.keys() == after.keys() and all(
+        torch.isfinite(tensor).all() for tensor in after.values()
+    )
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
@@ -56,7 +58,9 @@ def test_a_family_that_mixes_packed_texts_is_not_trained_on_them(mixtures):
         check_stages(mixtures["gpt_oss"], [packed], None)
 
 
-@pytest.mark.parametrize(("family", "stage"), [("qwen3_moe", CPT), ("deepseek_v3", CPT), ("gpt_oss", DISTIL)])
+@pytest.mark.parametrize(
+    ("family", "stage"), [("qwen3_moe", CPT), ("deepseek_v3", CPT), ("gpt_oss", DISTIL)]
+)
 def test_training_moves_experts_and_routers(mixtures, tmp_path, family, stage):
     small = mixtures[family]
     recover(small, tmp_path / "out", stage, tokens=500, teacher=small)
@@ -68,9 +72,15 @@ def test_training_moves_experts_and_routers(mixtures, tmp_path, family, stage):
 
 @pytest.mark.parametrize(
     ("family", "stage"),
-    [("qwen3_moe", CPT), ("gpt_oss", CPT | {"accumulation": 2}), ("qwen3_moe", DISTIL | {"accumulation": 2})],
+    [
+        ("qwen3_moe", CPT),
+        ("gpt_oss", CPT | {"accumulation": 2}),
+        ("qwen3_moe", DISTIL | {"accumulation": 2}),
+    ],
 )
-def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(mixtures, tmp_path, family, stage):
+def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(
+    mixtures, tmp_path, family, stage
+):
     """The loss that is logged has it added; the auxiliary loss is about the number of experts of a token."""
     first = []
     for coefficient in (0.0, 1.0):
@@ -84,20 +94,39 @@ def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(mixture
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_lora_adapts_attention_experts_and_routers(mixtures, tmp_path, family):
-    recover(mixtures[family], tmp_path / "out", CPT | {"lora": {"rank": 2}, "learning_rate": 1e-2}, tokens=300)
+    recover(
+        mixtures[family],
+        tmp_path / "out",
+        CPT | {"lora": {"rank": 2}, "learning_rate": 1e-2},
+        tokens=300,
+    )
     names = moved(weights(mixtures[family]), weights(tmp_path / "out"))
-    assert all(any(part in name for name in names) for part in ("self_attn", "experts")) and any(map(is_router, names))
+    assert all(any(part in name for name in names) for part in ("self_attn", "experts")) and any(
+        map(is_router, names)
+    )
     assert not any("norm" in name or "embed" in name for name in names)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_a_step_of_grpo_moves_the_routers(mixtures, tmp_path, family):
     """A random model earns no reward, so that the routers' auxiliary loss alone moves weights, where there is one."""
-    stage = {"method": "grpo", "steps": 1, "batch_size": 4, "num_generations": 2, "max_completion_length": 8}
-    stage |= {"guard_prompts": 0, "processes": 1, "rewards": [{"name": "final_answer"}], "learning_rate": 1e-2}
+    stage = {
+        "method": "grpo",
+        "steps": 1,
+        "batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+    }
+    stage |= {
+        "guard_prompts": 0,
+        "processes": 1,
+        "rewards": [{"name": "final_answer"}],
+        "learning_rate": 1e-2,
+    }
     recover(mixtures[family], tmp_path / "out", stage, tokens=None)
     names = moved(weights(mixtures[family]), weights(tmp_path / "out"))
-    assert any(map(is_router, names)) == (family != "deepseek_v3")  # for which transformers has none
+    # for which transformers has none
+    assert any(map(is_router, names)) == (family != "deepseek_v3")
 
 
 def test_the_optimizer_state_follows_the_experts_and_neurons_that_stay(mixtures, tmp_path):
@@ -111,7 +140,9 @@ def test_the_optimizer_state_follows_the_experts_and_neurons_that_stay(mixtures,
     assert (sizes.width, sizes.experts) == (16, 3)
     later = dict(checkpoint.tensors(twice / checkpoint.STATE))
     assert later["step"] == state["step"] + report.steps
-    assert {name: tensor.shape for name, tensor in later.items()} == {name: t.shape for name, t in state.items()}
+    assert {name: tensor.shape for name, tensor in later.items()} == {
+        name: t.shape for name, t in state.items()
+    }
 
 
 def test_the_recovered_mixture_is_evaluated_with_its_active_parameters(mixtures, tmp_path):
@@ -120,5 +151,8 @@ def test_the_recovered_mixture_is_evaluated_with_its_active_parameters(mixtures,
     change_config(small, output_router_logits=True)
     task = {"name": str(DENSE.parent / "tiny_reasoner.yaml"), "limit": 4, "max_new_tokens": 8}
     scores = evaluate_checkpoint(small, tmp_path, Evaluate(tasks=[task], batch_size=2), seed=0)
-    assert scores.experts == 4 and scores.active_params < scores.params == dimensions.static_cost(small).params
+    assert (
+        scores.experts == 4
+        and scores.active_params < scores.params == dimensions.static_cost(small).params
+    )
     assert scores.tasks[0].items == 4 and (tmp_path / "items.jsonl").read_text().count("\n") == 4

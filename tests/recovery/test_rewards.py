@@ -51,20 +51,28 @@ def test_code_runs_the_tests_in_the_sandbox(monkeypatch):
     except WorkError as error:
         pytest.skip(f"no sandbox here: {error}")
     tests, reward = ["assert double(3) == 6"] * 3, Reward(name="code")
-    answers = ["```python\ndef double(x):\n    return 2 * x\n```", "def double(x): return x", "not python"]
+    answers = [
+        "```python\ndef double(x):\n    return 2 * x\n```",
+        "def double(x): return x",
+        "not python",
+    ]
     assert REWARDS["code"](answers, tests, reward) == [1.0, 0.0, 0.0]
     outcomes = [runner.Outcome(False, "timeout", ""), runner.Outcome(True, "passed", "")]
     monkeypatch.setattr(runner, "run_many", lambda pairs: outcomes)
     assert REWARDS["code"](answers[:2], tests[:2], reward, (logged := {}).__setitem__) == [0.0, 1.0]
     assert logged == {"code_timeouts": 0.5}
-    assert program("Sure:\n```py\nx = 1\n```\nor\n```py\nx = 2\n```\n") == "x = 1\n"  # the first block
-    assert program("```python\nx = 1") == "x = 1" == program("x = 1")  # cut off by the limit of tokens
+    # the first block
+    assert program("Sure:\n```py\nx = 1\n```\nor\n```py\nx = 2\n```\n") == "x = 1\n"
+    # cut off by the limit of tokens
+    assert program("```python\nx = 1") == "x = 1" == program("x = 1")
     assert program("```Python \r\nx = 1\n```\nThis works.") == "x = 1\n"
     assert program("Use ```x``` like\n```py3\nx = 1\n```\nprose") == "x = 1\n"
     assert program("Run:\n```bash\nls\n```\nThen\n```python3\nx = 1\n```") == "x = 1\n"
 
 
 def test_format_matches_the_whole_answer():
-    assert [score("format", text, "") for text in ("2+2=4\n#### 4", r"so \boxed{4}.", "it is 4")] == [1, 1, 0]
+    assert [
+        score("format", text, "") for text in ("2+2=4\n#### 4", r"so \boxed{4}.", "it is 4")
+    ] == [1, 1, 0]
     assert score("format", "<think>a</think>b c", "", pattern=r"<think>.*</think>b") == 0
     assert text_of([{"role": "assistant", "content": "4"}]) == text_of("4") == "4"

@@ -47,16 +47,24 @@ def links(page):
     return re.findall(r"""\b(?:src|href|data)=["']?([^#"'][^"']*)""", page)
 
 
-def test_the_page_loads_nothing_and_the_same_records_give_the_same_bytes(records, settings, tmp_path):
+def test_the_page_loads_nothing_and_the_same_records_give_the_same_bytes(
+    records, settings, tmp_path
+):
     """With the picture; it needs the result alone."""
     written(records, settings, tmp_path / "a")
     written(copy.deepcopy(records), copy.deepcopy(settings), tmp_path / "b")
     render(Result.model_validate_json((tmp_path / "a/result.json").read_text()), tmp_path / "c")
     for name in ("report.html", "report.md", "README.md", "result.json"):
         first = (tmp_path / "a" / name).read_bytes()
-        assert first == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
+        assert (
+            first == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+        ), name
     page = (tmp_path / "a/report.html").read_text()
-    assert links(page) == [] and "http" not in page.replace("http-equiv=", "") and "@import" not in page
+    assert (
+        links(page) == []
+        and "http" not in page.replace("http-equiv=", "")
+        and "@import" not in page
+    )
     assert "<figure>" in page and "<script" not in page
 
 
@@ -71,7 +79,9 @@ def test_the_picture_has_a_mark_for_each_kind_whether_or_not_rows_have_intervals
     assert all(f"var(--{name})" in drawn for name in ("loop", "control", "bad"))
 
 
-def test_names_with_markup_are_escaped_everywhere_and_links_only_http(records, settings, no_pictures, tmp_path):
+def test_names_with_markup_are_escaped_everywhere_and_links_only_http(
+    records, settings, no_pictures, tmp_path
+):
     records["import-model"].metadata["model"] = NASTY
     settings["name"] = NASTY
     for record in records.values():
@@ -97,12 +107,22 @@ def test_a_rejected_row_has_what_was_scored_and_the_final_one_what_was_accepted(
     verdicts = [row.verdict for row in result.rows]
     assert verdicts == ["baseline", "accepted", "accepted", "rejected", "rejected", "control"]
     assert result.rows[3].digest == records["recover-3"].pointer.digest
-    assert result.final.digest == records["recover-2"].pointer.digest and result.final_row.iteration == 2
+    assert (
+        result.final.digest == records["recover-2"].pointer.digest
+        and result.final_row.iteration == 2
+    )
     assert (result.final.share_removed, result.not_needed) == (round(1 - 141_100 / 213_120, 6), [])
     # Layers of a rejected iteration are there again; numbers are the dense model's.
     for step in ("prune-2", "prune-3", "prune-4"):
         records[step].metadata["removed_layers"] = [1]
-    assert [row.removed_layers for row in build(records, settings).rows] == [[], [], [1], [2], [2], []]
+    assert [row.removed_layers for row in build(records, settings).rows] == [
+        [],
+        [],
+        [1],
+        [2],
+        [2],
+        [],
+    ]
     # Of a checkpoint that was scored twice the last time counts.
     records["evaluate-4"].metadata["checkpoint"] = records["evaluate-2"].metadata["checkpoint"]
     result = build(records, settings)
@@ -115,12 +135,19 @@ def test_paired_comparisons_are_those_of_the_gate_and_of_compare(records, settin
     result = build(records, settings)
     dense, control = result.pair("dense"), result.pair("control")
     assert (dense.regressions, dense.improvements, dense.difference) == (2, 1, pytest.approx(-0.05))
-    assert (control.regressions, control.improvements, control.difference) == (2, 6, pytest.approx(0.2))
+    assert (control.regressions, control.improvements, control.difference) == (
+        2,
+        6,
+        pytest.approx(0.2),
+    )
     for step in ("evaluate-0", "evaluate-4"):
         more = [dict(item, task="tiny_retention") for item in items(set())]
         records[step].metadata["items"] = [*more, *records[step].metadata["items"]]
     result = build(records, settings)
-    assert [result.pair("dense", task).alpha for task in ("tiny_reasoner", "tiny_retention")] == [0.05, 0.025]
+    assert [result.pair("dense", task).alpha for task in ("tiny_reasoner", "tiny_retention")] == [
+        0.05,
+        0.025,
+    ]
     assert {pair.margin for pair in result.paired["tiny_reasoner"].values()} == {0.02}
 
 
@@ -142,15 +169,26 @@ def test_a_controls_difference_counts_from_the_confidence_level_on(records, sett
 def test_a_goal_is_reached_by_the_final_models_own_shapes(records, settings):
     """2 bytes for each of 420 parameters and of 2 sequences x 5 tokens x 2 layers x 4 keys and values of 2 KV heads."""
     records["import-model"].metadata["goal"] = GOAL
-    shapes = ((420, 2, 2, 1000, True), (421, 2, 2, 1002, False), (420, 1, 2, 920, True), (460, 2, 1, 1000, True))
+    shapes = (
+        (420, 2, 2, 1000, True),
+        (421, 2, 2, 1002, False),
+        (420, 1, 2, 920, True),
+        (460, 2, 1, 1000, True),
+    )
     for params, layers, heads, needed, reached in shapes:
-        own = {"widths": [8] * layers, "kv_heads": heads, "kv_bytes_per_token": 256 * layers * heads}
+        own = {
+            "widths": [8] * layers,
+            "kv_heads": heads,
+            "kv_bytes_per_token": 256 * layers * heads,
+        }
         records["evaluate-4"].metadata["scores"] = scores(params, 0.98, 8) | own
         result = build(records, settings)
         assert (result.goal.final, result.goal.is_reached) == (needed, reached)
 
 
-def test_order_is_that_of_the_steps_whenever_they_ran_and_wall_clock_from_first_start_to_last_end(records, settings):
+def test_order_is_that_of_the_steps_whenever_they_ran_and_wall_clock_from_first_start_to_last_end(
+    records, settings
+):
     """Both arms run at once: steps overlap, and versions are numbered as they happen to be registered."""
     for iteration, version in ((1, "7"), (2, "3"), (3, "10"), (4, "2")):
         record = records[f"evaluate-{iteration}"]
@@ -166,7 +204,10 @@ def test_order_is_that_of_the_steps_whenever_they_ran_and_wall_clock_from_first_
     assert [row.step for row in result.rows] == [step for step in records if "evaluate" in step]
     assert result.final.model_version == "2" and result.final_row.iteration == 4
     assert (result.wall_seconds, result.work_seconds) == (16 * 300 + 600, 17 * 500)
-    assert dict(checks(result))["Wall clock"] == "1 h 30 min; the work of all steps adds up to 2 h 21 min."
+    assert (
+        dict(checks(result))["Wall clock"]
+        == "1 h 30 min; the work of all steps adds up to 2 h 21 min."
+    )
 
 
 def test_changed_answers_are_side_by_side(records, settings, monkeypatch, tmp_path, no_pictures):
@@ -178,7 +219,10 @@ def test_changed_answers_are_side_by_side(records, settings, monkeypatch, tmp_pa
     written(records, settings, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Dense: right</p>\n<pre>1+1=2\n2+2=4\n#### 4</pre>" in page
-    assert "Final: wrong, hit the token limit</p>\n<pre>1+1=2\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>" in page
+    assert (
+        "Final: wrong, hit the token limit</p>\n<pre>1+1=2\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>"
+        in page
+    )
     assert f"<pre>{'x' * 600} […]</pre>" in page
     assert "Regressions: 17<" in page and "Improvements: 3<" in page
     assert [page.count(f"tiny_reasoner, item {i}<") for i in range(20)] == [1] * 20
@@ -208,8 +252,13 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     card = (tmp_path / "README.md").read_text()
     assert not {"base_model", "datasets"} & yaml.safe_load(card.split("---\n")[1]).keys()
     rated = ModelCard(card).data.eval_results
-    assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
-    assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
+    assert [(r.dataset_name, r.metric_value) for r in rated] == [
+        ("tiny_reasoner", 0.98),
+        ("tiny_retention", 0.88),
+    ]
+    assert {(r.metric_type, r.metric_name) for r in rated} == {
+        ("exact_match", "exact_match,final-number")
+    }
     assert "This is a local checkpoint, made smaller" in card and "No license is named here" in card
     assert "examples/" not in card and "train.jsonl" in card
     known = {"model": "org/model-1", "base_model": "org/model-1", "license": "apache-2.0"}

@@ -24,14 +24,20 @@ CONTROL = ("control-prune", "control-recover", "control-evaluate")
 
 def test_the_pages_of_a_whole_run(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("ptl.report.render._accuracy_plot", lambda result: "<svg></svg>")  # test_result.py has some
+    # test_result.py has some
+    monkeypatch.setattr("ptl.report.render._accuracy_plot", lambda result: "<svg></svg>")
     records, settings = run_records.records(), run_records.settings()
     records[STEP] = record_of(STEP, export(SMALL, 140_000, 0.97))
     trained_on(records, passes=0.5)
     decontaminated(records)
-    result = build(records, settings | {"export": [EXPORT]}, **RUN, mlflow_url="http://127.0.0.1:5000/")
+    result = build(
+        records, settings | {"export": [EXPORT]}, **RUN, mlflow_url="http://127.0.0.1:5000/"
+    )
     render(result, tmp_path)
-    expect("report.html", re.sub("(?s)<style>.*</style>", "<style></style>", (tmp_path / "report.html").read_text()))
+    expect(
+        "report.html",
+        re.sub("(?s)<style>.*</style>", "<style></style>", (tmp_path / "report.html").read_text()),
+    )
     expect("report.md", (tmp_path / "report.md").read_text())
     expect("model-card.md", (tmp_path / "README.md").read_text())
     printed = terminal_text(result, "/tmp/report.html")
@@ -78,7 +84,12 @@ def nothing_accepted(records, settings):
 
 def rejected_and_ended(records, settings):
     reject(records, 3)
-    gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "the loop ended in iteration 3: no smaller step left"}
+    gate = {
+        "cap": 1,
+        "rejections": 1,
+        "stopped": True,
+        "reason": "the loop ended in iteration 3: no smaller step left",
+    }
     before = records["evaluate-2"].pointer
     records["evaluate-3"].metadata["accepted"] = dataclasses.asdict(before) | {"gate": gate}
     remove(records, "prune-4", "recover-4", "evaluate-4")  # they leave no record
@@ -96,7 +107,10 @@ def final_not_scored(records, settings):
 
 
 def one_iteration_of_one_benchmark(records, settings):
-    remove(records, *set(records) - {"import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1"})
+    remove(
+        records,
+        *set(records) - {"import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1"},
+    )
     for step, accuracy in (("evaluate-0", 1.0), ("evaluate-1", 0.99)):
         records[step].metadata["scores"] = scores(SMALL, accuracy, 122)
         del records[step].metadata["scores"]["tasks"][1]
@@ -118,12 +132,22 @@ def leaves_much_out(records, settings):
 
 def trained_on(records, *, cut=0, passes):
     for step, few in (("recover-1", 0), ("recover-2", cut), ("control-recover", 500)):
-        records[step].metadata.update({"sequences": 1000, "cut_sequences": few, "passes": 0.4 if few == 0 else passes})
+        records[step].metadata.update(
+            {"sequences": 1000, "cut_sequences": few, "passes": 0.4 if few == 0 else passes}
+        )
 
 
 def decontaminated(records, *not_compared):
-    for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
-        counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": list(not_compared)}
+    for name, rows, dropped in (
+        ("recover-1", 1_000, 5),
+        ("recover-2", 2_000, 12),
+        ("control-recover", 9_000, 100),
+    ):
+        counts = {
+            "rows_compared": rows,
+            "rows_dropped": dropped,
+            "not_compared": list(not_compared),
+        }
         records[name].metadata.update(counts | {"benchmark_items": 500, "benchmark_items_short": 7})
 
 
@@ -134,15 +158,27 @@ def better_control(records, settings):
 
 def control_did_not_begin(records, settings):
     remove(records, *CONTROL)
-    return {"control_failed": "control-prune was killed after 3 attempts: out of memory;\n raise resources.memory <b>."}
+    return {
+        "control_failed": "control-prune was killed after 3 attempts: out of memory;\n raise resources.memory <b>."
+    }
 
 
 def judged_by_perplexity(records, settings):
     """A metric without intervals, where less is better."""
     for record in records.values():
         for task in record.metadata.get("scores", {}).get("tasks", [])[:1]:
-            worse = 25.0 if record.metadata["arm"] == "control" else 20.0 + record.metadata["iteration"] / 2
-            task.update(metric="word_perplexity,none", accuracy=worse, low=None, high=None, higher_is_better=False)
+            worse = (
+                25.0
+                if record.metadata["arm"] == "control"
+                else 20.0 + record.metadata["iteration"] / 2
+            )
+            task.update(
+                metric="word_perplexity,none",
+                accuracy=worse,
+                low=None,
+                high=None,
+                higher_is_better=False,
+            )
         record.metadata.pop("items", None)
 
 
@@ -161,14 +197,20 @@ def mixture_with_removed_layers(records, settings):
     for record in records.values():
         if "scores" in record.metadata:
             params = record.metadata["scores"]["params"]
-            record.metadata["scores"] |= {"experts": params // 10_000, "active_params": params - 100_000}
+            record.metadata["scores"] |= {
+                "experts": params // 10_000,
+                "active_params": params - 100_000,
+            }
     records["evaluate-2"].metadata["scores"]["widths"] = [170, 160, 170]
 
 
 def goal_missed_by_two_bytes(records, settings):
     """2 bytes for each parameter and of 2 sequences x 5 tokens x 4 keys and values for each layer."""
     records["import-model"].metadata["goal"] = GOAL
-    records["evaluate-4"].metadata["scores"] = scores(421, 0.98, 8) | {"widths": [8, 8], "kv_bytes_per_token": 1024}
+    records["evaluate-4"].metadata["scores"] = scores(421, 0.98, 8) | {
+        "widths": [8, 8],
+        "kv_bytes_per_token": 1024,
+    }
 
 
 def width_pruned(records, settings):
@@ -177,12 +219,23 @@ def width_pruned(records, settings):
     The control took what had not the least loss, as where all are above that of guessing.
     """
     ends = [(56, 57, 1, 2.5626), (64, 43, 1, 2.84), (48, 43, 2, 4.28)]
-    candidates = [dict(zip(("hidden", "width", "kv_heads", "loss"), end, strict=True), experts=None) for end in ends]
+    candidates = [
+        dict(zip(("hidden", "width", "kv_heads", "loss"), end, strict=True), experts=None)
+        for end in ends
+    ]
     for step, among, taken in (("prune-1", candidates[::-1], 2), ("prune-2", candidates[:2], 0)):
-        records[step].metadata["candidates"] = [each | {"taken": i == taken} for i, each in enumerate(among)]
+        records[step].metadata["candidates"] = [
+            each | {"taken": i == taken} for i, each in enumerate(among)
+        ]
     of_control = [each | {"experts": 4, "taken": i == 1} for i, each in enumerate(candidates)]
     records["control-prune"].metadata["candidates"] = of_control
-    for step, hidden, heads in (("1", 62, 2), ("2", 60, 1), ("3", 58, 1), ("4", 56, 1), ("control", 56, 1)):
+    for step, hidden, heads in (
+        ("1", 62, 2),
+        ("2", 60, 1),
+        ("3", 58, 1),
+        ("4", 56, 1),
+        ("control", 56, 1),
+    ):
         name = "control-evaluate" if step == "control" else f"evaluate-{step}"
         shape = {"hidden_size": hidden, "kv_heads": heads, "kv_bytes_per_token": 1024 * heads}
         records[name].metadata["scores"] |= shape
@@ -215,20 +268,38 @@ CHANGES = {
     "worse": lambda records, _: score_items(records, 25),
     "one benchmark worse": lambda records, _: score_items(records, 2, 28),
     "gate is strict": lambda _, settings: settings["gate"].update(strict=True),
-    "rehearsal": lambda _, settings: settings.update(name="tiny-rehearsal", storage={"experiment": "ptl-rehearsal"}),
+    "rehearsal": lambda _, settings: settings.update(
+        name="tiny-rehearsal", storage={"experiment": "ptl-rehearsal"}
+    ),
     "target in parameters": lambda _, settings: settings["schedule"].update(target=SMALL),
     "target just missed": lambda _, settings: settings["schedule"].update(target=0.4052),
     "cut sequences and many passes": lambda records, _: trained_on(records, cut=12, passes=4.6),
     "not compared with all": lambda records, _: decontaminated(records, "wikitext"),
-    "speed with a reason": lambda records, _: records["evaluate-4"].metadata.update(speed={"reason": "no memory"}),
-    "control failed after its evaluation": lambda *_: {"control_failed": "control-evaluate: MLflow cannot be reached"},
+    "speed with a reason": lambda records, _: records["evaluate-4"].metadata.update(
+        speed={"reason": "no memory"}
+    ),
+    "control failed after its evaluation": lambda *_: {
+        "control_failed": "control-evaluate: MLflow cannot be reached"
+    },
 } | {
     change.__name__.replace("_", " "): change
     for change in (
-        *(dense_solves_nothing, asked_otherwise, worse_without_a_gate, nothing_accepted, rejected_and_ended),
+        *(
+            dense_solves_nothing,
+            asked_otherwise,
+            worse_without_a_gate,
+            nothing_accepted,
+            rejected_and_ended,
+        ),
         *(final_not_scored, one_iteration_of_one_benchmark, leaves_much_out),
         *(better_control, control_did_not_begin),
-        *(judged_by_perplexity, several_samples, mixture_with_removed_layers, goal_missed_by_two_bytes, width_pruned),
+        *(
+            judged_by_perplexity,
+            several_samples,
+            mixture_with_removed_layers,
+            goal_missed_by_two_bytes,
+            width_pruned,
+        ),
         *(export_on_fewer_items, export_not_made, export_of_other_settings),
     )
 }
@@ -239,7 +310,10 @@ def pages(change):
     records, settings = run_records.records(), run_records.settings()
     more = change(records, settings) or {}
     result = build(records, settings, **RUN, **more)
-    colours = [[cell.kind for row in table.rows for cell in row if cell.kind] for table in tables.evidence(result)]
+    colours = [
+        [cell.kind for row in table.rows for cell in row if cell.kind]
+        for table in tables.evidence(result)
+    ]
     texts = [page(name, result, html=False) for name in ("report.j2", "card.j2")]
     assert_tables(texts)
     own = texts[1].splitlines()
@@ -267,4 +341,7 @@ def test_what_differs_in_a_run_differs_in_its_pages(capsys):
         lines = [line if line.startswith("+") else line[:60] for line in lines]
         text += "\n".join([f"# {name}", *lines, "", ""])
     expect("report-changes.diff", text)
-    assert "tiny_reasoner is not compared: the prompts of tiny_reasoner item 0 differ" in capsys.readouterr().out
+    assert (
+        "tiny_reasoner is not compared: the prompts of tiny_reasoner item 0 differ"
+        in capsys.readouterr().out
+    )

@@ -36,15 +36,25 @@ ATTACKS, MEMORY, SQUARES, VALUES, FAIL_CLOSED = map(PROGRAMS.get, NAMES)
 
 def all_denied(*attacks: str) -> None:
     """Each of these programs, one after the other in one sandbox, must end with an error of the system."""
-    outcome = run_tests(ATTACKS.format(attacks=attacks), "assert {r for _, r in outcomes()} == {'denied'}, outcomes()")
+    outcome = run_tests(
+        ATTACKS.format(attacks=attacks),
+        "assert {r for _, r in outcomes()} == {'denied'}, outcomes()",
+    )
     assert outcome.passed, outcome
 
 
 def all_work(*attacks: str) -> None:
     """The control: outside of the sandbox each reaches what it wants."""
-    code = ATTACKS.format(attacks=attacks) + "print({r for _, r in outcomes()} == {'reached'} or outcomes())"
-    control = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
-    assert control.stdout.strip() == "True", f"the attack itself does not work: {control.stdout} {control.stderr}"
+    code = (
+        ATTACKS.format(attacks=attacks)
+        + "print({r for _, r in outcomes()} == {'reached'} or outcomes())"
+    )
+    control = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert control.stdout.strip() == "True", (
+        f"the attack itself does not work: {control.stdout} {control.stderr}"
+    )
 
 
 # ------------------------------------------------------------------------------------------- right and wrong answers
@@ -59,7 +69,9 @@ def test_right_wrong_and_broken_solutions_get_their_outcome():
         "def add(a, b:\n    return a": ["SyntaxError"],
         "x = 1": ["NameError"],
         "def add(a, b):\n    raise KeyError('no')": ["KeyError: 'no'"],
-        "def add(a, b):\n    print('called')\n    return 1\nprint('loaded')": ["output:\nloaded\ncalled\n"],
+        "def add(a, b):\n    print('called')\n    return 1\nprint('loaded')": [
+            "output:\nloaded\ncalled\n"
+        ],
         "#" * 1_000_001: ["1000001 characters"],
     }
     for code, texts in failing.items():
@@ -76,19 +88,25 @@ def test_usual_imports_work_on_both_sides():
 
 def test_values_classes_callbacks_and_names_of_builtins_are_usable_on_both_sides():
     equal = "assert same(v) == v and (type(same(v)) is type(v) or hasattr(v, '_fields')), v"
-    outcome = run_tests("def same(x): return x", "\n".join(f"v = {value}\n{equal}" for value in VALUES.splitlines()))
+    outcome = run_tests(
+        "def same(x): return x", "\n".join(f"v = {value}\n{equal}" for value in VALUES.splitlines())
+    )
     assert outcome.passed, outcome
-    outcome = run_tests(PROGRAMS["classes, iterators, callbacks and exceptions"], PROGRAMS["their tests"])
+    outcome = run_tests(
+        PROGRAMS["classes, iterators, callbacks and exceptions"], PROGRAMS["their tests"]
+    )
     assert outcome.passed, outcome
     assert run_tests("def sum(a, b):\n    return a * b", "assert sum(10, 15) == 150").passed
     assert not run_tests("def sum(a, b):\n    return 6", "assert sum(10, 15) == 150").passed
     both = "def trace(a):\n    return a\ndef f(a):\n    return -a"
-    assert run_tests(both, "assert trace(3) == 3 and f(3) == -3").passed  # trace is also a standard module
+    # trace is also a standard module
+    assert run_tests(both, "assert trace(3) == 3 and f(3) == -3").passed
 
 
 def test_run_many_keeps_the_order_and_repeats():
     pairs = [(f"def f(): return {i % 3}", "assert f() == 0") for i in range(4)]
-    pairs.append(("def f(): return [*{'a', 'b', 'c', 'd', 'e', 'f'}]", "assert 0, f()"))  # the order of a set too
+    # the order of a set too
+    pairs.append(("def f(): return [*{'a', 'b', 'c', 'd', 'e', 'f'}]", "assert 0, f()"))
     first = run_many(pairs)
     assert [outcome.passed for outcome in first] == [True, False, False, True, False]
     assert run_many(pairs) == first
@@ -112,23 +130,44 @@ def test_files_and_folders_of_others_cannot_be_read_or_listed(tmp_path):
     # The candidate cannot make a link, so try what a helper outside could leave: the rules hold for the target.
     (tmp_path / "link").symlink_to(token)
     own = [f"/proc/{os.getpid()}/{name}" for name in ("status", "environ")]
-    paths = [token, Path(__file__), pytest.__file__, tmp_path / "link", "/etc/passwd", "/dev/zero", *own]
+    paths = [
+        token,
+        Path(__file__),
+        pytest.__file__,
+        tmp_path / "link",
+        "/etc/passwd",
+        "/dev/zero",
+        *own,
+    ]
     paths += ["/proc/self/environ", "/proc/self/maps", "/proc/self/root/etc/passwd"]
-    installed = Path(os.__file__).with_name("site-packages").rglob("*.py")  # in the folder of the library itself
+    # in the folder of the library itself
+    installed = Path(os.__file__).with_name("site-packages").rglob("*.py")
     paths += [path for path in installed if path.stat().st_size][:1]
     attacks = [f"assert open({str(path)!r}, 'rb').read(1)" for path in paths]
     folders = (tmp_path, ROOT, Path.home(), "/proc", "/")
     attacks += [f"assert __import__('os').listdir({str(path)!r})" for path in folders]
     attacks += ["import os\nassert open(f'/proc/{os.getppid()}/environ', 'rb').read(1)"]
-    links = [f"import os\nos.{kind}({str(token)!r}, 'l')\nopen('l').read()" for kind in ("symlink", "link")]
+    links = [
+        f"import os\nos.{kind}({str(token)!r}, 'l')\nopen('l').read()"
+        for kind in ("symlink", "link")
+    ]
     all_denied(*attacks, *links)
     all_work(*attacks)
 
 
 def test_nothing_outside_the_scratch_folder_can_be_changed(tmp_path):
     # Each has a file of its own, v, and the name n beside it.
-    actions = ["open(n, 'w').write('x')", "open(v, 'a').write('x')", "os.truncate(v, 0)", "os.mkdir(n)"]
-    actions += ["os.close(os.open(v, os.O_RDONLY | os.O_TRUNC))", "os.chmod(v, 0o777)", "os.utime(v, (1, 1))"]
+    actions = [
+        "open(n, 'w').write('x')",
+        "open(v, 'a').write('x')",
+        "os.truncate(v, 0)",
+        "os.mkdir(n)",
+    ]
+    actions += [
+        "os.close(os.open(v, os.O_RDONLY | os.O_TRUNC))",
+        "os.chmod(v, 0o777)",
+        "os.utime(v, (1, 1))",
+    ]
     actions += ["os.rename(v, n)", "os.unlink(v)", "os.link(v, n)", "os.symlink(v, n)"]
     files = [tmp_path / str(i) for i in range(len(actions))]
     for file in files:
@@ -138,11 +177,19 @@ def test_nothing_outside_the_scratch_folder_can_be_changed(tmp_path):
         f"import os\nv, n = {str(file)!r}, {str(tmp_path / 'new') + file.name!r}\n{action}"
         for file, action in zip(files, actions, strict=True)
     ]
-    flags, size = ["os.O_WRONLY", "os.O_RDWR", "os.O_RDONLY | os.O_TRUNC"], Path(os.__file__).stat().st_size
-    all_denied(*attacks, *(f"import os\nos.open(os.__file__, {flag})" for flag in flags))  # the library is readable
+    flags, size = (
+        ["os.O_WRONLY", "os.O_RDWR", "os.O_RDONLY | os.O_TRUNC"],
+        Path(os.__file__).stat().st_size,
+    )
+    # the library is readable
+    all_denied(*attacks, *(f"import os\nos.open(os.__file__, {flag})" for flag in flags))
     assert {*tmp_path.iterdir()} == {*files} and Path(os.__file__).stat().st_size == size
     for file in files:
-        assert file.read_text() == "before" and file.stat().st_mode & 0o777 == 0o600 and file.stat().st_mtime > 1000
+        assert (
+            file.read_text() == "before"
+            and file.stat().st_mode & 0o777 == 0o600
+            and file.stat().st_mtime > 1000
+        )
     all_work(*attacks)
 
 
@@ -172,12 +219,29 @@ def test_no_socket_of_any_kind(tmp_path):
 
 def test_the_parent_cannot_be_killed_slowed_or_limited():
     nice, files = os.getpriority(os.PRIO_PROCESS, 0), resource.getrlimit(resource.RLIMIT_NOFILE)
-    actions = ["os.kill(p, 9)", "os.kill(p, 0)", "os.kill(-1, 9)", "os.killpg(0, 9)", "os.kill(1, 0)"]
-    actions += ["signal.pidfd_send_signal(os.pidfd_open(p), 9)", "os.setpriority(os.PRIO_PROCESS, p, 19)"]
-    actions += ["os.sched_setaffinity(p, {0})", "resource.prlimit(p, resource.RLIMIT_NOFILE, (64, 64))"]
+    actions = [
+        "os.kill(p, 9)",
+        "os.kill(p, 0)",
+        "os.kill(-1, 9)",
+        "os.killpg(0, 9)",
+        "os.kill(1, 0)",
+    ]
+    actions += [
+        "signal.pidfd_send_signal(os.pidfd_open(p), 9)",
+        "os.setpriority(os.PRIO_PROCESS, p, 19)",
+    ]
+    actions += [
+        "os.sched_setaffinity(p, {0})",
+        "resource.prlimit(p, resource.RLIMIT_NOFILE, (64, 64))",
+    ]
     actions += ["fcntl.fcntl(1, fcntl.F_SETOWN, p)", "fcntl.fcntl(1, 10, 9)"]
-    all_denied(*(f"import fcntl, os, resource, signal\np = os.getppid()\n{action}" for action in actions))
-    assert (os.getpriority(os.PRIO_PROCESS, 0), resource.getrlimit(resource.RLIMIT_NOFILE)) == (nice, files)
+    all_denied(
+        *(f"import fcntl, os, resource, signal\np = os.getppid()\n{action}" for action in actions)
+    )
+    assert (os.getpriority(os.PRIO_PROCESS, 0), resource.getrlimit(resource.RLIMIT_NOFILE)) == (
+        nice,
+        files,
+    )
 
 
 def test_no_memory_of_another_process_is_reached():
@@ -218,7 +282,11 @@ def test_endless_loops_end_by_cpu_or_by_wall_time():
     assert DEFAULT_LIMITS.wall_s >= 10 * DEFAULT_LIMITS.cpu_s
     started = time.monotonic()
     stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
-    pairs = [("while True: pass", "assert 1"), (stubborn, "assert 1"), ("x = 1", "while True: pass")]
+    pairs = [
+        ("while True: pass", "assert 1"),
+        (stubborn, "assert 1"),
+        ("x = 1", "while True: pass"),
+    ]
     endings = run_many(pairs, Limits(cpu_s=1))
     cpu, ignored, by_tests = [(outcome.passed, outcome.status) for outcome in endings]
     assert cpu == (False, "timeout") and "1 s of CPU" in endings[0].detail
@@ -241,7 +309,11 @@ def test_files_beyond_the_limit_are_refused():
     assert not one.passed and "OSError" in one.detail
     waits = "import time\ndef f(number, size):\n    for i in range(number): open(str(i), 'wb').write(bytes(size))\n"
     waits += "    time.sleep(0.4)"
-    for number, size, status in ((64, 0, "passed"), (65, 0, "file_limit"), (2, 600_000, "file_limit")):
+    for number, size, status in (
+        (64, 0, "passed"),
+        (65, 0, "file_limit"),
+        (2, 600_000, "file_limit"),
+    ):
         outcome = run_tests(waits, f"f({number}, {size})")
         assert outcome.status == status, outcome
 
@@ -249,14 +321,21 @@ def test_files_beyond_the_limit_are_refused():
 def test_a_crash_is_named_and_nothing_stays_behind():
     def held():  # earlier tests of the same process may have left children of their own
         children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-        return sorted(path.name for path in Path("/proc/self/fd").iterdir()), sorted(" ".join(children).split())
+        return sorted(path.name for path in Path("/proc/self/fd").iterdir()), sorted(
+            " ".join(children).split()
+        )
 
     before = held()
     crash = run_tests("import ctypes\ndef f(): ctypes.string_at(1)", "f()")
-    assert (crash.passed, crash.status) == (False, "killed") and f"signal {signal.SIGSEGV.value}" in crash.detail
+    assert (crash.passed, crash.status) == (
+        False,
+        "killed",
+    ) and f"signal {signal.SIGSEGV.value}" in crash.detail
     run_tests("while True: pass", "assert 1", Limits(wall_s=0.5))
     # A death of the candidate that the tests swallow is no success.
-    dead = run_tests("import os\ndef f(): os._exit(0)", "try:\n    f()\nexcept BaseException:\n    pass")
+    dead = run_tests(
+        "import os\ndef f(): os._exit(0)", "try:\n    f()\nexcept BaseException:\n    pass"
+    )
     assert (dead.passed, dead.status) == (False, "failed") and "exit code 0" in dead.detail
     assert held() == before
 
@@ -269,24 +348,42 @@ FORGERIES = programs("forgeries.txt")
 def test_forged_success_does_not_pass():
     assert run_tests("def f(x): return x * x", SQUARES).passed  # the tests can be passed
     outcomes = run_many([(code, SQUARES) for code in FORGERIES.values()], Limits(wall_s=20))
-    fooled = {name: outcome for name, outcome in zip(FORGERIES, outcomes, strict=True) if outcome.passed}
-    assert fooled == {} and {outcome.status for outcome in outcomes} <= {"failed", "killed", "timeout"}
+    fooled = {
+        name: outcome for name, outcome in zip(FORGERIES, outcomes, strict=True) if outcome.passed
+    }
+    assert fooled == {} and {outcome.status for outcome in outcomes} <= {
+        "failed",
+        "killed",
+        "timeout",
+    }
 
 
 KINDS = [
     *("assert f(2) == 4", "assert 4 == f(2)", "assert f(2) in [4]", "assert [f(2)] == [4]"),
-    *("assert {'a': f(2)} == {'a': 4}", "import unittest\nunittest.TestCase().assertEqual(f(2), 4)"),
+    *(
+        "assert {'a': f(2)} == {'a': 4}",
+        "import unittest\nunittest.TestCase().assertEqual(f(2), 4)",
+    ),
     "for got in map(f, [2]):\n    assert got == 4\nassert got",
     "try:\n    f(2)\nexcept:\n    pass\nassert f(2) == 4",
 ]
 
 
 def test_forged_success_does_not_pass_other_kinds_of_assert():
-    pairs = [(FORGERIES[name], kind) for name in ("always equal", "always equal int") for kind in KINDS]
-    pairs += [(FORGERIES[name], KINDS[7]) for name in ("StopIteration", "exit in the call", "sys.exit in the call")]
+    pairs = [
+        (FORGERIES[name], kind) for name in ("always equal", "always equal int") for kind in KINDS
+    ]
+    pairs += [
+        (FORGERIES[name], KINDS[7])
+        for name in ("StopIteration", "exit in the call", "sys.exit in the call")
+    ]
     pairs += [(FORGERIES["StopIteration"], KINDS[6])]
-    shadows = [FORGERIES[name] for name in ("shadowed builtin and module", "function that poses as a module")]
-    pairs += [(code, "assert math.isclose(f(4), 16)") for code in shadows]  # a module of the candidate is the real one
+    shadows = [
+        FORGERIES[name]
+        for name in ("shadowed builtin and module", "function that poses as a module")
+    ]
+    # a module of the candidate is the real one
+    pairs += [(code, "assert math.isclose(f(4), 16)") for code in shadows]
     fooled = [pair for pair, outcome in zip(pairs, run_many(pairs), strict=True) if outcome.passed]
     assert fooled == []
     honest = "import math\ndef f(x): return x * x"
@@ -297,7 +394,10 @@ def test_forged_success_does_not_pass_other_kinds_of_assert():
 def test_the_candidate_sees_neither_the_tests_nor_their_text_nor_what_they_print():
     actions = ["os.read(1, 9)", "os.pread(1, 9, 0)", "open('../output')", "os.listdir('..')"]
     actions += ["os.open('/proc/self/fd/1', os.O_RDONLY)"]
-    code = ATTACKS.format(attacks=[f"import os\n{action}" for action in actions]) + PROGRAMS["look around"]
+    code = (
+        ATTACKS.format(attacks=[f"import os\n{action}" for action in actions])
+        + PROGRAMS["look around"]
+    )
     outcome = run_tests(code, PROGRAMS["tests of look around"])
     assert outcome.passed, outcome
 
@@ -309,7 +409,9 @@ def test_the_candidate_sees_neither_the_tests_nor_their_text_nor_what_they_print
 @pytest.mark.parametrize("numbers", [(444, 444), (446, 446), (317, 277), (126, 91)])
 def test_nothing_runs_where_the_kernel_refuses(numbers):
     code = FAIL_CLOSED.format(number=numbers[0 if os.uname().machine == "x86_64" else 1])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.startswith("WorkError:") and "the candidate ran" not in done.stdout
     assert ("lacks Landlock" if numbers[0] == 444 else "could not be set up") in done.stdout
 
@@ -318,18 +420,33 @@ def test_nothing_runs_where_the_kernel_refuses(numbers):
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data at {DATA}: set PTL_SHARED_DATA to the folder")
+@pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"no benchmark data at {DATA}: set PTL_SHARED_DATA to the folder"
+)
 @pytest.mark.parametrize(("name", "number"), [("HumanEval.jsonl.gz", 164), ("mbpp.jsonl", 974)])
 def test_every_reference_solution_passes_and_no_empty_one(name, number):
     data = (DATA / name).read_bytes()
-    rows = [json.loads(line) for line in (gzip.decompress(data) if name.endswith("gz") else data).splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (gzip.decompress(data) if name.endswith("gz") else data).splitlines()
+    ]
     if name == "mbpp.jsonl":
-        pairs = [(row["code"], "\n".join([row["test_setup_code"], *row["test_list"]])) for row in rows]
+        pairs = [
+            (row["code"], "\n".join([row["test_setup_code"], *row["test_list"]])) for row in rows
+        ]
     else:
         tests = [f"{row['test']}\ncheck({row['entry_point']})\n" for row in rows]
-        pairs = [(row["prompt"] + row["canonical_solution"], test) for row, test in zip(rows, tests, strict=True)]
-        stubs = [(row["prompt"] + "    return None\n", test) for row, test in zip(rows, tests, strict=True)]
+        pairs = [
+            (row["prompt"] + row["canonical_solution"], test)
+            for row, test in zip(rows, tests, strict=True)
+        ]
+        stubs = [
+            (row["prompt"] + "    return None\n", test)
+            for row, test in zip(rows, tests, strict=True)
+        ]
         assert not any(outcome.passed for outcome in run_many(stubs))
     outcomes = run_many(pairs, Limits(wall_s=60, cpu_s=30))
     assert len(outcomes) == number
-    assert [row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if not outcome.passed] == []
+    assert [
+        row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if not outcome.passed
+    ] == []

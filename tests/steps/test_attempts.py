@@ -27,11 +27,18 @@ ON_A_CLUSTER = {"PTL_RUN_ID": "", "KFP_RUN_ID": f"kfp-{uuid.uuid4().hex[:8]}"}
 @pytest.fixture(autouse=True)
 def environment(tmp_path, monkeypatch):
     """The process of the work is forked from its parent, which then has its libraries; to start one takes longer."""
-    settings = {"PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}", "PTL_RUN_DIR": str(tmp_path), "PTL_RETRY_WAIT": "0.01"}
+    settings = {
+        "PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}",
+        "PTL_RUN_DIR": str(tmp_path),
+        "PTL_RETRY_WAIT": "0.01",
+    }
     settings |= {"PTL_SCRATCH": str(tmp_path / "scratch"), "PTL_TEST_FOLDER": str(tmp_path)}
     settings["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     # Nobody answers here at once: what a failure reports to MLflow has tests of its own below.
-    settings |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    settings |= {
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(supervisor, "PROCESS", "failing_step")
@@ -71,7 +78,9 @@ def test_on_a_cluster_a_kill_names_the_memory_of_its_kind_of_step(monkeypatch):
     """It comes before resources.memory; a retry has the memory of the compiled pipeline."""
     monkeypatch.setattr(processes, "on_a_cluster", lambda: True)
     words = supervisor._unexplained(-signal.SIGKILL, "control-recover")
-    assert "raise resources.steps.recover.memory, or lower the batch size, and submit again" in words
+    assert (
+        "raise resources.steps.recover.memory, or lower the batch size, and submit again" in words
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,14 +97,23 @@ def test_after_a_crash_the_step_is_tried_again(plan, reason, go, tmp_path, capfd
     assert go(f"{plan} ok") == (0, {"digest": "sha256:1"})
     assert tried(tmp_path) == 2 and (tmp_path / "out").read_text() == "done"
     said = capfd.readouterr().out
-    assert "ptl: prune-1: failed: " in said and "the next attempt begins in 0.01 s" in said and reason in said
+    assert (
+        "ptl: prune-1: failed: " in said
+        and "the next attempt begins in 0.01 s" in said
+        and reason in said
+    )
 
 
 @pytest.mark.parametrize(
     ("plan", "error"),
-    [("input", "schedule.target: 7 must be below 1"), ("import", "packages: ModuleNotFoundError: No")],
+    [
+        ("input", "schedule.target: 7 must be below 1"),
+        ("import", "packages: ModuleNotFoundError: No"),
+    ],
 )
-def test_a_wrong_input_is_never_tried_again_and_is_the_last_line_of_the_log(plan, error, go, tmp_path, capfd):
+def test_a_wrong_input_is_never_tried_again_and_is_the_last_line_of_the_log(
+    plan, error, go, tmp_path, capfd
+):
     assert go(f"{plan} ok") == (2, {}) and tried(tmp_path) == 1
     said = capfd.readouterr()
     assert said.err.splitlines()[-1].startswith(f"error: prune-1: {error}")
@@ -106,8 +124,12 @@ def test_a_wrong_input_is_never_tried_again_and_is_the_last_line_of_the_log(plan
     assert (left["step"], left["exit_code"]) == ("prune-1", 2) and left["message"].startswith(error)
 
 
-@pytest.mark.parametrize(("plan", "retries", "pauses"), [("killed cuda exit work", 3, [5, 10, 20]), ("work ok", 0, [])])
-def test_pauses_double_until_the_last_attempt_ends_the_step(plan, retries, pauses, go, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("plan", "retries", "pauses"), [("killed cuda exit work", 3, [5, 10, 20]), ("work ok", 0, [])]
+)
+def test_pauses_double_until_the_last_attempt_ends_the_step(
+    plan, retries, pauses, go, tmp_path, monkeypatch, capfd
+):
     slept = []
     monkeypatch.setattr(supervisor.time, "sleep", slept.append)
     assert go(plan, retries, PTL_RETRY_WAIT="5")[0] == 1
@@ -148,12 +170,17 @@ supervisor.run({"step": "prune-1", "experiment": "e", "out": out}, ["out"])
 
 
 @pytest.mark.parametrize(
-    ("number", "origin"), [(signal.SIGTERM, "started"), (signal.SIGINT, "forked"), (signal.SIGKILL, "started")]
+    ("number", "origin"),
+    [(signal.SIGTERM, "started"), (signal.SIGINT, "forked"), (signal.SIGKILL, "started")],
 )
-def test_a_signal_to_the_parent_ends_the_work_and_is_no_reason_to_try_again(number, origin, tmp_path):
+def test_a_signal_to_the_parent_ends_the_work_and_is_no_reason_to_try_again(
+    number, origin, tmp_path
+):
     """The parent imports nothing heavy, so that it survives what its work does not."""
     environment = os.environ | {"PTL_TEST_PLAN": "hangs ok", "PTL_RETRIES": "2"}
-    process = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), origin], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), origin], env=environment
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "hangs").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -183,7 +210,9 @@ def test_attempts_in_one_pod_and_in_pods_that_argo_starts_are_counted_together(p
     evicted = FIRST.replace("executor(0)", "executor(1)")
     assert pod(evicted, "b") == 3
     # With the policy Always the executor, its DAG and the root each repeat it.
-    repeated = [FIRST.replace(f"{level}(0)", f"{level}(2)") for level in ("executor", "prune-1", "run-x")]
+    repeated = [
+        FIRST.replace(f"{level}(0)", f"{level}(2)") for level in ("executor", "prune-1", "run-x")
+    ]
     for number, node in enumerate([evicted, *repeated]):
         with pytest.raises(attempts.NoAttemptLeftError, match="all 3 attempts were used"):
             pod(node, f"c{number}")
@@ -214,13 +243,17 @@ def mlflow(mlflow_folder, monkeypatch):
     return tags
 
 
-def test_a_step_that_failed_for_good_says_so_on_its_pages_until_that_was_overcome(go, mlflow, capfd):
+def test_a_step_that_failed_for_good_says_so_on_its_pages_until_that_was_overcome(
+    go, mlflow, capfd
+):
     plan = "cuda killed cuda ok"
     assert go(plan, retries=1)[0] == 1
     for name in ("prune-1", ""):
         status, tags = mlflow(name)
         assert status == "FAILED" and "killed by SIGKILL" in tags["ptl.error"]
-    assert mlflow()[1]["mlflow.note.content"].startswith("**Failed** in prune-1: its process was killed by SIGKILL")
+    assert mlflow()[1]["mlflow.note.content"].startswith(
+        "**Failed** in prune-1: its process was killed by SIGKILL"
+    )
     assert go(plan, retries=3)[0] == 0
     assert "ptl: prune-1: started, attempt 4 of 4" in capfd.readouterr().out
     status, tags = mlflow("prune-1")
@@ -234,11 +267,16 @@ def test_a_failed_control_does_not_fail_its_run_on_a_cluster(go, mlflow, tmp_pat
     code, metadata = go("work", retries=1, step="control-prune", pointer=DENSE, **ON_A_CLUSTER)
     assert code == 0 and metadata["uri"] == DENSE.uri
     passed = Pointer.load((tmp_path / "out").read_text())
-    assert passed.gate["stopped"] and passed.gate["reason"] == "control-prune failed: the store is away"
+    assert (
+        passed.gate["stopped"]
+        and passed.gate["reason"] == "control-prune failed: the store is away"
+    )
     assert mlflow("control-prune")[0] == "FAILED" and mlflow()[0] == "RUNNING"
 
 
-def test_on_one_machine_a_failed_control_is_resumed_like_any_step_and_an_export_is_not(go, mlflow, tmp_path):
+def test_on_one_machine_a_failed_control_is_resumed_like_any_step_and_an_export_is_not(
+    go, mlflow, tmp_path
+):
     # The command does not end with an export: the report is written, and what may fail later has its own reason.
     assert go("input", retries=0, step="export-gguf-q8-0", pointer=DENSE)[0] == 0
     assert Pointer.load((tmp_path / "out").read_text()).digest == DENSE.digest
@@ -247,7 +285,10 @@ def test_on_one_machine_a_failed_control_is_resumed_like_any_step_and_an_export_
     assert status == "FAILED" and tags["ptl.error"] == "schedule.target: 7 must be below 1"
     assert go("input work ok", retries=0, step="control-prune", pointer=DENSE)[0] == 1
     assert error_file(tmp_path)["step"] == "control-prune"
-    assert go("ok", step="control-prune", pointer=DENSE)[0] == 0 and mlflow("control-prune")[0] == "FINISHED"
+    assert (
+        go("ok", step="control-prune", pointer=DENSE)[0] == 0
+        and mlflow("control-prune")[0] == "FINISHED"
+    )
 
 
 def test_a_webhook_hears_once_when_a_step_failed_for_good(go, mlflow, monkeypatch, serve):
@@ -255,7 +296,12 @@ def test_a_webhook_hears_once_when_a_step_failed_for_good(go, mlflow, monkeypatc
     webhook = serve(lambda _request, _path, body: posted.append(json.loads(body)) or (200, {}))
     monkeypatch.setenv("PTL_KFP_UI", "https://kubeflow.example.com/pipeline/")
     for _ in range(2):  # as with the policy Always
-        assert go("killed work", retries=1, PTL_LAUNCH="one", PTL_WEBHOOK_URL=f"{webhook}/token")[0] == 1
+        assert (
+            go("killed work", retries=1, PTL_LAUNCH="one", PTL_WEBHOOK_URL=f"{webhook}/token")[0]
+            == 1
+        )
     page = f"https://kubeflow.example.com/pipeline/#/runs/details/{run}"
     text = f"ptl: run {run} failed in prune-1: {reason}"
-    assert posted == [{"text": text, "run": run, "step": "prune-1", "reason": reason, "kubeflow": page}]
+    assert posted == [
+        {"text": text, "run": run, "step": "prune-1", "reason": reason, "kubeflow": page}
+    ]

@@ -25,7 +25,12 @@ from ptl.storage.store import Pointer
 RUN = "5f2b1c3d-7a88-4e21-9c55-0123456789ab"
 NAME = "ptl-5f2b1c3d7a88-recover-2"
 NODES = {"resources.steps.recover.nodes": 2}
-OF_A_NODE = {"PET_NODE_RANK": "1", "PET_NNODES": "2", "PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": "1"}
+OF_A_NODE = {
+    "PET_NODE_RANK": "1",
+    "PET_NNODES": "2",
+    "PET_MASTER_ADDR": "localhost",
+    "PET_MASTER_PORT": "1",
+}
 POINTER = Pointer("s3://b/pruned", "sha256:" + "c" * 64, params=9, original_params=9)
 
 
@@ -47,14 +52,18 @@ def train(note=lambda text: None):
     """The number of attempts that were counted."""
     assert is_coordinator()
     counted = []
-    call = Call("recover-2", "experiment", {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {})
+    call = Call(
+        "recover-2", "experiment", {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {}
+    )
     coordinator.train(call.step, call.dump(), lambda: counted.append(1), note)
     return len(counted)
 
 
 def failed(node, exit_code, words, ended="2"):
     """The pod of a node that has said why it failed; of another one Kubernetes has the last line of its log."""
-    return pod(NAME, node, exit_code=exit_code, message=trainjob.last_words(words, exit_code), ended=ended)
+    return pod(
+        NAME, node, exit_code=exit_code, message=trainjob.last_words(words, exit_code), ended=ended
+    )
 
 
 def evicted(pod, message):
@@ -77,20 +86,35 @@ def earlier(record):
 
 
 def test_a_train_job_is_created_followed_and_kept(cluster, capfd, monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-a-secret")  # as from a mounted Secret: never in an object
+    # as from a mounted Secret: never in an object
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-a-secret")
     # as Kubeflow's MLflow plugin sets them
     token = {"secretKeyRef": {"name": "mlflow", "key": "token"}}
-    cluster.own_env = [{"name": "MLFLOW_RUN_ID", "value": "r"}, {"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": token}]
+    cluster.own_env = [
+        {"name": "MLFLOW_RUN_ID", "value": "r"},
+        {"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": token},
+    ]
     cluster.own_env += [{"name": "https_proxy", "value": "http://proxy:3128"}]
     pending = [pod(NAME, node, phase="Pending") for node in (0, 1)]
     reason = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
     pending[1]["status"]["containerStatuses"] = [{"name": "node", "state": {"waiting": reason}}]
-    cluster.play(("trainjob-running", pending), ("trainjob-running", running()), ("trainjob-complete", done()))
+    cluster.play(
+        ("trainjob-running", pending),
+        ("trainjob-running", running()),
+        ("trainjob-complete", done()),
+    )
     assert train() == 1
     (job,) = cluster.created
     assert (job["metadata"]["labels"]["ptl/run"], job["metadata"]["name"]) == (RUN, NAME)
-    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "loop-abcde", "uid": "u-1"}
-    assert job["metadata"]["ownerReferences"] == [owner | {"controller": False, "blockOwnerDeletion": False}]
+    owner = {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "name": "loop-abcde",
+        "uid": "u-1",
+    }
+    assert job["metadata"]["ownerReferences"] == [
+        owner | {"controller": False, "blockOwnerDeletion": False}
+    ]
     assert trainjob.pod_of(job)["serviceAccountName"] == "pipeline-runner"
     trainer = job["spec"]["trainer"]
     variables = {entry["name"]: entry.get("value") for entry in trainer["env"]}
@@ -104,9 +128,14 @@ def test_a_train_job_is_created_followed_and_kept(cluster, capfd, monkeypatch):
     assert [entry for entry in trainer["env"] if entry in cluster.own_env] == cluster.own_env
     assert "of-a-secret" not in json.dumps(job) and cluster.deleted == []
     printed = capfd.readouterr().out
-    for state in ("0 of 2 nodes run; node 1: ImagePullBackOff: Back-off pulling image", "2 of 2 nodes run", "complete"):
+    for state in (
+        "0 of 2 nodes run; node 1: ImagePullBackOff: Back-off pulling image",
+        "2 of 2 nodes run",
+        "complete",
+    ):
         assert f"ptl: recover-2: TrainJob {NAME}: {state}\n" in printed
-    assert f"hello from {NAME}-node-0-0-0abcd" in printed and "node-0-1" not in printed  # the first node's log
+    # the first node's log
+    assert f"hello from {NAME}-node-0-0-0abcd" in printed and "node-0-1" not in printed
 
 
 def test_a_log_whose_connection_was_dropped_in_silence_is_read_on(cluster, capfd, monkeypatch):
@@ -144,15 +173,30 @@ def test_nodes_that_are_restarted_are_followed_on_and_why_they_failed_is_remembe
 SILENT = pod(NAME, 0, exit_code=1, message="last line of its log", ended="1")
 RESET = "connection reset by peer"
 FAILURES = {
-    "the first that failed": ([failed(0, 1, RESET, "2"), failed(1, 1, "CUDA error", "1")], "node 1: CUDA error"),
-    "wrong input": ([failed(0, 1, RESET, "1"), failed(1, 2, "recover.batch_size", "2")], "node 1: recover.batch_size"),
-    "one that says why": ([SILENT, failed(1, 1, "the loss is nan", "2")], "node 1: the loss is nan"),
+    "the first that failed": (
+        [failed(0, 1, RESET, "2"), failed(1, 1, "CUDA error", "1")],
+        "node 1: CUDA error",
+    ),
+    "wrong input": (
+        [failed(0, 1, RESET, "1"), failed(1, 2, "recover.batch_size", "2")],
+        "node 1: recover.batch_size",
+    ),
+    "one that says why": (
+        [SILENT, failed(1, 1, "the loss is nan", "2")],
+        "node 1: the loss is nan",
+    ),
     "out of memory": (
         [SILENT, pod(NAME, 1, exit_code=137, reason="OOMKilled", ended="2")],
         "node 1: it was killed, as its memory was used up: raise resources.steps.recover.memory",
     ),
-    "evicted": ([evicted(pod(NAME, 1), "The node was low on resource.")], "node 1: Evicted: The node was low on"),
-    "no pod is left": ([], f"TrainJob {NAME} failed (ReachedMaxRestarts): jobset failed due to reaching max number"),
+    "evicted": (
+        [evicted(pod(NAME, 1), "The node was low on resource.")],
+        "node 1: Evicted: The node was low on",
+    ),
+    "no pod is left": (
+        [],
+        f"TrainJob {NAME} failed (ReachedMaxRestarts): jobset failed due to reaching max number",
+    ),
 }
 
 
@@ -180,7 +224,9 @@ def test_a_train_job_of_a_killed_coordinator_is_followed_or_gives_way_to_a_new_o
 
 def test_a_cancelled_step_deletes_its_train_job(cluster):
     cluster.play(("trainjob-running", running()))
-    cluster.on_create = lambda job: threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    cluster.on_create = lambda job: threading.Timer(
+        0.3, os.kill, (os.getpid(), signal.SIGTERM)
+    ).start()
     with pytest.raises(SystemExit, match="143"):
         train()
     assert cluster.deleted == [NAME] and cluster.jobs == {}
@@ -188,10 +234,22 @@ def test_a_cancelled_step_deletes_its_train_job(cluster):
 
 def test_what_the_cluster_refuses_is_an_input_error_that_names_the_remedy(cluster):
     for refusal, message in (
-        (mock_kubernetes.UNKNOWN_RUNTIME, r"resources\.steps\.recover\.runtime: the TrainingRuntime 'ptl-recover' "),
-        (mock_kubernetes.NO_RIGHT, r"resources\.steps\.recover\.nodes: this step's account may not .*create.*Role"),
-        (mock_kubernetes.NO_TRAINER, r"resources\.steps\.recover\.nodes: this cluster has no Kubeflow Trainer"),
-        ((403, "exceeded quota: gpus, requested: 16"), r"resources\.steps\.recover: the cluster refuses it: exceeded"),
+        (
+            mock_kubernetes.UNKNOWN_RUNTIME,
+            r"resources\.steps\.recover\.runtime: the TrainingRuntime 'ptl-recover' ",
+        ),
+        (
+            mock_kubernetes.NO_RIGHT,
+            r"resources\.steps\.recover\.nodes: this step's account may not .*create.*Role",
+        ),
+        (
+            mock_kubernetes.NO_TRAINER,
+            r"resources\.steps\.recover\.nodes: this cluster has no Kubeflow Trainer",
+        ),
+        (
+            (403, "exceeded quota: gpus, requested: 16"),
+            r"resources\.steps\.recover: the cluster refuses it: exceeded",
+        ),
     ):
         cluster.refusal = refusal
         with pytest.raises(InputError, match=message):
@@ -231,18 +289,34 @@ def test_the_machines_are_those_of_the_environment(monkeypatch):
 
 def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(tmp_path, monkeypatch, capfd):
     """Its call names a field that does not exist."""
-    settings = {"step": "recover-1", "experiment": "e", "iterations": 1, "recover": [{"metod": "cpt"}], "seed": 0}
+    settings = {
+        "step": "recover-1",
+        "experiment": "e",
+        "iterations": 1,
+        "recover": [{"metod": "cpt"}],
+        "seed": 0,
+    }
     data = {"sources": [{"source": "x.jsonl"}]}
     settings |= {"tokens": "uniform", "recovery_tokens": 100, "training": data, "chat": {}}
     words = tmp_path / "termination-log"
-    environment = {"KFP_RUN_ID": RUN, "PTL_SCRATCH": str(tmp_path), "PTL_TERMINATION_LOG": str(words)}
-    environment[trainjob.CALL] = json.dumps({"settings": settings, "inputs": {"model": POINTER.dump()}})
+    environment = {
+        "KFP_RUN_ID": RUN,
+        "PTL_SCRATCH": str(tmp_path),
+        "PTL_TERMINATION_LOG": str(words),
+    }
+    environment[trainjob.CALL] = json.dumps(
+        {"settings": settings, "inputs": {"model": POINTER.dump()}}
+    )
     for name, value in (environment | OF_A_NODE).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         node.main()
     left = json.loads(words.read_text())
-    assert left["exit_code"] == 2 and "metod" in left["reason"] and left["reason"] in capfd.readouterr().err
+    assert (
+        left["exit_code"] == 2
+        and "metod" in left["reason"]
+        and left["reason"] in capfd.readouterr().err
+    )
 
 
 def test_while_nodes_start_again_status_says_so(cluster):

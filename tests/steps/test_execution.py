@@ -79,21 +79,30 @@ def committed(step, name=None):
     return store.committed(run.root, run.run, name or step.step)
 
 
-def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes_it_again(begin, monkeypatch):
+def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes_it_again(
+    begin, monkeypatch
+):
     run, experiment = begin()
     step, work = Call("prune-1", experiment), Work()
     pointer = execute(step, None, {}, work).pointer
     flip(pointer)
-    with monkeypatch.context() as cluster, pytest.raises(WorkError, match=r"file model\.safetensors"):
+    with (
+        monkeypatch.context() as cluster,
+        pytest.raises(WorkError, match=r"file model\.safetensors"),
+    ):
         cluster.delenv("PTL_RUN_ID")
         cluster.setenv("KFP_RUN_ID", run)
         fetch(step, pointer)  # there a finished step is not started again
     assert not committed(step).damaged
-    with pytest.raises(WorkError, match=r"file model\.safetensors.*run the same command again.*checks step prune-1"):
+    with pytest.raises(
+        WorkError, match=r"file model\.safetensors.*run the same command again.*checks step prune-1"
+    ):
         fetch(step, pointer)
     assert committed(step).damaged
     # Other bytes never take the place of damaged ones, to which pointers lead.
-    with pytest.raises(WorkError, match=r"prune-1: its files are damaged, and doing it again gave others.*--new"):
+    with pytest.raises(
+        WorkError, match=r"prune-1: its files are damaged, and doing it again gave others.*--new"
+    ):
         execute(step, None, {}, Work(b"others"))
     assert (path_of(pointer.uri) / "model.safetensors").read_bytes() == b"Weights"
     assert execute(step, None, {}, work).pointer == pointer and work.done == 2
@@ -171,28 +180,50 @@ def test_scores_are_taken_over_and_verdicts_are_not(begin):
         execute(Call("evaluate-0", experiment), model, {}, work)
         begin(earlier=earlier)
     assert len(ran) == 2
-    with Step(Call("evaluate-0", experiment, {}, {"model": model}), key={"gate": "another"}) as step:
-        assert step.take_over("other") is None and step.take_over("s")["scores"] == metadata["scores"]
+    with Step(
+        Call("evaluate-0", experiment, {}, {"model": model}), key={"gate": "another"}
+    ) as step:
+        assert (
+            step.take_over("other") is None and step.take_over("s")["scores"] == metadata["scores"]
+        )
 
 
 def test_a_record_has_what_later_steps_and_the_report_need(begin):
     earlier, experiment = begin()
-    made = execute(Call("import-model", experiment), None, {}, lambda *given: Work()(*given) | {"target_params": 7})
-    assert (made.pointer.original_params, made.pointer.parent_digest, made.pointer.target_params) == (1, "", 7)
+    made = execute(
+        Call("import-model", experiment),
+        None,
+        {},
+        lambda *given: Work()(*given) | {"target_params": 7},
+    )
+    assert (
+        made.pointer.original_params,
+        made.pointer.parent_digest,
+        made.pointer.target_params,
+    ) == (1, "", 7)
     parent = dataclasses.replace(made.pointer, original_params=100, gate={"cap": 5})
     of_work = {"seconds": 500.0, "chosen": {"hidden": 4}}
-    record = execute(Call("prune-2", experiment), parent, {}, lambda *given: Work()(*given) | of_work)
+    record = execute(
+        Call("prune-2", experiment), parent, {}, lambda *given: Work()(*given) | of_work
+    )
     pointer, metadata = record.pointer, record.metadata
     recovered = execute(Call("recover-2", experiment), pointer, {}, Work()).pointer
     assert parent.chosen == {} and recovered.chosen == pointer.chosen == {"hidden": 4}
-    assert (pointer.params, pointer.original_params, pointer.parent_digest) == (1, 100, parent.digest)
+    assert (pointer.params, pointer.original_params, pointer.parent_digest) == (
+        1,
+        100,
+        parent.digest,
+    )
     assert (pointer.gate, pointer.step, pointer.target_params) == ({"cap": 5}, "prune-2", 7)
     assert (metadata["stage"], metadata["arm"], metadata["iteration"]) == ("prune", "loop", 2)
     assert metadata["seconds"] == 500 > metadata["whole_seconds"]  # with the libraries' imports
     run = mlflow_client.connect().get_run(pointer.run_id)
     assert [model.model_id for model in run.inputs.model_inputs] == [parent.model_id]
     begin(earlier=earlier)
-    assert execute(Call("prune-2", experiment), parent, {}, dies).metadata["started"] > metadata["started"]
+    assert (
+        execute(Call("prune-2", experiment), parent, {}, dies).metadata["started"]
+        > metadata["started"]
+    )
 
 
 def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, data):
@@ -201,7 +232,9 @@ def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, data):
     trained, scored = Work(), Work()
 
     def both():
-        return execute(recover, None, {"training": [data]}, trained), execute(prune, None, {}, scored)
+        return execute(recover, None, {"training": [data]}, trained), execute(
+            prune, None, {}, scored
+        )
 
     before = both()
     Path(data.source).write_text("{1}")
@@ -215,19 +248,26 @@ def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, data):
     assert after[0].pointer.digest != before[0].pointer.digest
     # The new record is the step's, and a mere touch changes nothing.
     os.utime(data.source, (1, 1))
-    assert both() == after and trained.done == 2 and committed(recover).files.keys() == {data.source}
+    assert (
+        both() == after and trained.done == 2 and committed(recover).files.keys() == {data.source}
+    )
 
 
 def test_a_finished_run_and_one_of_another_version_are_not_changed(begin, data, monkeypatch):
     step, settings = Call("recover-1", begin()[1]), {"training": data}
     record = execute(step, None, settings, Work())
-    with monkeypatch.context() as newer, pytest.raises(InputError, match=r"done by ptl .*this is ptl 0\.0\.9; resume"):
+    with (
+        monkeypatch.context() as newer,
+        pytest.raises(InputError, match=r"done by ptl .*this is ptl 0\.0\.9; resume"),
+    ):
         newer.setattr(call, "__version__", "0.0.9")
         execute(step, None, settings, Work())
     run = step.start()
     store.commit(run.root, run.run, "report", Record("report", record.pointer))
     Path(data.source).write_text("{1}")
-    with pytest.raises(InputError, match=r"train\.jsonl has changed .*the run is finished; restore"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl has changed .*the run is finished; restore"
+    ):
         execute(step, None, settings, Work())
 
 
@@ -243,9 +283,16 @@ def test_steps_of_one_kind_read_the_same_data(data, tmp_path):
     Path(data.source).write_text("{1}")
     after = key_of("", {"training": data})
     for run, (first, later) in enumerate([*pairs, ("evaluate-0", "evaluate-1")]):
-        store.commit(f"file://{tmp_path}/ptl", str(run), first, Record(before.digest, NOWHERE, files=before.files))
+        store.commit(
+            f"file://{tmp_path}/ptl",
+            str(run),
+            first,
+            Record(before.digest, NOWHERE, files=before.files),
+        )
         check_in(str(run), later, before)
-        with pytest.raises(InputError, match=rf"train\.jsonl has changed since {first} was done.* start a new run"):
+        with pytest.raises(
+            InputError, match=rf"train\.jsonl has changed since {first} was done.* start a new run"
+        ):
             check_in(str(run), later, after)
         check_in(str(run), first, after)
         check_in(str(run), later, after, stage="import")
@@ -270,7 +317,9 @@ def test_a_file_counts_by_name_and_content_wherever_it_is(data, tmp_path, monkey
     assert list(key("ptl://general").files) == ["ptl://general"]  # is nowhere
 
 
-def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weights_by_their_time(tmp_path):
+def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weights_by_their_time(
+    tmp_path,
+):
     names = ("config.json", "model.safetensors")
     for name in names:
         (tmp_path / name).write_bytes(b"content")
@@ -289,8 +338,14 @@ def test_files_are_part_of_the_key_by_their_content_and_an_imported_model_s_weig
 
 def test_a_module_in_a_subfolder_and_a_table_that_grading_code_reads_are_part_of_the_key(tmp_path):
     (tmp_path / "inner").mkdir()
-    read = [tmp_path / "inner" / "grade.py", tmp_path / "inner" / "table.csv", tmp_path / "own.yaml"]
-    read[2].write_text(f"include: {EXAMPLE}/tiny_reasoner.yaml\ntask: own\nprocess_docs: !function inner.grade.ask\n")
+    read = [
+        tmp_path / "inner" / "grade.py",
+        tmp_path / "inner" / "table.csv",
+        tmp_path / "own.yaml",
+    ]
+    read[2].write_text(
+        f"include: {EXAMPLE}/tiny_reasoner.yaml\ntask: own\nprocess_docs: !function inner.grade.ask\n"
+    )
     digests = set()
     for path in read:
         for text in ("# before\n", "# after\n"):
@@ -326,8 +381,14 @@ def test_a_kill_at_any_moment_leaves_nothing_half_done(begin, monkeypatch):
         record = execute(step, None, {}, work)
         assert work.done == times
         run = mlflow_client.connect().get_run(record.pointer.run_id)
-        assert run.info.status == "FINISHED" and run.data.metrics["params"] == 1 and committed(step) == record
-        assert [output.model_id for output in run.outputs.model_outputs] == [record.pointer.model_id]
+        assert (
+            run.info.status == "FINISHED"
+            and run.data.metrics["params"] == 1
+            and committed(step) == record
+        )
+        assert [output.model_id for output in run.outputs.model_outputs] == [
+            record.pointer.model_id
+        ]
 
 
 def test_each_attempt_has_a_folder_of_its_own_and_none_is_left(begin):
@@ -335,7 +396,8 @@ def test_each_attempt_has_a_folder_of_its_own_and_none_is_left(begin):
 
     def work(_src, dst, _run):
         folders.append(dst)
-        (scratch("cache") / "parent").mkdir(parents=True, exist_ok=True)  # as a checkpoint that is not on this disk
+        # as a checkpoint that is not on this disk
+        (scratch("cache") / "parent").mkdir(parents=True, exist_ok=True)
         (dst / f"attempt-{len(folders)}").touch()
         return {"params": 1} if len(folders) == 2 else dies()
 
@@ -346,7 +408,9 @@ def test_each_attempt_has_a_folder_of_its_own_and_none_is_left(begin):
     assert not any(folder.exists() for folder in (*folders, scratch("cache"), scratch("prune-1")))
 
 
-def test_a_coordinator_takes_over_before_it_starts_nodes_and_then_only_their_result(begin, monkeypatch):
+def test_a_coordinator_takes_over_before_it_starts_nodes_and_then_only_their_result(
+    begin, monkeypatch
+):
     earlier, experiment = begin()
     execute(Call("recover-1", experiment), None, {}, Work())
     monkeypatch.setattr("ptl.steps.step.is_coordinator", lambda: True)
@@ -383,19 +447,27 @@ def test_a_recovery_finds_items_and_own_answers_by_the_run_and_depends_on_them(b
         keys.append(step.key.digest)
         raise OpenedError
 
-    config = load_config(TINY, {"training.decontaminate": {}, "training.answers": "self"}).model_dump(mode="json")
+    config = load_config(
+        TINY, {"training.decontaminate": {}, "training.answers": "self"}
+    ).model_dump(mode="json")
     for limit, own in ((8, "a"), (8, "a"), (9, "a"), (8, "b")):
         _, experiment = begin()
-        evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
+        evaluate = check(
+            Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate"
+        )
         run = Call("import-model", experiment).start()
         import_model._commit_items(run, evaluate, 0)
         items = store.committed(run.root, run.run, "items").pointer
         assert len(read_items(store.fetch(items, scratch("cache")))) == limit
-        answered = Record("key", Pointer("file:///answers", f"sha256:{own * 64}"), {"stage": "answers"})
+        answered = Record(
+            "key", Pointer("file:///answers", f"sha256:{own * 64}"), {"stage": "answers"}
+        )
         store.commit(run.root, run.run, "answers", answered)
         with monkeypatch.context() as patched, pytest.raises(OpenedError):
             patched.setattr(Step, "fetch", opened)
-            recover.recover(Call("recover-1", experiment, config | config["schedule"], {"model": NOWHERE}))
+            recover.recover(
+                Call("recover-1", experiment, config | config["schedule"], {"model": NOWHERE})
+            )
     assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
@@ -411,7 +483,13 @@ def test_the_dense_model_answers_once_in_a_run(begin, monkeypatch, tmp_path):
     monkeypatch.setattr(Step, "fetch_model", lambda _step: Path())
     config = load_config(TINY, {"training.answers": "self"}).model_dump(mode="json")
     for attempt in "ab":
-        step = Call("answers", experiment, config, {"model": NOWHERE}, {"metrics": Output(tmp_path / attempt)})
+        step = Call(
+            "answers",
+            experiment,
+            config,
+            {"model": NOWHERE},
+            {"metrics": Output(tmp_path / attempt)},
+        )
         answers.answers(step)
         assert committed(step).metadata["kept"] == step.outputs["metrics"].metadata["kept"] == 8
     assert asked == [NOWHERE.digest]

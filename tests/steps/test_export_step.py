@@ -61,13 +61,17 @@ def run(tmp_path, mlflow_folder, monkeypatch):
     final = evaluated("prune-1", "evaluate-1", "final", [1, 0])
 
     def step(model=final, **form):
-        settings = {name: CONFIG[name] for name in ("calibration", "chat", "evaluate", "gate", "seed")}
+        settings = {
+            name: CONFIG[name] for name in ("calibration", "chat", "evaluate", "gate", "seed")
+        }
         settings |= {"iterations": 1, "export": FORM | form}
         outputs = {name: Output(tmp_path / name) for name in ("out", "metrics")}
         name = export_step(Export(**FORM | form))
         export(Call(name, experiment, settings, {"model": model, "dense": dense}, outputs))
         record = store.committed(f"file://{tmp_path}/artifacts/ptl", tracking.pipeline_run(), name)
-        return record.metadata, store.fetch(Pointer.load((tmp_path / "out").read_text()), tmp_path / "fetched")
+        return record.metadata, store.fetch(
+            Pointer.load((tmp_path / "out").read_text()), tmp_path / "fetched"
+        )
 
     step.dense = dense
     return step
@@ -115,7 +119,9 @@ def test_after_an_attempt_that_was_killed_the_forms_of_both_models_are_written_a
         run()
     metadata, folder = run()
     assert writes.written == ["dense", "final"] * 2
-    assert (folder / "model.safetensors").read_bytes() == b"final" and metadata["notes"] == ["a note on the final"]
+    assert (folder / "model.safetensors").read_bytes() == b"final" and metadata["notes"] == [
+        "a note on the final"
+    ]
     assert metadata["scored"] == {"dense": "evaluate-0", "final": "evaluate-1"}
     differences = {name: pair["difference"] for name, pair in metadata["pairs"]["t"].items()}
     assert differences == {"dense": -0.5, "final": 0.0, "dense_export": 0.0}
@@ -127,12 +133,18 @@ def test_a_run_that_ends_with_the_dense_model_has_one_form(run, writes):
     metadata, _ = run(run.dense)
     assert writes.written == ["dense"] and list(metadata["models"]) == ["final"]
     assert metadata["scored"] == {"dense": "evaluate-0", "final": "evaluate-0"}
-    assert metadata["bytes"] == len(b"dense") == metadata["models"]["final"]["bytes"]  # of the weights
+    # of the weights
+    assert metadata["bytes"] == len(b"dense") == metadata["models"]["final"]["bytes"]
     assert metadata["speed"] == {"reason": "a mock"}
-    assert {name: pair["items"] for name, pair in metadata["pairs"]["t"].items()} == {"dense": 2, "final": 2}
+    assert {name: pair["items"] for name, pair in metadata["pairs"]["t"].items()} == {
+        "dense": 2,
+        "final": 2,
+    }
     # With a limit the first items are compared with the same of the loop.
     metadata, _ = run(run.dense, limit=1)
-    items = {name: (pair["items"], pair["candidate"]) for name, pair in metadata["pairs"]["t"].items()}
+    items = {
+        name: (pair["items"], pair["candidate"]) for name, pair in metadata["pairs"]["t"].items()
+    }
     assert items == {"dense": (1, 1.0), "final": (1, 1.0)}
 
 
@@ -142,6 +154,8 @@ def test_a_limit_takes_no_item_beyond_the_runs_and_benchmarks_share_the_signific
         assert formats.limited(evaluate, limit).tasks[0].limit == expected, (own, limit)
     outcomes = [item("0", 1), item("1", 0)]
     outcomes += [each | {"task": "u"} for each in outcomes]
-    pairs = _pairs({"final": outcomes, "dense": outcomes}, {"dense": outcomes}, Gate(alpha=0.05, margin=0.02))
+    pairs = _pairs(
+        {"final": outcomes, "dense": outcomes}, {"dense": outcomes}, Gate(alpha=0.05, margin=0.02)
+    )
     assert [list(pairs[task]) for task in ("t", "u")] == [["dense", "dense_export"]] * 2
     assert {pair["alpha"] for task in pairs.values() for pair in task.values()} == {0.025}

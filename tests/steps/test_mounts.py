@@ -20,7 +20,13 @@ def loaded(root, **environment):
 
 def test_any_key_of_the_config_map_and_of_the_secrets_is_a_variable_unless_it_is_set(tmp_path):
     """As by KFP's MLflow plugin (injectUserEnvVars); a Secret comes before the ConfigMap."""
-    volume(tmp_path, "config", MLFLOW_TRACKING_URI="http://ours", MLFLOW_TRACKING_TOKEN="of the map", no_proxy="a,b")
+    volume(
+        tmp_path,
+        "config",
+        MLFLOW_TRACKING_URI="http://ours",
+        MLFLOW_TRACKING_TOKEN="of the map",
+        no_proxy="a,b",
+    )
     # Files that are no variables are left alone.
     volume(tmp_path, "hf", HF_TOKEN="hf_1", **{"ca.crt": "x", "with-dash": "x", "1st": "x"})
     volume(tmp_path, "mlflow", MLFLOW_TRACKING_TOKEN="secret\n", KEYSTORE="")
@@ -29,7 +35,11 @@ def test_any_key_of_the_config_map_and_of_the_secrets_is_a_variable_unless_it_is
     names = {"PTL_S3_ACCESS_KEY": "accesskey", "PTL_S3_SECRET_KEY": "secretkey"}
     environment, (warning,) = loaded(tmp_path, MLFLOW_TRACKING_URI="http://of-the-plugin", **names)
     assert "KEYSTORE is not a variable" in warning
-    expected = {"MLFLOW_TRACKING_URI": "http://of-the-plugin", "MLFLOW_TRACKING_TOKEN": "secret", "no_proxy": "a,b"}
+    expected = {
+        "MLFLOW_TRACKING_URI": "http://of-the-plugin",
+        "MLFLOW_TRACKING_TOKEN": "secret",
+        "no_proxy": "a,b",
+    }
     expected |= {"HF_TOKEN": "hf_1", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
     assert environment == names | expected
 
@@ -60,6 +70,11 @@ def test_a_mounted_ca_bundle_is_trusted_unless_another_one_is_named(tmp_path):
     volume(tmp_path, "ca", **{"ca.crt": "-----BEGIN CERTIFICATE-----"})
     bundle = str(tmp_path / "ca" / "ca.crt")
     assert loaded(tmp_path) == (dict.fromkeys(mounts.BUNDLES, bundle), [])
-    environment, (warning,) = loaded(tmp_path, SSL_CERT_FILE="/other.crt")  # as where Kubeflow mounts its own bundle
-    assert environment == {"SSL_CERT_FILE": "/other.crt", "AWS_CA_BUNDLE": bundle, "REQUESTS_CA_BUNDLE": bundle}
+    # as where Kubeflow mounts its own bundle
+    environment, (warning,) = loaded(tmp_path, SSL_CERT_FILE="/other.crt")
+    assert environment == {
+        "SSL_CERT_FILE": "/other.crt",
+        "AWS_CA_BUNDLE": bundle,
+        "REQUESTS_CA_BUNDLE": bundle,
+    }
     assert "not used for SSL_CERT_FILE" in warning

@@ -22,7 +22,10 @@ from ptl.storage.store import Pointer, Record, pointer_of
 
 WANTED = load_config(TINY)
 CONFIG = WANTED.model_dump(mode="json")
-RUN = {"settings": parameters.structure(WANTED), **parameters.by_input(parameters.parameters(WANTED))}
+RUN = {
+    "settings": parameters.structure(WANTED),
+    **parameters.by_input(parameters.parameters(WANTED)),
+}
 RUN |= {"gated": WANTED.gate.enabled, "answered": False}  # as the import gets them
 POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
 EVALUATE = {name: CONFIG[name] for name in ("prune", "chat", "evaluate", "seed")}
@@ -37,7 +40,9 @@ def test_sampled_tasks_with_an_export_to_gguf_are_refused_by_the_import():
     """A run parameter may ask for samples after the config was checked."""
     exports = RUN["settings"] | {"export": [{"format": "gguf", "type": "f16"}]}
     settings = RUN | {"settings": exports, "evaluate": {"tasks": [{"name": "gsm8k", "samples": 2}]}}
-    with pytest.raises(InputError, match=r"has samples, and answers of an export to gguf are greedy"):
+    with pytest.raises(
+        InputError, match=r"has samples, and answers of an export to gguf are greedy"
+    ):
         import_model.import_model(Call("import-model", "e", settings))
 
 
@@ -47,7 +52,11 @@ def test_sampled_tasks_with_an_export_to_gguf_are_refused_by_the_import():
         ("seed", 3_000_000_000, r"seed: .*2147483647"),
         ("recovery_tokens", 3, r"recovery_tokens=3 leaves"),
         ("registered_model", "team/model", r"storage\.registered_model: "),
-        ("training", RUN["training"] | {"answers": "self"}, r"training\.answers: self, but this pipeline was compiled"),
+        (
+            "training",
+            RUN["training"] | {"answers": "self"},
+            r"training\.answers: self, but this pipeline was compiled",
+        ),
     ],
 )
 def test_run_parameters_that_a_later_step_would_refuse_are_refused_by_the_import(name, value, told):
@@ -58,7 +67,10 @@ def test_run_parameters_that_a_later_step_would_refuse_are_refused_by_the_import
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_parameter_that_switches_the_gate_is_refused_by_the_import(compiled):
     settings = RUN | {"gate": gate(not compiled), "gated": compiled, "answered": True}
-    with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
+    with pytest.raises(
+        InputError,
+        match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled",
+    ):
         import_model.import_model(Call("import-model", "e", settings))
     given = r"training\.answers: given, but .* compiled with another value.* --set training\.answers=given"
     with pytest.raises(InputError, match=given):
@@ -69,7 +81,9 @@ def test_mlflow_has_lengths_of_answers_and_pass_at_n():
     scores = run_records.scores(9, 0.5, 1)
     scores["tasks"][0] |= {"samples": 4, "pass_at_n": 0.75}
     shown = records.metrics({"scores": scores})
-    found = [shown[f"tiny_reasoner/{name}"] for name in ("accuracy", "answer_tokens_p95", "pass_at_4")]
+    found = [
+        shown[f"tiny_reasoner/{name}"] for name in ("accuracy", "answer_tokens_p95", "pass_at_4")
+    ]
     assert found == [0.5, 40, 0.75]
     assert "tiny_retention/pass_at_1" not in shown
 
@@ -98,9 +112,16 @@ def test_a_prune_removes_its_share_of_the_dense_model(key_of_step):
     ):
         changes = {"params": 900, "original_params": 1000, "chosen": {"hidden": 8}}
         model = dataclasses.replace(POINTER, **changes, gate={"cap": cap} if cap else {})
-        settings = {"target": 0.4, "cuts": cuts} | {name: CONFIG[name] for name in ("prune", "chat", "calibration")}
+        settings = {"target": 0.4, "cuts": cuts} | {
+            name: CONFIG[name] for name in ("prune", "chat", "calibration")
+        }
         key = key_of_step(prune, prune.prune, step, settings, model)
-        assert (key["goal"], key["end"], key["chosen"], key["unit"]) == (goal, 600, {"hidden": 8}, "width")
+        assert (key["goal"], key["end"], key["chosen"], key["unit"]) == (
+            goal,
+            600,
+            {"hidden": 8},
+            "width",
+        )
 
 
 def test_a_recovery_trains_on_its_share_of_the_tokens(key_of_step):
@@ -112,7 +133,12 @@ def test_a_recovery_trains_on_its_share_of_the_tokens(key_of_step):
         settings = {"recovery_tokens": 1500, "tokens": tokens}
         settings |= {name: CONFIG[name] for name in ("recover", "training", "chat")}
         key = key_of_step(recover, recover.recover, step, settings, POINTER)
-        assert (key["tokens"], key["weights"], key["skip"], key["seed"]) == (share, weights, skip, 7)
+        assert (key["tokens"], key["weights"], key["skip"], key["seed"]) == (
+            share,
+            weights,
+            skip,
+            7,
+        )
 
 
 def test_a_goal_s_parameters_travel_with_the_checkpoints():
@@ -128,7 +154,9 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
     for step in ("prune-1", "control-prune", "evaluate-2"):
         assert call.schedule_of(Call(step, "e", settings, {"model": pointer})).target == 147_440
     assert pointer_of(dataclasses.asdict(pointer)) == Pointer.load(pointer.dump()) == pointer
-    with pytest.raises(InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"):
+    with pytest.raises(
+        InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"
+    ):
         call.schedule_of(Call("import-model", "e", settings | {"goal": goal, "target": 0.3}))
     assert parameters.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
 
@@ -141,7 +169,10 @@ def test_a_training_goes_on_where_mlflow_does_not_answer(monkeypatch, capfd):
     on_log = recover._reporter(SimpleNamespace(run=SimpleNamespace(step="recover-1")), 100)
     on_log({"loss": 1.5, "num_input_tokens_seen": 50}, 3)
     printed = capfd.readouterr().out
-    assert "warning: MLflow has no metrics of optimizer step 3: no answer" in printed and "loss 1.5" in printed
+    assert (
+        "warning: MLflow has no metrics of optimizer step 3: no answer" in printed
+        and "loss 1.5" in printed
+    )
 
 
 def test_scores_outlive_what_is_done_with_them(monkeypatch, tmp_path):
@@ -166,7 +197,9 @@ def test_scores_outlive_what_is_done_with_them(monkeypatch, tmp_path):
     monkeypatch.setattr("ptl.recovery.answers.write_answers", evaluate_checkpoint)
     monkeypatch.setattr(Step, "fetch_model", lambda step: Path())
     for attempt in (3, 4):
-        step = Step(Call("answers", "e", {}, {"model": POINTER}), key={"training": 0, "chat": 0, "seed": 0})
+        step = Step(
+            Call("answers", "e", {}, {"model": POINTER}), key={"training": 0, "chat": 0, "seed": 0}
+        )
         step.folder, step.key = tmp_path / f"out-{attempt}", Key("c" * 64, {})
         assert answers._written(step, None)["params"] == POINTER.params
     assert len(made) == 3
@@ -174,12 +207,22 @@ def test_scores_outlive_what_is_done_with_them(monkeypatch, tmp_path):
 
 def test_a_report_needs_the_items_of_what_it_compares_and_no_others():
     wanted, other = POINTER, dataclasses.replace(POINTER, digest="sha256:" + "d" * 64)
-    compared = {"evaluate-0": other, "evaluate-1": other, "evaluate-4": wanted, "control-evaluate": other}
+    compared = {
+        "evaluate-0": other,
+        "evaluate-1": other,
+        "evaluate-4": wanted,
+        "control-evaluate": other,
+    }
 
     def find(name):
         each = Call(name, "e")
         checkpoint = dataclasses.asdict(compared.get(name, other))
-        metadata = {"stage": each.stage, "iteration": each.iteration, "arm": each.arm, "checkpoint": checkpoint}
+        metadata = {
+            "stage": each.stage,
+            "iteration": each.iteration,
+            "arm": each.arm,
+            "checkpoint": checkpoint,
+        }
         return Record("k", POINTER, metadata) if name in compared else None
 
     step = SimpleNamespace(find=find, fetch_items=lambda _: ["item"])

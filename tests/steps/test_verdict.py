@@ -57,7 +57,10 @@ def run(scored):
 
 
 def items(folder, right):
-    rows = [{"task": "t", "id": str(i), "prompt_digest": "p", "correct": int(i < right)} for i in range(200)]
+    rows = [
+        {"task": "t", "id": str(i), "prompt_digest": "p", "correct": int(i < right)}
+        for i in range(200)
+    ]
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -65,11 +68,17 @@ def items(folder, right):
 def decided(run, tmp_path):
     """Verdict and what the loop continues with, for a candidate of so many parameters and right answers."""
 
-    def decide(right, params, iteration=1, fallback=IMPORTED, rule=RULE, losses=(10.0, 12.0), **prune):
+    def decide(
+        right, params, iteration=1, fallback=IMPORTED, rule=RULE, losses=(10.0, 12.0), **prune
+    ):
         items(tmp_path, right)
-        step = at_work(run, f"evaluate-{iteration}", pruned(params), Prune(**prune), rule, fallback=fallback)
+        step = at_work(
+            run, f"evaluate-{iteration}", pruned(params), Prune(**prune), rule, fallback=fallback
+        )
         step.folder = tmp_path
-        return evaluate.decide(step, DENSE, SCORES | {"retention": SCORES["retention"] | {"losses": [*losses]}})
+        return evaluate.decide(
+            step, DENSE, SCORES | {"retention": SCORES["retention"] | {"losses": [*losses]}}
+        )
 
     return decide
 
@@ -78,7 +87,9 @@ def decided(run, tmp_path):
 def registered(monkeypatch):
     """What was registered, in a mock of the registry."""
     calls = []
-    monkeypatch.setattr(evaluate.mlflow_objects, "register", lambda *given: calls.append(given[1:]) or "7")
+    monkeypatch.setattr(
+        evaluate.mlflow_objects, "register", lambda *given: calls.append(given[1:]) or "7"
+    )
     return calls
 
 
@@ -90,7 +101,10 @@ def at_work(run, name, candidate, prune=PRUNE, rule=RULE, registered_model="mode
     """A step that has scored, and decides now."""
     schedule = {"iterations": 3, "target": 0.4}
     call = Call(
-        name, "ptl", {"seed": 0, "registered_model": registered_model} | schedule, {"model": candidate, **inputs}
+        name,
+        "ptl",
+        {"seed": 0, "registered_model": registered_model} | schedule,
+        {"model": candidate, **inputs},
     )
     step = Step(call, key={"gate": rule, "prune": prune} | schedule)
     step.run = run
@@ -116,14 +130,21 @@ def test_a_rejected_cut_is_halved_while_the_next_iterations_unit_can_be_cut_by_h
     assert onward.gate["reason"] == f"the loop ended in iteration 1: {why}"
     unit = {"target": "neurons_then_layers"}
     first, second, third = (decided(150, 84_000, iteration, **unit)[0] for iteration in (1, 2, 3))
-    assert [each["numbers"]["smallest_cut"] for each in (first, second, third)] == [1_000, 9_000, 9_000]
+    assert [each["numbers"]["smallest_cut"] for each in (first, second, third)] == [
+        1_000,
+        9_000,
+        9_000,
+    ]
     assert "stopped" not in first["reason"] and "9,000 parameters): stopped" in second["reason"]
 
 
 def test_a_rejected_width_is_not_tried_again_where_half_of_its_cut_is_rounded_up_to_the_whole():
     dense = evaluate._dimensions(DENSE)  # 64 hidden, 192 neurons, 2 KV heads
     prune = Prune(width_multiple=8)
-    parent = {"smallest_cuts": smallest_cuts(dense, 8), "scores": dataclasses.asdict(static_cost(DENSE))}
+    parent = {
+        "smallest_cuts": smallest_cuts(dense, 8),
+        "scores": dataclasses.asdict(static_cost(DENSE)),
+    }
     for hidden, neurons, smallest in ((56, 192, None), (48, 192, 6144), (64, 176, 6144)):
         sizes = dataclasses.replace(dense, hidden=hidden, width=neurons)
         # All neurons stay to the end, but where some go: then these go one by one.
@@ -131,7 +152,10 @@ def test_a_rejected_width_is_not_tried_again_where_half_of_its_cut_is_rounded_up
         candidate = Pointer("file:///cut", CUT, params=sizes.params, chosen=end)
         cut = evaluate._smallest_cut(candidate, DENSE, prune, parent, "width")
         assert cut == (smallest or dense.params - sizes.params), sizes
-    assert evaluate._smallest_cut(candidate, DENSE, prune, parent, "layers") == parent["smallest_cuts"]["layers"]
+    assert (
+        evaluate._smallest_cut(candidate, DENSE, prune, parent, "layers")
+        == parent["smallest_cuts"]["layers"]
+    )
 
 
 def test_each_candidate_is_compared_with_the_dense_model_and_with_its_parent(decided, scored):
@@ -147,22 +171,41 @@ def test_each_candidate_is_compared_with_the_dense_model_and_with_its_parent(dec
 def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(decided, registered):
     verdict, onward = decided(right=199, params=60_000)
     assert (verdict["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
-    assert onward.gate["reason"] == "the loop ended in iteration 1: target reached" and len(registered) == 1
+    assert (
+        onward.gate["reason"] == "the loop ended in iteration 1: target reached"
+        and len(registered) == 1
+    )
     assert not decided(right=199, params=60_001)[1].gate["stopped"]
 
 
-def test_without_the_gate_and_in_the_control_checkpoints_are_registered_and_not_tested(run, registered):
+def test_without_the_gate_and_in_the_control_checkpoints_are_registered_and_not_tested(
+    run, registered
+):
     candidate = pruned(60_000)
-    verdict, onward = evaluate.decide(at_work(run, "evaluate-1", candidate, rule=Gate()), DENSE, SCORES)
+    verdict, onward = evaluate.decide(
+        at_work(run, "evaluate-1", candidate, rule=Gate()), DENSE, SCORES
+    )
     numbers = {"params": 60_000, "target_params": 60_000}
     assert verdict == {"decision": "gate off", "reason": "the gate is off", "numbers": numbers}
     assert (onward.digest, onward.model_version) == (CUT, "7")
     verdict, onward = evaluate.decide(at_work(run, "control-evaluate", candidate), DENSE, SCORES)
     assert verdict["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "7")
     name, checkpoint, tags = registered[-1]
-    assert (name, checkpoint, tags["step"], tags["arm"]) == ("model", candidate, "control-evaluate", "control")
+    assert (name, checkpoint, tags["step"], tags["arm"]) == (
+        "model",
+        candidate,
+        "control-evaluate",
+        "control",
+    )
     # As texts: what the version's page shows of its score.
-    score = {"task": "t", "items": 200, "accuracy": "0.9", "low": "0.8", "high": "0.95", "share_removed": "0.4000"}
+    score = {
+        "task": "t",
+        "items": 200,
+        "accuracy": "0.9",
+        "low": "0.8",
+        "high": "0.95",
+        "share_removed": "0.4000",
+    }
     assert score.items() <= tags.items()
     verdict, onward = evaluate.decide(at_work(run, "evaluate-0", IMPORTED), DENSE, SCORES)
     assert verdict["decision"] == "baseline" and onward == IMPORTED and len(registered) == 2
@@ -180,7 +223,8 @@ def test_smallest_cuts_of_a_real_checkpoint():
     assert smallest_cuts(dense, 1)["neurons"] == 768
     whole = smallest_cuts(dense, 8)
     assert whole["neurons"] == 8 * 768
-    assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64  # FFN, attention with half the key-value heads, norms
+    # FFN, attention with half the key-value heads, norms
+    assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64
     assert "neurons" not in smallest_cuts(dense, 192)
     # A small step of width is one of the FFN, which takes what the other sizes leave.
     assert whole["width"] == whole["neurons"]
@@ -196,7 +240,10 @@ def test_the_speed_is_measured_where_the_loop_ends_and_a_later_step_passes_its_i
     ]:
         onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
         assert evaluate.ends_the_loop(Call(step, "ptl"), iterations, onward) == ends, step
-    pointer, out = Pointer("file:///cut", CUT, gate={"stopped": True, "reason": "it ended"}), Output(tmp_path / "out")
+    pointer, out = (
+        Pointer("file:///cut", CUT, gate={"stopped": True, "reason": "it ended"}),
+        Output(tmp_path / "out"),
+    )
     prune(Call("prune-3", "ptl", {}, {"model": pointer}, {"out": out}))
     assert out.path.read_text() == pointer.dump() and out.metadata == {"uri": "file:///cut"}
 
@@ -211,10 +258,15 @@ def test_a_verdict_depends_on_the_state_of_the_gate(monkeypatch):
 
     monkeypatch.setattr(evaluate, "Step", opened)
     config = load_config(TINY).model_dump(mode="json")
-    settings = {name: config[name] for name in ("evaluate", "chat", "prune", "seed")} | {"gate": {"enabled": True}}
+    settings = {name: config[name] for name in ("evaluate", "chat", "prune", "seed")} | {
+        "gate": {"enabled": True}
+    }
     settings |= {"iterations": 3, "target": 0.4}
     for cap in (1_000, 1_000, 2_000):
-        inputs = {"model": Pointer("file:///cut", CUT), "fallback": dataclasses.replace(IMPORTED, gate={"cap": cap})}
+        inputs = {
+            "model": Pointer("file:///cut", CUT),
+            "fallback": dataclasses.replace(IMPORTED, gate={"cap": cap}),
+        }
         with pytest.raises(OpenedError):
             evaluate.evaluate(Call("evaluate-2", "e", settings, inputs))
     assert keys[0] == keys[1] != keys[2]

@@ -29,7 +29,9 @@ def folder(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(33 * MIB))
-    (folder / "config.json").write_text('{"hidden_size": 8, "architectures": ["LlamaForCausalLM"]}' * 2)
+    (folder / "config.json").write_text(
+        '{"hidden_size": 8, "architectures": ["LlamaForCausalLM"]}' * 2
+    )
     return folder
 
 
@@ -42,7 +44,9 @@ def small(folder):
 def test_wrong_credentials(s3, monkeypatch, small):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for work in (lambda: store.check(s3.root), lambda: publish(small, s3.root)):
-        with pytest.raises(InputError, match=r"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the server's"):
+        with pytest.raises(
+            InputError, match=r"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the server's"
+        ):
             work()
 
 
@@ -62,10 +66,14 @@ def test_credentials_are_from_where_boto3_looks(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "other")
     for work in (s3_files.keys, lambda: store.check(s3.root)):
         with pytest.raises(
-            InputError, match=r"\(other\) could not be found; log in again .*, correct the profile, or set AWS_ACCESS"
+            InputError,
+            match=r"\(other\) could not be found; log in again .*, correct the profile, or set AWS_ACCESS",
         ):
             work()
-    with pytest.raises(InputError, match=r"Token has expired.*aws sso login"), s3_files.explained(s3.root):
+    with (
+        pytest.raises(InputError, match=r"Token has expired.*aws sso login"),
+        s3_files.explained(s3.root),
+    ):
         raise TokenRetrievalError(provider="sso", error_msg="Token has expired")
     monkeypatch.setenv("AWS_PROFILE", "own")
     store.check(s3.root)
@@ -74,8 +82,13 @@ def test_credentials_are_from_where_boto3_looks(s3, tmp_path, monkeypatch):
 
 def test_a_wrong_bucket_or_endpoint(s3, small, monkeypatch):
     store.check(s3.root)
-    for work in (lambda: store.check("s3://nowhere/ptl"), lambda: publish(small, "s3://nowhere/ptl")):
-        with pytest.raises(InputError, match=r"s3://nowhere/.*the bucket does not exist; create it"):
+    for work in (
+        lambda: store.check("s3://nowhere/ptl"),
+        lambda: publish(small, "s3://nowhere/ptl"),
+    ):
+        with pytest.raises(
+            InputError, match=r"s3://nowhere/.*the bucket does not exist; create it"
+        ):
             work()
     start = time.monotonic()
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -140,7 +153,9 @@ def test_server_errors_are_retried(s3, server, small, monkeypatch, tmp_path):
         assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(small)
 
 
-def test_an_upload_that_the_server_has_forgotten_begins_again(s3, server, folder, monkeypatch, tmp_path):
+def test_an_upload_that_the_server_has_forgotten_begins_again(
+    s3, server, folder, monkeypatch, tmp_path
+):
     completed = []
 
     def fault(request, _):
@@ -150,7 +165,9 @@ def test_an_upload_that_the_server_has_forgotten_begins_again(s3, server, folder
         return None
 
     with faulty(monkeypatch, server, fault):
-        assert contents(store.fetch(publish(folder, s3.root), tmp_path / "cache")) == contents(folder)
+        assert contents(store.fetch(publish(folder, s3.root), tmp_path / "cache")) == contents(
+            folder
+        )
     assert completed
 
 
@@ -161,7 +178,11 @@ def test_a_byte_that_flips_on_its_way_is_fetched_again(s3, server, folder, monke
 
     def fault(request, _):
         asked.append(f"{request.command} {request.path.rpartition('/')[2]}")
-        flips = request.command == "GET" and asked.count(asked[-1]) == 1 and "config.json" not in request.path
+        flips = (
+            request.command == "GET"
+            and asked.count(asked[-1]) == 1
+            and "config.json" not in request.path
+        )
         return flip if flips else None
 
     with faulty(monkeypatch, server, fault):
@@ -187,7 +208,14 @@ def test_memory_is_bounded(s3, folder, tmp_path):
     with (folder / "model.safetensors").open("wb") as file:
         for _ in range(320):
             file.write(random.randbytes(MIB))
-    command = [sys.executable, "-c", MOVE, str(folder), f"{s3.root}/models/big", str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        "-c",
+        MOVE,
+        str(folder),
+        f"{s3.root}/models/big",
+        str(tmp_path / "cache"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout) / 1024

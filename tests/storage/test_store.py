@@ -17,7 +17,15 @@ from conftest import full_disk
 from ptl.errors import InputError, WorkError
 from ptl.storage import local_files, manifest, s3, store
 from ptl.storage.local_files import path_of
-from ptl.storage.manifest import FILES, MLFLOW_META, File, digest_of, dump_files, hash_files, load_files
+from ptl.storage.manifest import (
+    FILES,
+    MLFLOW_META,
+    File,
+    digest_of,
+    dump_files,
+    hash_files,
+    load_files,
+)
 
 
 @pytest.fixture
@@ -54,14 +62,18 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_each_block_has_a_digest_and_lists_of_other_formats_or_folders_are_refused(tmp_path, monkeypatch):
+def test_each_block_has_a_digest_and_lists_of_other_formats_or_folders_are_refused(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(manifest, "BLOCK", 100)
     data, moved = random.Random(4).randbytes(200), []
     parts = {"a": [b""], "b": [data[:1]], "c": [data[:99]], "d": [data[:100]]}
     parts |= {"e": [data[:100], data[100:101]], "f": [data[:100], data[100:]]}
     for name, own in parts.items():
         (tmp_path / name).write_bytes(b"".join(own))
-    digests = {name: [hashlib.sha256(part).hexdigest() for part in own] for name, own in parts.items()}
+    digests = {
+        name: [hashlib.sha256(part).hexdigest() for part in own] for name, own in parts.items()
+    }
     rows = [[name, sum(map(len, own)), digests[name]] for name, own in parts.items()]
     expected = tuple(File(name, size, tuple(blocks)) for name, size, blocks in rows)
     assert hash_files(tmp_path, parts, moved.append) == expected
@@ -85,7 +97,11 @@ def test_a_digest_of_a_file_is_read_again_when_the_file_changes(tmp_path):
     for text in ("one", "two"):
         (tmp_path / "file").write_text(text)
         assert manifest.file_digest(tmp_path / "file") == hashlib.sha256(text.encode()).hexdigest()
-    assert store.digest({"a": 1, "b": 2}) == store.digest({"b": 2, "a": 1}) != store.digest({"a": 2, "b": 1})
+    assert (
+        store.digest({"a": 1, "b": 2})
+        == store.digest({"b": 2, "a": 1})
+        != store.digest({"a": 2, "b": 1})
+    )
 
 
 def test_round_trip(place, folder, tmp_path):
@@ -102,14 +118,19 @@ def test_round_trip(place, folder, tmp_path):
         store.publish(folder, uri)
     sizes = {"config.json": 18, "model.safetensors": 300_000, "sub/empty.txt": 0}
     assert {file.path: file.size for file in files} == sizes
-    assert load_files(store.read(f"{uri}/{FILES}"), "it") == files == hash_files(folder, [file.path for file in files])
+    assert (
+        load_files(store.read(f"{uri}/{FILES}"), "it")
+        == files
+        == hash_files(folder, [file.path for file in files])
+    )
     pointer = store.Pointer(uri, digest_of(files))
     assert committed(place) is None
     written = commit(place, pointer)
     assert committed(place) == written == replace(record(pointer), step="prune-1")
     found = store.fetch(written.pointer, tmp_path / "cache", on_progress=got.append)
     assert contents(found) == contents(folder)
-    assert (found / "model.safetensors").stat().st_mode & 0o044  # safetensors writes 0600: other UIDs must read too
+    # safetensors writes 0600: other UIDs must read too
+    assert (found / "model.safetensors").stat().st_mode & 0o044
     assert store.fetch(pointer, tmp_path / "cache") == found
     assert sum(sent) == sum(got) == 300_018
 
@@ -120,11 +141,19 @@ def flip(data):
 
 DAMAGES = {
     "flipped-bit": ("model.safetensors", flip, "digest differs in file model.safetensors"),
-    "shorter": ("model.safetensors", lambda data: data[:-1], "model.safetensors has 299999 bytes, 300000 were"),
+    "shorter": (
+        "model.safetensors",
+        lambda data: data[:-1],
+        "model.safetensors has 299999 bytes, 300000 were",
+    ),
     "deleted": ("config.json", None, r"file config\.json was deleted; restore it or run the step"),
     "all-deleted": ("", None, r"models/a/artifacts of run 0123abcd is gone.*start a new run"),
     "damaged-list": (FILES, lambda data: data[:40], "damaged"),
-    "other-list": (FILES, lambda data: data.replace(b"300000", b"300001"), "was replaced: digest differs"),
+    "other-list": (
+        FILES,
+        lambda data: data.replace(b"300000", b"300001"),
+        "was replaced: digest differs",
+    ),
 }
 
 
@@ -167,8 +196,15 @@ def test_a_damaged_or_foreign_record_is_refused(place, folder, monkeypatch):
     place.change(manifest_of("edited"), lambda data: data.replace(b"1.5", b"1.6"))
     place.change(manifest_of("cut"), lambda data: data[:40])
     place.change(manifest_of("copied"), lambda _: store.read(manifest_of("other")))
-    for step, message in {"edited": "digest differs", "cut": "", "copied": "step copied", "older": "format 3"}.items():
-        with pytest.raises(WorkError, match=rf"damaged .*{message}.*delete .*{step}/manifest\.json"):
+    for step, message in {
+        "edited": "digest differs",
+        "cut": "",
+        "copied": "step copied",
+        "older": "format 3",
+    }.items():
+        with pytest.raises(
+            WorkError, match=rf"damaged .*{message}.*delete .*{step}/manifest\.json"
+        ):
             committed(place, step=step)
 
 
@@ -189,7 +225,8 @@ def test_a_record_of_damaged_files_counts_again_once_they_are_repaired(place, fo
     pointer = replace(publish(folder, place.root), step="prune-1")
     store.mark_damaged(place.root, "run1", pointer)  # there is none
     first = commit(place, pointer)
-    store.mark_damaged(place.root, "run1", replace(pointer, digest="sha256:" + "0" * 64))  # of other files
+    # of other files
+    store.mark_damaged(place.root, "run1", replace(pointer, digest="sha256:" + "0" * 64))
     assert committed(place) == first
     store.mark_damaged(place.root, "run1", pointer)
     assert committed(place, "k1") == replace(first, damaged=True)
@@ -202,13 +239,17 @@ def test_one_of_several_writers_wins(place, folder):
 
     with ThreadPoolExecutor(8) as pool:
         records = list(pool.map(write, "abcd"))
-        claims = set(pool.map(lambda value: store.claim(place.root, "run1", "parent", str(value)), range(8)))
+        claims = set(
+            pool.map(lambda value: store.claim(place.root, "run1", "parent", str(value)), range(8))
+        )
     assert records == [committed(place)] * 4
     assert len(claims) == 1 and store.claim(place.root, "run1", "parent", "late") in claims
 
 
 def test_pointers_names_and_roots_are_read_strictly(tmp_path):
-    pointer = store.Pointer("file:///a", "sha256:" + "a" * 64, params=7, gate={"cap": None, "rejections": 1})
+    pointer = store.Pointer(
+        "file:///a", "sha256:" + "a" * 64, params=7, gate={"cap": None, "rejections": 1}
+    )
     assert store.Pointer.load(pointer.dump()) == pointer
     for field, value in {"digest": "md5:1", "colour": 1, "params": True, "uri": ""}.items():
         with pytest.raises(InputError, match=rf"^pointer\.{field}: "):
@@ -236,7 +277,9 @@ def events(monkeypatch, tmp_path):
 
     def noted(kind, real):
         def call(*given):
-            path = Path(f"/proc/self/fd/{given[0]}").readlink() if kind == "sync" else Path(given[-1])
+            path = (
+                Path(f"/proc/self/fd/{given[0]}").readlink() if kind == "sync" else Path(given[-1])
+            )
             draft = path.name.startswith(".")
             seen.append(f"{kind} {path.stem if draft else path.relative_to(tmp_path).as_posix()}")
             return real(*given)
@@ -251,7 +294,11 @@ def events(monkeypatch, tmp_path):
 
 def test_bytes_are_durable_before_their_name_and_the_list_comes_last(events, folder, tmp_path):
     store.publish(folder, f"file://{tmp_path}/a")
-    assert {*events[:3]} == {"sync a/config.json", "sync a/model.safetensors", "sync a/sub/empty.txt"}
+    assert {*events[:3]} == {
+        "sync a/config.json",
+        "sync a/model.safetensors",
+        "sync a/sub/empty.txt",
+    }
     assert events[3:] == ["sync a", "sync a/sub", f"sync .{FILES}", f"rename a/{FILES}", "sync a"]
     events.clear()
     local_files.put_once(f"file://{tmp_path}/b/c", b"1")
@@ -267,7 +314,9 @@ def test_of_a_checkpoint_that_is_deleted_the_list_goes_first(place, folder, tmp_
     pointer, deleted = publish(folder, place.root), []
     if place.root.startswith("s3:"):  # nothing is deleted after the first object
         real = s3.client().delete_object
-        monkeypatch.setattr(s3.client(), "delete_object", lambda **given: deleted or deleted.append(real(**given)))
+        monkeypatch.setattr(
+            s3.client(), "delete_object", lambda **given: deleted or deleted.append(real(**given))
+        )
     else:
         monkeypatch.setattr(shutil, "rmtree", lambda _: None)
     store.delete(pointer.uri, below=place.root)
@@ -278,7 +327,10 @@ def test_of_a_checkpoint_that_is_deleted_the_list_goes_first(place, folder, tmp_
 
 def test_no_space(tmp_path, folder):
     pointer = publish(folder, f"file://{tmp_path}/art")
-    with full_disk(100_000), pytest.raises(WorkError, match=r"no space left while writing .*checkpoints are intact"):
+    with (
+        full_disk(100_000),
+        pytest.raises(WorkError, match=r"no space left while writing .*checkpoints are intact"),
+    ):
         publish(folder, f"file://{tmp_path}/art", "b")
     assert list((tmp_path / "art/models/b").iterdir()) == []
     assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
@@ -306,7 +358,9 @@ def test_a_kill_leaves_all_or_nothing(place, folder, tmp_path):
     pointer = publish(folder, place.root)
     for moment in ("bytes", "put", "put_once", "end"):
         root, cache = f"{place.root}/{moment}", tmp_path / "cache" / moment
-        child = subprocess.run([sys.executable, "-c", CHILD, str(folder), root, moment], capture_output=True, text=True)
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD, str(folder), root, moment], capture_output=True, text=True
+        )
         assert child.returncode == -9, child.stderr
         half = store.committed(root, "run1", "prune-1")
         assert (half is not None) == (moment == "end")

@@ -28,7 +28,10 @@ def folder(tmp_path, step):
 
 
 def steps(checkpoints):
-    return [int(record.metadata["folder"].removeprefix("checkpoint-")) for record in checkpoints.records()]
+    return [
+        int(record.metadata["folder"].removeprefix("checkpoint-"))
+        for record in checkpoints.records()
+    ]
 
 
 def test_save_restore_and_clear(place, tmp_path):
@@ -37,13 +40,17 @@ def test_save_restore_and_clear(place, tmp_path):
         checkpoints.save(folder(tmp_path / "here", step))
     assert steps(checkpoints) == [8, 9, 10]
     weights = [path for path, *_ in store.walk(place.root) if path.endswith("weights")]
-    assert len(weights) == 2 and not any("training-0" in path for path in weights)  # files of older ones are gone
+    # files of older ones are gone
+    assert len(weights) == 2 and not any("training-0" in path for path in weights)
 
     other = tmp_path / "other"
     (other / "checkpoint-10").mkdir(parents=True)  # half-written, without its mark
     folder(other, 9)
     checkpoints.restore(other)
-    assert last_complete(other) == other / "checkpoint-10" and (other / "checkpoint-10/weights").read_text() == "10"
+    assert (
+        last_complete(other) == other / "checkpoint-10"
+        and (other / "checkpoint-10/weights").read_text() == "10"
+    )
     (other / "checkpoint-10/weights").write_text("mine")
     checkpoints.restore(other)  # what is here is as new
     assert (other / "checkpoint-10/weights").read_text() == "mine"
@@ -86,8 +93,16 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path):
     kept = tmp_path / "art/run/prune-1/manifest.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
-    for uri in (f"{art}/run/prune-1", f"{art}/run/../run/prune-1", f"file://{tmp_path}", f"{art}/run//", art):
-        store.commit(art, "run", "recover-1.0.training-0", Record("key", Pointer(uri, "sha256:" + "0" * 64)))
+    for uri in (
+        f"{art}/run/prune-1",
+        f"{art}/run/../run/prune-1",
+        f"file://{tmp_path}",
+        f"{art}/run//",
+        art,
+    ):
+        store.commit(
+            art, "run", "recover-1.0.training-0", Record("key", Pointer(uri, "sha256:" + "0" * 64))
+        )
         checkpoints = stored_at(art)
         for step in (2, 4):
             checkpoints.save(folder(tmp_path / "here", step))
@@ -119,13 +134,18 @@ def test_a_full_disk_is_named_also_where_a_folder_is_copied(tmp_path, monkeypatc
 
 
 def test_a_store_that_deletes_nothing_ends_no_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(store, "delete", mock.Mock(side_effect=InputError("access denied", field="store")))
+    monkeypatch.setattr(
+        store, "delete", mock.Mock(side_effect=InputError("access denied", field="store"))
+    )
     checkpoints = stored_at(f"file://{tmp_path}/art")
     for step in (2, 4, 6):
         checkpoints.save(folder(tmp_path / "here", step))
     assert steps(checkpoints) == [2, 4, 6]
     checkpoints.clear()
-    assert "training checkpoints that nobody needs stay in the store: store: access denied" in capsys.readouterr().out
+    assert (
+        "training checkpoints that nobody needs stay in the store: store: access denied"
+        in capsys.readouterr().out
+    )
 
 
 def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
@@ -146,7 +166,9 @@ def test_a_checkpoint_is_marked_once_its_bytes_are_on_the_disk(tmp_path, monkeyp
     mark = made / COMPLETE
     mark.unlink()
     synced = []
-    monkeypatch.setattr(local_files, "_sync", lambda path: synced.append((path.name, mark.exists())))
+    monkeypatch.setattr(
+        local_files, "_sync", lambda path: synced.append((path.name, mark.exists()))
+    )
     local_files.mark_complete(made)
     assert synced == [("weights", False), (made.name, False), (made.name, True)]
 
@@ -199,4 +221,6 @@ def test_another_machine_resumes_to_the_same_bytes(small, tmp_path, monkeypatch)
     report = recover(small, tmp_path / "out", *stages, stores=stores)
     assert ran == [375, 1125] and report.tokens == 1500
     assert report.details["stages"][1]["resumed_at"] >= 2
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        tmp_path / "straight/model.safetensors"
+    ).read_bytes()
