@@ -1,7 +1,6 @@
 """Processes that end together, and work that one process does at a time, whatever kills them.
 
-Also which GPUs CUDA shows a process, without torch, whose import takes seconds; and how often a step is tried, without
-pydantic: the process that starts a step's attempts is kept small.
+Also how often a step is tried, without pydantic: the process that starts a step's attempts is kept small.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from itertools import takewhile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -31,7 +29,6 @@ Environment = dict[str, str]  # of a process, by the variables' names
 LIFELINE = "PTL_LIFELINE"
 TIED = "PTL_TIED"  # id of the process that `tied` started, for the processes that it starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 GRACE = 10  # seconds between SIGTERM and SIGKILL
 
 # Of a step on a cluster, unless the config says otherwise.
@@ -241,18 +238,6 @@ def start_time(pid: int) -> str:
     except psutil.NoSuchProcess:
         return ""
     return f"{seconds:.2f}"
-
-
-def listed_gpus(environment: Mapping[str, str]) -> list[str] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES lists, by number or UUID; None where it is not set, and all GPUs are visible.
-
-    CUDA reads up to the first entry that names none: neither an empty variable nor -1 shows any.
-    """
-    value = environment.get(VISIBLE_GPUS)
-    if value is None:
-        return None
-    entries = (entry.strip() for entry in value.split(","))
-    return list(takewhile(lambda entry: entry and not entry.startswith("-"), entries))
 
 
 def on_gpus(asked: int | None, stage: str) -> int:

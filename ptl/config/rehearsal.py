@@ -28,7 +28,7 @@ ITEMS = 8  # of each benchmark
 NEW_TOKENS = 64  # of an answer
 GENERATIONS = 2  # answers to a prompt that GRPO compares
 # Fields whose value a rehearsal replaces where it cannot be tried.
-NOT_REHEARSED = ("recover.dtype", "recover.sharding", "evaluate.processes", "evaluate.backend")
+NOT_REHEARSED = ("recover.dtype", "recover.sharding", "evaluate.backend")
 NEVER = 1e-300  # a significance level that no fall of the accuracy reaches
 
 
@@ -133,8 +133,6 @@ def _fit_machine(settings: dict[str, Any], config: Config, gpus: int) -> None:
         if not gpus:
             stage["dtype"] = "float32"
     evaluate = settings["evaluate"]
-    if config.resources.accelerators_of("evaluate") and (evaluate["processes"] or 0) > gpus:
-        evaluate["processes"] = max(1, gpus)
     if not gpus:
         evaluate["backend"] = "hf"
 

@@ -108,11 +108,9 @@ class Evaluate(Section):
 
     # How the answers are generated.
     backend: Literal["hf", "vllm"] = "hf"
-    """what generates the answers; vllm begins the next item as soon as one ends; its image needs a GPU"""
+    """what generates the answers: hf on one GPU, vllm on all of a step, beginning the next item as soon as one ends"""
     batch_size: Positive = 64
-    """items answered at once by each process"""
-    processes: Positive | None = None
-    """processes that answer, each on a GPU of its own (backend hf); default: one for each GPU of the step"""
+    """items answered at once"""
     max_length: int | None = Field(None, ge=2)
     """tokens of prompt and answer; default: the model's own context length"""
 
@@ -130,14 +128,10 @@ class Evaluate(Section):
     """how speed is measured"""
 
     @model_validator(mode="after")
-    def _vllm_is_one_process_without_speed(self) -> Evaluate:
+    def _vllm_measures_no_speed(self) -> Evaluate:
         if self.backend == "vllm" and self.speed.repeats:
             raise ValueError(
                 "backend=vllm needs speed.repeats=0: speed is measured with backend=hf"
-            )
-        if self.backend == "vllm" and self.processes is not None:
-            raise ValueError(
-                "backend=vllm takes no processes: it divides the model over the step's GPUs; remove it"
             )
         return self
 

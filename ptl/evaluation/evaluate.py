@@ -19,7 +19,7 @@ import numpy as np
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
-from ptl.evaluation import helpers, language_models, paired, retention, tasks
+from ptl.evaluation import language_models, paired, retention, tasks
 from ptl.evaluation.paired import Item, Paired
 from ptl.evaluation.retention import TextLosses
 from ptl.evaluation.scoring import TaskScore, load_tasks, score_task
@@ -60,7 +60,7 @@ def evaluate_checkpoint(
     static = dimensions.static_cost(src)
     pretrained.load_tokenizer(src)
 
-    lm = language_models.language_model(src, settings, chat, seed, helpers.processes_for(settings))
+    lm = language_models.language_model(src, settings, chat, seed)
     with contextlib.closing(lm):
         retained = retention.measure(lm, settings)
         scores, items = score_tasks(lm, settings, seed)
@@ -76,13 +76,12 @@ def evaluate_checkpoint(
 
 
 def score_tasks(
-    lm: Any,  # of language_models.language_model; its helpers are ended
+    lm: Any,  # made by language_models.language_model
     settings: Evaluate,
     seed: int,
 ) -> tuple[tuple[TaskScore, ...], list[Item]]:
     """Every task's score, and the items of all tasks."""
-    with contextlib.closing(lm):
-        scored = [score_task(lm, task, settings, seed=seed) for task in settings.tasks]
+    scored = [score_task(lm, task, settings, seed=seed) for task in settings.tasks]
     return tuple(score for score, _ in scored), [item for _, items in scored for item in items]
 
 

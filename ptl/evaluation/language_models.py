@@ -1,4 +1,8 @@
-"""The models of lm-evaluation-harness, with a note on every answer: Hugging Face or vLLM."""
+"""The models of lm-evaluation-harness, with a note on every answer: by transformers (`hf`) or by vLLM.
+
+Some methods here take the place of private ones of the harness. A comment beside each says what change of the harness
+breaks it, and which test shows that.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,21 @@ import json
 import os
 import sys
 import zlib
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from ptl import extras
 from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Evaluate
-from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper, recommended_sampling
+from ptl.evaluation.generation import AnswerNote, AnswerNotes, recommended_sampling
 from ptl.model import checkpoint, pretrained
 from ptl.model.families import family_of
 from ptl.model.shapes import longrope_limit
 
 VLLM_FIELD = "evaluate.backend"
 VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"
+VOCABULARY_UNIT = 64  # tokens; vLLM pads vocabularies to a multiple
 
 
 def language_model(
@@ -27,91 +32,73 @@ def language_model(
     settings: Evaluate,
     chat: Chat = NO_CHAT,
     seed: int = 0,
-    processes: int = 1,
     *,
     thoughts: bool = False,
 ) -> Any:
-    """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`.
+    """Load the checkpoint folder `src` as a model of the harness that has the notes of `AnswerNotes`.
 
-    Its answers are without their thoughts, unless with `thoughts`.
-
-    With several processes the others are helpers; `close` ends them.
+    transformers uses one GPU where there is one, vLLM as many as it can divide the model over. `thoughts` keeps the
+    text before an answer in it.
     """
     cache_templates()
     if settings.backend == "vllm":
         return _vllm(src, settings, chat, seed, thoughts)
-    # They load the model while this process does.
-    load = partial(language_model, src, settings, chat, thoughts=thoughts)
-    helpers = [Helper(load, number) for number in range(1, processes)]
-    try:
-        model = _hugging_face(src, settings, chat, thoughts)
-        for helper in helpers:
-            helper.share()
-    except BaseException:
-        for helper in helpers:
-            helper.close()
-        raise
-    model.helpers = helpers
-    return model
+    return _hugging_face(src, settings, chat, thoughts)
 
 
 @cache
 def noted_hflm() -> Any:
-    """The harness's class for models of transformers, with the notes of `AnswerNotes`."""
+    """Make the harness's class for models of transformers one that notes its answers."""
     from lm_eval.models.huggingface import HFLM
 
     class NotedModel(AnswerNotes, HFLM):
-        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
-            self.check_helpers()
-            return super()._model_call(*args, **kwargs)
-
+        # Breaks when the harness generates elsewhere, or no longer returns the prompts' tokens before the answers':
+        # `test_scores_and_items_of_the_tiny_reasoner` counts the answers' tokens.
         def _model_generate(
-            self, context: Any, max_length: int, stop: list[str], **kwargs: Any
+            self, context: Any, max_length: int, stop: list[str], **options: Any
         ) -> Any:
-            self.check_helpers()
-            # [batch, prompt + answer]
-            out = super()._model_generate(context, max_length, stop, **kwargs)
-            answers = out[:, context.shape[1] :]  # [batch, answer]
-            for tokens in answers.tolist():
-                # Padding follows an answer that ended before others of its batch.
+            out = super()._model_generate(context, max_length, stop, **options)  # [batch, tokens]
+            prompt_length = context.shape[1]
+            for tokens in out[:, prompt_length:].tolist():
+                # An answer that ended before others of its batch is padded after its end.
                 length = next((i for i, token in enumerate(tokens) if token in self.ends), None)
                 self.pending.append(self.note(tokens[:length], stop, ended=length is not None))
             return out
 
+        # Breaks when answers are decoded by another method: their thoughts are gone, as test_chat.py shows.
         def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
-            if not (skip_special_tokens and self.chat.enabled and isinstance(tokens, list)):
+            is_answer = skip_special_tokens and isinstance(tokens, list)
+            if not (is_answer and self.chat.enabled):
                 return super().tok_decode(tokens, skip_special_tokens)
             kept = [token for token in tokens if token not in self.dropped_tokens]
             return super().tok_decode(kept, skip_special_tokens=False)
 
-        @cached_property
-        def dropped_tokens(self) -> set[int]:
-            """Special tokens but those around a thought: without them it could not be told from the answer."""
-            added = self.tokenizer.added_tokens_decoder
-            return {
-                i
-                for i, token in added.items()
-                if token.special and not self.chat.delimits(str(token))
-            }
-
-        def note(self, tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
-            """How an answer ended; `ended`: by a token."""
-            if not ended:
-                text = self.tok_decode(tokens)
-                ended = any(sequence in text for sequence in stop)
-            return AnswerNote(len(tokens), truncated=not ended)
-
+        # Breaks when prompts are truncated elsewhere: `cut_prompts` stays 0 in
+        # `test_answers_and_prompts_that_are_too_long_are_counted`.
         def tok_batch_encode(
-            self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any
+            self, strings: Any, *args: Any, left_truncate_len: Any = None, **options: Any
         ) -> Any:
             ids, mask = super().tok_batch_encode(
-                strings, *args, left_truncate_len=left_truncate_len, **kwargs
+                strings, *args, left_truncate_len=left_truncate_len, **options
             )
-            # A prompt that fills its room to the last token has lost its beginning, most likely.
+            # A prompt that fills its room to the last token has most likely lost its beginning.
             if left_truncate_len:
                 lengths = mask.sum(1)  # [batch]
                 self.cut_prompts += int((lengths >= left_truncate_len).sum())
             return ids, mask
+
+        @cached_property
+        def dropped_tokens(self) -> set[int]:
+            """Special tokens that are no part of an answer; those around a thought stay, to tell where it ends."""
+            added = self.tokenizer.added_tokens_decoder.items()
+            return {i for i, token in added if token.special and not self.chat.delimits(str(token))}
+
+        def note(self, tokens: list[int], stop: list[str], ended: bool) -> AnswerNote:
+            """Note how an answer ended: by a token (`ended`), by one of the `stop` texts, or by the limit."""
+            if not ended:
+                text = self.tok_decode(tokens)
+                ended = any(sequence in text for sequence in stop)
+            return AnswerNote(len(tokens), truncated=not ended)
 
     return NotedModel
 
@@ -133,7 +120,8 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
     generation = lm.model.generation_config
     # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
     generation.max_new_tokens = None
-    # vLLM as the harness calls it, and the evaluation of a GGUF file, know none: forms would not be compared.
+    # Neither vLLM, as the harness calls it, nor the evaluation of a GGUF file has a penalty: with one the scores of
+    # the formats could not be compared.
     generation.repetition_penalty = None
     lm.sampling = recommended_sampling(src)
     ends = generation.eos_token_id
@@ -146,7 +134,7 @@ def _hugging_face(src: Path, settings: Evaluate, chat: Chat, thoughts: bool) -> 
 
 
 def check_backend(settings: Evaluate) -> None:
-    """Raise InputError where vLLM is asked for and cannot be loaded here; takes seconds where it can."""
+    """Raise InputError where the backend is vLLM and cannot be loaded here; takes seconds where it can."""
     if settings.backend == "vllm":
         command = (sys.executable, "-c", "from vllm import LLM")
         extras.check_loads("vLLM", command, field=VLLM_FIELD, remedy=VLLM_REMEDY)
@@ -155,50 +143,7 @@ def check_backend(settings: Evaluate) -> None:
 def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) -> Any:
     import torch
 
-    # When it starts, vLLM would compile FlashInfer's sampler by nvcc, which is not in the image. That sampler takes no
-    # seed for each answer, so that it would not be used.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-
-    try:
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.models.vllm_causallms import VLLM
-    except (ImportError, OSError) as error:  # the loader's are OSErrors
-        reason = f"{type(error).__name__}: {error}"
-        raise extras.unusable("vLLM", reason, field=VLLM_FIELD, remedy=VLLM_REMEDY) from error
-
-    class NotedModel(AnswerNotes, VLLM):
-        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-            # VLLM's own gives the template an enable_thinking of None where it is not set.
-            return HFLM.apply_chat_template(self, *args, **kwargs)
-
-        def _model_generate(
-            self, requests: Any, generate: bool = False, sampling_params: Any = None
-        ) -> Any:
-            if generate:
-                # One of its own for each request, whatever else is in its batch; equal ones would go alike.
-                for prompt, params in zip(requests, sampling_params, strict=True):
-                    params.seed = zlib.crc32(json.dumps([self.seed, prompt]).encode())
-            outputs = super()._model_generate(
-                requests, generate=generate, sampling_params=sampling_params
-            )
-            # Log-likelihoods have no answer.
-            if not generate:
-                return outputs
-            for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
-                answer = output.outputs[0]
-                self.pending.append(
-                    AnswerNote(len(answer.token_ids), answer.finish_reason == "length")
-                )
-                # The harness has cut such a prompt to exactly the room that the answer leaves.
-                self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
-            return outputs
-
-        def close(self) -> None:
-            # Its processes outlive it otherwise: a forked step waits for them, the next export's finds no memory.
-            self.model.llm_engine.engine_core.shutdown()
-            super().close()
-
-    lm = NotedModel(
+    lm = _noted_vllm()(
         pretrained=str(src),
         dtype="auto",
         # All requests at once: with a number, each batch waits for its longest answer.
@@ -211,39 +156,93 @@ def _vllm(src: Path, settings: Evaluate, chat: Chat, seed: int, thoughts: bool) 
         chat=chat,
         thoughts=thoughts,
     )
-    lm.chat_template_args = dict(chat.template_kwargs)  # VLLM takes enable_thinking out
+    lm.chat_template_args = dict(chat.template_kwargs)  # the harness takes enable_thinking out
     lm.sampling = recommended_sampling(src)
     return lm
 
 
-def tensor_parallel(src: Path, gpus: int) -> int:
-    """Over how many of a step's GPUs vLLM divides a checkpoint: the most that divide its heads, FFN and vocabulary.
+def _noted_vllm() -> Any:
+    """Make the harness's class for models of vLLM one that notes its answers. Raises InputError without vLLM."""
+    # When it starts, vLLM would compile FlashInfer's sampler by nvcc, which is not in the image. That sampler takes no
+    # seed for each answer, so that it would not be used.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
-    Not copies of the model: for those the harness needs ray.
+    try:
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.models.vllm_causallms import VLLM
+    except (ImportError, OSError) as error:  # the loader's are OSErrors
+        reason = f"{type(error).__name__}: {error}"
+        raise extras.unusable("vLLM", reason, field=VLLM_FIELD, remedy=VLLM_REMEDY) from error
+
+    class NotedModel(AnswerNotes, VLLM):
+        # Breaks when HFLM's method needs an attribute that VLLM does not have:
+        # `test_vllm_is_given_the_variables_and_nothing_else`.
+        def apply_chat_template(self, *args: Any, **options: Any) -> Any:
+            # VLLM's own method gives the template an enable_thinking of None where it is not set.
+            return HFLM.apply_chat_template(self, *args, **options)
+
+        # Breaks when the harness renames the method or its arguments, or gives all prompts one object of parameters:
+        # `test_vllm_backend_notes_every_answer` with a mock, and any run with vLLM, by an error.
+        def _model_generate(
+            self, requests: Any, generate: bool = False, sampling_params: Any = None
+        ) -> Any:
+            if not generate:  # log-likelihoods have no answers
+                return super()._model_generate(requests, sampling_params=sampling_params)
+            # Each prompt has a seed of its own, whatever else is in its batch: with equal seeds answers go alike.
+            for prompt, params in zip(requests, sampling_params, strict=True):
+                params.seed = zlib.crc32(json.dumps([self.seed, prompt]).encode())
+            outputs = super()._model_generate(
+                requests, generate=True, sampling_params=sampling_params
+            )
+            for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
+                answer = output.outputs[0]
+                truncated = answer.finish_reason == "length"
+                self.pending.append(AnswerNote(len(answer.token_ids), truncated))
+                # The harness has truncated a long prompt to exactly the room that the answer leaves.
+                self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
+            return outputs
+
+        # Breaks when vLLM moves its engine: `test_vllm_backend_notes_every_answer` with a mock, and any run with vLLM.
+        def close(self) -> None:
+            # vLLM's processes would outlive the model: a forked step waits for them, and the next export finds no
+            # memory.
+            self.model.llm_engine.engine_core.shutdown()
+
+    return NotedModel
+
+
+def tensor_parallel(src: Path, gpus: int) -> int:
+    """Choose over how many of a step's GPUs vLLM divides a checkpoint: the most that divide heads, FFN and vocabulary.
+
+    Copies of the model on the other GPUs (data_parallel_size) are no option: for those the harness needs ray.
     """
     config = checkpoint.read_config(src)
     config.pop("quantization_config", None)  # the sizes are those of the float weights
     sizes = pretrained.config_with_defaults(config)
     width = getattr(sizes, family_of(config).width_field)
-    heads = sizes.num_key_value_heads  # of keys and values; several GPUs may hold the same one
-    vocabulary = -(-sizes.vocab_size // 64) * 64  # as vLLM pads it
+    kv_heads = sizes.num_key_value_heads
+    vocabulary = -(-sizes.vocab_size // VOCABULARY_UNIT) * VOCABULARY_UNIT
     best = 1
     for count in range(1, gpus + 1):
-        divided = (sizes.num_attention_heads, width, vocabulary, max(heads, count))
-        if all(size % count == 0 for size in divided) and max(heads, count) % heads == 0:
+        if any(size % count for size in (sizes.num_attention_heads, width, vocabulary)):
+            continue
+        # Several GPUs may hold the same KV head.
+        if kv_heads % count == 0 or count % kv_heads == 0:
             best = count
     return best
 
 
 def cache_templates() -> None:
-    """Let the harness compile each prompt template once: five times for every item is 40 % of a tiny model's time.
+    """Let the harness compile each prompt template once, in Jinja's sandbox.
 
-    In Jinja's sandbox: a template of a task's YAML is data and has no way to Python's internals.
+    Compiled five times for every item, templates are 40 % of a tiny model's time. In the sandbox a template of a
+    task's YAML is data, and has no way to Python's internals.
     """
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval.utils import env
 
-    if hasattr(env.from_string, "cache_info"):  # by an earlier call
+    # Breaks when the harness renders templates by another environment: `test_a_template_of_a_task_cannot_reach_python`.
+    if hasattr(env.from_string, "cache_info"):  # done by an earlier call
         return
     sandboxed = SandboxedEnvironment(
         undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline

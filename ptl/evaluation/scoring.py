@@ -18,7 +18,7 @@ import numpy as np
 from ptl.config.run import Evaluate, Task
 from ptl.errors import WorkError
 from ptl.evaluation import task_files, tasks
-from ptl.evaluation.helpers import PLAIN_SAMPLING, AnswerNote, seed_of_sample
+from ptl.evaluation.generation import PLAIN_SAMPLING, AnswerNote, seed_of_sample
 from ptl.evaluation.paired import Item, interval
 from ptl.evaluation.task_files import SPLITS, Spec, task_error
 

@@ -15,7 +15,7 @@ from ptl.config.chat import NO_CHAT, Chat
 from ptl.config.run import Calibration, Evaluate
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
-from ptl.evaluation import helpers, language_models
+from ptl.evaluation import language_models
 from ptl.export import quantize
 from ptl.model import checkpoint, pretrained, shapes, text_tower
 from ptl.model.families import family_of
@@ -202,9 +202,7 @@ def language_model(folder: Path, _src: Path, settings: Evaluate, chat: Chat, see
     memory is that of the runtime. The image of this step has no vLLM.
     """
     settings = settings.model_copy(update={"backend": "hf"})
-    return language_models.language_model(
-        folder, settings, chat, seed, helpers.processes_for(settings)
-    )
+    return language_models.language_model(folder, settings, chat, seed)
 
 
 def speed(*_: Any) -> dict[str, Any]:

@@ -133,11 +133,10 @@ class Forecast:
         return devices(stage.processes, self.gpus["recover"]) * self.nodes
 
     def answering(self) -> int:
-        """GPUs that work in an evaluation; vLLM takes all."""
-        evaluate = self.config.evaluate
-        return devices(
-            None if evaluate.backend == "vllm" else evaluate.processes, self.gpus["evaluate"]
-        )
+        """GPUs that work in an evaluation: vLLM takes all, transformers one."""
+        if self.config.evaluate.backend == "hf":
+            return 1
+        return devices(None, self.gpus["evaluate"])
 
     def memory(self, stage: str, model: ModelDimensions) -> float:
         """Bytes on each GPU in a kind of step that reads a model; of a recovery's stages the hungriest decides."""

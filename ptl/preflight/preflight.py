@@ -182,16 +182,20 @@ def chat_warnings(config: Config, folder: Path) -> Iterator[str]:
 
 def _idle_accelerators(config: Config) -> Iterator[str]:
     """Accelerators that a step holds and cannot use."""
-    of_stages = [stage.processes for stage in config.recover]
-    for step, processes in (("recover", of_stages), ("evaluate", [config.evaluate.processes])):
-        # None: one for each accelerator.
-        used = max(count or math.inf for count in processes)
-        held = config.resources.accelerators_of(step)
-        if held > used:
-            yield (
-                f"resources.accelerators: {step} holds {held} and uses {used}: set "
-                f"resources.steps.{step}.accelerators, or raise {step}.processes"
-            )
+    # A stage without `processes` has one for each accelerator.
+    used = max(stage.processes or math.inf for stage in config.recover)
+    held = config.resources.accelerators_of("recover")
+    if held > used:
+        yield (
+            f"resources.accelerators: recover holds {held} and uses {used}: set "
+            "resources.steps.recover.accelerators, or raise recover.processes"
+        )
+    held = config.resources.accelerators_of("evaluate")
+    if held > 1 and config.evaluate.backend == "hf":
+        yield (
+            f"resources.accelerators: evaluate holds {held} and uses 1: set evaluate.backend=vllm with "
+            "evaluate.speed.repeats=0, which uses all, or resources.steps.evaluate.accelerators=1"
+        )
 
 
 def _unfit_for_the_gate(config: Config) -> Iterator[str]:

@@ -371,6 +371,7 @@ def _fitted(
         "on_gpu": "",
         "gpu": gpu,
         "gpus": gpus,
+        "evaluate_gpus": gpus if values.get("evaluate_backend") == "vllm" else 1,
         "card": GPUS[gpu].gib,
         "dtype": None if gpu in WITHOUT_BF16 else "bfloat16",
         "batch_size": max(1, values["batch_size"] // gpus) * gpus,  # which they can divide

@@ -21,7 +21,7 @@ from ptl.data.chat_templates import by_template
 from ptl.data.sequences import leaves_room, prompt_rows
 from ptl.data.sources import TRUNCATED, SourceRow, answer_of, prompt_of
 from ptl.errors import WorkError
-from ptl.evaluation import helpers, language_models
+from ptl.evaluation import generation, language_models
 from ptl.log import say
 from ptl.recovery.rewards import REWARDS
 
@@ -68,17 +68,15 @@ def write_answers(
     the prompt, number of the sample, seed, sampling, and `model`, the checkpoint's digest. Of `evaluate` the backend,
     batches and the context matter. Raises WorkError where nothing is left to train on.
     """
-    lm = language_models.language_model(
-        src, evaluate, chat, seed, helpers.processes_for(evaluate), thoughts=True
-    )
-    sampling = dict(lm.sampling) or (helpers.PLAIN_SAMPLING if data.samples > 1 else {})
+    lm = language_models.language_model(src, evaluate, chat, seed, thoughts=True)
+    sampling = dict(lm.sampling) or (generation.PLAIN_SAMPLING if data.samples > 1 else {})
     num_ended = num_kept = num_tokens = 0
     dst.mkdir(parents=True, exist_ok=True)
     try:
         prompts = dict(_prompts(lm, data, chat, seed))
         with (dst / FILE).open("w", encoding="utf-8") as file:
             for sample in range(data.samples):
-                own_seed = helpers.seed_of_sample(seed, data.samples, sample)
+                own_seed = generation.seed_of_sample(seed, data.samples, sample)
                 answers = list(_answers(lm, prompts, data.max_new_tokens, sampling, own_seed))
                 ended = [answer for answer in answers if answer.ended]
                 num_ended += len(ended)
@@ -109,7 +107,7 @@ def write_answers(
             remedy = "correct training.reward, or set training.keep=ended"
         raise WorkError(problem, field="training.answers", remedy=remedy)
     cut = 1 - num_ended / written
-    if data.keep != "all" and cut > helpers.MANY_TRUNCATED:  # said before anything is pruned
+    if data.keep != "all" and cut > generation.MANY_TRUNCATED:  # said before anything is pruned
         say(
             ANSWERS,
             f"warning: {cut:.0%} of the answers hit the limit of {data.max_new_tokens} tokens and are left out: what "

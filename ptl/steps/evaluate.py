@@ -10,7 +10,7 @@ from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune, plan, removal
 from ptl.evaluation import gate, paired, retention, tasks
-from ptl.evaluation.helpers import MANY_TRUNCATED
+from ptl.evaluation.generation import MANY_TRUNCATED
 from ptl.evaluation.retention import TextLosses
 from ptl.lineage import mlflow_objects, tracking
 from ptl.log import say

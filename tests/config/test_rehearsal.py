@@ -164,10 +164,8 @@ def test_what_needs_a_gpu_is_replaced_and_named_and_processes_on_cpus_stay():
     assert left_out(run, rehearsal(run, gpus=0)) == lacks
     # On the cluster, where the run itself will be, all of it is there.
     assert left_out(run, rehearsal(run, gpus=None)) == []
-    rehearsed = rehearsal(
-        config(recover=[{"method": "cpt", "processes": 4}], evaluate={"processes": 4}), gpus=0
-    )
-    assert (rehearsed.recover[0].processes, rehearsed.evaluate.processes) == (4, 4)
+    rehearsed = rehearsal(config(recover=[{"method": "cpt", "processes": 4}]), gpus=0)
+    assert rehearsed.recover[0].processes == 4
 
 
 def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others():
@@ -180,11 +178,10 @@ def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others():
         (6, 8, 8),
     ):
         stage = {"method": "cpt", "batch_size": batch_size, "sharding": "fsdp", "dtype": "float32"}
-        run = config(recover=[stage], resources=GPUS, evaluate={"processes": 8})
+        run = config(recover=[stage], resources=GPUS)
         rehearsed = rehearsal(run, gpus)
-        assert rehearsed.evaluate.processes == max(1, min(gpus, 8))
         # Three GPUs cannot share a batch of 32; one that the run itself cannot divide is not hidden.
         assert rehearsed.recover[0].processes == processes, (batch_size, gpus)
         assert rehearsed.recover[0].sharding == ("fsdp" if processes > 1 else "none")
-        fewer = ["evaluate.processes=8", "recover.processes=8"] * (processes < 8)
+        fewer = ["recover.processes=8"] * (processes < 8)
         assert left_out(run, rehearsed) == ["recover.sharding=fsdp"] * (processes == 1) + fewer

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from ptl.config.chat import Chat
 from ptl.config.run import Evaluate, Speed, Task
 from ptl.evaluation.evaluate import score_tasks
-from ptl.evaluation.helpers import AnswerNote, AnswerNotes
+from ptl.evaluation.generation import AnswerNote, AnswerNotes
 from ptl.evaluation.language_models import language_model
 from ptl.model import pretrained
 

@@ -2,7 +2,6 @@ import gzip
 import json
 import shutil
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,10 @@ from checkout import DENSE, EXAMPLE, ROOT
 from grading import outcomes
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError
 from ptl.evaluation import code_files, language_models, scoring, tasks
 from ptl.evaluation.evaluate import SCORES, evaluate_checkpoint, read_items, write_items
-from ptl.evaluation.helpers import AnswerNote, AnswerNotes, Helper, Share, divided, visible_gpu
+from ptl.evaluation.generation import AnswerNote
 from ptl.evaluation.language_models import language_model, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_files import LocalFile, local_splits, read_splits
@@ -372,94 +371,7 @@ def test_samples_differ_and_are_drawn_as_the_makers_recommend(tmp_path):
     assert (greedy.accuracy, greedy.pass_at_n) == (1.0, None)
 
 
-class Counting:
-    """A model of the harness that answers with the request, and notes what it was asked."""
-
-    def loglikelihood(self, requests, **_):
-        self.asked = [request.args for request in requests]
-        if self.asked == [("fail",)]:
-            raise ValueError("no answer")
-        if self.asked == [("sleep",)]:
-            time.sleep(60)
-        self.notes["prompt"], self.cut_prompts = AnswerNote(3, True), 2
-        return self.asked
-
-
-class Model(AnswerNotes, Counting):
-    def __init__(self, *helpers):
-        super().__init__()
-        self.helpers = helpers
-
-
-def test_helpers_answer_fail_and_end(capfd):
-    failing, killed, busy = helpers = [Helper(Model, number) for number in (1, 2, 3)]
-    for helper in helpers:
-        assert helper.share() == Share([], {}, 0)  # it has loaded the model
-    failing.ask("loglikelihood", [("a", "b"), ("c", "d")])
-    assert failing.share() == Share(
-        [("a", "b"), ("c", "d")], {"prompt": AnswerNote(3, truncated=True)}, 2
-    )
-    failing.ask("loglikelihood", [("fail",)])
-    with pytest.raises(
-        WorkError,
-        match="process 1 of those that answer failed: ValueError: no answer; see its output",
-    ):
-        failing.share()
-    failing._process.join(60)
-    with pytest.raises(WorkError, match="exit code 1"):
-        failing.check()  # as between two batches of this process
-    failing.close()
-    capfd.readouterr()
-
-    for helper in (killed, busy):
-        helper.ask("loglikelihood", [("sleep",)])
-        helper.check()
-    killed._process.kill()
-    with pytest.raises(WorkError, match="exit code -9"):
-        killed.share()
-    started = time.monotonic()
-    busy.close()
-    assert time.monotonic() - started < 5 and capfd.readouterr().err == ""  # no traceback
-    assert busy._process.exitcode == 0  # its libraries have cleaned up
-
-
-def test_all_choices_of_a_context_go_to_one_process_and_answers_keep_the_order():
-    choices = [
-        (f"question {number}", letter) for number in range(5) for letter in [" A", " B", " C", " D"]
-    ]
-    first, second = divided(choices, 2)
-    assert first == [*range(4), *range(8, 12), *range(16, 20)] and second == [
-        *range(4, 8),
-        *range(12, 16),
-    ]
-    assert divided([("", "a"), ("", "b"), ("", "c")], 2) == [[0, 2], [1]]  # without a context
-
-    class Idle:
-        def ask(self, method, arguments, seed):
-            self.asked = arguments
-
-        def share(self):
-            return Share(self.asked, {self.asked[0][0]: AnswerNote(1, False)}, 1)
-
-    model = Model(Idle(), Idle())
-    requests = [SimpleNamespace(args=(context, choice)) for choice in "AB" for context in "xyz"]
-    assert model.loglikelihood(requests) == [request.args for request in requests]
-    assert model.asked == [("x", "A"), ("x", "B")]
-    assert (set(model.notes), model.cut_prompts) == ({"prompt", "y", "z"}, 4) and model.seconds > 0
-    assert model.loglikelihood(requests[:1]) == [("x", "A")]  # no helper has anything to do
-
-
-def test_a_helper_has_the_second_visible_gpu_and_vllm_as_many_as_a_models_heads_allow(tmp_path):
-    assert visible_gpu(1, {}) == "1"
-    for visible, expected in {
-        "": "",
-        "-1": "",
-        "4": "",
-        "4,6": "6",
-        "0,-1,1": "",
-        "GPU-a, GPU-b": "GPU-b",
-    }.items():
-        assert visible_gpu(1, {"CUDA_VISIBLE_DEVICES": visible}) == expected, visible
+def test_vllm_has_as_many_gpus_as_a_models_heads_allow(tmp_path):
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
     raw = (
         json.loads((DENSE / "config.json").read_text())

@@ -53,21 +53,24 @@ def test_a_gate_with_few_tokens_first_and_a_rate_that_decays_only_at_the_end_are
 def test_accelerators_that_a_step_cannot_use_are_warned_of():
     def idle(steps=None, **fields):
         resources = {"accelerator": "nvidia.com/gpu", "accelerators": 8, "steps": steps or {}}
-        said = warnings(gate__enabled=False, resources=resources, **fields)
         return [
-            warning.removeprefix("resources.accelerators: ").partition(": set ")[0]
-            for warning in said
+            warning.removeprefix("resources.accelerators: ")
+            for warning in warnings(gate__enabled=False, resources=resources, **fields)
         ]
 
-    some = {
-        "evaluate__processes": 4,
-        "recover": [STAGE | {"processes": 4}, STAGE | {"processes": 2}],
-    }
-    assert idle(**some) == ["recover holds 8 and uses 4", "evaluate holds 8 and uses 4"]
-    assert (
-        idle(steps={"evaluate": {"accelerators": 4}, "recover": {"accelerators": 4}}, **some) == []
-    )
-    assert idle(recover=[STAGE | {"processes": 4}, STAGE]) == []  # the second stage uses all
+    stages = [STAGE | {"processes": 4}, STAGE | {"processes": 2}]
+    assert idle(recover=stages) == [
+        "recover holds 8 and uses 4: set resources.steps.recover.accelerators, or raise recover.processes",
+        "evaluate holds 8 and uses 1: set evaluate.backend=vllm with evaluate.speed.repeats=0, which uses all, or "
+        "resources.steps.evaluate.accelerators=1",
+    ]
+    one = {"evaluate": {"accelerators": 1}}
+    assert idle(one | {"recover": {"accelerators": 4}}, recover=stages) == []
+    # The second stage uses all.
+    assert idle(one, recover=[STAGE | {"processes": 4}, STAGE]) == []
+    # vLLM uses all.
+    by_vllm = {"evaluate__backend": "vllm", "evaluate__speed__repeats": 0}
+    assert idle(recover=[STAGE], **by_vllm) == []
 
 
 def after(model, prune, **schedule):
