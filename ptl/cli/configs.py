@@ -26,7 +26,7 @@ from ptl.config import dag
 from ptl.config.base import FILL_IN
 from ptl.config.run import Config, check, load_config, pairs
 from ptl.config.schedule import MemoryGoal, Schedule, one_shot
-from ptl.data.checks import PER_PARAMETER
+from ptl.data.amount import PER_PARAMETER
 from ptl.errors import InputError, PtlError
 from ptl.extras import AbsentError, UnusableError
 from ptl.log import doing
@@ -247,11 +247,11 @@ def checked(
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
     """
-    from ptl.data.checks import column_warnings
     from ptl.evaluation import language_models
     from ptl.export import formats
     from ptl.model import pretrained
     from ptl.preflight import preflight, target
+    from ptl.preflight.rows import column_warnings
 
     preflight.check_filled_in(config)
     # Before a model is downloaded.
@@ -293,12 +293,12 @@ def _planned(config: Config, folder: Path, dense: ModelDimensions) -> list[str]:
 
     Of `folder` only config.json and the tokenizer are read.
     """
-    from ptl.data import checks
     from ptl.export import formats
     from ptl.preflight import preflight, target
+    from ptl.preflight.amount import planned_amount
 
     ends = target.ends(target.possible_paths(dense, config.schedule, config.prune))
-    amount = checks.planned_amount(config, dense.params - ends[0].params)
+    amount = planned_amount(config, dense.params - ends[0].params)
     if amount.sentence:
         print(amount.sentence)
     of_exports = [

@@ -97,17 +97,17 @@ def recover(
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
     doing(f"loading libraries to train {src}")
-    from ptl.data import checks
     from ptl.evaluation import task_files
     from ptl.evaluation.evaluate import write_items
+    from ptl.preflight import rows
     from ptl.recovery.job import RecoveryJob, StageBudget, progress
     from ptl.recovery.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
     check_given(settings.training, "training")
     _check_folders(src, dst)
-    checks.check_data(settings.calibration, settings.training, settings.recover)
-    checks.check_rewards(settings.recover, settings.training)
+    rows.check_data(settings.calibration, settings.training, settings.recover)
+    rows.check_rewards(settings.recover, settings.training)
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)

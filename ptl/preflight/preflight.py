@@ -12,13 +12,6 @@ from ptl.config.base import FILL_IN
 from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule
 from ptl.data import chat_templates
-from ptl.data.checks import (
-    check_data,
-    check_own_answers,
-    check_rewards,
-    check_settings,
-    named_sources,
-)
 from ptl.data.sources import local_file
 from ptl.errors import InputError
 from ptl.evaluation import tasks
@@ -27,6 +20,8 @@ from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, model_dimensions
 from ptl.model.families import family_of
 from ptl.preflight import target
+from ptl.preflight.limits import check_settings
+from ptl.preflight.rows import check_data, check_own_answers, check_rewards, named_sources
 from ptl.units import listed, numbered
 
 THOUGHT = 8192  # tokens of an answer that may hold a thought

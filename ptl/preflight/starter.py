@@ -23,7 +23,7 @@ from ptl.config.recover import Lora
 from ptl.config.run import Config, ModelSource, Task, check
 from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.data import chat_templates
-from ptl.data.checks import PASSES, PER_PARAMETER, Amount
+from ptl.data.amount import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
 from ptl.evaluation import tasks
 from ptl.model import checkpoint, hub, pretrained

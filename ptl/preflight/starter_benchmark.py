@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from ptl.config.data import DataSource, columns_of
 from ptl.config.run import check
-from ptl.data.checks import CHARACTERS
 from ptl.data.sources import FILE_KINDS, SourceRow, fill, local_file, numbered_rows
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES
+from ptl.preflight.amount import CHARACTERS_PER_TOKEN
 from ptl.preflight.starter_rows import LENGTHS, QUESTION, settings_of
 
 TEMPLATE = Path(__file__).parent / "templates/benchmark.yaml"
@@ -100,7 +100,8 @@ class Benchmark:
     def answer_tokens(self, context: int | None, longest_chat: int) -> int:
         """Tokens of the longest answer; `longest_chat`: of an answer of a chat, 0 where prompts are no chats."""
         tokens = next(
-            (length for length in LENGTHS if length * CHARACTERS >= 2 * self.longest), LENGTHS[-1]
+            (length for length in LENGTHS if length * CHARACTERS_PER_TOKEN >= 2 * self.longest),
+            LENGTHS[-1],
         )
         return longest_chat or min(tokens, (context or 2 * tokens) // 2)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from ptl.config.data import DataSource, columns_of
 from ptl.config.run import check
-from ptl.data.checks import CHARACTERS, SAMPLE, tokens_of, unused_columns
 from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError
 from ptl.model import hub
+from ptl.preflight.amount import CHARACTERS_PER_TOKEN, tokens_of
+from ptl.preflight.rows import SAMPLE, unused_columns
 
 FIELD = "--data"
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
@@ -65,9 +66,11 @@ def read(name: str, columns: str | None) -> Rows:
         _characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1)
     ]
     max_length = next(
-        (length for length in LENGTHS if length * CHARACTERS >= max(lengths)), LENGTHS[-1]
+        (length for length in LENGTHS if length * CHARACTERS_PER_TOKEN >= max(lengths)), LENGTHS[-1]
     )
-    mean_length = statistics.mean(min(length / CHARACTERS, max_length) for length in lengths)
+    mean_length = statistics.mean(
+        min(length / CHARACTERS_PER_TOKEN, max_length) for length in lengths
+    )
     tokens = tokens_of(source, max_length, FIELD) or None
     return Rows(source, tokens, max_length, mean_length, unused_columns(source, sample, FIELD))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config.recover import MIN_TOKENS, RecoverStage, Recovery
-from ptl.data import checks
+from ptl.data.stages import check_stages
 from ptl.errors import InputError
 from ptl.recovery import launch
 from ptl.recovery.distillation import distil
@@ -55,7 +55,7 @@ def recover_checkpoint(
                 remedy="raise it, or set schedule.tokens=uniform",
             )
     # of later stages too, before the first one trains
-    checks.check_stages(src, stages, job.teacher)
+    check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):

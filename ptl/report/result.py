@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ptl.data.checks import Amount
+from ptl.data.amount import Amount
 from ptl.evaluation.evaluate import Scores
 from ptl.evaluation.paired import Paired, rambles
 from ptl.evaluation.retention import Retained

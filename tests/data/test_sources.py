@@ -8,7 +8,6 @@ from unittest.mock import Mock
 
 import pytest
 from chats import tokenizer_with
-from checkout import TINY
 from datasets.exceptions import DatasetGenerationError
 from httpx2 import ReadTimeout
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -16,14 +15,13 @@ from rows import ANSWERED, ASKED, rows_file
 
 from ptl.config.chat import Chat
 from ptl.config.data import DataSource, Decontaminate, Reward, TrainingData
-from ptl.config.recover import RecoverStage
-from ptl.config.run import Calibration, load_config
-from ptl.data import checks, decontamination, sources
-from ptl.data.checks import Amount, planned_amount
+from ptl.config.run import Calibration
+from ptl.data import decontamination, sources
 from ptl.data.sequences import tokenize
 from ptl.data.sources import SourceRow, check_rows, read_rows
 from ptl.errors import InputError, WorkError
 from ptl.model import hub
+from ptl.preflight.rows import check_data
 from ptl.storage.s3 import client, split
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
@@ -192,56 +190,6 @@ def test_a_thought_is_trained_on_by_each_of_its_names(name):
     assert tokenize(other, tokenizer, 512, chat) == tokens
 
 
-def test_answers_are_needed_where_they_are_scored_or_trained_on(tmp_path):
-    asked = DataSource(
-        source=rows_file(tmp_path / "asked.jsonl", [{"messages": [ASKED]}]), format="messages"
-    )
-    whole = DataSource(source=rows_file(tmp_path / "whole.jsonl", [GOOD]), format="messages")
-    cpt, distil, grpo = (
-        RecoverStage(),
-        RecoverStage(method="distil"),
-        RecoverStage(method="grpo", prompts=asked),
-    )
-    against = Decontaminate(against=[asked])
-
-    def check(calibration, trained, *stages):
-        training = TrainingData(sources=[whole, trained], decontaminate=against)
-        checks.check_data(Calibration(data=calibration), training, stages)
-
-    check(whole, whole, cpt, grpo)
-    check(whole, asked, grpo)
-    with pytest.raises(InputError, match=r"calibration\.data\.messages: row 1 "):
-        check(asked, whole, grpo)
-    with pytest.raises(InputError, match=r"training\.sources\.1\.messages: row 1 "):
-        check(whole, asked, grpo, distil)
-    with pytest.raises(InputError, match=r"row 1 .*: the assistant's last turn is blank"):
-        blank = DataSource(
-            source=rows_file(
-                tmp_path / "b.jsonl", [{"messages": [ASKED, ANSWERED | {"content": ""}]}]
-            )
-        )
-        check(blank.model_copy(update=CHAT), whole)
-    with pytest.raises(InputError, match=r"row 1 .*has nothing in '\{text\}', the answer"):
-        prompts = DataSource(source=rows_file(tmp_path / "p.jsonl", [GOOD | {"text": ""}]))
-        rewards = Reward(name="format"), Reward(name="code", answer="{text}")
-        stages = [
-            grpo.model_copy(update={"prompts": prompts, "rewards": given})
-            for given in (rewards[:1], rewards)
-        ]
-        checks.check_rewards(stages[:1], TrainingData(sources=[whole]))
-        checks.check_rewards(stages, TrainingData(sources=[whole]))
-    with pytest.raises(InputError, match=r"row 1 .*no answer to learn from"):
-        check(whole, asked, cpt)
-    training = TrainingData(sources=[whole, asked], decontaminate=against)
-    named = checks.named_sources(Calibration(data=whole), training, [cpt, grpo])
-    assert list(named.values()) == [whole, whole, asked, asked, asked]
-    assert list(named)[2:] == [
-        "training.sources.1",
-        "training.decontaminate.against.0",
-        "recover.1.prompts",
-    ]
-
-
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     from datasets import Dataset
 
@@ -289,9 +237,7 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
     check_rows(source)  # without a download
     assert asked == []
     with pytest.raises(InputError, match="row 1 of org/set lacks 'prompt'"):
-        checks.check_data(
-            Calibration(data=source), TrainingData(sources=[source]), [], hub_rows=True
-        )
+        check_data(Calibration(data=source), TrainingData(sources=[source]), [], hub_rows=True)
     assert len(asked) == 1
     asked.clear()
     assert read_rows(source) == [{"text": "a"}]
@@ -386,46 +332,3 @@ def test_templates_name_columns_and_their_parts():
         ):
             with pytest.raises(ValueError, match=r"is no template|which is no column"):
                 make(template)
-
-
-def test_too_few_tokens_for_what_is_removed_and_too_many_passes_are_warned_of():
-    # An 8B model and 3,000 chats; the paper's run; the demo's.
-    (few,) = Amount(1_700_000, 2_400_000_000, 4.2).warnings()
-    (many,) = Amount(5_000_000_000, 2_400_000_000, 10_000).warnings()
-    assert (
-        "1,700,000 recovery tokens: 0.00071 per removed parameter" in few
-        and "10,000 passes" in many
-    )
-    assert Amount(160_000_000, 1_570_000_000, None).warnings() == []
-    assert Amount(0, 100, 9).sentence == Amount(100, 0, 9).sentence == ""
-    # Both are estimates: what is rounded to the limit is within it.
-    for tokens, passes, warnings in ((951, 4.5, 0), (949, 4.5, 1), (951, 4.51, 1), (949, 5, 2)):
-        assert len(Amount(tokens, 100_000, passes).warnings()) == warnings
-    assert len(Amount(949, 100_000, None).warnings(least=0.009)) == 0
-    assert planned_amount(load_config(TINY), 86_016).warnings() == []  # the shipped demo
-    its_own = load_config(TINY, {"training.answers": "self", "schedule.recovery_tokens": 8000})
-    assert planned_amount(its_own, 1_000_000).warnings()  # of answers that nobody has counted yet
-
-
-def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_path):
-    def passes(sources, **changes):
-        config = load_config(
-            TINY, {"training": sources, "schedule.recovery_tokens": 8000} | changes
-        )
-        return planned_amount(config, 1).passes
-
-    def file(name, *lengths):
-        return {
-            "source": rows_file(tmp_path / name, [{"text": length * "x"} for length in lengths]),
-            "format": "text",
-        }
-
-    text, other = file("rows.jsonl", *[400] * 10), file("other.jsonl", *[800] * 10)
-    hub = {"source": "meta-math/NOPE", "weight": 3}
-    assert passes([text]) == 8  # of 100 tokens each
-    assert passes([other, text]) == 4 and passes([text | {"weight": 3}, other]) == 6
-    assert passes([text, hub]) == 2 and passes([hub]) is None
-    assert passes([text], recover=[{"max_length": 50}]) == 16  # rows are cut
-    assert passes([text], recover=[{"method": "grpo"}]) is None
-    # 200 rows are measured, and all counted.
-    assert passes([file("rows.jsonl", *[400] * 250, 0)]) == 8000 / 25_100

@@ -9,7 +9,7 @@ from tiny_models import build, change_config, save
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, load_config
 from ptl.config.schedule import Prune
-from ptl.data.checks import check_stages
+from ptl.data.stages import check_stages
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint, pretrained

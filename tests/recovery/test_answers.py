@@ -11,10 +11,10 @@ from ptl.config.chat import Chat
 from ptl.config.data import TrainingData
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Evaluate
-from ptl.data.checks import check_data, check_own_answers
 from ptl.data.sequences import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.model import pretrained
+from ptl.preflight.rows import check_data, check_own_answers
 from ptl.recovery.answers import in_place_of, write_answers
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("answers")]

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 
 from ptl.config.chat import Chat
 from ptl.config.recover import RecoverStage
-from ptl.data.checks import check_rewards
 from ptl.errors import InputError, WorkError
 from ptl.model import pretrained
+from ptl.preflight.rows import check_rewards
 from ptl.recovery import grpo, sft
 from ptl.recovery.job import RecoveryJob, StageBudget
 

@@ -10,7 +10,7 @@ from tiny_models import change_config, family_at, with_reasoners_tokenizer
 
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Calibration, Evaluate
-from ptl.data.checks import check_stages
+from ptl.data.stages import check_stages
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint, dimensions
