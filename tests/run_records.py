@@ -159,17 +159,6 @@ def settings() -> dict:
     }  # fmt: skip
 
 
-GOAL = {
-    **{
-        "kind": "memory",
-        "memory": "1kB",
-        "bytes": 1000,
-        "dense": 2000,
-        "sequences": 2,
-        "tokens": 5,
-    },
-    **{"dtype": "bfloat16", "itemsize": 2, "cached_numbers_per_layer": 4},
-}
 RUN = {"run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1"}  # where it is tracked
 
 

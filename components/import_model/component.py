@@ -13,7 +13,6 @@ def import_model(
     revision: str,
     settings: dict,
     target: float,
-    goal: dict,
     cuts: str,
     recovery_tokens: int,
     tokens: str,

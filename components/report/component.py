@@ -11,7 +11,6 @@ def report(
     model: str,
     revision: str,
     target: float,
-    goal: dict,
     recovery_tokens: int,
     seed: int,
     cuts: str,

@@ -14,7 +14,6 @@ from ptl import __version__
 from ptl.config import dag
 from ptl.config.parameters import parameters
 from ptl.config.run import Config
-from ptl.config.schedule import MemoryGoal
 
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")  # of Markdown
 LONGEST = 60  # characters of a value in a description
@@ -38,11 +37,7 @@ PARAMETERS = {
     "model": Text("hub id or folder of the dense checkpoint", "model.path"),
     "revision": Text("hub commit; empty: the newest", "model.revision"),
     "target": Text(
-        "below 1: share of all parameters to remove; 1000 or more: parameters to end with; 0: as `goal` says",
-        "schedule.target",
-    ),
-    "goal": Text(
-        "a memory to fit into (JSON), with `target` 0: [targets](scores.md#targets)",
+        "below 1: share of all parameters to remove; 1000 or more: parameters to end with",
         "schedule.target",
     ),
     "cuts": Text("`uniform`, or `cubic`: large cuts first", "schedule.cuts"),
@@ -103,10 +98,8 @@ def summary(config: Config) -> str:
         config.schedule,
         ", each compared with the dense model by the gate" if config.gate.enabled else "",
     )
-    target = schedule.target
-    if isinstance(target, MemoryGoal):
-        goal = f"until it fits into {target.memory}"
-    elif target < 1:
+    target = parameters(config)["target"]
+    if target < 1:
         goal = f"until {100 * target:g} % of its parameters are removed"
     else:
         goal = f"until {target:,.0f} parameters are left"

@@ -22,7 +22,8 @@ import ptl
 from ptl import processes
 from ptl.config.base import FOLDER
 from ptl.config.data import TrainingData
-from ptl.config.run import Calibration, Config, check
+from ptl.config.run import Calibration, Config, check, load_config, pairs
+from ptl.config.schedule import MemoryGoal
 from ptl.errors import InputError
 
 PACKAGE = Path(ptl.__file__).parent
@@ -77,6 +78,18 @@ def as_in_images(config: Config, file: Path) -> Config:
     """A config whose paths are those that its steps find in the images, from whatever folder it is compiled."""
     settings = config.model_dump(mode="json", context={FOLDER: image_root(file)})
     return check(Config, settings, str(file))
+
+
+def load(file: Path, sets: list[str]) -> Config:
+    """Read a config with its overrides; a memory as its target becomes a number of parameters, which is printed."""
+    config = load_config(file, pairs("--set", sets))
+    if not isinstance(config.schedule.target, MemoryGoal):
+        return config
+    from ptl.preflight import target  # may need torch
+
+    config, sentence = target.with_number(config)
+    print(sentence)
+    return config
 
 
 # Arguments.

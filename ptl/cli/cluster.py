@@ -17,7 +17,7 @@ from ptl.cli import arguments, local_status
 from ptl.cli.arguments import HOME, AsJson, ConfigFile, Home, Overrides, Rehearse
 from ptl.cli.configs import local_paths, warn
 from ptl.cli.run import announced, print_left_out
-from ptl.config.run import load_config, pairs
+from ptl.config.run import pairs
 from ptl.errors import InputError
 from ptl.local import progress
 from ptl.log import doing
@@ -121,7 +121,7 @@ def submit(
     from ptl.preflight import preflight
 
     # Warnings come before anything is sent.
-    run_config = load_config(config, pairs("--set", sets))
+    run_config = arguments.load(config, sets)
     warn(preflight.warnings(run_config))
     for warning in local_paths(run_config, config):
         _say(f"warning: {warning}")
@@ -220,7 +220,7 @@ def doctor(
     from ptl.preflight import doctor as machine
     from ptl.preflight import doctor_cluster
 
-    run_config = load_config(config, pairs("--set", sets))
+    run_config = arguments.load(config, sets)
     if local is None:
         local = not server.host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
         other = (

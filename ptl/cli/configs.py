@@ -24,7 +24,7 @@ from ptl.cli import arguments
 from ptl.cli.arguments import AsJson, ConfigFile, Overrides
 from ptl.config import dag
 from ptl.config.base import FILL_IN
-from ptl.config.run import Config, check, load_config, pairs
+from ptl.config.run import Config, check
 from ptl.config.schedule import MemoryGoal, Schedule, one_shot
 from ptl.data.amount import PER_PARAMETER
 from ptl.errors import InputError, PtlError
@@ -129,8 +129,8 @@ def validate(
 ) -> None:
     """Check a config, its data files and its model, and print what size it ends with; starts nothing expensive."""
     doing(f"checking {arguments.shown(config)}, its data and its model")
-    settings = load_config(config, pairs("--set", sets))
     with arguments.printing_json(as_json):
+        settings = arguments.load(config, sets)
         dense = checked(settings)
     # Without torch there are no sizes to print.
     if dense is None:
@@ -139,15 +139,11 @@ def validate(
         return
     from ptl.preflight import target
 
-    goal = target.sentence(settings)
-    numbered = target.with_number(settings)
-    paths = target.possible_paths(dense, numbered.schedule, settings.prune)
+    paths = target.possible_paths(dense, settings.schedule, settings.prune)
     ends = {end.params for end in target.ends(paths)}
     if as_json:
         arguments.print_json({"name": settings.name, "params": dense.params, "ends": sorted(ends)})
         return
-    if goal:
-        print(goal)
     at_most = "at most " if len(ends) > 1 else ""
     print(
         f"{settings.name}: {dense.params:,} parameters become {at_most}{max(ends):,}; `ptl plan` has every step"
@@ -182,7 +178,8 @@ def plan(
     from ptl.model import hub
     from ptl.preflight import forecast, forecast_model, forecast_table, machine, preflight, remedies
 
-    settings = load_config(config, pairs("--set", sets))
+    with arguments.printing_json(as_json):
+        settings = arguments.load(config, sets)
     if gpu is None:
         asks = count or nodes or settings.resources.accelerator
         gpu = forecast_model.USUAL_GPU if asks else machine.gpu()
@@ -210,7 +207,7 @@ def compile(
     # kfp's compiler decides by the suffix what it writes.
     if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
-    written = load_config(config, pairs("--set", sets))
+    written = arguments.load(config, sets)
     settings = arguments.as_in_images(written, config)
 
     from pipelines.prune_tune_loop.pipeline import compile_pipeline
@@ -274,16 +271,15 @@ def checked(
         if config.export or config.evaluate.backend == "vllm":
             warnings += formats.context_notes(folder)
 
-        numbered = target.with_number(config)
-        ends = target.ends(target.possible_paths(dimensions, numbered.schedule, config.prune))
+        ends = target.ends(target.possible_paths(dimensions, config.schedule, config.prune))
         if config.control:  # which may not get as far as the loop
-            target.possible_paths(dimensions, one_shot(numbered.schedule), config.prune)
+            target.possible_paths(dimensions, one_shot(config.schedule), config.prune)
 
         def check_exports() -> None:
             warnings.extend(formats.check_exports(folder, config.export, ends))
 
         warnings += extras.not_checked([check_exports], excused)
-        warnings += _planned(numbered, folder, dimensions)
+        warnings += _planned(config, folder, dimensions)
     warn(warnings)
     return dimensions
 

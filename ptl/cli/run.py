@@ -22,7 +22,7 @@ from ptl.cli import arguments
 from ptl.cli.arguments import HOME, ConfigFile, Home, Overrides, Rehearse, Runner
 from ptl.cli.configs import checked
 from ptl.config import rehearsal
-from ptl.config.run import Config, load_config, pairs
+from ptl.config.run import Config
 from ptl.errors import PtlError, WorkError
 from ptl.lineage import mlflow_client, run_status
 from ptl.local import progress, run_directory, runs, servers
@@ -71,7 +71,7 @@ def run(
         # Everything that can be refused is refused before a server or a directory exists.
         if not s3:
             mlflow_client.check_address()
-        settings = load_config(config, pairs("--set", sets))
+        settings = arguments.load(config, sets)
         # A rehearsal takes what there is here: transformers in vLLM's place.
         checked(settings, () if runner == "subprocess" and not rehearse else extras.UnusableError)
         left_out: list[str] = []  # of a rehearsal

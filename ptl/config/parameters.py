@@ -6,7 +6,7 @@ from typing import Any
 
 from ptl.config.rehearsal import is_rehearsal
 from ptl.config.run import Config, check, essentials
-from ptl.config.schedule import BY_GOAL, MemoryGoal
+from ptl.config.schedule import MemoryGoal
 from ptl.errors import InputError
 
 Settings = dict[str, Any]  # JSON, by the names of a component's inputs
@@ -24,13 +24,15 @@ def parameters(config: Config) -> dict[str, Any]:
     """
     settings = essentials(config)
     schedule = config.schedule
+    assert not isinstance(schedule.target, MemoryGoal), (
+        "ptl/preflight/target.py makes a number of a memory"
+    )
     experiment = config.storage.experiment
     registered_model = config.storage.registered_model or config.name
     return {
         "model": settings["model"]["path"],
         "revision": config.model.revision or "",
-        "target": BY_GOAL if isinstance(schedule.target, MemoryGoal) else schedule.target,
-        "goal": settings["schedule"]["target"] if isinstance(schedule.target, MemoryGoal) else {},
+        "target": schedule.target,
         "recovery_tokens": schedule.recovery_tokens,
         "seed": config.seed,
         "cuts": schedule.cuts,
@@ -62,16 +64,8 @@ def by_input(values: dict[str, Any]) -> Settings:
 
 
 def schedule_settings(settings: Settings) -> Settings:
-    """The schedule's fields among a step's settings, with the goal in the place of `target`. Raises InputError."""
-    fields = {name: settings[name] for name in SCHEDULE if name in settings}
-    goal = settings.get("goal")
-    if goal and fields["target"] != BY_GOAL:
-        raise InputError(
-            f"{fields['target']:g}, and the run has the goal {goal}",
-            field="target",
-            remedy="set target to 0, or goal to {}",
-        )
-    return fields | {"target": goal} if goal else fields
+    """Return the schedule's fields among a step's settings."""
+    return {name: settings[name] for name in SCHEDULE if name in settings}
 
 
 def run_config(settings: Settings) -> Config:

@@ -16,7 +16,6 @@ from ptl.config.base import LARGEST, MEMORY, NUMBER, Count, Positive, Section, o
 from ptl.units import quantity
 
 FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
-BY_GOAL = 0.0  # as the pipeline's parameter `target`: its parameter `goal` says it
 _MEMORY_TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 
@@ -253,7 +252,7 @@ def one_shot(schedule: Schedule) -> Schedule:
 
 def removal(original_params: int, target: float | MemoryGoal) -> int:
     """Parameters to remove in all: `target` is a share below 1, else the number to end with."""
-    assert not isinstance(target, MemoryGoal), "ptl/preflight/target.py makes a number of a goal"
+    assert not isinstance(target, MemoryGoal), "ptl/preflight/target.py makes a number of a memory"
     if target < 1:
         # 0.1 as it is written, not its binary form
         return int(Fraction(str(target)) * original_params)

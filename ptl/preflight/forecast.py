@@ -171,7 +171,6 @@ def forecast(
         )
     if gpu == NO_GPU:
         count = num_nodes = 1
-    config = target.with_number(config)
     shape = shape_of(config.model.path, config.model.revision)
     # A config without accelerators, for machines without GPUs, is forecast with one for each step.
     held = config.resources.model_copy(

@@ -109,7 +109,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
         return None
     dimensions = model_dimensions(folder, family)
     # What the config will do to it.
-    target.possible_paths(dimensions, target.resolved(schedule, prune, folder), prune)
+    target.possible_paths(dimensions, schedule, prune)
     return dimensions
 
 

@@ -129,7 +129,7 @@ def starter(
         "before": billions(dense.params),
         "after": billions(after.params),
         "percent": f"{100 * removed / dense.params:.0f}",
-        "target": f"{goal:_.12g}" if isinstance(goal, float) else f"{{memory: {goal.memory}}}",
+        "target": f"{schedule.target:_.12g}",
         "lowered": "" if target is None and usual < TARGET else None,
         "iterations": _iterations(dense, schedule, prune),
         "units": prune.target,

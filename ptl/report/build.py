@@ -30,7 +30,6 @@ from ptl.report.result import (
     Examples,
     ExportRow,
     Final,
-    Goal,
     Missing,
     Result,
     Row,
@@ -98,7 +97,6 @@ def build(
         control_failed=failed,
         not_finished=_missing(steps, control_steps, failed) if failed else [],
         speed=measured[0] if measured else {},
-        goal=Goal(**imported["goal"]) if "goal" in imported else None,
         exports=[_export(export, steps, exports_failed or {}) for export in exports],
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
@@ -247,13 +245,10 @@ def _sequences(steps: Records) -> Sequences:
 
 
 def _compared(result: Result, steps: Records) -> Result:
-    """The result with what follows from the final checkpoint's evaluation: goal, paired comparisons and examples."""
+    """The result with what follows from the final checkpoint's evaluation: paired comparisons and examples."""
     final = result.final_row
     if final is None:
         return result
-    goal = result.goal and result.goal.model_copy(
-        update={"final": _needed_bytes(result.goal, result.dense_row, final)}
-    )
     dense = _outcomes(steps, "evaluate-0", final.step)
     control = _outcomes(steps, "control-evaluate", final.step)
     pairs = _paired({"dense": dense, "control": control}, result.tasks, result.settings["gate"])
@@ -272,15 +267,7 @@ def _compared(result: Result, steps: Records) -> Result:
         "retained": retained,
         "examples": examples,
     }
-    return result.model_copy(update={"goal": goal, **comparisons})
-
-
-def _needed_bytes(goal: Goal, dense: Row, final: Row) -> int:
-    """Weights and KV cache of the final checkpoint by its own shapes."""
-    # KV heads and layers may be fewer.
-    numbers = goal.cached_numbers_per_layer * len(dense.scores.widths)  # of a token
-    numbers = numbers * final.scores.kv_bytes_per_token // dense.scores.kv_bytes_per_token
-    return (final.params + goal.sequences * goal.tokens * numbers) * goal.itemsize
+    return result.model_copy(update=comparisons)
 
 
 def _items(steps: Records, name: str) -> list[Item]:

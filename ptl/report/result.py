@@ -113,25 +113,6 @@ class ExportRow(BaseModel):
     digest: str = ""
 
 
-class Goal(BaseModel):
-    """A target in memory, and what the final model needs."""
-
-    memory: str  # as in the config, for example 16GiB
-    bytes: int
-    dense: int  # bytes that the dense model needs
-    sequences: int  # in the KV cache
-    tokens: int  # of each sequence
-    dtype: str
-    itemsize: int  # bytes of a number
-    cached_numbers_per_layer: int  # of a token
-    final: int | None = None  # bytes; None: the final checkpoint was not scored
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether the final model is known to need no more than the goal."""
-        return self.final is not None and self.final <= self.bytes
-
-
 class Decontaminated(BaseModel):
     """Training rows of the loop that were compared with the benchmarks."""
 
@@ -218,7 +199,6 @@ class Result(BaseModel):
     not_finished: list[Missing]  # steps of a failed control
     # of evaluation.speed.side_by_side; {"reason": ...} where it was not measured
     speed: dict[str, Any]
-    goal: Goal | None
     exports: list[ExportRow]
     decontaminated: Decontaminated | None
     sequences: Sequences

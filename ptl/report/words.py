@@ -14,8 +14,8 @@ from ptl.data import decontamination
 from ptl.evaluation import retention
 from ptl.evaluation.paired import Paired, hidden_drop
 from ptl.evaluation.scoring import TaskScore
-from ptl.report.result import Goal, Result, Row
-from ptl.units import counted, duration, listed, memory_beside, numbered
+from ptl.report.result import Result, Row
+from ptl.units import counted, duration, listed, numbered
 
 Kind = Literal["good", "bad", "unclear", "none"]  # how the pages colour it
 REHEARSAL = "Cannot be said: this was a rehearsal, with about 1 % of the work, and no number counts"
@@ -185,11 +185,10 @@ def _control_score(result: Result, final: Row, control: Row) -> str:
 
 
 def checks(result: Result) -> list[tuple[str, str]]:
-    """What the run itself looked after, such as its goal, the gate, and training rows that are in a benchmark."""
+    """What the run itself looked after, such as the gate, and training rows that are in a benchmark."""
     found = result.decontaminated
     wall = f"{duration(result.wall_seconds)}; the work of all steps adds up to {duration(result.work_seconds)}"
     lines = [
-        ("Target", _goal(result.goal) if result.goal else ""),
         ("Gate", _gate(result)),
         ("Recovery", result.amount.sentence),
         ("Control", _control(result)),
@@ -202,20 +201,6 @@ def checks(result: Result) -> list[tuple[str, str]]:
         ("Wall clock", f"{wall}."),
     ]
     return [(label, text) for label, text in lines if text]
-
-
-def _goal(goal: Goal) -> str:
-    """What was asked and what was reached."""
-    if goal.final is None:
-        return "Whether the goal is reached is not known: the final checkpoint was not scored."
-    needed, dense = memory_beside(goal.final, goal.memory), memory_beside(goal.dense, goal.memory)
-    # Both sizes may be the same when rounded.
-    outcome = "reached" if goal.is_reached else "not reached"
-    return (
-        f"Goal {outcome}: the final model needs {needed} for weights and a KV cache for "
-        f"{counted(goal.sequences, 'sequence')} of {goal.tokens:,} tokens in {goal.dtype}, the dense one {dense}; the "
-        f"goal is {goal.memory}."
-    )
 
 
 def _gate(result: Result) -> str:
@@ -294,9 +279,7 @@ def of_samples(result: Result) -> str:
 
 
 def short_of_target(result: Result) -> str:
-    """That a loop ended before its target, or its goal; else empty."""
-    if result.goal:
-        return "" if result.goal.is_reached else _goal(result.goal)
+    """That a loop ended before its target; else empty."""
     asked = (
         removal(result.original_params, result.settings["schedule"]["target"])
         / result.original_params

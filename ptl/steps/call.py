@@ -20,7 +20,7 @@ from ptl.config.data import DataSource
 from ptl.config.parameters import schedule_settings
 from ptl.config.recover import RecoverStage
 from ptl.config.run import Evaluate, ModelSource, check
-from ptl.config.schedule import BY_GOAL, Iteration, Prune, Schedule, plan
+from ptl.config.schedule import Iteration, Prune, Schedule, plan
 from ptl.data import sources
 from ptl.errors import InputError
 from ptl.evaluation import gate, tasks
@@ -139,11 +139,7 @@ class Call:
 
 def schedule_of(call: Call) -> Schedule:
     """The schedule among a step's settings, checked. Raises InputError."""
-    settings = schedule_settings(call.settings)
-    # Only the import sees the goal and the dense model: what it found travels with the checkpoints.
-    if settings.get("target") == BY_GOAL:
-        settings["target"] = call.inputs["model"].target_params
-    return check(Schedule, UNUSED | settings, "schedule")
+    return check(Schedule, UNUSED | schedule_settings(call.settings), "schedule")
 
 
 def iterations_until(iteration: int, schedule: Schedule, prune: Prune) -> list[Iteration]:

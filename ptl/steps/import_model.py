@@ -6,21 +6,19 @@ import os
 import platform
 import re
 import shutil
-from pathlib import Path
 
 from ptl import __version__
 from ptl.config.base import flat_settings
 from ptl.config.image_names import own_revision
 from ptl.config.parameters import check_compiled, run_config
 from ptl.config.run import Evaluate
-from ptl.config.schedule import MemoryGoal, Prune, Schedule
 from ptl.data.sources import local_file
 from ptl.errors import WorkError
 from ptl.lineage import run_page, tracking
 from ptl.lineage.run_status import MAX_EARLIER, StepRun
 from ptl.log import say
 from ptl.model import checkpoint
-from ptl.steps.call import BENCHMARK_ITEMS, Call, Metadata, key_of, withdraw_outdated
+from ptl.steps.call import BENCHMARK_ITEMS, Call, key_of, withdraw_outdated
 from ptl.steps.step import Step, empty_folder, fresh_location, scratch
 from ptl.storage import store
 from ptl.storage.manifest import digest_of
@@ -42,8 +40,7 @@ def import_model(call: Call) -> None:
     # This step's image does not have llama.cpp.
     check_exports(folder, [export for export in config.export if export.format != "gguf"])
 
-    goal = _goal(config.schedule, config.prune, folder)
-    with Step(call, key={"source": config.model, **goal}) as step:
+    with Step(call, key={"source": config.model}) as step:
         # When the run is resumed, also data that has changed.
         run_page.describe(
             step.run,
@@ -61,7 +58,7 @@ def import_model(call: Call) -> None:
             checkpoint.write_mlflow_model(step.folder)
             path = config.model.path
             name = os.path.join(".", path) if is_local(path) else path  # noqa: PTH118 - as no id of the hub begins
-            source = {"model": name, "revision": config.model.revision or "", **goal}
+            source = {"model": name, "revision": config.model.revision or ""}
             card = model_card.published(path, folder)
             step.publish(
                 {
@@ -108,18 +105,6 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
     shutil.rmtree(scratch(BENCHMARK_ITEMS), ignore_errors=True)
     say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")
-
-
-def _goal(schedule: Schedule, prune: Prune, folder: Path) -> Metadata:
-    """What the steps that follow, and the report, need of a goal; nothing where the target is a number."""
-    from ptl.preflight import target
-
-    if not isinstance(schedule.target, MemoryGoal):
-        return {}
-    return {
-        "target_params": target.params(schedule.target, prune, folder),
-        "goal": target.record(schedule.target, folder),
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -297,7 +297,6 @@ class Step:
             model_id=model_id,
             gate=parent.gate if parent else {},
             step=run.step,
-            target_params=parent.target_params if parent else metadata.get("target_params", 0),
             chosen=metadata.get("chosen") or (parent.chosen if parent else {}),
         )
 

@@ -50,8 +50,6 @@ class Pointer:
     # gate state that travels with an accepted model
     gate: dict[str, Any] = field(default_factory=dict)
     step: str = ""  # that made it
-    # to end with, where the run's target is a goal; 0: it is a number, which each step has
-    target_params: int = 0
     # widths to end with, by the first prune step
     chosen: dict[str, int] = field(default_factory=dict)
 

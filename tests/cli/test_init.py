@@ -160,9 +160,9 @@ def test_a_users_own_model_rows_and_task_validate(ptl, init):
     )
     assert config.recover[0].max_length <= 256  # this model's positions
     assert config.resources.accelerators == 0
-    # A target in memory stays one.
+    # A target in memory becomes a number of parameters.
     config, said = init(DENSE, "--target", "300KiB", "--gpu", "none", "-o", "small.yaml")
-    assert config.schedule.target.memory == "300KiB" and "without 59 %" in said
+    assert config.schedule.target == 88_064 and "without 59 %" in said
 
 
 def test_of_a_mixture_experts_are_removed_and_all_of_its_parameters_need_memory(init):

@@ -168,14 +168,9 @@ def test_each_parameter_and_step_has_its_description():
         f"Prune-Tune Loop: prune, recover and evaluate {inputs['model']['defaultValue']} in 4 iterations, each "
         "compared with the dense model by the gate, until 40 % of its parameters are removed"
     )
-    for sets, goal in (
-        (
-            {"schedule.target": 100_000, "schedule.iterations": 1, "gate.enabled": False},
-            "100,000 parameters are left",
-        ),
-        ({"schedule.target": {"memory": "300kB"}}, "it fits into 300kB"),
-    ):
-        assert descriptions.summary(load_config(TINY, sets)).endswith(f", until {goal}")
+    sets = {"schedule.target": 100_000, "schedule.iterations": 1, "gate.enabled": False}
+    summary = descriptions.summary(load_config(TINY, sets))
+    assert summary.endswith(", until 100,000 parameters are left")
 
 
 def test_what_no_cluster_has_is_warned_of(ptl, tmp_path):
@@ -194,18 +189,15 @@ def test_what_no_cluster_has_is_warned_of(ptl, tmp_path):
 
 
 def test_what_is_not_structural_is_a_parameter_with_a_default():
-    """A goal is one of its own, and the target stays a number."""
-    sets = {"schedule.target.memory": "300kB", "schedule.target.tokens": 10}
-    inputs = documents(sets)[0]["root"]["inputDefinitions"]["parameters"]
-    assert set(inputs) == set(parameters(load_config(TINY, sets)))
+    inputs = documents({})[0]["root"]["inputDefinitions"]["parameters"]
+    assert set(inputs) == set(parameters(load_config(TINY)))
     assert all("defaultValue" in field for field in inputs.values())
     structure = {"name", "control", "export", "resources", "images", "storage"}
     covered = {name.removesuffix("_settings") for name in inputs} | structure | {"schedule"}
     assert set(Config.model_fields) <= covered, "a section of the config reaches no step"
     described = {"description": descriptions.PARAMETERS["target"].plain}
     assert inputs["target"] == described | {
-        "defaultValue": 0.0,
+        "defaultValue": 0.4,
         "isOptional": True,
         "parameterType": "NUMBER_DOUBLE",
     }
-    assert inputs["goal"]["defaultValue"] == {"memory": "300kB", "tokens": 10}

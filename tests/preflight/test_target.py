@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 from bodies import PUBLISHED
 from checkout import DENSE, TINY
 from tiny_models import build, save, with_reasoners_tokenizer
@@ -45,12 +46,6 @@ def test_memory_holds_the_weights_and_the_cache():
     assert resolved(MemoryGoal(memory=f"{(dense - 2) / 1000}kB", tokens=10)) == PARAMS - 1
     with pytest.raises(InputError, match=r"reaches .* already"):
         resolved(MemoryGoal(memory=f"{dense / 1000}kB", tokens=10))
-    recorded = target.record(MemoryGoal(memory="300kB", tokens=10), DENSE)
-    assert (recorded["bytes"], recorded["dense"], recorded["cached_numbers_per_layer"]) == (
-        300_000,
-        dense,
-        64,
-    )
 
 
 def test_without_tokens_a_cache_is_as_long_as_the_model_reads():
@@ -63,6 +58,30 @@ def test_without_tokens_a_cache_is_as_long_as_the_model_reads():
     for name in ("plan", "validate"):
         # a width of 25 neurons
         assert "134,464" in ptl(name, TINY, "--set", "schedule.target.memory=400kB")
+
+
+def test_compile_makes_a_memory_a_number_before_the_pipeline(tmp_path):
+    path = tmp_path / "p.yaml"
+    memory = ("--set", "schedule.target={memory: 300kB, tokens: 10}")
+    said = ptl("compile", TINY, "-o", path, *memory)
+    assert "at most 147,440 parameters" in said
+    assert (
+        next(yaml.safe_load_all(path.read_text()))["root"]["inputDefinitions"]["parameters"][
+            "target"
+        ]["defaultValue"]
+        == 147_440
+    )
+
+
+def test_a_memory_needs_the_model_s_config(tmp_path, monkeypatch):
+    memory = ("--set", "schedule.target.memory=300kB")
+    refused = ("schedule.target.memory: 300kB becomes", "give the number of parameters to end with")
+    arguments = ("compile", TINY, "-o", tmp_path / "p.yaml", *memory)
+    said = ptl(*arguments, "--set", f"model.path={tmp_path / 'nowhere'}")
+    assert all(part in said for part in (*refused, "nowhere")), said
+    monkeypatch.setattr(target.pretrained, "can_build", lambda: False)
+    said = ptl(*arguments)
+    assert all(part in said for part in (*refused, "pip install")), said
 
 
 def ptl(*arguments):
@@ -88,7 +107,7 @@ def test_experts_reach_a_goal_the_plan_says_how_many_remain_and_what_cannot_be_i
     shape = shape_of(str(mixture))
     least = replace(shape.dimensions, experts=shape.dimensions.fewest_experts + 1).params
     goal = MemoryGoal(memory=f"{2 * (least + 10 * shape.cached_numbers) / 1000}kB", tokens=10)
-    assert target.params(goal, Prune(target="experts"), mixture) == least
+    assert target.params_that_fit(goal, Prune(target="experts"), shape) == least
     said = ptl("plan", TINY, *with_model(mixture, **{"schedule.iterations": 2}))
     assert all(
         part in said
@@ -232,8 +251,8 @@ def test_scoring_takes_a_forward_pass_through_each_candidate_as_well():
 def test_a_goal_in_memory_holds_whatever_becomes_of_the_cache():
     goal, shape = MemoryGoal(memory="250kB"), shape_of(str(DENSE))
     schedule = Schedule(target=goal, recovery_tokens=1000)
-    params = target.params(goal, Prune(target="width"), DENSE)
-    assert params == target.params(goal, Prune(), DENSE)  # of all KV heads
+    params = target.params_that_fit(goal, Prune(target="width"), shape)
+    assert params == target.params_that_fit(goal, Prune(), shape)  # with all KV heads
     schedule = target.resolved(schedule, Prune(), DENSE)
     for path in target.possible_paths(shape.dimensions, schedule, Prune(target="width")):
         cache = 256 * shape.of(path[-1][1]).cached_numbers

@@ -6,19 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import run_records
-from checkout import DENSE, TINY
+from checkout import TINY
 from working import OpenedError
 
 from ptl.config import parameters
 from ptl.config.data import Decontaminate
 from ptl.config.recover import Recovery
 from ptl.config.run import load_config
-from ptl.config.schedule import MemoryGoal, plan
+from ptl.config.schedule import plan
 from ptl.errors import InputError, WorkError
 from ptl.steps import answers, call, evaluate, import_model, prune, records, recover, report
 from ptl.steps.call import Call, Key
 from ptl.steps.step import Step
-from ptl.storage.store import Pointer, Record, pointer_of
+from ptl.storage.store import Pointer, Record
 
 WANTED = load_config(TINY)
 CONFIG = WANTED.model_dump(mode="json")
@@ -139,26 +139,6 @@ def test_a_recovery_trains_on_its_share_of_the_tokens(key_of_step):
             skip,
             7,
         )
-
-
-def test_a_goal_s_parameters_travel_with_the_checkpoints():
-    settings = {"iterations": 4, "target": 0, "cuts": "cubic"}
-    goal = {"memory": "300kB", "tokens": 10}
-    imported = call.schedule_of(Call("import-model", "e", settings | {"goal": goal}))
-    assert imported.target == MemoryGoal(memory="300kB", tokens=10)
-    handed_on = import_model._goal(imported, WANTED.prune, DENSE)
-    assert handed_on["target_params"] == 147_440 and handed_on["goal"]["bytes"] == 300_000
-    assert import_model._goal(WANTED.schedule, WANTED.prune, Path("nowhere")) == {}
-
-    pointer = dataclasses.replace(POINTER, target_params=handed_on["target_params"])
-    for step in ("prune-1", "control-prune", "evaluate-2"):
-        assert call.schedule_of(Call(step, "e", settings, {"model": pointer})).target == 147_440
-    assert pointer_of(dataclasses.asdict(pointer)) == Pointer.load(pointer.dump()) == pointer
-    with pytest.raises(
-        InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"
-    ):
-        call.schedule_of(Call("import-model", "e", settings | {"goal": goal, "target": 0.3}))
-    assert parameters.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
 
 
 def test_a_training_goes_on_where_mlflow_does_not_answer(monkeypatch, capfd):
